@@ -1,0 +1,13 @@
+"""Errors that a person can act on: each message says where, what and how to mend it."""
+
+
+class PRLHFError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class FeedbackFormatError(PRLHFError, ValueError):
+    """A feedback file or row is not what it should be. The message starts with `path:line: field 'name'`."""
+
+
+class ConfigurationError(PRLHFError, ValueError):
+    """Settings that contradict one another or the model in use."""

@@ -1,0 +1,200 @@
+"""The values that components hand to one another.
+
+Shapes: B pairs (or rows) in a batch, L tokens, T soft-prompt positions, d the policy's embedding width.
+All token blocks are padded on the right and carry a mask that is true where a token is real.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+_T = TypeVar("_T", bound="_TensorStruct")
+
+
+class _TensorStruct:
+    """A frozen dataclass of tensors and nested structs that moves and indexes as one value."""
+
+    def _map(self: _T, fn: Any) -> _T:
+        changes = {}
+        for field in fields(self):  # type: ignore[arg-type]
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor | _TensorStruct):
+                changes[field.name] = fn(value)
+        return replace(self, **changes)  # type: ignore[type-var]
+
+    def to(self: _T, *args: Any, **kwargs: Any) -> _T:
+        """Return a copy with every tensor moved, as `torch.Tensor.to`."""
+        return self._map(lambda value: value.to(*args, **kwargs))
+
+    def pin_memory(self: _T) -> _T:
+        """Return a copy whose tensors live in pinned host memory."""
+        return self._map(lambda value: value.pin_memory())
+
+
+@dataclass(frozen=True)
+class Tokens(_TensorStruct):
+    """Token ids of a batch of texts.
+
+    Attributes:
+        ids: `[B, L]` int64, padded on the right.
+        mask: `[B, L]` bool, true where a token is real.
+    """
+
+    ids: Tensor
+    mask: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of rows, B."""
+        return self.ids.shape[0]
+
+    @classmethod
+    def from_lists(cls, rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tokens:
+        """Pad ragged lists of ids on the right into one block `[B, max length]`."""
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
+        mask = torch.arange(int(lengths.max()) if len(rows) else 0) < lengths[:, None]
+        ids = torch.full(mask.shape, pad_id, dtype=torch.long)
+        ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        return cls(ids, mask)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Tokens]) -> Tokens:
+        """Stack batches of rows, padding each to the longest."""
+        width = max(part.ids.shape[1] for part in parts)
+        pad = torch.nn.functional.pad
+        return cls(
+            torch.cat([pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),
+            torch.cat([pad(part.mask, (0, width - part.mask.shape[1])) for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class SoftPrompt(_TensorStruct):
+    """Vectors in the policy's input-embedding space that stand before the prompt.
+
+    Attributes:
+        vectors: `[B, T, d]` float.
+        mask: `[B, T]` bool, false where a row has no vector at that place.
+    """
+
+    vectors: Tensor
+    mask: Tensor
+
+    @classmethod
+    def full(cls, vectors: Tensor) -> SoftPrompt:
+        """Wrap vectors `[B, T, d]` all of which count."""
+        return cls(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
+
+    @classmethod
+    def side_by_side(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
+        """Join the parts of each row along time, `[B, T1 + T2 + ..., d]`."""
+        return cls(
+            torch.cat([part.vectors for part in parts], dim=1),
+            torch.cat([part.mask for part in parts], dim=1),
+        )
+
+    @classmethod
+    def stacked(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
+        """Stack batches of rows; all parts must have the same T."""
+        return cls(torch.cat([part.vectors for part in parts]), torch.cat([part.mask for part in parts]))
+
+
+@dataclass(frozen=True)
+class Users(_TensorStruct):
+    """The users of a batch, as a user model sees them.
+
+    Attributes:
+        rows: `[B]` int64 rows of the user table; 0 is the generic (unknown) user.
+        text: The users' texts embedded by the policy, `[B, L, d]` with a mask, or None where no row has a text.
+    """
+
+    rows: Tensor
+    text: SoftPrompt | None = None
+
+    def anonymous(self) -> Users:
+        """Return the same users with their identity hidden: `u_0` with the text kept."""
+        return replace(self, rows=torch.zeros_like(self.rows))
+
+
+@dataclass(frozen=True)
+class PreferenceBatch(_TensorStruct):
+    """One batch of pairwise feedback.
+
+    Attributes:
+        user_ids: B ids as they stand in the data.
+        user_text: Tokens of the text about each user; empty rows where there is none.
+        prompt: Tokens of the prompts, with BOS where the tokenizer writes one.
+        chosen: Tokens of the preferred completions, with EOS.
+        rejected: Tokens of the other completions, or None in supervised data.
+        records: `[B]` int64 position of each pair in its data set, to name rows in messages.
+    """
+
+    user_ids: tuple[str, ...]
+    user_text: Tokens
+    prompt: Tokens
+    chosen: Tokens
+    rejected: Tokens | None
+    records: Tensor
+
+    def __len__(self) -> int:
+        """Return the number of pairs, B."""
+        return len(self.user_ids)
+
+
+@dataclass(frozen=True)
+class LogProbs(_TensorStruct):
+    """Log-probabilities of one completion a row.
+
+    Attributes:
+        tokens: `[B, L]` float32 log-probability of each token, 0 where masked.
+        mask: `[B, L]` bool, true on completion tokens.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+
+    @property
+    def sum(self) -> Tensor:
+        """`[B]` log-probability of each completion."""
+        return self.tokens.sum(-1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """`[B]` number of tokens of each completion."""
+        return self.mask.sum(-1)
+
+    @property
+    def mean(self) -> Tensor:
+        """`[B]` mean log-probability a token."""
+        return self.sum / self.lengths
+
+    def chunk(self, n: int) -> tuple[LogProbs, ...]:
+        """Split the rows into n equal parts."""
+        return tuple(LogProbs(t, m) for t, m in zip(self.tokens.chunk(n), self.mask.chunk(n), strict=True))
+
+
+@dataclass(frozen=True)
+class PairLogProbs(_TensorStruct):
+    """Log-probabilities of the two completions of each pair."""
+
+    chosen: LogProbs
+    rejected: LogProbs
+
+
+@dataclass(frozen=True)
+class LossOutput(_TensorStruct):
+    """What a preference loss returns for each pair.
+
+    Attributes:
+        losses: `[B]` loss of each pair, differentiable.
+        chosen_rewards: `[B]` implicit reward of the chosen completion, detached.
+        rejected_rewards: `[B]` implicit reward of the rejected completion, detached.
+    """
+
+    losses: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
