@@ -129,7 +129,7 @@ class PreferenceBatch(_TensorStruct):
         user_text: Tokens of the text about each user; empty rows where there is none.
         prompt: Tokens of the prompts, with BOS where the tokenizer writes one.
         chosen: Tokens of the preferred completions, with EOS.
-        rejected: Tokens of the other completions, or None in supervised data.
+        rejected: Tokens of the other completions; empty rows in supervised data.
         records: `[B]` int64 position of each pair in its data set, to name rows in messages.
     """
 
@@ -137,7 +137,7 @@ class PreferenceBatch(_TensorStruct):
     user_text: Tokens
     prompt: Tokens
     chosen: Tokens
-    rejected: Tokens | None
+    rejected: Tokens
     records: Tensor
 
     def __len__(self) -> int:
