@@ -1,0 +1,18 @@
+"""User models. To add one, subclass `UserModel` in a file of your own and name it by `class_path`."""
+
+from prlhf_lightning.user_models.base import UserModel, sample_token_embeddings
+from prlhf_lightning.user_models.cluster import ClusterUserModel
+from prlhf_lightning.user_models.composite import CompositeUserModel
+from prlhf_lightning.user_models.individual import IndividualUserModel
+from prlhf_lightning.user_models.text import TextUserModel
+from prlhf_lightning.user_models.uniform import UniformUserModel
+
+__all__ = [
+    "ClusterUserModel",
+    "CompositeUserModel",
+    "IndividualUserModel",
+    "TextUserModel",
+    "UniformUserModel",
+    "UserModel",
+    "sample_token_embeddings",
+]

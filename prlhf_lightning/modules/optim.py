@@ -1,0 +1,126 @@
+"""The optimiser: one AdamW for dense weights and for user tables, whose absent users stay as they are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from prlhf_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Optim:
+    """Learning rates and their schedule.
+
+    Attributes:
+        lr: Peak learning rate of the policy (adapters, or all weights).
+        user_lr: Peak learning rate of the user model; soft prompts need about ten times the adapters'.
+        weight_decay: Decoupled weight decay of the policy.
+        user_weight_decay: Decoupled weight decay of user tables: pulls each user toward the generic user. It acts
+            on a user's row only when the user is in the batch.
+        betas: AdamW's moment decays.
+        schedule: How the rates go on after the warm-up.
+        warmup_steps: Steps of linear warm-up; below 1, a share of all steps.
+    """
+
+    lr: float = 5e-5
+    user_lr: float = 5e-4
+    weight_decay: float = 0.0
+    user_weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: float = 0.03
+
+    def warmup(self, total_steps: int) -> int:
+        """Return the number of warm-up steps of a run of `total_steps`."""
+        return math.ceil(self.warmup_steps * total_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
+
+
+class RowwiseAdamW(torch.optim.AdamW):
+    """AdamW in which a sparse gradient moves its own rows only.
+
+    Dense AdamW moves every row at each step, by momentum and weight decay, whether its user is in the batch or not,
+    and takes time in proportion to the number of users. Here a row with a gradient gets the AdamW update it would get
+    if the steps in which it was absent did not exist (bias correction counts a row's own steps); other rows are not
+    touched. Dense gradients are left to `torch.optim.AdamW`.
+    """
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a step; see `torch.optim.Optimizer.step`."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        row_grads: list[tuple[nn.Parameter, Tensor]] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None and param.grad.is_sparse:
+                    row_grads.append((param, param.grad))
+                    self._step_rows(param, param.grad.coalesce(), group)
+                    param.grad = None  # AdamW refuses sparse gradients
+        super().step()
+        for param, grad in row_grads:
+            param.grad = grad
+        return loss
+
+    @torch.no_grad()
+    def _step_rows(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if not state:
+            state["exp_avg"] = torch.zeros_like(param)
+            state["exp_avg_sq"] = torch.zeros_like(param)
+            state["row_steps"] = torch.zeros(len(param), dtype=torch.float32, device=param.device)
+        rows, values = grad.indices()[0], grad.values()
+        beta1, beta2 = group["betas"]
+        steps = state["row_steps"][rows] + 1
+        first = torch.lerp(values, state["exp_avg"][rows], beta1)
+        second = torch.lerp(values.square(), state["exp_avg_sq"][rows], beta2)
+        state["row_steps"][rows], state["exp_avg"][rows], state["exp_avg_sq"][rows] = steps, first, second
+
+        shape = (-1,) + (1,) * (values.dim() - 1)
+        correction1, correction2 = (1 - beta1**steps).view(shape), (1 - beta2**steps).view(shape)
+        update = (first / correction1) / ((second / correction2).sqrt() + group["eps"])
+        param[rows] = param[rows] * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm."""
+    grads = []
+    for param in params:
+        if param.grad is not None:
+            if param.grad.is_sparse:
+                param.grad = param.grad.coalesce()
+            grads.append(param.grad.values() if param.grad.is_sparse else param.grad)
+    norm = cast(Tensor, nn.utils.get_total_norm(grads))
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale)
+    return norm
+
+
+def optimizer_steps(trainer: Trainer) -> int:
+    """Return how many optimiser steps a fit will take.
+
+    Counted from the data module: `trainer.estimated_stepping_batches` makes a loader in passing, and with that drops
+    the loader's state on resume (Lightning issue 20550).
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    if datamodule is None:
+        return int(trainer.estimated_stepping_batches)
+    batches = datamodule.batches_per_epoch(trainer.world_size)
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    limits = []
+    if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+        limits.append(math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+    if trainer.max_steps >= 0:
+        limits.append(trainer.max_steps)
+    if not limits:
+        raise ConfigurationError("trainer: set max_epochs or max_steps; the learning-rate schedule needs an end.")
+    return max(1, min(limits))

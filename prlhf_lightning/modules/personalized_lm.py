@@ -1,0 +1,398 @@
+"""The LightningModule that composes user model, policy and preference loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
+from transformers import get_scheduler
+
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
+from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
+from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
+from prlhf_lightning.user_models import UserModel
+
+_CHECKPOINT_KEY = "prlhf_lightning"
+_CHECKPOINT_FORMAT = 1
+
+# So that a checkpoint of a module built in code opens with `weights_only=True`.
+torch.serialization.add_safe_globals([Optim, Sampling])
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective: the pairs of a batch as one kind of user sees them.
+
+    Attributes:
+        generic: Whether the generic user stood in each user's place.
+        log_probs: The policy's log-probabilities.
+        output: The loss's per-pair result.
+    """
+
+    generic: bool
+    log_probs: PairLogProbs
+    output: LossOutput
+
+    @property
+    def margins(self) -> Tensor:
+        """`[B]` reward of the chosen less that of the rejected completion."""
+        return self.output.chosen_rewards - self.output.rejected_rewards
+
+
+class PersonalizedLM(LightningModule):
+    """A policy conditioned on users, trained on who preferred which completion.
+
+    The objective of a pair is `alpha * l(u) + (1 - alpha) * l(u_0)`: the loss under the pair's own user and under
+    the generic user in its place (P-DPO and its relatives, arXiv:2402.05133). The two are mixed pair by pair, so a
+    pair weighs the same whatever else is in its batch.
+
+    Args:
+        user_model: Turns users into soft-prompt vectors.
+        policy: The language model that the vectors condition.
+        loss: The pairwise objective of which both terms are made.
+        alpha: Weight of the user's own term, in [0, 1]; the generic user's has 1 - alpha.
+        optim: Learning rates and schedule.
+        sampling: How `predict` writes.
+    """
+
+    def __init__(
+        self,
+        user_model: UserModel,
+        policy: Policy,
+        loss: PreferenceLoss,
+        alpha: float = 0.5,
+        optim: Optim = Optim(),  # noqa: B008 - frozen, hence safe to share
+        sampling: Sampling = Sampling(),  # noqa: B008
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term lies in [0, 1].")
+        self.save_hyperparameters(logger=False)
+        self.user_model = user_model
+        self.policy = policy
+        self.loss = loss
+        self.alpha = alpha
+        self.optim = optim
+        self.sampling = sampling
+        #: The users that the table has a row for; taken from the data, or from a checkpoint.
+        self.vocabulary: UserVocabulary | None = None
+        self._built_for: UserVocabulary | None = None
+        self._eval_sets: tuple[str, ...] = ()
+        self._metrics = nn.ModuleDict()
+        self._names: dict[int, str] = {}
+
+    # ---- set-up
+
+    def setup(self, stage: str) -> None:
+        """Take the users from the data, unless a checkpoint has brought its own."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.vocabulary is None:
+            if datamodule is None:
+                raise ConfigurationError(
+                    "The users are not known: pass a PreferenceDataModule to the trainer, or set `module.vocabulary` "
+                    "to a UserVocabulary first."
+                )
+            self.vocabulary = datamodule.vocabulary
+        self._eval_sets = tuple(getattr(datamodule, "eval_sets", ()))
+        terms = ("own", "generic") if self.user_model.personalizes else ("own",)
+        self._metrics = nn.ModuleDict({f"{name}_{t}": PreferenceAccuracy() for name in self._eval_sets for t in terms})
+
+    def configure_model(self) -> None:
+        """Load the policy and create the user model's parameters, once the users are known."""
+        if self.vocabulary is None or self._built_for is self.vocabulary:
+            return
+        if self._built_for is None:
+            self.policy.build(with_reference=self.loss.requires_reference)
+        self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
+        self._built_for = self.vocabulary
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Give the policy, the user model and its tables their own rates, under one schedule by steps."""
+        tables = self.user_model.row_tables()
+        is_table = {id(table) for table in tables}
+        shared = [p for p in self.user_model.parameters() if p.requires_grad and id(p) not in is_table]
+        policy = [p for p in self.policy.parameters() if p.requires_grad]
+        groups = [
+            {"name": "policy", "params": policy, "lr": self.optim.lr, "weight_decay": self.optim.weight_decay},
+            {"name": "user_model", "params": shared, "lr": self.optim.user_lr, "weight_decay": 0.0},
+            {
+                "name": "user_tables",
+                "params": tables,
+                "lr": self.optim.user_lr,
+                "weight_decay": self.optim.user_weight_decay,
+            },
+        ]
+        optimizer = RowwiseAdamW([group for group in groups if group["params"]], betas=self.optim.betas)
+        steps = optimizer_steps(self.trainer)
+        name = "constant_with_warmup" if self.optim.schedule == "constant" else self.optim.schedule
+        scheduler = get_scheduler(name, optimizer, self.optim.warmup(steps), steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the joint norm of dense and sparse gradients, which Lightning's own clipping does not know."""
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if not any(param.grad is not None and param.grad.is_sparse for param in params):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            if gradient_clip_algorithm not in (None, "norm"):
+                raise ConfigurationError("trainer.gradient_clip_algorithm: user tables can be clipped by 'norm' only.")
+            clip_gradients(params, gradient_clip_val)
+
+    # ---- objective
+
+    def users(self, user_ids: Sequence[str], user_text: Tokens, reference: bool = False) -> Users:
+        """Look up users and embed their texts.
+
+        Args:
+            user_ids: B ids; one that the model does not know becomes the generic user.
+            user_text: B texts, empty where there is none.
+            reference: Embed the texts as the reference policy does.
+        """
+        if self.vocabulary is None:
+            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
+        rows = self.vocabulary.rows(user_ids).to(user_text.ids.device)
+        with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
+        return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
+
+    def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
+        """Score a batch's completions under the reference, which never sees who the user is."""
+        if not self.loss.requires_reference:
+            return None
+        with torch.no_grad():
+            visible = self.user_model.reference(self.users(batch.user_ids, batch.user_text, reference=True))
+        return self._pair(self.policy.reference_log_probs(batch.prompt, self._completions(batch), visible))
+
+    def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
+        """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
+
+        Args:
+            batch: B pairs.
+            generic: For each result wanted, whether the generic user stands in each user's place.
+        """
+        users = self.users(batch.user_ids, batch.user_text)
+        prompts = [self.user_model.generic(users) if g else self.user_model(users) for g in generic]
+        n = len(prompts)
+        completions = [Tokens.concat([part] * n) for part in self._completions(batch)]
+        scored = self.policy.log_probs(Tokens.concat([batch.prompt] * n), completions, SoftPrompt.stacked(prompts))
+        return [self._pair(parts) for parts in zip(*(scores.chunk(n) for scores in scored), strict=True)]
+
+    def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
+        return [batch.chosen, batch.rejected] if self.loss.requires_rejected else [batch.chosen]
+
+    @staticmethod
+    def _pair(scores: Sequence[LogProbs]) -> PairLogProbs:
+        chosen = scores[0]
+        rejected = scores[1] if len(scores) > 1 else LogProbs(chosen.tokens[:, :0], chosen.mask[:, :0])
+        return PairLogProbs(chosen, rejected)
+
+    def objective(self, batch: PreferenceBatch, every_term: bool = False) -> tuple[Tensor, list[Term]]:
+        """Compute the alpha-weighted loss of each pair.
+
+        Args:
+            batch: B pairs.
+            every_term: Compute a term of weight zero as well, for its rewards.
+
+        Returns:
+            The losses `[B]`, and the terms: the user's own and the generic user's. Where the user model does not tell
+            users apart the two are one, and it comes once.
+        """
+        weights = {False: self.alpha, True: 1.0 - self.alpha} if self.user_model.personalizes else {False: 1.0}
+        kinds = [generic for generic, weight in weights.items() if weight > 0 or every_term]
+        reference = self.reference_log_probs(batch)
+        scored = self.policy_log_probs(batch, kinds)
+        terms = [Term(g, policy, self.loss(policy, reference)) for g, policy in zip(kinds, scored, strict=True)]
+        # P-DPO, arXiv:2402.05133: mixed pair by pair, before any mean over a batch.
+        losses = torch.stack([weights[term.generic] * term.output.losses for term in terms]).sum(0)
+        return losses, terms
+
+    # ---- steps
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch's pairs."""
+        losses, terms = self.objective(batch)
+        loss = losses.mean()
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        self.log("train/chosen_log_probs", terms[0].log_probs.chosen.sum.detach().mean(), batch_size=len(batch))
+        if self.loss.requires_rejected:
+            rejected = terms[0].log_probs.rejected.sum.detach().mean()
+            self.log("train/rejected_log_probs", rejected, batch_size=len(batch))
+            self.log("train/margin", terms[0].margins.mean(), batch_size=len(batch))
+            accuracy = (terms[0].margins > 0).float().mean()
+            self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the seen or unseen users' validation pairs."""
+        self._evaluation_step("val", batch, dataloader_idx)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the seen or unseen users' test pairs."""
+        self._evaluation_step("test", batch, dataloader_idx)
+
+    def _evaluation_step(self, stage: str, batch: PreferenceBatch, dataloader_idx: int) -> None:
+        name = self._eval_sets[dataloader_idx]
+        losses, terms = self.objective(batch, every_term=True)
+        self.log(
+            f"{stage}/{name}/loss",
+            losses.mean(),
+            batch_size=len(batch),
+            on_epoch=True,
+            sync_dist=True,
+            add_dataloader_idx=False,
+        )
+        if not self.loss.requires_rejected:
+            return
+        keys = [_user_key(user_id) for user_id in batch.user_ids]
+        self._names.update(zip(keys, batch.user_ids, strict=True))
+        users = torch.tensor(keys, device=losses.device)
+        for term in terms:
+            metric = self._metrics[f"{name}_{'generic' if term.generic else 'own'}"]
+            metric.update(users, term.output.chosen_rewards, term.output.rejected_rewards)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rewards of the last validation."""
+        self._reset_metrics()
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the rewards of the last test."""
+        self._reset_metrics()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and margin over pairs and over users."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy and margin over pairs and over users."""
+        self._log_metrics("test")
+
+    def _reset_metrics(self) -> None:
+        for metric in self._metrics.values():
+            metric.reset()
+
+    def _log_metrics(self, stage: str) -> None:
+        if not self.loss.requires_rejected:
+            return
+        for name in self._eval_sets:
+            for key, value in self._metrics[f"{name}_own"].compute().items():
+                self.log(f"{stage}/{name}/{key}", value, prog_bar=key == "accuracy")
+            # Without personalisation, and for users who are not known, the generic user is what was just logged.
+            if self.user_model.personalizes and name != "unseen":
+                generic = self._metrics[f"{name}_generic"].compute()
+                self.log(f"{stage}/{name}/generic_accuracy", generic["accuracy"])
+
+    def user_table(self, name: str) -> list[tuple[str, UserAccuracy]]:
+        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`."""
+        return [(self._names.get(row.user, "?"), row) for row in self._metrics[f"{name}_own"].table()]
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names of the sets that validation and test run over."""
+        return self._eval_sets
+
+    # ---- writing
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tokens,
+        user_ids: Sequence[str],
+        user_text: Tokens | None = None,
+        sampling: Sampling | None = None,
+    ) -> list[str]:
+        """Write a completion of each prompt for its user.
+
+        Args:
+            prompt: B prompts.
+            user_ids: B ids; an unknown one gets the generic user.
+            user_text: B texts about the users, or None.
+            sampling: How to draw; the module's own settings by default.
+        """
+        nothing = Tokens(prompt.ids[:, :0], prompt.mask[:, :0])
+        soft_prompt = self.user_model(self.users(user_ids, user_text if user_text is not None else nothing))
+        written = self.policy.generate(prompt, soft_prompt, sampling or self.sampling)
+        rows = zip(written.ids.tolist(), written.mask.tolist(), strict=True)
+        ids = [[token for token, real in zip(*row, strict=True) if real] for row in rows]
+        return [str(text) for text in self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+        """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
+        completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)
+        prompts = self.policy.tokenizer.batch_decode(
+            [ids[mask] for ids, mask in zip(batch.prompt.ids, batch.prompt.mask, strict=True)], skip_special_tokens=True
+        )
+        rows = zip(batch.user_ids, prompts, completions, strict=True)
+        return [{"user_id": user, "prompt": prompt, "completion": text} for user, prompt, text in rows]
+
+    # ---- checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained and what names it: no frozen backbone, no live modules."""
+        kept = self._trained_names()
+        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
+        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
+            k: v for k, v in hparams.items() if not isinstance(v, nn.Module)
+        }
+        checkpoint[_CHECKPOINT_KEY] = {
+            "format": _CHECKPOINT_FORMAT,
+            "users": list(self.vocabulary.ids) if self.vocabulary is not None else [],
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the checkpoint's users, and size the user model for them."""
+        if _CHECKPOINT_KEY not in checkpoint:
+            raise ConfigurationError("This checkpoint was not written by prlhf_lightning: it holds no users.")
+        users = UserVocabulary(checkpoint[_CHECKPOINT_KEY]["users"])
+        if self.vocabulary is not None and list(self.vocabulary.ids) != list(users.ids):
+            new = sum(user_id not in users for user_id in self.vocabulary.ids)
+            rank_zero_warn(
+                f"The checkpoint knows {len(users) - 1} users, and its rows are kept. {new} of the data's "
+                f"{len(self.vocabulary) - 1} training users are not among them and are treated as the generic user."
+            )
+        if self.vocabulary is None or list(self.vocabulary.ids) != list(users.ids):
+            self.vocabulary = users
+        self.configure_model()
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
+        """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.
+
+        Raises:
+            ConfigurationError: A trained weight is missing, or one is there that this model does not have.
+        """
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        missing = sorted(self._trained_names() & set(result.missing_keys))
+        if strict and (missing or result.unexpected_keys):
+            raise ConfigurationError(
+                "The checkpoint does not fit this model. Use the user_model, policy and loss that it was trained "
+                f"with. Missing: {missing[:5]}; not in the model: {result.unexpected_keys[:5]}."
+            )
+        return _IncompatibleKeys([], [])
+
+    def _trained_names(self) -> set[str]:
+        frozen = {name for name, param in self.named_parameters() if not param.requires_grad}
+        own = (f"{name}." for name in ("user_model", "loss"))
+        buffers = {name for name, _ in self.named_buffers() if name.startswith(tuple(own))}
+        return {name for name, _ in self.named_parameters() if name not in frozen} | buffers
+
+
+def _user_key(user_id: str) -> int:
+    """Return an int64 that stands for a user on every process and in every run."""
+    return int.from_bytes(blake2b(user_id.encode(), digest_size=8).digest(), "big", signed=True)

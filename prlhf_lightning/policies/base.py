@@ -1,0 +1,95 @@
+"""What every policy is."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How completions are drawn.
+
+    Attributes:
+        max_new_tokens: Tokens to write at most.
+        temperature: Sampling temperature; 0 picks the likeliest token each time.
+        top_p: Share of the probability to sample from.
+    """
+
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+class Policy(nn.Module, ABC):
+    """A language model that can be conditioned on soft-prompt vectors: `pi(y | x, u)` of arXiv:2402.05133.
+
+    Sequences are `[BOS] [soft prompt] [prompt] [completion]`; the soft prompt stands after BOS where the prompt
+    has one. `build` loads the weights, so that constructing a policy and reading its tokenizer are cheap.
+    """
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer that the data must be encoded with."""
+
+    @abstractmethod
+    def build(self, with_reference: bool = True) -> None:
+        """Load or create the weights.
+
+        Args:
+            with_reference: Whether `reference_log_probs` will be called.
+        """
+
+    @abstractmethod
+    def token_embeddings(self) -> Tensor:
+        """Return the input embeddings of the vocabulary, `[V, d]`."""
+
+    @abstractmethod
+    def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
+        """Return the input embeddings of tokens as vectors, `[B, L, d]`.
+
+        Args:
+            tokens: B texts.
+            reference: Take the embeddings as they were before training.
+        """
+
+    @abstractmethod
+    def log_probs(
+        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+    ) -> tuple[LogProbs, ...]:
+        """Score several completions of the same prompts.
+
+        Args:
+            prompt: B prompts.
+            completions: One or more batches of B completions of those prompts.
+            soft_prompt: B soft prompts, or None for none.
+
+        Returns:
+            For each batch of completions, its per-token log-probabilities `[B, L]`, differentiable.
+        """
+
+    @abstractmethod
+    def reference_log_probs(
+        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+    ) -> tuple[LogProbs, ...]:
+        """Score completions as `log_probs` does, under the policy as it was before training, without gradient."""
+
+    @abstractmethod
+    def generate(self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling) -> Tokens:
+        """Write a completion for each prompt.
+
+        Args:
+            prompt: B prompts.
+            soft_prompt: B soft prompts, or None for none.
+            sampling: How to draw.
+
+        Returns:
+            The completions, with EOS where one was written.
+        """

@@ -1,0 +1,310 @@
+"""Any Hugging Face causal language model as a policy."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.resources import files
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies.base import Policy, Sampling
+from prlhf_lightning.policies.sequences import join, token_log_probs
+from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+
+_BUILTIN = "builtin:"
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters (Hu et al. 2021), made by peft.
+
+    Attributes:
+        rank: Rank r of each adapter.
+        alpha: Scale; an adapter's update is multiplied by alpha / rank.
+        dropout: Dropout on an adapter's input during training.
+        target_modules: Names of the layers to adapt, or `all-linear` for every linear layer but the LM head.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+
+
+class CausalLMPolicy(Policy):
+    """A Hugging Face causal LM with LoRA, or trained in full.
+
+    With LoRA the reference is the same weights with the adapters off; trained in full, a frozen copy. The backbone's
+    own dropout is switched off: it would make the reference, and the generic term, differ by chance alone.
+
+    Args:
+        model: Folder or hub name for `from_pretrained`, or `builtin:style-lm` for the small model that is shipped.
+        lora: Adapters to train, or null to train all weights.
+        dtype: Data type of the weights; `auto` takes the checkpoint's. Adapters are kept in float32.
+        random_init: Start from random weights of the model's configuration instead of its trained ones.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
+        revision: Branch, tag or commit of a hub model.
+        trust_remote_code: Run code that comes with the model. Only for sources that you trust.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        lora: LoRA | None = LoRA(),  # noqa: B008 - frozen, hence safe to share
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+        random_init: bool = False,
+        gradient_checkpointing: bool = False,
+        attn_implementation: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        self.name = model
+        self.lora = lora
+        self.dtype = dtype
+        self.random_init = random_init
+        self.gradient_checkpointing = gradient_checkpointing
+        self.attn_implementation = attn_implementation
+        self._hub_args = {"revision": revision, "trust_remote_code": trust_remote_code}
+
+    @property
+    def _path(self) -> str:
+        if not self.name.startswith(_BUILTIN):
+            return self.name
+        return str(files("prlhf_lightning") / "assets" / self.name.removeprefix(_BUILTIN))
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's own tokenizer, with EOS for padding where it has no padding token."""
+        with self._loading("tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(self._path, **self._hub_args)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+
+    @contextmanager
+    def _loading(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigurationError(
+                f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that "
+                f"`save_pretrained` wrote, or a hub name that this machine can reach. Cause: {error}"
+            ) from error
+
+    def build(self, with_reference: bool = True) -> None:
+        """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
+        with self._loading("weights"):
+            options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+            if self.random_init:
+                config = AutoConfig.from_pretrained(self._path, **self._hub_args)
+                options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+                lm = AutoModelForCausalLM.from_config(
+                    config, trust_remote_code=self._hub_args["trust_remote_code"], **options
+                )
+            else:
+                lm = AutoModelForCausalLM.from_pretrained(self._path, **self._hub_args, **options)
+        _switch_off_dropout(lm)
+        lm.config.use_cache = False  # generate asks for its cache itself
+        if self.gradient_checkpointing:
+            # transformers renamed it within version 5; both names are in the range that is supported.
+            enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
+        self._head_applies_to_hidden_states = _head_explains_logits(lm)
+        self.model: nn.Module = lm
+        self.reference_model: nn.Module | None = None
+        if self.lora is not None:
+            self.model = _add_adapters(lm, self.lora)
+        elif with_reference:
+            self.reference_model = copy.deepcopy(lm).requires_grad_(False)
+
+    @property
+    def lm(self) -> PreTrainedModel:
+        """The Hugging Face model, adapters included."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def token_embeddings(self) -> Tensor:
+        """Return the input embeddings of the vocabulary, `[V, d]`."""
+        return self.lm.get_input_embeddings().weight
+
+    def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
+        """Return the input embeddings of tokens as vectors, `[B, L, d]`; see `Policy.embed`."""
+        if not reference:
+            return _embed(self.lm, tokens)
+        with self._reference_lm() as lm:
+            return _embed(lm, tokens)
+
+    def log_probs(
+        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+    ) -> tuple[LogProbs, ...]:
+        """Score completions under the policy; see `Policy.log_probs`."""
+        return self._score(self.lm, prompt, completions, soft_prompt)
+
+    @torch.no_grad()
+    def reference_log_probs(
+        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+    ) -> tuple[LogProbs, ...]:
+        """Score completions with the adapters off, or under the frozen copy; see `Policy.reference_log_probs`."""
+        with self._reference_lm() as lm:
+            return self._score(lm, prompt, completions, soft_prompt)
+
+    @contextmanager
+    def _reference_lm(self) -> Iterator[nn.Module]:
+        if isinstance(self.model, PeftModel):
+            with self.model.disable_adapter():
+                yield self.lm
+        elif self.reference_model is not None:
+            yield self.reference_model
+        else:
+            raise ConfigurationError("The policy was built without a reference: call build(with_reference=True).")
+
+    def _score(
+        self, lm: nn.Module, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None
+    ) -> tuple[LogProbs, ...]:
+        copies = len(completions)
+        targets = Tokens.concat(completions)
+        before = self._segments(lm, prompt, soft_prompt)
+        before = [SoftPrompt(part.vectors.repeat(copies, 1, 1), part.mask.repeat(copies, 1)) for part in before]
+        sequence = join([*before, _embed(lm, targets)])
+        self._check_length(sequence.mask.shape[1])
+
+        # The token at place i is predicted from place i - 1; only completion tokens are scored.
+        starts = torch.stack([part.mask.sum(1) for part in before]).sum(0)
+        rows, offsets = targets.mask.nonzero(as_tuple=True)
+        places = starts[rows] + offsets - 1
+        inputs = _model_inputs(lm, sequence)
+        vocab_size = self.token_embeddings().shape[0]
+        if self._head_applies_to_hidden_states:
+            hidden = lm.base_model(**inputs).last_hidden_state[rows, places]
+            scores = token_log_probs(hidden, targets.ids[rows, offsets], lm.get_output_embeddings(), vocab_size)
+        else:
+            logits = lm(**inputs).logits[rows, places]
+            scores = token_log_probs(logits, targets.ids[rows, offsets], nn.Identity(), vocab_size)
+        log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
+        return LogProbs(log_probs, targets.mask).chunk(copies)
+
+    def _segments(self, lm: nn.Module, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
+        """Return what precedes the completion: BOS, soft prompt and prompt, embedded."""
+        embedded = _embed(lm, prompt)
+        if soft_prompt is None:
+            return [embedded]
+        is_bos = torch.zeros_like(prompt.mask)
+        is_bos[:, :1] = prompt.ids[:, :1] == self.tokenizer.bos_token_id
+        bos = SoftPrompt(embedded.vectors[:, :1], (embedded.mask & is_bos)[:, :1])
+        vectors = soft_prompt.vectors.to(embedded.vectors.dtype)
+        return [bos, SoftPrompt(vectors, soft_prompt.mask), SoftPrompt(embedded.vectors, embedded.mask & ~is_bos)]
+
+    def _check_length(self, length: int) -> None:
+        limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ConfigurationError(
+                f"A sequence of {length} positions (soft prompt, user text, prompt and completion) exceeds the "
+                f"{limit} positions of {self.name!r}. Lower data.max_prompt_length, data.max_completion_length or "
+                f"the user model's num_tokens."
+            )
+
+    @torch.no_grad()
+    def generate(self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling) -> Tokens:
+        """Write a completion for each prompt; see `Policy.generate`."""
+        sequence = join(self._segments(self.lm, prompt, soft_prompt), align="right")
+        self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens)
+        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        if sampling.temperature > 0:
+            how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        was_training = self.training
+        self.eval()  # a key-value cache and gradient checkpointing exclude one another
+        try:
+            ids = self.lm.generate(
+                inputs_embeds=sequence.vectors,
+                attention_mask=sequence.mask.long(),
+                max_new_tokens=sampling.max_new_tokens,
+                use_cache=True,
+                pad_token_id=pad,
+                eos_token_id=eos,
+                **how,
+            )
+        finally:
+            self.train(was_training)
+        ended_before = (ids == eos).cumsum(1) - (ids == eos).long() > 0
+        return Tokens(ids, ~ended_before)
+
+
+def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2 keeps weights transposed
+    )
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed; nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(lm, config)
+
+
+def _embed(lm: nn.Module, tokens: Tokens) -> SoftPrompt:
+    return SoftPrompt(lm.get_input_embeddings()(tokens.ids), tokens.mask)
+
+
+def _switch_off_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    config = model.config
+    for name in vars(config):
+        # Some attention layers read their dropout from the configuration at each call.
+        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
+            setattr(config, name, 0.0)
+    for module in model.modules():
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+
+
+def _model_inputs(lm: nn.Module, sequence: SoftPrompt) -> dict[str, Any]:
+    inputs: dict[str, Any] = {
+        "inputs_embeds": sequence.vectors,
+        "attention_mask": sequence.mask.long(),
+        "use_cache": False,
+    }
+    # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
+    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
+        width = sequence.mask.shape[1]
+        inputs["position_ids"] = torch.arange(width, device=sequence.mask.device).expand(len(sequence.mask), -1)
+    return inputs
+
+
+@torch.no_grad()
+def _head_explains_logits(lm: PreTrainedModel) -> bool:
+    """Whether logits are the output embedding applied to the backbone's last hidden state, and nothing more.
+
+    It holds for most architectures. Those that scale or cap their logits are found out here, and scored through
+    their own forward instead.
+    """
+    head = lm.get_output_embeddings()
+    if head is None:
+        return False
+    vectors = lm.get_input_embeddings().weight[:4][None]
+    sequence = SoftPrompt.full(vectors)
+    inputs = _model_inputs(lm, sequence)
+    was_training = lm.training
+    lm.eval()
+    logits, hidden = lm(**inputs).logits, lm.base_model(**inputs).last_hidden_state
+    lm.train(was_training)
+    return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-3, atol=1e-3)

@@ -1,0 +1,39 @@
+"""Several user models side by side."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from prlhf_lightning.types import SoftPrompt, Users
+from prlhf_lightning.user_models.base import UserModel
+
+
+class CompositeUserModel(UserModel):
+    """`f_P(u) = concat(f_im(u_p), f_ex(u_t))` (arXiv:2402.05133), or any other models' vectors one after another.
+
+    Args:
+        parts: The models, in the order in which their vectors stand before the prompt.
+    """
+
+    def __init__(self, parts: list[UserModel]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.personalizes = any(part.personalizes for part in parts)
+        self.uses_text = any(part.uses_text for part in parts)
+
+    @property
+    def _models(self) -> list[UserModel]:
+        return list(self.parts)  # type: ignore[arg-type]
+
+    def build(self, num_rows: int, token_embeddings: Tensor) -> None:
+        """Build each part."""
+        for part in self._models:
+            part.build(num_rows, token_embeddings)
+
+    def forward(self, users: Users) -> SoftPrompt:
+        """Return the parts' vectors joined along time, `[B, T1 + T2 + ..., d]`."""
+        return SoftPrompt.side_by_side([part(users) for part in self._models])
+
+    def row_tables(self) -> list[nn.Parameter]:
+        """Return the tables of all parts."""
+        return [table for part in self._models for table in part.row_tables()]

@@ -1,0 +1,83 @@
+"""Small real models and tokenizers, made on the spot: nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    set_seed,
+)
+from transformers import AutoModelForCausalLM as AutoLM
+
+WORDS = "a the cat dog sat ran fast slow red blue sun moon user likes short long answers hello bye yes no".split()
+SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
+VOCAB = len(SPECIAL) + len(WORDS)
+CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor %}"
+
+ARCHITECTURES: dict[str, PretrainedConfig] = {
+    "llama": LlamaConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ),
+    "qwen": Qwen2Config(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "neox": GPTNeoXConfig(
+        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ),
+}
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({w: i for i, w in enumerate([*SPECIAL, *WORDS])}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>"
+    )
+
+
+@pytest.fixture(scope="session")
+def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A saved model with its tokenizer for each architecture."""
+    root = tmp_path_factory.mktemp("models")
+    for name, config in ARCHITECTURES.items():
+        set_seed(0)
+        config.bos_token_id, config.eos_token_id, config.pad_token_id = 1, 2, 0
+        model = AutoLM.from_config(config)
+        for param in model.parameters():
+            # Larger than the default start, so that log-probs differ by more than rounding.
+            param.data.add_(0.3 * torch.randn_like(param))
+        model.save_pretrained(root / name)
+        make_tokenizer().save_pretrained(root / name)
+    return {name: str(root / name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def model_path(model_paths: dict[str, str]) -> str:
+    return model_paths["llama"]
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    set_seed(0)
+
+
+@pytest.fixture(scope="session")
+def repo_root() -> Path:
+    return Path(__file__).parent.parent
