@@ -1,0 +1,70 @@
+"""Preference losses: each turns log-probabilities of pairs into one loss a pair.
+
+RPO is `DPOLoss` (or any other) with `sft_weight > 0`; conservative DPO is `DPOLoss` with `label_smoothing > 0`.
+To add one, subclass `MarginLoss` (one method) or `PreferenceLoss` in a file of your own and name it by `class_path`.
+"""
+
+from prlhf_lightning.losses.base import MarginLoss, PreferenceLoss
+from prlhf_lightning.losses.margin import (
+    DiscoPOPLoss,
+    DPOLoss,
+    EXOLoss,
+    HingeLoss,
+    IPOLoss,
+    RobustLoss,
+    discopop_loss,
+    dpo_loss,
+    exo_loss,
+    hinge_loss,
+    ipo_loss,
+    robust_loss,
+)
+from prlhf_lightning.losses.pointwise import (
+    APODownLoss,
+    APOZeroLoss,
+    BCOLoss,
+    NCALoss,
+    SPPOLoss,
+    apo_down_loss,
+    apo_zero_loss,
+    bco_loss,
+    nca_loss,
+    sppo_loss,
+)
+from prlhf_lightning.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, odds_ratio_loss, simpo_loss
+from prlhf_lightning.losses.transport import AOTLoss, AOTUnpairedLoss
+
+__all__ = [
+    "AOTLoss",
+    "AOTUnpairedLoss",
+    "APODownLoss",
+    "APOZeroLoss",
+    "BCOLoss",
+    "CPOLoss",
+    "DPOLoss",
+    "DiscoPOPLoss",
+    "EXOLoss",
+    "HingeLoss",
+    "IPOLoss",
+    "MarginLoss",
+    "NCALoss",
+    "ORPOLoss",
+    "PreferenceLoss",
+    "RobustLoss",
+    "SFTLoss",
+    "SPPOLoss",
+    "SimPOLoss",
+    "apo_down_loss",
+    "apo_zero_loss",
+    "bco_loss",
+    "discopop_loss",
+    "dpo_loss",
+    "exo_loss",
+    "hinge_loss",
+    "ipo_loss",
+    "nca_loss",
+    "odds_ratio_loss",
+    "robust_loss",
+    "simpo_loss",
+    "sppo_loss",
+]

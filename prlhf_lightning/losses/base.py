@@ -1,0 +1,124 @@
+"""What every preference loss is: log-probabilities of a batch of pairs in, one loss a pair out."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.types import LossOutput, PairLogProbs
+
+
+class PreferenceLoss(nn.Module, ABC):
+    """A loss for each pair of completions, from their log-probabilities.
+
+    To write a loss of the margin between the two rewards, subclass `MarginLoss`; for anything else, subclass this and
+    write `pair_loss`. A loss knows nothing of users: the training module mixes its user and generic terms, per pair.
+
+    With `sft_weight > 0` each pair's loss gains `sft_weight` times the mean negative log-likelihood per token of the
+    chosen completion, which keeps generated text fluent (with `DPOLoss` this is RPO, arXiv:2404.19733, Eq. 1).
+
+    Attributes:
+        requires_reference: False for losses that look at the policy only; the reference is then never computed.
+        requires_rejected: False for losses that accept data without rejected completions.
+
+    Args:
+        beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
+        sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
+    """
+
+    requires_reference: ClassVar[bool] = True
+    requires_rejected: ClassVar[bool] = True
+
+    def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
+        super().__init__()
+        name = type(self).__name__
+        if not 0 < beta < math.inf:
+            raise ConfigurationError(f"{name}: beta is {beta}; it scales the rewards and must be above 0.")
+        if not 0 <= sft_weight < math.inf:
+            raise ConfigurationError(f"{name}: sft_weight is {sft_weight}; it must be 0 (no SFT term) or more.")
+        self.beta = beta
+        self.sft_weight = sft_weight
+
+    @abstractmethod
+    def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
+        """Return the loss of each pair, `[B]`, without the SFT term.
+
+        Args:
+            policy: Log-probabilities under the policy.
+            reference: The same under the reference; None exactly where `requires_reference` is False.
+        """
+
+    def rewards(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, Tensor]:
+        """Return the implicit rewards `[B]` of the chosen and of the rejected completions, differentiable.
+
+        By default `β (log π(y|x) - log π_ref(y|x))`, DPO's Eq. 5 (arXiv:2305.18290) up to a constant of the prompt.
+        Without a reference the last term is left out. Override where a loss ranks completions by something else.
+        """
+        chosen, rejected = policy.chosen.sum, policy.rejected.sum
+        if reference is not None:
+            chosen, rejected = chosen - reference.chosen.sum, rejected - reference.rejected.sum
+        return self.beta * chosen, self.beta * rejected
+
+    def forward(self, policy: PairLogProbs, reference: PairLogProbs | None = None) -> LossOutput:
+        """Return the loss and the detached implicit rewards of each pair.
+
+        Args:
+            policy: Log-probabilities under the policy.
+            reference: The same under the reference. Ignored where `requires_reference` is False.
+        """
+        name = type(self).__name__
+        if not self.requires_reference:
+            reference = None
+        elif reference is None:
+            raise ConfigurationError(
+                f"{name} compares the policy with a reference and got none; "
+                "pass the reference's log-probabilities, or use a loss without one such as SimPOLoss."
+            )
+        if self.requires_rejected and policy.rejected.tokens.shape[-1] == 0:
+            raise ConfigurationError(
+                f"{name} compares two completions, but this batch has no rejected ones; "
+                "give data with a 'rejected' field, or train on the chosen ones with SFTLoss."
+            )
+        losses = self.pair_loss(policy, reference)
+        if self.sft_weight:
+            losses = losses - self.sft_weight * policy.chosen.mean
+        with torch.no_grad():
+            chosen_rewards, rejected_rewards = self.rewards(policy, reference)
+        return LossOutput(losses, chosen_rewards, rejected_rewards)
+
+
+class MarginLoss(PreferenceLoss):
+    """A loss that depends on a pair only through the margin between its two implicit rewards.
+
+    Args:
+        beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
+        sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
+    """
+
+    @abstractmethod
+    def margin_loss(self, margin: Tensor) -> Tensor:
+        """Return the loss of each pair, `[B]`.
+
+        Args:
+            margin: `[B]` reward of the chosen completion minus that of the rejected one, β included.
+        """
+
+    def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
+        """Return the loss of each pair's margin, `[B]`."""
+        chosen, rejected = self.rewards(policy, reference)
+        return self.margin_loss(chosen - rejected)
+
+
+def check_label_smoothing(loss: nn.Module, value: float) -> float:
+    """Return a probability that a label is flipped, or raise where it is not in [0, 0.5)."""
+    if not 0 <= value < 0.5:
+        raise ConfigurationError(
+            f"{type(loss).__name__}: label_smoothing is {value}; as the probability that a preference is "
+            "recorded the wrong way round it must be at least 0 and below 0.5."
+        )
+    return value
