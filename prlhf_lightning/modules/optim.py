@@ -73,9 +73,11 @@ class RowwiseAdamW(torch.optim.AdamW):
     def _step_rows(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
+            state["step"] = torch.zeros(())  # what torch's AdamW looks for when it restores a state
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
             state["row_steps"] = torch.zeros(len(param), dtype=torch.float32, device=param.device)
+        state["step"] += 1
         rows, values = grad.indices()[0], grad.values()
         beta1, beta2 = group["betas"]
         steps = state["row_steps"][rows] + 1

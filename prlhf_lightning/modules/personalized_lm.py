@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -80,7 +81,10 @@ class PersonalizedLM(LightningModule):
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
             raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term lies in [0, 1].")
-        self.save_hyperparameters(logger=False)
+        # From the CLI these are the components' configurations, from which a checkpoint can be loaded without more.
+        # Built in code there are only live modules, which belong in no checkpoint (nor in the copy made here).
+        live = [] if _given_hyperparameters.get() else ["user_model", "policy", "loss"]
+        self.save_hyperparameters(ignore=live, logger=False)
         self.user_model = user_model
         self.policy = policy
         self.loss = loss
@@ -344,13 +348,9 @@ class PersonalizedLM(LightningModule):
     # ---- checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained and what names it: no frozen backbone, no live modules."""
+        """Keep what was trained, and the users whose rows it holds; not the frozen backbone."""
         kept = self._trained_names()
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        hparams = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
-        checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY] = {
-            k: v for k, v in hparams.items() if not isinstance(v, nn.Module)
-        }
         checkpoint[_CHECKPOINT_KEY] = {
             "format": _CHECKPOINT_FORMAT,
             "users": list(self.vocabulary.ids) if self.vocabulary is not None else [],

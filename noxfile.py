@@ -1,0 +1,37 @@
+"""Sessions: `nox` runs lint, typecheck and tests; `nox -s bench` the speed benchmarks.
+
+`nox --no-venv` uses the environment that it is started from, whose packages are then left as they are.
+"""
+
+import nox
+
+nox.needs_version = ">=2025.2"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+nox.options.default_venv_backend = "virtualenv"
+
+
+def _install(session: nox.Session, *extras: str) -> None:
+    if session.venv_backend != "none":
+        session.install("-e", f".[{','.join(extras)}]")
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and format."""
+    _install(session, "lint")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def typecheck(session: nox.Session) -> None:
+    """Check types, strictly."""
+    _install(session, "lint", "test")
+    session.run("mypy")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; arguments after `--` go to pytest."""
+    _install(session, "test")
+    session.run("pytest", *session.posargs)

@@ -1,0 +1,135 @@
+"""What happens around training: checkpoints that can be resumed, a table of users, predictions on disk."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+
+from prlhf_lightning.metrics import UserAccuracy
+from prlhf_lightning.modules import PersonalizedLM
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder that this run's files go to: the logger's, or the trainer's root where there is none."""
+    return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+class BestAndLast(ModelCheckpoint):
+    """Keeps the best checkpoint by a validation metric, and the last.
+
+    Where the data have no validation set there is no best, and only the last is kept.
+
+    Args:
+        monitor: Name of the logged value to judge by.
+        mode: Whether a small (`min`) or a large (`max`) value is good.
+        save_top_k: How many of the best to keep.
+        every_n_train_steps: Also save the last every so many steps; null saves after each validation only.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/seen/loss",
+        mode: str = "min",
+        save_top_k: int = 1,
+        every_n_train_steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            filename="best-step{step}",
+            auto_insert_metric_name=False,
+            monitor=monitor,
+            mode=mode,
+            save_top_k=save_top_k,
+            save_last=True,
+            every_n_train_steps=every_n_train_steps,
+        )
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Do without a monitor where nothing is validated."""
+        super().setup(trainer, pl_module, stage)
+        sets = getattr(trainer.datamodule, "eval_sets", ())  # type: ignore[attr-defined]
+        if stage == "fit" and not any(f"val/{name}/" in str(self.monitor) for name in sets):
+            self.monitor = None
+
+
+class SaveOnInterrupt(Callback):
+    """Leaves a checkpoint to go on from when training is interrupted, by a person, a scheduler or an error."""
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Save `interrupted.ckpt` and say how to go on."""
+        if not trainer.training or trainer.global_step == 0:
+            return
+        path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}")
+
+
+class UserTable(Callback):
+    """Writes each user's accuracy after every evaluation: `users_seen.csv` and `users_unseen.csv`."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the tables of the validation sets."""
+        if not trainer.sanity_checking:
+            self._write(trainer, pl_module)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the tables of the test sets."""
+        self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, PersonalizedLM) or not module.loss.requires_rejected:
+            return
+        for name in module.eval_sets:
+            table = module.user_table(name)  # on every process: it gathers
+            if trainer.is_global_zero and table:
+                path = run_folder(trainer) / f"users_{name}.csv"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                columns = ["user_id", *(field.name for field in fields(UserAccuracy) if field.name != "user")]
+                partial = path.with_suffix(".partial")
+                with partial.open("w", newline="", encoding="utf-8") as file:
+                    writer = csv.writer(file)
+                    writer.writerow(columns)
+                    writer.writerows([user_id, *astuple(row)[1:]] for user_id, row in table)
+                os.replace(partial, path)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict` generates to `predictions.jsonl`, one row a prompt, as it goes."""
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Open the file of this process."""
+        super().setup(trainer, pl_module, stage)
+        if stage == "predict":
+            suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
+            self.path = run_folder(trainer) / f"predictions{suffix}.jsonl"
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.write_text("")
+
+    def write_on_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        prediction: Sequence[dict[str, Any]],
+        batch_indices: Sequence[int] | None,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int,
+    ) -> None:
+        """Append a batch's rows."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say where the rows are."""
+        rank_zero_info(f"Predictions are in {self.path}")

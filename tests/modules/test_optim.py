@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import nn
+
+from prlhf_lightning.modules.optim import RowwiseAdamW, clip_gradients
+
+SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.05}
+
+
+def table(rows: int = 4) -> nn.Embedding:
+    return nn.Embedding(rows, 3, sparse=True)
+
+
+def descend(model: nn.Embedding, optimizer: torch.optim.Optimizer, rows: list[int]) -> None:
+    optimizer.zero_grad()
+    model(torch.tensor(rows)).pow(3).sum().backward()
+    optimizer.step()
+
+
+def test_a_table_whose_rows_are_all_present_moves_as_under_dense_adamw():
+    sparse = table()
+    dense = nn.Embedding.from_pretrained(sparse.weight.detach().clone(), freeze=False)
+    ours, torchs = RowwiseAdamW(sparse.parameters(), **SETTINGS), torch.optim.AdamW(dense.parameters(), **SETTINGS)
+    for _ in range(5):
+        descend(sparse, ours, [0, 1, 2, 3, 3])
+        descend(dense, torchs, [0, 1, 2, 3, 3])
+        torch.testing.assert_close(sparse.weight, dense.weight)
+
+
+def test_an_absent_user_does_not_move_and_steps_only_count_when_present():
+    model, alone = table(), table()
+    alone.weight.data = model.weight.data.clone()
+    optimizer, lonely = RowwiseAdamW(model.parameters(), **SETTINGS), RowwiseAdamW(alone.parameters(), **SETTINGS)
+    start = model.weight.detach().clone()
+    for rows in ([1], [2], [1, 2], [2]):
+        descend(model, optimizer, rows)
+    assert torch.equal(model.weight[[0, 3]], start[[0, 3]])
+    before = model.weight.detach().clone()
+    descend(model, optimizer, [2])
+    assert torch.equal(model.weight[1], before[1])
+    for rows in ([1], [1]):
+        descend(alone, lonely, rows)
+    torch.testing.assert_close(model.weight[1], alone.weight[1])
+
+
+def test_dense_parameters_move_as_under_torch_adamw():
+    model, twin = nn.Linear(3, 2), None
+    twin = copy.deepcopy(model)
+    ours, torchs = RowwiseAdamW(model.parameters(), **SETTINGS), torch.optim.AdamW(twin.parameters(), **SETTINGS)
+    for _ in range(3):
+        for module, optimizer in ((model, ours), (twin, torchs)):
+            optimizer.zero_grad()
+            module(torch.ones(1, 3)).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(model.weight, twin.weight)
+
+
+def test_a_restored_optimizer_goes_on_bit_for_bit():
+    model = table()
+    optimizer = RowwiseAdamW(model.parameters(), **SETTINGS)
+    descend(model, optimizer, [1, 2])
+    other = table()
+    other.load_state_dict(model.state_dict())
+    restored = RowwiseAdamW(other.parameters(), **SETTINGS)
+    restored.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    descend(model, optimizer, [2, 3])
+    descend(other, restored, [2, 3])
+    assert torch.equal(model.weight, other.weight)
+
+
+def test_clipping_counts_sparse_and_dense_gradients_together():
+    sparse, linear = table(), nn.Linear(3, 1)
+    dense = nn.Embedding.from_pretrained(sparse.weight.detach().clone(), freeze=False)
+    norms = []
+    for model in (sparse, dense):
+        linear.zero_grad()
+        linear(model(torch.tensor([1, 1, 2]))).square().sum().backward()
+        params = [*model.parameters(), *linear.parameters()]
+        norms.append(clip_gradients(params, 0.1) if model is sparse else nn.utils.clip_grad_norm_(params, 0.1))
+        if model is sparse:
+            clipped = linear.weight.grad.clone()
+    torch.testing.assert_close(norms[0], norms[1])
+    torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
+    torch.testing.assert_close(clipped, linear.weight.grad)
