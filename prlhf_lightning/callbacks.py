@@ -55,7 +55,7 @@ class BestAndLast(ModelCheckpoint):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do without a monitor where nothing is validated."""
         super().setup(trainer, pl_module, stage)
-        sets = getattr(trainer.datamodule, "eval_sets", ())  # type: ignore[attr-defined]
+        sets = getattr(trainer.datamodule, "eval_sets", {}).get("validate", ())  # type: ignore[attr-defined]
         if stage == "fit" and not any(f"val/{name}/" in str(self.monitor) for name in sets):
             self.monitor = None
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
@@ -81,3 +83,28 @@ def _seed() -> None:
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return Path(__file__).parent.parent
+
+
+def write_votes(path: Path, users: dict[str, int], seed: int = 0) -> Path:
+    """Write `users[id]` votes of each user: some like long answers, some short ones."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for i, (user, count) in enumerate(users.items()):
+            for _ in range(count):
+                long, short = (" ".join(draw.choices(WORDS, k=k)) for k in (5, 2))
+                chosen, rejected = (long, short) if i % 2 else (short, long)
+                prompt = " ".join(draw.choices(WORDS, k=3))
+                row = {"user_id": user, "prompt": prompt, "chosen": chosen, "rejected": rejected}
+                file.write(json.dumps(row | {"user_text": "user likes long answers"}) + "\n")
+    return path
+
+
+@pytest.fixture
+def votes(tmp_path: Path) -> Path:
+    """A training file of four users."""
+    return write_votes(tmp_path / "votes.jsonl", {"ann": 12, "bob": 12, "cy": 12, "dee": 12})
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "cache"))

@@ -110,7 +110,8 @@ class PersonalizedLM(LightningModule):
                     "to a UserVocabulary first."
                 )
             self.vocabulary = datamodule.vocabulary
-        self._eval_sets = tuple(getattr(datamodule, "eval_sets", ()))
+        sets = getattr(datamodule, "eval_sets", {})
+        self._eval_sets = sets.get("validate" if stage == "fit" else stage, ())
         terms = ("own", "generic") if self.user_model.personalizes else ("own",)
         self._metrics = nn.ModuleDict({f"{name}_{t}": PreferenceAccuracy() for name in self._eval_sets for t in terms})
 
@@ -308,7 +309,7 @@ class PersonalizedLM(LightningModule):
 
     @property
     def eval_sets(self) -> tuple[str, ...]:
-        """Names of the sets that validation and test run over."""
+        """Names of the sets that the present stage evaluates, in the order of their dataloaders."""
         return self._eval_sets
 
     # ---- writing

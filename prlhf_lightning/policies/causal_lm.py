@@ -117,6 +117,7 @@ class CausalLMPolicy(Policy):
                 )
             else:
                 lm = AutoModelForCausalLM.from_pretrained(self._path, **self._hub_args, **options)
+        lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
         _switch_off_dropout(lm)
         lm.config.use_cache = False  # generate asks for its cache itself
         if self.gradient_checkpointing:

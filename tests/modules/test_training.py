@@ -1,0 +1,197 @@
+"""What a Trainer does with the module: who moves, what a checkpoint holds, what comes back from it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from prlhf_lightning.callbacks import SaveOnInterrupt
+from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import BCOLoss, DPOLoss
+from prlhf_lightning.modules import Optim, PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.user_models import (
+    ClusterUserModel,
+    CompositeUserModel,
+    IndividualUserModel,
+    TextUserModel,
+    UniformUserModel,
+)
+
+USER_MODELS = {
+    "uniform": lambda: UniformUserModel(2),
+    "individual": lambda: IndividualUserModel(2),
+    "cluster": lambda: ClusterUserModel(2, 2),
+    "text": TextUserModel,
+    "composite": lambda: CompositeUserModel([ClusterUserModel(2, 1), TextUserModel()]),
+}
+
+
+def make(model_path, user_model=None, loss=None, **kwargs) -> PersonalizedLM:
+    return PersonalizedLM(
+        user_model or IndividualUserModel(2),
+        CausalLMPolicy(model_path, lora=kwargs.pop("lora", LoRA(rank=2))),
+        loss or DPOLoss(),
+        optim=Optim(lr=1e-2, user_lr=1e-1, user_weight_decay=0.1, warmup_steps=0),
+        sampling=Sampling(max_new_tokens=4, temperature=0.0),
+        **kwargs,
+    )
+
+
+def make_data(votes, model_path, **kwargs) -> PreferenceDataModule:
+    options = {"batch_size": 4, "validation_fraction": 0.2, **kwargs}
+    return PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, **options)
+
+
+def make_trainer(tmp_path, **kwargs) -> Trainer:
+    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
+               "enable_model_summary": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1, **kwargs}  # fmt: skip
+    return Trainer(default_root_dir=tmp_path, **options)
+
+
+@pytest.mark.parametrize("name", USER_MODELS)
+@pytest.mark.parametrize("make_loss", [DPOLoss, BCOLoss])
+def test_every_user_model_trains_and_comes_back_from_a_checkpoint(model_path, votes, tmp_path, name, make_loss):
+    module, data = make(model_path, USER_MODELS[name](), make_loss()), make_data(votes, model_path)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = PersonalizedLM.load_from_checkpoint(
+        tmp_path / "a.ckpt",
+        user_model=USER_MODELS[name](),
+        policy=CausalLMPolicy(model_path, lora=LoRA(rank=2)),
+        loss=make_loss(),
+    )
+    assert loaded.optim == module.optim
+    assert loaded.vocabulary == module.vocabulary
+    batch = next(iter(data.val_dataloader()[0]))
+    for generic in (False, True):
+        (before,), (after,) = (m.eval().policy_log_probs(batch, [generic]) for m in (module, loaded))
+        assert torch.equal(before.chosen.tokens, after.chosen.tokens)
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)  # opens without running anybody's code
+    assert not any("base_layer" in key or "embed_tokens" in key for key in state["state_dict"])
+
+
+def test_a_user_who_is_not_in_the_data_seen_so_far_does_not_move(model_path, votes, tmp_path):
+    module, data = make(model_path), make_data(votes, model_path)
+    module.vocabulary = UserVocabulary(["ann", "bob", "cy", "dee", "elsewhere"])
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    offsets = module.user_model.offsets.weight
+    assert torch.equal(offsets[5], torch.zeros_like(offsets[5]))
+    assert torch.equal(offsets[0], torch.zeros_like(offsets[0]))  # nor does the generic user's offset
+    assert all(offsets[row].abs().sum() > 0 for row in range(1, 5))
+
+
+def test_training_changes_nothing_in_the_reference(model_path, votes, tmp_path):
+    module, data = make(model_path), make_data(votes, model_path)
+    trainer = make_trainer(tmp_path)
+    data.prepare_data()
+    batch = next(iter(data.train_dataloader()))
+    module.vocabulary = data.vocabulary
+    module.configure_model()
+    before = module.reference_log_probs(batch).chosen.tokens
+    trainer.fit(module, data)
+    assert torch.equal(module.reference_log_probs(batch).chosen.tokens, before)
+
+
+def test_full_fine_tuning_trains_and_saves_all_weights(model_path, votes, tmp_path):
+    module, data = make(model_path, lora=None), make_data(votes, model_path)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
+    assert "policy.model.model.embed_tokens.weight" in state
+    assert not any("reference_model" in key for key in state)
+
+
+class Crash(Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+@pytest.mark.parametrize("step", [3, 10, 13])  # within the first epoch of ten steps, at its end, within the second
+def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, votes, tmp_path, step):
+    def run(folder, *callbacks: Callback, checkpoint=None) -> PersonalizedLM:
+        torch.manual_seed(0)
+        module = make(model_path)
+        trainer = make_trainer(folder, max_epochs=2, limit_val_batches=0, callbacks=[SaveOnInterrupt(), *callbacks])
+        trainer.fit(module, make_data(votes, model_path), ckpt_path=checkpoint, weights_only=True)
+        assert trainer.global_step == 20
+        return module
+
+    straight = run(tmp_path / "straight")
+    with pytest.raises(RuntimeError, match="crash"):
+        run(tmp_path / "crashed", Crash(step))
+    resumed = run(tmp_path / "resumed", checkpoint=tmp_path / "crashed/checkpoints/interrupted.ckpt")
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_checkpoint_of_another_model_is_refused(model_path, votes, tmp_path):
+    module, data = make(model_path), make_data(votes, model_path)
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(ConfigurationError, match="does not fit this model"):
+        PersonalizedLM.load_from_checkpoint(
+            tmp_path / "a.ckpt",
+            user_model=ClusterUserModel(2, 2),
+            policy=CausalLMPolicy(model_path, lora=LoRA(rank=2)),
+            loss=DPOLoss(),
+        )
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.6"}, tmp_path / "b.ckpt")
+    with pytest.raises(ConfigurationError, match="holds no users"):
+        PersonalizedLM.load_from_checkpoint(
+            tmp_path / "b.ckpt", user_model=TextUserModel(), policy=CausalLMPolicy(model_path), loss=DPOLoss()
+        )
+
+
+def test_users_new_to_a_checkpoint_are_reported_and_get_the_generic_user(model_path, votes, tmp_path):
+    from conftest import write_votes
+
+    module = make(model_path)
+    trainer = make_trainer(tmp_path, max_steps=2, limit_val_batches=0)
+    trainer.fit(module, make_data(votes, model_path))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    more = write_votes(tmp_path / "more.jsonl", {"ann": 9, "zoe": 9})
+    trainer = make_trainer(tmp_path)
+    with pytest.warns(UserWarning, match="knows 4 users.* 1 of the data's 2 training users are not among them"):
+        trainer.validate(fresh := make(model_path), make_data(more, model_path), ckpt_path=tmp_path / "a.ckpt")
+    assert fresh.vocabulary.rows(["zoe", "ann"]).tolist() == [0, 1]
+
+
+def test_predict_writes_for_each_user(model_path, votes, tmp_path):
+    module, data = make(model_path), make_data(votes, model_path)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    (first, *_) = trainer.predict(module, data)
+    assert {"user_id", "prompt", "completion"} == set(first[0])
+    assert first[0]["user_id"] in {"ann", "bob", "cy", "dee"}
+
+
+def test_metrics_are_logged_over_pairs_users_and_the_generic_user(model_path, votes, tmp_path):
+    module = make(model_path)
+    data = make_data(votes, model_path, unseen_user_fraction=0.4)
+    trainer = make_trainer(tmp_path)
+    trainer.fit(module, data)
+    logged = trainer.callback_metrics
+    assert {f"val/seen/{key}" for key in ("loss", "accuracy", "accuracy_user_mean", "accuracy_worst_decile", "margin",
+            "generic_accuracy")} <= set(logged)  # fmt: skip
+    assert "val/unseen/accuracy" in logged
+    table = module.user_table("seen")
+    pairs = sum(row.pairs for _, row in table)
+    weighted = sum(row.accuracy * row.pairs for _, row in table) / pairs
+    assert float(logged["val/seen/accuracy"]) == pytest.approx(weighted)
+    assert {user for user, _ in table} <= set(module.vocabulary.ids)
+
+
+def test_alpha_outside_the_unit_interval_is_refused(model_path):
+    with pytest.raises(ConfigurationError, match=r"model.alpha is 1.5"):
+        make(model_path, alpha=1.5)
