@@ -60,6 +60,12 @@ class BestAndLast(ModelCheckpoint):
             self.monitor = None
 
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the record of the best, unless this run has a folder of its own and begins its own record."""
+        if self.dirpath == state_dict.get("dirpath"):
+            super().load_state_dict(state_dict)
+
+
 class SaveOnInterrupt(Callback):
     """Leaves a checkpoint to go on from when training is interrupted, by a person, a scheduler or an error."""
 

@@ -105,7 +105,7 @@ class PRLHFCLI(LightningCLI):
             **{
                 **fresh.trainer.as_dict(),
                 "logger": CSVLogger(folder, name="baseline", version=""),
-                "callbacks": [RichProgressBar()],
+                "callbacks": [] if fresh.trainer.enable_progress_bar is False else [RichProgressBar()],
                 "enable_checkpointing": False,
             }
         )
@@ -120,7 +120,8 @@ class PRLHFCLI(LightningCLI):
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         config["callbacks"] = list(config["callbacks"] or [])
-        if not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
+        wanted = config["enable_progress_bar"] is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
             config["callbacks"].append(RichProgressBar())
         if config["logger"] is None:
             config["logger"] = CSVLogger(config["default_root_dir"] or "runs", name="")

@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64),
+    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
     "neox": GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     ),

@@ -1,0 +1,161 @@
+"""The command line, in process."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import pytest
+import torch
+import yaml
+
+from prlhf_lightning.cli import main
+from prlhf_lightning.losses import MarginLoss
+from prlhf_lightning.modules import PersonalizedLM
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+
+
+@pytest.fixture
+def config(model_path, votes, tmp_path):
+    content = {
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False,
+                    "default_root_dir": str(tmp_path / "runs"), "log_every_n_steps": 1},
+        "model": {
+            "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
+            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
+            "loss": {"class_path": "DPOLoss", "init_args": {"beta": 0.1}},
+            "sampling": {"max_new_tokens": 4},
+        },
+        "data": {
+            "source": {"class_path": "FileSource", "init_args": {"train": str(votes)}},
+            "validation_fraction": 0.2,
+        },
+    }  # fmt: skip
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def run(*args: object) -> None:
+    main([str(arg) for arg in args])
+
+
+def fails(capsys, *args: object) -> str:
+    """Run a command that must exit with an error; return what it says."""
+    with pytest.raises(SystemExit) as exit_info:
+        run(*args)
+    said = capsys.readouterr().err + (exit_info.value.code if isinstance(exit_info.value.code, str) else "")
+    assert "Traceback" not in said
+    return said
+
+
+def test_fit_leaves_checkpoints_a_log_and_a_table_of_users(config, tmp_path):
+    run("fit", "-c", config)
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert {"config.yaml", "metrics.csv", "users_seen.csv"} <= {path.name for path in folder.iterdir()}
+    assert (folder / "checkpoints/last.ckpt").exists()
+    assert len(list((folder / "checkpoints").glob("best-*.ckpt"))) == 1
+    with (folder / "users_seen.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["user_id"] for row in rows} <= {"ann", "bob", "cy", "dee"}
+    assert all(0 <= float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) <= 1 for row in rows)
+
+
+def test_a_checkpoint_rebuilds_the_model_without_being_told_its_parts(config, tmp_path):
+    run("fit", "-c", config)
+    checkpoint = next((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
+    module = PersonalizedLM.load_from_checkpoint(checkpoint, weights_only=True)
+    assert module.vocabulary.ids == ("ann", "bob", "cy", "dee")
+    saved = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert torch.equal(module.user_model.offsets.weight, saved["user_model.offsets.weight"])
+
+
+def test_validate_and_predict_from_a_checkpoint(config, tmp_path):
+    run("fit", "-c", config)
+    checkpoint = next((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
+    run("validate", "-c", config, "--ckpt_path", checkpoint)
+    run("predict", "-c", config, "--ckpt_path", checkpoint)
+    (predictions,) = (tmp_path / "runs").glob("*/predictions.jsonl")
+    rows = [json.loads(line) for line in predictions.read_text().splitlines()]
+    assert rows
+    assert set(rows[0]) == {"user_id", "prompt", "completion"}
+
+
+def test_with_a_baseline_both_models_are_compared(config, tmp_path, capsys):
+    run("fit", "-c", config, "--baseline", "true")
+    (path,) = (tmp_path / "runs").glob("*/comparison.json")
+    results = json.loads(path.read_text())
+    assert set(results) == {"vanilla", "personalised"}
+    assert results["vanilla"]["val/seen/generic_accuracy"] == results["vanilla"]["val/seen/accuracy"]
+    assert "pair accuracy, seen users" in capsys.readouterr().out
+
+
+class CubeLoss(MarginLoss):
+    """A loss from outside the package."""
+
+    def margin_loss(self, margin: torch.Tensor) -> torch.Tensor:
+        return (1 - margin) ** 3
+
+
+def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_losses", sys.modules[__name__])
+    monkeypatch.setattr(CubeLoss, "__module__", "my_losses")
+    run("fit", "-c", config, "--model.loss", "my_losses.CubeLoss", "--model.loss.beta", 0.5)
+    with pytest.raises(SystemExit):
+        run("fit", "-c", config, "--model.loss", "my_losses.CubeLoss", "--model.loss.beta", 0.5, "--print_config")
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["model"]["loss"] == {"class_path": "my_losses.CubeLoss", "init_args": {"beta": 0.5, "sft_weight": 0}}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--model.loss", "DPOLos"], "'DPOLos': did you mean 'DPOLoss'"),
+        (["--model.loss", "nowhere.to.be.found.Loss"], "No module named 'nowhere'"),
+        (["--model.loss.betta", "1"], "Option 'betta' is not accepted"),
+        (["--model.loss.betta", "1"], "'betta': did you mean 'beta'"),
+        (["--model.alfa", "1"], "did you mean 'model.alpha'"),
+        (["--data.batch_size", "many"], "data.batch_size"),
+        (["--model.alpha", "1.5"], "model.alpha is 1.5"),
+        (["--model.loss.beta", "-1"], "beta is -1"),
+        (["--data.source.train", "nothing.jsonl"], "nothing.jsonl"),
+    ],
+)
+def test_a_mistake_is_named_in_a_few_lines(config, capsys, args, says):
+    said = fails(capsys, "fit", "-c", config, *args)
+    assert says in said
+    assert len(said.splitlines()) < 12
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ('{"user": "ann", "prompt": "a", "chosen": "b", "rejected": "c"}', "user_id"),
+        ('{"user_id": "ann", "prompt": "a", "chosen": " ", "rejected": "c"}', "'chosen'"),
+        ('{"user_id": "ann", "prompt": "a", "chosen": "b", "rejected": "b"}', "'rejected'"),
+        ('{"user_id": 7, "prompt": "a", "chosen": "b", "rejected": "c"}', "'user_id'"),
+        ('{"user_id": "ann", "prompt": "a", "chosen": "b", "rejected": "c", "user_text": 3}', "'user_text'"),
+        ('{"user_id": "ann", "prompt": "a", "chosen": "b"', "votes.jsonl:49"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_field_and_nothing_is_written(config, votes, tmp_path, capsys, row, says):
+    with votes.open("a") as file:
+        file.write(row + "\n")
+    said = fails(capsys, "fit", "-c", config)
+    assert "votes.jsonl:49" in said
+    assert says in said
+    assert not list((tmp_path / "cache").rglob("*.arrow"))
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_help_explains_the_fields(capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "--help")
+    text = capsys.readouterr().out
+    assert "Weight of the user's own term" in text
+    assert "(type: float, default: 0.5)" in text

@@ -1,0 +1,30 @@
+"""Every configuration that is shipped trains for a step, on a small model and small files."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from prlhf_lightning.cli import main
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+def test_config_trains_a_step(path, votes, model_path, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    content = yaml.safe_load(path.read_text())
+    overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
+                 "cpu", "--trainer.default_root_dir", tmp_path, "--baseline", "false"]  # fmt: skip
+    if not content["model"]["policy"]["init_args"]["model"].startswith("builtin:"):
+        overrides += ["--model.policy.model", model_path, "--model.policy.dtype", "float32"]
+    source = content["data"]["source"]
+    if source["class_path"].endswith("FileSource"):
+        for split in source["init_args"]:
+            overrides += [f"--data.source.{split}", votes]
+    if content["data"].get("chat_template"):
+        overrides += ["--data.chat_template", "false"]  # the small model has none
+    main(["fit", "--config", *map(str, [path, *overrides])])
