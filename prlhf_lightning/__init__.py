@@ -1,3 +1,50 @@
 """Personalized RLHF on PyTorch Lightning: one policy, many users, learned from who preferred which answer."""
 
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from prlhf_lightning.data import DataSource, FileSource, HubSource, PreferenceDataModule, SimulatedSource
+    from prlhf_lightning.data.users import UserVocabulary
+    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss
+    from prlhf_lightning.modules import Optim, PersonalizedLM
+    from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
+    from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
+    from prlhf_lightning.user_models import (
+        ClusterUserModel,
+        CompositeUserModel,
+        IndividualUserModel,
+        TextUserModel,
+        UniformUserModel,
+        UserModel,
+    )
+
+_HOME = {
+    "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
+    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss"],
+    "modules": ["Optim", "PersonalizedLM"],
+    "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
+    "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
+    "user_models": [
+        "ClusterUserModel",
+        "CompositeUserModel",
+        "IndividualUserModel",
+        "TextUserModel",
+        "UniformUserModel",
+        "UserModel",
+    ],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [*sorted(_MODULE_OF), "__version__"]  # noqa: PLE0604 - names are strings
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used: torch and transformers take seconds to load."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -17,7 +17,7 @@ _T = TypeVar("_T", bound="_TensorStruct")
 
 
 class _TensorStruct:
-    """A frozen dataclass of tensors and nested structs that moves and indexes as one value."""
+    """A dataclass of tensors and nested structs that moves and indexes as one value."""
 
     def _map(self: _T, fn: Any) -> _T:
         changes = {}
@@ -36,7 +36,7 @@ class _TensorStruct:
         return self._map(lambda value: value.pin_memory())
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, as Lightning's precision plugins rebuild batches field by field
 class Tokens(_TensorStruct):
     """Token ids of a batch of texts.
 
@@ -120,7 +120,7 @@ class Users(_TensorStruct):
         return replace(self, rows=torch.zeros_like(self.rows))
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreferenceBatch(_TensorStruct):
     """One batch of pairwise feedback.
 

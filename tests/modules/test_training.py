@@ -192,6 +192,14 @@ def test_metrics_are_logged_over_pairs_users_and_the_generic_user(model_path, vo
     assert {user for user, _ in table} <= set(module.vocabulary.ids)
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "64-true"])
+def test_other_precisions_train(model_path, votes, tmp_path, precision):
+    module = make(model_path)
+    make_trainer(tmp_path, precision=precision, max_steps=3).fit(module, make_data(votes, model_path))
+    assert all(param.isfinite().all() for param in module.parameters())
+    assert module.user_model.offsets.weight.any()
+
+
 def test_alpha_outside_the_unit_interval_is_refused(model_path):
     with pytest.raises(ConfigurationError, match=r"model.alpha is 1.5"):
         make(model_path, alpha=1.5)

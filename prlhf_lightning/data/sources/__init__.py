@@ -1,0 +1,1 @@
+"""Where raw feedback comes from, one file a source."""

@@ -1,0 +1,264 @@
+"""The rows of a split, validated and tokenised once, then memory-mapped from disk at every later start.
+
+A cache is a folder named by a hash of all that its content depends on. It is built under another name and renamed when
+complete, so a build that was killed leaves nothing that could be taken for data. Deleting the folder is always safe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from hashlib import sha256
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, TypeVar
+
+import datasets
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from filelock import FileLock
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
+from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.splits import SplitBy, text_key
+from prlhf_lightning.data.tokenization import (
+    Excess,
+    FeedbackTokenizer,
+    Ids,
+    TokenizationSettings,
+    TokenizedRecord,
+    tokenizer_identity,
+)
+from prlhf_lightning.errors import FeedbackFormatError
+
+Ties: TypeAlias = Literal["error", "drop"]
+_T = TypeVar("_T")
+
+_FORMAT = 1  # raise it when the meaning of what is stored changes, so that older caches are not read
+_BATCH = 1000  # rows tokenised and written together
+_log = logging.getLogger(__name__)
+
+_IDS = pa.list_(pa.int32())
+_SCHEMA = pa.schema(
+    {
+        "user_id": pa.string(),
+        "where": pa.string(),
+        "user_text_ids": _IDS,
+        "prompt_ids": _IDS,
+        "chosen_ids": _IDS,
+        "rejected_ids": _IDS,
+        "prompt_key": pa.int64(),
+        "pair_key": pa.int64(),
+    }
+)
+
+
+@dataclass
+class BuildReport:
+    """What became of the rows of a split.
+
+    Attributes:
+        read: Rows that the source gave.
+        ties: Rows left out because their completions were the same.
+        user_texts: Rows with a text about the user.
+        excess: For each field, the rows in which it was over its limit; truncated or left out as the settings say.
+    """
+
+    read: int = 0
+    ties: int = 0
+    user_texts: int = 0
+    excess: dict[str, Excess] = field(default_factory=dict)
+
+
+class TokenizedSplit:
+    """One split of a source as it stands in the cache. Positions count its rows from 0.
+
+    Attributes:
+        report: What became of the rows that the source gave.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_format("arrow")
+        stored = json.loads((folder / "report.json").read_text())
+        excess = {name: Excess(**entry) for name, entry in stored.pop("excess").items()}
+        self.report = BuildReport(**stored, excess=excess)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def rows(self, positions: Sequence[int]) -> list[dict[str, Any]]:
+        """Return rows in the order of `positions`, each with its position as `record`."""
+        rows: list[dict[str, Any]] = self._rows[list(positions)].to_pylist()
+        return [{**row, "record": position} for row, position in zip(rows, positions, strict=True)]
+
+    @cached_property
+    def users(self) -> npt.NDArray[np.int32]:
+        """`[N]` index of each row's user in `user_ids`."""
+        return np.concatenate([chunk.indices.to_numpy() for chunk in self._encoded_users.chunks])
+
+    @cached_property
+    def user_ids(self) -> list[str]:
+        """The users of the split, in order of appearance."""
+        ids: list[str] = self._encoded_users.chunk(0).dictionary.to_pylist()
+        return ids
+
+    @cached_property
+    def _encoded_users(self) -> Any:
+        return self._rows.data.column("user_id").dictionary_encode().unify_dictionaries()
+
+    def keys(self, by: SplitBy) -> npt.NDArray[np.int64]:
+        """Return `[N]` a hash of each row's prompt, or of its prompt and completions in either order."""
+        keys: npt.NDArray[np.int64] = self._rows.data.column(f"{by}_key").to_numpy()
+        return keys
+
+
+@dataclass
+class FeedbackCache:
+    """Builds and opens the caches of one tokenizer and one set of settings.
+
+    Attributes:
+        root: Folder of the caches.
+        tokenizer: The policy's tokenizer.
+        settings: How text becomes ids.
+        require_rejected: Whether every row must have a rejected completion.
+        ties: What is done with rows whose completions are the same.
+    """
+
+    root: Path
+    tokenizer: PreTrainedTokenizerBase
+    settings: TokenizationSettings
+    require_rejected: bool
+    ties: Ties
+
+    def open(self, source: DataSource, split: Split) -> TokenizedSplit:
+        """Return a split of a source, built first if it is not in the cache."""
+        folder = self.root / self._key(source, split)
+        if not folder.exists():
+            self.root.mkdir(parents=True, exist_ok=True)
+            # Processes that start together wait for the first, and a lock dies with its process.
+            with FileLock(f"{folder}.lock"):
+                if not folder.exists():
+                    self._build(source, split, folder)
+        return TokenizedSplit(folder)
+
+    def _key(self, source: DataSource, split: Split) -> str:
+        parts = {
+            "format": _FORMAT,
+            "source": f"{type(source).__module__}.{type(source).__qualname__}",
+            "fingerprint": source.fingerprint(split),
+            "columns": dict(source.columns),
+            "tokenizer": self._tokenizer_identity,
+            "settings": asdict(self.settings),
+            "require_rejected": self.require_rejected,
+            "ties": self.ties,
+        }
+        return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
+
+    @cached_property
+    def _tokenizer_identity(self) -> str:
+        return tokenizer_identity(self.tokenizer)
+
+    def _build(self, source: DataSource, split: Split, folder: Path) -> None:
+        building = folder.with_suffix(".building")
+        shutil.rmtree(building, ignore_errors=True)  # of a build that was killed: the lock says that none is running
+        building.mkdir()
+        try:
+            report = self._write(source, split, building / "rows.arrow")
+            (building / "report.json").write_text(json.dumps(asdict(report)))
+            os.replace(building, folder)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+        self._warn(report, split)
+
+    def _write(self, source: DataSource, split: Split, path: Path) -> BuildReport:
+        tokenize = FeedbackTokenizer(self.tokenizer, self.settings)
+        report = BuildReport(excess=tokenize.excess)
+        kept = 0
+        with path.open("wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer, _progress(split) as progress:
+            for batch in _batches(self._records(source, split, report)):
+                wheres, records = zip(*batch, strict=True)
+                rows = list(zip(wheres, records, tokenize(records, wheres), strict=True))
+                table = _record_batch([(where, record, ids) for where, record, ids in rows if ids is not None])
+                writer.write_batch(table)
+                kept += table.num_rows
+                report.user_texts += sum(record.user_text is not None for record in records)
+                progress.update(progress.task_ids[0], completed=report.read)
+            file.flush()
+            os.fsync(file.fileno())
+        if not kept:
+            raise FeedbackFormatError(
+                f"The {split} split has no usable rows: {report.read} were read and all of them left out "
+                f"({report.ties} ties, the others too long); raise the limits or set overlong to truncate."
+            )
+        return report
+
+    def _records(self, source: DataSource, split: Split, report: BuildReport) -> Iterator[tuple[str, FeedbackRecord]]:
+        columns = Columns.from_mapping(source.columns)
+        for where, row in source.rows(split):
+            report.read += 1
+            try:
+                yield where, parse_record(row, where, columns, self.require_rejected)
+            except TieError:
+                if self.ties == "error":
+                    raise
+                report.ties += 1
+
+    def _warn(self, report: BuildReport, split: Split) -> None:
+        done = "left out" if self.settings.overlong == "drop" else "cut to the limit"
+        for name, excess in report.excess.items():
+            _log.warning(
+                "%d of %d %s rows have a longer '%s' than allowed and were %s (first: %s).",
+                excess.count, report.read, split, name, done, excess.first,
+            )  # fmt: skip
+        if report.ties:
+            _log.warning("%d of %d %s rows have equal completions and were left out.", report.ties, report.read, split)
+
+
+def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:
+    prompts, pairs = [], []
+    for _, record, _ in rows:
+        prompt, completions = _key(record.prompt), _key(record.chosen) + (_key(record.rejected or ""))
+        prompts.append(prompt)
+        # The same comparison has the same key whoever won, so that it never stands on both sides of a split.
+        pairs.append((31 * prompt + completions) % 2**64)
+    columns = [
+        pa.array([record.user_id for _, record, _ in rows], pa.string()),
+        pa.array([where for where, _, _ in rows], pa.string()),
+        *(_lists([ids[part] for _, _, ids in rows]) for part in range(4)),
+        pa.array(np.array(prompts, dtype=np.uint64).view(np.int64)),
+        pa.array(np.array(pairs, dtype=np.uint64).view(np.int64)),
+    ]
+    return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _lists(arrays: list[Ids]) -> Any:
+    offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
+    np.cumsum([len(array) for array in arrays], out=offsets[1:])
+    return pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, np.int32), *arrays]))
+
+
+def _key(text: Text) -> int:
+    return text_key(text if isinstance(text, str) else json.dumps(text, sort_keys=True))
+
+
+def _batches(items: Iterable[_T]) -> Iterator[list[_T]]:
+    iterator = iter(items)
+    while batch := list(islice(iterator, _BATCH)):
+        yield batch
+
+
+def _progress(split: Split) -> Progress:
+    console = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
+    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress.add_task(f"Tokenising the {split} split", total=None)
+    return progress

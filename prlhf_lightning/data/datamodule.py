@@ -1,0 +1,290 @@
+"""Per-user feedback for a Lightning Trainer."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
+from prlhf_lightning.data.collate import collate
+from prlhf_lightning.data.division import Division, HoldOut, Pairs
+from prlhf_lightning.data.records import Text
+from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
+from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.data.splits import SplitBy
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, TokenizationSettings
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.types import Tokens
+
+Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
+Loader: TypeAlias = DataLoader[dict[str, Any]]
+
+
+class PreferenceDataModule(LightningDataModule):
+    """Validates, tokenises, splits and batches the feedback of a source, grouped by user.
+
+    Evaluation is divided into the sets `seen` (users that training meets) and `unseen` (users that it does not, whom
+    only the generic user can serve); `eval_sets` names those that are not empty, in the order of their dataloaders.
+
+    Args:
+        source: Where the rows come from.
+        tokenizer: The policy's tokenizer, or the path or hub name of one. The command line links it from the policy.
+        batch_size: Training pairs in a batch of one process.
+        eval_batch_size: Most pairs in an evaluation batch; `batch_size` if none is given.
+        pairs_per_user: Up to so many pairs of one user stand side by side in a training batch.
+        balance: From 0, every training pair once an epoch, to 1, every user equally often.
+        validation_fraction: Share of the training prompts (or pairs) that is held out for validation. Only used where
+            the source has no validation split of its own.
+        unseen_user_fraction: Share of the users who are held out of training altogether. Where the source has a
+            validation split of its own, its rows about them are the unseen set.
+        split_by: What is held out together: all pairs on a `prompt`, so that no prompt of the seen set was trained
+            on, or all judgements of the same `pair`, for data with few prompts.
+        max_prompt_length: Most tokens of a prompt, BOS included; of longer ones the end is kept.
+        max_completion_length: Most tokens of a completion, EOS included; of longer ones the start is kept.
+        max_user_text_length: Most tokens of the text about a user; of longer ones the start is kept.
+        overlong: Whether rows over these limits are truncated, dropped (both are counted and reported), or an error.
+        ties: Whether rows whose two completions are the same are an error, or dropped (counted and reported).
+        chat_template: Whether plain strings are wrapped in the tokenizer's chat template as one turn. Rows that are
+            conversations always are.
+        user_text_format: How the text about a user is written before the prompt; `{user_text}` stands for it.
+        require_rejected: Whether every row must have a rejected completion. The command line links it from the loss.
+        seed: Seed of the splits and of the order of training.
+        num_workers: Processes that load batches; none is fast enough, for batches come from memory-mapped token ids.
+        cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
+        pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        tokenizer: PreTrainedTokenizerBase | str | None = None,
+        batch_size: int = 8,
+        eval_batch_size: int | None = None,
+        pairs_per_user: int = 1,
+        balance: float = 0.0,
+        validation_fraction: float = 0.05,
+        unseen_user_fraction: float = 0.0,
+        split_by: SplitBy = "prompt",
+        max_prompt_length: int = 512,
+        max_completion_length: int = 512,
+        max_user_text_length: int = 256,
+        overlong: Overlong = "truncate",
+        ties: Ties = "error",
+        chat_template: bool = False,
+        user_text_format: str = "{user_text}\n",
+        require_rejected: bool = True,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | Path | None = None,
+        pin_memory: bool | None = None,
+    ) -> None:
+        super().__init__()
+        if eval_batch_size is not None and eval_batch_size < 1:
+            raise ConfigurationError(f"eval_batch_size is {eval_batch_size}; it must be at least 1.")
+        # Refuses impossible settings now, not after the data has been tokenised.
+        UserGroupedBatchSampler(np.zeros(1, dtype=np.int64), batch_size, pairs_per_user, balance)
+        self.source = source
+        self.tokenizer = tokenizer
+        self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
+        self.pairs_per_user, self.balance = pairs_per_user, balance
+        self.hold_out = HoldOut(validation_fraction, unseen_user_fraction, split_by, seed)
+        self.settings = TokenizationSettings(
+            max_prompt_length, max_completion_length, max_user_text_length, overlong, chat_template, user_text_format
+        )
+        self.ties: Ties = ties
+        self.require_rejected = require_rejected
+        self.seed = seed
+        self.num_workers = num_workers
+        self.cache_dir = Path(cache_dir or os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf_lightning").expanduser()
+        self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
+        # Fewer rows than processes leave some without a batch, which is nothing to stop for.
+        self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @property
+    def vocabulary(self) -> UserVocabulary:
+        """The users of the training rows, sorted, after the generic user."""
+        return self._division.vocabulary
+
+    @property
+    def num_users(self) -> int:
+        """Number of rows of the user table, the generic user's included."""
+        return len(self.vocabulary)
+
+    @property
+    def eval_sets(self) -> dict[Stage, tuple[str, ...]]:
+        """For each stage that evaluates, the names of its dataloaders in order, such as `("seen", "unseen")`."""
+        stages: tuple[Stage, ...] = ("validate", "test", "predict")
+        return {stage: tuple(self._evaluation(stage)) for stage in stages}
+
+    def batches_per_epoch(self, world_size: int = 1) -> int:
+        """Return the number of training batches of each process in one epoch."""
+        return -(-len(self._division.train) // (self.batch_size * world_size))
+
+    def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
+        """Tokenise prompts to be answered exactly as those of the data are.
+
+        Args:
+            prompts: B strings, or conversations that end with what is to be answered.
+
+        Returns:
+            `[B, L]` token ids, padded on the right.
+        """
+        return Tokens.from_lists([ids.tolist() for ids in self._prompt_tokenizer.prompts(prompts)])
+
+    def where(self, record: int, stage: Stage = "train") -> str:
+        """Return where a row stands in the source, given its number in `PreferenceBatch.records`."""
+        pairs = [self._division.train] if stage == "train" else list(self._evaluation(stage).values())
+        place: str = pairs[0].split.rows([record])[0]["where"]
+        return place
+
+    def describe(self) -> str:
+        """Return a summary of what is trained and evaluated on, in one paragraph."""
+        division = self._division
+        parts = [f"{len(division.train):,} training pairs by {len(division.vocabulary.ids):,} users"]
+        for stage, sets in division.evaluation.items():
+            sizes = [f"{len(pairs):,} by {name} users" for name, pairs in sets.items()]
+            parts.append(f"pairs to {stage} on: {' and '.join(sizes) or 'none'}")
+        done = "left out" if self.settings.overlong == "drop" else "truncated"
+        for split, data in self._splits.items():
+            if data.report.user_texts:
+                parts.append(f"{data.report.user_texts:,} {split} rows with a text about the user")
+            for name, excess in data.report.excess.items():
+                parts.append(f"{excess.count:,} {split} rows {done} ('{name}' too long)")
+            if data.report.ties:
+                parts.append(f"{data.report.ties:,} {split} rows left out (equal completions)")
+        return "Data: " + "; ".join(parts + division.remarks) + "."
+
+    def prepare_data(self) -> None:
+        """Validate and tokenise every split of the source, unless the cache has them."""
+        _ = self._splits
+
+    def setup(self, stage: str) -> None:
+        """Open the caches, divide the rows, and say what there is."""
+        if self.trainer is not None:
+            _refuse_injected_sampler(self.trainer)
+        if stage in ("test", "predict") and not self._evaluation(stage):  # type: ignore[arg-type]
+            raise ConfigurationError(f"There is nothing to {stage} on; give the source a {stage} split.")
+        rank_zero_info(self.describe())
+
+    def train_dataloader(self) -> Loader:
+        """Return the batches of this process, in the order of the epoch that training has reached."""
+        pairs = self._division.train
+        if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            return self._loader(pairs, SequentialBatchSampler(len(pairs), self.batch_size, *self._share()))
+        users = pairs.split.users[pairs.positions]
+        sampler = UserGroupedBatchSampler(
+            users, self.batch_size, self.pairs_per_user, self.balance, self.seed, *self._share()
+        )
+        if self.trainer is not None:
+            # Lightning sets the epoch of samplers too, but when it resumes only after it began to iterate.
+            sampler.set_epoch(*_resume_point(self.trainer))
+        return self._loader(pairs, sampler)
+
+    def val_dataloader(self) -> list[Loader]:
+        """Return one dataloader for each of `eval_sets["validate"]`."""
+        return self._evaluation_loaders("validate")
+
+    def test_dataloader(self) -> list[Loader]:
+        """Return one dataloader for each of `eval_sets["test"]`."""
+        return self._evaluation_loaders("test")
+
+    def predict_dataloader(self) -> list[Loader]:
+        """Return one dataloader for each of `eval_sets["predict"]`: those of the test split, or of validation."""
+        return self._evaluation_loaders("predict")
+
+    @cached_property
+    def _splits(self) -> dict[Split, TokenizedSplit]:
+        available = self.source.splits()
+        if "train" not in available:
+            raise ConfigurationError(
+                f"{type(self.source).__name__} has no train split, which tells the users; give it one."
+            )
+        cache = FeedbackCache(self.cache_dir, self._loaded_tokenizer, self.settings, self.require_rejected, self.ties)
+        return {split: cache.open(self.source, split) for split in SPLITS if split in available}
+
+    @cached_property
+    def _loaded_tokenizer(self) -> PreTrainedTokenizerBase:
+        if self.tokenizer is None:
+            raise ConfigurationError("PreferenceDataModule has no tokenizer; pass the policy's, or its path or name.")
+        return AutoTokenizer.from_pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+
+    @cached_property
+    def _prompt_tokenizer(self) -> FeedbackTokenizer:
+        return FeedbackTokenizer(self._loaded_tokenizer, self.settings)
+
+    @cached_property
+    def _division(self) -> Division:
+        return self.hold_out.divide(self._splits)
+
+    def _evaluation(self, stage: Stage) -> dict[str, Pairs]:
+        evaluation = self._division.evaluation
+        if stage == "predict":
+            return evaluation.get("test") or evaluation.get("validate", {})
+        return evaluation.get(stage, {}) if stage != "train" else {}
+
+    def _evaluation_loaders(self, stage: Stage) -> list[Loader]:
+        # That there may be nothing to validate on is said by `describe`.
+        warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
+        share = self._share()
+        return [
+            self._loader(pairs, SequentialBatchSampler(len(pairs), self.eval_batch_size, *share))
+            for pairs in self._evaluation(stage).values()
+        ]
+
+    def _share(self) -> tuple[int, int]:
+        """Return rank and number of the processes that share the data (tensor-parallel ones count as one)."""
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+    def _loader(self, pairs: Pairs, batches: Sampler[list[int]]) -> Loader:
+        # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
+        # sampler returns every row, and training resumes at the right batch.
+        warnings.filterwarnings("ignore", message=".*does not have many workers")
+        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+        warnings.filterwarnings("ignore", message=".*custom batch sampler `SequentialBatchSampler` for prediction")
+        if self.num_workers:
+            # Workers are forked after the tokenizer ran on threads; it would warn in each of them.
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return DataLoader(
+            pairs,
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=self.pin_memory,
+        )
+
+
+def _resume_point(trainer: Trainer) -> tuple[int, int]:
+    """Return the epoch and the batch in it that a trainer, whose progress was restored if it resumes, runs next."""
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if epoch.processed == epoch.ready:  # between epochs
+        return epoch.processed, 0
+    # A batch that was interrupted is run again; one whose checkpoint was saved as it ended is not.
+    if batch.processed != batch.ready:
+        return epoch.processed, batch.completed
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return epoch.processed + 1, 0
+    return epoch.processed, batch.processed
+
+
+def _refuse_injected_sampler(trainer: Trainer) -> None:
+    connector = trainer._accelerator_connector  # the setting has no public name
+    if connector.use_distributed_sampler and connector.is_distributed:
+        raise ConfigurationError(
+            "The trainer would replace the sampler that groups pairs by user, which divides the data over processes "
+            "itself; set trainer.use_distributed_sampler: false."
+        )

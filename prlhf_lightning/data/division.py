@@ -1,0 +1,134 @@
+"""Which rows of a source are trained on, and which evaluate seen and unseen users."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from prlhf_lightning.data.cache import TokenizedSplit
+from prlhf_lightning.data.sources.base import Split
+from prlhf_lightning.data.splits import Positions, SplitBy, held_out_users, split_train_validation
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+
+EvalStage: TypeAlias = Literal["validate", "test"]
+
+
+class Pairs(Dataset[dict[str, Any]]):
+    """Some of the rows of a split, by their positions `[n]` in it."""
+
+    def __init__(self, split: TokenizedSplit, positions: Positions) -> None:
+        self.split, self.positions = split, positions
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several rows at once, which is what a DataLoader asks for."""
+        return self.split.rows(self.positions[indices].tolist())
+
+
+@dataclass
+class Division:
+    """Which rows serve for what.
+
+    Attributes:
+        train: The training pairs.
+        vocabulary: Their users, sorted.
+        evaluation: For each stage, its sets that are not empty: pairs by `seen` users and by `unseen` ones.
+        remarks: What a user should know about how the rows were divided.
+    """
+
+    train: Pairs
+    vocabulary: UserVocabulary
+    evaluation: dict[EvalStage, dict[str, Pairs]] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class HoldOut:
+    """How much is held out of training; the fields are arguments of `PreferenceDataModule`."""
+
+    validation_fraction: float
+    unseen_user_fraction: float
+    split_by: SplitBy
+    seed: int
+
+    def __post_init__(self) -> None:
+        for name in ("validation_fraction", "unseen_user_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1.")
+
+    def divide(self, splits: Mapping[Split, TokenizedSplit]) -> Division:
+        """Divide the rows of a source, whose `train` split must be there."""
+        data = splits["train"]
+        if "validation" in splits:
+            division = self._with_own_validation(data)
+            division.evaluation["validate"] = _by_acquaintance(splits["validation"], division.vocabulary)
+        else:
+            division = self._without_validation(data)
+        if "test" in splits:
+            division.evaluation["test"] = _by_acquaintance(splits["test"], division.vocabulary)
+        return division
+
+    def _with_own_validation(self, data: TokenizedSplit) -> Division:
+        held_out = held_out_users(data.user_ids, self.unseen_user_fraction, self.seed)
+        train = np.flatnonzero(~held_out[data.users])
+        division = Division(self._train_pairs(data, train), _vocabulary(data, train))
+        if unused := len(data) - len(train):
+            division.remarks.append(f"{unused:,} train rows of {held_out.sum():,} held-out users are not used")
+        return division
+
+    def _without_validation(self, data: TokenizedSplit) -> Division:
+        parts = split_train_validation(
+            data.users,
+            data.user_ids,
+            data.keys(self.split_by),
+            self.validation_fraction,
+            self.unseen_user_fraction,
+            self.seed,
+        )
+        division = Division(self._train_pairs(data, parts.train), _vocabulary(data, parts.train))
+        division.evaluation["validate"] = _non_empty(data, seen=parts.seen, unseen=parts.unseen)
+        if parts.orphans:
+            division.remarks.append(f"{parts.orphans:,} users have all their pairs in validation and count as unseen")
+        if self.validation_fraction and not len(parts.seen):
+            kinds = len(np.unique(data.keys(self.split_by)))
+            division.remarks.append(
+                f"validation_fraction={self.validation_fraction} held out none of the {kinds:,} different "
+                f"{self.split_by}s of seen users: raise it, or set split_by: pair where prompts are few"
+            )
+        prompts = data.keys("prompt")
+        if shared := int(np.isin(prompts[parts.unseen], prompts[parts.train]).sum()):
+            division.remarks.append(f"{shared:,} pairs of unseen users are on prompts that training meets too")
+        return division
+
+    def _train_pairs(self, data: TokenizedSplit, positions: Positions) -> Pairs:
+        if not len(positions):
+            raise ConfigurationError(
+                f"No training pairs are left of {len(data):,}: all were held out. The data has "
+                f"{len(np.unique(data.keys('prompt'))):,} different prompts and {len(data.user_ids):,} users; "
+                "set split_by: pair, or lower validation_fraction or unseen_user_fraction."
+            )
+        return Pairs(data, positions)
+
+
+def _vocabulary(data: TokenizedSplit, train: Positions) -> UserVocabulary:
+    return UserVocabulary(sorted(data.user_ids[user] for user in np.unique(data.users[train])))
+
+
+def _by_acquaintance(data: TokenizedSplit, vocabulary: UserVocabulary) -> dict[str, Pairs]:
+    """Divide evaluation rows by whether training meets their user."""
+    seen = np.array([user_id in vocabulary for user_id in data.user_ids])[data.users]
+    return _non_empty(data, seen=np.flatnonzero(seen), unseen=np.flatnonzero(~seen))
+
+
+def _non_empty(data: TokenizedSplit, **sets: Positions) -> dict[str, Pairs]:
+    return {name: Pairs(data, positions) for name, positions in sets.items() if len(positions)}

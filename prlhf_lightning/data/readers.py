@@ -1,0 +1,210 @@
+"""Raw rows from files, one at a time, each with the line that it stands on.
+
+JSON Lines, JSON arrays, CSV and Parquet; the first three also gzipped. Memory does not grow with the file. (Libraries
+that read these formats report broken input without a line number, which is the first thing that a user needs.)
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any, NoReturn, TypeAlias
+
+import pyarrow
+import pyarrow.parquet
+
+from prlhf_lightning.errors import FeedbackFormatError
+
+Row: TypeAlias = Mapping[str, Any]
+_CHUNK = 1 << 16  # bytes read at a time from a JSON array
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """Yield every row of a file after where it stands, such as `votes.jsonl.gz:17`.
+
+    Lines are counted from 1; in Parquet files, which have none, rows are. A row of a CSV file or of a JSON array that
+    spans several lines is named by its first. Blank lines are skipped.
+
+    Raises:
+        FeedbackFormatError: The file is missing, empty, of an unknown kind, damaged or not UTF-8.
+    """
+    path = Path(path)
+    reader = _reader(path)
+    if not path.exists():
+        raise FeedbackFormatError(f"{path}: there is no such file; check the path (it is relative to {Path.cwd()}).")
+    if not path.is_file():
+        raise FeedbackFormatError(f"{path}: is a directory; name the files in it, as one path or a list of paths.")
+    return _not_empty(path, reader(path))
+
+
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    if suffixes and suffixes[-1] == ".parquet":
+        return _read_parquet
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in readers:
+        raise FeedbackFormatError(
+            f"{path}: unknown kind of file; the name must end in .jsonl, .json or .csv (each may have .gz after it) "
+            "or .parquet."
+        )
+    return readers[suffixes[-1]]
+
+
+def _not_empty(path: Path, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+    empty = True
+    for item in rows:
+        empty = False
+        yield item
+    if empty:
+        raise FeedbackFormatError(f"{path}: has no rows; write at least one row of feedback, or leave the file out.")
+
+
+def _pieces(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, or pieces of a given size, after the number of the line that each starts on."""
+    line = 1
+    try:
+        with _open(path) as file:
+            for raw in file if size is None else iter(lambda: file.read(size), b""):
+                yield line, raw
+                line += raw.count(b"\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FeedbackFormatError(
+            f"{path}:{line}: the gzip data is damaged or cut short here ({error}); copy or compress it again."
+        ) from None
+
+
+def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    for number, raw in _pieces(path):
+        try:
+            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            _not_utf8(path, number, error)
+
+
+def _chunks(path: Path) -> Iterator[str]:
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    for line, raw in _pieces(path, _CHUNK):
+        try:
+            yield decoder.decode(raw)
+        except UnicodeDecodeError as error:
+            _not_utf8(path, line + error.object[: error.start].count(b"\n"), error)
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
+    raise FeedbackFormatError(
+        f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8."
+    ) from None
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
+    for number, line in _lines(path):
+        if line.isspace():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FeedbackFormatError(
+                f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
+                "each line must be one whole JSON object."
+            ) from None
+        where = f"{path}:{number}"
+        yield where, _object(row, where)
+
+
+def _object(row: Any, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise FeedbackFormatError(
+            f"{where}: is a JSON {type(row).__name__}; each row must be an object such as "
+            '{"user_id": ..., "prompt": ..., "chosen": ..., "rejected": ...}.'
+        )
+    return row
+
+
+def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+    """Read an array of objects, or JSON Lines that go by the name .json, as many tools write them."""
+    start = next((piece.lstrip() for piece in _chunks(path) if piece.strip()), "")
+    yield from _read_array(path) if start.startswith("[") else _read_jsonl(path)
+
+
+def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
+    """Decode the objects of a JSON array one by one from a buffer that holds little more than one of them."""
+    decode = json.JSONDecoder().raw_decode
+    pieces = _chunks(path)
+    buffer, position, line, opened = next(pieces, ""), 0, 1, False
+    while True:
+        # Skip what stands between objects, counting lines.
+        while position < len(buffer) and (buffer[position] in " \t\r\n" or buffer[position] in (",[", ",")[opened]):
+            line += buffer[position] == "\n"
+            opened = opened or buffer[position] == "["
+            position += 1
+        if position == len(buffer):
+            buffer, position = next(pieces, ""), 0
+            if not buffer:
+                raise FeedbackFormatError(f"{path}:{line}: the JSON array is cut short here; it must end in ].")
+            continue
+        if buffer[position] == "]":
+            return
+        try:
+            row, end = decode(buffer, position)
+        except json.JSONDecodeError as error:
+            # An object that goes on in the next chunk fails at the buffer's end or as an open string: read on.
+            unfinished = error.pos >= len(buffer) - 16 or error.msg.startswith("Unterminated string")
+            more = next(pieces, "") if unfinished else ""
+            if more:
+                buffer, position = buffer[position:] + more, 0
+                continue
+            number = line + buffer.count("\n", position, error.pos)
+            raise FeedbackFormatError(
+                f"{path}:{number}: broken JSON ({error.msg}); the file must be an array of objects, [{{...}}, {{...}}]."
+            ) from None
+        where = f"{path}:{line}"
+        yield where, _object(row, where)
+        line += buffer.count("\n", position, end)
+        position = end
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+    csv.field_size_limit(1 << 30)  # the standard limit of 128 kB is shorter than a long conversation
+    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    start = 1
+    try:
+        header = next(reader, [])
+        start = reader.line_num + 1
+        for values in reader:
+            where, start = f"{path}:{start}", reader.line_num + 1
+            if not values:
+                continue
+            if len(values) != len(header):
+                raise FeedbackFormatError(
+                    f"{where}: has {len(values)} values but the header names {len(header)} columns; "
+                    'put values that hold commas, quotes or line breaks in double quotes (" inside them doubled).'
+                )
+            # CSV knows no null: an empty cell is one where that is allowed, and "is null" where it is not.
+            yield where, {name: value or None for name, value in zip(header, values, strict=True)}
+    except csv.Error as error:
+        raise FeedbackFormatError(
+            f'{path}:{start}: broken CSV ({error}); put values in double quotes, with " inside them doubled.'
+        ) from None
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            number = 0
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield f"{path}:{number}", row
+    except pyarrow.ArrowException as error:
+        raise FeedbackFormatError(f"{path}: is no readable Parquet file ({error}); write it again.") from None

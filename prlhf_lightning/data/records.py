@@ -1,0 +1,237 @@
+"""One row of feedback, validated: raw mapping in, `FeedbackRecord` out, or an error that says how to mend the row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, NoReturn, TypeAlias
+
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+Message: TypeAlias = dict[str, str]
+"""`{"role": ..., "content": ...}`, one turn of a conversation."""
+Text: TypeAlias = str | list[Message]
+"""A plain string, or a conversation."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The name of the column that holds each field."""
+
+    user_id: str = "user_id"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    user_text: str = "user_text"
+
+    @classmethod
+    def from_mapping(cls, columns: Mapping[str, str]) -> Columns:
+        """Build from the entries that differ from the defaults, refusing fields that do not exist."""
+        known = [field.name for field in fields(cls)]
+        for name in columns:
+            if name not in known:
+                close = get_close_matches(name, known, n=1)
+                hint = f" (did you mean {close[0]!r}?)" if close else ""
+                raise ConfigurationError(
+                    f"columns: there is no field {name!r}{hint}; the fields are {', '.join(known)}, "
+                    "and each maps to the name of its column in the data."
+                )
+        return cls(**columns)
+
+
+@dataclass(frozen=True)
+class FeedbackRecord:
+    """One judgement of one user.
+
+    Attributes:
+        user_id: Who judged.
+        prompt: What was asked; a string, or the conversation so far.
+        chosen: The preferred completion; a string, or a list of one assistant message.
+        rejected: The other completion, or None in supervised data.
+        user_text: Text about the user, or None.
+    """
+
+    user_id: str
+    prompt: Text
+    chosen: Text
+    rejected: Text | None = None
+    user_text: str | None = None
+
+
+class TieError(FeedbackFormatError):
+    """The two completions of a row are the same."""
+
+
+_DEFAULT_COLUMNS = Columns()
+
+
+def parse_record(
+    row: Mapping[str, Any], where: str, columns: Columns = _DEFAULT_COLUMNS, require_rejected: bool = True
+) -> FeedbackRecord:
+    """Validate one raw row.
+
+    Conversational rows may leave `prompt` out: the messages that `chosen` and `rejected` share are then the prompt,
+    and the last message of each is the completion. Other columns of the row are ignored.
+
+    Args:
+        row: Column name to value.
+        where: Where the row stands, such as `votes.jsonl:17`; every message starts with it.
+        columns: The column of each field.
+        require_rejected: Whether a row must have a rejected completion; if not, an empty one is none.
+
+    Raises:
+        FeedbackFormatError: The row is not what it should be; the message names the place, the field and the fix.
+        TieError: The row is well formed, but both completions are the same.
+    """
+    user_id = _required(row, where, "user_id", columns)
+    if not isinstance(user_id, str):
+        _fail(
+            where,
+            "user_id",
+            f"is {user_id!r}, of type {type(user_id).__name__}; write it as a string ({str(user_id)!r}): ids are never "
+            "converted, so that 7 and '007' cannot become one person by accident",
+        )
+    _check_characters(user_id, where, "user_id")
+    if not user_id.strip():
+        _fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
+    chosen = _text(_required(row, where, "chosen", columns), where, "chosen")
+    rejected: Text | None = None
+    if require_rejected or row.get(columns.rejected):
+        rejected = _text(_required(row, where, "rejected", columns), where, "rejected")
+        if isinstance(rejected, str) != isinstance(chosen, str):
+            _fail(where, "rejected", "and 'chosen' must both be strings or both be lists of messages")
+    prompt, chosen, rejected = _split_prompt(row, where, columns, chosen, rejected)
+    _check_completion(chosen, where, "chosen")
+    if rejected is not None:
+        _check_completion(rejected, where, "rejected")
+        if chosen == rejected:
+            raise TieError(
+                f"{where}: field 'chosen' equals 'rejected', so the row says nothing about what the user prefers; "
+                "drop the row, or set ties: drop to leave such rows out."
+            )
+    return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns))
+
+
+def _fail(where: str, field: str, problem: str) -> NoReturn:
+    raise FeedbackFormatError(f"{where}: field {field!r} {problem}.")
+
+
+def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) -> Any:
+    """Return the value of a field, or say how to map or fill the column that should hold it."""
+    column = getattr(columns, field)
+    value = row.get(column)
+    if value is not None:
+        return value
+    if column in row:
+        _fail(where, field, f"is null (column {column!r}); fill it or drop the row")
+    names = [str(name) for name in row]
+    close = get_close_matches(column, names, n=1) or get_close_matches(field, names, n=1)
+    advice = (
+        f"if {close[0]!r} holds it, rename that column or set columns: {{{field}: {close[0]}}}"
+        if close
+        else f"name the column that holds it with columns: {{{field}: <its name>}}"
+    )
+    _fail(where, field, f"is missing: there is no column {column!r} among {', '.join(map(repr, names))}; {advice}")
+
+
+def _text(value: Any, where: str, field: str) -> Text:
+    """Check that a value is a string or a list of well-formed messages."""
+    if isinstance(value, str):
+        _check_characters(value, where, field)
+        return value
+    if not isinstance(value, list):
+        _fail(where, field, f"is of type {type(value).__name__}; write a string or a list of messages")
+    if not value:
+        _fail(where, field, "is an empty list; write at least one message")
+    messages = []
+    for number, message in enumerate(value, start=1):
+        if not isinstance(message, Mapping):
+            _fail(where, field, f"message {number} is of type {type(message).__name__}; {_MESSAGE_FIX}")
+        for key in ("role", "content"):
+            if not isinstance(message.get(key), str):
+                found = f"of type {type(message[key]).__name__}" if key in message else "missing"
+                _fail(where, field, f"message {number} has a {key!r} that is {found}; {_MESSAGE_FIX}")
+            _check_characters(message[key], where, field)
+        messages.append({"role": message["role"], "content": message["content"]})
+    return messages
+
+
+def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
+    """Return the text about the user, which may be absent unless its column was named on purpose."""
+    value = row.get(columns.user_text)
+    if value is None:
+        if columns.user_text != _DEFAULT_COLUMNS.user_text and columns.user_text not in row:
+            _required(row, where, "user_text", columns)
+        return None
+    if not isinstance(value, str):
+        _fail(where, "user_text", f"is of type {type(value).__name__}; write a string, or null where there is none")
+    _check_characters(value, where, "user_text")
+    return value if value.strip() else None
+
+
+def _check_characters(text: str, where: str, field: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell what no text can hold
+        _fail(where, field, f"holds U+{ord(text[error.start]):X}, half of a surrogate pair; remove it or complete it")
+
+
+_MESSAGE_FIX = 'each message is {"role": "user" or "assistant" or "system", "content": "..."}, both strings'
+
+
+def _split_prompt(
+    row: Mapping[str, Any], where: str, columns: Columns, chosen: Text, rejected: Text | None
+) -> tuple[Text, Text, Text | None]:
+    """Return prompt and completions, splitting off a prompt that stands inside conversational completions."""
+    given = row.get(columns.prompt)
+    if isinstance(chosen, str):
+        prompt = _text(_required(row, where, "prompt", columns), where, "prompt")
+        if not isinstance(prompt, str):
+            _fail(where, "prompt", "is a list of messages but 'chosen' is a string; write both in the same form")
+        return prompt, chosen, rejected
+    if isinstance(given, list):
+        prompt = _text(given, where, "prompt")
+        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+            _fail(where, "prompt", "ends with an assistant message; end it with what is to be answered")
+        return prompt, chosen, rejected
+    if given is None and len(chosen) == 1:
+        _required(row, where, "prompt", columns)
+    shared = chosen[:-1]
+    if not shared:
+        _fail(
+            where,
+            "prompt",
+            "must be a list of messages, as 'chosen' is; or leave it out and let 'chosen' and 'rejected' be whole "
+            "conversations that share all but their last message",
+        )
+    if isinstance(rejected, list) and rejected[:-1] != shared:
+        _fail(
+            where,
+            "rejected",
+            "must share all but its last message with 'chosen' when the prompt stands inside them; "
+            "or give the shared part as 'prompt' and one assistant message each as 'chosen' and 'rejected'",
+        )
+    if given is not None and all(message["content"] != given for message in shared):
+        _fail(
+            where,
+            "prompt",
+            f"is {_shown(given)}, which is no message of the conversation in 'chosen'; "
+            "write it as a list of messages, or drop the column",
+        )
+    return shared, chosen[-1:], rejected[-1:] if isinstance(rejected, list) else None
+
+
+def _check_completion(text: Text, where: str, field: str) -> None:
+    if isinstance(text, list):
+        if len(text) != 1 or text[0]["role"] != "assistant":
+            roles = ", ".join(message["role"] for message in text)
+            _fail(where, field, f"must be one assistant message after the prompt, not messages by: {roles}")
+        text = text[0]["content"]
+    if not text.strip():
+        _fail(where, field, "is empty; a completion needs at least one visible character, so drop or fill this row")
+
+
+def _shown(value: Any, limit: int = 40) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[:limit] + "..."

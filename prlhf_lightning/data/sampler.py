@@ -1,0 +1,162 @@
+"""Which pairs stand together in a batch, and in which order.
+
+The order of an epoch is a pure function of (seed, epoch), so training can be resumed in the middle of one, and it is
+laid out in global batches of `batch_size * world_size` pairs of which each rank takes its slice: the number of
+processes does not change which pairs make up an optimisation step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from prlhf_lightning.errors import ConfigurationError
+
+_Array = npt.NDArray[np.int64]
+
+
+class UserGroupedBatchSampler(Sampler[list[int]]):
+    """Yields batches of positions for training, reshuffled every epoch.
+
+    Every epoch has as many pairs as there are. With `balance=0` it is each pair once. With `balance=b` a user with n
+    pairs is given a share of the epoch that is proportional to `n ** (1 - b)`: at 1, every user has the same share. A
+    user with more room than pairs cycles through them, freshly shuffled each time; one with less gives a fresh random
+    choice each epoch, so no pair is left out for good. Shares are rounded at random, right on average.
+
+    All ranks have the same number of batches. The last global batch may be smaller: its pairs are dealt out evenly
+    over the ranks, and only if there are fewer than ranks do the epoch's first pairs fill up, one for each rank
+    without any.
+
+    Args:
+        users: `[N]` the user of each pair, as any integers.
+        batch_size: Pairs in a batch of one process.
+        pairs_per_user: Up to so many pairs of one user stand side by side. (A run may end at the edge of a batch.)
+        balance: From 0, all pairs count the same, to 1, all users count the same.
+        seed: Seed of the order.
+        rank: Rank of this process among those that share the data.
+        world_size: Number of processes that share the data.
+    """
+
+    def __init__(
+        self,
+        users: npt.NDArray[np.integer],
+        batch_size: int,
+        pairs_per_user: int = 1,
+        balance: float = 0.0,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size < 1 or pairs_per_user < 1:
+            raise ConfigurationError(
+                f"batch_size ({batch_size}) and pairs_per_user ({pairs_per_user}) must be at least 1."
+            )
+        if not 0 <= balance <= 1:
+            raise ConfigurationError(f"balance is {balance}; it must lie between 0 (pairs equal) and 1 (users equal).")
+        self._by_user = np.argsort(users, kind="stable")  # positions, user by user
+        self._counts: _Array = np.unique(users, return_counts=True)[1]
+        self._batch_size, self._pairs_per_user, self._balance = batch_size, pairs_per_user, balance
+        self._seed, self._rank, self._world_size = seed, rank, world_size
+        self._epoch, self._start = 0, 0
+
+    @property
+    def sampler(self) -> UserGroupedBatchSampler:
+        """Return self: Lightning looks for `set_epoch` on the `sampler` of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch whose order is yielded next, and the batch to start it from."""
+        self._epoch, self._start = epoch, start
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, the same on every rank and wherever the epoch is entered."""
+        return -(-len(self._by_user) // (self._batch_size * self._world_size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        # Epoch and start are those at this moment: Lightning may set the next ones before the first batch is drawn.
+        return self._batches(self._epoch, self._start)
+
+    def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
+        order = self.order(epoch)
+        whole = self._batch_size * self._world_size
+        for number in range(start, len(self)):
+            batch = order[number * whole : (number + 1) * whole]
+            if len(batch) < self._world_size:
+                batch = np.resize(np.concatenate([batch, order]), self._world_size)
+            yield np.array_split(batch, self._world_size)[self._rank].tolist()
+
+    def order(self, epoch: int) -> _Array:
+        """Return the positions `[N]` of an epoch in the order in which they are batched."""
+        rng = np.random.default_rng([self._seed, epoch])
+        total = len(self._by_user)
+        if self._balance == 0 and self._pairs_per_user == 1:
+            return rng.permutation(total)
+        quotas = self._quotas(rng)
+        # Lay out enough passes over each user's pairs: copies of a pair differ in their pass.
+        passes = -(-quotas // self._counts)
+        copies = np.repeat(passes, self._counts)  # of each pair, user by user
+        pair = np.repeat(self._by_user, copies)
+        user = np.repeat(np.arange(len(quotas)), passes * self._counts)
+        pass_number = np.arange(len(pair)) - np.repeat(np.cumsum(copies) - copies, copies)
+        pass_id = np.repeat(np.cumsum(passes) - passes, passes * self._counts) + pass_number
+        # Shuffle within each pass (the half keeps rounding from reaching the next one), and keep each user's first
+        # pairs up to the quota.
+        shuffled = np.argsort(pass_id + 0.5 * rng.random(len(pair)))
+        place = _ranks(user[shuffled])
+        kept = shuffled[place < quotas[user[shuffled]]]
+        # Runs never cross a pass, so that none holds the same pair twice.
+        run = pass_id[kept] * (self._counts.max() // self._pairs_per_user + 1)
+        run = run + _ranks(pass_id[kept]) // self._pairs_per_user
+        starts = np.flatnonzero(np.diff(run, prepend=-1))
+        lengths = np.diff(starts, append=total)
+        key = np.repeat(rng.permutation(len(starts)), lengths)
+        grouped: _Array = pair[kept][np.argsort(key, kind="stable")]
+        return grouped
+
+    def _quotas(self, rng: np.random.Generator) -> _Array:
+        """Return how many pairs of the epoch each user is given, `[U]`, which sum to the number of pairs."""
+        if self._balance == 0:
+            return self._counts
+        weights = self._counts ** (1 - self._balance)
+        # Systematic rounding in random order: each quota is one of the two integers around its share, and on average
+        # the share itself.
+        order = rng.permutation(len(weights))
+        edges = np.cumsum(weights[order] / weights.sum()) * len(self._by_user)
+        edges[-1] = len(self._by_user)
+        quotas = np.empty(len(weights), dtype=np.int64)
+        quotas[order] = np.diff(np.floor(edges + rng.random()), prepend=0)
+        return quotas
+
+
+class SequentialBatchSampler(Sampler[list[int]]):
+    """Yields batches of positions for evaluation: in order, each exactly once over all ranks.
+
+    All ranks have the same number of batches, as sharded models need, for batches may differ in size by one (at batch
+    size 1 one may hold two rows). Only if there are fewer rows than ranks have some ranks none.
+
+    Args:
+        size: Number of rows.
+        batch_size: Most rows in a batch of one process.
+        rank: Rank of this process among those that share the data.
+        world_size: Number of processes that share the data.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        rows = np.arange(size)[rank::world_size]
+        batches = max(1, min(-(-size // (batch_size * world_size)), size // world_size))
+        self._batches = np.array_split(rows, batches) if len(rows) else []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (batch.tolist() for batch in self._batches)
+
+
+def _ranks(groups: _Array) -> _Array:
+    """Return the place of each element within its group, where groups stand together."""
+    starts = np.flatnonzero(np.diff(groups, prepend=-1))
+    return np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))

@@ -1,0 +1,44 @@
+"""SUBCLASS HERE: a place that raw feedback rows come from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+
+
+class DataSource(ABC):
+    """Raw feedback rows, split by split.
+
+    A source only finds and reads rows: validating, tokenising, caching, splitting and grouping by user are done by
+    `PreferenceDataModule`, the same for every source. Rows are mappings with the fields `user_id`, `prompt`, `chosen`,
+    `rejected` and, optionally, `user_text`, or other names that `columns` maps to these.
+
+    Attributes:
+        columns: Field name to the column that holds it, for the fields whose column is named otherwise, such as
+            `{"user_id": "worker"}`.
+    """
+
+    columns: Mapping[str, str] = {}
+
+    @abstractmethod
+    def splits(self) -> set[Split]:
+        """Return the splits that this source has; `train` is one of them unless it serves evaluation only."""
+
+    @abstractmethod
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield each row of a split after where it stands (such as `votes.jsonl:17`), always in the same order.
+
+        Large sources stream: memory does not grow with the number of rows.
+        """
+
+    @abstractmethod
+    def fingerprint(self, split: Split) -> str:
+        """Return a string that changes whenever the rows of a split may have changed.
+
+        It is the key of the tokenised cache, so it is cheap to compute (path, size and modification time of files, or
+        the settings of a generator) and names everything that the rows depend on.
+        """

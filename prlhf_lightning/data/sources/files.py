@@ -1,0 +1,61 @@
+"""Feedback in the user's own files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from prlhf_lightning.data.readers import read_rows
+from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+Paths: TypeAlias = str | Path | Sequence[str | Path]
+
+
+class FileSource(DataSource):
+    """JSON Lines, JSON, CSV (each also gzipped) and Parquet files.
+
+    Args:
+        train: Path of the training file, or a list of paths.
+        validation: Validation file or files; without them the data module holds out a part of `train`.
+        test: Test file or files.
+        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+    """
+
+    def __init__(
+        self,
+        train: Paths,
+        validation: Paths | None = None,
+        test: Paths | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self.columns = dict(columns or {})
+        self._paths: dict[Split, list[Path]] = {}
+        for split, paths in zip(SPLITS, (train, validation, test), strict=True):
+            if paths is not None:
+                self._paths[split] = [Path(path) for path in ([paths] if isinstance(paths, str | Path) else paths)]
+                if not self._paths[split]:
+                    raise ConfigurationError(f"The {split} split is an empty list of files; name one, or leave it out.")
+
+    def splits(self) -> set[Split]:
+        """Return the splits for which files were named."""
+        return set(self._paths)
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the rows of a split's files in order, each after its file and line."""
+        for path in self._paths[split]:
+            yield from read_rows(path)
+
+    def fingerprint(self, split: Split) -> str:
+        """Return path, size and modification time of each file."""
+        parts = []
+        for path in self._paths[split]:
+            try:
+                stat = path.stat()
+            except FileNotFoundError:
+                raise FeedbackFormatError(
+                    f"{path}: there is no such file; check the path (it is relative to {Path.cwd()})."
+                ) from None
+            parts.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+        return "\n".join(parts)

@@ -1,0 +1,64 @@
+"""Feedback in data sets of the Hugging Face hub, or in any folder or script-free repository that `datasets` reads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+
+from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.errors import ConfigurationError
+
+
+class HubSource(DataSource):
+    """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`.
+
+    Args:
+        path: Name on the hub, such as `organisation/name`, or a local folder of data files.
+        name: Configuration of the data set, where it has several.
+        train_split: Its split to train on; slices such as `train[:10%]` work.
+        validation_split: Its split to validate on; without it the data module holds out a part of the training split.
+        test_split: Its split to test on.
+        revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
+        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        train_split: str = "train",
+        validation_split: str | None = None,
+        test_split: str | None = None,
+        revision: str | None = None,
+        columns: Mapping[str, str] | None = None,
+    ) -> None:
+        self.columns = dict(columns or {})
+        self._path, self._name, self._revision = path, name, revision
+        named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
+        self._names: dict[Split, str] = {split: name for split, name in named if name is not None}
+        self._loaded: dict[Split, datasets.Dataset] = {}
+
+    def splits(self) -> set[Split]:
+        """Return the splits that were named."""
+        return set(self._names)
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the rows of a split in order, each after its place such as `organisation/name[train]:17`."""
+        for number, row in enumerate(self._load(split), start=1):
+            yield f"{self._path}[{self._names[split]}]:{number}", row
+
+    def fingerprint(self, split: Split) -> str:
+        """Return the fingerprint that `datasets` derives from the data files."""
+        return f"{self._path} {self._names[split]} {self._load(split)._fingerprint}"  # it has no public name
+
+    def _load(self, split: Split) -> datasets.Dataset:
+        if split not in self._loaded:
+            try:
+                self._loaded[split] = datasets.load_dataset(
+                    self._path, self._name, split=self._names[split], revision=self._revision
+                )
+            except ValueError as error:  # an unknown split or configuration; the text lists those that exist
+                raise ConfigurationError(f"{self._path}: {error}") from error
+        return self._loaded[split]

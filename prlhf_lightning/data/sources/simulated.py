@@ -1,0 +1,229 @@
+"""Feedback of simulated users whose true tastes are known, so that what a model writes can be judged exactly."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from random import Random
+from typing import Any
+
+from prlhf_lightning.data.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render, sample
+from prlhf_lightning.data.simulation.users import MAX_GROUPS, SimulatedUser, draw_tastes, draw_users, state_preference
+from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.errors import ConfigurationError
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """What one simulated user makes of one text.
+
+    Attributes:
+        utility: True utility in [-1, 1]: 1 is the best text for this user, 0 the mean over texts of all styles (what
+            a writer without a style of its own earns), -1 the worst; an ill-formed text earns -1.
+        well_formed: Whether the text is exactly an answer of the style grammar to the prompt.
+    """
+
+    utility: float
+    well_formed: bool
+
+
+@dataclass(frozen=True)
+class _Pair:
+    user: SimulatedUser
+    prompt: str
+    chosen: str
+    rejected: str
+
+    @property
+    def label_is_true(self) -> bool:
+        return self.user.utility(self.prompt, self.chosen) > self.user.utility(self.prompt, self.rejected)
+
+
+class SimulatedSource(DataSource):
+    """Pairs judged by simulated users with hidden, conflicting tastes over the style grammar.
+
+    Users come in opposed groups of unequal size, so that no style pleases more than a few of them, and differ within
+    a group (see `simulation.users.draw_users`). Both answers of a pair are drawn afresh from the grammar, in styles
+    drawn uniformly; a user prefers answer a to answer b with probability `sigmoid((u_a - u_b) / temperature)`
+    (Bradley-Terry on true utilities; pairs of equal utility are drawn again). A fifth of the prompts is held out of
+    training; validation pairs and `eval_prompts` use only these.
+
+    Args:
+        num_users: Users seen in training.
+        pairs_per_user: Training pairs of each of them.
+        validation_pairs_per_user: Validation pairs of each user, seen or unseen.
+        num_unseen_users: Users of whom there are validation pairs only.
+        groups: True number of groups of taste, at most 8. With an even number each group has an opposite one.
+        temperature: Noise of the choices; 0.05 makes 97% of the labels agree with the true utilities.
+        user_text: Whether rows state the user's three strongest preferences in words, for explicit user models.
+        seed: Draws users, prompts, answers and labels.
+    """
+
+    def __init__(
+        self,
+        num_users: int = 20,
+        pairs_per_user: int = 60,
+        validation_pairs_per_user: int = 30,
+        num_unseen_users: int = 10,
+        groups: int = 4,
+        temperature: float = 0.05,
+        user_text: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if not 1 <= groups <= min(MAX_GROUPS, num_users):
+            raise ConfigurationError(
+                f"SimulatedSource: groups={groups} is out of range; give a number from 1 to {MAX_GROUPS}, "
+                f"and no more than num_users={num_users}."
+            )
+        if temperature <= 0:
+            raise ConfigurationError(f"SimulatedSource: temperature={temperature} must be above 0.")
+        self.num_users = num_users
+        self.pairs_per_user = pairs_per_user
+        self.validation_pairs_per_user = validation_pairs_per_user
+        self.num_unseen_users = num_unseen_users
+        self.groups = groups
+        self.temperature = temperature
+        self.user_text = user_text
+        self.seed = seed
+
+    def splits(self) -> set[Split]:
+        """Return train and validation."""
+        return {"train", "validation"}
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the pairs of each user in turn; unseen users stand after the seen ones, in validation only."""
+        for user in self.seen_users + (self.unseen_users if split == "validation" else []):
+            for number, pair in enumerate(self._pairs(split, user)):
+                row = {"user_id": user.user_id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+                if self.user_text:
+                    row["user_text"] = user.stated_preference()
+                yield f"simulated {split}:{user.user_id}:{number}", row
+
+    def fingerprint(self, split: Split) -> str:
+        """Return the settings that the rows depend on, with the version of the grammar."""
+        pairs = self.pairs_per_user if split == "train" else self.validation_pairs_per_user
+        settings = (self.num_users, pairs, self.num_unseen_users, self.groups, self.temperature, self.user_text)
+        return f"SimulatedSource v1 {split} {settings} seed {self.seed}"
+
+    @cached_property
+    def seen_users(self) -> list[SimulatedUser]:
+        """The users of the training split."""
+        names = [f"user-{i + 1:02d}" for i in range(self.num_users)]
+        return draw_users(names, self._tastes, Random(f"{self.seed} seen users"))
+
+    @cached_property
+    def unseen_users(self) -> list[SimulatedUser]:
+        """The users who are in validation only."""
+        names = [f"unseen-{i + 1:02d}" for i in range(self.num_unseen_users)]
+        return draw_users(names, self._tastes, Random(f"{self.seed} unseen users"))
+
+    def judge(self, user_id: str, prompt: str, completion: str) -> Judgement:
+        """Return what a user makes of a completion, given as text without special tokens.
+
+        Generate with room for more than `grammar.MAX_WORDS` tokens: a text cut off before its end token is then
+        longer than any text of the grammar, so it is ill-formed.
+        """
+        user = self._user_by_id[user_id]
+        return Judgement(user.utility(prompt, completion), parse(prompt, completion) is not None)
+
+    def noise_ceiling(self, split: Split = "validation", unseen: bool = False) -> float:
+        """Return the accuracy of the true utilities on the noisy labels of the seen (or of the unseen) users."""
+        users = self.unseen_users if unseen else self.seen_users
+        hits = [pair.label_is_true for user in users for pair in self._pairs(split, user)]
+        return sum(hits) / len(hits)
+
+    def eval_prompts(self) -> list[str]:
+        """Return the held-out prompts."""
+        return self._prompts("validation")
+
+    def contrasting_users(self, n: int = 3) -> list[SimulatedUser]:
+        """Return seen users whose tastes differ most: the first user, then each time the farthest from those taken."""
+        taken = self.seen_users[:1]
+        while len(taken) < min(n, self.num_users):
+            rest = [user for user in self.seen_users if user not in taken]
+            taken.append(max(rest, key=lambda user: min(math.dist(user.weights, other.weights) for other in taken)))
+        return taken
+
+    @cached_property
+    def _tastes(self) -> list[tuple[float, ...]]:
+        return draw_tastes(self.groups, Random(f"{self.seed} tastes"))
+
+    @cached_property
+    def _user_by_id(self) -> dict[str, SimulatedUser]:
+        return {user.user_id: user for user in self.seen_users + self.unseen_users}
+
+    def _prompts(self, split: Split) -> list[str]:
+        held_out = set(Random(f"{self.seed} prompts").sample(PROMPTS, len(PROMPTS) // 5))
+        return [prompt for prompt in PROMPTS if (prompt in held_out) == (split == "validation")]
+
+    def _pairs(self, split: Split, user: SimulatedUser) -> Iterator[_Pair]:
+        # One generator of randomness a user and split: asking for more pairs or users keeps those already drawn.
+        rng = Random(f"{self.seed} {split} {user.user_id}")
+        prompts = self._prompts(split)
+        for _ in range(self.pairs_per_user if split == "train" else self.validation_pairs_per_user):
+            yield self._judged_pair(user, rng.choice(prompts), rng)
+
+    def _judged_pair(self, user: SimulatedUser, prompt: str, rng: Random) -> _Pair:
+        margin = 0.0
+        while abs(margin) < 1e-9:
+            first, second = sample(prompt, rng), sample(prompt, rng)
+            margin = user.utility(prompt, first) - user.utility(prompt, second)
+        # sigmoid, written so that a very small temperature does not overflow
+        first_wins = rng.random() < 0.5 * (1 + math.tanh(0.5 * margin / self.temperature))
+        return _Pair(user, prompt, *((first, second) if first_wins else (second, first)))
+
+
+class StyleCorpus(DataSource):
+    """Answers in all styles alike, for supervised training of the language model that the simulation starts from.
+
+    No user's taste stands in it. A third of the prompts stand alone, and their answers' styles are drawn uniformly. A
+    third follow a stated preference, as in `I like short and warm answers.`, and a third follow loose notes, as in
+    `garden warm oven short`: words of which some name a style and most say nothing. The answer then has the styles
+    named, and what is not named is drawn uniformly. So the model can follow a wish, as instruction-tuned models can,
+    wherever it stands before the prompt, and leans to no style without one.
+
+    Args:
+        num_rows: Rows of the training split; validation has a twentieth as many.
+        seed: Draws prompts and answers.
+    """
+
+    def __init__(self, num_rows: int = 200_000, seed: int = 0) -> None:
+        self.num_rows = num_rows
+        self.seed = seed
+
+    def splits(self) -> set[Split]:
+        """Return train and validation."""
+        return {"train", "validation"}
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield rows with an empty `rejected`."""
+        rng = Random(f"{self.seed} corpus {split}")
+        for number in range(self.num_rows if split == "train" else self.num_rows // 20):
+            prompt, style = rng.choice(PROMPTS), rng.choice(STYLES)
+            wishes = [getattr(style, name) for name in rng.sample(list(ATTRIBUTES), rng.randint(0, len(ATTRIBUTES)))]
+            row = {
+                "user_id": "anyone",
+                "prompt": rng.choice((_no_lead, _stated_lead, _noted_lead))(wishes, rng) + prompt,
+                "chosen": render(prompt, style, rng),
+                "rejected": "",
+            }
+            yield f"style corpus {split}:{number}", row
+
+    def fingerprint(self, split: Split) -> str:
+        """Return the settings that the rows depend on, with the version of the grammar."""
+        return f"StyleCorpus v1 {split} {self.num_rows} seed {self.seed}"
+
+
+def _no_lead(wishes: list[str], rng: Random) -> str:
+    return ""
+
+
+def _stated_lead(wishes: list[str], rng: Random) -> str:
+    return state_preference(wishes) + " " if wishes else ""
+
+
+def _noted_lead(wishes: list[str], rng: Random) -> str:
+    words = [*wishes, *rng.choices(NOTE_WORDS, k=rng.randint(0, 8))]
+    return "".join(f"{word} " for word in rng.sample(words, len(words)))

@@ -1,0 +1,95 @@
+"""Who and what is held out of training: a pure function of the content of each row and of a seed.
+
+Whether a row is held out depends on nothing but its own user, prompt and completions, so appending rows to a file moves
+no row from one side to the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Literal, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+SplitBy: TypeAlias = Literal["prompt", "pair"]
+Positions: TypeAlias = npt.NDArray[np.int64]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class TrainValidation:
+    """Positions `[n]` of the rows of each part, ascending.
+
+    Attributes:
+        train: Rows to train on.
+        seen: Held-out rows of users that training meets.
+        unseen: Rows of users that training does not meet.
+        orphans: Number of users all of whose rows fell to validation; they count as unseen.
+    """
+
+    train: Positions
+    seen: Positions
+    unseen: Positions
+    orphans: int
+
+
+def text_key(text: str) -> int:
+    """Return a 64-bit hash of a text."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def split_train_validation(
+    users: npt.NDArray[np.int32],
+    user_ids: list[str],
+    keys: npt.NDArray[np.int64],
+    validation_fraction: float,
+    unseen_user_fraction: float,
+    seed: int,
+) -> TrainValidation:
+    """Divide rows into training, seen-user validation and unseen-user validation.
+
+    Args:
+        users: `[N]` index of each row's user in `user_ids`.
+        user_ids: `[U]` the users.
+        keys: `[N]` hash of what must not stand on both sides: the prompt, or prompt and completions. Rows of unseen
+            users are exempt: all their rows are validation, and what is new about them is the user.
+        validation_fraction: Share of the keys whose rows are held out.
+        unseen_user_fraction: Share of the users all of whose rows are held out.
+        seed: Another seed gives another division.
+    """
+    unseen_users = held_out_users(user_ids, unseen_user_fraction, seed)
+    held_out = _below(keys.view(np.uint64), validation_fraction, seed)
+    train = ~unseen_users[users] & ~held_out
+    trained = np.zeros(len(user_ids), dtype=bool)
+    trained[users[train]] = True
+    known = trained[users]
+    return TrainValidation(
+        train=np.flatnonzero(train),
+        seen=np.flatnonzero(~train & known),
+        unseen=np.flatnonzero(~known),
+        orphans=int((~trained & ~unseen_users).sum()),
+    )
+
+
+def held_out_users(user_ids: list[str], fraction: float, seed: int) -> Mask:
+    """Return `[U]` whether each user is held out of training."""
+    hashes = np.array([text_key(user_id) for user_id in user_ids], dtype=np.uint64)
+    # Apart from the stream for rows, in case a prompt is the same text as a user id.
+    return _below(hashes, fraction, seed ^ 0x5DEECE66D)
+
+
+def _below(hashes: npt.NDArray[np.uint64], fraction: float, seed: int) -> Mask:
+    """Return whether each hash, mixed with the seed, falls into the given fraction of its range."""
+    mixed = _mix(hashes + _mix(np.array([seed], dtype=np.uint64)))
+    below: Mask = (mixed >> np.uint64(11)) < np.uint64(fraction * 2**53)
+    return below
+
+
+def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """Scramble 64-bit integers (the finaliser of splitmix64, Steele et al. 2014)."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))

@@ -1,0 +1,202 @@
+"""Feedback records to token ids.
+
+A plain prompt becomes `[BOS] prompt` (BOS where the tokenizer writes one by itself) and a plain completion
+`completion EOS`. A conversation becomes the chat template's text up to the assistant's turn, and what the template adds
+for the answer, ended by EOS. Prompt and completion are tokenised apart, so that the ids of a prompt do not depend on
+what follows it, in training as in generation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.data.records import FeedbackRecord, Text
+from prlhf_lightning.data.rendering import RenderedRecord, Renderer
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+Overlong: TypeAlias = Literal["truncate", "drop", "error"]
+_REMEMBERED = 5_000_000  # ids of texts already tokenised that are kept at hand, 20 MB
+
+
+class TokenizedRecord(NamedTuple):
+    """Token ids of one record, each field an int32 array."""
+
+    user_text: Ids
+    prompt: Ids
+    chosen: Ids
+    rejected: Ids
+
+
+@dataclass
+class Excess:
+    """How often a field was longer than its limit, and the first place where."""
+
+    count: int
+    first: str
+
+
+@dataclass(frozen=True)
+class TokenizationSettings:
+    """How text becomes ids.
+
+    Attributes:
+        max_prompt_length: Most tokens of a prompt; a longer one keeps its end (and BOS).
+        max_completion_length: Most tokens of a completion, EOS included; a longer one keeps its start, without EOS.
+        max_user_text_length: Most tokens of a user's text; a longer one keeps its start.
+        overlong: What is done with a record over a limit.
+        chat_template: Whether plain strings are wrapped as one turn of the chat template. Conversations always are.
+        user_text_format: How a user's text is written; `{user_text}` stands for it.
+    """
+
+    max_prompt_length: int = 512
+    max_completion_length: int = 512
+    max_user_text_length: int = 256
+    overlong: Overlong = "truncate"
+    chat_template: bool = False
+    user_text_format: str = "{user_text}\n"
+
+    def __post_init__(self) -> None:
+        for name, least in (("max_prompt_length", 2), ("max_completion_length", 1), ("max_user_text_length", 1)):
+            if getattr(self, name) < least:
+                raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+
+
+@dataclass
+class FeedbackTokenizer:
+    """Tokenises records in batches and keeps count of those over a limit.
+
+    Attributes:
+        tokenizer: The policy's tokenizer. It needs an EOS token, to end completions with.
+        settings: Limits and formats.
+        excess: For each field, the records that were over its limit so far.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    settings: TokenizationSettings
+    excess: dict[str, Excess] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token_id is None:
+            raise ConfigurationError("The tokenizer has no EOS token to end completions with; set its eos_token.")
+        self._render = Renderer(self.tokenizer, self.settings.chat_template, self.settings.user_text_format)
+        bos = self.tokenizer.bos_token_id
+        # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
+        writes_bos = bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos]
+        self._bos = np.array([bos] if writes_bos else [], dtype=np.int32)
+        self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
+        self._backend = _private_backend(self.tokenizer)
+        self._ids: dict[str, Ids] = {"": self._eos[:0]}
+        self._remembered = 0
+
+    def __call__(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> list[TokenizedRecord | None]:
+        """Tokenise records that stand at `wheres`; None stands for a record dropped as overlong."""
+        rendered = [self._render(record, where) for record, where in zip(records, wheres, strict=True)]
+        self._learn({text for row in rendered for text in (row.user_text, row.prompt, row.chosen, row.rejected or "")})
+        return [self._fit(self._assemble(row, where), where) for row, where in zip(rendered, wheres, strict=True)]
+
+    def prompts(self, prompts: Sequence[Text]) -> list[Ids]:
+        """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept."""
+        rendered = [(*self._render.prompt(prompt, f"prompt {i}"), f"prompt {i}") for i, prompt in enumerate(prompts)]
+        self._learn({text for text, _, _ in rendered})
+        limit = self.settings.max_prompt_length
+        rows = [self._prompt(*row) for row in rendered]
+        return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
+
+    def _learn(self, texts: set[str]) -> None:
+        """Tokenise the texts not yet known; crowds judge the same texts many times over."""
+        if self._remembered > _REMEMBERED:
+            self._ids, self._remembered = {"": self._eos[:0]}, 0
+        new = [text for text in texts if text not in self._ids]
+        if not new:
+            return
+        if self._backend is not None:
+            rows = [encoding.ids for encoding in self._backend.encode_batch_fast(new, add_special_tokens=False)]
+        else:
+            rows = self.tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"]
+        for text, row in zip(new, rows, strict=True):
+            self._ids[text] = np.array(row, dtype=np.int32)
+            self._remembered += len(row)
+
+    def _assemble(self, row: RenderedRecord, where: str) -> TokenizedRecord:
+        """Put BOS and EOS in their places."""
+        prompt = self._prompt(row.prompt, row.templated, where)
+        chosen = self._completion(row.chosen, where, "chosen")
+        rejected = self._ids[""] if row.rejected is None else self._completion(row.rejected, where, "rejected")
+        return TokenizedRecord(self._ids[row.user_text], prompt, chosen, rejected)
+
+    def _prompt(self, text: str, templated: bool, where: str) -> Ids:
+        ids = self._ids[text] if templated else np.concatenate([self._bos, self._ids[text]])
+        if not len(ids):
+            raise FeedbackFormatError(
+                f"{where}: field 'prompt' has no tokens, and the tokenizer writes no BOS, so nothing stands before the "
+                "completion; write a prompt."
+            )
+        return ids
+
+    def _completion(self, text: str, where: str, name: str) -> Ids:
+        ids = self._ids[text]
+        if not len(ids):
+            raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
+        return ids if ids[-1] == self._eos[0] else np.concatenate([ids, self._eos])
+
+    def _fit(self, row: TokenizedRecord, where: str) -> TokenizedRecord | None:
+        """Hold a record to the limits as `settings.overlong` says."""
+        settings = self.settings
+        over: dict[str, Ids] = {}
+        for name, ids in row._asdict().items():
+            setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
+            limit = getattr(settings, setting)
+            if len(ids) <= limit:
+                continue
+            message = f"{where}: field {name!r} has {len(ids)} tokens, limit {limit}"
+            if settings.overlong == "error":
+                raise FeedbackFormatError(f"{message}; raise {setting}, or set overlong to truncate or drop.")
+            self.excess.setdefault(name, Excess(0, message)).count += 1
+            # The end of a prompt holds the question, the start of an answer what it is about.
+            over[name] = self._end(ids, limit) if name == "prompt" else ids[:limit]
+        if over and settings.overlong == "drop":
+            return None
+        return row._replace(**over)
+
+    def _end(self, prompt: Ids, limit: int) -> Ids:
+        head = prompt[: int(prompt[0] == self.tokenizer.bos_token_id)]
+        return np.concatenate([head, prompt[len(head) - limit :]])
+
+
+def _private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """Copy the Rust tokenizer: nobody else's padding or truncation can reach the copy, and calls are half as costly."""
+    if not tokenizer.is_fast:
+        return None
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of all that decides the ids which a tokenizer gives, for keys of caches."""
+    content: dict[str, Any] = {
+        "class": type(tokenizer).__name__,
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "chat_template": tokenizer.chat_template,
+    }
+    if tokenizer.is_fast:
+        # Padding and truncation are the last caller's, not the tokenizer's.
+        content["backend"] = {
+            name: value
+            for name, value in json.loads(tokenizer.backend_tokenizer.to_str()).items()
+            if name not in ("padding", "truncation")
+        }
+    else:
+        content["vocabulary"] = tokenizer.get_vocab()
+    return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

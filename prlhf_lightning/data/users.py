@@ -1,0 +1,56 @@
+"""Which row of the user table belongs to whom."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.errors import ConfigurationError
+
+
+class UserVocabulary:
+    """Maps user ids, which are arbitrary strings, to rows of the user table.
+
+    Row 0 is the generic user `u_0` of arXiv:2402.05133; the first id has row 1. An id that is not in the vocabulary
+    is a person whom training has not met and resolves to the generic user. `list(vocabulary.ids)` is all that a
+    checkpoint needs to hold: `UserVocabulary(ids)` gives the same vocabulary again.
+
+    Args:
+        ids: The known users, in the order of their rows.
+    """
+
+    def __init__(self, ids: Iterable[str]) -> None:
+        self.ids: tuple[str, ...] = tuple(ids)
+        self._row_of = {user_id: row for row, user_id in enumerate(self.ids, start=1)}
+        if len(self._row_of) != len(self.ids):
+            seen: set[str] = set()
+            twice = next(user_id for user_id in self.ids if user_id in seen or seen.add(user_id))  # type: ignore[func-returns-value]
+            raise ConfigurationError(f"The user id {twice!r} stands twice in the vocabulary; give each user one row.")
+
+    def __len__(self) -> int:
+        """Return the number of rows of the user table, the generic user's included."""
+        return len(self.ids) + 1
+
+    def __contains__(self, user_id: object) -> bool:
+        return user_id in self._row_of
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, UserVocabulary) and self.ids == other.ids
+
+    def __hash__(self) -> int:
+        return hash(self.ids)
+
+    def rows(self, user_ids: Sequence[str]) -> Tensor:
+        """Return the row of each user, `[B]` int64; 0 for users that training has not met."""
+        return torch.tensor([self._row_of.get(user_id, 0) for user_id in user_ids], dtype=torch.long)
+
+    def digest(self) -> str:
+        """Return a hash that tells vocabularies apart, order included."""
+        digest = hashlib.sha256()
+        for user_id in self.ids:
+            raw = user_id.encode()
+            digest.update(len(raw).to_bytes(8, "little") + raw)  # the length, so that ["a", "bc"] is not ["ab", "c"]
+        return digest.hexdigest()

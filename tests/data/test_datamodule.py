@@ -1,0 +1,265 @@
+import warnings
+from itertools import pairwise
+
+import pytest
+import torch
+from feedback_helpers import CHATML, row, word_tokenizer, write_jsonl
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+
+class Recorder(LightningModule):
+    """Learns nothing, and remembers which rows it was shown."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.trained, self.validated = [], []
+
+    def training_step(self, batch, batch_idx):
+        self.trained.append((self.current_epoch, batch_idx, batch.records.tolist()))
+        return self.weight.sum()
+
+    def validation_step(self, batch, batch_idx, dataloader_idx=0):
+        self.validated.append((dataloader_idx, batch.user_ids))
+
+    def predict_step(self, batch, batch_idx, dataloader_idx=0):
+        return batch.records
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def trainer(**settings):
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return Trainer(**{"accelerator": "cpu", "enable_model_summary": False, "max_epochs": 3, **quiet, **settings})
+
+
+ROWS = [row(i, user=f"u{i % 10}") for i in range(100)]
+
+
+@pytest.fixture
+def votes(tmp_path):
+    return write_jsonl(tmp_path / "votes.jsonl", ROWS)
+
+
+@pytest.fixture
+def make(votes, tmp_path):
+    def make(source=None, tokenizer=None, **settings):
+        source = source or FileSource(votes)
+        return PreferenceDataModule(source, tokenizer or word_tokenizer(), cache_dir=tmp_path / "cache", **settings)
+
+    return make
+
+
+def epochs(model):
+    return [[position for e, _, batch in model.trained if e == epoch for position in batch] for epoch in range(3)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_epoch_shows_every_training_pair_in_a_new_order(make, num_workers):
+    model = Recorder()
+    trainer().fit(model, datamodule=make(validation_fraction=0.0, num_workers=num_workers))
+    first, second, third = epochs(model)
+    assert sorted(first) == sorted(second) == sorted(third) == list(range(100))
+    assert first != second != third != first
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("step", [2, 3, 4])
+def test_training_resumes_with_the_very_next_batch(make, tmp_path, step, num_workers):
+    settings = {"batch_size": 40, "validation_fraction": 0.0, "num_workers": num_workers}
+    whole, rest = Recorder(), Recorder()
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
+    trainer(callbacks=[saver], enable_checkpointing=True).fit(whole, datamodule=make(**settings))
+    trainer().fit(rest, datamodule=make(**settings), ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert rest.trained == whole.trained[step:]
+    assert len(rest.trained) == 9 - step
+
+
+def test_overfitting_repeats_the_same_batches(make):
+    model = Recorder()
+    trainer(overfit_batches=2).fit(model, datamodule=make())
+    first, second, _ = epochs(model)
+    assert first == second
+    assert len(first) == 16
+
+
+def test_nothing_is_warned_about_that_a_user_must_ignore(make):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model, data = Recorder(), make()
+        trainer().fit(model, datamodule=data)
+        trainer().predict(model, datamodule=data)
+        trainer().fit(model, datamodule=make(validation_fraction=0.0))
+    about_data = ("dataloader", "sampler", "Total length")
+    assert not [w for w in caught if any(word in str(w.message) for word in about_data)]
+
+
+def test_validation_is_divided_into_seen_and_unseen_users(make):
+    data = make(validation_fraction=0.2, unseen_user_fraction=0.3)
+    model = Recorder()
+    trainer(max_epochs=1).fit(model, datamodule=data)
+    assert data.eval_sets["validate"] == data.eval_sets["predict"] == ("seen", "unseen")
+    for index, users in model.validated:
+        assert all((user in data.vocabulary) == (index == 0) for user in users)
+    assert {index for index, _ in model.validated} == {0, 1}
+    assert data.num_users == len(data.vocabulary) == 11 - len({u for i, us in model.validated for u in us if i})
+
+
+def test_a_validation_split_of_the_source_is_used_as_it_is(make, votes, tmp_path):
+    held_out = [row(7, user="u1"), row(8, user="stranger"), row(9, user="u2")]
+    data = make(FileSource(votes, validation=write_jsonl(tmp_path / "held.jsonl", held_out)))
+    seen, unseen = data.val_dataloader()
+    assert [batch.user_ids for batch in seen] == [("u1", "u2")]
+    assert [batch.user_ids for batch in unseen] == [("stranger",)]
+    assert data.batches_per_epoch() == 13  # all 100 rows are trained on, 8 at a time
+
+
+def test_held_out_users_are_the_unseen_set_of_the_sources_validation_split(make, votes, tmp_path):
+    held_out = [row(7, user=f"u{i}") for i in range(10)]
+    source = FileSource(votes, validation=write_jsonl(tmp_path / "held.jsonl", held_out))
+    data = make(source, unseen_user_fraction=0.3)
+    _, unseen = data.val_dataloader()
+    users = {user for batch in unseen for user in batch.user_ids}
+    assert users
+    assert not users & set(data.vocabulary.ids)
+    assert f"train rows of {len(users)} held-out users are not used" in data.describe()
+
+
+def test_prediction_takes_every_row_of_the_test_split_once(make, votes, tmp_path):
+    source = FileSource(votes, test=write_jsonl(tmp_path / "test.jsonl", [row(i, user="u1") for i in range(20)]))
+    data = make(source, eval_batch_size=6)
+    batches = trainer().predict(Recorder(), datamodule=data)
+    assert data.eval_sets["predict"] == ("seen",)
+    assert torch.cat(batches).tolist() == list(range(20))
+
+
+def test_a_test_without_a_test_split_is_refused(make):
+    with pytest.raises(ConfigurationError, match="There is nothing to test on; give the source a test split"):
+        make().setup("test")
+
+
+def test_the_vocabulary_is_sorted_and_known_before_training(make):
+    assert make(validation_fraction=0.0).vocabulary.ids == tuple(f"u{i}" for i in range(10))
+
+
+def test_pairs_per_user_and_balance_reach_the_batches(make, tmp_path):
+    rows = [row(i, user="many" if i < 60 else f"few{i % 3}") for i in range(66)]
+    source = FileSource(write_jsonl(tmp_path / "uneven.jsonl", rows))
+    data = make(source, validation_fraction=0.0, batch_size=4, pairs_per_user=4, balance=1.0)
+    users = [user for batch in data.train_dataloader() for user in batch.user_ids]
+    assert len(users) == 66
+    assert 16 <= users.count("many") <= 17
+    assert sum(a != b for a, b in pairwise(users)) < 45
+
+
+def test_prompts_are_encoded_and_padded_as_the_data_are(make):
+    data = make(validation_fraction=0.0)
+    tokens = data.encode_prompts(["w0 w0", "one two three"])
+    assert tokens.mask.sum(-1).tolist() == [3, 4]
+    (first,) = (batch for batch in data.train_dataloader() if 0 in batch.records)
+    assert tokens.ids[0, :3].tolist() == first.prompt.ids[first.records == 0][0].tolist()
+
+
+def test_records_lead_back_to_their_lines(make, votes, tmp_path):
+    data = make(FileSource(votes, validation=write_jsonl(tmp_path / "held.jsonl", [row(3, user="u1")])))
+    batch = next(iter(data.train_dataloader()))
+    for user, record in zip(batch.user_ids, batch.records.tolist(), strict=True):
+        assert data.where(record) == f"{votes}:{record + 1}"
+        assert user == f"u{record % 10}"
+    assert data.where(0, "validate") == f"{tmp_path}/held.jsonl:1"
+
+
+def test_the_summary_counts_pairs_users_and_what_was_cut(make, tmp_path):
+    rows = [row(i, user="ann") for i in range(4)] + [row(4, user="bob", prompt="one two three four")]
+    data = make(
+        FileSource(write_jsonl(tmp_path / "a.jsonl", rows), validation=write_jsonl(tmp_path / "b.jsonl", rows[3:])),
+        max_prompt_length=4,
+    )
+    assert data.describe() == (
+        "Data: 5 training pairs by 2 users; pairs to validate on: 2 by seen users; "
+        "1 train rows truncated ('prompt' too long); 1 validation rows truncated ('prompt' too long)."
+    )
+
+
+def test_the_summary_counts_texts_about_users(make, tmp_path):
+    rows = [row(i, user_text="six" if i else None) for i in range(5)]
+    data = make(FileSource(write_jsonl(tmp_path / "a.jsonl", rows)), validation_fraction=0.0)
+    assert "4 train rows with a text about the user" in data.describe()
+
+
+def test_one_prompt_for_all_can_only_be_split_by_pair(make, tmp_path):
+    rows = [row(user=f"u{i % 3}", prompt="two", chosen=f"w{i % 40}", rejected=f"w{i // 40} two") for i in range(80)]
+    source = FileSource(write_jsonl(tmp_path / "jokes.jsonl", rows))
+    assert "set split_by: pair where prompts are few" in make(source, validation_fraction=0.1).describe()
+    data = make(source, validation_fraction=0.1, split_by="pair")
+    assert data.eval_sets["validate"] == ("seen",)
+
+
+def test_holding_out_everything_is_refused(make, tmp_path):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0)]))
+    with pytest.raises(ConfigurationError, match=r"No training pairs are left of 1.*1 different prompts and 1 users"):
+        make(source, validation_fraction=0.999999).setup("fit")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"validation_fraction": 1.0},
+        {"unseen_user_fraction": -0.1},
+        {"batch_size": 0},
+        {"eval_batch_size": 0},
+        {"balance": 2.0},
+    ],
+)
+def test_impossible_settings_are_refused(make, settings):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        make(**settings)
+
+
+def test_a_trainer_that_would_replace_the_sampler_is_refused(make):
+    data = make()
+    data.trainer = trainer(strategy="ddp", devices=2)
+    with pytest.raises(ConfigurationError, match=r"set trainer\.use_distributed_sampler: false"):
+        data.setup("fit")
+    data.trainer = trainer(strategy="ddp", devices=2, use_distributed_sampler=False)
+    data.setup("fit")
+
+
+def test_a_tokenizer_can_be_given_by_its_path(make, tmp_path):
+    word_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    by_path = make(tokenizer=str(tmp_path / "tokenizer"))
+    assert next(iter(by_path.val_dataloader()[0])).prompt.ids[0, 0] == 1
+
+
+def test_a_missing_tokenizer_is_refused(votes, tmp_path):
+    with pytest.raises(ConfigurationError, match="has no tokenizer"):
+        PreferenceDataModule(FileSource(votes), cache_dir=tmp_path).setup("fit")
+
+
+def test_a_bad_row_stops_training_by_name_before_it_starts(make, tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", [*ROWS[:16], row(0, user=7)])
+    with pytest.raises(FeedbackFormatError, match=r"bad\.jsonl:17: field 'user_id' is 7"):
+        trainer().fit(Recorder(), datamodule=make(FileSource(path)))
+
+
+def test_conversations_are_batched_like_strings(make, tmp_path):
+    ask = {"role": "user", "content": "Hi"}
+    answers = [{"role": "assistant", "content": word} for word in ("one", "two three")]
+    rows = [{"user_id": "a", "chosen": [ask, answers[0]], "rejected": [ask, answers[1]]}]
+    source = FileSource(write_jsonl(tmp_path / "chat.jsonl", rows))
+    data = make(source, word_tokenizer(template=CHATML), validation_fraction=0.0)
+    (batch,) = data.train_dataloader()
+    assert batch.chosen.mask.sum() == 2
+    assert batch.rejected.mask.sum() == 3
+
+
+def test_supervised_data_has_empty_rejected_rows(make, tmp_path):
+    rows = [{"user_id": "a", "prompt": "one", "chosen": "two"}]
+    source = FileSource(write_jsonl(tmp_path / "sft.jsonl", rows))
+    (batch,) = make(source, validation_fraction=0.0, require_rejected=False).train_dataloader()
+    assert batch.rejected.ids.shape == (1, 0)

@@ -1,0 +1,116 @@
+import gzip
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from feedback_helpers import row, write_jsonl
+
+from prlhf_lightning.data.readers import read_rows
+from prlhf_lightning.errors import FeedbackFormatError
+
+ROWS = [row(i, chosen=f"line one\nand, two {i} é") for i in range(3)]
+
+
+def as_csv(rows):
+    return "user_id,prompt,chosen,rejected\n" + "".join(
+        f'{r["user_id"]},{r["prompt"]},"{r["chosen"]}",{r["rejected"]}\n' for r in rows
+    )
+
+
+TEXTS = {
+    ".jsonl": "".join(json.dumps(r) + "\n" for r in ROWS),
+    ".json": json.dumps(ROWS, indent=2),
+    ".csv": as_csv(ROWS),
+}
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("suffix", TEXTS)
+def test_every_kind_of_text_file_gives_the_same_rows(tmp_path, suffix, gz):
+    path = tmp_path / f"votes{suffix}{'.gz' if gz else ''}"
+    raw = TEXTS[suffix].encode("utf-8")
+    path.write_bytes(gzip.compress(raw) if gz else raw)
+    assert [r for _, r in read_rows(path)] == ROWS
+
+
+def test_parquet_gives_the_same_rows(tmp_path):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "votes.parquet")
+    items = list(read_rows(tmp_path / "votes.parquet"))
+    assert [r for _, r in items] == ROWS
+    assert items[2][0] == f"{tmp_path}/votes.parquet:3"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "lines"),
+    [
+        ("a.jsonl", '{"x": 1}\n\n{"x": 2}\n', [1, 3]),
+        ("a.json", '[\n {"x": 1},\n\n {\n  "x": 2\n } ]', [2, 4]),
+        ("a.json", '{"x": 1}\n{"x": 2}', [1, 2]),
+        ("a.csv", 'x\n"1\n1"\n2\n', [2, 4]),
+    ],
+)
+def test_rows_are_named_by_the_line_they_start_on(tmp_path, name, text, lines):
+    (tmp_path / name).write_text(text)
+    assert [where.rsplit(":", 1)[1] for where, _ in read_rows(tmp_path / name)] == [str(n) for n in lines]
+
+
+def test_a_long_json_array_on_one_line_is_read_in_pieces(tmp_path):
+    rows = [row(i, chosen='é\\ "[{' * 500) for i in range(200)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, ensure_ascii=False))
+    assert [r for _, r in read_rows(tmp_path / "a.json")] == rows
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path):
+    (tmp_path / "a.csv").write_bytes("\ufeffx\n1\n".encode())
+    assert next(read_rows(tmp_path / "a.csv"))[1] == {"x": "1"}
+
+
+def test_an_empty_csv_cell_is_null(tmp_path):
+    (tmp_path / "a.csv").write_text("x,y\n1,\n")
+    assert next(read_rows(tmp_path / "a.csv"))[1] == {"x": "1", "y": None}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a\.jsonl:2: broken JSON at column \d+ .*; each line must be one"),
+        ("a.jsonl", b'{"x": 1}\n[1]\n', r"a\.jsonl:2: is a JSON list; each row must be an object"),
+        ("a.jsonl", b'{"x": 1}\n{"x": "\xff"}\n', r"a\.jsonl:2: byte 0xff is not UTF-8; save the file as UTF-8"),
+        ("a.jsonl", b"\n\n", r"a\.jsonl: has no rows"),
+        ("a.jsonl", b"", r"a\.jsonl: has no rows"),
+        ("a.json", b'[{"x": 1},\n{"x" 2}]', r"a\.json:2: broken JSON"),
+        ("a.json", b'[{"x": 1},\n\n{"x": 2}', r"a\.json:3: the JSON array is cut short here"),
+        ("a.json", b'[{"x": 1},\n{"x": "\xff"}]', r"a\.json:2: byte 0xff is not UTF-8"),
+        ("a.json", b"[]", r"a\.json: has no rows"),
+        ("a.csv", b"x,y\n1,2\n1,2,3\n", r"a\.csv:3: has 3 values but the header names 2 columns"),
+        ("a.csv", b'x\n"a" b\n', r"a\.csv:2: broken CSV"),
+        ("a.parquet", b"PAR1", r"a\.parquet: is no readable Parquet file"),
+        ("a.txt", b"x", r"a\.txt: unknown kind of file; the name must end in \.jsonl"),
+        ("a.gz", b"x", r"a\.gz: unknown kind of file"),
+        ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz:1: the gzip data is damaged"),
+    ],
+)
+def test_a_damaged_file_is_refused_by_line_and_fix(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(FeedbackFormatError, match=message):
+        list(read_rows(tmp_path / name))
+
+
+def test_a_truncated_gzip_file_names_the_line_where_it_ends(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [row(i, chosen=f"text {i * 7919}") for i in range(500)])
+    whole = gzip.compress((tmp_path / "a.jsonl").read_bytes())
+    (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(FeedbackFormatError, match=r"b\.jsonl\.gz:\d\d+: the gzip data is damaged or cut short"):
+        list(read_rows(tmp_path / "b.jsonl.gz"))
+
+
+def test_a_missing_file_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(FeedbackFormatError, match=r"votes\.jsonl: there is no such file"):
+        read_rows(tmp_path / "votes.jsonl")
+
+
+def test_a_directory_is_refused(tmp_path):
+    (tmp_path / "votes.jsonl").mkdir()
+    with pytest.raises(FeedbackFormatError, match="is a directory; name the files in it"):
+        read_rows(tmp_path / "votes.jsonl")

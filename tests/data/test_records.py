@@ -1,0 +1,130 @@
+import re
+
+import pytest
+from feedback_helpers import row
+
+from prlhf_lightning.data.records import Columns, parse_record
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ASK, GOOD, BAD = turn("user", "Hi"), turn("assistant", "one"), turn("assistant", "two")
+
+
+def without(name):
+    return {key: value for key, value in row().items() if key != name}
+
+
+def test_a_good_row_becomes_a_record():
+    record = parse_record(row(user="7", user_text="likes tea", extra=1), "f:1")
+    assert (record.user_id, record.prompt, record.chosen, record.rejected, record.user_text) == (
+        "7",
+        "w0 w0",
+        "one two",
+        "three four",
+        "likes tea",
+    )
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (row(user_id=7), "field 'user_id' is 7, of type int; write it as a string ('7')"),
+        (row(user_id=True), "field 'user_id' is True, of type bool"),
+        (row(user_id=" "), "field 'user_id' is empty"),
+        (row(user_id=None), "field 'user_id' is null (column 'user_id'); fill it or drop the row"),
+        (row(prompt=None), "field 'prompt' is null"),
+        (row(prompt=["Hi"]), "field 'prompt' message 1 is of type str; each message is"),
+        (row(prompt=[ASK]), "field 'prompt' is a list of messages but 'chosen' is a string"),
+        (row(chosen=""), "field 'chosen' is empty"),
+        (row(rejected=" \n"), "field 'rejected' is empty"),
+        (row(rejected="one two"), "field 'chosen' equals 'rejected'"),
+        (row(chosen=5), "field 'chosen' is of type int; write a string or a list of messages"),
+        (row(rejected=None), "field 'rejected' is null"),
+        (row(rejected=[BAD]), "field 'rejected' and 'chosen' must both be strings or both be lists"),
+        (row(user_text=5), "field 'user_text' is of type int; write a string, or null"),
+        (row(chosen="a\ud83d"), "field 'chosen' holds U+D83D, half of a surrogate pair; remove it"),
+        (without("rejected"), "field 'rejected' is missing: there is no column 'rejected'"),
+    ],
+)
+def test_a_bad_row_is_refused_by_place_field_and_fix(bad, message):
+    with pytest.raises(FeedbackFormatError, match="^" + re.escape(f"votes.jsonl:17: {message}")):
+        parse_record(bad, "votes.jsonl:17")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"chosen": [], "rejected": []}, "field 'chosen' is an empty list"),
+        ({"chosen": [{"role": "assistant"}]}, "field 'chosen' message 1 has a 'content' that is missing"),
+        ({"chosen": [{"content": "x"}]}, "field 'chosen' message 1 has a 'role' that is missing"),
+        ({"chosen": [turn("assistant", None)]}, "field 'chosen' message 1 has a 'content' that is of type NoneType"),
+        ({"chosen": [ASK]}, "field 'chosen' must be one assistant message after the prompt, not messages by: user"),
+        ({"chosen": [turn("assistant", " ")]}, "field 'chosen' is empty"),
+        ({"prompt": [ASK, GOOD]}, "field 'prompt' ends with an assistant message"),
+        ({"rejected": [GOOD]}, "field 'chosen' equals 'rejected'"),
+    ],
+)
+def test_a_malformed_conversation_is_refused(changes, message):
+    bad = {"user_id": "a", "prompt": [ASK], "chosen": [GOOD], "rejected": [BAD], **changes}
+    with pytest.raises(FeedbackFormatError, match=re.escape(f"f:1: {message}")):
+        parse_record(bad, "f:1")
+
+
+def test_a_misspelt_column_is_named_with_the_mapping_that_mends_it():
+    bad = {**without("chosen"), "choosen": "one"}
+    with pytest.raises(FeedbackFormatError, match=re.escape("set columns: {chosen: choosen}")):
+        parse_record(bad, "f:1")
+
+
+def test_columns_can_have_other_names():
+    raw = {**without("user_id"), "worker": "bob"}
+    assert parse_record(raw, "f:1", Columns.from_mapping({"user_id": "worker"})).user_id == "bob"
+
+
+def test_a_column_of_user_texts_that_was_named_must_exist():
+    columns = Columns.from_mapping({"user_text": "profile"})
+    assert parse_record(row(profile=None), "f:1", columns).user_text is None
+    with pytest.raises(FeedbackFormatError, match=re.escape("f:1: field 'user_text' is missing")):
+        parse_record(row(profiles="likes tea"), "f:1", columns)
+
+
+def test_a_mapping_for_an_unknown_field_is_refused_with_the_close_one():
+    with pytest.raises(ConfigurationError, match="did you mean 'user_id'"):
+        Columns.from_mapping({"userid": "worker"})
+
+
+def test_supervised_rows_need_no_rejected_completion():
+    for raw in (without("rejected"), row(rejected=None), row(rejected="")):
+        assert parse_record(raw, "f:1", require_rejected=False).rejected is None
+
+
+def test_blank_user_text_is_no_user_text():
+    assert parse_record(row(user_text="  "), "f:1").user_text is None
+
+
+def test_a_prompt_inside_conversations_is_split_off():
+    raw = {"user_id": "a", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
+    record = parse_record(raw, "f:1")
+    assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
+
+
+def test_a_string_prompt_beside_whole_conversations_must_be_one_of_their_messages():
+    raw = {"user_id": "a", "prompt": "Hi", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
+    assert parse_record(raw, "f:1").prompt == [ASK]
+    with pytest.raises(FeedbackFormatError, match="no message of the conversation"):
+        parse_record({**raw, "prompt": "Bye"}, "f:1")
+
+
+def test_conversations_that_part_before_their_last_message_are_refused():
+    raw = {"user_id": "a", "chosen": [ASK, GOOD], "rejected": [turn("user", "Bye"), BAD]}
+    with pytest.raises(FeedbackFormatError, match="field 'rejected' must share all but its last message"):
+        parse_record(raw, "f:1")
+
+
+def test_bare_completions_without_a_prompt_column_are_refused():
+    with pytest.raises(FeedbackFormatError, match="field 'prompt' is missing"):
+        parse_record({"user_id": "a", "chosen": [GOOD], "rejected": [BAD]}, "f:1")

@@ -1,0 +1,50 @@
+"""Who may import whom, and how light the package is."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import prlhf_lightning
+
+PACKAGE = Path(prlhf_lightning.__file__).parent
+LEAVES = {"types", "errors"}
+SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
+MAY_IMPORT = {
+    **{leaf: set() for leaf in LEAVES},
+    **{sibling: LEAVES for sibling in SIBLINGS},
+    "modules": LEAVES | SIBLINGS,
+    "callbacks": LEAVES | SIBLINGS | {"modules"},
+    "tasks": LEAVES | SIBLINGS | {"modules", "callbacks"},
+    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "tasks"},
+    "__main__": {"cli"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("prlhf_lightning."):
+            names.add(node.module.split(".")[1])
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path):
+    part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if part != "__init__":
+        assert imported(path) <= MAY_IMPORT[part] | {part}
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, prlhf_lightning; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", [name for name in prlhf_lightning.__all__ if name != "__version__"])
+def test_every_public_name_resolves(name):
+    assert getattr(prlhf_lightning, name).__name__ == name
