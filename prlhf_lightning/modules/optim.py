@@ -88,7 +88,8 @@ class RowwiseAdamW(torch.optim.AdamW):
         shape = (-1,) + (1,) * (values.dim() - 1)
         correction1, correction2 = (1 - beta1**steps).view(shape), (1 - beta2**steps).view(shape)
         update = (first / correction1) / ((second / correction2).sqrt() + group["eps"])
-        param[rows] = param[rows] * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+        decayed = param[rows] * (1 - group["lr"] * group["weight_decay"])
+        param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 whatever the table is
 
 
 def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
