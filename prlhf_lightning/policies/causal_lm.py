@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.resources import files
 from typing import Any, Literal
@@ -20,7 +19,8 @@ from transformers.pytorch_utils import Conv1D
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.base import Policy, Sampling
-from prlhf_lightning.policies.sequences import join, token_log_probs
+from prlhf_lightning.policies.scoring import embed, find_shortcuts, score
+from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
@@ -54,7 +54,8 @@ class CausalLMPolicy(Policy):
         lora: Adapters to train, or null to train all weights.
         dtype: Data type of the weights; `auto` takes the checkpoint's. Adapters are kept in float32.
         random_init: Start from random weights of the model's configuration instead of its trained ones.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time, and
+            the prompt is then computed for the chosen and the rejected completion each.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
@@ -124,7 +125,9 @@ class CausalLMPolicy(Policy):
             # transformers renamed it within version 5; both names are in the range that is supported.
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self._head_applies_to_hidden_states = _head_explains_logits(lm)
+        found = find_shortcuts(lm)
+        # Layers that are recomputed in backward keep no cache to continue a prompt from.
+        self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
         self.model: nn.Module = lm
         self.reference_model: nn.Module | None = None
         if self.lora is not None:
@@ -144,9 +147,9 @@ class CausalLMPolicy(Policy):
     def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
         """Return the input embeddings of tokens as vectors, `[B, L, d]`; see `Policy.embed`."""
         if not reference:
-            return _embed(self.lm, tokens)
+            return embed(self.lm, tokens)
         with self._reference_lm() as lm:
-            return _embed(lm, tokens)
+            return embed(lm, tokens)
 
     def log_probs(
         self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
@@ -173,33 +176,17 @@ class CausalLMPolicy(Policy):
             raise ConfigurationError("The policy was built without a reference: call build(with_reference=True).")
 
     def _score(
-        self, lm: nn.Module, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None
+        self, lm: PreTrainedModel, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None
     ) -> tuple[LogProbs, ...]:
-        copies = len(completions)
-        targets = Tokens.concat(completions)
         before = self._segments(lm, prompt, soft_prompt)
-        before = [SoftPrompt(part.vectors.repeat(copies, 1, 1), part.mask.repeat(copies, 1)) for part in before]
-        sequence = join([*before, _embed(lm, targets)])
-        self._check_length(sequence.mask.shape[1])
-
-        # The token at place i is predicted from place i - 1; only completion tokens are scored.
-        starts = torch.stack([part.mask.sum(1) for part in before]).sum(0)
-        rows, offsets = targets.mask.nonzero(as_tuple=True)
-        places = starts[rows] + offsets - 1
-        inputs = _model_inputs(lm, sequence)
-        vocab_size = self.token_embeddings().shape[0]
-        if self._head_applies_to_hidden_states:
-            hidden = lm.base_model(**inputs).last_hidden_state[rows, places]
-            scores = token_log_probs(hidden, targets.ids[rows, offsets], lm.get_output_embeddings(), vocab_size)
-        else:
-            logits = lm(**inputs).logits[rows, places]
-            scores = token_log_probs(logits, targets.ids[rows, offsets], nn.Identity(), vocab_size)
-        log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
-        return LogProbs(log_probs, targets.mask).chunk(copies)
+        width = sum(part.mask.sum(1) for part in before)
+        longest = max(int((width + part.mask.sum(1)).max()) for part in completions)
+        self._check_length(longest)
+        return score(lm, before, completions, self.shortcuts)
 
     def _segments(self, lm: nn.Module, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
         """Return what precedes the completion: BOS, soft prompt and prompt, embedded."""
-        embedded = _embed(lm, prompt)
+        embedded = embed(lm, prompt)
         if soft_prompt is None:
             return [embedded]
         is_bos = torch.zeros_like(prompt.mask)
@@ -259,10 +246,6 @@ def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
         return get_peft_model(lm, config)
 
 
-def _embed(lm: nn.Module, tokens: Tokens) -> SoftPrompt:
-    return SoftPrompt(lm.get_input_embeddings()(tokens.ids), tokens.mask)
-
-
 def _switch_off_dropout(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -276,36 +259,3 @@ def _switch_off_dropout(model: nn.Module) -> None:
         for name in ("attention_dropout", "dropout"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
-
-
-def _model_inputs(lm: nn.Module, sequence: SoftPrompt) -> dict[str, Any]:
-    inputs: dict[str, Any] = {
-        "inputs_embeds": sequence.vectors,
-        "attention_mask": sequence.mask.long(),
-        "use_cache": False,
-    }
-    # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
-    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
-        width = sequence.mask.shape[1]
-        inputs["position_ids"] = torch.arange(width, device=sequence.mask.device).expand(len(sequence.mask), -1)
-    return inputs
-
-
-@torch.no_grad()
-def _head_explains_logits(lm: PreTrainedModel) -> bool:
-    """Whether logits are the output embedding applied to the backbone's last hidden state, and nothing more.
-
-    It holds for most architectures. Those that scale or cap their logits are found out here, and scored through
-    their own forward instead.
-    """
-    head = lm.get_output_embeddings()
-    if head is None:
-        return False
-    vectors = lm.get_input_embeddings().weight[:4][None]
-    sequence = SoftPrompt.full(vectors)
-    inputs = _model_inputs(lm, sequence)
-    was_training = lm.training
-    lm.eval()
-    logits, hidden = lm(**inputs).logits, lm.base_model(**inputs).last_hidden_state
-    lm.train(was_training)
-    return torch.allclose(head(hidden).float(), logits.float(), rtol=1e-3, atol=1e-3)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from prlhf_lightning.types import SoftPrompt
@@ -32,7 +33,7 @@ def join(segments: Sequence[SoftPrompt], align: str = "left") -> SoftPrompt:
     return SoftPrompt(vectors, joined.mask.gather(1, order))
 
 
-def token_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], vocab_size: int) -> Tensor:
+def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
     """Return `log p(target)` of each position without ever holding the logits of all of them.
 
     Args:
@@ -44,14 +45,56 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Te
     Returns:
         `[N]` float32; softmax is taken in float32 whatever the dtype of the logits.
     """
-
-    def score(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
-        logits = head(hidden_n).float()
-        return logits.gather(-1, targets_n[:, None]).squeeze(-1) - logits.logsumexp(-1)
-
     rows = max(1, _LOGITS_PER_CHUNK // vocab_size)
+    if type(head) is nn.Linear and not any(param.requires_grad for param in head.parameters()):
+        scores: Tensor = _FrozenHeadLogProbs.apply(hidden, targets, head.weight, head.bias, rows)
+        return scores
     if len(targets) <= rows:
-        return score(hidden, targets)
+        return _score(head(hidden), targets)[0]
+
+    def recomputed(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
+        return _score(head(hidden_n), targets_n)[0]
+
     chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
     # Recomputing a chunk's logits in backward is what keeps [N, V] from being stored.
-    return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in chunks])  # type: ignore[misc]
+    return torch.cat([checkpoint(recomputed, h, t, use_reentrant=False) for h, t in chunks])  # type: ignore[misc]
+
+
+def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Return log-probabilities of the targets `[n]` and of everything `[n, V]`, both float32."""
+    log_probs = logits.float().log_softmax(-1)
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1), log_probs
+
+
+class _FrozenHeadLogProbs(torch.autograd.Function):
+    """`log p(target)` under a linear head that is not trained.
+
+    The gradient by a hidden state is the upstream scalar times `W[target] - sum_v p_v W_v`. That vector needs nothing
+    from upstream, so it is taken in the forward pass, while a chunk's probabilities are at hand: backward needs
+    neither the logits nor to compute them again, two products with W in all where recomputation takes three.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, rows: int
+    ) -> Tensor:
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        wants_gradient = ctx.needs_input_grad[0]
+        scores, directions = [], []
+        with torch.autocast(device, enabled=False):
+            weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
+            for hidden_n, targets_n in zip(hidden.split(rows), targets.split(rows), strict=True):
+                chosen, log_probs = _score(nn.functional.linear(hidden_n.to(dtype), weight, bias), targets_n)
+                scores.append(chosen)
+                if wants_gradient:
+                    mean = log_probs.exp_().to(dtype) @ weight
+                    directions.append((weight[targets_n] - mean).to(hidden.dtype))
+        if wants_gradient:
+            ctx.save_for_backward(torch.cat(directions))
+        return torch.cat(scores)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (directions,) = ctx.saved_tensors
+        return (grads[0][:, None] * directions).to(directions.dtype), None, None, None, None

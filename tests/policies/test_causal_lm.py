@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.policies.scoring import Shortcuts, find_shortcuts
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "gpt2", "neox"]
@@ -136,13 +137,46 @@ def test_greedy_generation_picks_what_scoring_finds_likeliest(model_paths, name)
     assert written.ids[0, 0].item() == scores.sum.argmax().item()
 
 
+def paths(policy: CausalLMPolicy):
+    """Every way of scoring that the policy may take."""
+    return {
+        "logits": Shortcuts(head=False, shared_prompt=False),
+        "head": Shortcuts(head=True, shared_prompt=False),
+        "shared prompt": Shortcuts(head=True, shared_prompt=True),
+    }
+
+
+@pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["lora", "full"])
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_way_of_scoring_gives_the_same_log_probs_and_gradients(model_paths, name, lora, data):
+    policy = build(model_paths[name], lora=lora).train()
+    assert policy.shortcuts == Shortcuts(head=True, shared_prompt=True)
+    token, rows = st.integers(4, 20), data.draw(st.integers(1, 3))
+    prompt = Tokens.from_lists([[1, *data.draw(st.lists(token, max_size=9))] for _ in range(rows)])
+    completions = [
+        Tokens.from_lists([data.draw(st.lists(token, min_size=1, max_size=5)) for _ in range(rows)]) for _ in range(2)
+    ]
+    width = data.draw(st.integers(0, 3))
+    mask = torch.tensor([[data.draw(st.booleans()) for _ in range(width)] for _ in range(rows)], dtype=torch.bool)
+    weights = torch.randn(2, rows)
+    results = {}
+    for way, shortcuts in paths(policy).items():
+        policy.shortcuts = shortcuts
+        policy.zero_grad()
+        torch.manual_seed(1)
+        vectors = torch.randn(rows, width, 32, requires_grad=True)
+        scores = policy.log_probs(prompt, completions, SoftPrompt(vectors, mask.reshape(rows, width)))
+        sum((w * score.sum).sum() for w, score in zip(weights, scores, strict=True)).backward()
+        grads = [vectors.grad, *(p.grad for p in policy.parameters() if p.requires_grad)]
+        results[way] = [*(score.tokens.detach() for score in scores), *(g for g in grads if g is not None)]
+    for way in ("head", "shared prompt"):
+        torch.testing.assert_close(results[way], results["logits"], rtol=1e-4, atol=2e-5)
+
+
 def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_path, monkeypatch):
     policy = build(model_path)
-    prompt, completion = Tokens.from_lists([[1, 5]]), Tokens.from_lists([[7, 2]])
-    fast = policy.log_probs(prompt, [completion])[0].tokens
-    policy._head_applies_to_hidden_states = False
-    torch.testing.assert_close(policy.log_probs(prompt, [completion])[0].tokens, fast)
-    head = policy.lm.get_output_embeddings()
     forward = policy.lm.forward
 
     def capped(*args, **kwargs):
@@ -150,12 +184,12 @@ def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_pa
         out.logits = 5 * torch.tanh(out.logits / 5)
         return out
 
-    from prlhf_lightning.policies.causal_lm import _head_explains_logits
-
-    assert head is not None
-    assert _head_explains_logits(policy.lm)
     monkeypatch.setattr(policy.lm, "forward", capped)
-    assert not _head_explains_logits(policy.lm)
+    assert find_shortcuts(policy.lm) == Shortcuts(head=False, shared_prompt=False)
+
+
+def test_gradient_checkpointing_computes_the_prompt_for_each_completion(model_path):
+    assert not build(model_path, gradient_checkpointing=True).shortcuts.shared_prompt
 
 
 def test_backbone_dropout_is_off_and_adapter_dropout_on(model_paths):

@@ -1,0 +1,146 @@
+"""Scoring completions with a Hugging Face causal LM, on the quickest way that the model allows.
+
+B prompts with n completions each; d the hidden width; N the completion tokens of all rows together.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from prlhf_lightning.policies.sequences import join, token_log_probs
+from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+
+# The prompt is computed once where that spares at least this share of all positions; below, the second pass through
+# the layers costs as much as it spares (benchmarks/prompt_sharing.py).
+_WORTH_SHARING = 0.1
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """What may be skipped with a model, without changing a number.
+
+    Attributes:
+        head: Logits are the output embedding applied to the last hidden state and nothing more, so that it can be
+            applied to completion positions alone.
+        shared_prompt: Completions can be continued from the key-value cache of their prompt.
+    """
+
+    head: bool
+    shared_prompt: bool
+
+
+def embed(lm: nn.Module, tokens: Tokens) -> SoftPrompt:
+    """Return the input embeddings of tokens as vectors, `[B, L, d]`."""
+    return SoftPrompt(lm.get_input_embeddings()(tokens.ids), tokens.mask)
+
+
+def score(
+    lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], shortcuts: Shortcuts
+) -> tuple[LogProbs, ...]:
+    """Score n completions of the same B prompts.
+
+    Args:
+        lm: The model.
+        before: What precedes the completions, in segments of B rows.
+        completions: n batches of B completions.
+        shortcuts: What may be skipped with this model.
+
+    Returns:
+        For each batch of completions, its per-token log-probabilities, float32.
+    """
+    n = len(completions)
+    targets = Tokens.concat(completions)
+    rows, offsets = targets.mask.nonzero(as_tuple=True)
+    ids = targets.ids[rows, offsets]
+    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    if shortcuts.shared_prompt and n > 1 and _pays(before, targets, n):
+        hidden = _continued_states(lm, before, targets, n)[rows, offsets]
+        scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
+    else:
+        repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
+        # The token at place i is predicted from place i - 1.
+        places = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
+        inputs = _inputs(lm, join([*repeated, embed(lm, targets)]))
+        if shortcuts.head:
+            hidden = lm.base_model(**inputs).last_hidden_state[rows, places]
+            scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
+        else:
+            scores = token_log_probs(lm(**inputs).logits[rows, places], ids, nn.Identity(), vocab_size)
+    log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
+    return LogProbs(log_probs, targets.mask).chunk(n)
+
+
+def _pays(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> bool:
+    prompt, completion = sum(part.mask.shape[1] for part in before), targets.ids.shape[1]
+    return (n - 1) * prompt >= _WORTH_SHARING * n * (prompt + completion)
+
+
+def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets: Tokens, n: int) -> Tensor:
+    """Return the hidden states `[n * B, L, d]` that predict the completions, each prompt computed once.
+
+    The n completions of a prompt are continued from its keys and values, which carry the gradient of all n.
+    """
+    prompt = join(before, align="right")  # its last position is real in every row, and predicts the first token
+    prefix = lm.base_model(**_inputs(lm, prompt), use_cache=True)
+    cache = prefix.past_key_values
+    every = torch.arange(len(prompt.mask), device=prompt.mask.device).repeat(n)
+    cache.batch_select_indices(every)
+    first = prefix.last_hidden_state[:, -1:][every]
+    if targets.ids.shape[1] == 1:
+        return first
+    rest = embed(lm, Tokens(targets.ids[:, :-1], targets.mask[:, :-1]))
+    mask = torch.cat([prompt.mask[every], rest.mask], dim=1)
+    inputs = _inputs(lm, SoftPrompt(rest.vectors, mask), past=prompt.mask.shape[1])
+    hidden = lm.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    return torch.cat([first, hidden], dim=1)
+
+
+def _inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[str, Any]:
+    """Return a model's inputs for vectors that stand after `past` cached positions; the mask covers both."""
+    inputs: dict[str, Any] = {"inputs_embeds": sequence.vectors, "attention_mask": sequence.mask.long()}
+    # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
+    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
+        inputs["position_ids"] = (sequence.mask.cumsum(1) - 1).clamp(min=0)[:, past:]
+    return inputs
+
+
+@torch.no_grad()
+def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
+    """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
+
+    They hold for most architectures. Models that scale or cap their logits, or that keep other states than keys and
+    values of all positions, are found out here, whatever they are called.
+    """
+    ids = torch.arange(24, device=lm.device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
+    lengths = torch.tensor([6, 3, 4, 1], device=lm.device)
+    tokens = Tokens(ids, torch.arange(6, device=lm.device) < lengths[:, None])
+    before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
+    completions = [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
+    was_training = lm.training
+    lm.eval()
+    truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
+
+    def holds(shortcuts: Shortcuts) -> bool:
+        tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
+        tried = score(lm, before, completions, shortcuts)
+        pairs = zip(truth, tried, strict=True)
+        return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
+
+    head = lm.get_output_embeddings() is not None and holds(Shortcuts(head=True, shared_prompt=False))
+    shared = head and _keeps_keys_and_values(lm, before[0]) and holds(Shortcuts(head=True, shared_prompt=True))
+    lm.train(was_training)
+    return Shortcuts(head, shared)
+
+
+def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
+    # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
+    cache = getattr(lm.base_model(**_inputs(lm, sequence), use_cache=True), "past_key_values", None)
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
