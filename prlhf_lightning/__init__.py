@@ -40,7 +40,37 @@ _HOME = {
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
-__all__ = [*sorted(_MODULE_OF), "__version__"]  # noqa: PLE0604 - names are strings
+__all__ = [
+    "CausalLMPolicy",
+    "ClusterUserModel",
+    "CompositeUserModel",
+    "DPOLoss",
+    "DataSource",
+    "FileSource",
+    "HubSource",
+    "IndividualUserModel",
+    "LoRA",
+    "LogProbs",
+    "LossOutput",
+    "MarginLoss",
+    "Optim",
+    "PairLogProbs",
+    "PersonalizedLM",
+    "Policy",
+    "PreferenceBatch",
+    "PreferenceDataModule",
+    "PreferenceLoss",
+    "Sampling",
+    "SimulatedSource",
+    "SoftPrompt",
+    "TextUserModel",
+    "Tokens",
+    "UniformUserModel",
+    "UserModel",
+    "UserVocabulary",
+    "Users",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -59,7 +59,6 @@ class BestAndLast(ModelCheckpoint):
         if stage == "fit" and not any(f"val/{name}/" in str(self.monitor) for name in sets):
             self.monitor = None
 
-
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record of the best, unless this run has a folder of its own and begins its own record."""
         if self.dirpath == state_dict.get("dirpath"):

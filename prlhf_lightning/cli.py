@@ -8,9 +8,10 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any, NoReturn
 
-from jsonargparse import Namespace
+from jsonargparse import dict_to_namespace
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -45,9 +46,10 @@ class _Parser(LightningArgumentParser):
 
 
 def _names(component: type) -> Iterator[str]:
-    for subclass in component.__subclasses__():
+    subclasses: list[type] = component.__subclasses__()
+    for subclass in subclasses:
         yield subclass.__name__
-        yield from getattr(subclass.__init__, "__annotations__", {})
+        yield from signature(subclass).parameters
         yield from _names(subclass)
 
 
@@ -95,8 +97,8 @@ class PRLHFCLI(LightningCLI):
         if not self.config.fit.baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
-        config.model.user_model = Namespace(
-            class_path="prlhf_lightning.user_models.UniformUserModel", init_args=Namespace(num_tokens=0)
+        config.model.user_model = dict_to_namespace(
+            {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args": {"num_tokens": 0}}
         )
         seed_everything(config.seed_everything)
         fresh = self._parser("fit").instantiate_classes(config)

@@ -31,6 +31,10 @@ class _TensorStruct:
         """Return a copy with every tensor moved, as `torch.Tensor.to`."""
         return self._map(lambda value: value.to(*args, **kwargs))
 
+    def select(self: _T, rows: Tensor) -> _T:
+        """Return the rows of every tensor that an index `[n]` names."""
+        return self._map(lambda value: value.select(rows) if isinstance(value, _TensorStruct) else value[rows])
+
     def pin_memory(self: _T) -> _T:
         """Return a copy whose tensors live in pinned host memory."""
         return self._map(lambda value: value.pin_memory())

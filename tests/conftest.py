@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import AutoModelForCausalLM as AutoLM
 from transformers import (
     GPT2Config,
     GPTNeoXConfig,
@@ -18,9 +19,9 @@ from transformers import (
     Qwen2Config,
     set_seed,
 )
-from transformers import AutoModelForCausalLM as AutoLM
 
-WORDS = "a the cat dog sat ran fast slow red blue sun moon user likes short long answers hello bye yes no".split()
+_TEXT = "a the cat dog sat ran fast slow red blue sun moon user likes short long answers hello bye yes no"
+WORDS = _TEXT.split()
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]
 VOCAB = len(SPECIAL) + len(WORDS)
 CHAT_TEMPLATE = "{% for m in messages %}{{ m.role }} {{ m.content }} <eos> {% endfor %}"
@@ -38,7 +39,9 @@ ARCHITECTURES: dict[str, PretrainedConfig] = {
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
-    "gpt2": GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2),
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=2
+    ),
     "neox": GPTNeoXConfig(
         vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -100,7 +100,7 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
             if param.grad.is_sparse:
                 param.grad = param.grad.coalesce()
             grads.append(param.grad.values() if param.grad.is_sparse else param.grad)
-    norm = cast(Tensor, nn.utils.get_total_norm(grads))
+    norm = nn.utils.get_total_norm(grads)
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for grad in grads:
         grad.mul_(scale)

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 from transformers import get_scheduler
@@ -95,7 +95,7 @@ class PersonalizedLM(LightningModule):
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
         self._eval_sets: tuple[str, ...] = ()
-        self._metrics = nn.ModuleDict()
+        self._metrics: dict[str, PreferenceAccuracy] = {}
         self._names: dict[int, str] = {}
 
     # ---- set-up
@@ -113,7 +113,7 @@ class PersonalizedLM(LightningModule):
         sets = getattr(datamodule, "eval_sets", {})
         self._eval_sets = sets.get("validate" if stage == "fit" else stage, ())
         terms = ("own", "generic") if self.user_model.personalizes else ("own",)
-        self._metrics = nn.ModuleDict({f"{name}_{t}": PreferenceAccuracy() for name in self._eval_sets for t in terms})
+        self._metrics = {f"{name}_{t}": PreferenceAccuracy() for name in self._eval_sets for t in terms}
 
     def configure_model(self) -> None:
         """Load the policy and create the user model's parameters, once the users are known."""
@@ -181,23 +181,50 @@ class PersonalizedLM(LightningModule):
         """Score a batch's completions under the reference, which never sees who the user is."""
         if not self.loss.requires_reference:
             return None
+        first, of_pair = self._distinct(batch)
         with torch.no_grad():
             visible = self.user_model.reference(self.users(batch.user_ids, batch.user_text, reference=True))
-        return self._pair(self.policy.reference_log_probs(batch.prompt, self._completions(batch), visible))
+        visible = visible.select(first) if visible is not None else None
+        completions = [part.select(first) for part in self._completions(batch)]
+        return self._pair(self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)).select(
+            of_pair
+        )
 
     def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
         """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
+
+        Pairs that several users of the batch judged are scored once under the generic user.
 
         Args:
             batch: B pairs.
             generic: For each result wanted, whether the generic user stands in each user's place.
         """
         users = self.users(batch.user_ids, batch.user_text)
-        prompts = [self.user_model.generic(users) if g else self.user_model(users) for g in generic]
-        n = len(prompts)
-        completions = [Tokens.concat([part] * n) for part in self._completions(batch)]
-        scored = self.policy.log_probs(Tokens.concat([batch.prompt] * n), completions, SoftPrompt.stacked(prompts))
-        return [self._pair(parts) for parts in zip(*(scores.chunk(n) for scores in scored), strict=True)]
+        every = torch.arange(len(batch), device=users.rows.device)
+        first, of_pair = self._distinct(batch) if any(generic) else (every, every)
+        rows = [first if g else every for g in generic]
+        soft_prompt = SoftPrompt.stacked(
+            [self.user_model.generic(users).select(first) if g else self.user_model(users) for g in generic]
+        )
+        index = torch.cat(rows)
+        completions = [part.select(index) for part in self._completions(batch)]
+        scored = self._pair(self.policy.log_probs(batch.prompt.select(index), completions, soft_prompt))
+        ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
+        places = [torch.arange(end - len(r), end, device=index.device) for r, end in zip(rows, ends, strict=True)]
+        return [scored.select(place[of_pair] if g else place) for place, g in zip(places, generic, strict=True)]
+
+    def _distinct(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Find the distinct pairs of a batch, whoever judged them.
+
+        Returns:
+            The first row of each distinct pair `[U]`, and for each row the number of its pair `[B]`.
+        """
+        parts = [batch.prompt, *self._completions(batch), *([batch.user_text] if self.user_model.uses_text else [])]
+        content = torch.cat([part.ids.masked_fill(~part.mask, -1) for part in parts], dim=1)
+        _, of_pair = torch.unique(content, dim=0, return_inverse=True)
+        rows = torch.arange(len(batch), device=content.device)
+        first = rows.new_full((int(of_pair.max()) + 1,), len(batch)).scatter_reduce(0, of_pair, rows, "amin")
+        return first, of_pair
 
     def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
         return [batch.chosen, batch.rejected] if self.loss.requires_rejected else [batch.chosen]
@@ -269,7 +296,7 @@ class PersonalizedLM(LightningModule):
         self._names.update(zip(keys, batch.user_ids, strict=True))
         users = torch.tensor(keys, device=losses.device)
         for term in terms:
-            metric = self._metrics[f"{name}_{'generic' if term.generic else 'own'}"]
+            metric = self._metrics[f"{name}_{'generic' if term.generic else 'own'}"].to(users.device)
             metric.update(users, term.output.chosen_rewards, term.output.rejected_rewards)
 
     def on_validation_epoch_start(self) -> None:

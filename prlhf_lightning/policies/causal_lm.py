@@ -64,7 +64,7 @@ class CausalLMPolicy(Policy):
     def __init__(
         self,
         model: str,
-        lora: LoRA | None = LoRA(),  # noqa: B008 - frozen, hence safe to share
+        lora: LoRA | None = LoRA(),
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         random_init: bool = False,
         gradient_checkpointing: bool = False,
@@ -128,8 +128,8 @@ class CausalLMPolicy(Policy):
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
-        self.model: nn.Module = lm
-        self.reference_model: nn.Module | None = None
+        self.model: PreTrainedModel | PeftModel = lm
+        self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
             self.model = _add_adapters(lm, self.lora)
         elif with_reference:
@@ -142,7 +142,8 @@ class CausalLMPolicy(Policy):
 
     def token_embeddings(self) -> Tensor:
         """Return the input embeddings of the vocabulary, `[V, d]`."""
-        return self.lm.get_input_embeddings().weight
+        weight: Tensor = self.lm.get_input_embeddings().weight
+        return weight
 
     def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
         """Return the input embeddings of tokens as vectors, `[B, L, d]`; see `Policy.embed`."""
@@ -166,7 +167,7 @@ class CausalLMPolicy(Policy):
             return self._score(lm, prompt, completions, soft_prompt)
 
     @contextmanager
-    def _reference_lm(self) -> Iterator[nn.Module]:
+    def _reference_lm(self) -> Iterator[PreTrainedModel]:
         if isinstance(self.model, PeftModel):
             with self.model.disable_adapter():
                 yield self.lm
@@ -184,7 +185,7 @@ class CausalLMPolicy(Policy):
         self._check_length(longest)
         return score(lm, before, completions, self.shortcuts)
 
-    def _segments(self, lm: nn.Module, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
+    def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
         """Return what precedes the completion: BOS, soft prompt and prompt, embedded."""
         embedded = embed(lm, prompt)
         if soft_prompt is None:
@@ -246,7 +247,7 @@ def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
         return get_peft_model(lm, config)
 
 
-def _switch_off_dropout(model: nn.Module) -> None:
+def _switch_off_dropout(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0

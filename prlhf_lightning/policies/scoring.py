@@ -37,7 +37,7 @@ class Shortcuts:
     shared_prompt: bool
 
 
-def embed(lm: nn.Module, tokens: Tokens) -> SoftPrompt:
+def embed(lm: PreTrainedModel, tokens: Tokens) -> SoftPrompt:
     """Return the input embeddings of tokens as vectors, `[B, L, d]`."""
     return SoftPrompt(lm.get_input_embeddings()(tokens.ids), tokens.mask)
 
@@ -93,7 +93,7 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
     cache = prefix.past_key_values
     every = torch.arange(len(prompt.mask), device=prompt.mask.device).repeat(n)
     cache.batch_select_indices(every)
-    first = prefix.last_hidden_state[:, -1:][every]
+    first: Tensor = prefix.last_hidden_state[:, -1:][every]
     if targets.ids.shape[1] == 1:
         return first
     rest = embed(lm, Tokens(targets.ids[:, :-1], targets.mask[:, :-1]))

@@ -47,7 +47,9 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
     """
     rows = max(1, _LOGITS_PER_CHUNK // vocab_size)
     if type(head) is nn.Linear and not any(param.requires_grad for param in head.parameters()):
-        scores: Tensor = _FrozenHeadLogProbs.apply(hidden, targets, head.weight, head.bias, rows)
+        scores: Tensor = _FrozenHeadLogProbs.apply(  # type: ignore[no-untyped-call]
+            hidden, targets, head.weight, head.bias, rows
+        )
         return scores
     if len(targets) <= rows:
         return _score(head(hidden), targets)[0]
@@ -55,9 +57,9 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
     def recomputed(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
         return _score(head(hidden_n), targets_n)[0]
 
-    chunks = zip(hidden.split(rows), targets.split(rows), strict=True)
+    chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     # Recomputing a chunk's logits in backward is what keeps [N, V] from being stored.
-    return torch.cat([checkpoint(recomputed, h, t, use_reentrant=False) for h, t in chunks])  # type: ignore[misc]
+    return torch.cat([checkpoint(recomputed, h, t, use_reentrant=False) for h, t in chunks])
 
 
 def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,16 +77,14 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, rows: int
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wants_gradient = ctx.needs_input_grad[0]
         scores, directions = [], []
         with torch.autocast(device, enabled=False):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-            for hidden_n, targets_n in zip(hidden.split(rows), targets.split(rows), strict=True):
+            for hidden_n, targets_n in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
                 chosen, log_probs = _score(nn.functional.linear(hidden_n.to(dtype), weight, bias), targets_n)
                 scores.append(chosen)
                 if wants_gradient:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.modules import PersonalizedLM
@@ -28,7 +29,7 @@ class Contender:
     """
 
     module: PersonalizedLM
-    metrics: Mapping[str, float]
+    metrics: Mapping[str, Tensor]
 
 
 def write(

@@ -40,13 +40,14 @@ class UserModel(nn.Module, ABC):
 
     def generic(self, users: Users) -> SoftPrompt:
         """Return the vectors of the generic user in each user's place: `f_P(u_t, u_0)`, the text kept."""
-        return self(users.anonymous())
+        prompt: SoftPrompt = self(users.anonymous())
+        return prompt
 
     def reference(self, users: Users) -> SoftPrompt | None:
         """Return what the reference policy sees of the users: their text where the model reads it, never the id."""
         return users.text if self.uses_text else None
 
-    def row_tables(self) -> list[nn.Parameter]:
+    def row_tables(self) -> list[Tensor]:
         """Return the parameters that hold one row a user, in the order of the vocabulary."""
         return []
 

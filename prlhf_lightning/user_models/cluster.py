@@ -27,7 +27,7 @@ class ClusterUserModel(UserModel):
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
         """Create the prompts `V [K, T, d]` from word vectors and the weights `w [num_rows, K]`, all equal."""
         vectors = sample_token_embeddings(token_embeddings, self.num_clusters * self.num_tokens)
-        self.prompts = nn.Parameter(vectors.unflatten(0, (self.num_clusters, self.num_tokens)))
+        self.prompts = nn.Parameter(vectors.view(self.num_clusters, self.num_tokens, -1))
         self.weights = nn.Embedding(num_rows, self.num_clusters, sparse=True)
         nn.init.zeros_(self.weights.weight)
 
@@ -36,6 +36,6 @@ class ClusterUserModel(UserModel):
         shares = self.weights(users.rows).softmax(-1)
         return SoftPrompt.full(torch.einsum("bk,ktd->btd", shares, self.prompts))
 
-    def row_tables(self) -> list[nn.Parameter]:
+    def row_tables(self) -> list[Tensor]:
         """Return the weights."""
         return [self.weights.weight]

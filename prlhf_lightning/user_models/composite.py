@@ -34,6 +34,6 @@ class CompositeUserModel(UserModel):
         """Return the parts' vectors joined along time, `[B, T1 + T2 + ..., d]`."""
         return SoftPrompt.side_by_side([part(users) for part in self._models])
 
-    def row_tables(self) -> list[nn.Parameter]:
+    def row_tables(self) -> list[Tensor]:
         """Return the tables of all parts."""
         return [table for part in self._models for table in part.row_tables()]

@@ -30,9 +30,9 @@ class IndividualUserModel(UserModel):
 
     def forward(self, users: Users) -> SoftPrompt:
         """Return `e_0 + o_u` for each row, `[B, T, d]`."""
-        offsets = self.offsets(users.rows).unflatten(-1, self.generic_prompt.shape)
+        offsets = self.offsets(users.rows).view(-1, *self.generic_prompt.shape)
         return SoftPrompt.full(self.generic_prompt + offsets)
 
-    def row_tables(self) -> list[nn.Parameter]:
+    def row_tables(self) -> list[Tensor]:
         """Return the offsets."""
         return [self.offsets.weight]

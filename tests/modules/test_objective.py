@@ -23,11 +23,12 @@ from prlhf_lightning.user_models import (
     UserModel,
 )
 
+SMALL = LoRA(rank=4)
 USERS = ["ann", "bob", "cy"]
 
 
 def make_module(
-    path: str, user_model: UserModel, alpha: float = 0.3, lora: LoRA | None = LoRA(rank=4), **loss
+    path: str, user_model: UserModel, alpha: float = 0.3, lora: LoRA | None = SMALL, **loss
 ) -> PersonalizedLM:
     module = PersonalizedLM(user_model, CausalLMPolicy(path, lora=lora), DPOLoss(**{"beta": 0.7, **loss}), alpha=alpha)
     module.vocabulary = UserVocabulary(USERS)
@@ -187,6 +188,21 @@ def test_without_personalisation_the_generic_term_is_not_computed_twice(model_pa
     losses, terms = module.objective(make_batch(make_pairs(4)), every_term=True)
     assert len(terms) == 1
     assert torch.equal(losses, terms[0].output.losses)
+
+
+def test_a_pair_that_several_users_judged_is_scored_once_for_the_generic_user(model_path, monkeypatch):
+    module = make_module(model_path, IndividualUserModel(2))
+    one, other = make_pairs(2)
+    pairs = [("ann", *one[1:]), ("bob", *other[1:]), ("cy", *one[1:]), ("ann", *one[1:])]
+    expected = torch.cat([module.objective(make_batch([pair]))[0] for pair in pairs])
+    scored = []
+    log_probs = module.policy.log_probs
+    monkeypatch.setattr(
+        module.policy, "log_probs", lambda prompt, *rest: (scored.append(len(prompt)), log_probs(prompt, *rest))[1]
+    )
+    losses, _ = module.objective(make_batch(pairs))
+    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-5)
+    assert scored == [4 + 2]
 
 
 def test_the_sft_term_weighs_on_both_terms(model_path):

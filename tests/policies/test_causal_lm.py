@@ -13,9 +13,10 @@ from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "gpt2", "neox"]
 VOCAB = 25
+SMALL = LoRA(rank=4)
 
 
-def build(path: str, lora: LoRA | None = LoRA(rank=4), **kwargs) -> CausalLMPolicy:
+def build(path: str, lora: LoRA | None = SMALL, **kwargs) -> CausalLMPolicy:
     policy = CausalLMPolicy(path, lora=lora, **kwargs)
     policy.build()
     if lora is not None:
@@ -203,14 +204,14 @@ def test_backbone_dropout_is_off_and_adapter_dropout_on(model_paths):
 
 def test_too_long_a_sequence_names_the_settings(model_paths):
     policy = build(model_paths["gpt2"])
-    with pytest.raises(ConfigurationError, match="65 positions .* exceeds the 64 .*max_prompt_length"):
+    with pytest.raises(ConfigurationError, match=r"65 positions .* exceeds the 64 .*max_prompt_length"):
         policy.log_probs(Tokens.from_lists([[1] + [5] * 62]), [Tokens.from_lists([[7, 2]])])
 
 
 def test_a_missing_model_names_the_field(tmp_path):
-    with pytest.raises(ConfigurationError, match="policy.model: the tokenizer of"):
+    with pytest.raises(ConfigurationError, match=r"policy.model: the tokenizer of"):
         _ = CausalLMPolicy(str(tmp_path / "nothing")).tokenizer
-    with pytest.raises(ConfigurationError, match="policy.model: the weights of"):
+    with pytest.raises(ConfigurationError, match=r"policy.model: the weights of"):
         CausalLMPolicy(str(tmp_path / "nothing")).build()
 
 
