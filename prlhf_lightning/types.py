@@ -135,6 +135,8 @@ class PreferenceBatch(_TensorStruct):
         chosen: Tokens of the preferred completions, with EOS.
         rejected: Tokens of the other completions; empty rows in supervised data.
         records: `[B]` int64 position of each pair in its data set, to name rows in messages.
+        reference: The reference's log-probabilities, where they are known already.
+        reference_keys: B pairs of keys, of chosen and rejected, under which the reference's log-probabilities are kept.
     """
 
     user_ids: tuple[str, ...]
@@ -143,6 +145,8 @@ class PreferenceBatch(_TensorStruct):
     chosen: Tokens
     rejected: Tokens
     records: Tensor
+    reference: PairLogProbs | None = None
+    reference_keys: tuple[tuple[bytes, bytes], ...] = ()
 
     def __len__(self) -> int:
         """Return the number of pairs, B."""

@@ -12,12 +12,14 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors"}
+LEAVES = {"types", "errors", "paths"}
+STORE = {"reference_cache"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
-    **{sibling: LEAVES for sibling in SIBLINGS},
-    "modules": LEAVES | SIBLINGS,
+    **{sibling: LEAVES for sibling in SIBLINGS | STORE},
+    "policies": LEAVES | STORE,
+    "modules": LEAVES | STORE | SIBLINGS,
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "tasks": LEAVES | SIBLINGS | {"modules", "callbacks"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "tasks"},

@@ -26,6 +26,7 @@ from prlhf_lightning.data.splits import SplitBy
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.types import Tokens
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
@@ -107,7 +108,7 @@ class PreferenceDataModule(LightningDataModule):
         self.require_rejected = require_rejected
         self.seed = seed
         self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir or os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf_lightning").expanduser()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         # Fewer rows than processes leave some without a batch, which is nothing to stop for.
         self.allow_zero_length_dataloader_with_multiple_devices = True

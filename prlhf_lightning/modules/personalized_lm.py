@@ -22,7 +22,10 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
+from prlhf_lightning.modules.reference_store import ReferenceStore
+from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.reference_cache import ReferenceCache
 from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
 from prlhf_lightning.user_models import UserModel
 
@@ -67,6 +70,8 @@ class PersonalizedLM(LightningModule):
         alpha: Weight of the user's own term, in [0, 1]; the generic user's has 1 - alpha.
         optim: Learning rates and schedule.
         sampling: How `predict` writes.
+        cache_reference: Keep the reference's log-probs on disk (in `$PRLHF_CACHE` or `~/.cache/prlhf_lightning`), so
+            that each completion is scored once for all epochs, evaluations and runs with the same policy.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class PersonalizedLM(LightningModule):
         alpha: float = 0.5,
         optim: Optim = Optim(),  # noqa: B008 - frozen, hence safe to share
         sampling: Sampling = Sampling(),  # noqa: B008
+        cache_reference: bool = True,
     ) -> None:
         super().__init__()
         if not 0.0 <= alpha <= 1.0:
@@ -91,6 +97,8 @@ class PersonalizedLM(LightningModule):
         self.alpha = alpha
         self.optim = optim
         self.sampling = sampling
+        self.cache_reference = cache_reference
+        self._reference_store: ReferenceStore | None = None
         #: The users that the table has a row for; taken from the data, or from a checkpoint.
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
@@ -123,6 +131,12 @@ class PersonalizedLM(LightningModule):
             self.policy.build(with_reference=self.loss.requires_reference)
         self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
         self._built_for = self.vocabulary
+
+    def teardown(self, stage: str) -> None:
+        """Write out what the reference cache still holds in memory."""
+        if self._reference_store is not None:
+            self._reference_store.cache.close()
+            self._reference_store = None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give the policy, the user model and its tables their own rates, under one schedule by steps."""
@@ -181,14 +195,18 @@ class PersonalizedLM(LightningModule):
         """Score a batch's completions under the reference, which never sees who the user is."""
         if not self.loss.requires_reference:
             return None
+        if batch.reference is not None:
+            return batch.reference
         first, of_pair = self._distinct(batch)
         with torch.no_grad():
             visible = self.user_model.reference(self.users(batch.user_ids, batch.user_text, reference=True))
         visible = visible.select(first) if visible is not None else None
         completions = [part.select(first) for part in self._completions(batch)]
-        return self._pair(self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)).select(
-            of_pair
-        )
+        scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
+        reference = self._pair(scored).select(of_pair)
+        if self._reference_store is not None and batch.reference_keys:
+            self._reference_store.keep(batch, reference)
+        return reference
 
     def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
         """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
@@ -256,6 +274,18 @@ class PersonalizedLM(LightningModule):
         return losses, terms
 
     # ---- steps
+
+    def on_before_batch_transfer(self, batch: PreferenceBatch, dataloader_idx: int) -> PreferenceBatch:
+        """Give a batch its reference log-probs where they are known, while its ids are still in the host's memory."""
+        if not (self.cache_reference and self.loss.requires_reference) or self.trainer.predicting:
+            return batch
+        if self._reference_store is None:
+            identity = self.policy.reference_identity()
+            if identity is None:
+                return batch
+            cache = ReferenceCache(cache_folder() / "reference", {**identity, "precision": str(self.trainer.precision)})
+            self._reference_store = ReferenceStore(cache, self.user_model.uses_text)
+        return self._reference_store.attach(batch)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch's pairs."""

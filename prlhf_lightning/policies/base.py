@@ -81,6 +81,13 @@ class Policy(nn.Module, ABC):
     ) -> tuple[LogProbs, ...]:
         """Score completions as `log_probs` does, under the policy as it was before training, without gradient."""
 
+    def reference_identity(self) -> dict[str, str] | None:
+        """Return what decides the reference's log-probs: its weights and how they are computed with.
+
+        The log-probs are kept on disk under it. None, for a policy that cannot tell, keeps nothing.
+        """
+        return None
+
     @abstractmethod
     def generate(self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling) -> Tokens:
         """Write a completion for each prompt.

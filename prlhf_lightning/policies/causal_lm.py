@@ -12,6 +12,7 @@ from importlib.resources import files
 from typing import Any, Literal
 
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.scoring import embed, find_shortcuts, score
 from prlhf_lightning.policies.sequences import join
+from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
@@ -125,6 +127,7 @@ class CausalLMPolicy(Policy):
             # transformers renamed it within version 5; both names are in the range that is supported.
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
+        self._reference_digest = weights_digest(lm.state_dict().items()) if with_reference else ""
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
@@ -165,6 +168,15 @@ class CausalLMPolicy(Policy):
         """Score completions with the adapters off, or under the frozen copy; see `Policy.reference_log_probs`."""
         with self._reference_lm() as lm:
             return self._score(lm, prompt, completions, soft_prompt)
+
+    def reference_identity(self) -> dict[str, str]:
+        """Return the digest of the weights that were loaded, and what else may change a number."""
+        return {
+            "weights": self._reference_digest,
+            "config": self.lm.config.to_json_string(use_diff=False),
+            "device": self.lm.device.type,
+            "transformers": transformers.__version__,
+        }
 
     @contextmanager
     def _reference_lm(self) -> Iterator[PreTrainedModel]:

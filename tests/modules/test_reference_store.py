@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.losses import DPOLoss, SimPOLoss
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.user_models import CompositeUserModel, IndividualUserModel, TextUserModel, UserModel
+
+
+class CountingPolicy(CausalLMPolicy):
+    """Counts the completions that the reference scores."""
+
+    scored = 0
+
+    def reference_log_probs(self, prompt, completions, soft_prompt=None):
+        self.scored += len(prompt) * len(completions)
+        return super().reference_log_probs(prompt, completions, soft_prompt)
+
+
+def fit(model_path, votes, tmp_path, user_model: UserModel | None = None, epochs=1, loss=None, seed=0, **kwargs):
+    torch.manual_seed(seed)
+    policy = CountingPolicy(model_path, lora=LoRA(rank=2), **kwargs.pop("policy", {}))
+    module = PersonalizedLM(user_model or IndividualUserModel(2), policy, loss or DPOLoss(), **kwargs)
+    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.25)
+    Trainer(
+        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
+    ).fit(module, data)  # fmt: skip
+    return module
+
+
+def test_each_completion_is_scored_once_for_all_epochs_and_runs(model_path, votes, tmp_path):
+    assert fit(model_path, votes, tmp_path, epochs=3).policy.scored == 2 * 48
+    assert fit(model_path, votes, tmp_path, epochs=2, seed=1).policy.scored == 0
+
+
+def test_training_is_the_same_with_and_without_the_cache(model_path, votes, tmp_path):
+    plain = fit(model_path, votes, tmp_path, epochs=2, cache_reference=False)
+    filling, served = (fit(model_path, votes, tmp_path, epochs=2) for _ in range(2))
+    assert plain.policy.scored > filling.policy.scored > served.policy.scored == 0
+    for (name, a), b, c in zip(plain.named_parameters(), filling.parameters(), served.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+        assert torch.equal(b, c), name
+
+
+def change_model(path):
+    model = AutoModelForCausalLM.from_pretrained(path)
+    model.lm_head.weight.data[3, 3] += 1e-3
+    model.save_pretrained(path)
+    return {}
+
+
+def change_template(path):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.backend_tokenizer.post_processor = None  # no BOS any more
+    tokenizer.save_pretrained(path)
+    return {}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [change_model, change_template, lambda path: {"policy": {"dtype": "bfloat16"}}],
+    ids=["weights", "ids", "dtype"],
+)
+def test_another_model_tokenizer_or_dtype_is_not_served_from_it(model_path, votes, tmp_path, change):
+    path = tmp_path / "model"
+    AutoModelForCausalLM.from_pretrained(model_path).save_pretrained(path)
+    AutoTokenizer.from_pretrained(model_path).save_pretrained(path)
+    fit(str(path), votes, tmp_path)
+    assert fit(str(path), votes, tmp_path).policy.scored == 0
+    assert fit(str(path), votes, tmp_path, **change(path)).policy.scored == 2 * 48
+
+
+def test_the_users_text_is_part_of_the_key_where_the_reference_sees_it(model_path, votes, tmp_path):
+    fit(model_path, votes, tmp_path)
+    with_text = CompositeUserModel([IndividualUserModel(2), TextUserModel()])
+    assert fit(model_path, votes, tmp_path, with_text).policy.scored == 2 * 48
+
+
+def test_a_loss_without_a_reference_computes_and_keeps_nothing(model_path, votes, tmp_path):
+    assert fit(model_path, votes, tmp_path, loss=SimPOLoss()).policy.scored == 0
+    assert not (tmp_path / "cache/reference").exists()
