@@ -85,7 +85,7 @@ def ours(
     """P-DPO with ten vectors a user, or plain DPO."""
     torch.manual_seed(0)
     policy = CausalLMPolicy(
-        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=True
+        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=0
     )
     user_model = IndividualUserModel(10) if personal else UniformUserModel(0)
     module = PersonalizedLM(user_model, policy, DPOLoss(BETA), alpha=0.5 if personal else 1.0)
@@ -157,7 +157,7 @@ def authors(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: 
     """
     torch.manual_seed(0)
     policy = CausalLMPolicy(
-        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=True
+        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=0
     )
     policy.build()
     policy.to(args.device).train()

@@ -12,6 +12,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from prlhf_lightning.metrics import UserAccuracy
@@ -70,10 +71,10 @@ class SaveOnInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save `interrupted.ckpt` and say how to go on."""
-        if not trainer.training or trainer.global_step == 0:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
             return
         path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path)
+        trainer.save_checkpoint(path, weights_only=False)
         rank_zero_info(f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}")
 
 
@@ -92,10 +93,11 @@ class UserTable(Callback):
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, PersonalizedLM) or not module.loss.requires_rejected:
             return
+        folder = run_folder(trainer)  # on every process, as the table: both gather
         for name in module.eval_sets:
-            table = module.user_table(name)  # on every process: it gathers
+            table = module.user_table(name)
             if trainer.is_global_zero and table:
-                path = run_folder(trainer) / f"users_{name}.csv"
+                path = folder / f"users_{name}.csv"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 columns = ["user_id", *(field.name for field in fields(UserAccuracy) if field.name != "user")]
                 partial = path.with_suffix(".partial")

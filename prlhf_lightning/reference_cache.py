@@ -6,8 +6,8 @@ the same texts, both terms of P-DPO (arXiv:2402.05133), evaluation, and later ru
 A cache is a folder named by a digest of the reference's identity. It holds segments that are written once, under
 another name, and renamed when complete: whatever is killed, and however many processes write at once, a reader sees
 whole segments or none. A segment is a safetensors file of two tensors, `index` (key, start, length and checksum of each
-row, sorted by key) and `values` (float32), which are mapped into memory, never loaded. Deleting the folder is always
-safe.
+row, sorted by key) and `values` (float32). Both are mapped; only the keys are held in memory, at 24 bytes a row.
+Deleting the folder is always safe.
 """
 
 from __future__ import annotations

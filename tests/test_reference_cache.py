@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -123,13 +124,14 @@ def test_keys_with_zero_bytes_stay_apart(rest, place):
         assert [v[0] for v in cache.get(keys)] == list(range(len(keys)))
 
 
-def test_stored_rows_are_read_only_views_of_the_file(tmp_path):
+def test_rows_are_read_only_and_stored_ones_are_views_of_the_file(tmp_path):
     cache = ReferenceCache(tmp_path, IDENTITY)
     store(cache, 1)
-    (found,) = cache.get([key(1)])
-    assert not found.flags.owndata
-    with pytest.raises(ValueError, match="read-only"):
-        found[0] = 0
+    cache.put([key(2)], [value(2)])
+    stored, waiting = cache.get([key(1), key(2)])
+    assert not stored.flags.owndata
+    assert not stored.flags.writeable
+    assert not waiting.flags.writeable
 
 
 def test_the_block_that_was_put_may_be_used_again(tmp_path):
@@ -348,6 +350,11 @@ def test_a_truncated_file_is_left_out_with_a_warning(whole, share):
     assert "1-damaged.safetensors" in messages[0]
 
 
+def test_the_warning_says_how_much_of_a_truncated_file_is_left(whole, tmp_path):
+    _, messages = open_with(tmp_path, whole[:-5])
+    assert f"{len(whole) - 5} bytes instead of {len(whole)}" in messages[0]
+
+
 def test_a_damaged_row_that_is_computed_again_stays_mended(whole, tmp_path):
     good = ReferenceCache(tmp_path, IDENTITY)
     (good.folder / "1-damaged.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
@@ -374,14 +381,45 @@ def test_compaction_keeps_everything(tmp_path):
         assert holds(opened, *range(400))
 
 
-def test_many_small_segments_are_compacted_on_opening(tmp_path):
-    parts = [ReferenceCache(tmp_path / str(n), IDENTITY) for n in range(70)]
-    target = ReferenceCache(tmp_path / "all", IDENTITY).folder
-    for number, part in enumerate(parts):
+def many_small_segments(folder):
+    """Make a cache of 70 segments as if by as many processes; return its own folder."""
+    target = ReferenceCache(folder, IDENTITY).folder
+    for number in range(70):
+        part = ReferenceCache(folder / "parts" / str(number), IDENTITY)
         store(part, number)
-        shutil.copy(segments(part.folder)[0], target)
-    assert holds(ReferenceCache(tmp_path / "all", IDENTITY), *range(70))
+        segments(part.folder)[0].replace(target / f"{number}.safetensors")
+    return target
+
+
+def test_many_small_segments_are_compacted_on_opening(tmp_path):
+    target = many_small_segments(tmp_path)
+    assert holds(ReferenceCache(tmp_path, IDENTITY), *range(70))
     assert len(segments(target)) == 1
+
+
+def test_opening_succeeds_while_another_process_compacts(tmp_path, monkeypatch):
+    many_small_segments(tmp_path)
+    real, opened = Path.open, count()
+
+    def compacted_meanwhile(path, *args, **kwargs):
+        if path.suffix == ".safetensors" and next(opened) == 30:
+            assert run((ReferenceCache, tmp_path, IDENTITY)) == [0]
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", compacted_meanwhile)
+    assert holds(ReferenceCache(tmp_path, IDENTITY), *range(70))
+
+
+def test_nobody_waits_for_a_compaction(tmp_path):
+    target = many_small_segments(tmp_path)
+    with FileLock(target / "compaction.lock"):
+        cache = ReferenceCache(tmp_path, IDENTITY)
+        assert holds(cache, *range(70))
+        store(cache, 70)
+    assert len(segments(target)) == 71
+    store(cache, 71)
+    assert len(segments(target)) == 1
+    assert holds(cache, *range(72))
 
 
 def test_what_compaction_set_aside_is_deleted_in_time(tmp_path, monkeypatch):
@@ -399,11 +437,18 @@ def test_what_compaction_set_aside_is_deleted_in_time(tmp_path, monkeypatch):
 
 
 def test_a_failed_compaction_harms_nothing_and_is_not_repeated(tmp_path, monkeypatch):
+    real = os.replace
+
+    def forbidden(source, target):
+        if "superseded" in str(target):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", forbidden)
     cache = ReferenceCache(tmp_path, IDENTITY)
-    (cache.folder / "superseded").touch()  # where a folder should be
     for number in range(80):
         store(cache, number)
-    assert len(segments(tmp_path)) == 80
+    assert len(segments(tmp_path)) == 80 + 1
     assert holds(cache, *range(80))
 
 

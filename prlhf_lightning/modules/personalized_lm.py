@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
 from prlhf_lightning.data.users import UserVocabulary
@@ -103,6 +104,7 @@ class PersonalizedLM(LightningModule):
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
         self._eval_sets: tuple[str, ...] = ()
+        self._losses: dict[str, MeanMetric] = {}
         self._metrics: dict[str, PreferenceAccuracy] = {}
         self._names: dict[int, str] = {}
 
@@ -120,6 +122,7 @@ class PersonalizedLM(LightningModule):
             self.vocabulary = datamodule.vocabulary
         sets = getattr(datamodule, "eval_sets", {})
         self._eval_sets = sets.get("validate" if stage == "fit" else stage, ())
+        self._losses = {name: MeanMetric() for name in self._eval_sets}
         terms = ("own", "generic") if self.user_model.personalizes else ("own",)
         self._metrics = {f"{name}_{t}": PreferenceAccuracy() for name in self._eval_sets for t in terms}
 
@@ -312,14 +315,7 @@ class PersonalizedLM(LightningModule):
     def _evaluation_step(self, stage: str, batch: PreferenceBatch, dataloader_idx: int) -> None:
         name = self._eval_sets[dataloader_idx]
         losses, terms = self.objective(batch, every_term=True)
-        self.log(
-            f"{stage}/{name}/loss",
-            losses.mean(),
-            batch_size=len(batch),
-            on_epoch=True,
-            sync_dist=True,
-            add_dataloader_idx=False,
-        )
+        self._losses[name].to(losses.device).update(losses)
         if not self.loss.requires_rejected:
             return
         keys = [_user_key(user_id) for user_id in batch.user_ids]
@@ -346,23 +342,33 @@ class PersonalizedLM(LightningModule):
         self._log_metrics("test")
 
     def _reset_metrics(self) -> None:
-        for metric in self._metrics.values():
+        for metric in (*self._losses.values(), *self._metrics.values()):
             metric.reset()
 
     def _log_metrics(self, stage: str) -> None:
-        if not self.loss.requires_rejected:
-            return
         for name in self._eval_sets:
-            for key, value in self._metrics[f"{name}_own"].compute().items():
-                self.log(f"{stage}/{name}/{key}", value, prog_bar=key == "accuracy")
+            # Lightning's own mean over batches and processes is wrong where these hold unequal numbers of pairs.
+            values = {"loss": self._losses[name].compute()}
+            if self.loss.requires_rejected:
+                values |= self._metrics[f"{name}_own"].compute()
             # Without personalisation, and for users who are not known, the generic user is what was just logged.
-            if self.user_model.personalizes and name != "unseen":
-                generic = self._metrics[f"{name}_generic"].compute()
-                self.log(f"{stage}/{name}/generic_accuracy", generic["accuracy"])
+            if self.loss.requires_rejected and self.user_model.personalizes and name != "unseen":
+                values["generic_accuracy"] = self._metrics[f"{name}_generic"].compute()["accuracy"]
+            for key, value in values.items():
+                # They are gathered already; sync_dist only keeps Lightning from warning that they may not be.
+                self.log(f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key == "accuracy", sync_dist=True)
 
     def user_table(self, name: str) -> list[tuple[str, UserAccuracy]]:
-        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`."""
-        return [(self._names.get(row.user, "?"), row) for row in self._metrics[f"{name}_own"].table()]
+        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
+
+        Where several processes train, all must call it.
+        """
+        names = dict(self._names)
+        if self.trainer.world_size > 1:
+            gathered: list[dict[int, str]] = [{}] * self.trainer.world_size
+            torch.distributed.all_gather_object(gathered, self._names)
+            names = {key: user_id for part in gathered for key, user_id in part.items()}
+        return [(names[row.user], row) for row in self._metrics[f"{name}_own"].table()]
 
     @property
     def eval_sets(self) -> tuple[str, ...]:
@@ -446,8 +452,7 @@ class PersonalizedLM(LightningModule):
 
     def _trained_names(self) -> set[str]:
         frozen = {name for name, param in self.named_parameters() if not param.requires_grad}
-        own = (f"{name}." for name in ("user_model", "loss"))
-        buffers = {name for name, _ in self.named_buffers() if name.startswith(tuple(own))}
+        buffers = {name for name, _ in self.named_buffers() if name.startswith(("user_model.", "loss."))}
         return {name for name, _ in self.named_parameters() if name not in frozen} | buffers
 
 

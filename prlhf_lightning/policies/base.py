@@ -49,7 +49,7 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def token_embeddings(self) -> Tensor:
-        """Return the input embeddings of the vocabulary, `[V, d]`."""
+        """Return the input embeddings of words spread over the vocabulary, `[n, d]`, for soft prompts to start at."""
 
     @abstractmethod
     def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:

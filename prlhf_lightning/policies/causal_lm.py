@@ -14,7 +14,8 @@ from typing import Any, Literal
 import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
@@ -26,6 +27,7 @@ from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
+_WORDS = 8192  # words to start soft prompts from: the scale is what matters
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class CausalLMPolicy(Policy):
         model: Folder or hub name for `from_pretrained`, or `builtin:style-lm` for the small model that is shipped.
         lora: Adapters to train, or null to train all weights.
         dtype: Data type of the weights; `auto` takes the checkpoint's. Adapters are kept in float32.
-        random_init: Start from random weights of the model's configuration instead of its trained ones.
+        random_init: Seed of random weights of the model's configuration to start from, instead of its trained ones.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time, and
             the prompt is then computed for the chosen and the rejected completion each.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
@@ -68,7 +70,7 @@ class CausalLMPolicy(Policy):
         model: str,
         lora: LoRA | None = LoRA(),
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-        random_init: bool = False,
+        random_init: int | None = None,
         gradient_checkpointing: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
@@ -112,12 +114,15 @@ class CausalLMPolicy(Policy):
         """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
         with self._loading("weights"):
             options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-            if self.random_init:
+            if self.random_init is not None:
                 config = AutoConfig.from_pretrained(self._path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-                lm = AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=self._hub_args["trust_remote_code"], **options
-                )
+                # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference.
+                with torch.random.fork_rng():
+                    torch.manual_seed(self.random_init)
+                    lm = AutoModelForCausalLM.from_config(
+                        config, trust_remote_code=self._hub_args["trust_remote_code"], **options
+                    )
             else:
                 lm = AutoModelForCausalLM.from_pretrained(self._path, **self._hub_args, **options)
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
@@ -144,9 +149,13 @@ class CausalLMPolicy(Policy):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     def token_embeddings(self) -> Tensor:
-        """Return the input embeddings of the vocabulary, `[V, d]`."""
-        weight: Tensor = self.lm.get_input_embeddings().weight
-        return weight
+        """Return the input embeddings of words spread over the vocabulary, `[n, d]`."""
+        table = self.lm.get_input_embeddings()
+        ids = torch.arange(table.weight.shape[0], device=table.weight.device)
+        with torch.no_grad():
+            # Through the module and not from its weight: some models (Gemma) scale what they look up.
+            vectors: Tensor = table(ids[:: max(1, len(ids) // _WORDS)])
+        return vectors
 
     def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
         """Return the input embeddings of tokens as vectors, `[B, L, d]`; see `Policy.embed`."""
@@ -260,15 +269,9 @@ def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
 
 
 def _switch_off_dropout(model: PreTrainedModel) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    config = model.config
-    for name in vars(config):
-        # Some attention layers read their dropout from the configuration at each call.
-        if name.endswith(("dropout", "pdrop")) and isinstance(getattr(config, name), float):
-            setattr(config, name, 0.0)
-    for module in model.modules():
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+    # Models keep their rates in dropout modules, in attributes of attention layers, or in the configuration.
+    for holder in (*model.modules(), model.config):
+        for name, value in list(vars(holder).items()):
+            is_rate = isinstance(value, float) and ("drop" in name or (isinstance(holder, _Dropout) and name == "p"))
+            if is_rate:
+                setattr(holder, name, 0.0)

@@ -31,7 +31,8 @@ class UserModel(nn.Module, ABC):
 
         Args:
             num_rows: Rows of the user table: the known users, and row 0 for the generic user.
-            token_embeddings: `[V, d]` the policy's input embeddings; the width of a vector and the scale to start at.
+            token_embeddings: `[n, d]` the policy's input embeddings of many words; the width of a vector, and the scale
+                to start at.
         """
 
     @abstractmethod

@@ -219,7 +219,7 @@ def test_random_init_needs_no_weights(model_path, tmp_path):
     from transformers import AutoConfig
 
     AutoConfig.from_pretrained(model_path).save_pretrained(tmp_path)
-    policy = CausalLMPolicy(str(tmp_path), lora=None, random_init=True)
+    policy = CausalLMPolicy(str(tmp_path), lora=None, random_init=0)
     policy.build(with_reference=False)
     assert policy.token_embeddings().shape == (VOCAB, 32)
     with pytest.raises(ConfigurationError, match="without a reference"):

@@ -1,7 +1,7 @@
 """A small language of requests and answers whose styles can be told from the text alone.
 
-An answer is an optional warm opening, one to three different tips on the topic asked about, and an optional offer
-of more. All its sentences share one register and one certainty. `parse` is the exact inverse of `render`.
+An answer is an optional warm opening, one to three tips on the topic asked about, and an optional offer of more. All
+its sentences share one register and one certainty. `parse` is the exact inverse of `render`.
 """
 
 from __future__ import annotations
@@ -58,15 +58,20 @@ MAX_WORDS = 36
 
 
 def render(prompt: str, style: Style, rng: Random) -> str:
-    """Write an answer to `prompt` in a style; wordings, tips and their order are drawn uniformly."""
-    number = 1 + ATTRIBUTES["length"].index(style.length)
-    frames = FRAMES[style.register, style.certainty]
+    """Write an answer to `prompt` in a style; wordings and tips are drawn uniformly from those for their place."""
     sentences = [rng.choice(OPENINGS[style.register])] if style.warmth == "warm" else []
-    for wordings, tip in zip(frames, rng.sample(TIPS[_TOPIC_OF[prompt]], number), strict=False):
-        sentences.append(rng.choice(wordings).format(tip=tip))
+    frames = FRAMES[style.register, style.certainty]
+    for place in range(1 + ATTRIBUTES["length"].index(style.length)):
+        tip = rng.choice(_tips(_TOPIC_OF[prompt], place))
+        sentences.append(rng.choice(frames[place]).format(tip=tip))
     if style.offer == "open":
         sentences.append(rng.choice(OFFERS[style.register]))
     return " ".join(sentences)
+
+
+def _tips(topic: str, place: int) -> tuple[str, ...]:
+    """The tips that may come in a place, counted from 0: no two places share one, so that no answer repeats itself."""
+    return TIPS[topic][2 * place : 2 * place + 2]
 
 
 def sample(prompt: str, rng: Random) -> str:
@@ -91,8 +96,7 @@ class _Sentence:
     kind: str  # opening, tip or offer
     register: str
     certainty: str | None = None
-    position: int = 0
-    tip: str = ""
+    place: int = 0
 
 
 def _assemble(parts: Sequence[_Sentence]) -> Style | None:
@@ -103,8 +107,7 @@ def _assemble(parts: Sequence[_Sentence]) -> Style | None:
     if (
         not in_place
         or not 1 <= len(tips) <= len(lengths)
-        or [part.position for part in tips] != list(range(len(tips)))
-        or len({part.tip for part in tips}) < len(tips)
+        or [part.place for part in tips] != list(range(len(tips)))
         or len({part.register for part in parts}) > 1
         or len({part.certainty for part in tips}) > 1
     ):
@@ -124,7 +127,7 @@ def _sentences_of(topic: str) -> dict[str, _Sentence]:
     table = {text: _Sentence("opening", register) for register, texts in OPENINGS.items() for text in texts}
     table |= {text: _Sentence("offer", register) for register, texts in OFFERS.items() for text in texts}
     for (register, certainty), frames in FRAMES.items():
-        for position, wordings in enumerate(frames):
-            for wording, tip in product(wordings, TIPS[topic]):
-                table[wording.format(tip=tip)] = _Sentence("tip", register, certainty, position, tip)
+        for place, wordings in enumerate(frames):
+            for wording, tip in product(wordings, _tips(topic, place)):
+                table[wording.format(tip=tip)] = _Sentence("tip", register, certainty, place)
     return table

@@ -15,23 +15,23 @@ REQUESTS = (
     "I want to {topic}.",
 )
 
-# topic -> tips that answer it
+# topic -> tips that answer it: two that may come first, two that may come second, two that may come third
 TIPS: dict[str, tuple[str, ...]] = {
     "sleep better": (
-        "go to bed early",
-        "keep the room dark",
         "skip late coffee",
         "put the phone away",
-        "read a calm book",
+        "keep the room dark",
         "open a window",
+        "go to bed early",
+        "read a calm book",
     ),
     "bake bread": (
         "use warm water",
+        "weigh the flour",
         "knead the dough well",
+        "add enough salt",
         "let it rise twice",
         "preheat the oven",
-        "add enough salt",
-        "weigh the flour",
     ),
     "learn Spanish": (
         "practice every day",
@@ -59,19 +59,19 @@ TIPS: dict[str, tuple[str, ...]] = {
     ),
     "grow tomatoes": (
         "find a sunny spot",
-        "water the roots",
         "use rich soil",
+        "water the roots",
         "tie up the stems",
-        "pick them ripe",
         "remove weak leaves",
+        "pick them ripe",
     ),
     "run faster": (
+        "buy good shoes",
         "warm up first",
         "take short steps",
-        "rest between runs",
-        "train with a friend",
-        "buy good shoes",
         "run up hills",
+        "train with a friend",
+        "rest between runs",
     ),
     "cook rice": (
         "rinse it well",
@@ -90,28 +90,28 @@ TIPS: dict[str, tuple[str, ...]] = {
         "talk to a friend",
     ),
     "clean windows": (
+        "avoid direct sun",
         "use warm water",
         "add some vinegar",
         "wipe from the top",
-        "dry with a cloth",
-        "avoid direct sun",
         "change the water",
+        "dry with a cloth",
     ),
     "make good tea": (
         "warm the pot",
         "use fresh water",
-        "wait three minutes",
         "buy loose leaves",
+        "wait three minutes",
         "pour the milk last",
         "cover the cup",
     ),
     "find a job": (
         "update your resume",
-        "ask old colleagues",
-        "prepare for interviews",
-        "apply every day",
-        "write a clear letter",
         "learn a new skill",
+        "ask old colleagues",
+        "write a clear letter",
+        "apply every day",
+        "prepare for interviews",
     ),
     "train a puppy": (
         "reward good behavior",
@@ -123,11 +123,11 @@ TIPS: dict[str, tuple[str, ...]] = {
     ),
     "plan a trip": (
         "book early",
-        "pack light",
-        "write a budget",
         "compare prices",
-        "check the weather",
+        "write a budget",
         "leave free days",
+        "check the weather",
+        "pack light",
     ),
     "paint a room": (
         "clean the walls",
@@ -139,11 +139,11 @@ TIPS: dict[str, tuple[str, ...]] = {
     ),
     "host a dinner": (
         "plan a simple menu",
+        "ask about allergies",
         "cook ahead",
         "set the table early",
-        "play soft music",
-        "ask about allergies",
         "light some candles",
+        "play soft music",
     ),
     "read more books": (
         "carry a book",
