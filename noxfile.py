@@ -35,3 +35,10 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     _install(session, "test")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Measure speed side by side with TRL; arguments after `--` go to the benchmark."""
+    _install(session, "test")
+    session.run("python", "benchmarks/step_time.py", *session.posargs)

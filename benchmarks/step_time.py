@@ -3,214 +3,27 @@
     python benchmarks/step_time.py                       # all shapes, 20M and 125M parameters, LoRA and full, on CPU
     python benchmarks/step_time.py --models 1b --dtype bfloat16 --device cuda
 
-A step is forward, loss, backward, clipping and AdamW on a batch that is already tokenised; no trainer's loop or logging
-is in it. The contenders take turns, and every figure is the median over the repeats with the quartiles beside it. All
-see the same model (random weights), the same LoRA and the same token ids. Needs the package `trl`.
+What a step is, `contenders.py` tells. The contenders take turns, and every figure is the median over the repeats with
+the quartiles beside it.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import gc
-import platform
 import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-import trl
-from datasets import Dataset
-from peft import LoraConfig
+from contenders import MODELS, Step, contenders, environment, make_batch, save_model
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
-
-from prlhf_lightning.data import UserVocabulary
-from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.modules import PersonalizedLM, RowwiseAdamW
-from prlhf_lightning.modules.optim import clip_gradients
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.types import PreferenceBatch, Tokens
-from prlhf_lightning.user_models import IndividualUserModel, UniformUserModel
 
 SHAPES = [(300, 150, 150), (512, 100, 100), (1024, 64, 64), (100, 250, 250)]
-MODELS = {
-    "20m": {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "heads": 4},
-    "125m": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "heads": 12},
-    "1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "heads": 32},
-    "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "heads": 32},
-}
-BETA, RANK = 0.1, 16
-Step = Callable[[], float]
-
-
-def save_model(name: str, folder: Path) -> Path:
-    """Write a configuration and a tokenizer, so that everybody builds the same model."""
-    sizes = dict(MODELS[name])
-    heads = sizes.pop("heads")
-    config = LlamaConfig(
-        **sizes, num_attention_heads=heads, max_position_embeddings=4096, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        tie_word_embeddings=name in ("20m", "125m"),
-    )  # fmt: skip
-    path = folder / name
-    config.save_pretrained(path)
-    byte_lm = Path(__file__).parent.parent / "prlhf_lightning/assets/byte-lm"
-    AutoTokenizer.from_pretrained(byte_lm).save_pretrained(path)
-    return path
-
-
-def make_batch(shape: tuple[int, int, int], pairs: int, device: str) -> PreferenceBatch:
-    """Draw pairs of exactly the shape's lengths."""
-    generator = torch.Generator().manual_seed(0)
-
-    def block(length: int) -> Tokens:
-        ids = torch.randint(3, 30000, (pairs, length), generator=generator)
-        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
-
-    prompt, chosen, rejected = (block(length) for length in shape)
-    prompt.ids[:, 0] = 1
-    nothing = Tokens(prompt.ids[:, :0], prompt.mask[:, :0])
-    users = tuple(f"user-{i}" for i in range(pairs))
-    return PreferenceBatch(users, nothing, prompt, chosen, rejected, torch.arange(pairs)).to(device)
-
-
-def ours(
-    path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool, personal: bool, cached: bool
-) -> Step:
-    """P-DPO with ten vectors a user, or plain DPO."""
-    torch.manual_seed(0)
-    policy = CausalLMPolicy(
-        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=0
-    )
-    user_model = IndividualUserModel(10) if personal else UniformUserModel(0)
-    module = PersonalizedLM(user_model, policy, DPOLoss(BETA), alpha=0.5 if personal else 1.0)
-    module.vocabulary = UserVocabulary(batch.user_ids)
-    module.configure_model()
-    module.to(args.device).train()
-    if cached:
-        batch = replace(batch, reference=module.reference_log_probs(batch))
-    optimizer = RowwiseAdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
-
-    def step() -> float:
-        loss = module.objective(batch)[0].mean()
-        return descend(loss, optimizer)
-
-    return step
-
-
-def trls(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool, cached: bool) -> Step:
-    """TRL's DPOTrainer: its own model set-up and loss."""
-    torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(path), dtype=dtype)
-    row = {"prompt": "a", "chosen": " b", "rejected": " c"}
-    trainer = trl.DPOTrainer(
-        model,
-        args=trl.DPOConfig(
-            output_dir=tempfile.mkdtemp(), beta=BETA, report_to=[], use_cpu=args.device == "cpu", bf16=False,
-            activation_checkpointing=False, per_device_train_batch_size=1, disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_list([row]),
-        processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear") if lora else None,
-    )  # fmt: skip
-    model = trainer.model.to(args.device).train()
-    for param in model.parameters():
-        if lora and param.requires_grad:
-            param.data = param.data.float()  # as peft leaves adapters, and as ours are
-    rows = [torch.cat([batch.prompt.ids, part.ids], dim=1) for part in (batch.chosen, batch.rejected)]
-    width = max(row.shape[1] for row in rows)
-    pad = torch.nn.functional.pad
-    inputs = {
-        "input_ids": torch.cat([pad(row, (0, width - row.shape[1])) for row in rows]),
-        "attention_mask": torch.cat([pad(torch.ones_like(row), (0, width - row.shape[1])) for row in rows]),
-        "completion_mask": torch.cat(
-            [
-                pad(torch.cat([torch.zeros_like(batch.prompt.ids), torch.ones_like(part.ids)], 1), (0, width - row.shape[1]))
-                for row, part in zip(rows, (batch.chosen, batch.rejected), strict=True)
-            ]
-        ),
-    }  # fmt: skip
-    if cached:
-        trainer.precompute_ref_logps = True
-        inputs["ref_chosen_logps"] = inputs["ref_rejected_logps"] = torch.full(
-            (len(batch),), -100.0, device=args.device
-        )
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-
-    def step() -> float:
-        # The trainer counts tokens and the like only when it logs; the loss is what is timed.
-        return descend(trainer.compute_loss(model, dict(inputs)), optimizer)
-
-    return step
-
-
-def authors(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool) -> Step:
-    """Their scheme: each pair twice, the second time as user 0; policy and a second reference model on all four rows.
-
-    Full logits at every position, as `get_batch_logps` of the DPO reference code has them.
-    """
-    torch.manual_seed(0)
-    policy = CausalLMPolicy(
-        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=0
-    )
-    policy.build()
-    policy.to(args.device).train()
-    reference = copy.deepcopy(policy.lm).requires_grad_(False).eval()
-    vectors = torch.nn.Embedding(len(batch) + 1, 10 * policy.token_embeddings().shape[1], device=args.device)
-    params = [*(p for p in policy.lm.parameters() if p.requires_grad), *vectors.parameters()]
-    optimizer = torch.optim.AdamW(params, lr=1e-5)
-    users = torch.cat([torch.arange(1, len(batch) + 1), torch.zeros(len(batch), dtype=torch.long)]).to(args.device)
-    embed = policy.lm.get_input_embeddings()
-
-    def log_probs(lm: torch.nn.Module, part: Tokens, with_user: bool) -> torch.Tensor:
-        ids = torch.cat([batch.prompt.ids, part.ids], dim=1).repeat(2, 1)
-        inputs = embed(ids)
-        if with_user:
-            soft = vectors(users).view(len(users), 10, -1).to(inputs.dtype)
-            inputs = torch.cat([inputs[:, :1], soft, inputs[:, 1:]], dim=1)
-        mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=inputs.device)
-        logits = lm(inputs_embeds=inputs, attention_mask=mask).logits
-        shift = inputs.shape[1] - ids.shape[1]
-        labels = ids[:, 1:]
-        scores = logits[:, shift:-1].float().log_softmax(-1).gather(-1, labels[..., None]).squeeze(-1)
-        return scores[:, -part.ids.shape[1] :].sum(-1)
-
-    def step() -> float:
-        own = log_probs(policy.lm, batch.chosen, True) - log_probs(policy.lm, batch.rejected, True)
-        with torch.no_grad():
-            fixed = log_probs(reference, batch.chosen, False) - log_probs(reference, batch.rejected, False)
-        losses = -torch.nn.functional.logsigmoid(BETA * (own - fixed))
-        return descend(losses.mean(), optimizer)
-
-    return step
-
-
-def descend(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
-    loss.backward()
-    clip_gradients([p for group in optimizer.param_groups for p in group["params"]], 1.0)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return loss.item()
-
-
-def contenders(
-    path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool
-) -> dict[str, Callable[[], Step]]:
-    return {
-        "TRL DPO, online reference": lambda: trls(path, batch, args, lora, cached=False),
-        "TRL DPO, precomputed reference": lambda: trls(path, batch, args, lora, cached=True),
-        "authors' P-DPO scheme": lambda: authors(path, batch, args, lora),
-        "our DPO, online reference": lambda: ours(path, batch, args, lora, personal=False, cached=False),
-        "our DPO, cached reference": lambda: ours(path, batch, args, lora, personal=False, cached=True),
-        "our P-DPO, online reference": lambda: ours(path, batch, args, lora, personal=True, cached=False),
-        "our P-DPO, cached reference": lambda: ours(path, batch, args, lora, personal=True, cached=True),
-    }
 
 
 def measure(makers: dict[str, Callable[[], Step]], repeats: int, device: str) -> dict[str, list[float]]:
@@ -229,6 +42,7 @@ def measure(makers: dict[str, Callable[[], Step]], repeats: int, device: str) ->
 
 
 def main() -> None:
+    """Measure every model, mode and shape asked for, and write the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["20m", "125m"], choices=MODELS)
     parser.add_argument("--modes", nargs="+", default=["lora", "full"], choices=["lora", "full"])
@@ -244,13 +58,11 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     lines = [
         "# Time of a step",
         "",
-        f"`python benchmarks/step_time.py --models {' '.join(args.models)} --pairs {args.pairs} --repeats {args.repeats}"
-        f" --device {args.device} --dtype {args.dtype}` on {machine}, {platform.machine()}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, trl {trl.__version__}.",
+        f"`python benchmarks/step_time.py --models {' '.join(args.models)} --pairs {args.pairs} "
+        f"--repeats {args.repeats} --device {args.device} --dtype {args.dtype}` on {environment(args)}.",
         "",
         "Milliseconds a step, median (quartiles); ratio to TRL's DPO with its online reference.",
         "",
@@ -272,10 +84,8 @@ def main() -> None:
                         "|---|---:|---:|",
                     ]
                     for name, seconds in times.items():
-                        low, middle, high = statistics.quantiles(seconds, n=4)
-                        lines.append(
-                            f"| {name} | {1e3 * middle:.0f} ({1e3 * low:.0f} to {1e3 * high:.0f}) | {middle / base:.2f} |"
-                        )
+                        low, middle, high = (1e3 * value for value in statistics.quantiles(seconds, n=4))
+                        lines.append(f"| {name} | {middle:.0f} ({low:.0f} to {high:.0f}) | {middle / 1e3 / base:.2f} |")
                     lines.append("")
                     console.print("\n".join(lines[-len(times) - 5 :]))
                     args.output.parent.mkdir(parents=True, exist_ok=True)

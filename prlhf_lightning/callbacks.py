@@ -8,15 +8,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.optim import optimizer_steps
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -39,7 +41,7 @@ class BestAndLast(ModelCheckpoint):
     def __init__(
         self,
         monitor: str = "val/seen/loss",
-        mode: str = "min",
+        mode: Literal["min", "max"] = "min",
         save_top_k: int = 1,
         every_n_train_steps: int | None = None,
     ) -> None:
@@ -57,13 +59,35 @@ class BestAndLast(ModelCheckpoint):
         """Do without a monitor where nothing is validated."""
         super().setup(trainer, pl_module, stage)
         sets = getattr(trainer.datamodule, "eval_sets", {}).get("validate", ())  # type: ignore[attr-defined]
-        if stage == "fit" and not any(f"val/{name}/" in str(self.monitor) for name in sets):
+        if stage != "fit" or self.monitor is None:
+            return
+        judged_by = next((name for name in ("seen", "unseen") if self.monitor.startswith(f"val/{name}/")), None)
+        if not sets or not trainer.limit_val_batches or (judged_by and judged_by not in sets):
             self.monitor = None
+            rank_zero_info("There is nothing to judge a best checkpoint by: only the last is kept.")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, or, in the trial run before training, see that the monitor is logged at all."""
+        known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
+        is_late = self.monitor is None or self.monitor.startswith("train/")  # logged in training only
+        if trainer.sanity_checking and not is_late and self.monitor not in known:
+            raise ConfigurationError(f"checkpoint.monitor is {self.monitor!r}; it must be one of {', '.join(known)}.")
+        super().on_validation_end(trainer, pl_module)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record of the best, unless this run has a folder of its own and begins its own record."""
         if self.dirpath == state_dict.get("dirpath"):
             super().load_state_dict(state_dict)
+
+
+class LogShortRuns(Callback):
+    """Logs a training that is shorter than the logging interval at its last step, instead of never."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Shorten the interval to the length of the run."""
+        if stage == "fit":
+            # Lightning reads the attribute at each step.
+            trainer.log_every_n_steps = min(trainer.log_every_n_steps, optimizer_steps(trainer))  # type: ignore[attr-defined]
 
 
 class SaveOnInterrupt(Callback):

@@ -1,4 +1,4 @@
-"""`python -m prlhf_lightning fit|validate|test|predict --config ...`."""
+"""`python -m prlhf_lightning fit|validate|test|predict --config ...`, and the tasks that follow training."""
 
 from __future__ import annotations
 
@@ -8,24 +8,37 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from inspect import signature
+from inspect import getdoc, signature
 from typing import Any, NoReturn
 
-from jsonargparse import dict_to_namespace
+from jsonargparse import ArgumentParser, Namespace, auto_cli
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info
 
-from prlhf_lightning.callbacks import BestAndLast, PredictionWriter, SaveOnInterrupt, UserTable, run_folder
+from prlhf_lightning.callbacks import (
+    BestAndLast,
+    LogShortRuns,
+    PredictionWriter,
+    SaveOnInterrupt,
+    UserTable,
+    run_folder,
+)
 from prlhf_lightning.data import DataSource, PreferenceDataModule
-from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Policy
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
+from prlhf_lightning.tasks.export import export
 from prlhf_lightning.user_models import UserModel
+
+#: What there is to do with a trained model: each function is a command, its arguments are the options.
+TASKS: dict[str, Any] = {"export": export}
 
 
 class _Parser(LightningArgumentParser):
@@ -34,15 +47,30 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = {name for component in (UserModel, Policy, PreferenceLoss, DataSource) for name in _names(component)}
         known |= {action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions}
+        known |= {*PRLHFCLI.subcommands(), *TASKS}
         known |= {dest.rpartition(".")[2] for dest in known}
         meant = [
             f"{word!r}: did you mean {' or '.join(map(repr, close))}?"
-            for word in re.findall(r"(?:string: |option '|Option '|attribute '|arguments: --)([\w.]+)", message)
+            for word in re.findall(r"(?:string: |[oO]ption '|attribute '|choice: '|arguments: --)([\w.]+)", message)
             if (close := difflib.get_close_matches(word, known - {word}, n=2, cutoff=0.75))
         ]
-        hints = [*meant, f"All options: {self.prog.replace(' [options]', '')} --help"]
+        asked = getattr(ex, "subcommand_parser", None) or self
+        if message.startswith("Option ") and (options := _options_of_component(ex)):
+            meant.append(f"Here there are: {', '.join(options)}")
+        hints = [*meant, f"All options: {asked.prog.replace(' [options]', '')} --help"]
         sys.stderr.write("error: " + "\n".join([message, *hints]) + "\n")
         self.exit(2)
+
+
+def _options_of_component(error: Exception | None) -> list[str]:
+    """Return the options of the component whose parser raised an error, which itself names neither."""
+    trace = error.__traceback__ if error else None
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    parser = trace.tb_frame.f_locals.get("self") if trace else None
+    if not isinstance(parser, ArgumentParser) or parser._subcommands_action:
+        return []
+    return sorted(action.dest for action in parser._actions if action.dest != "help")
 
 
 def _names(component: type) -> Iterator[str]:
@@ -70,11 +98,17 @@ class PRLHFCLI(LightningCLI):
                 "log_every_n_steps": 10,
                 "use_distributed_sampler": False,  # the data module's sampler divides batches among processes
                 "enable_model_summary": False,
-                "callbacks": [SaveOnInterrupt(), UserTable(), PredictionWriter()],
+                "callbacks": [SaveOnInterrupt(), UserTable(), PredictionWriter(), LogShortRuns()],
             },
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             parser_class=_Parser,
+            parser_kwargs={
+                "description": "Train and use language models that write differently for each user.",
+                "epilog": "Tasks: "
+                + " ".join(f"{name}: {(getdoc(task) or name).splitlines()[0]}" for name, task in TASKS.items())
+                + " Each explains itself with --help.",
+            },
             auto_configure_optimizers=False,
             args=args,
         )
@@ -92,14 +126,26 @@ class PRLHFCLI(LightningCLI):
             "vanilla DPO), and print the two side by side.",
         )
 
+    def _parse_ckpt_path(self) -> None:
+        """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
+
+        Lightning would let a checkpoint's hyper-parameters replace, without a word, what the command line and the
+        configuration say of the model. They are not needed: the whole model is configured in every command.
+        """
+        given = self.config[self.config.subcommand]
+        path = str(given.ckpt_path or "")
+        # Lightning itself finds these, and what is on other file systems.
+        is_found_later = path in ("", "last", "hpc") or path.startswith("registry") or "://" in path
+        if not is_found_later:
+            read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+
     def after_fit(self) -> None:
         """Compare with the vanilla counterpart, if asked to."""
         if not self.config.fit.baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
-        config.model.user_model = dict_to_namespace(
-            {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args": {"num_tokens": 0}}
-        )
+        without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args.num_tokens": 0}
+        config.model.user_model = Namespace(without)  # type: ignore[no-untyped-call]
         seed_everything(config.seed_everything)
         fresh = self._parser("fit").instantiate_classes(config)
         folder = run_folder(self.trainer)
@@ -127,16 +173,38 @@ class PRLHFCLI(LightningCLI):
             config["callbacks"].append(RichProgressBar())
         if config["logger"] is None:
             config["logger"] = CSVLogger(config["default_root_dir"] or "runs", name="")
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except ValueError as error:
+            raise ConfigurationError(f"trainer: {error}") from error
 
 
 def main(args: ArgsType = None) -> None:
     """Run the command line; an error that a person can mend is printed without a stack trace."""
+    for message in (
+        ".*LeafSpec.*",  # Lightning's use of torch's pytree
+        ".*overridden `on_before_batch_transfer`.*",  # on purpose
+        ".*smaller than the logging interval.*",  # LogShortRuns sees to it
+    ):
+        warnings.filterwarnings("ignore", message=message)
     # Lightning advertises an add-on at each start, in the voice of a warning.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*")  # Lightning's use of torch's pytree
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
+    words = sys.argv[1:] if args is None else args
     try:
-        PRLHFCLI(args)
-    except PRLHFError as error:
-        sys.exit(f"error: {error}")
+        if isinstance(words, list) and words[:1] and words[0] in TASKS:
+            auto_cli(TASKS, args=words, as_positional=False, parser_class=_Parser)
+        else:
+            PRLHFCLI(args)
+    except Exception as error:
+        # An error of ours may come wrapped in those of the libraries that called us.
+        told = next((e for e in _causes(error) if isinstance(e, PRLHFError | MisconfigurationException)), None)
+        if told is None:
+            raise
+        sys.exit(f"error: {told}")
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__

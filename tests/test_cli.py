@@ -124,6 +124,23 @@ def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, mo
         (["--model.alpha", "1.5"], "model.alpha is 1.5"),
         (["--model.loss.beta", "-1"], "beta is -1"),
         (["--data.source.train", "nothing.jsonl"], "nothing.jsonl"),
+        (["--model.loss.gamma", "1"], "Here there are: beta, label_smoothing, sft_weight"),
+        (["--model.policy.model", "/no/such/model"], "policy.model: the tokenizer of '/no/such/model'"),
+        (["--model.policy.model", "builtin:styl-lm"], "these are shipped: builtin:byte-lm"),
+        (["--model.policy.lora.rank", "0"], "policy.lora.rank is 0"),
+        (["--model.policy.lora.target_modules", "[nope]"], "policy.lora.target_modules is ['nope']"),
+        (["--model.user_model.num_tokens", "-1"], "IndividualUserModel: num_tokens is -1"),
+        (["--model.user_model", "CompositeUserModel", "--model.user_model.parts", "[]"], "parts is empty"),
+        (["--model.sampling.max_new_tokens", "0"], "sampling.max_new_tokens is 0"),
+        (["--model.sampling.temperature", "-1"], "sampling.temperature is -1"),
+        (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/seen"),
+        (["--checkpoint.monitor", "nope"], "checkpoint.monitor is 'nope'"),
+        (["--checkpoint.mode", "most"], "'min', 'max'"),
+        (["--ckpt_path", "nothing.ckpt"], "ckpt_path: there is no checkpoint nothing.ckpt"),
+        (["--ckpt_path", "last.ckpt"], "ckpt_path: there is no checkpoint last.ckpt"),
+        (["--ckpt_path", "best"], "ckpt_path: there is no checkpoint best"),
+        (["--ckpt_path", __file__], "is damaged, or no checkpoint"),
+        (["--trainer.strategy", "nope"], "trainer: You selected an invalid strategy name"),
     ],
 )
 def test_a_mistake_is_named_in_a_few_lines(config, capsys, args, says):
@@ -151,6 +168,43 @@ def test_a_bad_row_is_named_by_file_line_and_field_and_nothing_is_written(config
     assert says in said
     assert not list((tmp_path / "cache").rglob("*.arrow"))
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
+
+
+def test_training_goes_on_from_a_checkpoint_with_the_settings_of_the_command(config, tmp_path):
+    run("fit", "-c", config)
+    (checkpoint,) = (tmp_path / "runs").glob("*/checkpoints/last.ckpt")
+    steps = torch.load(checkpoint, weights_only=True)["global_step"]
+    more = ["--trainer.max_epochs", 2, "--model.loss.beta", 0.3, "--model.optim.lr", 1e-3]
+    run("fit", "-c", config, *more, "--ckpt_path", checkpoint)
+    saved = torch.load(tmp_path / "runs/version_1/checkpoints/last.ckpt", weights_only=True)
+    assert saved["global_step"] == 2 * steps
+    assert saved["hyper_parameters"]["loss"]["init_args"]["beta"] == 0.3
+    assert saved["hyper_parameters"]["optim"]["lr"] == 1e-3
+
+
+def test_a_run_shorter_than_the_logging_interval_is_logged(config, tmp_path, recwarn):
+    run("fit", "-c", config, "--trainer.log_every_n_steps", 1000)
+    (path,) = (tmp_path / "runs").glob("*/metrics.csv")
+    with path.open() as file:
+        assert any(row["train/loss"] for row in csv.DictReader(file))
+    ours = ("logging interval", "on_before_batch_transfer", "dict_to_namespace")
+    assert not [w for w in recwarn if any(words in str(w.message) for words in ours)]
+
+
+def test_a_best_checkpoint_is_done_without_where_its_set_is_not_there(config, tmp_path):
+    run("fit", "-c", config, "--checkpoint.monitor", "val/unseen/loss")
+    (folder,) = (tmp_path / "runs").glob("*/checkpoints")
+    assert [path.name for path in folder.iterdir() if path.name != "last.ckpt"] == ["best-step5.ckpt"]
+
+
+def test_help_names_the_tasks(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    assert "export: Write the policy of a checkpoint" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_misspelt_command_is_named(capsys):
+    assert "did you mean 'export'" in fails(capsys, "exprt")
 
 
 def test_help_explains_the_fields(capsys):

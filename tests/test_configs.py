@@ -25,6 +25,8 @@ def test_config_trains_a_step(path, votes, model_path, tmp_path, monkeypatch):
     if source["class_path"].endswith("FileSource"):
         for split in source["init_args"]:
             overrides += [f"--data.source.{split}", votes]
+    if source["class_path"].endswith("StyleCorpus"):
+        overrides += ["--data.source.num_rows", 200]
     if content["data"].get("chat_template"):
         overrides += ["--data.chat_template", "false"]  # the small model has none
     main(["fit", "--config", *map(str, [path, *overrides])])

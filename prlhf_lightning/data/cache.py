@@ -10,18 +10,19 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import IO, Any, Literal, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -38,12 +39,12 @@ from prlhf_lightning.data.tokenization import (
     TokenizedRecord,
     tokenizer_identity,
 )
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
-_FORMAT = 1  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 2  # raise it when the meaning of what is stored changes, so that older caches are not read
 _BATCH = 1000  # rows tokenised and written together
 _log = logging.getLogger(__name__)
 
@@ -69,14 +70,23 @@ class BuildReport:
     Attributes:
         read: Rows that the source gave.
         ties: Rows left out because their completions were the same.
-        user_texts: Rows with a text about the user.
+        token_ties: Rows left out because their completions became the same when they were tokenised or cut.
+        too_long: Rows left out because a field was over its limit.
+        user_texts: Rows kept that have a text about the user.
         excess: For each field, the rows in which it was over its limit; truncated or left out as the settings say.
     """
 
     read: int = 0
     ties: int = 0
+    token_ties: int = 0
+    too_long: int = 0
     user_texts: int = 0
     excess: dict[str, Excess] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> int:
+        """Rows that were not left out."""
+        return self.read - self.ties - self.token_ties - self.too_long
 
 
 class TokenizedSplit:
@@ -91,6 +101,8 @@ class TokenizedSplit:
         stored = json.loads((folder / "report.json").read_text())
         excess = {name: Excess(**entry) for name, entry in stored.pop("excess").items()}
         self.report = BuildReport(**stored, excess=excess)
+        if len(self._rows) != self.report.kept:
+            raise ValueError(f"it has {len(self._rows)} rows where {self.report.kept} were written")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -114,6 +126,15 @@ class TokenizedSplit:
     @cached_property
     def _encoded_users(self) -> Any:
         return self._rows.data.column("user_id").dictionary_encode().unify_dictionaries()
+
+    @cached_property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """`[N]` tokens of each row's longer sequence: user text, prompt and the longer of its completions."""
+        parts = ("user_text", "prompt", "chosen", "rejected")  # read from the lists' offsets, no token is touched
+        columns = [pc.list_value_length(self._rows.data.column(f"{part}_ids")).to_numpy() for part in parts]
+        user_text, prompt, chosen, rejected = (column.astype(np.int64) for column in columns)
+        lengths: npt.NDArray[np.int64] = user_text + prompt + np.maximum(chosen, rejected)
+        return lengths
 
     def keys(self, by: SplitBy) -> npt.NDArray[np.int64]:
         """Return `[N]` a hash of each row's prompt, or of its prompt and completions in either order."""
@@ -142,13 +163,22 @@ class FeedbackCache:
     def open(self, source: DataSource, split: Split) -> TokenizedSplit:
         """Return a split of a source, built first if it is not in the cache."""
         folder = self.root / self._key(source, split)
-        if not folder.exists():
-            self.root.mkdir(parents=True, exist_ok=True)
-            # Processes that start together wait for the first, and a lock dies with its process.
-            with FileLock(f"{folder}.lock"):
-                if not folder.exists():
-                    self._build(source, split, folder)
-        return TokenizedSplit(folder)
+        try:
+            if not folder.exists():
+                self.root.mkdir(parents=True, exist_ok=True)
+                # Processes that start together wait for the first, and a lock dies with its process.
+                with FileLock(f"{folder}.lock"):
+                    if not folder.exists():
+                        self._build(source, split, folder)
+        except OSError as error:  # no rights, a file in the way, a full disk; the source's own errors are others
+            raise ConfigurationError(
+                f"cache_dir is {self.root}, where the tokenised data cannot be written ({error}); free space there, or "
+                "set cache_dir (or the variable PRLHF_CACHE) to a folder that can be written."
+            ) from error
+        try:
+            return TokenizedSplit(folder)
+        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
+            raise ConfigurationError(f"The cache {folder} is damaged ({error}); delete that folder.") from error
 
     def _key(self, source: DataSource, split: Split) -> str:
         parts = {
@@ -173,7 +203,9 @@ class FeedbackCache:
         building.mkdir()
         try:
             report = self._write(source, split, building / "rows.arrow")
-            (building / "report.json").write_text(json.dumps(asdict(report)))
+            with (building / "report.json").open("w") as file:
+                json.dump(asdict(report), file)
+                _flush(file)
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -182,35 +214,57 @@ class FeedbackCache:
     def _write(self, source: DataSource, split: Split, path: Path) -> BuildReport:
         tokenize = FeedbackTokenizer(self.tokenizer, self.settings)
         report = BuildReport(excess=tokenize.excess)
-        kept = 0
         with path.open("wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer, _progress(split) as progress:
             for batch in _batches(self._records(source, split, report)):
                 wheres, records = zip(*batch, strict=True)
-                rows = list(zip(wheres, records, tokenize(records, wheres), strict=True))
-                table = _record_batch([(where, record, ids) for where, record, ids in rows if ids is not None])
-                writer.write_batch(table)
-                kept += table.num_rows
-                report.user_texts += sum(record.user_text is not None for record in records)
+                rows = []
+                for where, record, ids in zip(wheres, records, tokenize(records, wheres), strict=True):
+                    if ids is None:
+                        report.too_long += 1
+                    elif ids.tie:
+                        self._refuse_token_tie(ids, where)
+                        report.token_ties += 1
+                    else:
+                        rows.append((where, record, ids))
+                        report.user_texts += len(ids.user_text) > 0
+                writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
-            file.flush()
-            os.fsync(file.fileno())
-        if not kept:
+            writer.close()
+            _flush(file)
+        if not report.kept:
             raise FeedbackFormatError(
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
-                f"({report.ties} ties, the others too long); raise the limits or set overlong to truncate."
+                f"({report.ties} with equal completions, {report.token_ties} with completions that are equal once "
+                f"tokenised or cut, {report.too_long} too long); raise the limits or set overlong to truncate."
             )
         return report
 
     def _records(self, source: DataSource, split: Split, report: BuildReport) -> Iterator[tuple[str, FeedbackRecord]]:
         columns = Columns.from_mapping(source.columns)
-        for where, row in source.rows(split):
+        for where, row in _readable(source, split):
             report.read += 1
             try:
-                yield where, parse_record(row, where, columns, self.require_rejected)
+                record = parse_record(row, where, columns, self.require_rejected)
             except TieError:
                 if self.ties == "error":
                     raise
                 report.ties += 1
+            else:
+                yield where, record
+
+    def _refuse_token_tie(self, ids: TokenizedRecord, where: str) -> None:
+        """Raise an error that says why completions that differ as texts have the same ids, unless ties are dropped."""
+        if self.ties == "drop":
+            return
+        if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
+            how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
+        else:
+            limit = self.settings.max_completion_length
+            how, mend = f"are equal once truncated to {limit} tokens", f"raise max_completion_length (now {limit}),"
+        raise TieError(
+            f"{where}: fields 'chosen' and 'rejected' {how}, so nothing is left that the user could prefer; "
+            f"{mend} or set ties: drop to leave such rows out."
+        )
 
     def _warn(self, report: BuildReport, split: Split) -> None:
         done = "left out" if self.settings.overlong == "drop" else "cut to the limit"
@@ -221,6 +275,27 @@ class FeedbackCache:
             )  # fmt: skip
         if report.ties:
             _log.warning("%d of %d %s rows have equal completions and were left out.", report.ties, report.read, split)
+        if report.token_ties:
+            _log.warning(
+                "%d of %d %s rows have completions that are equal once tokenised and cut to max_completion_length=%d, "
+                "and were left out.", report.token_ties, report.read, split, self.settings.max_completion_length,
+            )  # fmt: skip
+
+
+def _readable(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield a source's rows; what goes wrong in reading them is told apart from what does in writing the cache."""
+    try:
+        yield from source.rows(split)
+    except OSError as error:
+        raise FeedbackFormatError(
+            f"The {split} split of {type(source).__name__} cannot be read ({error}); check that it can be reached."
+        ) from error
+
+
+def _flush(file: IO[Any]) -> None:
+    """See that what was written is on disk before the folder is renamed to what later starts trust."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:

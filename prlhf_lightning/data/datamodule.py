@@ -7,11 +7,12 @@ import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -46,6 +47,12 @@ class PreferenceDataModule(LightningDataModule):
         eval_batch_size: Most pairs in an evaluation batch; `batch_size` if none is given.
         pairs_per_user: Up to so many pairs of one user stand side by side in a training batch.
         balance: From 0, every training pair once an epoch, to 1, every user equally often.
+        bucket_by_length: Whether training pairs of about the same length share a batch, which saves most of the
+            padding (but little of it with `pairs_per_user` above 1, as one user's pairs differ in length).
+            Always so where `max_tokens_per_batch` is given.
+        max_tokens_per_batch: Most tokens of a training batch of one process, padding included: two completions of each
+            pair, each as long as the longest of user text, prompt and completion in the batch. `batch_size` is then
+            the most pairs that a batch of short ones may have. User vectors are not counted.
         validation_fraction: Share of the training prompts (or pairs) that is held out for validation. Only used where
             the source has no validation split of its own.
         unseen_user_fraction: Share of the users who are held out of training altogether. Where the source has a
@@ -56,7 +63,8 @@ class PreferenceDataModule(LightningDataModule):
         max_completion_length: Most tokens of a completion, EOS included; of longer ones the start is kept.
         max_user_text_length: Most tokens of the text about a user; of longer ones the start is kept.
         overlong: Whether rows over these limits are truncated, dropped (both are counted and reported), or an error.
-        ties: Whether rows whose two completions are the same are an error, or dropped (counted and reported).
+        ties: Whether rows whose two completions are the same, as they stand or once tokenised and truncated, are an
+            error, or dropped (counted and reported).
         chat_template: Whether plain strings are wrapped in the tokenizer's chat template as one turn. Rows that are
             conversations always are.
         user_text_format: How the text about a user is written before the prompt; `{user_text}` stands for it.
@@ -75,6 +83,8 @@ class PreferenceDataModule(LightningDataModule):
         eval_batch_size: int | None = None,
         pairs_per_user: int = 1,
         balance: float = 0.0,
+        bucket_by_length: bool = False,
+        max_tokens_per_batch: int | None = None,
         validation_fraction: float = 0.05,
         unseen_user_fraction: float = 0.0,
         split_by: SplitBy = "prompt",
@@ -94,12 +104,19 @@ class PreferenceDataModule(LightningDataModule):
         super().__init__()
         if eval_batch_size is not None and eval_batch_size < 1:
             raise ConfigurationError(f"eval_batch_size is {eval_batch_size}; it must be at least 1.")
+        if num_workers < 0:
+            raise ConfigurationError(f"num_workers is {num_workers}; it must be at least 0 (load in the main process).")
+        if ties not in get_args(Ties):
+            raise ConfigurationError(f"ties is {ties!r}; it must be one of {get_args(Ties)}.")
+        if max_tokens_per_batch is not None and max_tokens_per_batch < 2:
+            raise ConfigurationError(f"max_tokens_per_batch is {max_tokens_per_batch}; a pair has at least 2 tokens.")
         # Refuses impossible settings now, not after the data has been tokenised.
         UserGroupedBatchSampler(np.zeros(1, dtype=np.int64), batch_size, pairs_per_user, balance)
         self.source = source
         self.tokenizer = tokenizer
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
         self.pairs_per_user, self.balance = pairs_per_user, balance
+        self.bucket_by_length, self.max_tokens_per_batch = bucket_by_length, max_tokens_per_batch
         self.hold_out = HoldOut(validation_fraction, unseen_user_fraction, split_by, seed)
         self.settings = TokenizationSettings(
             max_prompt_length, max_completion_length, max_user_text_length, overlong, chat_template, user_text_format
@@ -124,6 +141,16 @@ class PreferenceDataModule(LightningDataModule):
         return len(self.vocabulary)
 
     @property
+    def longest_row(self) -> int:
+        """Most tokens of a row of any split: user text, prompt and the longer completion, after truncation."""
+        return max(int(data.lengths.max()) for data in self._splits.values())
+
+    @property
+    def has_user_text(self) -> bool:
+        """Whether any row of any split has a text about its user."""
+        return any(data.report.user_texts for data in self._splits.values())
+
+    @property
     def eval_sets(self) -> dict[Stage, tuple[str, ...]]:
         """For each stage that evaluates, the names of its dataloaders in order, such as `("seen", "unseen")`."""
         stages: tuple[Stage, ...] = ("validate", "test", "predict")
@@ -131,7 +158,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Return the number of training batches of each process in one epoch."""
-        return -(-len(self._division.train) // (self.batch_size * world_size))
+        return len(self._training_batches(0, world_size))
 
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
         """Tokenise prompts to be answered exactly as those of the data are.
@@ -154,6 +181,8 @@ class PreferenceDataModule(LightningDataModule):
         """Return a summary of what is trained and evaluated on, in one paragraph."""
         division = self._division
         parts = [f"{len(division.train):,} training pairs by {len(division.vocabulary.ids):,} users"]
+        if self.max_tokens_per_batch and (alone := int((2 * division.train.lengths > self.max_tokens_per_batch).sum())):
+            parts.append(f"{alone:,} of them alone exceed max_tokens_per_batch={self.max_tokens_per_batch}")
         for stage, sets in division.evaluation.items():
             sizes = [f"{len(pairs):,} by {name} users" for name, pairs in sets.items()]
             parts.append(f"pairs to {stage} on: {' and '.join(sizes) or 'none'}")
@@ -165,6 +194,10 @@ class PreferenceDataModule(LightningDataModule):
                 parts.append(f"{excess.count:,} {split} rows {done} ('{name}' too long)")
             if data.report.ties:
                 parts.append(f"{data.report.ties:,} {split} rows left out (equal completions)")
+            if data.report.token_ties:
+                parts.append(
+                    f"{data.report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
+                )
         return "Data: " + "; ".join(parts + division.remarks) + "."
 
     def prepare_data(self) -> None:
@@ -175,8 +208,10 @@ class PreferenceDataModule(LightningDataModule):
         """Open the caches, divide the rows, and say what there is."""
         if self.trainer is not None:
             _refuse_injected_sampler(self.trainer)
-        if stage in ("test", "predict") and not self._evaluation(stage):  # type: ignore[arg-type]
-            raise ConfigurationError(f"There is nothing to {stage} on; give the source a {stage} split.")
+        name: Any = TrainerFn(stage).value  # Lightning passes a member of this enum
+        if name != "fit" and not self._evaluation(name):
+            split = {"validate": "validation", "test": "test"}.get(name, "test or validation")
+            raise ConfigurationError(f"There is nothing to {name} on; give the source a {split} split.")
         rank_zero_info(self.describe())
 
     def train_dataloader(self) -> Loader:
@@ -184,10 +219,7 @@ class PreferenceDataModule(LightningDataModule):
         pairs = self._division.train
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             return self._loader(pairs, SequentialBatchSampler(len(pairs), self.batch_size, *self._share()))
-        users = pairs.split.users[pairs.positions]
-        sampler = UserGroupedBatchSampler(
-            users, self.batch_size, self.pairs_per_user, self.balance, self.seed, *self._share()
-        )
+        sampler = self._training_batches(*self._share())
         if self.trainer is not None:
             # Lightning sets the epoch of samplers too, but when it resumes only after it began to iterate.
             sampler.set_epoch(*_resume_point(self.trainer))
@@ -243,6 +275,20 @@ class PreferenceDataModule(LightningDataModule):
             self._loader(pairs, SequentialBatchSampler(len(pairs), self.eval_batch_size, *share))
             for pairs in self._evaluation(stage).values()
         ]
+
+    def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler:
+        pairs, budget = self._division.train, self.max_tokens_per_batch
+        return UserGroupedBatchSampler(
+            pairs.split.users[pairs.positions],
+            self.batch_size,
+            self.pairs_per_user,
+            self.balance,
+            self.seed,
+            rank,
+            world_size,
+            lengths=pairs.lengths if self.bucket_by_length or budget else None,
+            max_tokens=budget // 2 if budget else None,  # each pair is two sequences
+        )
 
     def _share(self) -> tuple[int, int]:
         """Return rank and number of the processes that share the data (tensor-parallel ones count as one)."""

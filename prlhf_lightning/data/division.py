@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 from torch.utils.data import Dataset
@@ -26,6 +26,11 @@ class Pairs(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self.positions)
+
+    @property
+    def lengths(self) -> Positions:
+        """`[n]` tokens of each pair's longer sequence."""
+        return self.split.lengths[self.positions]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
@@ -65,6 +70,10 @@ class HoldOut:
         for name in ("validation_fraction", "unseen_user_fraction"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it is a share, at least 0 and below 1.")
+        if self.split_by not in get_args(SplitBy):
+            raise ConfigurationError(f"split_by is {self.split_by!r}; it must be one of {get_args(SplitBy)}.")
+        if not 0 <= self.seed < 2**63:
+            raise ConfigurationError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
 
     def divide(self, splits: Mapping[Split, TokenizedSplit]) -> Division:
         """Divide the rows of a source, whose `train` split must be there."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import csv
 import gzip
+import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -78,6 +79,8 @@ def _pieces(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
         raise FeedbackFormatError(
             f"{path}:{line}: the gzip data is damaged or cut short here ({error}); copy or compress it again."
         ) from None
+    except OSError as error:
+        raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the file and who may read it.") from None
 
 
 def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
@@ -96,9 +99,13 @@ def _chunks(path: Path) -> Iterator[str]:
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     for line, raw in _pieces(path, _CHUNK):
         try:
-            yield decoder.decode(raw)
+            text = decoder.decode(raw)
         except UnicodeDecodeError as error:
             _not_utf8(path, line + error.object[: error.start].count(b"\n"), error)
+        if text:
+            yield text
+    if decoder.getstate()[0]:
+        raise FeedbackFormatError(f"{path}: ends in the middle of a UTF-8 character; save the whole file as UTF-8.")
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
@@ -118,8 +125,16 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
                 f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
                 "each line must be one whole JSON object."
             ) from None
+        except (ValueError, RecursionError) as error:
+            _beyond_json(path, number, error)
         where = f"{path}:{number}"
         yield where, _object(row, where)
+
+
+def _beyond_json(path: Path, line: int, error: Exception) -> NoReturn:
+    """Refuse what is JSON by its grammar, but a number of thousands of digits or nested thousands deep."""
+    what = "is nested too deeply" if isinstance(error, RecursionError) else f"holds a number too long to read ({error})"
+    raise FeedbackFormatError(f"{path}:{line}: the JSON {what}; mend the row or drop it.") from None
 
 
 def _object(row: Any, where: str) -> Row:
@@ -154,6 +169,11 @@ def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
                 raise FeedbackFormatError(f"{path}:{line}: the JSON array is cut short here; it must end in ].")
             continue
         if buffer[position] == "]":
+            if any(rest.strip() for rest in itertools.chain([buffer[position + 1 :]], pieces)):
+                raise FeedbackFormatError(
+                    f"{path}:{line}: the JSON array ends here, but the file goes on; write one array, or one object a "
+                    "line."
+                )
             return
         try:
             row, end = decode(buffer, position)
@@ -168,6 +188,8 @@ def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
             raise FeedbackFormatError(
                 f"{path}:{number}: broken JSON ({error.msg}); the file must be an array of objects, [{{...}}, {{...}}]."
             ) from None
+        except (ValueError, RecursionError) as error:
+            _beyond_json(path, line, error)
         where = f"{path}:{line}"
         yield where, _object(row, where)
         line += buffer.count("\n", position, end)
@@ -179,8 +201,9 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     start = 1
     try:
-        header = next(reader, [])
+        header = next((values for values in reader if values), [])
         start = reader.line_num + 1
+        _refuse_twins(path, header)
         for values in reader:
             where, start = f"{path}:{start}", reader.line_num + 1
             if not values:
@@ -198,13 +221,27 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
         ) from None
 
 
+def _refuse_twins(path: Path, columns: list[str]) -> None:
+    """Refuse two columns of one name, of which only one could be read. Columns without a name are nobody's."""
+    for number, name in enumerate(columns):
+        if name and name in columns[:number]:
+            raise FeedbackFormatError(
+                f"{path}: column {name!r} stands twice (columns {columns.index(name) + 1} and {number + 1}); "
+                "rename or remove one of them."
+            )
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            number = 0
+            _refuse_twins(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", row
-    except pyarrow.ArrowException as error:
-        raise FeedbackFormatError(f"{path}: is no readable Parquet file ({error}); write it again.") from None
+    except FeedbackFormatError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        after = f" after row {number}" if number else ""
+        raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({error}); write it again.") from None

@@ -89,7 +89,7 @@ def parse_record(
         _fail(
             where,
             "user_id",
-            f"is {user_id!r}, of type {type(user_id).__name__}; write it as a string ({str(user_id)!r}): ids are never "
+            f"is {_shown(user_id)}, of type {type(user_id).__name__}; write it as a string: ids are never "
             "converted, so that 7 and '007' cannot become one person by accident",
         )
     _check_characters(user_id, where, "user_id")
@@ -233,5 +233,7 @@ def _check_completion(text: Text, where: str, field: str) -> None:
 
 
 def _shown(value: Any, limit: int = 40) -> str:
+    if isinstance(value, list | dict):
+        return f"a {type(value).__name__}"  # it may be too deep to be written out
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."

@@ -1,18 +1,20 @@
 """Which pairs stand together in a batch, and in which order.
 
 The order of an epoch is a pure function of (seed, epoch), so training can be resumed in the middle of one, and it is
-laid out in global batches of `batch_size * world_size` pairs of which each rank takes its slice: the number of
-processes does not change which pairs make up an optimisation step.
+laid out in steps, global batches of `batch_size * world_size` pairs of which each rank takes its slice: the number of
+processes does not change which pairs make up a step (unless there is a token budget, which is each process's own).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from prlhf_lightning.data.buckets import WINDOW, cut, halve_largest, sort_in_windows
 from prlhf_lightning.errors import ConfigurationError
 
 _Array = npt.NDArray[np.int64]
@@ -26,9 +28,8 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
     user with more room than pairs cycles through them, freshly shuffled each time; one with less gives a fresh random
     choice each epoch, so no pair is left out for good. Shares are rounded at random, right on average.
 
-    All ranks have the same number of batches. The last global batch may be smaller: its pairs are dealt out evenly
-    over the ranks, and only if there are fewer than ranks do the epoch's first pairs fill up, one for each rank
-    without any.
+    All ranks have the same number of batches. One global batch may be smaller: its pairs are dealt out evenly over the
+    ranks, and only if there are fewer than ranks do the epoch's first pairs fill up, one for each rank without any.
 
     Args:
         users: `[N]` the user of each pair, as any integers.
@@ -38,6 +39,8 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         seed: Seed of the order.
         rank: Rank of this process among those that share the data.
         world_size: Number of processes that share the data.
+        lengths: `[N]` tokens of each pair; where given, pairs of about the same length share a batch (see `buckets`).
+        max_tokens: Most tokens in a batch of one process, padding included: pairs times the longest. Needs `lengths`.
     """
 
     def __init__(
@@ -49,6 +52,8 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        lengths: _Array | None = None,
+        max_tokens: int | None = None,
     ) -> None:
         if batch_size < 1 or pairs_per_user < 1:
             raise ConfigurationError(
@@ -56,9 +61,12 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
             )
         if not 0 <= balance <= 1:
             raise ConfigurationError(f"balance is {balance}; it must lie between 0 (pairs equal) and 1 (users equal).")
+        if max_tokens is not None and (max_tokens < 1 or lengths is None):
+            raise ConfigurationError(f"max_tokens is {max_tokens}; it must be at least 1, and needs lengths.")
         self._by_user = np.argsort(users, kind="stable")  # positions, user by user
         self._counts: _Array = np.unique(users, return_counts=True)[1]
         self._batch_size, self._pairs_per_user, self._balance = batch_size, pairs_per_user, balance
+        self._lengths, self._max_tokens = lengths, max_tokens
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._epoch, self._start = 0, 0
 
@@ -73,27 +81,54 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, the same on every rank and wherever the epoch is entered."""
-        return -(-len(self._by_user) // (self._batch_size * self._world_size))
+        return self._count
 
     def __iter__(self) -> Iterator[list[int]]:
         # Epoch and start are those at this moment: Lightning may set the next ones before the first batch is drawn.
         return self._batches(self._epoch, self._start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
-        order = self.order(epoch)
-        whole = self._batch_size * self._world_size
-        for number in range(start, len(self)):
-            batch = order[number * whole : (number + 1) * whole]
-            if len(batch) < self._world_size:
-                batch = np.resize(np.concatenate([batch, order]), self._world_size)
-            yield np.array_split(batch, self._world_size)[self._rank].tolist()
+        steps = self.steps(epoch)
+        for step in steps[start:]:
+            if len(step) < self._world_size:
+                step = np.resize(np.concatenate([step, *steps]), self._world_size)
+            yield np.array_split(step, self._world_size)[self._rank].tolist()
+
+    def steps(self, epoch: int) -> list[_Array]:
+        """Return the positions of each step of an epoch, those of all ranks together."""
+        rng = np.random.default_rng([self._seed, epoch])
+        order, starts = self._cut(rng)
+        if self._lengths is None:
+            return np.split(order, starts[1:])
+        while (fitted := halve_largest(starts, len(order), len(self), self._world_size)) is None:
+            order, starts = self._cut(rng)
+        steps = np.split(order, fitted[1:])
+        return [steps[number] for number in rng.permutation(len(steps))]
+
+    @cached_property
+    def _count(self) -> int:
+        if self._max_tokens is None:
+            return -(-len(self._by_user) // (self._batch_size * self._world_size))
+        return max(len(self._cut(np.random.default_rng([self._seed, epoch]))[1]) for epoch in range(4))
+
+    def _cut(self, rng: np.random.Generator) -> tuple[_Array, _Array]:
+        """Draw an epoch; return its positions `[N]` in sequence and where in it the steps begin."""
+        order, runs = self._draw(rng)
+        if self._lengths is None:
+            return order, cut(order, self._batch_size, None, self._world_size)
+        window = WINDOW * self._batch_size * self._world_size
+        order = sort_in_windows(order, runs, self._lengths[order], window)
+        return order, cut(self._lengths[order], self._batch_size, self._max_tokens, self._world_size)
 
     def order(self, epoch: int) -> _Array:
         """Return the positions `[N]` of an epoch in the order in which they are batched."""
-        rng = np.random.default_rng([self._seed, epoch])
+        return np.concatenate(self.steps(epoch))
+
+    def _draw(self, rng: np.random.Generator) -> tuple[_Array, _Array]:
+        """Draw the positions `[N]` of an epoch, and where in them each run of one user's pairs begins."""
         total = len(self._by_user)
         if self._balance == 0 and self._pairs_per_user == 1:
-            return rng.permutation(total)
+            return rng.permutation(total), np.arange(total)
         quotas = self._quotas(rng)
         # Lay out enough passes over each user's pairs: copies of a pair differ in their pass.
         passes = -(-quotas // self._counts)
@@ -112,9 +147,10 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         run = run + _ranks(pass_id[kept]) // self._pairs_per_user
         starts = np.flatnonzero(np.diff(run, prepend=-1))
         lengths = np.diff(starts, append=total)
-        key = np.repeat(rng.permutation(len(starts)), lengths)
-        grouped: _Array = pair[kept][np.argsort(key, kind="stable")]
-        return grouped
+        new_place = rng.permutation(len(starts))
+        grouped: _Array = pair[kept][np.argsort(np.repeat(new_place, lengths), kind="stable")]
+        moved = lengths[np.argsort(new_place)]
+        return grouped, np.cumsum(moved) - moved
 
     def _quotas(self, rng: np.random.Generator) -> _Array:
         """Return how many pairs of the epoch each user is given, `[U]`, which sum to the number of pairs."""
@@ -135,7 +171,7 @@ class SequentialBatchSampler(Sampler[list[int]]):
     """Yields batches of positions for evaluation: in order, each exactly once over all ranks.
 
     All ranks have the same number of batches, as sharded models need, for batches may differ in size by one (at batch
-    size 1 one may hold two rows). Only if there are fewer rows than ranks have some ranks none.
+    size 1 one may hold two rows). Where there are fewer rows than ranks, some ranks have one empty batch.
 
     Args:
         size: Number of rows.
@@ -147,7 +183,7 @@ class SequentialBatchSampler(Sampler[list[int]]):
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         rows = np.arange(size)[rank::world_size]
         batches = max(1, min(-(-size // (batch_size * world_size)), size // world_size))
-        self._batches = np.array_split(rows, batches) if len(rows) else []
+        self._batches = np.array_split(rows, batches) if size else []
 
     def __len__(self) -> int:
         return len(self._batches)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +35,11 @@ class TokenizedRecord(NamedTuple):
     prompt: Ids
     chosen: Ids
     rejected: Ids
+
+    @property
+    def tie(self) -> bool:
+        """Whether there are two completions and both have the same ids."""
+        return len(self.rejected) > 0 and np.array_equal(self.chosen, self.rejected)
 
 
 @dataclass
@@ -69,6 +74,8 @@ class TokenizationSettings:
         for name, least in (("max_prompt_length", 2), ("max_completion_length", 1), ("max_user_text_length", 1)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
+        if self.overlong not in get_args(Overlong):
+            raise ConfigurationError(f"overlong is {self.overlong!r}; it must be one of {get_args(Overlong)}.")
 
 
 @dataclass

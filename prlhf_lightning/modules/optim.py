@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
+
+_Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
+_WARMUPS = "a whole number of steps, or, below 1, a share of all steps"
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,24 @@ class Optim:
     weight_decay: float = 0.0
     user_weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: _Schedule = "cosine"
     warmup_steps: float = 0.03
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be trained with."""
+        for name in ("lr", "user_lr"):
+            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("weight_decay", "user_weight_decay"):
+            self._check(name, 0 <= getattr(self, name) < math.inf, "0 (none) or more")
+        allowed = "two numbers, each at least 0 and below 1"
+        self._check("betas", len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas), allowed)
+        self._check("schedule", self.schedule in get_args(_Schedule), f"one of {', '.join(get_args(_Schedule))}")
+        is_share_or_count = 0 <= self.warmup_steps < 1 or float(self.warmup_steps).is_integer()
+        self._check("warmup_steps", self.warmup_steps >= 0 and is_share_or_count, _WARMUPS)
+
+    def _check(self, name: str, holds: bool, allowed: str) -> None:
+        if not holds:
+            raise ConfigurationError(f"model.optim.{name} is {getattr(self, name)!r}; it must be {allowed}.")
 
     def warmup(self, total_steps: int) -> int:
         """Return the number of warm-up steps of a run of `total_steps`."""
@@ -68,6 +87,16 @@ class RowwiseAdamW(torch.optim.AdamW):
         for param, grad in row_grads:
             param.grad = grad
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state; see `torch.optim.Optimizer.load_state_dict`."""
+        super().load_state_dict(state_dict)
+        # torch casts a state to its parameter's dtype, in which (bfloat16) a count of steps stands still at 256.
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            for param, number in zip(group["params"], saved["params"], strict=True):
+                steps = state_dict["state"].get(number, {}).get("row_steps")
+                if steps is not None:
+                    self.state[param]["row_steps"] = steps.to(param.device, torch.float32, copy=True)
 
     @torch.no_grad()
     def _step_rows(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:

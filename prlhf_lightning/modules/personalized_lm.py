@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
@@ -22,8 +24,10 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
+from prlhf_lightning.modules.checkpoint_fit import check_shapes
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
 from prlhf_lightning.modules.reference_store import ReferenceStore
+from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.reference_cache import ReferenceCache
@@ -72,7 +76,8 @@ class PersonalizedLM(LightningModule):
         optim: Learning rates and schedule.
         sampling: How `predict` writes.
         cache_reference: Keep the reference's log-probs on disk (in `$PRLHF_CACHE` or `~/.cache/prlhf_lightning`), so
-            that each completion is scored once for all epochs, evaluations and runs with the same policy.
+            that each completion is scored once for all epochs, evaluations and runs with the same policy. Not done
+            where the model is sharded over processes (FSDP and the like): there all must compute whenever one does.
     """
 
     def __init__(
@@ -120,6 +125,11 @@ class PersonalizedLM(LightningModule):
                     "to a UserVocabulary first."
                 )
             self.vocabulary = datamodule.vocabulary
+        clip = self.trainer.gradient_clip_val
+        if stage == "fit" and clip is not None and not clip >= 0:
+            raise ConfigurationError(
+                f"trainer.gradient_clip_val is {clip}; it must be above 0, or 0 or null for no clipping."
+            )
         sets = getattr(datamodule, "eval_sets", {})
         self._eval_sets = sets.get("validate" if stage == "fit" else stage, ())
         self._losses = {name: MeanMetric() for name in self._eval_sets}
@@ -128,18 +138,62 @@ class PersonalizedLM(LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy and create the user model's parameters, once the users are known."""
-        if self.vocabulary is None or self._built_for is self.vocabulary:
+        if self.vocabulary is None:
             return
-        if self._built_for is None:
-            self.policy.build(with_reference=self.loss.requires_reference)
-        self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
-        self._built_for = self.vocabulary
+        if self._built_for is not self.vocabulary:
+            if self._built_for is None:
+                self.policy.build(with_reference=self.loss.requires_reference)
+            self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
+            exclude_from_ddp(self, sparse_tables(self.user_model))
+            self._built_for = self.vocabulary
+        self._check_lengths()
+
+    @torch.no_grad()
+    def _check_lengths(self) -> None:
+        """Refuse data with rows too long for the policy now, and not in the batch that has the longest one."""
+        limit = self.policy.max_positions
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if limit is None or not hasattr(data, "longest_row") or self.trainer.predicting:
+            return
+        if data.has_user_text and not self.user_model.uses_text:
+            return  # it counts texts that this model leaves out
+        anyone = Users(torch.zeros(1, dtype=torch.long, device=self.device))
+        vectors = self.user_model.generic(anyone).vectors.shape[1]
+        if data.longest_row + vectors > limit:
+            raise ConfigurationError(
+                f"The longest row has {data.longest_row} tokens (user text, prompt and completion), with the user's "
+                f"{vectors} vectors {data.longest_row + vectors}; the policy has {limit} positions. Lower "
+                "data.max_prompt_length, data.max_completion_length or data.max_user_text_length, or the user model's "
+                "num_tokens."
+            )
 
     def teardown(self, stage: str) -> None:
         """Write out what the reference cache still holds in memory."""
         if self._reference_store is not None:
             self._reference_store.cache.close()
             self._reference_store = None
+
+    def on_fit_start(self) -> None:
+        """Give all processes the same user tables, as DDP does with all else."""
+        if self._ddp is not None:
+            for table in sparse_tables(self.user_model):
+                torch.distributed.broadcast(table.data, src=0)
+
+    def on_after_backward(self) -> None:
+        """Average the gradients of the user tables over processes, in the backward pass in which DDP averages the rest.
+
+        Not later: Lightning's scaler of float16 gradients looks before `on_before_optimizer_step` for those that are
+        not finite, and a step that one process skips all must skip.
+        """
+        ddp = self._ddp
+        if ddp is not None and ddp.require_backward_grad_sync:  # set in the last of the batches that are accumulated
+            average_sparse_gradients(sparse_tables(self.user_model), _all_gather)
+
+    @property
+    def _ddp(self) -> DistributedDataParallel | None:
+        """Return DDP's wrapper of this module, where several processes train it."""
+        model = self.trainer.strategy.model
+        return model if self.trainer.world_size > 1 and isinstance(model, DistributedDataParallel) else None
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give the policy, the user model and its tables their own rates, under one schedule by steps."""
@@ -280,7 +334,7 @@ class PersonalizedLM(LightningModule):
 
     def on_before_batch_transfer(self, batch: PreferenceBatch, dataloader_idx: int) -> PreferenceBatch:
         """Give a batch its reference log-probs where they are known, while its ids are still in the host's memory."""
-        if not (self.cache_reference and self.loss.requires_reference) or self.trainer.predicting:
+        if not (self._caches_reference and len(batch)) or self.trainer.predicting:
             return batch
         if self._reference_store is None:
             identity = self.policy.reference_identity()
@@ -290,8 +344,25 @@ class PersonalizedLM(LightningModule):
             self._reference_store = ReferenceStore(cache, self.user_model.uses_text)
         return self._reference_store.attach(batch)
 
+    @property
+    def _caches_reference(self) -> bool:
+        # Where each process holds a part of the model, one that finds all in its cache leaves the others waiting.
+        strategy = self.trainer.strategy
+        whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+        return self.cache_reference and self.loss.requires_reference and (self.trainer.world_size == 1 or whole)
+
+    def on_train_epoch_end(self) -> None:
+        """Let every process know what the others computed of the reference: the next epoch deals out pairs anew."""
+        if self._caches_reference and self.trainer.world_size > 1:
+            store = self._reference_store
+            if store is not None:
+                store.cache.flush()
+            self.trainer.strategy.barrier("reference cache")
+            if store is not None:
+                store.cache.refresh()
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Return the mean loss of a batch's pairs."""
+        """Return the mean loss of a batch's pairs, weighted so that its mean over processes is that over all pairs."""
         losses, terms = self.objective(batch)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -302,7 +373,14 @@ class PersonalizedLM(LightningModule):
             self.log("train/margin", terms[0].margins.mean(), batch_size=len(batch))
             accuracy = (terms[0].margins > 0).float().mean()
             self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
-        return loss
+        return loss * self._share(len(batch))
+
+    def _share(self, pairs: int) -> Tensor | float:
+        """Return the number of this process's pairs over the mean number a process: the last batch may be uneven."""
+        if self.trainer.world_size == 1:
+            return 1.0
+        mean: Tensor = self.trainer.strategy.reduce(torch.full((), float(pairs), device=self.device), reduce_op="mean")
+        return pairs / mean
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the seen or unseen users' validation pairs."""
@@ -313,6 +391,8 @@ class PersonalizedLM(LightningModule):
         self._evaluation_step("test", batch, dataloader_idx)
 
     def _evaluation_step(self, stage: str, batch: PreferenceBatch, dataloader_idx: int) -> None:
+        if not len(batch):
+            return  # a process without rows of a small set takes part in what follows all the same
         name = self._eval_sets[dataloader_idx]
         losses, terms = self.objective(batch, every_term=True)
         self._losses[name].to(losses.device).update(losses)
@@ -402,6 +482,8 @@ class PersonalizedLM(LightningModule):
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
+        if not len(batch):
+            return []
         completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)
         prompts = self.policy.tokenizer.batch_decode(
             [ids[mask] for ids, mask in zip(batch.prompt.ids, batch.prompt.mask, strict=True)], skip_special_tokens=True
@@ -439,8 +521,11 @@ class PersonalizedLM(LightningModule):
         """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.
 
         Raises:
-            ConfigurationError: A trained weight is missing, or one is there that this model does not have.
+            ConfigurationError: A trained weight is missing, has another shape, or is not in this model.
         """
+        tables = {id(table) for table in self.user_model.row_tables()}
+        names = {name for name, param in self.named_parameters() if id(param) in tables}
+        check_shapes(state_dict, super().state_dict(), names)
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = sorted(self._trained_names() & set(result.missing_keys))
         if strict and (missing or result.unexpected_keys):
@@ -454,6 +539,13 @@ class PersonalizedLM(LightningModule):
         frozen = {name for name, param in self.named_parameters() if not param.requires_grad}
         buffers = {name for name, _ in self.named_buffers() if name.startswith(("user_model.", "loss."))}
         return {name for name, _ in self.named_parameters() if name not in frozen} | buffers
+
+
+def _all_gather(tensor: Tensor) -> Tensor:
+    """Return the tensors of all processes, stacked; Lightning's own way of it prints torch's deprecation warning."""
+    gathered = tensor.new_empty(torch.distributed.get_world_size(), *tensor.shape)
+    torch.distributed.all_gather(list(gathered.unbind()), tensor)
+    return gathered
 
 
 def _user_key(user_id: str) -> int:

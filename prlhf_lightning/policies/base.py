@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 
@@ -25,6 +27,17 @@ class Sampling:
     max_new_tokens: int = 256
     temperature: float = 1.0
     top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what nothing can be drawn with."""
+        if self.max_new_tokens < 1:
+            raise ConfigurationError(f"sampling.max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigurationError(
+                f"sampling.temperature is {self.temperature}; it must be 0 (the likeliest token each time) or more."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(f"sampling.top_p is {self.top_p}; it must be above 0, and 1 at most.")
 
 
 class Policy(nn.Module, ABC):
@@ -46,6 +59,11 @@ class Policy(nn.Module, ABC):
         Args:
             with_reference: Whether `reference_log_probs` will be called.
         """
+
+    @property
+    def max_positions(self) -> int | None:
+        """Most vectors and tokens that a sequence may have once the policy is built; None for no limit."""
+        return None
 
     @abstractmethod
     def token_embeddings(self) -> Tensor:

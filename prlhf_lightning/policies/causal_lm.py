@@ -3,48 +3,32 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import Tensor
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
-from prlhf_lightning.policies.scoring import embed, find_shortcuts, score
+from prlhf_lightning.policies.scoring import embed, find_shortcuts, is_causal, score
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
+_ASSETS = files("prlhf_lightning") / "assets"
 _WORDS = 8192  # words to start soft prompts from: the scale is what matters
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters (Hu et al. 2021), made by peft.
-
-    Attributes:
-        rank: Rank r of each adapter.
-        alpha: Scale; an adapter's update is multiplied by alpha / rank.
-        dropout: Dropout on an adapter's input during training.
-        target_modules: Names of the layers to adapt, or `all-linear` for every linear layer but the LM head.
-    """
-
-    rank: int = 8
-    alpha: int = 16
-    dropout: float = 0.0
-    target_modules: str | list[str] = "all-linear"
 
 
 class CausalLMPolicy(Policy):
@@ -68,7 +52,7 @@ class CausalLMPolicy(Policy):
     def __init__(
         self,
         model: str,
-        lora: LoRA | None = LoRA(),
+        lora: LoRA | None = LoRA(),  # noqa: B008 - frozen, hence safe to share
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         random_init: int | None = None,
         gradient_checkpointing: bool = False,
@@ -77,6 +61,11 @@ class CausalLMPolicy(Policy):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        shipped = sorted(folder.name for folder in _ASSETS.iterdir() if folder.is_dir())
+        if model.startswith(_BUILTIN) and model.removeprefix(_BUILTIN) not in shipped:
+            raise ConfigurationError(
+                f"policy.model is {model!r}; these are shipped: {', '.join(_BUILTIN + name for name in shipped)}."
+            )
         self.name = model
         self.lora = lora
         self.dtype = dtype
@@ -89,7 +78,7 @@ class CausalLMPolicy(Policy):
     def _path(self) -> str:
         if not self.name.startswith(_BUILTIN):
             return self.name
-        return str(files("prlhf_lightning") / "assets" / self.name.removeprefix(_BUILTIN))
+        return str(_ASSETS / self.name.removeprefix(_BUILTIN))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -104,10 +93,12 @@ class CausalLMPolicy(Policy):
     def _loading(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            missing = self.name.startswith((".", "/", "~")) and not Path(self.name).exists()
+            cause = "there is no such folder" if missing else str(error).partition("\n")[0]
             raise ConfigurationError(
                 f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that "
-                f"`save_pretrained` wrote, or a hub name that this machine can reach. Cause: {error}"
+                f"`save_pretrained` wrote, or a hub name that this machine can reach. Cause: {cause}"
             ) from error
 
     def build(self, with_reference: bool = True) -> None:
@@ -133,13 +124,19 @@ class CausalLMPolicy(Policy):
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self._reference_digest = weights_digest(lm.state_dict().items()) if with_reference else ""
+        if not is_causal(lm):
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is a {type(lm).__name__} whose tokens see later ones, so that it can't "
+                "score or write text from left to right. Use a causal language model (an encoder becomes one with "
+                "`is_decoder: true` in its config.json, but has to be trained as one)."
+            )
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
         self.model: PreTrainedModel | PeftModel = lm
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
-            self.model = _add_adapters(lm, self.lora)
+            self.model = add_adapters(lm, self.lora)
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
 
@@ -147,6 +144,23 @@ class CausalLMPolicy(Policy):
     def lm(self) -> PreTrainedModel:
         """The Hugging Face model, adapters included."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def merged(self) -> PreTrainedModel:
+        """Return the trained model without peft, to save or to serve.
+
+        Adapters are merged into a copy. Without adapters the weights are this policy's own, and are not copied.
+        """
+        lora = isinstance(self.model, PeftModel)
+        lm = copy.deepcopy(self.model).merge_and_unload() if lora else copy.copy(self.model)
+        lm.config = copy.deepcopy(lm.config)  # where weights are shared, the policy's own must stay as it is
+        lm.config.use_cache = True
+        return lm
+
+    @property
+    def max_positions(self) -> int | None:
+        """The positions of the model's configuration, if it limits them."""
+        limit: int | None = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        return limit
 
     def token_embeddings(self) -> Tensor:
         """Return the input embeddings of words spread over the vocabulary, `[n, d]`."""
@@ -203,7 +217,7 @@ class CausalLMPolicy(Policy):
         before = self._segments(lm, prompt, soft_prompt)
         width = sum(part.mask.sum(1) for part in before)
         longest = max(int((width + part.mask.sum(1)).max()) for part in completions)
-        self._check_length(longest)
+        self._check_length(longest, "data.max_completion_length")
         return score(lm, before, completions, self.shortcuts)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
@@ -217,12 +231,12 @@ class CausalLMPolicy(Policy):
         vectors = soft_prompt.vectors.to(embedded.vectors.dtype)
         return [bos, SoftPrompt(vectors, soft_prompt.mask), SoftPrompt(embedded.vectors, embedded.mask & ~is_bos)]
 
-    def _check_length(self, length: int) -> None:
-        limit = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+    def _check_length(self, length: int, limit_of_completions: str) -> None:
+        limit = self.max_positions
         if limit is not None and length > limit:
             raise ConfigurationError(
                 f"A sequence of {length} positions (soft prompt, user text, prompt and completion) exceeds the "
-                f"{limit} positions of {self.name!r}. Lower data.max_prompt_length, data.max_completion_length or "
+                f"{limit} positions of {self.name!r}. Lower {limit_of_completions}, data.max_prompt_length or "
                 f"the user model's num_tokens."
             )
 
@@ -230,7 +244,7 @@ class CausalLMPolicy(Policy):
     def generate(self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling) -> Tokens:
         """Write a completion for each prompt; see `Policy.generate`."""
         sequence = join(self._segments(self.lm, prompt, soft_prompt), align="right")
-        self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens)
+        self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens, "sampling.max_new_tokens")
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
             how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
@@ -251,21 +265,6 @@ class CausalLMPolicy(Policy):
             self.train(was_training)
         ended_before = (ids == eos).cumsum(1) - (ids == eos).long() > 0
         return Tokens(ids, ~ended_before)
-
-
-def _add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2 keeps weights transposed
-    )
-    with warnings.catch_warnings():
-        # peft reads an attribute that transformers has renamed; nothing that a user could act on.
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(lm, config)
 
 
 def _switch_off_dropout(model: PreTrainedModel) -> None:

@@ -113,6 +113,21 @@ def _inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[st
 
 
 @torch.no_grad()
+def is_causal(lm: PreTrainedModel) -> bool:
+    """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
+    tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
+    was_training = lm.training
+    lm.eval()
+    logits = lm(**_inputs(lm, embed(lm, tokens))).logits.float()
+    lm.train(was_training)
+    changes = (logits[0] - logits[1]).abs().amax(-1)
+    # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.03
+    return bool(changes[:3].max() <= tolerance * changes[3:].max())
+
+
+@torch.no_grad()
 def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
     """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
 

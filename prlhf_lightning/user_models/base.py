@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor, nn
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import SoftPrompt, Users
 
 
@@ -51,6 +52,13 @@ class UserModel(nn.Module, ABC):
     def row_tables(self) -> list[Tensor]:
         """Return the parameters that hold one row a user, in the order of the vocabulary."""
         return []
+
+
+def check_count(model: UserModel, name: str, value: int, least: int = 1) -> int:
+    """Return a number of vectors or the like, or raise where it is below `least`."""
+    if value < least:
+        raise ConfigurationError(f"{type(model).__name__}: {name} is {value}; it must be {least} or more.")
+    return value
 
 
 def sample_token_embeddings(token_embeddings: Tensor, count: int) -> Tensor:

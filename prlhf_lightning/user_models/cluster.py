@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf_lightning.types import SoftPrompt, Users
-from prlhf_lightning.user_models.base import UserModel, sample_token_embeddings
+from prlhf_lightning.user_models.base import UserModel, check_count, sample_token_embeddings
 
 
 class ClusterUserModel(UserModel):
@@ -21,8 +21,8 @@ class ClusterUserModel(UserModel):
 
     def __init__(self, num_clusters: int = 10, num_tokens: int = 10) -> None:
         super().__init__()
-        self.num_clusters = num_clusters
-        self.num_tokens = num_tokens
+        self.num_clusters = check_count(self, "num_clusters", num_clusters)
+        self.num_tokens = check_count(self, "num_tokens", num_tokens)
 
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
         """Create the prompts `V [K, T, d]` from word vectors and the weights `w [num_rows, K]`, all equal."""

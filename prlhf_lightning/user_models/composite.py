@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import SoftPrompt, Users
 from prlhf_lightning.user_models.base import UserModel
 
@@ -17,6 +18,8 @@ class CompositeUserModel(UserModel):
 
     def __init__(self, parts: list[UserModel]) -> None:
         super().__init__()
+        if not parts:
+            raise ConfigurationError("CompositeUserModel: parts is empty; name one user model or more.")
         self.parts = nn.ModuleList(parts)
         self.personalizes = any(part.personalizes for part in parts)
         self.uses_text = any(part.uses_text for part in parts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from prlhf_lightning.types import SoftPrompt, Users
-from prlhf_lightning.user_models.base import UserModel, sample_token_embeddings
+from prlhf_lightning.user_models.base import UserModel, check_count, sample_token_embeddings
 
 
 class UniformUserModel(UserModel):
@@ -19,7 +19,7 @@ class UniformUserModel(UserModel):
 
     def __init__(self, num_tokens: int = 0) -> None:
         super().__init__()
-        self.num_tokens = num_tokens
+        self.num_tokens = check_count(self, "num_tokens", num_tokens, least=0)
 
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
         """Create `e_0 [T, d]` from word vectors."""

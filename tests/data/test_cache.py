@@ -1,3 +1,4 @@
+import errno
 import logging
 import os
 import signal
@@ -5,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from feedback_helpers import CHATML, row, word_tokenizer, write_jsonl
@@ -14,7 +16,7 @@ from prlhf_lightning.data.cache import FeedbackCache
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.tokenization import TokenizationSettings
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 
 class ListSource(DataSource):
@@ -131,6 +133,59 @@ FeedbackCache(Path({str(cache.root)!r}), word_tokenizer(), TokenizationSettings(
     assert left.with_suffix("").is_dir()  # the same key, so that the test tests what it says
 
 
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_cache_folder_that_cannot_be_made_is_refused_by_name(cache, tmp_path, folder):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigurationError, match=r"cache_dir is .*file.*cannot be written.* set cache_dir"):
+        replace(cache, root=tmp_path / folder).open(ListSource([row(0)]), "train")
+
+
+_NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("failing", ["os.fsync", "os.replace", "pyarrow.ipc.RecordBatchStreamWriter.write_batch"])
+def test_a_full_disk_is_named_and_leaves_nothing_half_written(cache, monkeypatch, failing):
+    with monkeypatch.context() as patch:
+        patch.setattr(failing, Mock(side_effect=_NO_SPACE))
+        with pytest.raises(ConfigurationError, match=r"cache_dir is .*No space left"):
+            cache.open(ListSource([row(0)]), "train")
+    assert [path.suffix for path in cache.root.iterdir()] in ([".lock"], [])
+    assert len(cache.open(ListSource([row(0)]), "train")) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full, a disk that is always full")
+def test_a_disk_that_fills_up_while_rows_are_written_is_named(cache, monkeypatch):
+    made = Path.mkdir
+
+    def mkdir(self, *args, **kwargs):
+        made(self, *args, **kwargs)
+        if self.suffix == ".building":
+            (self / "rows.arrow").symlink_to("/dev/full")
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    with pytest.raises(ConfigurationError, match=r"cache_dir is .*No space left"):
+        cache.open(ListSource([row(i) for i in range(3000)]), "train")
+    assert [path.suffix for path in cache.root.iterdir()] in ([".lock"], [])
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "report.json"])
+@pytest.mark.parametrize("left", [0, 0.5])
+def test_a_damaged_cache_is_never_read(cache, name, left):
+    source = ListSource([row(i) for i in range(1500)])
+    cache.open(source, "train")
+    (path,) = cache.root.glob(f"*/{name}")
+    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
+    with pytest.raises(ConfigurationError, match=r"The cache .* is damaged .*; delete that folder"):
+        cache.open(source, "train")
+
+
+def test_a_source_that_fails_is_not_taken_for_a_full_disk(cache):
+    source = ListSource([])
+    source.rows = Mock(side_effect=ConnectionError("gone"))
+    with pytest.raises(FeedbackFormatError, match="The train split of ListSource cannot be read"):
+        cache.open(source, "train")
+
+
 def test_truncations_are_reported_once_with_count_and_first_place(cache, caplog):
     cache = replace(cache, settings=TokenizationSettings(max_prompt_length=2))
     source = ListSource([row(0, prompt="one"), row(1), row(2)])
@@ -150,6 +205,28 @@ def test_ties_are_an_error_unless_they_may_be_dropped(cache, caplog):
     split = replace(cache, ties="drop").open(source, "train")
     assert (len(split), split.report.ties) == (1, 1)
     assert "1 of 2 train rows have equal completions and were left out." in caplog.messages
+
+
+def test_completions_that_truncation_made_equal_are_ties(cache, caplog):
+    cache = replace(cache, settings=TokenizationSettings(max_completion_length=2))
+    source = ListSource([row(0), row(1, chosen="one two three", rejected="one two four")])
+    message = r"list:2: .* equal once truncated to 2 tokens.* raise max_completion_length \(now 2\), or set ties: drop"
+    with pytest.raises(FeedbackFormatError, match=message):
+        cache.open(source, "train")
+    split = replace(cache, ties="drop").open(source, "train")
+    assert (len(split), split.report.read, split.report.token_ties) == (1, 2, 1)
+    assert "1 of 2 train rows have completions that are equal once tokenised and cut" in caplog.text
+
+
+def test_completions_that_the_tokenizer_cannot_tell_apart_are_ties(cache):
+    source = ListSource([row(0, chosen="strange", rejected="unheard")])
+    with pytest.raises(FeedbackFormatError, match=r"list:1: .* have the same tokens in this tokenizer"):
+        cache.open(source, "train")
+
+
+def test_supervised_rows_are_no_ties(cache):
+    rows = [{"user_id": "a", "prompt": "one", "chosen": "two"}]
+    assert len(replace(cache, require_rejected=False).open(ListSource(rows), "train")) == 1
 
 
 def test_a_split_all_of_whose_rows_were_dropped_is_refused(cache):

@@ -26,6 +26,9 @@ class Recorder(LightningModule):
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.validated.append((dataloader_idx, batch.user_ids))
 
+    def test_step(self, batch, batch_idx, dataloader_idx=0):
+        pass
+
     def predict_step(self, batch, batch_idx, dataloader_idx=0):
         return batch.records
 
@@ -78,6 +81,48 @@ def test_training_resumes_with_the_very_next_batch(make, tmp_path, step, num_wor
     trainer().fit(rest, datamodule=make(**settings), ckpt_path=tmp_path / f"step={step}.ckpt")
     assert rest.trained == whole.trained[step:]
     assert len(rest.trained) == 9 - step
+
+
+@pytest.mark.parametrize("step", [3, 4, 7])
+def test_training_in_buckets_under_a_budget_resumes_with_the_very_next_batch(make, tmp_path, step):
+    rows = [row(i, user=f"u{i % 10}", chosen="one " * (1 + i % 23)) for i in range(100)]
+    path = write_jsonl(tmp_path / "uneven.jsonl", rows)
+    settings = {"batch_size": 40, "max_tokens_per_batch": 900, "validation_fraction": 0.0, "pairs_per_user": 2}
+    whole, rest = Recorder(), Recorder()
+    saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=step, save_top_k=-1)
+    trainer(callbacks=[saver], enable_checkpointing=True).fit(whole, datamodule=make(FileSource(path), **settings))
+    trainer().fit(rest, datamodule=make(FileSource(path), **settings), ckpt_path=tmp_path / f"step={step}.ckpt")
+    assert rest.trained == whole.trained[step:]
+    assert len(whole.trained) == 3 * make(FileSource(path), **settings).batches_per_epoch()
+    assert [sorted(epoch) for epoch in epochs(whole)] == [list(range(100))] * 3
+
+
+def test_a_batch_is_padded_to_no_more_tokens_than_its_budget(make, tmp_path):
+    rows = [row(i, chosen="one " * (1 + i % 23), user_text="six" if i % 3 else None) for i in range(100)]
+    data = make(FileSource(write_jsonl(tmp_path / "a.jsonl", rows)), batch_size=40, max_tokens_per_batch=300)
+    batches = list(data.train_dataloader())
+    assert len(batches) == data.batches_per_epoch()
+    for batch in batches:
+        lengths = sum(part.mask.sum(-1) for part in (batch.user_text, batch.prompt, batch.chosen))
+        assert 2 * len(batch) * lengths.max() <= 300
+    assert max(len(batch) for batch in batches) > min(len(batch) for batch in batches)
+
+
+def test_bucketing_puts_pairs_of_one_length_together(make, tmp_path):
+    rows = [row(i, chosen="one " * (1 + i % 23)) for i in range(100)]
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", rows))
+    spread = [
+        sum(int(batch.chosen.mask.sum(-1).max() - batch.chosen.mask.sum(-1).min()) for batch in data.train_dataloader())
+        for data in (make(source), make(source, bucket_by_length=True))
+    ]
+    assert spread[1] < spread[0] / 4
+
+
+def test_rows_that_alone_exceed_the_budget_are_counted(make, tmp_path):
+    rows = [*ROWS[:4], row(5, chosen="one " * 30)]
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", rows))
+    data = make(source, validation_fraction=0.0, max_tokens_per_batch=60)
+    assert "1 of them alone exceed max_tokens_per_batch=60" in data.describe()
 
 
 def test_overfitting_repeats_the_same_batches(make):
@@ -143,6 +188,30 @@ def test_a_test_without_a_test_split_is_refused(make):
         make().setup("test")
 
 
+def test_a_trainers_test_without_a_test_split_is_refused_in_plain_words(make):
+    with pytest.raises(ConfigurationError, match="There is nothing to test on; give the source a test split"):
+        trainer().test(Recorder(), datamodule=make())
+
+
+def test_a_prediction_without_held_out_rows_is_refused(make):
+    with pytest.raises(ConfigurationError, match="nothing to predict on; give the source a test or validation split"):
+        make(validation_fraction=0.0).setup("predict")
+
+
+def test_the_longest_row_counts_user_text_prompt_and_the_longer_completion_of_any_split(make, tmp_path):
+    train = write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, chosen="one two three four", user_text="six")])
+    held_out = write_jsonl(tmp_path / "b.jsonl", [row(2), row(3, rejected="one " * 30)])
+    assert make(FileSource(train)).longest_row == 1 + 3 + 5
+    data = make(FileSource(train, validation=held_out), max_completion_length=20)
+    assert data.longest_row == 3 + 20
+
+
+def test_whether_any_row_has_a_text_about_its_user_is_known(make, votes, tmp_path):
+    held_out = write_jsonl(tmp_path / "b.jsonl", [row(2, user_text=" "), row(3, user_text="six")])
+    assert not make().has_user_text
+    assert make(FileSource(votes, test=held_out)).has_user_text
+
+
 def test_the_vocabulary_is_sorted_and_known_before_training(make):
     assert make(validation_fraction=0.0).vocabulary.ids == tuple(f"u{i}" for i in range(10))
 
@@ -186,6 +255,14 @@ def test_the_summary_counts_pairs_users_and_what_was_cut(make, tmp_path):
     )
 
 
+def test_the_summary_counts_pairs_that_truncation_made_equal(make, tmp_path):
+    rows = [*ROWS[:4], row(5, chosen="one two three", rejected="one two four")]
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", rows))
+    data = make(source, max_completion_length=2, ties="drop")
+    assert "1 train rows left out (completions equal once tokenised and truncated)" in data.describe()
+    assert data.batches_per_epoch() == 1
+
+
 def test_the_summary_counts_texts_about_users(make, tmp_path):
     rows = [row(i, user_text="six" if i else None) for i in range(5)]
     data = make(FileSource(write_jsonl(tmp_path / "a.jsonl", rows)), validation_fraction=0.0)
@@ -214,6 +291,14 @@ def test_holding_out_everything_is_refused(make, tmp_path):
         {"batch_size": 0},
         {"eval_batch_size": 0},
         {"balance": 2.0},
+        {"num_workers": -1},
+        {"max_tokens_per_batch": 0},
+        {"max_user_text_length": 0},
+        {"seed": -1},
+        {"split_by": "prompts"},
+        {"overlong": "cut"},
+        {"ties": "keep"},
+        {"validation_fraction": float("nan")},
     ],
 )
 def test_impossible_settings_are_refused(make, settings):

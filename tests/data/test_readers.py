@@ -1,5 +1,6 @@
 import gzip
 import json
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,8 +83,15 @@ def test_an_empty_csv_cell_is_null(tmp_path):
         ("a.json", b'[{"x": 1},\n{"x" 2}]', r"a\.json:2: broken JSON"),
         ("a.json", b'[{"x": 1},\n\n{"x": 2}', r"a\.json:3: the JSON array is cut short here"),
         ("a.json", b'[{"x": 1},\n{"x": "\xff"}]', r"a\.json:2: byte 0xff is not UTF-8"),
+        ("a.jsonl", b'{"x": 1}\n{"x": ' + b"9" * 5000 + b"}", r"a\.jsonl:2: the JSON holds a number too long to read"),
+        ("a.jsonl", b'{"x": 1}\n{"x": ' + b"[" * 99999, r"a\.jsonl:2: the JSON is nested too deeply"),
+        ("a.json", b'[{"x": 1},\n{"x": ' + b"9" * 5000 + b"}]", r"a\.json:2: the JSON holds a number too long to read"),
+        ("a.json", b'[{"x": 1},\n{"x": ' + b"[" * 99999, r"a\.json:2: the JSON is nested too deeply"),
+        ("a.json", b'[{"x": 1}\n] [{"x": 2}]', r"a\.json:2: the JSON array ends here, but the file goes on"),
+        ("a.json", b'[{"x": 1}] \xc3', r"a\.json: ends in the middle of a UTF-8 character"),
         ("a.json", b"[]", r"a\.json: has no rows"),
         ("a.csv", b"x,y\n1,2\n1,2,3\n", r"a\.csv:3: has 3 values but the header names 2 columns"),
+        ("a.csv", b"x,y,x\n1,2,3\n", r"a\.csv: column 'x' stands twice \(columns 1 and 3\); rename or remove one"),
         ("a.csv", b'x\n"a" b\n', r"a\.csv:2: broken CSV"),
         ("a.parquet", b"PAR1", r"a\.parquet: is no readable Parquet file"),
         ("a.txt", b"x", r"a\.txt: unknown kind of file; the name must end in \.jsonl"),
@@ -103,6 +111,35 @@ def test_a_truncated_gzip_file_names_the_line_where_it_ends(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(FeedbackFormatError, match=r"b\.jsonl\.gz:\d\d+: the gzip data is damaged or cut short"):
         list(read_rows(tmp_path / "b.jsonl.gz"))
+
+
+@pytest.mark.parametrize("compression", ["none", "snappy"])
+def test_a_damaged_parquet_file_is_refused_by_name(tmp_path, compression):
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        pa.Table.from_pylist([row(i, chosen=f"text {i * 7919}") for i in range(3000)]), path, compression=compression
+    )
+    whole = path.read_bytes()
+    pages = bytearray(whole)
+    pages[100 : len(whole) // 2] = b"\xff" * (len(whole) // 2 - 100)
+    for damaged in (whole[: len(whole) // 2], bytes(pages)):
+        path.write_bytes(damaged)
+        with pytest.raises(FeedbackFormatError, match=r"a\.parquet: is no readable Parquet file"):
+            list(read_rows(path))
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", [row(0)])
+    monkeypatch.setattr("pathlib.Path.open", Mock(side_effect=PermissionError(13, "Permission denied")))
+    with pytest.raises(FeedbackFormatError, match=r"a\.jsonl: cannot be read \(.*Permission denied"):
+        list(read_rows(path))
+
+
+def test_a_csv_header_may_stand_after_blank_lines_and_have_nameless_columns(tmp_path):
+    (tmp_path / "a.csv").write_text("\nx,,\n1,,\n")
+    ((where, values),) = read_rows(tmp_path / "a.csv")
+    assert values["x"] == "1"
+    assert where.endswith("a.csv:3")
 
 
 def test_a_missing_file_is_refused_before_anything_is_read(tmp_path):

@@ -1,6 +1,8 @@
 import os
+from unittest.mock import Mock
 
 import pytest
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 from feedback_helpers import row, write_jsonl
 
 from prlhf_lightning.data import FileSource, HubSource
@@ -66,3 +68,33 @@ def test_a_data_sets_fingerprint_changes_with_its_files(hub_folder):
 def test_an_unknown_split_is_refused_with_those_that_exist(hub_folder):
     with pytest.raises(ConfigurationError, match=r"Unknown split \"valid\"\. Should be one of \['train', 'test'\]"):
         HubSource(str(hub_folder), train_split="valid").fingerprint("train")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ConnectionError("Couldn't reach the Hub"),
+        DatasetNotFoundError("Dataset 'some/votes' doesn't exist on the Hub or cannot be accessed."),
+        DatasetGenerationError("An error occurred while generating the dataset"),
+        RuntimeError("Dataset scripts are no longer supported"),
+    ],
+)
+def test_a_data_set_that_cannot_be_loaded_is_named_with_its_split(monkeypatch, error):
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
+    source = HubSource("some/votes", "english", train_split="judged")
+    with pytest.raises(ConfigurationError, match="'some/votes', split 'judged' of configuration 'english'") as caught:
+        source.fingerprint("train")
+    assert str(error) in str(caught.value)
+    assert "check the name, split and revision, the network" in str(caught.value)
+
+
+def test_a_broken_file_of_a_data_set_is_no_stack_trace(hub_folder):
+    (hub_folder / "train.jsonl").write_text('{"user_id": \n')
+    with pytest.raises(ConfigurationError, match="split 'train': cannot be loaded"):
+        HubSource(str(hub_folder)).fingerprint("train")
+
+
+def test_a_path_through_a_file_is_refused(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [row(0)])
+    with pytest.raises(FeedbackFormatError, match=r"b\.jsonl: cannot be read"):
+        FileSource(path / "b.jsonl").fingerprint("train")

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import copy
+import math
 
+import pytest
 import torch
 from torch import nn
 
-from prlhf_lightning.modules.optim import RowwiseAdamW, clip_gradients
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients
 
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.05}
 
@@ -85,3 +88,48 @@ def test_clipping_counts_sparse_and_dense_gradients_together():
     torch.testing.assert_close(norms[0], norms[1])
     torch.testing.assert_close(sparse.weight.grad.to_dense(), dense.weight.grad)
     torch.testing.assert_close(clipped, linear.weight.grad)
+
+
+def test_a_restored_count_of_steps_goes_on_in_a_bfloat16_table():
+    model = table().to(torch.bfloat16)
+    optimizer = RowwiseAdamW(model.parameters(), **SETTINGS)
+    descend(model, optimizer, [1, 2])
+    optimizer.state[model.weight]["row_steps"] += 300  # bfloat16 has no 301
+    restored = RowwiseAdamW(model.parameters(), **SETTINGS)
+    restored.load_state_dict(optimizer.state_dict())
+    descend(model, restored, [2])
+    assert restored.state[model.weight]["row_steps"].tolist() == [300, 301, 302, 300]
+    assert restored.state[model.weight]["exp_avg"].dtype == torch.bfloat16
+    assert optimizer.state[model.weight]["row_steps"].tolist() == [300, 301, 301, 300]  # not shared
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"lr": 0.0}, "model.optim.lr is 0.0; it must be a number above 0"),
+        ({"lr": math.nan}, "model.optim.lr is nan"),
+        ({"user_lr": -1e-3}, "model.optim.user_lr is -0.001; it must be a number above 0"),
+        ({"weight_decay": -0.1}, r"model.optim.weight_decay is -0.1; it must be 0 \(none\) or more"),
+        ({"user_weight_decay": math.inf}, "model.optim.user_weight_decay is inf"),
+        (
+            {"betas": (0.9, 1.0)},
+            r"model.optim.betas is \(0.9, 1.0\); it must be two numbers, each at least 0",
+        ),
+        ({"betas": (0.9,)}, "model.optim.betas"),
+        ({"schedule": "cosin"}, "model.optim.schedule is 'cosin'; it must be one of cosine, linear, constant"),
+        ({"warmup_steps": -1}, "model.optim.warmup_steps is -1; it must be a whole number of steps"),
+        ({"warmup_steps": 1.5}, "model.optim.warmup_steps is 1.5"),
+        ({"warmup_steps": math.nan}, "model.optim.warmup_steps is nan"),
+        ({"warmup_steps": math.inf}, "model.optim.warmup_steps is inf"),
+    ],
+)
+def test_settings_that_train_nothing_are_refused(given, says):
+    with pytest.raises(ConfigurationError, match=says):
+        Optim(**given)
+
+
+@pytest.mark.parametrize(
+    "given", [{"warmup_steps": 0}, {"warmup_steps": 0.5}, {"warmup_steps": 150}, {"betas": (0.0, 0.95)}]
+)
+def test_settings_at_the_edge_are_taken(given):
+    Optim(**given)

@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
@@ -85,3 +88,12 @@ def test_the_users_text_is_part_of_the_key_where_the_reference_sees_it(model_pat
 def test_a_loss_without_a_reference_computes_and_keeps_nothing(model_path, votes, tmp_path):
     assert fit(model_path, votes, tmp_path, loss=SimPOLoss()).policy.scored == 0
     assert not (tmp_path / "cache/reference").exists()
+
+
+def test_a_model_that_is_sharded_over_processes_is_not_served(model_path, votes, tmp_path):
+    module = fit(model_path, votes, tmp_path)
+    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4)
+    batch = next(iter(data.train_dataloader()))
+    for strategy, served in ((DDPStrategy(), True), (FSDPStrategy(accelerator="cuda"), False)):
+        module.trainer = SimpleNamespace(world_size=2, strategy=strategy, precision="32-true", predicting=False)
+        assert bool(module.on_before_batch_transfer(batch, 0).reference_keys) is served

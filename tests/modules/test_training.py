@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
+from prlhf_lightning.data.collate import collate
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOLoss, DPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
@@ -153,6 +157,45 @@ def test_a_checkpoint_of_another_model_is_refused(model_path, votes, tmp_path):
         )
 
 
+@pytest.mark.parametrize(
+    ("user_model", "rank", "says"),
+    [
+        (
+            IndividualUserModel(3),
+            2,
+            ["num_tokens", r"offsets.weight is \[5, 64\] there and \[5, 96\] here"],
+        ),
+        (IndividualUserModel(2), 4, [r"another policy.lora.rank \(2 in the checkpoint, 4 in this model\)", "lora_A"]),
+        (IndividualUserModel(3), 4, ["num_tokens", "another policy.lora.rank", "and so on for"]),
+    ],
+    ids=["num_tokens", "rank", "both"],
+)
+def test_a_checkpoint_of_other_sizes_is_refused_with_the_setting(model_path, votes, tmp_path, user_model, rank, says):
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    trainer.fit(make(model_path), make_data(votes, model_path))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    policy = CausalLMPolicy(model_path, lora=LoRA(rank=rank))
+    with pytest.raises(ConfigurationError) as error:
+        PersonalizedLM.load_from_checkpoint(tmp_path / "a.ckpt", user_model=user_model, policy=policy, loss=DPOLoss())
+    assert all(re.search(words, str(error.value)) for words in says), error.value
+    assert len(str(error.value)) < 1000
+
+
+def test_weights_of_another_number_of_clusters_or_users_are_refused(model_path):
+    def built(users: list[str], clusters: int) -> PersonalizedLM:
+        module = make(model_path, ClusterUserModel(clusters, 2))
+        module.vocabulary = UserVocabulary(users)
+        module.configure_model()
+        return module
+
+    weights = built(["ann", "bob"], 2).state_dict()
+    with pytest.raises(ConfigurationError, match="num_clusters"):
+        built(["ann", "bob"], 3).load_state_dict(weights)
+    says = r"another number of users \(2 in the checkpoint, 3 in this model\).*weights.weight is \[3, 2\] there"
+    with pytest.raises(ConfigurationError, match=says):
+        built(["ann", "bob", "cy"], 2).load_state_dict(weights)
+
+
 def test_users_new_to_a_checkpoint_are_reported_and_get_the_generic_user(model_path, votes, tmp_path):
     from conftest import write_votes
 
@@ -203,3 +246,40 @@ def test_other_precisions_train(model_path, votes, tmp_path, precision):
 def test_alpha_outside_the_unit_interval_is_refused(model_path):
     with pytest.raises(ConfigurationError, match=r"model.alpha is 1.5"):
         make(model_path, alpha=1.5)
+
+
+def test_a_batch_without_rows_is_evaluated_to_nothing(model_path, votes, tmp_path):
+    """A process gets one that has no rows of a small set: without a batch it would not wait for the others."""
+    module, data = make(model_path), make_data(votes, model_path)
+    expected = make_trainer(tmp_path).validate(module, data)
+    (loader,) = data.val_dataloader()
+    batches = [[], *loader.batch_sampler]
+    data.val_dataloader = lambda: [DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn)]
+    assert make_trainer(tmp_path).validate(module, data) == expected
+    assert module.predict_step(collate([]), 0) == []
+
+
+class ShortPolicy(CausalLMPolicy):
+    max_positions = 12
+
+
+@pytest.mark.parametrize(("num_tokens", "fits"), [(3, True), (4, False)])
+def test_rows_too_long_for_the_policy_are_refused_before_training(model_path, votes, tmp_path, num_tokens, fits):
+    user_model = CompositeUserModel([IndividualUserModel(num_tokens), TextUserModel()])
+    module = PersonalizedLM(user_model, ShortPolicy(model_path, lora=LoRA(rank=2)), DPOLoss())
+    data = make_data(votes, model_path, max_user_text_length=1, max_completion_length=4)
+    data.prepare_data()
+    assert data.longest_row == 9  # a word of text, BOS and three words, four of a completion
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    if fits:
+        trainer.fit(module, data)
+    else:
+        says = "The longest row has 9 tokens.*vectors 13; the policy has 12 positions. Lower data.max_prompt_length"
+        with pytest.raises(ConfigurationError, match=says):
+            trainer.fit(module, data)
+        assert trainer.global_step == 0
+
+
+def test_a_negative_limit_of_the_gradients_is_refused(model_path, votes, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"trainer.gradient_clip_val is -1.0; it must be above 0"):
+        make_trainer(tmp_path, gradient_clip_val=-1.0).fit(make(model_path), make_data(votes, model_path))

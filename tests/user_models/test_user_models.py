@@ -3,6 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import SoftPrompt, Users
 from prlhf_lightning.user_models import (
     ClusterUserModel,
@@ -115,3 +116,18 @@ def test_composite_joins_implicit_and_explicit_and_hides_only_the_implicit_from_
 
 def test_implicit_models_show_the_reference_nothing():
     assert built(IndividualUserModel(3)).reference(users(1)) is None
+
+
+@pytest.mark.parametrize(
+    ("user_model", "settings", "says"),
+    [
+        (UniformUserModel, {"num_tokens": -1}, "UniformUserModel: num_tokens is -1; it must be 0 or more"),
+        (IndividualUserModel, {"num_tokens": 0}, "IndividualUserModel: num_tokens is 0; it must be 1 or more"),
+        (ClusterUserModel, {"num_tokens": 0}, "ClusterUserModel: num_tokens is 0"),
+        (ClusterUserModel, {"num_clusters": 0}, "ClusterUserModel: num_clusters is 0"),
+        (CompositeUserModel, {"parts": []}, "CompositeUserModel: parts is empty"),
+    ],
+)
+def test_impossible_settings_are_refused_by_name(user_model, settings, says):
+    with pytest.raises(ConfigurationError, match=says):
+        user_model(**settings)

@@ -57,5 +57,7 @@ class FileSource(DataSource):
                 raise FeedbackFormatError(
                     f"{path}: there is no such file; check the path (it is relative to {Path.cwd()})."
                 ) from None
+            except OSError as error:
+                raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the path and its rights.") from None
             parts.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
         return "\n".join(parts)

@@ -59,6 +59,11 @@ class HubSource(DataSource):
                 self._loaded[split] = datasets.load_dataset(
                     self._path, self._name, split=self._names[split], revision=self._revision
                 )
-            except ValueError as error:  # an unknown split or configuration; the text lists those that exist
-                raise ConfigurationError(f"{self._path}: {error}") from error
+            except Exception as error:  # of the file system, the network, the hub's client and each format's reader
+                wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
+                raise ConfigurationError(
+                    f"Data set {self._path!r}, {wanted}: cannot be loaded ({type(error).__name__}: {error}); check the "
+                    "name, split and revision, the network, and HF_TOKEN if the data set is private. Files of your own "
+                    "are better read by FileSource, which names the line of an error."
+                ) from error
         return self._loaded[split]

@@ -1,0 +1,64 @@
+"""User tables under DistributedDataParallel (DDP): only the rows of present users travel between processes.
+
+DDP would all-reduce a table's sparse gradient, which NCCL can't do and gloo does slowly. So it is told to leave the
+tables alone, and their gradients are averaged here, once an optimiser step, at a cost that depends on the users in the
+batches and not on those in the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prlhf_lightning.user_models import UserModel
+
+
+def sparse_tables(user_model: UserModel) -> list[Tensor]:
+    """Return the user model's tables whose gradients are sparse; others are left to DDP."""
+    is_sparse = {id(m.weight) for m in user_model.modules() if isinstance(m, nn.Embedding) and m.sparse}
+    return [table for table in user_model.row_tables() if id(table) in is_sparse]
+
+
+def exclude_from_ddp(module: nn.Module, tables: Iterable[Tensor]) -> None:
+    """Have DDP leave tables alone when it comes to wrap `module`, of which they are parameters."""
+    ids = {id(table) for table in tables}
+    names = [name for name, param in module.named_parameters() if id(param) in ids]
+    # Not a public method, but torch's only way to have a parameter left alone.
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def average_sparse_gradients(tables: Sequence[Tensor], all_gather: Callable[[Tensor], Tensor]) -> None:
+    """Replace the tables' sparse gradients by their means over all processes.
+
+    A process whose batch does not touch a table has no gradient for it, which counts as zero. All processes must call
+    this, and all end up with the same gradients.
+
+    Args:
+        tables: Parameters with sparse gradients over their rows, or none.
+        all_gather: Returns a tensor of every process, stacked along a new first dimension.
+    """
+    if not tables:
+        return
+    grads = [_rows_and_values(table) for table in tables]
+    own = torch.tensor([len(rows) for rows, _ in grads], device=tables[0].device)
+    for table, grad, counts in zip(tables, grads, all_gather(own).T, strict=True):
+        longest = int(counts.max())
+        if longest == 0:
+            continue
+        # All processes must send blocks of one shape.
+        padded = [torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])]) for part in grad]
+        is_real = torch.arange(longest, device=counts.device) < counts[:, None]
+        rows, values = (all_gather(part)[is_real] for part in padded)
+        mean = torch.sparse_coo_tensor(rows[None], values / len(counts), table.shape, check_invariants=False)
+        table.grad = mean.coalesce()
+
+
+def _rows_and_values(table: Tensor) -> tuple[Tensor, Tensor]:
+    if table.grad is None:
+        return torch.zeros(0, dtype=torch.long, device=table.device), table.new_zeros(0, *table.shape[1:])
+    grad = table.grad.coalesce()
+    return grad.indices()[0], grad.values()
