@@ -20,6 +20,8 @@ from transformers import (
     set_seed,
 )
 
+torch.set_num_threads(1)  # the models are so small that threads only wait for one another
+
 _TEXT = "a the cat dog sat ran fast slow red blue sun moon user likes short long answers hello bye yes no"
 WORDS = _TEXT.split()
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<unk>"]

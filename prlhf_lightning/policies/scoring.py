@@ -20,7 +20,7 @@ from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 # The prompt is computed once where that spares at least this share of all positions; below, the second pass through
 # the layers costs as much as it spares (benchmarks/prompt_sharing.py).
-_WORTH_SHARING = 0.1
+_WORTH_SHARING = 0.2
 
 
 @dataclass(frozen=True)

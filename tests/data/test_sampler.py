@@ -137,7 +137,7 @@ def test_evaluation_takes_every_row_once_in_order(size, batch_size, world):
     assert sorted(flat(flat(ranks))) == list(range(size))
     for rank in ranks:
         assert flat(rank) == sorted(flat(rank))
-        assert all((0 < len(batch) or size < world) and len(batch) <= max(batch_size, 2) for batch in rank)
+        assert all((len(batch) > 0 or size < world) and len(batch) <= max(batch_size, 2) for batch in rank)
 
 
 @given(st.integers(0, 60), SIZES, WORLDS)
