@@ -24,6 +24,8 @@ class Optim:
     Attributes:
         lr: Peak learning rate of the policy (adapters, or all weights).
         user_lr: Peak learning rate of the user model; soft prompts need about ten times the adapters'.
+        table_lr: Peak learning rate of tables that hold a row a user (offsets, weights over clusters); null for
+            `user_lr`.
         weight_decay: Decoupled weight decay of the policy.
         user_weight_decay: Decoupled weight decay of user tables: pulls each user toward the generic user. It acts
             on a user's row only when the user is in the batch.
@@ -34,6 +36,7 @@ class Optim:
 
     lr: float = 5e-5
     user_lr: float = 5e-4
+    table_lr: float | None = None
     weight_decay: float = 0.0
     user_weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
@@ -42,8 +45,9 @@ class Optim:
 
     def __post_init__(self) -> None:
         """Refuse what nothing can be trained with."""
-        for name in ("lr", "user_lr"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in ("lr", "user_lr", "table_lr"):
+            rate = getattr(self, name)
+            self._check(name, (rate is None and name == "table_lr") or 0 < rate < math.inf, "a number above 0")
         for name in ("weight_decay", "user_weight_decay"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 (none) or more")
         allowed = "two numbers, each at least 0 and below 1"

@@ -207,7 +207,7 @@ class PersonalizedLM(LightningModule):
             {
                 "name": "user_tables",
                 "params": tables,
-                "lr": self.optim.user_lr,
+                "lr": self.optim.table_lr or self.optim.user_lr,
                 "weight_decay": self.optim.user_weight_decay,
             },
         ]

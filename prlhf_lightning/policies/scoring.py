@@ -6,7 +6,7 @@ B prompts with n completions each; d the hidden width; N the completion tokens o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,7 +90,8 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
     """
     prompt = join(before, align="right")  # its last position is real in every row, and predicts the first token
     prefix = lm.base_model(**_inputs(lm, prompt), use_cache=True)
-    cache = prefix.past_key_values
+    name = _cache_name(lm)
+    cache = getattr(prefix, name)
     every = torch.arange(len(prompt.mask), device=prompt.mask.device).repeat(n)
     cache.batch_select_indices(every)
     first: Tensor = prefix.last_hidden_state[:, -1:][every]
@@ -99,7 +100,7 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
     rest = embed(lm, Tokens(targets.ids[:, :-1], targets.mask[:, :-1]))
     mask = torch.cat([prompt.mask[every], rest.mask], dim=1)
     inputs = _inputs(lm, SoftPrompt(rest.vectors, mask), past=prompt.mask.shape[1])
-    hidden = lm.base_model(**inputs, past_key_values=cache, use_cache=True).last_hidden_state
+    hidden = lm.base_model(**inputs, **{name: cache}, use_cache=True).last_hidden_state
     return torch.cat([first, hidden], dim=1)
 
 
@@ -107,9 +108,18 @@ def _inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[st
     """Return a model's inputs for vectors that stand after `past` cached positions; the mask covers both."""
     inputs: dict[str, Any] = {"inputs_embeds": sequence.vectors, "attention_mask": sequence.mask.long()}
     # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
-    if "position_ids" in inspect.signature(lm.base_model.forward).parameters:
+    if "position_ids" in _arguments(lm):
         inputs["position_ids"] = (sequence.mask.cumsum(1) - 1).clamp(min=0)[:, past:]
     return inputs
+
+
+def _arguments(lm: PreTrainedModel) -> Collection[str]:
+    return inspect.signature(lm.base_model.forward).parameters
+
+
+def _cache_name(lm: PreTrainedModel) -> str:
+    # transformers renamed it within version 5; both names are in the range that is supported.
+    return "cache" if "cache" in _arguments(lm) else "past_key_values"
 
 
 @torch.no_grad()
@@ -160,5 +170,5 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
 
 def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
     # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
-    cache = getattr(lm.base_model(**_inputs(lm, sequence), use_cache=True), "past_key_values", None)
+    cache = getattr(lm.base_model(**_inputs(lm, sequence), use_cache=True), _cache_name(lm), None)
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
