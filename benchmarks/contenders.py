@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 import trl
@@ -71,12 +72,23 @@ def make_batch(shape: tuple[int, int, int], pairs: int, device: str) -> Preferen
 
 
 def ours(
-    path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool, personal: bool, cached: bool
+    path: Path,
+    batch: PreferenceBatch,
+    args: argparse.Namespace,
+    lora: bool,
+    personal: bool,
+    cached: bool,
+    sampled: bool = False,
+    compiled: bool = False,
 ) -> Step:
     """P-DPO with ten vectors a user, or plain DPO."""
     torch.manual_seed(0)
     policy = CausalLMPolicy(
-        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=0
+        str(path),
+        lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None,
+        dtype=args.dtype,
+        random_init=0,
+        torch_compile=compiled,
     )
     user_model = IndividualUserModel(10) if personal else UniformUserModel(0)
     module = PersonalizedLM(user_model, policy, DPOLoss(BETA), alpha=0.5 if personal else 1.0)
@@ -86,10 +98,10 @@ def ours(
     if cached:
         batch = replace(batch, reference=module.reference_log_probs(batch))
     optimizer = RowwiseAdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
+    draw = np.random.default_rng(0) if sampled else None
 
     def step() -> float:
-        loss = module.objective(batch)[0].mean()
-        return descend(loss, optimizer)
+        return descend(module.objective(batch, draw=draw)[0].mean(), optimizer)
 
     return step
 
@@ -198,7 +210,7 @@ def contenders(
     path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool
 ) -> dict[str, Callable[[], Step]]:
     """Return what makes each contender, by name."""
-    return {
+    makers = {
         "TRL DPO, online reference": lambda: trls(path, batch, args, lora, cached=False),
         "TRL DPO, precomputed reference": lambda: trls(path, batch, args, lora, cached=True),
         "authors' P-DPO scheme": lambda: authors(path, batch, args, lora),
@@ -206,7 +218,15 @@ def contenders(
         "our DPO, cached reference": lambda: ours(path, batch, args, lora, personal=False, cached=True),
         "our P-DPO, online reference": lambda: ours(path, batch, args, lora, personal=True, cached=False),
         "our P-DPO, cached reference": lambda: ours(path, batch, args, lora, personal=True, cached=True),
+        "our P-DPO, cached reference, sample_terms": lambda: ours(
+            path, batch, args, lora, personal=True, cached=True, sampled=True
+        ),
     }
+    if getattr(args, "compiled", False):
+        makers["our P-DPO, cached reference, torch_compile"] = lambda: ours(
+            path, batch, args, lora, personal=True, cached=True, compiled=True
+        )
+    return makers
 
 
 def environment(args: argparse.Namespace) -> str:

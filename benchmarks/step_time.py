@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -51,6 +52,7 @@ def main() -> None:
     )
     parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--compiled", action="store_true", help="also time our P-DPO with torch.compile")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_time.md"))
@@ -61,8 +63,8 @@ def main() -> None:
     lines = [
         "# Time of a step",
         "",
-        f"`python benchmarks/step_time.py --models {' '.join(args.models)} --pairs {args.pairs} "
-        f"--repeats {args.repeats} --device {args.device} --dtype {args.dtype}` on {environment(args)}.",
+        f"`python benchmarks/step_time.py {' '.join(sys.argv[1:])}` on {environment(args)}; {args.pairs} pairs in a "
+        f"batch, {args.repeats} repeats.",
         "",
         "Milliseconds a step, median (quartiles); ratio to TRL's DPO with its online reference.",
         "",
