@@ -110,6 +110,8 @@ class SaveOnInterrupt(Callback):
                 raise _Unsaved("the weights were in the middle of a step")
             if not all(param.isfinite().all() for param in pl_module.parameters() if param.requires_grad):
                 raise _Unsaved("the weights are not finite")
+            if trainer.validating:
+                _validate_anew(trainer)
             if together:
                 trainer.save_checkpoint(path, weights_only=False)
             else:
@@ -120,6 +122,17 @@ class SaveOnInterrupt(Callback):
             rank_zero_info(
                 f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"
             )
+
+
+def _validate_anew(trainer: Trainer) -> None:
+    """Have a validation that was broken off made in full when training goes on: its sums are in no checkpoint.
+
+    Lightning would go on with it at the next batch, or leave it out, by where it was broken off.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.current.reset()
+    progress.total.ready = progress.total.started = max(1, progress.total.started)
+    progress.total.processed = progress.total.completed = progress.total.started - 1
 
 
 class _Unsaved(Exception):

@@ -31,7 +31,7 @@ from prlhf_lightning.callbacks import (
 )
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.guards import StopOnSignal
+from prlhf_lightning.guards import ExplainOutOfMemory, StopOnSignal, is_out_of_memory
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Policy
@@ -101,7 +101,14 @@ class PRLHFCLI(LightningCLI):
                 "log_every_n_steps": 10,
                 "use_distributed_sampler": False,  # the data module's sampler divides batches among processes
                 "enable_model_summary": False,
-                "callbacks": [SaveOnInterrupt(), StopOnSignal(), UserTable(), PredictionWriter(), LogShortRuns()],
+                "callbacks": [
+                    SaveOnInterrupt(),
+                    StopOnSignal(),
+                    ExplainOutOfMemory(),
+                    UserTable(),
+                    PredictionWriter(),
+                    LogShortRuns(),
+                ],
             },
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
@@ -224,17 +231,19 @@ def main(args: ArgsType = None) -> None:
             PRLHFCLI(args)
     except Exception as error:
         # An error of ours may come wrapped in those of the libraries that called us.
-        told = next((e for e in _causes(error) if _is_for_people(e)), None)
+        told = next((said for e in _causes(error) if (said := _for_people(e))), None)
         if told is None:
             raise
         sys.exit(f"error: {told}")
 
 
-def _is_for_people(error: BaseException) -> bool:
-    """Return whether a message says what to mend."""
-    # Of an EarlyStopping with a misspelt monitor, which it answers with the names that there are.
+def _for_people(error: BaseException) -> str:
+    """Return what an error says of what to mend, or nothing."""
+    if is_out_of_memory(error):
+        return " ".join(getattr(error, "__notes__", []))
+    # EarlyStopping answers a misspelt monitor with the names that there are, but with an error of no class of its own.
     is_early_stopping = str(error).startswith("Early stopping conditioned on metric")
-    return is_early_stopping or isinstance(error, PRLHFError | MisconfigurationException)
+    return str(error) if is_early_stopping or isinstance(error, PRLHFError | MisconfigurationException) else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -41,12 +41,14 @@ class StopOnSignal(Callback):
         )
         os.write(2, told.encode())  # nothing else may be written with from a handler
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Stop where a step is complete: gradients that are accumulated are in no checkpoint."""
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0 or trainer.is_last_batch:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Stop before a new step, with no gradients accumulated and no validation due: neither is in a checkpoint."""
+        if batch_idx % trainer.accumulate_grad_batches == 0:
             self._stop_if_asked(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stop after the last step, before anything else is begun."""
+        self._stop_if_asked(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
         """Stop in a validation during training, too, which may take longer than a scheduler waits."""
