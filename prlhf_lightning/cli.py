@@ -31,7 +31,7 @@ from prlhf_lightning.callbacks import (
 )
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.guards import ExplainOutOfMemory, StopOnSignal, is_out_of_memory
+from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Policy
@@ -124,8 +124,9 @@ class PRLHFCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the checkpoint settings, and link what data and model share."""
+        """Add the settings of what is always there, and link what data and model share."""
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
         parser.link_arguments("model.loss", "data.require_rejected", lambda loss: loss.requires_rejected, "instantiate")
         parser.add_argument(

@@ -53,11 +53,13 @@ class Term:
         generic: Whether the generic user stood in each user's place.
         log_probs: The policy's log-probabilities.
         output: The loss's per-pair result.
+        reference: The reference's log-probabilities, if the loss has one.
     """
 
     generic: bool
     log_probs: PairLogProbs
     output: LossOutput
+    reference: PairLogProbs | None = None
 
     @property
     def margins(self) -> Tensor:
@@ -372,7 +374,9 @@ class PersonalizedLM(LightningModule):
         kinds = [generic for generic, weight in weights.items() if weight > 0 or every_term]
         reference = self.reference_log_probs(batch)
         scored = self.policy_log_probs(batch, kinds)
-        terms = [Term(g, policy, self.loss(policy, reference)) for g, policy in zip(kinds, scored, strict=True)]
+        terms = [
+            Term(g, policy, self.loss(policy, reference), reference) for g, policy in zip(kinds, scored, strict=True)
+        ]
         # P-DPO, arXiv:2402.05133: mixed pair by pair, before any mean over a batch.
         losses = torch.stack([weights[term.generic] * term.output.losses for term in terms]).sum(0)
         return losses, terms
@@ -415,6 +419,9 @@ class PersonalizedLM(LightningModule):
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/chosen_log_probs", terms[0].log_probs.chosen.sum.detach().mean(), batch_size=len(batch))
+        if (reference := terms[0].reference) is not None:
+            moved = (terms[0].log_probs.chosen.mean.detach() - reference.chosen.mean).mean()
+            self.log("train/chosen_log_ratio", moved, batch_size=len(batch))  # a token
         if self.loss.requires_rejected:
             rejected = terms[0].log_probs.rejected.sum.detach().mean()
             self.log("train/rejected_log_probs", rejected, batch_size=len(batch))
