@@ -95,6 +95,10 @@ class LogShortRuns(Callback):
 class SaveOnInterrupt(Callback):
     """Leaves a checkpoint to go on from when training is interrupted, by a person, a scheduler or an error."""
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the place now: all processes must ask for it, while an error may be that of one."""
+        self._path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save `interrupted.ckpt` and say how to go on, unless the weights are in no state to go on from."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
@@ -102,7 +106,7 @@ class SaveOnInterrupt(Callback):
         # Errors of one process find the others waiting for it in training, and not here.
         together = trainer.world_size == 1 or isinstance(exception, NonFiniteError | SIGTERMException)
         sharded = not isinstance(trainer.strategy, DDPStrategy) or isinstance(trainer.strategy, DeepSpeedStrategy)
-        path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
+        path = self._path
         try:
             if not together and sharded:
                 raise _Unsaved("each process holds a part of the weights, and they did not stop together")
