@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from prlhf_lightning.errors import ConfigurationError
 
@@ -59,6 +60,12 @@ class Optim:
     def _check(self, name: str, holds: bool, allowed: str) -> None:
         if not holds:
             raise ConfigurationError(f"model.optim.{name} is {getattr(self, name)!r}; it must be {allowed}.")
+
+    def group(self, name: str) -> dict[str, Any]:
+        """Return the settings of a group of parameters: `policy`, `user_model` or `user_tables`."""
+        rates = {"policy": self.lr, "user_model": self.user_lr, "user_tables": self.table_lr or self.user_lr}
+        decays = {"policy": self.weight_decay, "user_model": 0.0, "user_tables": self.user_weight_decay}
+        return {"lr": rates[name], "weight_decay": decays[name], "betas": self.betas}
 
     def warmup(self, total_steps: int) -> int:
         """Return the number of warm-up steps of a run of `total_steps`."""
@@ -131,6 +138,21 @@ class RowwiseAdamW(torch.optim.AdamW):
         update = (first / correction1) / ((second / correction2).sqrt() + group["eps"])
         decayed = param[rows] * (1 - group["lr"] * group["weight_decay"])
         param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 whatever the table is
+
+
+def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
+    """Have the settings of a run hold in an optimiser and a schedule that a checkpoint has brought those of another.
+
+    Args:
+        optim: The settings.
+        optimizer: Its groups bear the names that `Optim.group` knows.
+        scheduler: Of that optimiser; it stays at its step.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        settings = optim.group(group["name"])
+        rate = settings["lr"] * scheduler.lr_lambdas[number](scheduler.last_epoch)
+        group.update(settings, lr=rate, initial_lr=settings["lr"])
+        scheduler.base_lrs[number] = settings["lr"]
 
 
 def gradient_norm(params: Iterable[nn.Parameter]) -> Tensor:

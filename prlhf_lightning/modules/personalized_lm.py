@@ -28,7 +28,14 @@ from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
 from prlhf_lightning.modules.checkpoint_fit import check_shapes
 from prlhf_lightning.modules.finite import FiniteGuard, all_finite, non_finite_error
-from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, gradient_norm, optimizer_steps
+from prlhf_lightning.modules.optim import (
+    Optim,
+    RowwiseAdamW,
+    apply_settings,
+    clip_gradients,
+    gradient_norm,
+    optimizer_steps,
+)
 from prlhf_lightning.modules.reference_store import ReferenceStore
 from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
 from prlhf_lightning.modules.trainer_settings import check_trainer
@@ -184,6 +191,11 @@ class PersonalizedLM(LightningModule):
             for table in sparse_tables(self.user_model):
                 torch.distributed.broadcast(table.data, src=0)
 
+    def on_train_start(self) -> None:
+        """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
+
     def on_after_backward(self) -> None:
         """Average the gradients of the user tables over processes, in the backward pass in which DDP averages the rest.
 
@@ -206,17 +218,11 @@ class PersonalizedLM(LightningModule):
         is_table = {id(table) for table in tables}
         shared = [p for p in self.user_model.parameters() if p.requires_grad and id(p) not in is_table]
         policy = [p for p in self.policy.parameters() if p.requires_grad]
+        parts = {"policy": policy, "user_model": shared, "user_tables": tables}
         groups = [
-            {"name": "policy", "params": policy, "lr": self.optim.lr, "weight_decay": self.optim.weight_decay},
-            {"name": "user_model", "params": shared, "lr": self.optim.user_lr, "weight_decay": 0.0},
-            {
-                "name": "user_tables",
-                "params": tables,
-                "lr": self.optim.table_lr or self.optim.user_lr,
-                "weight_decay": self.optim.user_weight_decay,
-            },
+            {"name": name, "params": params, **self.optim.group(name)} for name, params in parts.items() if params
         ]
-        optimizer = RowwiseAdamW([group for group in groups if group["params"]], betas=self.optim.betas)
+        optimizer = RowwiseAdamW(groups)
         steps = optimizer_steps(self.trainer)
         name = "constant_with_warmup" if self.optim.schedule == "constant" else self.optim.schedule
         scheduler = get_scheduler(name, optimizer, self.optim.warmup(steps), steps)

@@ -318,3 +318,27 @@ def test_every_pair_of_accumulated_batches_weighs_the_same(model_path, votes, tm
         for name, param in module.named_parameters():
             if name in accumulated:
                 torch.testing.assert_close(accumulated[name], param.grad.to_dense(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_run_that_goes_on_has_the_rates_of_its_own_settings(model_path, votes, tmp_path):
+    def rates(lr: float, *callbacks: Callback, checkpoint=None) -> list[list[tuple[float, float]]]:
+        module = make(model_path)
+        module.optim = Optim(lr=lr, user_lr=10 * lr, weight_decay=lr, warmup_steps=4)
+        watch = Rates()
+        trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[SaveOnInterrupt(), watch, *callbacks])
+        trainer.fit(module, make_data(votes, model_path), ckpt_path=checkpoint, weights_only=True)
+        return watch.seen
+
+    with pytest.raises(RuntimeError, match="crash"):
+        rates(1e-2, Crash(5))
+    resumed = rates(1e-3, checkpoint=tmp_path / "checkpoints/interrupted.ckpt")
+    assert resumed == rates(1e-3)[5:]  # as if they had been so from the beginning
+    assert len(resumed) == 5
+
+
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        self.seen.append([(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups])
