@@ -66,6 +66,17 @@ def test_fit_leaves_checkpoints_a_log_and_a_table_of_users(config, tmp_path):
     assert all(0 <= float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("prompts", [4, 0])
+def test_what_is_written_in_validation_is_measured_unless_told_not_to(config, tmp_path, prompts):
+    run("fit", "-c", config, "--collapse.prompts", prompts)
+    (path,) = (tmp_path / "runs").glob("*/metrics.csv")
+    with path.open() as file:
+        values = [
+            row["val/generated_repetition"] for row in csv.DictReader(file) if row.get("val/generated_repetition")
+        ]
+    assert len(values) == (1 if prompts else 0)
+
+
 def test_a_checkpoint_rebuilds_the_model_without_being_told_its_parts(config, tmp_path):
     run("fit", "-c", config)
     checkpoint = next((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
@@ -136,6 +147,7 @@ def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, mo
         (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/seen"),
         (["--checkpoint.monitor", "nope"], "checkpoint.monitor is 'nope'"),
         (["--checkpoint.mode", "most"], "'min', 'max'"),
+        (["--collapse.prompts", "-1"], "collapse.prompts is -1"),
         (["--ckpt_path", "nothing.ckpt"], "ckpt_path: there is no checkpoint nothing.ckpt"),
         (["--ckpt_path", "last.ckpt"], "ckpt_path: there is no checkpoint last.ckpt"),
         (["--ckpt_path", "best"], "ckpt_path: there is no checkpoint best"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +15,37 @@ from prlhf_lightning.guards.answers import measure
 from prlhf_lightning.modules import PersonalizedLM
 
 _PATIENCE = 3  # readings in a row, for a batch may be an exception
+
+
+@dataclass(frozen=True)
+class _Sign:
+    """A sign of collapse in what the model writes.
+
+    Attributes:
+        limit: The setting.
+        name: What is measured.
+        finding: What a value beyond the limit means.
+        above: Whether large values are bad, and not small ones.
+        relative_to: What the limit is added to.
+    """
+
+    limit: str
+    name: str
+    finding: str
+    above: bool = True
+    relative_to: str = ""
+
+    def is_worse(self, value: float, than: float) -> bool:
+        return value > than if self.above else value < than
+
+
+_SIGNS = (
+    _Sign("generated_log_ratio", "generated_log_ratio", "the model is far from the reference"),
+    _Sign("shortest", "generated_length_ratio", "its answers are short beside the chosen ones", above=False),
+    _Sign("longest", "generated_length_ratio", "its answers are long beside the chosen ones"),
+    _Sign("repetition", "generated_repetition", "its answers repeat themselves", relative_to="chosen_repetition"),
+    _Sign("empty", "generated_empty", "its answers are empty"),
+)
 
 
 class CollapseMonitor(Callback):
@@ -91,7 +123,8 @@ class CollapseMonitor(Callback):
                 pl_module,
                 "chosen_log_ratio",
                 f"the chosen completions are much less likely than before training: train/chosen_log_ratio is "
-                f"{reading:.2f} a token, {_PATIENCE} readings in a row below",
+                f"{reading:.2f} a token, in {_PATIENCE} readings in a row below the {limit:.2f} that "
+                "collapse.chosen_log_ratio allows",
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,41 +160,30 @@ class CollapseMonitor(Callback):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compare with the limits."""
-        if not trainer.sanity_checking and self._now:
-            now, least = self._now, f"the data's chosen completions ({self._now['chosen_repetition']:.2f}) by more than"
-            for limit, name, sign, found in (
-                ("generated_log_ratio", "generated_log_ratio", 1, "the model is far from the reference: {}, above"),
-                (
-                    "shortest",
-                    "generated_length_ratio",
-                    -1,
-                    "its answers are short: {} of the chosen ones, below",
-                ),
-                ("longest", "generated_length_ratio", 1, "its answers are long: {} of the chosen ones, above"),
-                ("repetition", "generated_repetition", 1, f"its answers repeat themselves: {{}}, over {least}"),
-                ("empty", "generated_empty", 1, "its answers are empty: {} of them, above"),
-            ):
-                most = self.limits[limit]
-                if most is None or name not in now:
-                    continue
-                allowed = most + (now["chosen_repetition"] if limit == "repetition" else 0.0)
-                was = self._before.get(name)
-                if sign * now[name] > sign * allowed and (was is None or sign * now[name] > sign * was):
-                    text = found.format(f"val/{name} is {now[name]:.2f}")
-                    self._warn(trainer, pl_module, limit, text, was)
+        if trainer.sanity_checking:
+            return
+        for sign in _SIGNS:
+            now, limit = self._now.get(sign.name), self.limits[sign.limit]
+            if now is None or limit is None:
+                continue
+            allowed = limit + self._now.get(sign.relative_to, 0.0)
+            before = self._before.get(sign.name)
+            if sign.is_worse(now, allowed) and (before is None or sign.is_worse(now, before)):
+                side = "above" if sign.above else "below"
+                evidence = f"{sign.finding}: val/{sign.name} is {now:.2f}, {side} the {allowed:.2f} that"
+                if before is not None:
+                    evidence = evidence.replace(",", f" (before training {before:.2f}),")
+                self._warn(trainer, pl_module, sign.limit, f"{evidence} collapse.{sign.limit} allows")
 
-    def _warn(
-        self, trainer: Trainer, module: LightningModule, limit: str, evidence: str, before: float | None = None
-    ) -> None:
+    def _warn(self, trainer: Trainer, module: LightningModule, limit: str, evidence: str) -> None:
         if limit in self._warned:
             return
         self._warned.append(limit)
         loss = getattr(module, "loss", None)
         accuracy = trainer.callback_metrics.get("val/seen/accuracy")
         rank_zero_warn(
-            f"At step {trainer.global_step} {evidence} collapse.{limit} {self.limits[limit]:g}"
-            + (f" (before training: {before:.2f})" if before is not None else "")
-            + (f", with val/seen/accuracy at {float(accuracy):.2f}" if accuracy is not None else "")
+            f"At step {trainer.global_step} {evidence}"
+            + (f"; val/seen/accuracy is {float(accuracy):.2f}" if accuracy is not None else "")
             + ". What it writes may be of no use, whatever its accuracy. Look at it by `predict`, and try: "
             f"model.loss.sft_weight (now {getattr(loss, 'sft_weight', 0):g}) of 0.3 or more; a higher model.loss.beta "
             f"(now {getattr(loss, 'beta', 0):g}); a lower model.optim.lr; fewer epochs."
