@@ -144,7 +144,7 @@ def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, mo
         (["--model.user_model", "CompositeUserModel", "--model.user_model.parts", "[]"], "parts is empty"),
         (["--model.sampling.max_new_tokens", "0"], "sampling.max_new_tokens is 0"),
         (["--model.sampling.temperature", "-1"], "sampling.temperature is -1"),
-        (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/seen"),
+        (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/"),
         (["--checkpoint.monitor", "nope"], "checkpoint.monitor is 'nope'"),
         (["--checkpoint.mode", "most"], "'min', 'max'"),
         (["--collapse.prompts", "-1"], "collapse.prompts is -1"),

@@ -95,7 +95,8 @@ class CollapseMonitor(Callback):
         self._before: dict[str, float] = {}
         self._now: dict[str, float] = {}
         self._warned: list[str] = []
-        self._low_readings = 0
+        self._low_readings, self._read_at = 0, 0
+        self._failed = False
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on must know."""
@@ -110,8 +111,10 @@ class CollapseMonitor(Callback):
     ) -> None:
         """Look at the chosen completions, when the logger reads the same value from the device."""
         limit, every = self.limits["chosen_log_ratio"], trainer.log_every_n_steps  # type: ignore[attr-defined]
-        if limit is None or not every or trainer.global_step % every:
+        step = trainer.global_step
+        if limit is None or not every or step % every or step == self._read_at:
             return
+        self._read_at = step
         value = trainer.callback_metrics.get("train/chosen_log_ratio")
         if value is None:
             return
@@ -136,7 +139,7 @@ class CollapseMonitor(Callback):
             isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, DeepSpeedStrategy)
         )
         known = isinstance(pl_module, PersonalizedLM) and hasattr(datamodule, "sample")
-        if not (self.prompts and known and whole) or "cannot write" in self._warned:
+        if not (self.prompts and known and whole):
             return
         # One process writes, and all log: the others wait for it here.
         values = self._measure(trainer, pl_module, datamodule) if trainer.is_global_zero else {}
@@ -148,13 +151,13 @@ class CollapseMonitor(Callback):
 
     def _measure(self, trainer: Trainer, module: Any, datamodule: Any) -> dict[str, float]:
         batch = datamodule.sample(self.prompts)
-        if not len(batch):
+        if not len(batch) or self._failed:
             return {}
         try:
             with isolate_rng(), trainer.precision_plugin.val_step_context():
                 return measure(module, batch.to(module.device), self.max_new_tokens)
         except Exception as error:  # it must not be the monitor that ends a training
-            self._warned.append("cannot write")
+            self._failed = True
             rank_zero_warn(f"No more answers are written to tell a collapse by, for that failed: {error!r}")
             return {}
 

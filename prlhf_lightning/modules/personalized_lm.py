@@ -242,7 +242,7 @@ class PersonalizedLM(LightningModule):
         params = [param for group in optimizer.param_groups for param in group["params"]]
         norm = gradient_norm(params)
         self._stop_unless_finite(norm, params)
-        if gradient_clip_algorithm == "value":
+        if gradient_clip_val and gradient_clip_algorithm == "value":
             if any(param.grad is not None and param.grad.is_sparse for param in params):
                 raise ConfigurationError("trainer.gradient_clip_algorithm: user tables can be clipped by 'norm' only.")
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
