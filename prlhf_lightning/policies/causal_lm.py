@@ -44,6 +44,8 @@ class CausalLMPolicy(Policy):
         random_init: Seed of random weights of the model's configuration to start from, instead of its trained ones.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time, and
             the prompt is then computed for the chosen and the rejected completion each.
+        torch_compile: Compile the model with `torch.compile`: quicker steps, equal but for rounding, after some minutes
+            of compiling. Writing stays uncompiled, since its length changes with each token.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
@@ -56,6 +58,7 @@ class CausalLMPolicy(Policy):
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         random_init: int | None = None,
         gradient_checkpointing: bool = False,
+        torch_compile: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -71,6 +74,7 @@ class CausalLMPolicy(Policy):
         self.dtype = dtype
         self.random_init = random_init
         self.gradient_checkpointing = gradient_checkpointing
+        self.torch_compile = torch_compile
         self.attn_implementation = attn_implementation
         self._hub_args = {"revision": revision, "trust_remote_code": trust_remote_code}
 
@@ -139,6 +143,11 @@ class CausalLMPolicy(Policy):
             self.model = add_adapters(lm, self.lora)
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
+        if self.torch_compile:
+            for compiled in (lm, self.reference_model):
+                if compiled is not None:
+                    # In place, which keeps the names of the weights; dynamic, since each batch has other lengths.
+                    compiled.base_model.compile(dynamic=True)
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -252,15 +261,16 @@ class CausalLMPolicy(Policy):
         was_training = self.training
         self.eval()  # a key-value cache and gradient checkpointing exclude one another
         try:
-            ids = self.lm.generate(
-                inputs_embeds=sequence.vectors,
-                attention_mask=sequence.mask.long(),
-                max_new_tokens=sampling.max_new_tokens,
-                use_cache=True,
-                pad_token_id=pad,
-                eos_token_id=eos,
-                **how,
-            )
+            with torch.compiler.set_stance("force_eager"):
+                ids = self.lm.generate(
+                    inputs_embeds=sequence.vectors,
+                    attention_mask=sequence.mask.long(),
+                    max_new_tokens=sampling.max_new_tokens,
+                    use_cache=True,
+                    pad_token_id=pad,
+                    eos_token_id=eos,
+                    **how,
+                )
         finally:
             self.train(was_training)
         ended_before = (ids == eos).cumsum(1) - (ids == eos).long() > 0

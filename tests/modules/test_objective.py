@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -170,6 +171,31 @@ def test_alpha_picks_the_terms(model_path):
         losses, terms = module.objective(batch)
         torch.testing.assert_close(losses, term.output.losses)
         assert [t.generic for t in terms] == [term.generic]
+
+
+@pytest.mark.parametrize("with_text", [False, True])
+def test_a_drawn_term_is_one_of_the_two_and_their_mix_on_average(model_path, with_text):
+    user_model = CompositeUserModel([IndividualUserModel(2), TextUserModel()]) if with_text else IndividualUserModel(2)
+    module = make_module(model_path, user_model)
+    batch = make_batch(make_pairs(8, with_text))
+    mixed, (own, generic) = module.objective(batch)
+    draw, total = np.random.default_rng(0), 0
+    for _ in range(200):
+        losses, _ = module.objective(batch, draw=draw)
+        is_own, is_generic = losses.isclose(own.output.losses, 1e-4), losses.isclose(generic.output.losses, 1e-4)
+        assert (is_own | is_generic).all()
+        total = total + losses.detach()
+    gap = (own.output.losses - generic.output.losses).abs()
+    assert gap.max() > 0.1  # else the next line could not fail
+    assert ((total / 200 - mixed).abs() <= 3.5 * gap * (0.3 * 0.7 / 200) ** 0.5 + 1e-4).all()
+
+
+def test_a_user_whose_generic_term_was_drawn_gets_no_gradient(model_path):
+    module = make_module(model_path, IndividualUserModel(2), alpha=0.0)
+    losses, _ = module.objective(make_batch(make_pairs(4)), draw=np.random.default_rng(0))
+    losses.mean().backward()
+    assert module.user_model.offsets.weight.grad is None or not module.user_model.offsets.weight.grad.coalesce()._nnz()
+    assert module.user_model.generic_prompt.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("user_model", [IndividualUserModel(2), ClusterUserModel(3, 2)], ids=["individual", "cluster"])

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partialmethod
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -189,6 +191,29 @@ def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_pa
 
     monkeypatch.setattr(policy.lm, "forward", capped)
     assert find_shortcuts(policy.lm) == Shortcuts(head=False, shared_prompt=False)
+
+
+def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path, monkeypatch):
+    compile_module = torch.nn.Module.compile
+    # Traced and differentiated as ever, but without minutes of code generation.
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
+    texts = [[[1, 5, 6], [1, 7]], [[8, 9, 2], [4, 2]], [[5, 2], [6, 7, 8, 2]]]
+    prompt, chosen, rejected = (Tokens.from_lists(rows) for rows in texts)
+    results = []
+    for torch_compile in (False, True):
+        torch.manual_seed(0)
+        policy = build(model_path, torch_compile=torch_compile)
+        vectors = SoftPrompt.full(torch.randn(2, 2, 32)).to(torch.float32)
+        scores = policy.log_probs(prompt, [chosen, rejected], vectors)
+        (scores[0].sum - scores[1].sum).sum().backward()
+        grads = {name: param.grad for name, param in policy.named_parameters() if param.grad is not None}
+        reference = policy.reference_log_probs(prompt, [chosen])
+        written = policy.generate(prompt, vectors, Sampling(max_new_tokens=4, temperature=0.0))
+        results.append((scores[0].tokens, scores[1].tokens, reference[0].tokens, written.ids, grads))
+        names = set(policy.state_dict())
+        assert policy.merged().config.use_cache
+    assert names == set(build(model_path).state_dict())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 
 def test_gradient_checkpointing_computes_the_prompt_for_each_completion(model_path):
