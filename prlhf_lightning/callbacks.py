@@ -12,10 +12,12 @@ from typing import Any, Literal
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.optim import optimizer_steps
@@ -93,13 +95,52 @@ class LogShortRuns(Callback):
 class SaveOnInterrupt(Callback):
     """Leaves a checkpoint to go on from when training is interrupted, by a person, a scheduler or an error."""
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find the place now: all processes must ask for it, while an error may be that of one."""
+        self._path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
+
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save `interrupted.ckpt` and say how to go on."""
+        """Save `interrupted.ckpt` and say how to go on, unless the weights are in no state to go on from."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
             return
-        path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
-        rank_zero_info(f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}")
+        # Errors of one process find the others waiting for it in training, and not here.
+        together = trainer.world_size == 1 or isinstance(exception, NonFiniteError | SIGTERMException)
+        sharded = not isinstance(trainer.strategy, DDPStrategy) or isinstance(trainer.strategy, DeepSpeedStrategy)
+        path = self._path
+        try:
+            if not together and sharded:
+                raise _Unsaved("each process holds a part of the weights, and they did not stop together")
+            if any(getattr(optimizer, "is_stepping", False) for optimizer in trainer.optimizers):
+                raise _Unsaved("the weights were in the middle of a step")
+            if not all(param.isfinite().all() for param in pl_module.parameters() if param.requires_grad):
+                raise _Unsaved("the weights are not finite")
+            if trainer.validating:
+                _validate_anew(trainer)
+            if together:
+                trainer.save_checkpoint(path, weights_only=False)
+            else:
+                trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+        except Exception as error:  # must not take the place of the one that interrupted
+            rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {error}.")
+        else:
+            rank_zero_info(
+                f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"
+            )
+
+
+def _validate_anew(trainer: Trainer) -> None:
+    """Have a validation that was broken off made in full when training goes on: its sums are in no checkpoint.
+
+    Lightning would go on with it at the next batch, or leave it out, by where it was broken off.
+    """
+    progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
+    progress.current.reset()
+    progress.total.ready = progress.total.started = max(1, progress.total.started)
+    progress.total.processed = progress.total.completed = progress.total.started - 1
+
+
+class _Unsaved(Exception):
+    """Why no checkpoint is written."""
 
 
 class UserTable(Callback):

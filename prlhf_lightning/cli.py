@@ -9,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from inspect import getdoc, signature
+from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli
@@ -29,6 +31,7 @@ from prlhf_lightning.callbacks import (
 )
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Policy
@@ -98,7 +101,14 @@ class PRLHFCLI(LightningCLI):
                 "log_every_n_steps": 10,
                 "use_distributed_sampler": False,  # the data module's sampler divides batches among processes
                 "enable_model_summary": False,
-                "callbacks": [SaveOnInterrupt(), UserTable(), PredictionWriter(), LogShortRuns()],
+                "callbacks": [
+                    SaveOnInterrupt(),
+                    StopOnSignal(),
+                    ExplainOutOfMemory(),
+                    UserTable(),
+                    PredictionWriter(),
+                    LogShortRuns(),
+                ],
             },
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
@@ -114,8 +124,9 @@ class PRLHFCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the checkpoint settings, and link what data and model share."""
+        """Add the settings of what is always there, and link what data and model share."""
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
         parser.link_arguments("model.loss", "data.require_rejected", lambda loss: loss.requires_rejected, "instantiate")
         parser.add_argument(
@@ -173,10 +184,33 @@ class PRLHFCLI(LightningCLI):
             config["callbacks"].append(RichProgressBar())
         if config["logger"] is None:
             config["logger"] = CSVLogger(config["default_root_dir"] or "runs", name="")
+        _check_writable(str(config["default_root_dir"] or "runs"))
         try:
-            return super()._instantiate_trainer(config, callbacks)
-        except ValueError as error:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
+            raise ConfigurationError("trainer.strategy: the command line can't be sent to spawned processes; use ddp.")
+        return trainer
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"seed_everything: {error}") from error
+
+
+def _check_writable(folder: str) -> None:
+    """Refuse a folder for the run's files that can't be written to, before anything is computed."""
+    if "://" in folder:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise ConfigurationError(
+            f"trainer.default_root_dir: files can't be written to {folder} ({error.strerror}); give another folder."
+        ) from error
 
 
 def main(args: ArgsType = None) -> None:
@@ -198,10 +232,19 @@ def main(args: ArgsType = None) -> None:
             PRLHFCLI(args)
     except Exception as error:
         # An error of ours may come wrapped in those of the libraries that called us.
-        told = next((e for e in _causes(error) if isinstance(e, PRLHFError | MisconfigurationException)), None)
+        told = next((said for e in _causes(error) if (said := _for_people(e))), None)
         if told is None:
             raise
         sys.exit(f"error: {told}")
+
+
+def _for_people(error: BaseException) -> str:
+    """Return what an error says of what to mend, or nothing."""
+    if is_out_of_memory(error):
+        return " ".join(getattr(error, "__notes__", []))
+    # EarlyStopping answers a misspelt monitor with the names that there are, but with an error of no class of its own.
+    is_early_stopping = str(error).startswith("Early stopping conditioned on metric")
+    return str(error) if is_early_stopping or isinstance(error, PRLHFError | MisconfigurationException) else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,3 +11,7 @@ class FeedbackFormatError(PRLHFError, ValueError):
 
 class ConfigurationError(PRLHFError, ValueError):
     """Settings that contradict one another or the model in use."""
+
+
+class NonFiniteError(PRLHFError, ArithmeticError):
+    """Training came to a loss or a gradient that is infinite or NaN. All processes raise it in the same step."""

@@ -66,6 +66,17 @@ def test_fit_leaves_checkpoints_a_log_and_a_table_of_users(config, tmp_path):
     assert all(0 <= float(row["low"]) <= float(row["accuracy"]) <= float(row["high"]) <= 1 for row in rows)
 
 
+@pytest.mark.parametrize("prompts", [4, 0])
+def test_what_is_written_in_validation_is_measured_unless_told_not_to(config, tmp_path, prompts):
+    run("fit", "-c", config, "--collapse.prompts", prompts)
+    (path,) = (tmp_path / "runs").glob("*/metrics.csv")
+    with path.open() as file:
+        values = [
+            row["val/generated_repetition"] for row in csv.DictReader(file) if row.get("val/generated_repetition")
+        ]
+    assert len(values) == (1 if prompts else 0)
+
+
 def test_a_checkpoint_rebuilds_the_model_without_being_told_its_parts(config, tmp_path):
     run("fit", "-c", config)
     checkpoint = next((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
@@ -133,14 +144,29 @@ def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, mo
         (["--model.user_model", "CompositeUserModel", "--model.user_model.parts", "[]"], "parts is empty"),
         (["--model.sampling.max_new_tokens", "0"], "sampling.max_new_tokens is 0"),
         (["--model.sampling.temperature", "-1"], "sampling.temperature is -1"),
-        (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/seen"),
+        (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/"),
         (["--checkpoint.monitor", "nope"], "checkpoint.monitor is 'nope'"),
         (["--checkpoint.mode", "most"], "'min', 'max'"),
+        (["--collapse.prompts", "-1"], "collapse.prompts is -1"),
         (["--ckpt_path", "nothing.ckpt"], "ckpt_path: there is no checkpoint nothing.ckpt"),
         (["--ckpt_path", "last.ckpt"], "ckpt_path: there is no checkpoint last.ckpt"),
         (["--ckpt_path", "best"], "ckpt_path: there is no checkpoint best"),
         (["--ckpt_path", __file__], "is damaged, or no checkpoint"),
         (["--trainer.strategy", "nope"], "trainer: You selected an invalid strategy name"),
+        (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "trainer.strategy: the command line can't be"),
+        (["--trainer.accelerator", "nope"], "trainer: You selected an invalid accelerator name"),
+        (["--trainer.devices", "-2"], "trainer: `devices` selected with `CPUAccelerator` should be"),
+        (["--trainer.precision", "bf17"], "trainer.precision"),
+        (["--trainer.max_epochs", "-5"], "`max_epochs` must be a non-negative integer or -1"),
+        (["--trainer.limit_val_batches", "all"], "trainer.limit_val_batches"),
+        (["--trainer.accumulate_grad_batches", "0"], "trainer.accumulate_grad_batches is 0"),
+        (["--trainer.check_val_every_n_epoch", "0"], "trainer.check_val_every_n_epoch is 0"),
+        (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
+        (["--trainer.val_check_interval", "6"], "trainer.val_check_interval is 6, but an epoch has 5 batches"),
+        (["--trainer.limit_train_batches", "3", "--trainer.val_check_interval", "4"], "an epoch has 3 batches"),
+        (["--trainer.default_root_dir", __file__], "trainer.default_root_dir: files can't be written to"),
+        (["--seed_everything", "-1"], "seed_everything: -1 is not in bounds"),
+        (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"], "conditioned on metric `nope`"),
     ],
 )
 def test_a_mistake_is_named_in_a_few_lines(config, capsys, args, says):
@@ -180,6 +206,16 @@ def test_training_goes_on_from_a_checkpoint_with_the_settings_of_the_command(con
     assert saved["global_step"] == 2 * steps
     assert saved["hyper_parameters"]["loss"]["init_args"]["beta"] == 0.3
     assert saved["hyper_parameters"]["optim"]["lr"] == 1e-3
+
+
+@pytest.mark.parametrize("interval", ["5", "1.0", "0.5", "00:00:00:01"])
+def test_an_interval_of_validation_within_an_epoch_is_taken(config, interval):
+    run("fit", "-c", config, "--trainer.max_steps", 1, "--trainer.val_check_interval", interval)
+
+
+def test_an_interval_over_epochs_may_be_longer_than_one(config):
+    more = ("--trainer.check_val_every_n_epoch", "null", "--trainer.max_steps", 1)
+    run("fit", "-c", config, "--trainer.val_check_interval", 1000, *more)
 
 
 def test_a_run_shorter_than_the_logging_interval_is_logged(config, tmp_path, recwarn):

@@ -21,8 +21,9 @@ MAY_IMPORT = {
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
     "callbacks": LEAVES | SIBLINGS | {"modules"},
+    "guards": LEAVES | SIBLINGS | {"modules"},
     "tasks": LEAVES | SIBLINGS | {"modules", "callbacks"},
-    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "tasks"},
+    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
 

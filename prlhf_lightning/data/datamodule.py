@@ -28,7 +28,7 @@ from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, Token
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.paths import cache_folder
-from prlhf_lightning.types import Tokens
+from prlhf_lightning.types import PreferenceBatch, Tokens
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 Loader: TypeAlias = DataLoader[dict[str, Any]]
@@ -176,6 +176,14 @@ class PreferenceDataModule(LightningDataModule):
         pairs = [self._division.train] if stage == "train" else list(self._evaluation(stage).values())
         place: str = pairs[0].split.rows([record])[0]["where"]
         return place
+
+    def sample(self, count: int) -> PreferenceBatch:
+        """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`."""
+        pairs = next(iter(self._evaluation("validate").values()), None)
+        if pairs is None:
+            return collate([])
+        places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
+        return collate(pairs.__getitems__(places.tolist()))
 
     def describe(self) -> str:
         """Return a summary of what is trained and evaluated on, in one paragraph."""

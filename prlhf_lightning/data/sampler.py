@@ -69,6 +69,7 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         self._lengths, self._max_tokens = lengths, max_tokens
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._epoch, self._start = 0, 0
+        self._drawn: tuple[int, list[_Array]] = (-1, [])  # an epoch and its steps
 
     @property
     def sampler(self) -> UserGroupedBatchSampler:
@@ -94,8 +95,17 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
                 step = np.resize(np.concatenate([step, *steps]), self._world_size)
             yield np.array_split(step, self._world_size)[self._rank].tolist()
 
+    def pairs_per_rank(self, epoch: int, steps: slice) -> float:
+        """Return how many pairs the batches of some steps of an epoch hold, on average over the ranks."""
+        return sum(max(1.0, len(step) / self._world_size) for step in self.steps(epoch)[steps])
+
     def steps(self, epoch: int) -> list[_Array]:
         """Return the positions of each step of an epoch, those of all ranks together."""
+        if self._drawn[0] != epoch:
+            self._drawn = (epoch, self._draw_steps(epoch))
+        return self._drawn[1]
+
+    def _draw_steps(self, epoch: int) -> list[_Array]:
         rng = np.random.default_rng([self._seed, epoch])
         order, starts = self._cut(rng)
         if self._lengths is None:

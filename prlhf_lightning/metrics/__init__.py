@@ -1,5 +1,6 @@
 """Metrics that come out right over users, ragged batches and processes."""
 
+from prlhf_lightning.metrics.degeneration import repeated_ngrams
 from prlhf_lightning.metrics.preference import (
     PreferenceAccuracy,
     UserAccuracy,
@@ -8,4 +9,11 @@ from prlhf_lightning.metrics.preference import (
     wilson_interval,
 )
 
-__all__ = ["PreferenceAccuracy", "UserAccuracy", "preference_accuracy", "user_accuracies", "wilson_interval"]
+__all__ = [
+    "PreferenceAccuracy",
+    "UserAccuracy",
+    "preference_accuracy",
+    "repeated_ngrams",
+    "user_accuracies",
+    "wilson_interval",
+]

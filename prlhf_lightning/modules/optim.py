@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from prlhf_lightning.errors import ConfigurationError
 
@@ -60,6 +61,12 @@ class Optim:
         if not holds:
             raise ConfigurationError(f"model.optim.{name} is {getattr(self, name)!r}; it must be {allowed}.")
 
+    def group(self, name: str) -> dict[str, Any]:
+        """Return the settings of a group of parameters: `policy`, `user_model` or `user_tables`."""
+        rates = {"policy": self.lr, "user_model": self.user_lr, "user_tables": self.table_lr or self.user_lr}
+        decays = {"policy": self.weight_decay, "user_model": 0.0, "user_tables": self.user_weight_decay}
+        return {"lr": rates[name], "weight_decay": decays[name], "betas": self.betas}
+
     def warmup(self, total_steps: int) -> int:
         """Return the number of warm-up steps of a run of `total_steps`."""
         return math.ceil(self.warmup_steps * total_steps) if self.warmup_steps < 1 else int(self.warmup_steps)
@@ -72,7 +79,13 @@ class RowwiseAdamW(torch.optim.AdamW):
     and takes time in proportion to the number of users. Here a row with a gradient gets the AdamW update it would get
     if the steps in which it was absent did not exist (bias correction counts a row's own steps); other rows are not
     touched. Dense gradients are left to `torch.optim.AdamW`.
+
+    Attributes:
+        is_stepping: True while weights change. If a step ends by an exception it stays so, for the weights are then
+            neither those before the step nor those after it.
     """
+
+    is_stepping = False
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Take a step; see `torch.optim.Optimizer.step`."""
@@ -80,6 +93,7 @@ class RowwiseAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.is_stepping = True
         row_grads: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
             for param in group["params"]:
@@ -90,6 +104,7 @@ class RowwiseAdamW(torch.optim.AdamW):
         super().step()
         for param, grad in row_grads:
             param.grad = grad
+        self.is_stepping = False
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -125,19 +140,57 @@ class RowwiseAdamW(torch.optim.AdamW):
         param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 whatever the table is
 
 
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm."""
+def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
+    """Have the settings of a run hold in an optimiser and a schedule that a checkpoint has brought those of another.
+
+    Args:
+        optim: The settings.
+        optimizer: Its groups bear the names that `Optim.group` knows.
+        scheduler: Of that optimiser; it stays at its step.
+    """
+    for number, group in enumerate(optimizer.param_groups):
+        settings = optim.group(group["name"])
+        rate = settings["lr"] * scheduler.lr_lambdas[number](scheduler.last_epoch)
+        group.update(settings, lr=rate, initial_lr=settings["lr"])
+        scheduler.base_lrs[number] = settings["lr"]
+
+
+def gradient_norm(params: Iterable[nn.Parameter]) -> Tensor:
+    """Return the joint norm `[]` of all gradients, sparse ones included, which are coalesced."""
+    return nn.utils.get_total_norm(_gradients(params))
+
+
+def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, norm: Tensor | None = None) -> Tensor:
+    """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm.
+
+    Args:
+        params: Parameters with gradients.
+        max_norm: The limit.
+        norm: `[]` the norm as it is, if `gradient_norm` has computed it already.
+    """
+    grads = _gradients(params)
+    norm = nn.utils.get_total_norm(grads) if norm is None else norm
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for grad in grads:
+        grad.mul_(scale)
+    return norm
+
+
+def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
     grads = []
     for param in params:
         if param.grad is not None:
             if param.grad.is_sparse:
                 param.grad = param.grad.coalesce()
             grads.append(param.grad.values() if param.grad.is_sparse else param.grad)
-    norm = nn.utils.get_total_norm(grads)
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale)
-    return norm
+    return grads
+
+
+def training_batches(trainer: Trainer) -> int:
+    """Return how many batches each process trains on in an epoch, by the data module."""
+    batches: int = trainer.datamodule.batches_per_epoch(trainer.world_size)  # type: ignore[attr-defined]
+    limit = trainer.limit_train_batches
+    return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def optimizer_steps(trainer: Trainer) -> int:
@@ -146,12 +199,15 @@ def optimizer_steps(trainer: Trainer) -> int:
     Counted from the data module: `trainer.estimated_stepping_batches` makes a loader in passing, and with that drops
     the loader's state on resume (Lightning issue 20550).
     """
+    if trainer.accumulate_grad_batches < 1:
+        raise ConfigurationError(
+            f"trainer.accumulate_grad_batches is {trainer.accumulate_grad_batches}; it must be at least 1 (no "
+            "accumulation)."
+        )
     datamodule = getattr(trainer, "datamodule", None)
     if datamodule is None:
         return int(trainer.estimated_stepping_batches)
-    batches = datamodule.batches_per_epoch(trainer.world_size)
-    limit = trainer.limit_train_batches
-    batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    batches = training_batches(trainer)
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
         limits.append(math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -14,21 +15,31 @@ from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from prlhf_lightning.data.sampler import UserGroupedBatchSampler
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
 from prlhf_lightning.modules.checkpoint_fit import check_shapes
-from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
+from prlhf_lightning.modules.finite import FiniteGuard, all_finite, non_finite_error
+from prlhf_lightning.modules.optim import (
+    Optim,
+    RowwiseAdamW,
+    apply_settings,
+    clip_gradients,
+    gradient_norm,
+    optimizer_steps,
+)
 from prlhf_lightning.modules.reference_store import ReferenceStore
 from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
+from prlhf_lightning.modules.trainer_settings import check_trainer
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.reference_cache import ReferenceCache
@@ -50,11 +61,13 @@ class Term:
         generic: Whether the generic user stood in each user's place; false of terms that were drawn pair by pair.
         log_probs: The policy's log-probabilities.
         output: The loss's per-pair result.
+        reference: The reference's log-probabilities, if the loss has one.
     """
 
     generic: bool
     log_probs: PairLogProbs
     output: LossOutput
+    reference: PairLogProbs | None = None
 
     @property
     def margins(self) -> Tensor:
@@ -118,6 +131,7 @@ class PersonalizedLM(LightningModule):
         self._losses: dict[str, MeanMetric] = {}
         self._metrics: dict[str, PreferenceAccuracy] = {}
         self._names: dict[int, str] = {}
+        self._finite = FiniteGuard()
 
     # ---- set-up
 
@@ -131,11 +145,8 @@ class PersonalizedLM(LightningModule):
                     "to a UserVocabulary first."
                 )
             self.vocabulary = datamodule.vocabulary
-        clip = self.trainer.gradient_clip_val
-        if stage == "fit" and clip is not None and not clip >= 0:
-            raise ConfigurationError(
-                f"trainer.gradient_clip_val is {clip}; it must be above 0, or 0 or null for no clipping."
-            )
+        if stage == "fit":
+            check_trainer(self.trainer)
         sets = getattr(datamodule, "eval_sets", {})
         self._eval_sets = sets.get("validate" if stage == "fit" else stage, ())
         self._losses = {name: MeanMetric() for name in self._eval_sets}
@@ -181,9 +192,15 @@ class PersonalizedLM(LightningModule):
 
     def on_fit_start(self) -> None:
         """Give all processes the same user tables, as DDP does with all else."""
+        self._finite.forget()  # what a fit that failed has left
         if self._ddp is not None:
             for table in sparse_tables(self.user_model):
                 torch.distributed.broadcast(table.data, src=0)
+
+    def on_train_start(self) -> None:
+        """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
     def on_after_backward(self) -> None:
         """Average the gradients of the user tables over processes, in the backward pass in which DDP averages the rest.
@@ -207,17 +224,11 @@ class PersonalizedLM(LightningModule):
         is_table = {id(table) for table in tables}
         shared = [p for p in self.user_model.parameters() if p.requires_grad and id(p) not in is_table]
         policy = [p for p in self.policy.parameters() if p.requires_grad]
+        parts = {"policy": policy, "user_model": shared, "user_tables": tables}
         groups = [
-            {"name": "policy", "params": policy, "lr": self.optim.lr, "weight_decay": self.optim.weight_decay},
-            {"name": "user_model", "params": shared, "lr": self.optim.user_lr, "weight_decay": 0.0},
-            {
-                "name": "user_tables",
-                "params": tables,
-                "lr": self.optim.table_lr or self.optim.user_lr,
-                "weight_decay": self.optim.user_weight_decay,
-            },
+            {"name": name, "params": params, **self.optim.group(name)} for name, params in parts.items() if params
         ]
-        optimizer = RowwiseAdamW([group for group in groups if group["params"]], betas=self.optim.betas)
+        optimizer = RowwiseAdamW(groups)
         steps = optimizer_steps(self.trainer)
         name = "constant_with_warmup" if self.optim.schedule == "constant" else self.optim.schedule
         scheduler = get_scheduler(name, optimizer, self.optim.warmup(steps), steps)
@@ -229,14 +240,58 @@ class PersonalizedLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the joint norm of dense and sparse gradients, which Lightning's own clipping does not know."""
+        """Clip by the joint norm of dense and sparse gradients, once it is known to be finite.
+
+        Lightning's own clipping does not know sparse gradients. It calls this before every step, clipping or not, and
+        when all processes have the same gradients.
+        """
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        if not any(param.grad is not None and param.grad.is_sparse for param in params):
+        norm = gradient_norm(params)
+        self._stop_unless_finite(norm, params)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            if any(param.grad is not None and param.grad.is_sparse for param in params):
+                raise ConfigurationError("trainer.gradient_clip_algorithm: user tables can be clipped by 'norm' only.")
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            if gradient_clip_algorithm not in (None, "norm"):
-                raise ConfigurationError("trainer.gradient_clip_algorithm: user tables can be clipped by 'norm' only.")
-            clip_gradients(params, gradient_clip_val)
+            clip_gradients(params, gradient_clip_val, norm)
+
+    def _stop_unless_finite(self, norm: Tensor, params: Sequence[nn.Parameter]) -> None:
+        """Raise on every process where a loss or a gradient of the coming step is not finite on any of them."""
+        trainer = self.trainer
+        # A scaler of float16 gradients looks for infinite ones itself, skips their step and scales less: that is its
+        # normal way to find the largest scale. The losses are not scaled.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        alone = trainer.world_size == 1
+        mean = (lambda number: number) if alone else partial(trainer.strategy.reduce, reduce_op="mean")
+        if not self._finite.is_finite(None if scaled else norm, mean):
+            if not all_finite(params):
+                raise non_finite_error(trainer.global_step, None, self._advice())
+            was_training = self.training
+            self.eval()  # so that dropout, and losses that keep a running state, leave the search alone
+            with trainer.precision_plugin.train_step_context():
+                records = self._finite.offending(lambda batch: self.objective(batch)[0], params)
+            self.train(was_training)
+            rows = [f"{self._place(record)} (user {user_id!r})" for record, user_id in records]
+            if not alone:
+                gathered: list[list[str]] = [[]] * trainer.world_size
+                torch.distributed.all_gather_object(gathered, rows)
+                rows = [row for part in gathered for row in part]
+            raise non_finite_error(trainer.global_step, rows, self._advice())
+        self._finite.forget()
+
+    def _place(self, record: int) -> str:
+        datamodule: Any = getattr(self.trainer, "datamodule", None)
+        return str(datamodule.where(record)) if hasattr(datamodule, "where") else f"row {record}"
+
+    def _advice(self) -> list[str]:
+        half = "16" in str(self.trainer.precision) and "bf16" not in str(self.trainer.precision)
+        half = half or getattr(self.policy, "dtype", None) == "float16"
+        return [
+            *(["use bfloat16 (trainer.precision, model.policy.dtype), for float16 ends at 65504"] if half else []),
+            *([] if self.trainer.gradient_clip_val else ["set trainer.gradient_clip_val: 1.0"]),
+            "lower model.optim.lr and model.optim.user_lr, or lengthen model.optim.warmup_steps",
+            f"lower model.loss.beta ({self.loss.beta:g})",
+        ]
 
     # ---- objective
 
@@ -343,13 +398,16 @@ class PersonalizedLM(LightningModule):
         if draw is not None and self.user_model.personalizes:
             generic = torch.from_numpy(draw.random(len(batch)) >= self.alpha).to(batch.records.device)
             drawn = self._sampled_log_probs(batch, generic)
-            output = self.loss(drawn, self.reference_log_probs(batch))
-            return output.losses, [Term(False, drawn, output)]
+            reference = self.reference_log_probs(batch)
+            output = self.loss(drawn, reference)
+            return output.losses, [Term(False, drawn, output, reference)]
         weights = {False: self.alpha, True: 1.0 - self.alpha} if self.user_model.personalizes else {False: 1.0}
         kinds = [generic for generic, weight in weights.items() if weight > 0 or every_term]
         reference = self.reference_log_probs(batch)
         scored = self.policy_log_probs(batch, kinds)
-        terms = [Term(g, policy, self.loss(policy, reference)) for g, policy in zip(kinds, scored, strict=True)]
+        terms = [
+            Term(g, policy, self.loss(policy, reference), reference) for g, policy in zip(kinds, scored, strict=True)
+        ]
         # P-DPO, arXiv:2402.05133: mixed pair by pair, before any mean over a batch.
         losses = torch.stack([weights[term.generic] * term.output.losses for term in terms]).sum(0)
         return losses, terms
@@ -386,29 +444,42 @@ class PersonalizedLM(LightningModule):
                 store.cache.refresh()
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Return the mean loss of a batch's pairs, weighted so that its mean over processes is that over all pairs."""
+        """Return the mean loss of a batch's pairs, weighted so that every pair of an optimiser step counts the same."""
         losses, terms = self.objective(batch, draw=self._draw(batch_idx) if self.sample_terms else None)
+        self._finite.watch(batch, losses)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         self.log("train/chosen_log_probs", terms[0].log_probs.chosen.sum.detach().mean(), batch_size=len(batch))
+        if (reference := terms[0].reference) is not None:
+            moved = (terms[0].log_probs.chosen.mean.detach() - reference.chosen.mean).mean()
+            self.log("train/chosen_log_ratio", moved, batch_size=len(batch))  # a token
         if self.loss.requires_rejected:
             rejected = terms[0].log_probs.rejected.sum.detach().mean()
             self.log("train/rejected_log_probs", rejected, batch_size=len(batch))
             self.log("train/margin", terms[0].margins.mean(), batch_size=len(batch))
             accuracy = (terms[0].margins > 0).float().mean()
             self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
-        return loss * self._share(len(batch))
+        return loss * self._share(len(batch), batch_idx)
 
     def _draw(self, batch_idx: int) -> np.random.Generator:
         # Made from where training stands, so that a run that was interrupted draws the same when it goes on.
         return np.random.default_rng([torch.initial_seed() % 2**32, self.current_epoch, batch_idx, self.global_rank])
 
-    def _share(self, pairs: int) -> Tensor | float:
-        """Return the number of this process's pairs over the mean number a process: the last batch may be uneven."""
-        if self.trainer.world_size == 1:
-            return 1.0
-        mean: Tensor = self.trainer.strategy.reduce(torch.full((), float(pairs), device=self.device), reduce_op="mean")
-        return pairs / mean
+    def _share(self, pairs: int, batch_idx: int) -> float:
+        """Return a batch's pairs over the mean number in the batches of its optimiser step, over all processes.
+
+        Lightning takes the mean over the batches that are accumulated, and DDP that over processes, whatever their
+        sizes. The sampler knows all sizes of the epoch, so no process has to ask the others. A window of accumulation
+        that the end of the epoch cuts short is a mean over its own pairs too.
+        """
+        trainer = self.trainer
+        sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+        if not isinstance(sampler, UserGroupedBatchSampler):
+            return 1.0  # batches of another data module
+        window = trainer.accumulate_grad_batches
+        first = batch_idx - batch_idx % window
+        step = slice(first, min(first + window, int(trainer.num_training_batches)))
+        return pairs * window / sampler.pairs_per_rank(trainer.current_epoch, step)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the seen or unseen users' validation pairs."""

@@ -348,3 +348,14 @@ def test_supervised_data_has_empty_rejected_rows(make, tmp_path):
     source = FileSource(write_jsonl(tmp_path / "sft.jsonl", rows))
     (batch,) = make(source, validation_fraction=0.0, require_rejected=False).train_dataloader()
     assert batch.rejected.ids.shape == (1, 0)
+
+
+@pytest.mark.parametrize(("count", "places"), [(3, [0, 9, 19]), (100, list(range(20))), (0, [])])
+def test_a_sample_is_spread_over_the_validation_pairs(make, count, places):
+    data = make(validation_fraction=0.2, split_by="pair")
+    rows = [record for batch in data.val_dataloader()[0] for record in batch.records.tolist()]
+    assert data.sample(count).records.tolist() == [rows[place] for place in places]
+
+
+def test_without_validation_pairs_a_sample_is_empty(make):
+    assert len(make(validation_fraction=0.0).sample(3)) == 0

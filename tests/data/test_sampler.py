@@ -143,3 +143,14 @@ def test_evaluation_takes_every_row_once_in_order(size, batch_size, world):
 @given(st.integers(0, 60), SIZES, WORLDS)
 def test_evaluation_has_equally_many_batches_on_every_rank(size, batch_size, world):
     assert len({len(SequentialBatchSampler(size, batch_size, rank, world)) for rank in range(world)}) == 1
+
+
+@given(USERS, SIZES, WORLDS, st.integers(0, 3), st.integers(1, 4))
+def test_the_pairs_of_steps_over_all_ranks_are_known_in_advance(users, batch_size, world_size, epoch, window):
+    """So that every pair of accumulated batches can weigh the same, whichever rank it is on."""
+    by_rank = [batches(users, batch_size, epoch, rank=rank, world_size=world_size) for rank in range(world_size)]
+    sampler = UserGroupedBatchSampler(users, batch_size, world_size=world_size)
+    for first in range(0, len(sampler), window):
+        together = sum(len(batch) for rank in by_rank for batch in rank[first : first + window])
+        mean = sampler.pairs_per_rank(epoch, slice(first, first + window))
+        assert mean == pytest.approx(together / world_size)

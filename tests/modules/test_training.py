@@ -283,3 +283,62 @@ def test_rows_too_long_for_the_policy_are_refused_before_training(model_path, vo
 def test_a_negative_limit_of_the_gradients_is_refused(model_path, votes, tmp_path):
     with pytest.raises(ConfigurationError, match=r"trainer.gradient_clip_val is -1.0; it must be above 0"):
         make_trainer(tmp_path, gradient_clip_val=-1.0).fit(make(model_path), make_data(votes, model_path))
+
+
+class Gradients(Callback):
+    """Keeps the gradient of each step, before it is clipped."""
+
+    def __init__(self) -> None:
+        self.of_steps = []
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        grads = {name: param.grad for name, param in module.named_parameters() if param.grad is not None}
+        self.of_steps.append({name: grad.to_dense().clone() for name, grad in grads.items()})
+
+
+@pytest.mark.parametrize("budget", [None, 100], ids=["short last batch", "token budget"])
+def test_every_pair_of_accumulated_batches_weighs_the_same(model_path, votes, tmp_path, budget):
+    options = {"batch_size": 5, "max_tokens_per_batch": budget}
+    data = make_data(votes, model_path, **options)
+    steps = data._training_batches(0, 1).steps(0)  # 38 pairs
+    assert len({len(step) for step in steps[-2:]}) > 1 or budget
+    watch = Gradients()
+    # Weights that hardly move, so that the gradient of each step can be computed afterwards.
+    module = make(model_path, loss=DPOLoss(beta=1.0))
+    module.optim = Optim(lr=1e-12, user_lr=1e-12, warmup_steps=0)
+    trainer = make_trainer(tmp_path, accumulate_grad_batches=3, limit_val_batches=0, callbacks=[watch])
+    trainer.fit(module, data)
+    assert len(watch.of_steps) == -(-len(steps) // 3)
+    assert len(steps) % 3  # so the last step is of fewer batches
+    pairs = data._division.train
+    for number, accumulated in enumerate(watch.of_steps):
+        together = [int(position) for step in steps[3 * number : 3 * number + 3] for position in step]
+        module.zero_grad()
+        module.objective(collate(pairs.__getitems__(together)))[0].mean().backward()
+        for name, param in module.named_parameters():
+            if name in accumulated:
+                torch.testing.assert_close(accumulated[name], param.grad.to_dense(), rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_a_run_that_goes_on_has_the_rates_of_its_own_settings(model_path, votes, tmp_path):
+    def rates(lr: float, *callbacks: Callback, checkpoint=None) -> list[list[tuple[float, float]]]:
+        module = make(model_path)
+        module.optim = Optim(lr=lr, user_lr=10 * lr, weight_decay=lr, warmup_steps=4)
+        watch = Rates()
+        trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[SaveOnInterrupt(), watch, *callbacks])
+        trainer.fit(module, make_data(votes, model_path), ckpt_path=checkpoint, weights_only=True)
+        return watch.seen
+
+    with pytest.raises(RuntimeError, match="crash"):
+        rates(1e-2, Crash(5))
+    resumed = rates(1e-3, checkpoint=tmp_path / "checkpoints/interrupted.ckpt")
+    assert resumed == rates(1e-3)[5:]  # as if they had been so from the beginning
+    assert len(resumed) == 5
+
+
+class Rates(Callback):
+    def __init__(self) -> None:
+        self.seen = []
+
+    def on_train_batch_start(self, trainer, *args) -> None:
+        self.seen.append([(group["lr"], group["weight_decay"]) for group in trainer.optimizers[0].param_groups])

@@ -1,0 +1,46 @@
+"""Settings of the trainer that Lightning takes without a word and stumbles over in the middle of the work."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Trainer
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modules.optim import training_batches
+
+
+def check_trainer(trainer: Trainer) -> None:
+    """Refuse settings with which a fit can only fail.
+
+    Raises:
+        ConfigurationError: Names the setting.
+    """
+    clip, epochs = trainer.gradient_clip_val, trainer.check_val_every_n_epoch
+    if clip is not None and not clip >= 0:
+        raise ConfigurationError(
+            f"trainer.gradient_clip_val is {clip}; it must be above 0, or 0 or null for no clipping."
+        )
+    if epochs is not None and epochs < 1:
+        raise ConfigurationError(
+            f"trainer.check_val_every_n_epoch is {epochs}; it must be at least 1, or null to count the batches of "
+            "val_check_interval over all epochs. For no validation set trainer.limit_val_batches: 0."
+        )
+    _check_interval(trainer, epochs)
+
+
+def _check_interval(trainer: Trainer, epochs: int | None) -> None:
+    interval = getattr(trainer, "val_check_interval", None)  # not there where validation goes by time
+    if interval == 0:
+        raise ConfigurationError(
+            "trainer.val_check_interval is 0; give a number of batches, or a share of an epoch such as 0.5. For no "
+            "validation set trainer.limit_val_batches: 0."
+        )
+    # A share of an epoch is a float, be it 1.0; Lightning has checked that it is not larger.
+    if not isinstance(interval, int) or epochs is None or not hasattr(trainer.datamodule, "batches_per_epoch"):  # type: ignore[attr-defined]
+        return
+    batches = training_batches(trainer)
+    if interval > batches:
+        raise ConfigurationError(
+            f"trainer.val_check_interval is {interval}, but an epoch has {batches} batches; set it to {batches} at "
+            "most, to a share of an epoch such as 0.5, or set trainer.check_val_every_n_epoch: null, with which the "
+            "batches are counted over all epochs."
+        )

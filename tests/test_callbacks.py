@@ -1,0 +1,90 @@
+"""When an interrupted run leaves a checkpoint, and when it had better not."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from prlhf_lightning.callbacks import SaveOnInterrupt
+from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.losses import DPOLoss
+from prlhf_lightning.modules import Optim, PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.user_models import IndividualUserModel
+
+
+def fit(model_path, votes, folder, *callbacks: Callback, checkpoint=None) -> PersonalizedLM:
+    torch.manual_seed(0)
+    module = PersonalizedLM(
+        IndividualUserModel(2),
+        CausalLMPolicy(model_path, lora=LoRA(rank=2)),
+        DPOLoss(),
+        optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0),
+    )
+    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
+    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 2}
+    trainer = Trainer(
+        default_root_dir=folder, accelerator="cpu", callbacks=[SaveOnInterrupt(), *callbacks], **options
+    )  # fmt: skip
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return module
+
+
+class BreakInStep(Callback):
+    """Has the third step fail when part of the weights have been changed."""
+
+    def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+        if trainer.global_step == 2:
+            optimizer.param_groups[-1]["betas"] = "nonsense"
+
+
+class Spoil(Callback):
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        if trainer.global_step == 2:
+            next(p for p in module.parameters() if p.requires_grad).data.view(-1)[0] = float("nan")
+            raise RuntimeError("stop")
+
+
+@pytest.mark.parametrize(
+    ("callback", "says"), [(BreakInStep(), "in the middle of a step"), (Spoil(), "the weights are not finite")]
+)
+def test_weights_to_go_on_from_are_saved_and_no_others(model_path, votes, tmp_path, callback, says):
+    with (
+        pytest.warns(UserWarning, match=f"at step 2, and interrupted.ckpt was not written: .*{says}"),
+        pytest.raises((ValueError, RuntimeError)) as error,
+    ):
+        fit(model_path, votes, tmp_path, callback)
+    assert "interrupted" not in str(error.value)  # the error itself is not lost
+    assert not (tmp_path / "checkpoints/interrupted.ckpt").exists()
+
+
+class BreakValidation(Callback):
+    """Has the validation after the first epoch fail in its second batch, and keeps what others logged."""
+
+    def __init__(self, fail: str | None = None) -> None:
+        self.fail, self.logged = fail, []
+
+    def on_validation_batch_start(self, trainer, module, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.fail == "start" and batch_idx == 1 and not trainer.sanity_checking:
+            raise RuntimeError("stop")
+
+    def on_validation_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0) -> None:
+        if self.fail == "end" and batch_idx == 1 and not trainer.sanity_checking:
+            raise RuntimeError("stop")
+
+    def on_validation_end(self, trainer, module) -> None:
+        if not trainer.sanity_checking:
+            self.logged.append(float(trainer.callback_metrics["val/seen/loss"]))
+
+
+@pytest.mark.parametrize("where", ["start", "end"])
+def test_a_validation_that_failed_is_made_in_full(model_path, votes, tmp_path, where):
+    straight = fit(model_path, votes, tmp_path / "straight", watch := BreakValidation())
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(model_path, votes, tmp_path / "broken", BreakValidation(where))
+    checkpoint = tmp_path / "broken/checkpoints/interrupted.ckpt"
+    resumed = fit(model_path, votes, tmp_path / "resumed", again := BreakValidation(), checkpoint=checkpoint)
+    assert again.logged == watch.logged
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
