@@ -14,6 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -58,17 +59,24 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
 def main() -> None:
     """Run every configuration with every seed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--configs", nargs="+", default=list(CONFIGS), choices=CONFIGS)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; with OMP_NUM_THREADS=1, one a core")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart_seeds"), help="where the runs go")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    results = {}
-    for name, config in CONFIGS.items():
-        results[name] = [
-            run(config, seed, args.folder / f"{Path(config).stem}-{seed}-{time.time_ns()}") for seed in args.seeds
-        ]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = {
+            (name, seed): pool.submit(
+                run, CONFIGS[name], seed, args.folder / f"{Path(CONFIGS[name]).stem}-{seed}-{time.time_ns()}"
+            )
+            for name in args.configs
+            for seed in args.seeds
+        }
+    results = {name: [runs[name, seed].result() for seed in args.seeds] for name in args.configs}
     text = (
-        f"Mean over seeds {', '.join(map(str, args.seeds))} (and range); `python benchmarks/quickstart_seeds.py`; "
+        f"Mean over seeds {', '.join(map(str, args.seeds))} (and range); "
+        f"`python benchmarks/quickstart_seeds.py {' '.join(sys.argv[1:])}`; "
         f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}.\n\n{table(results)}\n"
     )
     print(text)
