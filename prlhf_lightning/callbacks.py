@@ -13,9 +13,9 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.optim import optimizer_steps
@@ -98,7 +98,11 @@ class SaveOnInterrupt(Callback):
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
             return
         path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
+        try:
+            trainer.save_checkpoint(path, weights_only=False)
+        except CheckpointWriteError as error:  # as on a full disk, which may well be why training stopped
+            rank_zero_warn(f"Interrupted at step {trainer.global_step}, which could not be saved: {error}")
+            return
         rank_zero_info(f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}")
 
 

@@ -11,3 +11,11 @@ class FeedbackFormatError(PRLHFError, ValueError):
 
 class ConfigurationError(PRLHFError, ValueError):
     """Settings that contradict one another or the model in use."""
+
+
+class DamagedCheckpointError(ConfigurationError):
+    """A checkpoint file that is not, byte for byte, what was written, or that never was a checkpoint."""
+
+
+class CheckpointWriteError(PRLHFError, OSError):
+    """A file that could not be written, as on a full disk; what was there before it is untouched."""
