@@ -71,10 +71,14 @@ def save(content: Any, path: Path) -> None:
     """
     with replacing(path) as file:
         torch.save(content, file)
-        file.seek(-2, os.SEEK_END)
-        file.write(_COMMENT.to_bytes(2, "little"))
-        file.write(_MARK)
-        file.write(_digest(file, file.tell()))
+        seal(file)
+
+
+def seal(file: BinaryIO) -> None:
+    """Write the digest of a zip file, that has no comment yet, into its comment."""
+    file.seek(-2, os.SEEK_END)
+    file.write(_COMMENT.to_bytes(2, "little") + _MARK)
+    file.write(_digest(file, file.tell()))
 
 
 def check(path: Path) -> None:
@@ -125,7 +129,7 @@ def load(path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap:
 
 def in_order(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, the newest first; one may be a folder itself, written in shards."""
-    return sorted(folder.glob("*.ckpt"), key=_age)
+    return sorted((path for path in folder.glob("*.ckpt") if path.exists()), key=_age)
 
 
 def newest_intact(folder: Path, besides: Path | None = None) -> Path | None:
