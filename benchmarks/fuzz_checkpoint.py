@@ -123,6 +123,9 @@ def swap_seal(raw: bytes, draw: random.Random) -> bytes:
     return raw[:-64] + draw.randbytes(32).hex().encode()
 
 
+_LOAD = SealedCheckpointIO().load_checkpoint
+
+
 class _Runs:
     """Writes a file when it is unpickled."""
 
@@ -170,7 +173,13 @@ DAMAGES: list[Callable[[bytes, random.Random], bytes]] = [
 ]  # fmt: skip
 
 
-def fuzz(checkpoint: Path, count: int, seed: int, folder: Path) -> dict[str, Counter[str]]:
+def fuzz(
+    checkpoint: Path,
+    count: int,
+    seed: int,
+    folder: Path,
+    load: Callable[[Path], Any] = _LOAD,
+) -> dict[str, Counter[str]]:
     """Load `count` damaged copies of a checkpoint; return what became of them, by the kind of damage."""
     draw = random.Random(seed)
     raw = checkpoint.read_bytes()
@@ -184,7 +193,7 @@ def fuzz(checkpoint: Path, count: int, seed: int, folder: Path) -> dict[str, Cou
             continue  # a page of zeros was filled with zeros
         victim.write_bytes(damaged)
         try:
-            content = SealedCheckpointIO().load_checkpoint(victim)
+            content = load(victim)
             outcome = "harmless" if same(content, expected) else "silent"
         except DamagedCheckpointError as error:
             outcome = "detected" if str(victim) in str(error) else "unclear"

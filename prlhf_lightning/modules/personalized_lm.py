@@ -266,7 +266,7 @@ class PersonalizedLM(LightningModule):
         scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
         reference = self._pair(scored).select(of_pair)
         if self._reference_store is not None and batch.reference_keys:
-            self._reference_store.keep(batch, reference)
+            reference = self._reference_store.keep(batch, reference)
         return reference
 
     def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
@@ -526,6 +526,10 @@ class PersonalizedLM(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and the users whose rows it holds; not the frozen backbone."""
+        if self._reference_store is not None:
+            # A run that goes on from here must find what this one knows: computed anew, in another batch, the
+            # reference's log-probs would differ in their last bits.
+            self._reference_store.cache.flush()
         kept = self._trained_names()
         checkpoint["state_dict"] = weights = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
         tables = self._names_of(self.user_model.row_tables())

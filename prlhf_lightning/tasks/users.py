@@ -67,7 +67,9 @@ def show(checkpoint: Path, user: str) -> None:
                 print(f"  shares, {who:8}" + " ".join(f"{value:.3f}" for value in values))
 
 
-def add(checkpoint: Path, user: str | list[str] = "", file: Path | None = None, output: Path | None = None) -> None:
+def add(
+    checkpoint: Path, user: str | list[str] | None = None, file: Path | None = None, output: Path | None = None
+) -> None:
     """Add users to a checkpoint: each is the generic user until trained further.
 
     Args:
@@ -83,7 +85,7 @@ def add(checkpoint: Path, user: str | list[str] = "", file: Path | None = None, 
 
 def remove(
     checkpoint: Path,
-    user: str | list[str] = "",
+    user: str | list[str] | None = None,
     file: Path | None = None,
     output: Path | None = None,
     all: bool = False,
@@ -166,9 +168,9 @@ def _open(path: Path) -> UserRows:
         raise ConfigurationError(f"checkpoint: {path}: {error}") from error
 
 
-def _given(user: str | list[str], file: Path | None) -> list[str]:
+def _given(user: str | list[str] | None, file: Path | None) -> list[str]:
     """Return the ids of the command line and of a file, each once."""
-    user_ids = list(user) if isinstance(user, list) else [user] if user else []
+    user_ids = [user] if isinstance(user, str) else list(user or ())
     if file is not None:
         try:
             user_ids += [line for line in file.read_text(encoding="utf-8").splitlines() if line]
