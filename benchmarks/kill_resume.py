@@ -1,6 +1,7 @@
 """Kills training at random moments (kill -9), goes on with the same command, and compares the final weights.
 
     OMP_NUM_THREADS=1 python benchmarks/kill_resume.py            # 20 kills
+    OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 2 --steps 12
 
 One run is left in peace. Then runs in folders of their own are killed, twice each where the second kill comes in time;
 every other kill waits until a checkpoint is being written. Each is gone on with by the very same command, whose
@@ -26,7 +27,6 @@ import torch
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.cli import main
 
-STEPS = 32
 COMMAND = [
     "fit",
     "--trainer.max_epochs=2",
@@ -43,7 +43,6 @@ COMMAND = [
     "--model.optim={lr: 0.002, user_lr: 0.03}",
     "--data.source=SimulatedSource",
     "--data.source.num_users=8",
-    "--data.source.pairs_per_user=8",
     "--data.source.validation_pairs_per_user=2",
     "--data.source.num_unseen_users=1",
     "--data.batch_size=4",
@@ -51,7 +50,7 @@ COMMAND = [
 ]
 
 
-def start(folder: Path) -> int:
+def start(folder: Path, steps: int) -> int:
     """Start the command in a process of its own, which writes to `folder` alone; return its id."""
     folder.mkdir(parents=True, exist_ok=True)
     pid = os.fork()
@@ -62,7 +61,8 @@ def start(folder: Path) -> int:
         log = os.open(folder / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
-        main([*COMMAND, f"--trainer.default_root_dir={folder / 'runs'}"])
+        pairs = f"--data.source.pairs_per_user={steps // 4}"  # of each of 8 users, in batches of 4, twice
+        main([*COMMAND, pairs, f"--trainer.default_root_dir={folder / 'runs'}"])
         os._exit(0)
     except BaseException as error:
         print("ended with", repr(error), flush=True)
@@ -98,12 +98,12 @@ def newest(folder: Path) -> Path | None:
     return files[-1] if files else None
 
 
-def result(folder: Path) -> dict[str, Any]:
+def result(folder: Path, steps: int) -> dict[str, Any]:
     """Return what a run ended with."""
     path = newest(folder)
     assert path is not None
     content = checkpoint_files.load(path)
-    assert content["global_step"] == STEPS, content["global_step"]
+    assert content["global_step"] == steps, content["global_step"]
     return {key: content[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step")}
 
 
@@ -118,28 +118,28 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def measure(kills: int, seed: int, root: Path) -> int:
+def measure(kills: int, steps: int, seed: int, root: Path) -> int:
     """Run it all; return how many runs ended otherwise than the one in peace."""
     draw = random.Random(seed)
     start_time = time.time()
-    finished(start(root / "peace"), root / "peace")
+    finished(start(root / "peace", steps), root / "peace")
     length = time.time() - start_time
-    expected = result(root / "peace")
-    print(f"in peace: {STEPS} steps, {length:.1f} s", flush=True)
+    expected = result(root / "peace", steps)
+    print(f"in peace: {steps} steps, {length:.1f} s", flush=True)
     done, runs, wrong, torn = 0, 0, 0, 0
     while done < kills:
         folder = root / f"run-{runs}"
         reached = []
         for _ in range(min(2, kills - done)):
             delay = draw.uniform(0.0, 0.9 * length)
-            if not killed(start(folder), delay, folder if done % 2 else None):
+            if not killed(start(folder, steps), delay, folder if done % 2 else None):
                 break
             done += 1
             path = newest(folder)
             reached.append(str(checkpoint_files.load(path)["global_step"]) if path else "none")
         torn += len(partials(folder))
-        finished(start(folder), folder)
-        is_same = same(result(folder), expected)
+        finished(start(folder, steps), folder)
+        is_same = same(result(folder, steps), expected)
         runs, wrong = runs + 1, wrong + (not is_same)
         verdict = "identical" if is_same else "DIFFERENT"
         print(f"run {runs}: killed with checkpoints at steps {', '.join(reached) or '-'}; then {verdict}", flush=True)
@@ -150,8 +150,9 @@ def measure(kills: int, seed: int, root: Path) -> int:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--steps", type=int, default=32, help="of a run; a multiple of 4")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        sys.exit(measure(arguments.kills, arguments.seed, Path(folder)) > 0)
+        sys.exit(measure(arguments.kills, arguments.steps, arguments.seed, Path(folder)) > 0)

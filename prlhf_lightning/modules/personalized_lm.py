@@ -31,6 +31,7 @@ from prlhf_lightning.modules.checkpoint_fit import check_shapes
 from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
 from prlhf_lightning.modules.reference_store import ReferenceStore
+from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy, Sampling
@@ -546,6 +547,7 @@ class PersonalizedLM(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
         users = checkpoint_content.users_of(checkpoint)
+        end_epoch(checkpoint)
         self._seed = checkpoint[checkpoint_content.KEY].get("seed")
         if self.vocabulary is not None and list(self.vocabulary.ids) != list(users.ids):
             new = sum(user_id not in users for user_id in self.vocabulary.ids)

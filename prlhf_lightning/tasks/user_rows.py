@@ -71,6 +71,10 @@ class UserRows:
         of_states = [value for state in self._states for value in self._by_row(state).values() if value.dim() > 1]
         return [*self.tables.values(), *of_states]
 
+    def new_rows(self) -> list[Tensor]:
+        """Return the row of a user who is added, for each table."""
+        return [self._entry["new_rows"][name].to(table.dtype) for name, table in self.tables.items()]
+
     def keep(self, rows: Sequence[int]) -> None:
         """Forget the users whose rows are not named; row 0 stays.
 
@@ -86,8 +90,10 @@ class UserRows:
         if known:
             raise ConfigurationError(f"user: {known[0]!r} is in this checkpoint already; add those who are not.")
 
+        new_rows = dict(zip(self.tables, self.new_rows(), strict=True))
+
         def with_new(table: Tensor, name: str) -> Tensor:
-            row = self._entry["new_rows"][name].to(table.dtype)
+            row = new_rows[name]
             return torch.cat([table, row.expand(len(user_ids), *row.shape)])
 
         self._replace(with_new, lambda value: torch.cat([value, value.new_zeros(len(user_ids), *value.shape[1:])]))

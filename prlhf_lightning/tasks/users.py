@@ -196,7 +196,10 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     rows_of = {user_id: before.row(user_id) for user_id in user_ids}
     gone = set(rows_of.values())
     _rewrite(source, target, lambda rows: rows.keep([r for r in range(1, len(before.vocabulary)) if r not in gone]))
-    others = _open(target).remembered()
+    after = _open(target)
+    others = after.remembered()
+    for number, new in enumerate(after.new_rows()):  # what a user has who was added and never trained
+        others[number] = torch.cat([others[number], new[None]])
     written = list(texts(read_checkpoint(target, "checkpoint")))
     print(f"{target}: searched all {target.stat().st_size:,} bytes")
     left = []

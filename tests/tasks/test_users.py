@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -111,8 +112,7 @@ def test_a_removed_user_leaves_nothing_and_the_others_stay_as_they_are(checkpoin
     assert all(secret in raw for secret in secrets)
     run("remove", "--checkpoint", checkpoint, "--user", CARLA)
     raw = checkpoint.read_bytes()
-    assert not any(secret in raw for secret in secrets if len(secret) >= 8)
-    assert not any(secret in raw for secret in secrets[:1])
+    assert not any(secret in raw for secret in secrets)
     assert f"{CARLA} and {len(secrets) - 1} vectors: nothing left" in capsys.readouterr().out
     after = of(checkpoint)
     assert CARLA not in after.vocabulary
@@ -147,9 +147,9 @@ def test_users_are_added_as_the_generic_user_and_trained_from_there(checkpoint, 
     (eve, seven) = module.vocabulary.rows(["eve", "7"]).tolist()
     was = of(checkpoint).tables.values()
     assert all(not torch.equal(t[eve], w[eve]) for t, w in zip(module.user_model.row_tables(), was, strict=True))
-    if not isinstance(module.user_model, OwnUserModel) and "own" not in str(type(module.user_model)):
-        table = module.user_model.row_tables()[0]
-        assert torch.equal(table[seven], next(iter(was))[seven])  # who is not in the data does not move
+    first = module.user_model.row_tables()[0]
+    if not isinstance(module.user_model, OwnUserModel):  # whose gradients are dense
+        assert torch.equal(first[seven], next(iter(was))[seven])  # who is not in the data does not move
 
 
 def test_a_user_who_is_added_and_removed_again_leaves_the_same_checkpoint(checkpoint, tmp_path):
@@ -210,8 +210,6 @@ def test_removing_says_where_else_a_user_is(plain, tmp_path, capsys):
     assert f"{folder / '.best.ckpt.partial'}, which a killed process left, names {CARLA}: delete it" in said
     assert f"{folder.parent / 'users_seen.csv'} names {CARLA}" in said
     (command,) = [line.strip() for line in said.splitlines() if "users remove" in line]
-    import shlex
-
     main(shlex.split(command)[3:])
     assert CARLA.encode() not in (folder / "best.ckpt").read_bytes()
 
@@ -285,7 +283,7 @@ def test_a_checkpoint_that_does_not_tell_its_tables_says_what_to_do(plain):
     content = checkpoint_files.load(plain)
     del content["prlhf_lightning"]["new_rows"]
     checkpoint_files.save(content, plain)
-    with pytest.raises(SystemExit, match="does not say which of its weights are users' rows.*fit --ckpt_path"):
+    with pytest.raises(SystemExit, match=r"does not say which of its weights are users' rows.*fit --ckpt_path"):
         run("list", "--checkpoint", plain)
 
 
