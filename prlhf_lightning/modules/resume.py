@@ -9,8 +9,8 @@ from typing import Any
 def end_epoch(checkpoint: Mapping[str, Any]) -> None:
     """Have a checkpoint that was saved at the very end of an epoch go on with the next one.
 
-    Lightning (2.6.6) saves there when nothing is validated, before it counts the epoch as completed. Going on from it,
-    it first trains on one batch more in the old epoch, and then counts that batch as the whole of the next one.
+    Lightning (2.6.6) saves there when nothing is validated, before it counts the epoch as completed. Going on from it
+    under a limit of steps (`max_steps`), it trains on one batch and takes that for the whole of the next epoch.
 
     Args:
         checkpoint: What the file holds; the state of its fit loop is changed.

@@ -37,24 +37,19 @@ def fit(model_path, votes, folder, ckpt_path=None, **kwargs) -> Watched:
     return module
 
 
+@pytest.mark.parametrize("max_steps", [-1, 13])
 @pytest.mark.parametrize(
     "kwargs",
-    [
-        {"limit_val_batches": 0},
-        {"check_val_every_n_epoch": 2},
-        {},
-        {"limit_val_batches": 0, "accumulate_grad_batches": 2},
-    ],
+    [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}, {}, {"accumulate_grad_batches": 2}],
     ids=["never validated", "every other epoch", "every epoch", "accumulated"],
 )
-def test_the_next_epoch_is_trained_in_full(model_path, votes, tmp_path, kwargs):
+def test_the_next_epoch_is_trained_in_full(model_path, votes, tmp_path, kwargs, max_steps):
+    kwargs = {**kwargs, "max_steps": max_steps}
     straight = fit(model_path, votes, tmp_path / "straight", **kwargs)
     paths = sorted((tmp_path / "straight").glob("*.ckpt"), key=lambda path: path.stat().st_mtime_ns)
     for epoch, path in enumerate(paths[:-1], start=1):
         resumed = fit(model_path, votes, tmp_path / "resumed", path, **kwargs)
         assert resumed.seen == [step for step in straight.seen if step[0] >= epoch]
         assert resumed.trainer.global_step == straight.trainer.global_step
-        batches = (module.trainer.fit_loop.epoch_loop._batches_that_stepped for module in (straight, resumed))
-        assert len(set(batches)) == 1  # the step that is logged
         for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
             assert torch.equal(a, b), name
