@@ -70,6 +70,6 @@ def _rows(tokens: Tokens) -> list[Sequence[int]]:
 
 
 def _pad(values: Sequence[Values | None], completion: Tokens) -> LogProbs:
-    log_probs = torch.zeros(completion.mask.shape)
+    log_probs = torch.zeros(completion.mask.shape, dtype=torch.float32)  # whatever the trainer's precision is
     log_probs[completion.mask] = torch.cat([torch.tensor(row) for row in values])
     return LogProbs(log_probs, completion.mask)
