@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import transformers
 import trl
@@ -98,10 +97,9 @@ def ours(
     if cached:
         batch = replace(batch, reference=module.reference_log_probs(batch))
     optimizer = RowwiseAdamW([p for p in module.parameters() if p.requires_grad], lr=1e-5)
-    draw = np.random.default_rng(0) if sampled else None
 
     def step() -> float:
-        return descend(module.objective(batch, draw=draw)[0].mean(), optimizer)
+        return descend(module.objective(batch, sampled=sampled)[0].mean(), optimizer)
 
     return step
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 import sys
 import warnings
@@ -35,13 +36,31 @@ from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSi
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Policy
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks import users
+from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.user_models import UserModel
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
-TASKS: dict[str, Any] = {"export": export}
+TASKS: dict[str, Any] = {
+    "export": export,
+    "users": {
+        "_help": "List, show, add, remove or export the users of a checkpoint.",
+        "list": users.list_users,
+        "show": users.show,
+        "add": users.add,
+        "remove": users.remove,
+        "export": users.export,
+    },
+}
+
+_RUNS = "runs"  # where runs go that were not told a folder
+
+
+def _summary(task: Any) -> str:
+    """Return what a command, or a group of commands, does, in a line."""
+    return str(task["_help"]) if isinstance(task, dict) else (getdoc(task) or "").partition("\n")[0]
 
 
 class _Parser(LightningArgumentParser):
@@ -50,7 +69,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = {name for component in (UserModel, Policy, PreferenceLoss, DataSource) for name in _names(component)}
         known |= {action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions}
-        known |= {*PRLHFCLI.subcommands(), *TASKS}
+        known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"]}
         known |= {dest.rpartition(".")[2] for dest in known}
         meant = [
             f"{word!r}: did you mean {' or '.join(map(repr, close))}?"
@@ -116,7 +135,7 @@ class PRLHFCLI(LightningCLI):
             parser_kwargs={
                 "description": "Train and use language models that write differently for each user.",
                 "epilog": "Tasks: "
-                + " ".join(f"{name}: {(getdoc(task) or name).splitlines()[0]}" for name, task in TASKS.items())
+                + " ".join(f"{name}: {_summary(task)}" for name, task in TASKS.items())
                 + " Each explains itself with --help.",
             },
             auto_configure_optimizers=False,
@@ -144,11 +163,22 @@ class PRLHFCLI(LightningCLI):
         configuration say of the model. They are not needed: the whole model is configured in every command.
         """
         given = self.config[self.config.subcommand]
+        if given.ckpt_path == "last":
+            given.ckpt_path = self._last_checkpoint(given.trainer.default_root_dir or _RUNS)
         path = str(given.ckpt_path or "")
         # Lightning itself finds these, and what is on other file systems.
-        is_found_later = path in ("", "last", "hpc") or path.startswith("registry") or "://" in path
+        is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
         if not is_found_later:
             read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+
+    def _last_checkpoint(self, root: str) -> str | None:
+        """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
+        path = last_checkpoint(root)
+        if path is None and self.config.subcommand != "fit":
+            raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
+        # Not an error, so that the same command begins a run and goes on with it.
+        rank_zero_info(f"Going on from {path}" if path else f"No run in {root} has a checkpoint yet: starting anew.")
+        return str(path) if path else None
 
     def after_fit(self) -> None:
         """Compare with the vanilla counterpart, if asked to."""
@@ -183,8 +213,8 @@ class PRLHFCLI(LightningCLI):
         if wanted and not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
             config["callbacks"].append(RichProgressBar())
         if config["logger"] is None:
-            config["logger"] = CSVLogger(config["default_root_dir"] or "runs", name="")
-        _check_writable(str(config["default_root_dir"] or "runs"))
+            config["logger"] = CSVLogger(config["default_root_dir"] or _RUNS, name="")
+        _check_writable(str(config["default_root_dir"] or _RUNS))
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
@@ -230,6 +260,9 @@ def main(args: ArgsType = None) -> None:
             auto_cli(TASKS, args=words, as_positional=False, parser_class=_Parser)
         else:
             PRLHFCLI(args)
+    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         # An error of ours may come wrapped in those of the libraries that called us.
         told = next((said for e in _causes(error) if (said := _for_people(e))), None)

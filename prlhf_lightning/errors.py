@@ -15,3 +15,11 @@ class ConfigurationError(PRLHFError, ValueError):
 
 class NonFiniteError(PRLHFError, ArithmeticError):
     """Training came to a loss or a gradient that is infinite or NaN. All processes raise it in the same step."""
+
+
+class DamagedCheckpointError(ConfigurationError):
+    """A checkpoint file that is not, byte for byte, what was written, or that never was a checkpoint."""
+
+
+class CheckpointWriteError(PRLHFError, OSError):
+    """A file that could not be written, as on a full disk; what was there before it is untouched."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import sys
 
 import pytest
@@ -216,6 +218,55 @@ def test_an_interval_of_validation_within_an_epoch_is_taken(config, interval):
 def test_an_interval_over_epochs_may_be_longer_than_one(config):
     more = ("--trainer.check_val_every_n_epoch", "null", "--trainer.max_steps", 1)
     run("fit", "-c", config, "--trainer.val_check_interval", 1000, *more)
+
+
+def test_last_goes_on_from_the_newest_intact_checkpoint_of_the_last_run(config, tmp_path, capsys):
+    fit = ["fit", "-c", config, "--ckpt_path", "last", "--trainer.max_epochs"]
+    run(*fit, 1)  # there is none yet
+    first = tmp_path / "runs/version_0/checkpoints"
+    steps = torch.load(first / "last.ckpt", weights_only=True)["global_step"]
+    (first / "last.ckpt").write_bytes((first / "last.ckpt").read_bytes()[:-100])
+    with pytest.warns(UserWarning, match=rf"Damaged: {first}/last.ckpt. .*that run is used: {first}/best-step{steps}"):
+        run(*fit, 2)
+    assert torch.load(tmp_path / "runs/version_1/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2 * steps
+    run("validate", "-c", config, "--ckpt_path", "last")
+    for path in (tmp_path / "runs/version_1/checkpoints").iterdir():
+        path.write_bytes(b"")
+    assert "no checkpoint of the last run is intact" in fails(capsys, *fit, 3)
+
+
+def test_last_is_an_error_where_there_is_nothing_to_validate(config, capsys):
+    assert "there is no checkpoint of any run" in fails(capsys, "validate", "-c", config, "--ckpt_path", "last")
+
+
+def test_a_full_disk_is_told_in_one_line_and_a_damaged_file_names_an_intact_one(config, tmp_path, capsys, monkeypatch):
+    run("fit", "-c", config)
+    folder = tmp_path / "runs/version_0/checkpoints"
+    (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:-100])
+    said = fails(capsys, "fit", "-c", config, "--ckpt_path", folder / "last.ckpt")
+    assert "last.ckpt is damaged" in said
+    assert "The newest intact checkpoint beside it is" in said
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit, match=r"^error: [^\n]*ckpt could not be written: No space left on device[^\n]*$"):
+        run("fit", "-c", config, "--model.cache_reference", "false")
+
+
+def test_users_are_removed_from_a_run_which_then_goes_on_validates_and_exports(config, tmp_path):
+    run("fit", "-c", config)
+    last = tmp_path / "runs/version_0/checkpoints/last.ckpt"
+    run("users", "remove", "--checkpoint", last, "--user", "bob", "--all", "true")
+    assert all(b"bob" not in path.read_bytes() for path in last.parent.iterdir())
+    run("users", "add", "--checkpoint", last, "--user", "eve")
+    run("validate", "-c", config, "--ckpt_path", last)
+    run("fit", "-c", config, "--ckpt_path", last, "--trainer.max_epochs", 2)
+    after = torch.load(tmp_path / "runs/version_2/checkpoints/last.ckpt", weights_only=True)
+    assert after["prlhf_lightning"]["users"] == ["ann", "cy", "dee", "eve"]
+    run("export", "--checkpoint", last, "--folder", tmp_path / "exported")
+    assert (tmp_path / "exported/model.safetensors").exists()
 
 
 def test_a_run_shorter_than_the_logging_interval_is_logged(config, tmp_path, recwarn):

@@ -13,7 +13,7 @@ import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
 LEAVES = {"types", "errors", "paths"}
-STORE = {"reference_cache"}
+STORE = {"reference_cache", "checkpoint_files"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "modules": LEAVES | STORE | SIBLINGS,
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | SIBLINGS | {"modules", "callbacks"},
+    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
@@ -33,6 +33,8 @@ def imported(path: Path) -> set[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("prlhf_lightning."):
             names.add(node.module.split(".")[1])
+        elif isinstance(node, ast.ImportFrom) and node.module == "prlhf_lightning":
+            names |= {alias.name for alias in node.names}
     return names
 
 

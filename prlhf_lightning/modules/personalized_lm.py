@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
@@ -22,12 +22,15 @@ from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 from transformers import get_scheduler
 
+from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.sampler import UserGroupedBatchSampler
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
+from prlhf_lightning.modules import checkpoint_content
 from prlhf_lightning.modules.checkpoint_fit import check_shapes
+from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
 from prlhf_lightning.modules.finite import FiniteGuard, all_finite, non_finite_error
 from prlhf_lightning.modules.optim import (
     Optim,
@@ -38,6 +41,7 @@ from prlhf_lightning.modules.optim import (
     optimizer_steps,
 )
 from prlhf_lightning.modules.reference_store import ReferenceStore
+from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
 from prlhf_lightning.modules.trainer_settings import check_trainer
 from prlhf_lightning.paths import cache_folder
@@ -45,9 +49,6 @@ from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.reference_cache import ReferenceCache
 from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
 from prlhf_lightning.user_models import UserModel
-
-_CHECKPOINT_KEY = "prlhf_lightning"
-_CHECKPOINT_FORMAT = 1
 
 # So that a checkpoint of a module built in code opens with `weights_only=True`.
 torch.serialization.add_safe_globals([Optim, Sampling])
@@ -132,11 +133,13 @@ class PersonalizedLM(LightningModule):
         self._metrics: dict[str, PreferenceAccuracy] = {}
         self._names: dict[int, str] = {}
         self._finite = FiniteGuard()
+        self._seed: int | None = None
 
     # ---- set-up
 
     def setup(self, stage: str) -> None:
         """Take the users from the data, unless a checkpoint has brought its own."""
+        use_sealed_files(self.trainer)
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.vocabulary is None:
             if datamodule is None:
@@ -193,6 +196,7 @@ class PersonalizedLM(LightningModule):
     def on_fit_start(self) -> None:
         """Give all processes the same user tables, as DDP does with all else."""
         self._finite.forget()  # what a fit that failed has left
+        self._seed = torch.initial_seed() if self._seed is None else self._seed
         if self._ddp is not None:
             for table in sparse_tables(self.user_model):
                 torch.distributed.broadcast(table.data, src=0)
@@ -323,7 +327,7 @@ class PersonalizedLM(LightningModule):
         scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
         reference = self._pair(scored).select(of_pair)
         if self._reference_store is not None and batch.reference_keys:
-            self._reference_store.keep(batch, reference)
+            reference = self._reference_store.keep(batch, reference)
         return reference
 
     def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
@@ -382,21 +386,21 @@ class PersonalizedLM(LightningModule):
         return PairLogProbs(chosen, rejected)
 
     def objective(
-        self, batch: PreferenceBatch, every_term: bool = False, draw: np.random.Generator | None = None
+        self, batch: PreferenceBatch, every_term: bool = False, sampled: bool = False
     ) -> tuple[Tensor, list[Term]]:
         """Compute the alpha-weighted loss of each pair.
 
         Args:
             batch: B pairs.
             every_term: Compute a term of weight zero as well, for its rewards.
-            draw: Draws one of its two terms for each pair, in proportion to their weights; None computes both.
+            sampled: Draw one of its two terms for each pair, in proportion to their weights, instead of both.
 
         Returns:
             The losses `[B]`, and the terms: the user's own and the generic user's. Where the user model does not tell
             users apart the two are one, and it comes once. Terms that were drawn come as one too.
         """
-        if draw is not None and self.user_model.personalizes:
-            generic = torch.from_numpy(draw.random(len(batch)) >= self.alpha).to(batch.records.device)
+        if sampled and self.user_model.personalizes:
+            generic = (torch.rand(len(batch)) >= self.alpha).to(batch.records.device)
             drawn = self._sampled_log_probs(batch, generic)
             reference = self.reference_log_probs(batch)
             output = self.loss(drawn, reference)
@@ -443,9 +447,14 @@ class PersonalizedLM(LightningModule):
             if store is not None:
                 store.cache.refresh()
 
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
+        draw = f"{self._seed} {self.global_rank} {self.current_epoch} {batch_idx}"
+        torch.manual_seed(_hash(draw))
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch's pairs, weighted so that every pair of an optimiser step counts the same."""
-        losses, terms = self.objective(batch, draw=self._draw(batch_idx) if self.sample_terms else None)
+        losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
         loss = losses.mean()
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
@@ -460,10 +469,6 @@ class PersonalizedLM(LightningModule):
             accuracy = (terms[0].margins > 0).float().mean()
             self.log("train/accuracy", accuracy, prog_bar=True, batch_size=len(batch))
         return loss * self._share(len(batch), batch_idx)
-
-    def _draw(self, batch_idx: int) -> np.random.Generator:
-        # Made from where training stands, so that a run that was interrupted draws the same when it goes on.
-        return np.random.default_rng([torch.initial_seed() % 2**32, self.current_epoch, batch_idx, self.global_rank])
 
     def _share(self, pairs: int, batch_idx: int) -> float:
         """Return a batch's pairs over the mean number in the batches of its optimiser step, over all processes.
@@ -592,20 +597,52 @@ class PersonalizedLM(LightningModule):
 
     # ---- checkpoints
 
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a model, as `LightningModule.load_from_checkpoint` does, from a file that is whole.
+
+        Only an explicit `weights_only=False` lets the file run code.
+
+        Raises:
+            DamagedCheckpointError: The file is not what was written.
+        """
+        if isinstance(checkpoint_path, str | Path) and is_local(checkpoint_path) and Path(checkpoint_path).is_file():
+            checkpoint_files.check(Path(checkpoint_path))
+        safely = weights_only is not False
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and the users whose rows it holds; not the frozen backbone."""
+        if self._reference_store is not None:
+            # A run that goes on from here must find what this one knows: computed anew, in another batch, the
+            # reference's log-probs would differ in their last bits.
+            self._reference_store.cache.flush()
         kept = self._trained_names()
-        checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint[_CHECKPOINT_KEY] = {
-            "format": _CHECKPOINT_FORMAT,
-            "users": list(self.vocabulary.ids) if self.vocabulary is not None else [],
-        }
+        checkpoint["state_dict"] = weights = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
+        tables = self._names_of(self.user_model.row_tables())
+        if not weights.keys() >= set(tables):
+            tables = []  # frozen, or held by other processes
+        new_rows = self.user_model.new_rows([weights[name] for name in tables])
+        checkpoint[checkpoint_content.KEY] = checkpoint_content.entry(
+            self.vocabulary,
+            {name: row.detach().clone() for name, row in zip(tables, new_rows, strict=True)},
+            self._names_of(self.user_model.share_tables()),
+            torch.initial_seed() if self._seed is None else self._seed,
+        )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
-        if _CHECKPOINT_KEY not in checkpoint:
-            raise ConfigurationError("This checkpoint was not written by prlhf_lightning: it holds no users.")
-        users = UserVocabulary(checkpoint[_CHECKPOINT_KEY]["users"])
+        users = checkpoint_content.users_of(checkpoint)
+        end_epoch(checkpoint)
+        self._seed = checkpoint[checkpoint_content.KEY].get("seed")
         if self.vocabulary is not None and list(self.vocabulary.ids) != list(users.ids):
             new = sum(user_id not in users for user_id in self.vocabulary.ids)
             rank_zero_warn(
@@ -622,9 +659,7 @@ class PersonalizedLM(LightningModule):
         Raises:
             ConfigurationError: A trained weight is missing, has another shape, or is not in this model.
         """
-        tables = {id(table) for table in self.user_model.row_tables()}
-        names = {name for name, param in self.named_parameters() if id(param) in tables}
-        check_shapes(state_dict, super().state_dict(), names)
+        check_shapes(state_dict, super().state_dict(), self._names_of(self.user_model.row_tables()))
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         missing = sorted(self._trained_names() & set(result.missing_keys))
         if strict and (missing or result.unexpected_keys):
@@ -633,6 +668,11 @@ class PersonalizedLM(LightningModule):
                 f"with. Missing: {missing[:5]}; not in the model: {result.unexpected_keys[:5]}."
             )
         return _IncompatibleKeys([], [])
+
+    def _names_of(self, tables: Sequence[Tensor]) -> list[str]:
+        """Return the names of some of the parameters, in their order."""
+        names = {id(param): name for name, param in self.named_parameters()}
+        return [names[id(table)] for table in tables if id(table) in names]
 
     def _trained_names(self) -> set[str]:
         frozen = {name for name, param in self.named_parameters() if not param.requires_grad}
@@ -649,4 +689,8 @@ def _all_gather(tensor: Tensor) -> Tensor:
 
 def _user_key(user_id: str) -> int:
     """Return an int64 that stands for a user on every process and in every run."""
-    return int.from_bytes(blake2b(user_id.encode(), digest_size=8).digest(), "big", signed=True)
+    return _hash(user_id)
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

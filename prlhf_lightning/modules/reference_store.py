@@ -40,12 +40,29 @@ class ReferenceStore:
             return batch
         return replace(batch, reference=PairLogProbs(_pad(chosen, batch.chosen), _pad(rejected, batch.rejected)))
 
-    def keep(self, batch: PreferenceBatch, scored: PairLogProbs) -> None:
-        """Keep what was computed for a batch that `attach` could not serve."""
-        for column, scores in enumerate((scored.chosen, scored.rejected)):
-            tokens, lengths = scores.tokens.cpu().numpy(), scores.lengths.tolist()
-            keys = [pair[column] for pair in batch.reference_keys]
-            self.cache.put(keys, [row[:length] for row, length in zip(tokens, lengths, strict=True)])
+    def keep(self, batch: PreferenceBatch, scored: PairLogProbs) -> PairLogProbs:
+        """Keep what was computed for a batch that `attach` could not serve.
+
+        Returns:
+            The log-probs to use. What was known of a completion stands: computed anew, in another batch, it differs in
+            its last bits, and then training would depend on what an interrupted run had scored before.
+        """
+        columns = [[pair[column] for pair in batch.reference_keys] for column in (0, 1)]
+        return PairLogProbs(
+            self._settle(columns[0], scored.chosen, batch.chosen),
+            self._settle(columns[1], scored.rejected, batch.rejected),
+        )
+
+    def _settle(self, keys: Sequence[bytes], scores: LogProbs, completion: Tokens) -> LogProbs:
+        rows = zip(scores.tokens.cpu().numpy(), scores.lengths.tolist(), strict=True)
+        new: dict[bytes, Values] = {}
+        values = [
+            new.setdefault(key, row[:length]) if known is None else known
+            for key, known, (row, length) in zip(keys, self.cache.get(keys), rows, strict=True)
+        ]
+        self.cache.put(list(new), list(new.values()))
+        # Laid out as `attach` does, since sums over another number of padded places differ in their last bits as well.
+        return _pad(values, completion.to("cpu")).to(scores.tokens.device)
 
 
 def _rows(tokens: Tokens) -> list[Sequence[int]]:
@@ -53,6 +70,6 @@ def _rows(tokens: Tokens) -> list[Sequence[int]]:
 
 
 def _pad(values: Sequence[Values | None], completion: Tokens) -> LogProbs:
-    log_probs = torch.zeros(completion.mask.shape)
+    log_probs = torch.zeros(completion.mask.shape, dtype=torch.float32)  # whatever the trainer's precision is
     log_probs[completion.mask] = torch.cat([torch.tensor(row) for row in values])
     return LogProbs(log_probs, completion.mask)

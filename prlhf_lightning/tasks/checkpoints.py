@@ -1,15 +1,16 @@
-"""Reading checkpoints, with errors that say what is wrong with a file."""
+"""Finding and reading checkpoints, with errors that say what is wrong with a file."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
+from lightning.pytorch.utilities import rank_zero_warn
 
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning import checkpoint_files
+from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.checkpoint_content import entry_of
 
 
 def read_checkpoint(path: str | Path, option: str, weights_only: bool = True) -> dict[str, Any]:
@@ -26,15 +27,44 @@ def read_checkpoint(path: str | Path, option: str, weights_only: bool = True) ->
     if not path.is_file():
         raise ConfigurationError(f"{option}: there is no checkpoint {path}; give a .ckpt file of an earlier run.")
     try:
-        content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=weights_only, mmap=True)
-    except UnpicklingError as error:
-        raise ConfigurationError(
-            f"{option}: {path} holds more than weights and settings, which could run code. If you trust its source, "
-            f"load it in Python, with `weights_only=False`. Cause: {error}"
-        ) from error
-    except (RuntimeError, EOFError) as error:  # not a zip file, or a part of one
-        raise ConfigurationError(f"{option}: {path} is damaged, or no checkpoint; give a .ckpt file.") from error
+        content: dict[str, Any] = checkpoint_files.load(path, weights_only=weights_only, mmap=True)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{option}: {error}") from error
+    try:
+        entry_of(content)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{option}: {path}: {error}") from error
     return content
+
+
+def last_checkpoint(root: str | Path) -> Path | None:
+    """Return the newest intact checkpoint of the newest run that has any, or None where no run has.
+
+    Where newer ones are damaged, a warning names them and the one that is returned. Those of earlier runs, which may
+    have been about something else, do not stand in for them.
+
+    Args:
+        root: The folder of all runs.
+
+    Raises:
+        DamagedCheckpointError: The newest run has none that is intact.
+    """
+    runs = {folder for depth in ("", "*/", "*/*/") for folder in Path(root).glob(f"{depth}checkpoints")}
+    newest = {files[0]: folder for folder in runs if (files := checkpoint_files.in_order(folder))}
+    if not newest:
+        return None
+    run = newest[max(newest, key=lambda path: path.stat().st_mtime_ns)]
+    chosen = checkpoint_files.newest_intact(run)
+    files = checkpoint_files.in_order(run)
+    damaged = [str(path) for path in (files[: files.index(chosen)] if chosen else files)]
+    if chosen is None:
+        raise DamagedCheckpointError(
+            f"ckpt_path: no checkpoint of the last run is intact ({', '.join(damaged)}). Name one of an earlier run by "
+            "its path, or start anew without --ckpt_path."
+        )
+    if damaged:
+        rank_zero_warn(f"Damaged: {', '.join(damaged)}. The newest intact checkpoint of that run is used: {chosen}")
+    return chosen
 
 
 def load_module(path: str | Path, option: str) -> PersonalizedLM:

@@ -53,6 +53,20 @@ class UserModel(nn.Module, ABC):
         """Return the parameters that hold one row a user, in the order of the vocabulary."""
         return []
 
+    def new_rows(self, tables: list[Tensor]) -> list[Tensor]:
+        """Return the row that a user gets who is added to a trained model: by default the generic user's, row 0.
+
+        Override it where row 0 does not stand for the generic user, or a better start is known.
+
+        Args:
+            tables: The trained tables, in the order of `row_tables`.
+        """
+        return [table[0] for table in tables]
+
+    def share_tables(self) -> list[Tensor]:
+        """Return those of `row_tables` whose rows are weights before a softmax, to be shown as shares."""
+        return []
+
 
 def check_count(model: UserModel, name: str, value: int, least: int = 1) -> int:
     """Return a number of vectors or the like, or raise where it is below `least`."""

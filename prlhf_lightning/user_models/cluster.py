@@ -39,3 +39,7 @@ class ClusterUserModel(UserModel):
     def row_tables(self) -> list[Tensor]:
         """Return the weights."""
         return [self.weights.weight]
+
+    def share_tables(self) -> list[Tensor]:
+        """Return the weights: a row's softmax is the user's share of each prompt."""
+        return self.row_tables()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
@@ -40,3 +42,12 @@ class CompositeUserModel(UserModel):
     def row_tables(self) -> list[Tensor]:
         """Return the tables of all parts."""
         return [table for part in self._models for table in part.row_tables()]
+
+    def new_rows(self, tables: list[Tensor]) -> list[Tensor]:
+        """Return each part's rows for its own tables."""
+        left = iter(tables)
+        return [row for part in self._models for row in part.new_rows(list(islice(left, len(part.row_tables()))))]
+
+    def share_tables(self) -> list[Tensor]:
+        """Return those of all parts."""
+        return [table for part in self._models for table in part.share_tables()]

@@ -11,7 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss, SimPOLoss
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.reference_store import ReferenceStore
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.reference_cache import ReferenceCache
+from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens
 from prlhf_lightning.user_models import CompositeUserModel, IndividualUserModel, TextUserModel, UserModel
 
 
@@ -49,6 +52,49 @@ def test_training_is_the_same_with_and_without_the_cache(model_path, votes, tmp_
     for (name, a), b, c in zip(plain.named_parameters(), filling.parameters(), served.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
         assert torch.equal(b, c), name
+
+
+def scores_of(tokens: Tokens, width: int) -> LogProbs:
+    """Log-probs as a policy computes them: of another batch, in other last bits, and padded to another width."""
+    mask = torch.nn.functional.pad(tokens.mask, (0, width - tokens.mask.shape[1]))
+    return LogProbs(torch.randn(mask.shape) * mask, mask)
+
+
+def batch_of(chosen: list[list[int]], rejected: list[list[int]]) -> PreferenceBatch:
+    count = len(chosen)
+    tokens = [Tokens.from_lists(rows) for rows in ([[]] * count, [[1]] * count, chosen, rejected)]
+    return PreferenceBatch(("ann",) * count, *tokens, records=torch.arange(count))
+
+
+def test_what_is_used_does_not_depend_on_whether_it_was_known(tmp_path):
+    """To the last bit, so that a run that was killed goes on as if it had not been."""
+    store = ReferenceStore(ReferenceCache(tmp_path, {"model": "a"}), sees_text=False)
+    a, b, c = [5, 6, 7], [8, 9], [4, 4, 4, 4]
+    first = store.attach(batch_of([a, b], [b, c]))  # b is chosen and rejected
+    assert first.reference is None
+    computed = store.keep(first, PairLogProbs(scores_of(first.chosen, 6), scores_of(first.rejected, 6)))
+    assert torch.equal(computed.chosen.tokens[1, :2], computed.rejected.tokens[0, :2])
+    served = store.attach(batch_of([a, b], [b, c])).reference
+    for x, y in ((computed.chosen, served.chosen), (computed.rejected, served.rejected)):
+        assert torch.equal(x.tokens, y.tokens)
+        assert torch.equal(x.mask, y.mask)
+    second = store.attach(batch_of([a, [3]], [c, b]))  # known but for one
+    assert second.reference is None
+    again = store.keep(second, PairLogProbs(scores_of(second.chosen, 6), scores_of(second.rejected, 6)))
+    assert torch.equal(again.chosen.tokens[0], computed.chosen.tokens[0])
+    assert torch.equal(again.rejected.tokens[0], computed.rejected.tokens[1])
+    assert torch.equal(store.attach(batch_of([a], [c])).reference.chosen.tokens, computed.chosen.tokens[:1])
+
+
+def test_a_checkpoint_writes_out_what_was_scored_before_it(model_path, votes, tmp_path):
+    module = fit(model_path, votes, tmp_path)
+    store = ReferenceStore(ReferenceCache(tmp_path / "own", {"model": "a"}), sees_text=False)
+    batch = store.attach(batch_of([[5]], [[6]]))
+    store.keep(batch, PairLogProbs(scores_of(batch.chosen, 1), scores_of(batch.rejected, 1)))
+    module._reference_store = store
+    module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    other = ReferenceStore(ReferenceCache(tmp_path / "own", {"model": "a"}), sees_text=False)
+    assert other.attach(batch_of([[5]], [[6]])).reference is not None
 
 
 def change_model(path):

@@ -1,0 +1,131 @@
+"""The users of a checkpoint as rows: of every table of the model, and of what the optimiser remembers of each.
+
+Works on what a checkpoint holds, without its model: the checkpoint names the tables and keeps the row of a new user.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modules.checkpoint_content import entry_of, users_of
+
+
+class UserRows:
+    """Reads and changes the users of a checkpoint.
+
+    Args:
+        checkpoint: What the file holds; changed by `keep` and `add`.
+    """
+
+    def __init__(self, checkpoint: dict[str, Any]) -> None:
+        self._checkpoint = checkpoint
+        self._entry = entry_of(checkpoint)
+        if "new_rows" not in self._entry:
+            raise ConfigurationError(
+                "This checkpoint does not say which of its weights are users' rows, as those of later versions do. Go "
+                "on with its run (`fit --ckpt_path`), and use the checkpoint that is then written."
+            )
+        self.vocabulary = users_of(checkpoint)
+        for name, table in self.tables.items():
+            if len(table) != len(self.vocabulary):
+                raise ConfigurationError(
+                    f"This checkpoint has {len(self.vocabulary) - 1} users, and {name} rows of {len(table) - 1}."
+                )
+        self._states = list(self._optimizer_states())
+
+    @property
+    def tables(self) -> dict[str, Tensor]:
+        """The tables `[1 + number of users, ...]` by their names in the state dict; row 0 is the generic user's."""
+        weights = self._checkpoint["state_dict"]
+        return {name: weights[name] for name in self._entry["new_rows"]}
+
+    @property
+    def shares(self) -> tuple[str, ...]:
+        """Names of the tables whose rows are weights before a softmax."""
+        return tuple(self._entry.get("shares", ()))
+
+    def row(self, user_id: str) -> int:
+        """Return the row of a user; an unknown one is an error."""
+        if user_id not in self.vocabulary:
+            raise ConfigurationError(f"user: {user_id!r} is not in this checkpoint; `users list` shows who is.")
+        return int(self.vocabulary.rows([user_id])[0])
+
+    def vectors(self) -> Tensor:
+        """Return each user's rows of all tables side by side, `[1 + number of users, width]` float32."""
+        parts = [table.flatten(1).float() for table in self.tables.values()]
+        return torch.cat(parts, dim=1) if parts else torch.zeros(len(self.vocabulary), 0)
+
+    def steps(self) -> Tensor | None:
+        """Return in how many steps each row was trained, `[1 + number of users]`, where the optimiser counts them."""
+        counts = [state["row_steps"] for state in self._states if "row_steps" in state]
+        return torch.stack(counts).amax(0).long() if counts else None
+
+    def remembered(self) -> list[Tensor]:
+        """Return all that is kept of users: the tables, and the optimiser's averages of their gradients."""
+        of_states = [value for state in self._states for value in self._by_row(state).values() if value.dim() > 1]
+        return [*self.tables.values(), *of_states]
+
+    def new_rows(self) -> list[Tensor]:
+        """Return the row of a user who is added, for each table."""
+        return [self._entry["new_rows"][name].to(table.dtype) for name, table in self.tables.items()]
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Forget the users whose rows are not named; row 0 stays.
+
+        The tensors are new: a slice would take the whole old table into the file with it.
+        """
+        index = torch.tensor([0, *rows])
+        self._replace(lambda table, _: table[index], lambda value: value[index])
+        self._rename([self.vocabulary.ids[row - 1] for row in rows])
+
+    def add(self, user_ids: Sequence[str]) -> None:
+        """Give rows to users who are new, each as the generic user until trained."""
+        known = [user_id for user_id in user_ids if user_id in self.vocabulary]
+        if known:
+            raise ConfigurationError(f"user: {known[0]!r} is in this checkpoint already; add those who are not.")
+
+        new_rows = dict(zip(self.tables, self.new_rows(), strict=True))
+
+        def with_new(table: Tensor, name: str) -> Tensor:
+            row = new_rows[name]
+            return torch.cat([table, row.expand(len(user_ids), *row.shape)])
+
+        self._replace(with_new, lambda value: torch.cat([value, value.new_zeros(len(user_ids), *value.shape[1:])]))
+        self._rename([*self.vocabulary.ids, *user_ids])
+
+    def _replace(self, of_table: Callable[[Tensor, str], Tensor], of_state: Callable[[Tensor], Tensor]) -> None:
+        for name, table in self.tables.items():
+            self._checkpoint["state_dict"][name] = of_table(table, name)
+        for state in self._states:
+            state.update({key: of_state(value) for key, value in self._by_row(state).items()})
+
+    def _rename(self, user_ids: Sequence[str]) -> None:
+        self._entry["users"] = list(user_ids)
+        self.vocabulary = UserVocabulary(user_ids)
+
+    def _by_row(self, state: dict[str, Any]) -> dict[str, Tensor]:
+        """Return those parts of a table's optimiser state that have a row a user."""
+        return {
+            key: value
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim() > 0 and len(value) == len(self.vocabulary)
+        }
+
+    def _optimizer_states(self) -> Iterator[dict[str, Any]]:
+        """Find the optimiser's state of each table: they are the parameters of one group, in their order."""
+        optimizers = self._checkpoint.get("optimizer_states") or []
+        groups = [(group, o["state"]) for o in optimizers for group in o["param_groups"]]
+        found = [(group["params"], state) for group, state in groups if group.get("name") == "user_tables"]
+        if optimizers and self.tables and [len(params) for params, _ in found] != [len(self.tables)]:
+            raise ConfigurationError(
+                "The optimiser's state in this checkpoint has no group `user_tables` with one entry a table, as "
+                "`PersonalizedLM.configure_optimizers` makes it, so that it is not known which rows are whose."
+            )
+        for params, state in found:
+            yield from (state[param] for param in params if param in state)

@@ -1,0 +1,269 @@
+"""The users of a checkpoint: who they are, adding them, and removing them so that nothing of them is left in it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save as safetensors_bytes
+
+from prlhf_lightning import checkpoint_files
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
+from prlhf_lightning.tasks.user_rows import UserRows
+
+_NEAREST = 5
+
+
+def list_users(checkpoint: Path) -> None:
+    """List the users of a checkpoint, in the order of their rows.
+
+    The columns: the length of a user's row, its distance from the generic user's, and the number of steps that the
+    user was in (- where the checkpoint does not hold it).
+
+    Args:
+        checkpoint: A checkpoint file of `fit`.
+    """
+    rows = _open(checkpoint)
+    vectors, steps = rows.vectors(), rows.steps()
+    norms, distances = vectors.norm(dim=1), (vectors - vectors[0]).norm(dim=1)
+    print(f"{'norm':>10} {'from generic':>12} {'steps':>8}  user_id")
+    for row, user_id in enumerate(("(generic user)", *rows.vocabulary.ids)):
+        count = "-" if steps is None or row == 0 else int(steps[row])
+        print(f"{norms[row]:10.4f} {distances[row]:12.4f} {count:>8}  {_printable(user_id)}")
+
+
+def show(checkpoint: Path, user: str) -> None:
+    """Show one user of a checkpoint: row, steps, distance from the generic user, nearest users, shares of clusters.
+
+    Args:
+        checkpoint: A checkpoint file of `fit`.
+        user: The user's id.
+    """
+    rows = _open(checkpoint)
+    row = rows.row(user)
+    vectors, steps = rows.vectors(), rows.steps()
+    print(f"user_id       {_printable(user)}")
+    print(f"row           {row} of {len(rows.vocabulary) - 1}")
+    print(f"steps         {'-' if steps is None else int(steps[row])}")
+    print(f"norm          {vectors[row].norm():.4f}")
+    print(f"from generic  {(vectors[row] - vectors[0]).norm():.4f}")
+    distances = (vectors - vectors[row]).norm(dim=1)
+    distances[[0, row]] = torch.inf
+    nearest = [other for other in distances.argsort(stable=True).tolist() if distances[other] < torch.inf][:_NEAREST]
+    print(
+        "nearest       " + ", ".join(f"{_printable(rows.vocabulary.ids[n - 1])} ({distances[n]:.4f})" for n in nearest)
+    )
+    for name, table in rows.tables.items():
+        print(f"{name}  {list(table[row].shape)} {str(table.dtype).removeprefix('torch.')}")
+        if name in rows.shares:
+            shares = table[[row, 0]].float().softmax(-1).tolist()
+            for who, values in zip(("user", "generic"), shares, strict=True):
+                print(f"  shares, {who:8}" + " ".join(f"{value:.3f}" for value in values))
+
+
+def add(
+    checkpoint: Path, user: str | list[str] | None = None, file: Path | None = None, output: Path | None = None
+) -> None:
+    """Add users to a checkpoint: each is the generic user until trained further.
+
+    Args:
+        checkpoint: A checkpoint file of `fit`.
+        user: The new user's id; of several, `--user+ one --user+ another`.
+        file: A text file with an id a line, in UTF-8.
+        output: The file to write; the checkpoint itself if none is given.
+    """
+    user_ids = _given(user, file)
+    _rewrite(checkpoint, output or checkpoint, lambda rows: rows.add(user_ids))
+    print(f"{len(user_ids)} added: {output or checkpoint}")
+
+
+def remove(
+    checkpoint: Path,
+    user: str | list[str] | None = None,
+    file: Path | None = None,
+    output: Path | None = None,
+    all: bool = False,
+) -> None:
+    """Erase users from a checkpoint: ids, vectors, and what the optimiser remembers of them; then search the file.
+
+    What the users' judgements taught the weights that all share stays; see docs/checkpoints.md.
+
+    Args:
+        checkpoint: A checkpoint file of `fit`; with `--all true`, one of the run's, or the run's folder.
+        user: The user's id; of several, `--user+ one --user+ another`.
+        file: A text file with an id a line, in UTF-8.
+        output: The file to write; the checkpoint itself if none is given.
+        all: Erase them from every checkpoint in the folder, each in place.
+    """
+    user_ids = _given(user, file)
+    if all and output:
+        raise ConfigurationError("output: `--all true` changes each checkpoint of the folder in place; leave it out.")
+    if checkpoint.is_dir() and all:
+        checkpoint = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
+        folder, targets = checkpoint, [path for path in checkpoint_files.in_order(checkpoint) if path.is_file()]
+    else:
+        folder, targets = checkpoint.parent, [checkpoint]
+        if all:
+            targets += [path for path in checkpoint_files.in_order(folder) if path.is_file() and path != checkpoint]
+    found: set[str] = set()
+    for path in targets:
+        here = [user_id for user_id in user_ids if user_id in _open(path).vocabulary]
+        if here:
+            _erase(path, output or path, here)
+            found |= set(here)
+    if missing := sorted(set(user_ids) - found):
+        raise ConfigurationError(f"user: {missing[0]!r} is in no checkpoint that was asked for; see `users list`.")
+    _report_elsewhere(folder, output or checkpoint, user_ids)
+
+
+def export(checkpoint: Path, folder: Path) -> None:
+    """Write the users' vectors as safetensors, keyed by user id, with what a reader needs to know beside them.
+
+    `users.safetensors` has a vector a user: the user's rows of all tables, one after another. `shared.safetensors` has
+    the rest of the user model, and the generic user's rows. `users.json` tells which part of a vector is which table's.
+
+    Args:
+        checkpoint: A checkpoint file of `fit`.
+        folder: Where the files go; made if it is not there.
+    """
+    content = read_checkpoint(checkpoint, "checkpoint")
+    rows = UserRows(content)
+    vectors = rows.vectors()
+    users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
+    if "__metadata__" in users:
+        raise ConfigurationError("user: safetensors has no room for an id of '__metadata__'; remove that user first.")
+    weights, tables = content["state_dict"], rows.tables
+    rest = {n: w.clone() for n, w in weights.items() if n.startswith("user_model.") and n not in tables}
+    layout, start = {}, 0
+    for name, table in tables.items():
+        layout[name] = {"start": start, "stop": start + table[0].numel(), "shape": list(table.shape[1:])}
+        start += table[0].numel()
+    about = {"format": 1, "users": len(users), "width": start, "tables": layout, "shared": sorted(rest)}
+    files = {
+        "users.safetensors": safetensors_bytes(users),
+        "shared.safetensors": safetensors_bytes(rest | {f"generic.{n}": t[0].clone() for n, t in tables.items()}),
+        "users.json": json.dumps(about, indent=2).encode(),
+    }
+    for name, raw in files.items():
+        with checkpoint_files.replacing(folder / name) as file:
+            file.write(raw)
+    print(f"{len(users)} users are in {folder}")
+
+
+def _open(path: Path) -> UserRows:
+    content = read_checkpoint(path, "checkpoint")
+    if not content:
+        raise ConfigurationError(
+            f"checkpoint: {path} is a folder, written in shards; users can be had from a file only."
+        )
+    try:
+        return UserRows(content)
+    except PRLHFError as error:
+        raise ConfigurationError(f"checkpoint: {path}: {error}") from error
+
+
+def _given(user: str | list[str] | None, file: Path | None) -> list[str]:
+    """Return the ids of the command line and of a file, each once."""
+    user_ids = [user] if isinstance(user, str) else list(user or ())
+    if file is not None:
+        try:
+            user_ids += [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"file: {file} can't be read as lines of UTF-8: {error}") from error
+    if not user_ids or not all(user_ids):
+        raise ConfigurationError("user: give an id, or a file of ids, none of them empty.")
+    return list(dict.fromkeys(user_ids))
+
+
+def _rewrite(source: Path, target: Path, change: Callable[[UserRows], None]) -> None:
+    content = read_checkpoint(source, "checkpoint")
+    change(UserRows(content))
+    times = source.stat()
+    checkpoint_files.save(content, target)
+    if os.path.samefile(source, target):  # it is as old as its training, and so keeps its place among the run's others
+        os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
+    """Write a checkpoint without some users, and see that the file holds nothing of them."""
+    before = _open(source)
+    rows_of = {user_id: before.row(user_id) for user_id in user_ids}
+    gone = set(rows_of.values())
+    _rewrite(source, target, lambda rows: rows.keep([r for r in range(1, len(before.vocabulary)) if r not in gone]))
+    after = _open(target)
+    others = after.remembered()
+    for number, new in enumerate(after.new_rows()):  # what a user has who was added and never trained
+        others[number] = torch.cat([others[number], new[None]])
+    written = list(texts(read_checkpoint(target, "checkpoint")))
+    print(f"{target}: searched all {target.stat().st_size:,} bytes")
+    left = []
+    for user_id, row in rows_of.items():
+        vectors = vector_bytes([table[row] for table in before.remembered()], others)
+        has_id, *has_vectors = occurs(target, [id_bytes(user_id), *vectors])
+        longer = sorted({text for text in written if user_id in text})
+        said = "nothing left"
+        if user_id in longer or any(has_vectors):
+            said = "STILL THERE"
+            left.append(user_id)
+        elif longer:
+            said += f"; its letters are also a part of {_listed(longer)}"
+        elif has_id:
+            said += "; its letters also occur, by chance, among the bytes of numbers"
+        print(f"  {_printable(user_id)} and {len(vectors)} vectors: {said}")
+    if left:
+        raise ConfigurationError(
+            f"checkpoint: {target} still holds {_listed(left)}, in a place not known to this tool."
+        )
+
+
+def _report_elsewhere(folder: Path, done: Path, user_ids: Sequence[str]) -> None:
+    """Say which other files of the run name a removed user."""
+    for path in _files_of_run(folder):
+        if done.exists() and os.path.samefile(path, done):
+            continue
+        if path.is_dir():
+            print(f"{path} was written in shards and was not looked into.")
+            continue
+        there = occurs(path, [id_bytes(user_id) for user_id in user_ids])
+        found = [user_id for user_id, is_there in zip(user_ids, there, strict=True) if is_there]
+        if found and path.suffix == ".ckpt":
+            _report_checkpoint(path, found)
+        elif found and path.suffix == ".partial":
+            print(f"{path}, which a killed process left, names {_listed(found)}: delete it.")
+        elif found:
+            print(f"{path} names {_listed(found)}, or has the letters by chance: see to it yourself.")
+
+
+def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
+    try:
+        known = _open(path).vocabulary
+    except PRLHFError:
+        print(f"{path} can't be read, and names {_listed(found)}: delete it.")
+        return
+    if still := [user_id for user_id in found if user_id in known]:
+        options = " ".join(f"--user+ {shlex.quote(user_id)}" for user_id in still)
+        print(f"{path} still holds {_listed(still)}:")
+        print(f"  python -m prlhf_lightning users remove --checkpoint {shlex.quote(str(path))} {options}")
+        print("  (or, for all checkpoints beside it as well, with --all true)")
+
+
+def _files_of_run(folder: Path) -> Iterator[Path]:
+    yield from checkpoint_files.in_order(folder)
+    yield from sorted(folder.glob(".*.partial"))
+    if folder.name == "checkpoints":
+        yield from sorted(path for path in folder.parent.iterdir() if path.is_file())
+
+
+def _listed(user_ids: Sequence[str]) -> str:
+    return ", ".join(map(_printable, user_ids[:_NEAREST])) + (", ..." if len(user_ids) > _NEAREST else "")
+
+
+def _printable(text: str) -> str:
+    """Return a text for a terminal, which control characters in it must not steer."""
+    return text if text.isprintable() else json.dumps(text)

@@ -1,0 +1,303 @@
+"""Users of a checkpoint: listed, shown, added, removed without a trace, exported; what is written still trains."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+
+import pytest
+import torch
+from conftest import write_votes
+from lightning.pytorch import Trainer
+from safetensors.torch import load_file
+from torch import nn
+
+from prlhf_lightning import checkpoint_files
+from prlhf_lightning.cli import main
+from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.losses import DPOLoss
+from prlhf_lightning.modules import Optim, PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.tasks import users
+from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.types import SoftPrompt
+from prlhf_lightning.user_models import (
+    ClusterUserModel,
+    CompositeUserModel,
+    IndividualUserModel,
+    TextUserModel,
+    UniformUserModel,
+    UserModel,
+)
+
+IDS = {"ann@example.org": 8, "bob-the-builder": 8, "carla-ñandú-🦤": 8, "dee dee": 8}
+CARLA = "carla-ñandú-🦤"
+
+
+class OwnUserModel(UserModel):
+    """A model from outside, with dense gradients, whose new users do not start as the generic user."""
+
+    def build(self, num_rows, token_embeddings):
+        self.table = nn.Parameter(0.1 * torch.randn(num_rows, 3, token_embeddings.shape[1]))
+
+    def forward(self, rows):
+        return SoftPrompt.full(self.table[rows.rows])
+
+    def row_tables(self):
+        return [self.table]
+
+    def new_rows(self, tables):
+        return [tables[0][1:].mean(0)]
+
+
+USER_MODELS = {
+    "individual": lambda: IndividualUserModel(2),
+    "cluster": lambda: ClusterUserModel(3, 2),
+    "composite": lambda: CompositeUserModel([IndividualUserModel(1), TextUserModel(), ClusterUserModel(2, 1)]),
+    "own": OwnUserModel,
+    "composite of own": lambda: CompositeUserModel([ClusterUserModel(2, 1), OwnUserModel()]),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+
+
+def make(model_path, user_model) -> PersonalizedLM:
+    policy = CausalLMPolicy(model_path, lora=LoRA(rank=2))
+    return PersonalizedLM(user_model, policy, DPOLoss(), optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0))
+
+
+def fit(model_path, tmp_path, user_model, people=IDS, **kwargs):
+    """Train on people's votes; return trainer and model."""
+    votes = write_votes(tmp_path / "votes.jsonl", people)
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    trainer = Trainer(
+        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
+        enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0, **{"max_epochs": 1, **kwargs},
+    )  # fmt: skip
+    module = make(model_path, user_model)
+    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer, module
+
+
+@pytest.fixture(params=USER_MODELS)
+def make_user_model(request):
+    return USER_MODELS[request.param]
+
+
+@pytest.fixture
+def checkpoint(model_path, tmp_path, make_user_model):
+    trainer, _ = fit(model_path, tmp_path, make_user_model())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+def of(path) -> UserRows:
+    return UserRows(checkpoint_files.load(path))
+
+
+def run(*args: object) -> None:
+    main(["users", *map(str, args)])
+
+
+def test_a_removed_user_leaves_nothing_and_the_others_stay_as_they_are(checkpoint, capsys):
+    before, raw = of(checkpoint), checkpoint.read_bytes()
+    row = before.row(CARLA)
+    secrets = [CARLA.encode(), *(table[row].numpy().tobytes() for table in before.remembered())]
+    assert len(secrets) >= 4  # the id; a vector, and the optimiser's two averages
+    assert all(secret in raw for secret in secrets)
+    run("remove", "--checkpoint", checkpoint, "--user", CARLA)
+    raw = checkpoint.read_bytes()
+    assert not any(secret in raw for secret in secrets)
+    assert f"{CARLA} and {len(secrets) - 1} vectors: nothing left" in capsys.readouterr().out
+    after = of(checkpoint)
+    assert CARLA not in after.vocabulary
+    for user_id in after.vocabulary.ids:
+        pairs = zip(before.remembered(), after.remembered(), strict=True)
+        assert all(torch.equal(a[before.row(user_id)], b[after.row(user_id)]) for a, b in pairs)
+    if before.steps() is not None:
+        assert torch.equal(after.steps(), before.steps()[[0, 1, 2, 4]])
+
+
+def test_a_checkpoint_without_a_user_loads_and_goes_on(checkpoint, model_path, tmp_path, make_user_model):
+    run("remove", "--checkpoint", checkpoint, "--user", CARLA)
+    fewer = {user_id: count for user_id, count in IDS.items() if user_id != CARLA}
+    _, module = fit(model_path, tmp_path, make_user_model(), fewer, max_epochs=2, ckpt_path=checkpoint)
+    assert CARLA not in module.vocabulary
+    assert all(len(table) == 4 for table in module.user_model.row_tables())
+
+
+def test_users_are_added_as_the_generic_user_and_trained_from_there(checkpoint, model_path, tmp_path, make_user_model):
+    before = of(checkpoint)
+    run("add", "--checkpoint", checkpoint, "--user+", "eve", "--user+", "7")
+    after = of(checkpoint)
+    assert after.vocabulary.ids == (*before.vocabulary.ids, "eve", "7")
+    tables = list(before.tables.values())
+    expected = make_user_model()
+    expected.build(2, torch.randn(9, 32))
+    for a, b, row in zip(tables, after.tables.values(), expected.new_rows(tables), strict=True):
+        assert torch.equal(b[:5], a)
+        assert all(torch.equal(b[n], row) for n in (5, 6))
+    people = {**IDS, "eve": 8}
+    _, module = fit(model_path, tmp_path, make_user_model(), people, max_epochs=2, ckpt_path=checkpoint)
+    (eve, seven) = module.vocabulary.rows(["eve", "7"]).tolist()
+    was = of(checkpoint).tables.values()
+    assert all(not torch.equal(t[eve], w[eve]) for t, w in zip(module.user_model.row_tables(), was, strict=True))
+    first = module.user_model.row_tables()[0]
+    if not isinstance(module.user_model, OwnUserModel):  # whose gradients are dense
+        assert torch.equal(first[seven], next(iter(was))[seven])  # who is not in the data does not move
+
+
+def test_a_user_who_is_added_and_removed_again_leaves_the_same_checkpoint(checkpoint, tmp_path):
+    run("add", "--checkpoint", checkpoint, "--user", "eve", "--output", tmp_path / "b.ckpt")
+    run("remove", "--checkpoint", tmp_path / "b.ckpt", "--user", "eve")
+    a, b = of(checkpoint), of(tmp_path / "b.ckpt")
+    assert a.vocabulary == b.vocabulary
+    assert all(torch.equal(x, y) for x, y in zip(a.remembered(), b.remembered(), strict=True))
+
+
+def test_vectors_are_exported_by_user(checkpoint, tmp_path):
+    run("export", "--checkpoint", checkpoint, "--folder", tmp_path / "out")
+    rows, vectors = of(checkpoint), load_file(tmp_path / "out/users.safetensors")
+    assert set(vectors) == set(IDS)
+    about = json.loads((tmp_path / "out/users.json").read_text())
+    for name, part in about["tables"].items():
+        part_of = vectors[CARLA][part["start"] : part["stop"]].view(part["shape"])
+        assert torch.equal(part_of, rows.tables[name][rows.row(CARLA)])
+    shared = load_file(tmp_path / "out/shared.safetensors")
+    assert set(shared) == {*about["shared"], *(f"generic.{name}" for name in about["tables"])}
+
+
+@pytest.fixture
+def plain(model_path, tmp_path):
+    trainer, _ = fit(model_path, tmp_path, ClusterUserModel(3, 2))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    return tmp_path / "a.ckpt"
+
+
+def test_users_are_listed_and_shown(plain, capsys):
+    run("list", "--checkpoint", plain)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[-1].strip() for line in lines[2:]] == sorted(IDS)
+    weights = of(plain).tables["user_model.weights.weight"]
+    assert f"{weights[1].norm():.4f}" in lines[2]
+    assert f"{(weights[1] - weights[0]).norm():.4f}" in lines[2]
+    assert f" {int(of(plain).steps()[1])}  ann@example.org" in lines[2]
+    run("show", "--checkpoint", plain, "--user", CARLA)
+    shown = capsys.readouterr().out
+    assert "row           3 of 4" in shown
+    assert " ".join(f"{share:.3f}" for share in weights[3].softmax(0)) in shown
+    distances = (weights - weights[3]).norm(dim=1)
+    distances[[0, 3]] = torch.inf
+    assert f"nearest       {sorted(IDS)[int(distances.argmin()) - 1]} ({distances.min():.4f})" in shown
+
+
+def test_removing_says_where_else_a_user_is(plain, tmp_path, capsys):
+    folder = tmp_path / "run/checkpoints"
+    for name in ("last.ckpt", "best.ckpt", "bad.ckpt"):
+        checkpoint_files.save(checkpoint_files.load(plain), folder / name)
+    (folder / "bad.ckpt").write_bytes((folder / "bad.ckpt").read_bytes()[:-1])
+    (folder / ".best.ckpt.partial").write_bytes(plain.read_bytes()[:9000] + CARLA.encode())
+    (folder.parent / "users_seen.csv").write_text(f"{CARLA},0.5")
+    run("remove", "--checkpoint", folder / "last.ckpt", "--user", CARLA)
+    said = capsys.readouterr().out
+    assert f"{folder / 'best.ckpt'} still holds {CARLA}" in said
+    assert f"{folder / 'bad.ckpt'} can't be read, and names {CARLA}: delete it" in said
+    assert f"{folder / '.best.ckpt.partial'}, which a killed process left, names {CARLA}: delete it" in said
+    assert f"{folder.parent / 'users_seen.csv'} names {CARLA}" in said
+    (command,) = [line.strip() for line in said.splitlines() if "users remove" in line]
+    main(shlex.split(command)[3:])
+    assert CARLA.encode() not in (folder / "best.ckpt").read_bytes()
+
+
+def test_a_user_is_removed_from_all_checkpoints_of_a_run(plain, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    for name in ("last.ckpt", "best.ckpt"):
+        checkpoint_files.save(checkpoint_files.load(plain), folder / name)
+    (tmp_path / "people.txt").write_text(f"{CARLA}\ndee dee\n", encoding="utf-8")
+    run("remove", "--checkpoint", tmp_path / "run", "--file", tmp_path / "people.txt", "--all", "true")
+    for path in folder.iterdir():
+        assert of(path).vocabulary.ids == ("ann@example.org", "bob-the-builder")
+
+
+def test_a_checkpoint_that_is_changed_in_place_keeps_its_age(plain):
+    before = plain.stat()
+    run("remove", "--checkpoint", plain, "--user", CARLA)
+    assert plain.stat().st_mtime_ns == before.st_mtime_ns
+    assert plain.stat().st_ino != before.st_ino  # a new file took its place
+
+
+def test_letters_that_are_part_of_another_id_are_told_from_the_user(plain, capsys):
+    run("add", "--checkpoint", plain, "--user+", "eve", "--user+", "evelyn")
+    run("remove", "--checkpoint", plain, "--user", "eve")
+    assert "eve and 0 vectors: nothing left; its letters are also a part of evelyn" in capsys.readouterr().out
+
+
+def test_a_trace_that_stays_is_an_error(plain, capsys):
+    content = checkpoint_files.load(plain)
+    content["notes"] = {"favourites": [CARLA]}
+    checkpoint_files.save(content, plain)
+    with pytest.raises(SystemExit, match="still holds carla"):
+        run("remove", "--checkpoint", plain, "--user", CARLA)
+    assert "STILL THERE" in capsys.readouterr().out
+
+
+def test_a_slice_of_a_table_would_be_found_out(plain, monkeypatch, capsys):
+    """`torch.save` writes the whole table that a slice is of."""
+    keep = UserRows.keep
+
+    def careless(self, rows):
+        old = self.tables
+        keep(self, rows)
+        for name in old:
+            self._checkpoint["state_dict"][name] = old[name][: 1 + len(rows)]
+
+    monkeypatch.setattr(UserRows, "keep", careless)
+    with pytest.raises(SystemExit, match="still holds dee dee"):
+        run("remove", "--checkpoint", plain, "--user", "dee dee")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["show", "--user", "eve"], "user: 'eve' is not in this checkpoint"),
+        (["remove", "--user", "eve"], "user: 'eve' is in no checkpoint that was asked for"),
+        (["add", "--user", CARLA], "is in this checkpoint already"),
+        (["add"], "user: give an id"),
+        (["add", "--file", "/no/such/file"], "file: /no/such/file can't be read"),
+        (["remove", "--user", CARLA, "--all", "true", "--output", "b.ckpt"], "output: `--all true` changes"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_changed(plain, args, says):
+    before = plain.read_bytes()
+    with pytest.raises(SystemExit, match=f"^error: .*{says}"):
+        run(*args, "--checkpoint", plain)
+    assert plain.read_bytes() == before
+
+
+def test_a_checkpoint_that_does_not_tell_its_tables_says_what_to_do(plain):
+    content = checkpoint_files.load(plain)
+    del content["prlhf_lightning"]["new_rows"]
+    checkpoint_files.save(content, plain)
+    with pytest.raises(SystemExit, match=r"does not say which of its weights are users' rows.*fit --ckpt_path"):
+        run("list", "--checkpoint", plain)
+
+
+def test_a_foreign_optimiser_is_refused_and_not_guessed_at(plain):
+    content = checkpoint_files.load(plain)
+    content["optimizer_states"][0]["param_groups"][-1]["name"] = "mine"
+    checkpoint_files.save(content, plain)
+    with pytest.raises(SystemExit, match="no group `user_tables`"):
+        run("remove", "--checkpoint", plain, "--user", CARLA)
+
+
+def test_users_without_rows_are_removed_from_the_vocabulary(model_path, tmp_path):
+    trainer, _ = fit(model_path, tmp_path, UniformUserModel(1))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    users.remove(tmp_path / "a.ckpt", CARLA)
+    assert CARLA.encode() not in (tmp_path / "a.ckpt").read_bytes()
+    users.list_users(tmp_path / "a.ckpt")

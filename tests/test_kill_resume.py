@@ -1,0 +1,20 @@
+"""A run that is killed goes on to the same weights."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and kill -9")
+def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(repo_root):
+    """The second kill comes while a checkpoint is being written."""
+    script = [sys.executable, repo_root / "benchmarks/kill_resume.py", "--kills", "2", "--steps", "12"]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.splitlines()[-1].startswith("2 kills in ")
+    assert done.stdout.splitlines()[-1].endswith(" 0 different")
