@@ -2,5 +2,6 @@
 
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW
 from prlhf_lightning.modules.personalized_lm import PersonalizedLM, Term
+from prlhf_lightning.modules.sharding import FSDP2Strategy
 
-__all__ = ["Optim", "PersonalizedLM", "RowwiseAdamW", "Term"]
+__all__ = ["FSDP2Strategy", "Optim", "PersonalizedLM", "RowwiseAdamW", "Term"]

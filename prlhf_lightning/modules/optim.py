@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prlhf_lightning.errors import ConfigurationError
 
@@ -125,18 +126,34 @@ class RowwiseAdamW(torch.optim.AdamW):
         param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 whatever the table is
 
 
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm."""
-    grads = []
+def clip_gradients(
+    params: Iterable[nn.Parameter], max_norm: float, add_up: Callable[[Tensor], Tensor] = lambda part: part
+) -> Tensor:
+    """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm.
+
+    Args:
+        params: Parameters, those that are sharded over processes included, all of them with the others' gradients.
+        max_norm: Largest norm to leave.
+        add_up: Returns the sum of a number over the processes that hold the shards.
+    """
+    whole, parts = [], []
     for param in params:
         if param.grad is not None:
             if param.grad.is_sparse:
                 param.grad = param.grad.coalesce()
-            grads.append(param.grad.values() if param.grad.is_sparse else param.grad)
-    norm = nn.utils.get_total_norm(grads)
+                whole.append(param.grad.values())
+            elif isinstance(param.grad, DTensor):
+                parts.append(param.grad.to_local())
+            else:
+                whole.append(param.grad)
+    norm = nn.utils.get_total_norm(whole)
+    if parts:
+        device = whole[0].device if whole else parts[0].device  # shards may be kept on the host
+        sharded = add_up(nn.utils.get_total_norm(parts).to(device).square()).sqrt()
+        norm = torch.stack([norm.to(device), sharded]).norm()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale)
+    for grad in (*whole, *parts):
+        grad.mul_(scale.to(grad.device))
     return norm
 
 

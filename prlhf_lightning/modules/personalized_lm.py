@@ -27,7 +27,13 @@ from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
 from prlhf_lightning.modules.checkpoint_fit import check_shapes
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
 from prlhf_lightning.modules.reference_store import ReferenceStore
-from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
+from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
+from prlhf_lightning.modules.table_sync import (
+    average_dense_gradients,
+    average_sparse_gradients,
+    exclude_from_ddp,
+    sparse_tables,
+)
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.reference_cache import ReferenceCache
@@ -117,6 +123,7 @@ class PersonalizedLM(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the users from the data, unless a checkpoint has brought its own."""
+        check_strategy(self.trainer.strategy)
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.vocabulary is None:
             if datamodule is None:
@@ -145,6 +152,8 @@ class PersonalizedLM(LightningModule):
                 self.policy.build(with_reference=self.loss.requires_reference)
             self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
             exclude_from_ddp(self, sparse_tables(self.user_model))
+            if self._built_for is None:
+                shard(self.policy, self._trainer.strategy if self._trainer is not None else None)
             self._built_for = self.vocabulary
         self._check_lengths()
 
@@ -174,20 +183,31 @@ class PersonalizedLM(LightningModule):
             self._reference_store = None
 
     def on_fit_start(self) -> None:
-        """Give all processes the same user tables, as DDP does with all else."""
-        if self._ddp is not None:
-            for table in sparse_tables(self.user_model):
-                torch.distributed.broadcast(table.data, src=0)
+        """Give all processes the same user model, of which DDP looks after all but the tables."""
+        if self._ddp is not None or is_sharded(self.policy):
+            alone = [*self.user_model.parameters(), *self.user_model.buffers()] if self._ddp is None else []
+            for tensor in alone or sparse_tables(self.user_model):
+                torch.distributed.broadcast(tensor.data, src=0)
 
     def on_after_backward(self) -> None:
-        """Average the gradients of the user tables over processes, in the backward pass in which DDP averages the rest.
+        """Average the user model's gradients over processes, in the backward pass in which those of the rest are.
 
         Not later: Lightning's scaler of float16 gradients looks before `on_before_optimizer_step` for those that are
         not finite, and a step that one process skips all must skip.
         """
         ddp = self._ddp
-        if ddp is not None and ddp.require_backward_grad_sync:  # set in the last of the batches that are accumulated
-            average_sparse_gradients(sparse_tables(self.user_model), _all_gather)
+        # DDP averages in the last of the batches that are accumulated, FSDP2 in each.
+        if is_sharded(self.policy) or (ddp is not None and ddp.require_backward_grad_sync):
+            tables = sparse_tables(self.user_model)
+            average_sparse_gradients(tables, _all_gather)
+            if ddp is None:
+                ids = {id(table) for table in tables}
+                dense = [p for p in self.user_model.parameters() if p.requires_grad and id(p) not in ids]
+                average_dense_gradients(dense, self._mean_over_processes)
+
+    def _mean_over_processes(self, tensor: Tensor) -> Tensor:
+        mean: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="mean")
+        return mean
 
     @property
     def _ddp(self) -> DistributedDataParallel | None:
@@ -225,12 +245,15 @@ class PersonalizedLM(LightningModule):
     ) -> None:
         """Clip by the joint norm of dense and sparse gradients, which Lightning's own clipping does not know."""
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        if not any(param.grad is not None and param.grad.is_sparse for param in params):
+        sparse = any(param.grad is not None and param.grad.is_sparse for param in params)
+        if not sparse and not is_sharded(self.policy):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             if gradient_clip_algorithm not in (None, "norm"):
-                raise ConfigurationError("trainer.gradient_clip_algorithm: user tables can be clipped by 'norm' only.")
-            clip_gradients(params, gradient_clip_val)
+                raise ConfigurationError(
+                    "trainer.gradient_clip_algorithm: user tables and sharded models can be clipped by 'norm' only."
+                )
+            clip_gradients(params, gradient_clip_val, lambda part: self.trainer.strategy.reduce(part, reduce_op="sum"))
 
     # ---- objective
 
@@ -379,8 +402,7 @@ class PersonalizedLM(LightningModule):
         """Return the number of this process's pairs over the mean number a process: the last batch may be uneven."""
         if self.trainer.world_size == 1:
             return 1.0
-        mean: Tensor = self.trainer.strategy.reduce(torch.full((), float(pairs), device=self.device), reduce_op="mean")
-        return pairs / mean
+        return pairs / self._mean_over_processes(torch.full((), float(pairs), device=self.device))
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the seen or unseen users' validation pairs."""
@@ -391,8 +413,10 @@ class PersonalizedLM(LightningModule):
         self._evaluation_step("test", batch, dataloader_idx)
 
     def _evaluation_step(self, stage: str, batch: PreferenceBatch, dataloader_idx: int) -> None:
-        if not len(batch):
-            return  # a process without rows of a small set takes part in what follows all the same
+        if not len(batch):  # a process without rows of a small set takes part in what follows all the same
+            if is_sharded(self.policy):
+                self.objective(stand_in(batch), every_term=True)
+            return
         name = self._eval_sets[dataloader_idx]
         losses, terms = self.objective(batch, every_term=True)
         self._losses[name].to(losses.device).update(losses)
@@ -483,6 +507,9 @@ class PersonalizedLM(LightningModule):
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
         if not len(batch):
+            if is_sharded(self.policy):
+                batch = stand_in(batch)
+                self.generate(batch.prompt, batch.user_ids, batch.user_text)
             return []
         completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)
         prompts = self.policy.tokenizer.batch_decode(
