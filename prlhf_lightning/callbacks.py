@@ -14,11 +14,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.optim import optimizer_steps
+from prlhf_lightning.modules.sharding import is_sharded
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -96,6 +98,11 @@ class SaveOnInterrupt(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save `interrupted.ckpt` and say how to go on."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
+            return
+        together = isinstance(exception, SIGTERMException) and trainer.training
+        if is_sharded(getattr(pl_module, "policy", pl_module)) and not together:
+            # The others may be anywhere, and would wait for this process, or mistake what it sends for something else.
+            rank_zero_info("Interrupted. The model is sharded: go on from the last checkpoint that all have written.")
             return
         path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
         trainer.save_checkpoint(path, weights_only=False)

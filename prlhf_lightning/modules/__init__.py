@@ -3,5 +3,6 @@
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW
 from prlhf_lightning.modules.personalized_lm import PersonalizedLM, Term
 from prlhf_lightning.modules.sharding import FSDP2Strategy
+from prlhf_lightning.modules.sharding_fsdp1 import FSDP1Strategy
 
-__all__ = ["FSDP2Strategy", "Optim", "PersonalizedLM", "RowwiseAdamW", "Term"]
+__all__ = ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM", "RowwiseAdamW", "Term"]

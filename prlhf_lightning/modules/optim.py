@@ -127,34 +127,43 @@ class RowwiseAdamW(torch.optim.AdamW):
 
 
 def clip_gradients(
-    params: Iterable[nn.Parameter], max_norm: float, add_up: Callable[[Tensor], Tensor] = lambda part: part
+    params: Iterable[nn.Parameter],
+    max_norm: float,
+    sharded: Iterable[nn.Parameter] = (),
+    add_up: Callable[[Tensor], Tensor] = lambda part: part,
 ) -> Tensor:
     """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm.
 
     Args:
-        params: Parameters, those that are sharded over processes included, all of them with the others' gradients.
+        params: Parameters that this process has all of, with gradients that are the same everywhere.
         max_norm: Largest norm to leave.
-        add_up: Returns the sum of a number over the processes that hold the shards.
+        sharded: Parameters that this process has a part of.
+        add_up: Returns the sum of a number over the processes that have the parts.
     """
-    whole, parts = [], []
-    for param in params:
-        if param.grad is not None:
-            if param.grad.is_sparse:
-                param.grad = param.grad.coalesce()
-                whole.append(param.grad.values())
-            elif isinstance(param.grad, DTensor):
-                parts.append(param.grad.to_local())
-            else:
-                whole.append(param.grad)
-    norm = nn.utils.get_total_norm(whole)
+    grads, parts = _gradients(params), _gradients(sharded)
+    norm = nn.utils.get_total_norm(grads)
     if parts:
-        device = whole[0].device if whole else parts[0].device  # shards may be kept on the host
-        sharded = add_up(nn.utils.get_total_norm(parts).to(device).square()).sqrt()
-        norm = torch.stack([norm.to(device), sharded]).norm()
+        device = grads[0].device if grads else parts[0].device  # parts may be kept on the host
+        of_parts = add_up(nn.utils.get_total_norm(parts).to(device).square()).sqrt()
+        norm = torch.stack([norm.to(device), of_parts]).norm()
     scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in (*whole, *parts):
+    for grad in (*grads, *parts):
         grad.mul_(scale.to(grad.device))
     return norm
+
+
+def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Return this process's gradients as dense tensors that share their memory."""
+    grads = []
+    for param in params:
+        if param.grad is None:
+            continue
+        if param.grad.is_sparse:
+            param.grad = param.grad.coalesce()
+            grads.append(param.grad.values())
+        else:
+            grads.append(param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad)
+    return grads
 
 
 def optimizer_steps(trainer: Trainer) -> int:

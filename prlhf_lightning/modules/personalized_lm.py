@@ -27,7 +27,7 @@ from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
 from prlhf_lightning.modules.checkpoint_fit import check_shapes
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients, optimizer_steps
 from prlhf_lightning.modules.reference_store import ReferenceStore
-from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
+from prlhf_lightning.modules.sharding import check_strategy, is_sharded, plain_name, shard, stand_in
 from prlhf_lightning.modules.table_sync import (
     average_dense_gradients,
     average_sparse_gradients,
@@ -209,6 +209,10 @@ class PersonalizedLM(LightningModule):
         mean: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="mean")
         return mean
 
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        return total
+
     @property
     def _ddp(self) -> DistributedDataParallel | None:
         """Return DDP's wrapper of this module, where several processes train it."""
@@ -244,16 +248,17 @@ class PersonalizedLM(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clip by the joint norm of dense and sparse gradients, which Lightning's own clipping does not know."""
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        sparse = any(param.grad is not None and param.grad.is_sparse for param in params)
-        if not sparse and not is_sharded(self.policy):
+        sharded = list(self.policy.parameters()) if is_sharded(self.policy) else []
+        ids = {id(param) for param in sharded}
+        params = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids]
+        if not sharded and not any(param.grad is not None and param.grad.is_sparse for param in params):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             if gradient_clip_algorithm not in (None, "norm"):
                 raise ConfigurationError(
-                    "trainer.gradient_clip_algorithm: user tables and sharded models can be clipped by 'norm' only."
+                    "trainer.gradient_clip_algorithm: user tables and sharded policies can be clipped by 'norm' only."
                 )
-            clip_gradients(params, gradient_clip_val, lambda part: self.trainer.strategy.reduce(part, reduce_op="sum"))
+            clip_gradients(params, gradient_clip_val, sharded, self._sum_over_processes)
 
     # ---- objective
 
@@ -563,9 +568,8 @@ class PersonalizedLM(LightningModule):
         return _IncompatibleKeys([], [])
 
     def _trained_names(self) -> set[str]:
-        frozen = {name for name, param in self.named_parameters() if not param.requires_grad}
         buffers = {name for name, _ in self.named_buffers() if name.startswith(("user_model.", "loss."))}
-        return {name for name, _ in self.named_parameters() if name not in frozen} | buffers
+        return {plain_name(name) for name, param in self.named_parameters() if param.requires_grad} | buffers
 
 
 def _all_gather(tensor: Tensor) -> Tensor:

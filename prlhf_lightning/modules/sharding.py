@@ -15,13 +15,14 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.collectives.torch_collective import default_pg_timeout
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
+    FullyShardedDataParallel,
     OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
@@ -33,8 +34,8 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.types import PreferenceBatch, Tokens
 
-# What is called on a policy from outside, and needs its weights.
-_METHODS = ("log_probs", "reference_log_probs", "embed", "token_embeddings", "generate")
+#: What is called on a policy from outside, and needs its weights.
+METHODS = ("log_probs", "reference_log_probs", "embed", "token_embeddings", "generate")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
@@ -158,7 +159,8 @@ class FSDP2Strategy(ModelParallelStrategy):
 def _whole(value: Any) -> Any:
     if not isinstance(value, DTensor):
         return value
-    return value.detach().to(value.device_mesh.device_type).full_tensor()  # what is kept on the host can't travel
+    here: DTensor = value.detach().to(value.device_mesh.device_type)  # type: ignore[assignment]
+    return here.full_tensor()  # what is kept on the host could not travel
 
 
 def _part(value: Any, param: Tensor | None) -> Any:
@@ -177,16 +179,27 @@ def check_strategy(strategy: Strategy) -> None:
     """
     if isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy):
         raise ConfigurationError(
-            "trainer.strategy is ModelParallelStrategy, which by default (data_parallel_size and tensor_parallel_size "
-            "'auto') gives all processes of a node the same data. Use class_path: prlhf_lightning.FSDP2Strategy, which is "
+            "trainer.strategy is ModelParallelStrategy, which with data_parallel_size and tensor_parallel_size 'auto' "
+            "gives all processes of a node the same data. Use class_path: prlhf_lightning.FSDP2Strategy, which is "
             "ModelParallelStrategy with data_parallel_size set to the number of processes and tensor_parallel_size to "
-            "1, and whose checkpoints are single files of what was trained."
+            "1, and with checkpoints that are single files of what was trained."
+        )
+    if type(strategy) is FSDPStrategy:
+        raise ConfigurationError(
+            "trainer.strategy is FSDPStrategy, which would divide the user tables with the policy, and cannot sum up "
+            "their sparse gradients. Use class_path: prlhf_lightning.FSDP1Strategy, which takes the same arguments and "
+            "divides the policy alone, or prlhf_lightning.FSDP2Strategy."
         )
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Say whether each process holds a part of a policy only."""
-    return isinstance(module, FSDPModule)
+    return isinstance(module, FSDPModule | FullyShardedDataParallel)
+
+
+def plain_name(name: str) -> str:
+    """Return a parameter's name as it was before FSDP1 wrapped the modules that it is in."""
+    return name.replace("_fsdp_wrapped_module.", "")
 
 
 def shard(policy: Policy, strategy: Strategy | None) -> None:
@@ -212,7 +225,7 @@ def shard(policy: Policy, strategy: Strategy | None) -> None:
     fully_shard(policy, mesh=mesh, reshard_after_forward=False, offload_policy=offload)
     # What the methods return is never written into.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    for name in _METHODS:
+    for name in METHODS:
         register_fsdp_forward_method(policy, name)
 
 

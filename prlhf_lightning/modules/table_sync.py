@@ -1,6 +1,6 @@
 """The user model in several processes, each of which holds all of it: only rows of present users travel between them.
 
-DistributedDataParallel (DDP) would all-reduce a table's sparse gradient, which NCCL can't do and gloo does slowly. So it
+DistributedDataParallel (DDP) would all-reduce a table's sparse gradient, which NCCL can't do and gloo does slowly. It
 is told to leave the tables alone, and their gradients are averaged here, at a cost that depends on the users in the
 batches and not on those in the table. Where the policy is sharded nobody looks after the user model, and all of it is
 averaged here.
@@ -75,7 +75,7 @@ def average_dense_gradients(params: Sequence[Tensor], average: Callable[[Tensor]
     flags = torch.tensor([float(param.grad is not None) for param in params], device=params[0].device)
     grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
     message = average(torch.cat([flags, *(grad.flatten().float() for grad in grads)]))
-    used, *means = message.split([len(params), *(param.numel() for param in params)])
+    used, *means = torch.split(message, [len(params), *(param.numel() for param in params)])
     for param, mean, is_used in zip(params, means, used.tolist(), strict=True):
         if is_used:
             param.grad = mean.view_as(param).to(param.dtype)
