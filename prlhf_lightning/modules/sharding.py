@@ -87,6 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
         """Make the optimisers; see `Strategy.setup`."""
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # parameters that are gathered in it could not be trained later
+        self._reshard()
         super().setup(trainer)
 
     def model_to_device(self) -> None:
@@ -127,6 +128,7 @@ class FSDP2Strategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load each process's part of the weights."""
         assert self.lightning_module is not None
+        self._reshard()
         params = dict(self.lightning_module.named_parameters())
         parts = {name: _part(weight, params.get(name)) for name, weight in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(parts, strict=strict)
@@ -145,6 +147,13 @@ class FSDP2Strategy(ModelParallelStrategy):
             }
             states.append({**saved, "state": state})
         Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+
+    def _reshard(self) -> None:
+        """Have modules hold their shards, and not what an earlier run has left gathered."""
+        assert self.model is not None
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     def _whole(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
         # One after the other, so that no process ever holds more than one of them beside its parts.

@@ -26,6 +26,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.optim import Optimizer
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules.sharding import METHODS
 from prlhf_lightning.policies import Policy
 
@@ -58,6 +59,15 @@ class FSDP1Strategy(FSDPStrategy):
         return model
 
     def _wrapped(self, policy: Policy) -> FullyShardedDataParallel:
+        names = {id(param): 0 for param in policy.parameters() if param.requires_grad}
+        for _, param in policy.named_parameters(remove_duplicate=False):
+            if id(param) in names:
+                names[id(param)] += 1
+        if any(count > 1 for count in names.values()):
+            raise ConfigurationError(
+                "trainer.strategy: FSDP1Strategy cannot train weights that stand in two places, as embeddings do that "
+                "are the LM head too. Use prlhf_lightning.FSDP2Strategy, or policy.lora."
+            )
         units = {id(unit) for unit in policy.prepare_for_sharding()}
         partly = any(not param.requires_grad for param in policy.parameters())
 
