@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,7 +30,9 @@ GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 WRITE = ("--model.sampling.temperature", "0", "--model.sampling.max_new_tokens", "12")
 CLIP = ("--trainer.gradient_clip_val", "0.05")
 FULL = ("--model.policy.lora", "null", "--model.policy.gradient_checkpointing", "true")
-FSDP1, FSDP2 = (("--trainer.strategy.class_path", f"prlhf_lightning.FSDP{i}Strategy") for i in (1, 2))
+OVERRIDES = Path(__file__).parent.parent / "configs/overrides"
+ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
+FSDP1, FSDP2 = (("-c", str(OVERRIDES / name), *ON_CPU) for name in ("fsdp.yaml", "fsdp2.yaml"))
 
 
 class Save(Callback):
@@ -45,8 +48,8 @@ class Save(Callback):
 def run(folder: Path, name: str, command: str, *args: str) -> None:
     """Run a command in this process, alone or as one of two, with its files in a folder of that name."""
     processes = int(os.environ.get("TESTED_PROCESSES", 1))
-    words = [command, "-c", folder / "config.yaml", "--trainer.devices", processes, "--data.batch_size", 4 // processes]
-    words += ["--trainer.default_root_dir", folder / name, *CLIP, *args]
+    words = [command, "-c", folder / "config.yaml", *args, *CLIP, "--trainer.default_root_dir", folder / name]
+    words += ["--trainer.devices", processes, "--data.batch_size", 4 // processes]
     if command == "fit":
         words += ["--trainer.callbacks+", "test_sharded.Save"]
     main(list(map(str, words)))
@@ -65,6 +68,8 @@ def two(folder: Path) -> None:
     run(folder, "two_after_one", "fit", *FSDP2, "--ckpt_path", str(folder / "one/step-2.ckpt"))
     run(folder, "two_full", "fit", *FSDP2, *FULL, "--trainer.strategy.cpu_offload", "true")
     run(folder, "two_fsdp1", "fit", *FSDP1)
+    for precision in ("bf16-mixed", "bf16-true"):
+        run(folder, f"two_{precision}", "fit", *FSDP2, "--trainer.precision", precision)
 
 
 def start(rank: int, folder: Path, port: int) -> None:
@@ -140,6 +145,16 @@ def test_they_log_the_same_validation(folder, name, other):
         assert together == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("precision", "dtypes"), [("bf16-mixed", {torch.float32}), ("bf16-true", {torch.bfloat16})], ids=str
+)
+def test_sixteen_bits_come_close(folder, precision, dtypes):
+    name = f"two_{precision}"
+    assert {weight.dtype for weight in checkpoint(last(folder, name))["state_dict"].values()} == dtypes
+    rough, exact = (evaluations(folder / run)[-1]["val/seen/loss"] for run in (name, "one"))
+    assert rough == pytest.approx(exact, rel=0.05)
+
+
 def test_they_write_the_same_table_of_users(folder):
     sharded, alone = (rows_of(folder / run / "version_0/users_seen.csv") for run in ("two", "one"))
     assert [(row["user_id"], row["pairs"], row["accuracy"]) for row in sharded] == [
@@ -179,3 +194,17 @@ def test_the_exported_model_writes_what_the_sharded_one_does(folder, tmp_path):
     for user_id, prompt, completion in predictions(folder / "two_predict"):
         ids = module.policy.tokenizer(prompt)["input_ids"]
         assert module.generate(Tokens.from_lists([ids]), [user_id], sampling=GREEDY) == [completion]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("override", ["fsdp.yaml", "fsdp2.yaml"])
+def test_the_configurations_train_on_all_gpus(tmp_path, override):
+    config = write_config(tmp_path)
+    words = [sys.executable, "-m", "prlhf_lightning", "fit", "-c", config, "-c", OVERRIDES / override]
+    words += ["--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", "1"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:2]))}
+    subprocess.run(list(map(str, words)), env=environment, check=True, timeout=SECONDS)
+    weights = checkpoint(tmp_path / "version_0/checkpoints/last.ckpt")["state_dict"]
+    assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in weights.items())
+    assert all(weight.isfinite().all() for weight in weights.values())

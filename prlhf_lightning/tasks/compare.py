@@ -71,9 +71,7 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
     }
 
 
-def compare(
-    contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path, quiet: bool = False
-) -> None:
+def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path, quiet: bool = False) -> None:
     """Print the models' metrics side by side, and write them to `comparison.json`.
 
     Where the users are simulated, they also judge what each model writes for them, and a prompt is answered for

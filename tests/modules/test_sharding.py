@@ -5,17 +5,22 @@ from __future__ import annotations
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules.optim import clip_gradients
 from prlhf_lightning.modules.sharding import FSDP2Strategy, check_strategy, is_sharded, shard
+from prlhf_lightning.modules.sharding_fsdp1 import FSDP1Strategy
 from prlhf_lightning.modules.table_sync import average_dense_gradients
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -160,3 +165,20 @@ def test_dense_gradients_are_averaged_and_unused_ones_stay_none(results):
 def test_lightnings_own_sharded_strategies_are_refused_with_what_to_use(strategy):
     with pytest.raises(ConfigurationError, match=r"trainer.strategy is .*class_path: prlhf_lightning.FSDP"):
         check_strategy(strategy)
+
+
+def test_an_error_of_one_process_does_not_save_what_all_must_save_together(monkeypatch):
+    monkeypatch.setattr("prlhf_lightning.callbacks.is_sharded", lambda policy: True)
+    trainer = Mock(global_step=3, training=True, log_dir="runs")
+    trainer.state.fn = TrainerFn.FITTING
+    SaveOnInterrupt().on_exception(trainer, Mock(), KeyboardInterrupt())
+    trainer.save_checkpoint.assert_not_called()
+    SaveOnInterrupt().on_exception(trainer, Mock(), SIGTERMException())  # raised after the same batch everywhere
+    trainer.save_checkpoint.assert_called_once()
+
+
+def test_fsdp1_refuses_to_train_weights_that_stand_in_two_places(model_paths):
+    policy = CausalLMPolicy(model_paths["qwen"], lora=None)
+    policy.build()
+    with pytest.raises(ConfigurationError, match=r"FSDP1Strategy.*FSDP2Strategy"):
+        FSDP1Strategy()._wrapped(policy)
