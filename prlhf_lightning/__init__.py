@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prlhf_lightning.data import DataSource, FileSource, HubSource, PreferenceDataModule, SimulatedSource
     from prlhf_lightning.data.users import UserVocabulary
     from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss
-    from prlhf_lightning.modules import Optim, PersonalizedLM
+    from prlhf_lightning.modules import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
     from prlhf_lightning.user_models import (
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
     "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss"],
-    "modules": ["Optim", "PersonalizedLM"],
+    "modules": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
     "user_models": [
@@ -46,6 +46,8 @@ __all__ = [
     "CompositeUserModel",
     "DPOLoss",
     "DataSource",
+    "FSDP1Strategy",
+    "FSDP2Strategy",
     "FileSource",
     "HubSource",
     "IndividualUserModel",

@@ -10,9 +10,9 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -20,7 +20,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.finite import all_finite
 from prlhf_lightning.modules.optim import optimizer_steps
+from prlhf_lightning.modules.sharding import is_sharded
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -105,14 +107,14 @@ class SaveOnInterrupt(Callback):
             return
         # Errors of one process find the others waiting for it in training, and not here.
         together = trainer.world_size == 1 or isinstance(exception, NonFiniteError | SIGTERMException)
-        sharded = not isinstance(trainer.strategy, DDPStrategy) or isinstance(trainer.strategy, DeepSpeedStrategy)
+        sharded = is_sharded(getattr(pl_module, "policy", pl_module))
         path = self._path
         try:
             if not together and sharded:
                 raise _Unsaved("each process holds a part of the weights, and they did not stop together")
             if any(getattr(optimizer, "is_stepping", False) for optimizer in trainer.optimizers):
                 raise _Unsaved("the weights were in the middle of a step")
-            if not all(param.isfinite().all() for param in pl_module.parameters() if param.requires_grad):
+            if not _is_finite(trainer, pl_module, together):
                 raise _Unsaved("the weights are not finite")
             if trainer.validating:
                 _validate_anew(trainer)
@@ -126,6 +128,15 @@ class SaveOnInterrupt(Callback):
             rank_zero_info(
                 f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"
             )
+
+
+def _is_finite(trainer: Trainer, module: LightningModule, together: bool) -> bool:
+    finite = all_finite(param for param in module.parameters() if param.requires_grad)
+    if not together:
+        return finite
+    # A sharded model may be finite in one process and not in another, and all must do the same.
+    flag = torch.full((), float(finite), device=module.device)
+    return bool(trainer.strategy.reduce(flag, reduce_op="mean") == 1)
 
 
 def _validate_anew(trainer: Trainer) -> None:

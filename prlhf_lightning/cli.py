@@ -35,6 +35,7 @@ from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.tasks import users
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
@@ -200,12 +201,12 @@ class PRLHFCLI(LightningCLI):
         )
         rank_zero_info("Training the same without a user model, to compare.")
         trainer.fit(fresh.model, fresh.data)
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero or is_sharded(self.model.policy):
             contenders = {
                 "vanilla": Contender(fresh.model, trainer.callback_metrics),
                 "personalised": Contender(self.model, self.trainer.callback_metrics),
             }
-            compare(contenders, self.datamodule, folder)
+            compare(contenders, self.datamodule, folder, quiet=not self.trainer.is_global_zero)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         config["callbacks"] = list(config["callbacks"] or [])

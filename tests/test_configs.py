@@ -13,7 +13,12 @@ from prlhf_lightning.cli import main
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: str(p.relative_to(CONFIGS)))
+OVERRIDES = sorted((CONFIGS / "overrides").glob("*.yaml"))  # of other configurations; test_sharded.py trains with them
+
+
+@pytest.mark.parametrize(
+    "path", sorted({*CONFIGS.rglob("*.yaml")} - {*OVERRIDES}), ids=lambda p: str(p.relative_to(CONFIGS))
+)
 def test_config_trains_a_step(path, votes, model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     content = yaml.safe_load(path.read_text())
@@ -30,3 +35,8 @@ def test_config_trains_a_step(path, votes, model_path, tmp_path, monkeypatch):
     if content["data"].get("chat_template"):
         overrides += ["--data.chat_template", "false"]  # the small model has none
     main(["fit", "--config", *map(str, [path, *overrides])])
+
+
+@pytest.mark.parametrize("path", OVERRIDES, ids=lambda p: p.name)
+def test_an_override_is_about_the_trainer_only(path):
+    assert yaml.safe_load(path.read_text()).keys() == {"trainer"}

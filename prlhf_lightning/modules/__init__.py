@@ -3,5 +3,15 @@
 from prlhf_lightning.modules.checkpoint_io import SealedCheckpointIO
 from prlhf_lightning.modules.optim import Optim, RowwiseAdamW
 from prlhf_lightning.modules.personalized_lm import PersonalizedLM, Term
+from prlhf_lightning.modules.sharding import FSDP2Strategy
+from prlhf_lightning.modules.sharding_fsdp1 import FSDP1Strategy
 
-__all__ = ["Optim", "PersonalizedLM", "RowwiseAdamW", "SealedCheckpointIO", "Term"]
+__all__ = [
+    "FSDP1Strategy",
+    "FSDP2Strategy",
+    "Optim",
+    "PersonalizedLM",
+    "RowwiseAdamW",
+    "SealedCheckpointIO",
+    "Term",
+]

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from prlhf_lightning.errors import NonFiniteError
 from prlhf_lightning.types import PreferenceBatch
@@ -46,21 +47,24 @@ class FiniteGuard:
         # A sum is finite only where all that it is made of is.
         return not parts or bool(mean(torch.stack([part.float() for part in parts]).sum()).isfinite())
 
-    def offending(
-        self, losses_of: Callable[[PreferenceBatch], Tensor], params: Sequence[nn.Parameter]
-    ) -> list[tuple[int, str]]:
-        """Return record and user of this process's rows whose loss or, where all losses are finite, gradient is not.
-
-        Args:
-            losses_of: Computes the losses `[B]` of a batch anew, which is done row by row for the gradients.
-            params: What is trained.
-        """
-        found = [
+    def of_losses(self) -> list[tuple[int, str]]:
+        """Return record and user of this process's rows whose loss is not finite."""
+        return [
             (int(batch.records[row]), batch.user_ids[row])
             for batch, losses in self._seen
             for row in (~losses.isfinite()).nonzero().flatten().tolist()
         ]
-        return found or [
+
+    def of_gradients(
+        self, losses_of: Callable[[PreferenceBatch], Tensor], params: Sequence[nn.Parameter]
+    ) -> list[tuple[int, str]]:
+        """Return record and user of this process's rows whose gradient is not finite.
+
+        Args:
+            losses_of: Computes the losses `[B]` of a batch anew, which is done row by row.
+            params: What is trained.
+        """
+        return [
             (int(row.records[0]), row.user_ids[0])
             for batch, _ in self._seen
             for row in _rows(batch)
@@ -73,8 +77,8 @@ class FiniteGuard:
 
 
 def all_finite(params: Iterable[nn.Parameter]) -> bool:
-    """Return whether all weights are finite."""
-    return all(bool(param.isfinite().all()) for param in params)
+    """Return whether all weights, or this process's parts of them, are finite."""
+    return all(bool(_local(param).isfinite().all()) for param in params)
 
 
 def non_finite_error(step: int, rows: Sequence[str] | None, advice: Sequence[str]) -> NonFiniteError:
@@ -98,6 +102,10 @@ def non_finite_error(step: int, rows: Sequence[str] | None, advice: Sequence[str
         f"rows if they are always the same. Otherwise: {tried}. If it happens at once when you go on from here, take "
         "an earlier checkpoint."
     )
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rows(batch: PreferenceBatch) -> Iterator[PreferenceBatch]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, Self
@@ -42,7 +41,13 @@ from prlhf_lightning.modules.optim import (
 )
 from prlhf_lightning.modules.reference_store import ReferenceStore
 from prlhf_lightning.modules.resume import end_epoch
-from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
+from prlhf_lightning.modules.sharding import check_strategy, is_sharded, plain_name, shard, stand_in
+from prlhf_lightning.modules.table_sync import (
+    average_dense_gradients,
+    average_sparse_gradients,
+    exclude_from_ddp,
+    sparse_tables,
+)
 from prlhf_lightning.modules.trainer_settings import check_trainer
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy, Sampling
@@ -140,6 +145,7 @@ class PersonalizedLM(LightningModule):
     def setup(self, stage: str) -> None:
         """Take the users from the data, unless a checkpoint has brought its own."""
         use_sealed_files(self.trainer)
+        check_strategy(self.trainer.strategy)
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.vocabulary is None:
             if datamodule is None:
@@ -165,6 +171,8 @@ class PersonalizedLM(LightningModule):
                 self.policy.build(with_reference=self.loss.requires_reference)
             self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
             exclude_from_ddp(self, sparse_tables(self.user_model))
+            if self._built_for is None:
+                shard(self.policy, self._trainer.strategy if self._trainer is not None else None)
             self._built_for = self.vocabulary
         self._check_lengths()
 
@@ -194,12 +202,13 @@ class PersonalizedLM(LightningModule):
             self._reference_store = None
 
     def on_fit_start(self) -> None:
-        """Give all processes the same user tables, as DDP does with all else."""
+        """Give all processes the same user model, of which DDP looks after all but the tables."""
         self._finite.forget()  # what a fit that failed has left
         self._seed = torch.initial_seed() if self._seed is None else self._seed
-        if self._ddp is not None:
-            for table in sparse_tables(self.user_model):
-                torch.distributed.broadcast(table.data, src=0)
+        if self._ddp is not None or is_sharded(self.policy):
+            alone = [*self.user_model.parameters(), *self.user_model.buffers()] if self._ddp is None else []
+            for tensor in alone or sparse_tables(self.user_model):
+                torch.distributed.broadcast(tensor.data, src=0)
 
     def on_train_start(self) -> None:
         """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
@@ -207,14 +216,28 @@ class PersonalizedLM(LightningModule):
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
     def on_after_backward(self) -> None:
-        """Average the gradients of the user tables over processes, in the backward pass in which DDP averages the rest.
+        """Average the user model's gradients over processes, in the backward pass in which those of the rest are.
 
         Not later: Lightning's scaler of float16 gradients looks before `on_before_optimizer_step` for those that are
         not finite, and a step that one process skips all must skip.
         """
         ddp = self._ddp
-        if ddp is not None and ddp.require_backward_grad_sync:  # set in the last of the batches that are accumulated
-            average_sparse_gradients(sparse_tables(self.user_model), _all_gather)
+        # DDP averages in the last of the batches that are accumulated, FSDP2 in each.
+        if is_sharded(self.policy) or (ddp is not None and ddp.require_backward_grad_sync):
+            tables = sparse_tables(self.user_model)
+            average_sparse_gradients(tables, _all_gather)
+            if ddp is None:
+                ids = {id(table) for table in tables}
+                dense = [p for p in self.user_model.parameters() if p.requires_grad and id(p) not in ids]
+                average_dense_gradients(dense, self._mean_over_processes)
+
+    def _mean_over_processes(self, tensor: Tensor) -> Tensor:
+        mean: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="mean")
+        return mean
+
+    def _sum_over_processes(self, tensor: Tensor) -> Tensor:
+        total: Tensor = self.trainer.strategy.reduce(tensor, reduce_op="sum")
+        return total
 
     @property
     def _ddp(self) -> DistributedDataParallel | None:
@@ -249,12 +272,17 @@ class PersonalizedLM(LightningModule):
         Lightning's own clipping does not know sparse gradients. It calls this before every step, clipping or not, and
         when all processes have the same gradients.
         """
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        norm = gradient_norm(params)
+        parts = list(self.policy.parameters()) if is_sharded(self.policy) else []
+        ids = {id(param) for param in parts}
+        whole = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids]
+        params = [*whole, *parts]
+        norm = gradient_norm(whole, parts, self._sum_over_processes)
         self._stop_unless_finite(norm, params)
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            if any(param.grad is not None and param.grad.is_sparse for param in params):
-                raise ConfigurationError("trainer.gradient_clip_algorithm: user tables can be clipped by 'norm' only.")
+            if parts or any(param.grad is not None and param.grad.is_sparse for param in params):
+                raise ConfigurationError(
+                    "trainer.gradient_clip_algorithm: user tables and sharded policies can be clipped by 'norm' only."
+                )
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_gradients(params, gradient_clip_val, norm)
@@ -265,23 +293,26 @@ class PersonalizedLM(LightningModule):
         # A scaler of float16 gradients looks for infinite ones itself, skips their step and scales less: that is its
         # normal way to find the largest scale. The losses are not scaled.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
-        alone = trainer.world_size == 1
-        mean = (lambda number: number) if alone else partial(trainer.strategy.reduce, reduce_op="mean")
-        if not self._finite.is_finite(None if scaled else norm, mean):
-            if not all_finite(params):
-                raise non_finite_error(trainer.global_step, None, self._advice())
+        if self._finite.is_finite(None if scaled else norm, self._mean_over_processes):
+            self._finite.forget()
+            return
+        # Parts of a sharded policy may be finite here and not elsewhere, and all must do the same.
+        intact = torch.full((), float(all_finite(params)), device=self.device)
+        if self._mean_over_processes(intact) < 1:
+            raise non_finite_error(trainer.global_step, None, self._advice())
+        records = self._finite.of_losses()
+        if not records and not is_sharded(self.policy):  # one process alone can't compute a sharded policy's gradient
             was_training = self.training
             self.eval()  # so that dropout, and losses that keep a running state, leave the search alone
             with trainer.precision_plugin.train_step_context():
-                records = self._finite.offending(lambda batch: self.objective(batch)[0], params)
+                records = self._finite.of_gradients(lambda batch: self.objective(batch)[0], params)
             self.train(was_training)
-            rows = [f"{self._place(record)} (user {user_id!r})" for record, user_id in records]
-            if not alone:
-                gathered: list[list[str]] = [[]] * trainer.world_size
-                torch.distributed.all_gather_object(gathered, rows)
-                rows = [row for part in gathered for row in part]
-            raise non_finite_error(trainer.global_step, rows, self._advice())
-        self._finite.forget()
+        rows = [f"{self._place(record)} (user {user_id!r})" for record, user_id in records]
+        if trainer.world_size > 1:
+            gathered: list[list[str]] = [[]] * trainer.world_size
+            torch.distributed.all_gather_object(gathered, rows)
+            rows = [row for part in gathered for row in part]
+        raise non_finite_error(trainer.global_step, rows, self._advice())
 
     def _place(self, record: int) -> str:
         datamodule: Any = getattr(self.trainer, "datamodule", None)
@@ -495,8 +526,10 @@ class PersonalizedLM(LightningModule):
         self._evaluation_step("test", batch, dataloader_idx)
 
     def _evaluation_step(self, stage: str, batch: PreferenceBatch, dataloader_idx: int) -> None:
-        if not len(batch):
-            return  # a process without rows of a small set takes part in what follows all the same
+        if not len(batch):  # a process without rows of a small set takes part in what follows all the same
+            if is_sharded(self.policy):
+                self.objective(stand_in(batch), every_term=True)
+            return
         name = self._eval_sets[dataloader_idx]
         losses, terms = self.objective(batch, every_term=True)
         self._losses[name].to(losses.device).update(losses)
@@ -587,6 +620,9 @@ class PersonalizedLM(LightningModule):
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
         if not len(batch):
+            if is_sharded(self.policy):
+                batch = stand_in(batch)
+                self.generate(batch.prompt, batch.user_ids, batch.user_text)
             return []
         completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)
         prompts = self.policy.tokenizer.batch_decode(
@@ -675,9 +711,8 @@ class PersonalizedLM(LightningModule):
         return [names[id(table)] for table in tables if id(table) in names]
 
     def _trained_names(self) -> set[str]:
-        frozen = {name for name, param in self.named_parameters() if not param.requires_grad}
         buffers = {name for name, _ in self.named_buffers() if name.startswith(("user_model.", "loss."))}
-        return {name for name, _ in self.named_parameters() if name not in frozen} | buffers
+        return {plain_name(name) for name, param in self.named_parameters() if param.requires_grad} | buffers
 
 
 def _all_gather(tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""User tables under DistributedDataParallel (DDP): only the rows of present users travel between processes.
+"""The user model in several processes, each of which holds all of it: only rows of present users travel between them.
 
-DDP would all-reduce a table's sparse gradient, which NCCL can't do and gloo does slowly. So it is told to leave the
-tables alone, and their gradients are averaged here, once an optimiser step, at a cost that depends on the users in the
-batches and not on those in the table.
+DistributedDataParallel (DDP) would all-reduce a table's sparse gradient, which NCCL can't do and gloo does slowly. It
+is told to leave the tables alone, and their gradients are averaged here, at a cost that depends on the users in the
+batches and not on those in the table. Where the policy is sharded nobody looks after the user model, and all of it is
+averaged here.
 """
 
 from __future__ import annotations
@@ -55,6 +56,29 @@ def average_sparse_gradients(tables: Sequence[Tensor], all_gather: Callable[[Ten
         rows, values = (all_gather(part)[is_real] for part in padded)
         mean = torch.sparse_coo_tensor(rows[None], values / len(counts), table.shape, check_invariants=False)
         table.grad = mean.coalesce()
+
+
+@torch.no_grad()
+def average_dense_gradients(params: Sequence[Tensor], average: Callable[[Tensor], Tensor]) -> None:
+    """Replace parameters' gradients by their means over all processes; all processes must call this.
+
+    A process without a gradient for a parameter counts as one whose gradient is zero. Gradients that are the same
+    everywhere stay as they are, so that this may be done in every one of the batches that are accumulated.
+
+    Args:
+        params: Parameters with dense gradients, or none.
+        average: Returns the mean of a float32 tensor over all processes.
+    """
+    if not params:
+        return
+    # All in one message, as they are small; the flags tell parameters that no process has a gradient for.
+    flags = torch.tensor([float(param.grad is not None) for param in params], device=params[0].device)
+    grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
+    message = average(torch.cat([flags, *(grad.flatten().float() for grad in grads)]))
+    used, *means = torch.split(message, [len(params), *(param.numel() for param in params)])
+    for param, mean, is_used in zip(params, means, used.tolist(), strict=True):
+        if is_used:
+            param.grad = mean.view_as(param).to(param.dtype)
 
 
 def _rows_and_values(table: Tensor) -> tuple[Tensor, Tensor]:

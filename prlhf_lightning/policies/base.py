@@ -60,6 +60,13 @@ class Policy(nn.Module, ABC):
             with_reference: Whether `reference_log_probs` will be called.
         """
 
+    def prepare_for_sharding(self) -> list[nn.Module]:
+        """Get ready to be divided among processes, and return the parts to gather one by one, such as layers.
+
+        From then on every process must call the parts equally often in each method, whatever its rows.
+        """
+        return []
+
     @property
     def max_positions(self) -> int | None:
         """Most vectors and tokens that a sequence may have once the policy is built; None for no limit."""

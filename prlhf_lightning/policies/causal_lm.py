@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -76,6 +76,7 @@ class CausalLMPolicy(Policy):
         self.gradient_checkpointing = gradient_checkpointing
         self.torch_compile = torch_compile
         self.attn_implementation = attn_implementation
+        self._is_sharded = False
         self._hub_args = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     @property
@@ -153,6 +154,17 @@ class CausalLMPolicy(Policy):
     def lm(self) -> PreTrainedModel:
         """The Hugging Face model, adapters included."""
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    def prepare_for_sharding(self) -> list[nn.Module]:
+        """Return the layers; see `Policy.prepare_for_sharding`."""
+        if self.torch_compile:
+            raise ConfigurationError("policy.torch_compile: a sharded policy can't be compiled; set it to false.")
+        self._is_sharded = True
+        # Whether sharing pays is decided batch by batch, and takes two passes through the layers instead of one.
+        self.shortcuts = replace(self.shortcuts, shared_prompt=False)
+        models = [self.lm] if self.reference_model is None else [self.lm, self.reference_model]
+        names = {name for model in models for name in model._no_split_modules or ()}
+        return [module for model in models for module in model.modules() if type(module).__name__ in names]
 
     def merged(self) -> PreTrainedModel:
         """Return the trained model without peft, to save or to serve.
@@ -269,6 +281,7 @@ class CausalLMPolicy(Policy):
                     use_cache=True,
                     pad_token_id=pad,
                     eos_token_id=eos,
+                    synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
                     **how,
                 )
         finally:

@@ -46,7 +46,12 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
         `[N]` float32; softmax is taken in float32 whatever the dtype of the logits.
     """
     rows = max(1, _LOGITS_PER_CHUNK // vocab_size)
-    if type(head) is nn.Linear and not any(param.requires_grad for param in head.parameters()):
+    # Not by its parameters, of which it has none while FSDP1 has put its weights together.
+    if (
+        type(head) is nn.Linear
+        and not head.weight.requires_grad
+        and not (head.bias is not None and head.bias.requires_grad)
+    ):
         scores: Tensor = _FrozenHeadLogProbs.apply(  # type: ignore[no-untyped-call]
             hidden, targets, head.weight, head.bias, rows
         )

@@ -71,7 +71,7 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
     }
 
 
-def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path) -> None:
+def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path, quiet: bool = False) -> None:
     """Print the models' metrics side by side, and write them to `comparison.json`.
 
     Where the users are simulated, they also judge what each model writes for them, and a prompt is answered for
@@ -81,6 +81,7 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
         contenders: The models by name.
         data: The data module that they were trained with.
         folder: Where the file goes.
+        quiet: Print and write nothing, for a process that only takes part because the models are sharded.
     """
     rows = {
         "pair accuracy, seen users": "val/seen/accuracy",
@@ -109,11 +110,12 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
         if any(key in values for values in results.values()):
             cells = [f"{values[key]:.3f}" if key in values else "" for values in results.values()]
             table.add_row(label, *cells, *([f"{limits[key]:.3f}" if key in limits else ""] if source else []))
-    console = Console()
+    console = Console(quiet=quiet)
     console.print(table)
     if source:
         _show_answers(console, contenders, data, source)
-    _write_json(folder / "comparison.json", {**results, **({"best possible": limits} if source else {})})
+    if not quiet:
+        _write_json(folder / "comparison.json", {**results, **({"best possible": limits} if source else {})})
 
 
 def _limits(source: SimulatedSource) -> dict[str, float]:
