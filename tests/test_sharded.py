@@ -50,6 +50,7 @@ def run(folder: Path, name: str, command: str, *args: str) -> None:
     processes = int(os.environ.get("TESTED_PROCESSES", 1))
     words = [command, "-c", folder / "config.yaml", *args, *CLIP, "--trainer.default_root_dir", folder / name]
     words += ["--trainer.devices", processes, "--data.batch_size", 4 // processes]
+    words += ["--collapse.prompts", 0]  # what sharded models write is not looked at
     if command == "fit":
         words += ["--trainer.callbacks+", "test_sharded.Save"]
     main(list(map(str, words)))

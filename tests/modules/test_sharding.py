@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.modules.optim import clip_gradients
+from prlhf_lightning.modules.optim import clip_gradients, gradient_norm
 from prlhf_lightning.modules.sharding import FSDP2Strategy, check_strategy, is_sharded, shard
 from prlhf_lightning.modules.sharding_fsdp1 import FSDP1Strategy
 from prlhf_lightning.modules.table_sync import average_dense_gradients
@@ -96,7 +96,8 @@ def worker(rank: int, folder: str, model: str) -> None:
     for name, lora in (("lora", LoRA(rank=2)), ("full", None)):
         results[name] = use_policy(model, lora, _Local(), tokens=4 + 4 * rank)
     whole, sharded = with_gradients(_Local().device_mesh["data_parallel"])
-    results["norm"] = clip_gradients(whole, MAX_NORM, sharded, add_up)
+    norm = gradient_norm(whole, sharded, add_up)
+    results["norm"] = clip_gradients([*whole, *sharded], MAX_NORM, norm)
     results["clipped"] = whole_gradients(*whole, *sharded)
     params = [nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(()))]
     params[0].grad = torch.full((2,), 1.0 + rank)
@@ -175,11 +176,17 @@ def test_lightnings_own_sharded_strategies_are_refused_with_what_to_use(strategy
 
 def test_an_error_of_one_process_does_not_save_what_all_must_save_together(monkeypatch):
     monkeypatch.setattr("prlhf_lightning.callbacks.is_sharded", lambda policy: True)
-    trainer = Mock(global_step=3, training=True, log_dir="runs")
+    trainer = Mock(global_step=3, validating=False, log_dir="runs", world_size=2, optimizers=[])
     trainer.state.fn = TrainerFn.FITTING
-    SaveOnInterrupt().on_exception(trainer, Mock(), KeyboardInterrupt())
+    trainer.strategy.reduce = lambda tensor, reduce_op: tensor
+    module = Mock(device=torch.device("cpu"))
+    module.parameters.return_value = [nn.Parameter(torch.zeros(1))]
+    callback = SaveOnInterrupt()
+    callback.on_fit_start(trainer, module)
+    with pytest.warns(UserWarning, match="did not stop together"):
+        callback.on_exception(trainer, module, KeyboardInterrupt())
     trainer.save_checkpoint.assert_not_called()
-    SaveOnInterrupt().on_exception(trainer, Mock(), SIGTERMException())  # raised after the same batch everywhere
+    callback.on_exception(trainer, module, SIGTERMException())  # raised after the same batch everywhere
     trainer.save_checkpoint.assert_called_once()
 
 
