@@ -9,7 +9,7 @@ from torch import Tensor
 from prlhf_lightning.errors import ConfigurationError
 
 _NAMED = 3  # a wrong rank shows in every layer; a few parameters tell as much as all
-_NAMES = 5
+_LISTED = 5  # missing or unexpected weights
 
 
 def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Tensor], tables: Collection[str]) -> None:
@@ -49,7 +49,7 @@ def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
     if missing or unexpected:
         raise ConfigurationError(
             "The checkpoint does not fit this model. Use the user_model, policy and loss that it was trained "
-            f"with. Missing: {sorted(missing)[:_NAMES]}; not in the model: {list(unexpected)[:_NAMES]}."
+            f"with. Missing: {sorted(missing)[:_LISTED]}; not in the model: {list(unexpected)[:_LISTED]}."
         )
 
 
