@@ -1,36 +1,66 @@
-"""What stands in a checkpoint beside Lightning's own entries: its format, and the users with their rows."""
+"""What stands in a checkpoint: the weights that were trained, and beside Lightning's own entries the users.
+
+The entry of this package holds its format, and the users with their rows.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modules.sharding import plain_name
+from prlhf_lightning.user_models import UserModel
 
 KEY = "prlhf_lightning"
 #: Raised when files can no longer be read by versions that read the last one.
 FORMAT = 1
 
 
-def entry(
-    users: UserVocabulary | None, new_rows: Mapping[str, Tensor], shares: Sequence[str], seed: int
-) -> dict[str, Any]:
+def trained_names(module: nn.Module) -> set[str]:
+    """Return the names of the weights that belong in a checkpoint: what is trained, and what losses and users keep."""
+    buffers = {name for name, _ in module.named_buffers() if name.startswith(("user_model.", "loss."))}
+    return {plain_name(name) for name, param in module.named_parameters() if param.requires_grad} | buffers
+
+
+def names_of(module: nn.Module, tables: Sequence[Tensor]) -> list[str]:
+    """Return the names of some of a module's parameters, in their order."""
+    names = {id(param): name for name, param in module.named_parameters()}
+    return [names[id(table)] for table in tables if id(table) in names]
+
+
+def new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, by the table's name, the row of each table that a user gets who is added.
+
+    Args:
+        names: Those of the user model's tables.
+        user_model: What knows the rows.
+        weights: Those of the checkpoint. Tables that are frozen, or held by another process, are not among them.
+    """
+    if not weights.keys() >= set(names):
+        return {}
+    rows = user_model.new_rows([weights[name] for name in names])
+    return {name: row.detach().clone() for name, row in zip(names, rows, strict=True)}
+
+
+def entry(users: UserVocabulary | None, rows: Mapping[str, Tensor], shares: Sequence[str], seed: int) -> dict[str, Any]:
     """Return the entry.
 
     Args:
         users: Those whose rows the tables hold.
-        new_rows: For each table of rows, by its name in the state dict, the row that a user gets who is added. It is
-            kept here so that users can be added to and removed from a file without building its model.
+        rows: What `new_rows` returns; kept so that users can be added to and removed from a file without building its
+            model.
         shares: Names of the tables whose rows are unnormalised weights.
         seed: What chance was drawn from.
     """
     return {
         "format": FORMAT,
         "users": list(users.ids) if users is not None else [],
-        "new_rows": dict(new_rows),
+        "new_rows": dict(rows),
         "shares": list(shares),
         "seed": seed,
     }
@@ -60,3 +90,12 @@ def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
     """Return the users of a checkpoint; raises as `entry_of`."""
     return UserVocabulary(entry_of(checkpoint)["users"])
+
+
+def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:
+    """Say what becomes of the data's training users where a checkpoint, whose rows are kept, has others."""
+    new = sum(user_id not in users for user_id in of_data.ids)
+    rank_zero_warn(
+        f"The checkpoint knows {len(users) - 1} users, and its rows are kept. {new} of the data's "
+        f"{len(of_data) - 1} training users are not among them and are treated as the generic user."
+    )

@@ -1,4 +1,4 @@
-"""Whether the weights of a checkpoint have the shapes of a model's, and what it means where they have not."""
+"""Whether the weights of a checkpoint are those of a model, and what it means where they are not."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from prlhf_lightning.errors import ConfigurationError
 
 _NAMED = 3  # a wrong rank shows in every layer; a few parameters tell as much as all
+_LISTED = 5  # missing or unexpected weights
 
 
 def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Tensor], tables: Collection[str]) -> None:
@@ -33,6 +34,23 @@ def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Tensor], tables
         f"The checkpoint does not fit this model, which has {'; '.join(causes)}. Use what it was trained with. "
         f"({'; '.join(shapes)}.)"
     )
+
+
+def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
+    """Raise where a checkpoint lacks weights that are trained here, or has others.
+
+    Args:
+        missing: Names of the trained weights that it lacks.
+        unexpected: Names of those that the model lacks.
+
+    Raises:
+        ConfigurationError: Names the first of them.
+    """
+    if missing or unexpected:
+        raise ConfigurationError(
+            "The checkpoint does not fit this model. Use the user_model, policy and loss that it was trained "
+            f"with. Missing: {sorted(missing)[:_LISTED]}; not in the model: {list(unexpected)[:_LISTED]}."
+        )
 
 
 def _cause(name: str, saved: Tensor, here: Tensor, is_table: bool) -> str:

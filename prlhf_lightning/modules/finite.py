@@ -10,12 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from prlhf_lightning.errors import NonFiniteError
+from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.modules.processes import gather_objects, mean_over_processes
+from prlhf_lightning.policies import Policy
 from prlhf_lightning.types import PreferenceBatch
 
 _NAMED = 3  # rows
@@ -36,18 +41,60 @@ class FiniteGuard:
         """
         self._seen.append((batch, losses.detach()))
 
-    def is_finite(self, norm: Tensor | None, mean: Callable[[Tensor], Tensor]) -> bool:
-        """Return whether the losses since the last step, and the gradients, are finite on every process.
+    def may_step(self, norm: Tensor, trainer: Trainer) -> bool:
+        """Return whether the coming step's losses and gradients are finite on every process; if so, begin a new one.
 
         Args:
-            norm: `[]` norm of all gradients, or None to look at the losses only.
-            mean: Returns the mean of a number over all processes, which all must call.
+            norm: `[]` norm of all gradients.
+            trainer: What trains; all processes must call this.
         """
-        parts = [losses.sum() for _, losses in self._seen] + ([norm] if norm is not None else [])
+        # A scaler of float16 gradients looks for infinite ones itself, skips their step and scales less: that is its
+        # normal way to find the largest scale. The losses are not scaled.
+        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
+        parts = [losses.sum() for _, losses in self._seen] + ([] if scaled else [norm])
         # A sum is finite only where all that it is made of is.
-        return not parts or bool(mean(torch.stack([part.float() for part in parts]).sum()).isfinite())
+        together = torch.stack([part.float() for part in parts]).sum() if parts else None
+        if together is not None and not mean_over_processes(trainer, together).isfinite():
+            return False
+        self.forget()
+        return True
 
-    def of_losses(self) -> list[tuple[int, str]]:
+    def error(
+        self,
+        module: LightningModule,
+        params: Sequence[nn.Parameter],
+        losses_of: Callable[[PreferenceBatch], Tensor] | None,
+        advice: Sequence[str],
+    ) -> NonFiniteError:
+        """Return what stops training where `may_step` says no; all processes must call this.
+
+        Args:
+            module: What is trained.
+            params: Its parameters that are.
+            losses_of: Computes the losses `[B]` of a batch anew, which is done row by row; None if one process alone
+                cannot.
+            advice: What to try, in order.
+        """
+        trainer = module.trainer
+        # Parts of a sharded policy may be finite here and not elsewhere, and all must do the same.
+        intact = torch.full((), float(all_finite(params)), device=module.device)
+        if mean_over_processes(trainer, intact) < 1:
+            return _error(trainer.global_step, None, advice)
+        records = self._of_losses()
+        if not records and losses_of is not None:
+            was_training = module.training
+            module.eval()  # so that dropout, and losses that keep a running state, leave the search alone
+            with trainer.precision_plugin.train_step_context():
+                records = self._of_gradients(losses_of, params)
+            module.train(was_training)
+        rows = [f"{_place(trainer, record)} (user {user_id!r})" for record, user_id in records]
+        return _error(trainer.global_step, [row for part in gather_objects(trainer, rows) for row in part], advice)
+
+    def forget(self) -> None:
+        """Begin a new step."""
+        self._seen = []
+
+    def _of_losses(self) -> list[tuple[int, str]]:
         """Return record and user of this process's rows whose loss is not finite."""
         return [
             (int(batch.records[row]), batch.user_ids[row])
@@ -55,15 +102,10 @@ class FiniteGuard:
             for row in (~losses.isfinite()).nonzero().flatten().tolist()
         ]
 
-    def of_gradients(
+    def _of_gradients(
         self, losses_of: Callable[[PreferenceBatch], Tensor], params: Sequence[nn.Parameter]
     ) -> list[tuple[int, str]]:
-        """Return record and user of this process's rows whose gradient is not finite.
-
-        Args:
-            losses_of: Computes the losses `[B]` of a batch anew, which is done row by row.
-            params: What is trained.
-        """
+        """Return record and user of this process's rows whose gradient is not finite."""
         return [
             (int(row.records[0]), row.user_ids[0])
             for batch, _ in self._seen
@@ -71,17 +113,25 @@ class FiniteGuard:
             if not _has_finite_gradients(losses_of(row), params)
         ]
 
-    def forget(self) -> None:
-        """Begin a new step."""
-        self._seen = []
-
 
 def all_finite(params: Iterable[nn.Parameter]) -> bool:
     """Return whether all weights, or this process's parts of them, are finite."""
     return all(bool(_local(param).isfinite().all()) for param in params)
 
 
-def non_finite_error(step: int, rows: Sequence[str] | None, advice: Sequence[str]) -> NonFiniteError:
+def what_to_try(trainer: Trainer, policy: Policy, loss: PreferenceLoss) -> list[str]:
+    """Return which settings to change, in order, where a loss or a gradient is not finite."""
+    half = "16" in str(trainer.precision) and "bf16" not in str(trainer.precision)
+    half = half or getattr(policy, "dtype", None) == "float16"
+    return [
+        *(["use bfloat16 (trainer.precision, model.policy.dtype), for float16 ends at 65504"] if half else []),
+        *([] if trainer.gradient_clip_val else ["set trainer.gradient_clip_val: 1.0"]),
+        "lower model.optim.lr and model.optim.user_lr, or lengthen model.optim.warmup_steps",
+        f"lower model.loss.beta ({loss.beta:g})",
+    ]
+
+
+def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str]) -> NonFiniteError:
     """Return what stops training.
 
     Args:
@@ -102,6 +152,11 @@ def non_finite_error(step: int, rows: Sequence[str] | None, advice: Sequence[str
         f"rows if they are always the same. Otherwise: {tried}. If it happens at once when you go on from here, take "
         "an earlier checkpoint."
     )
+
+
+def _place(trainer: Trainer, record: int) -> str:
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    return str(datamodule.where(record)) if hasattr(datamodule, "where") else f"row {record}"
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -12,8 +12,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.user_models import UserModel
 
 _Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _WARMUPS = "a whole number of steps, or, below 1, a share of all steps"
@@ -139,6 +141,31 @@ class RowwiseAdamW(torch.optim.AdamW):
         update = (first / correction1) / ((second / correction2).sqrt() + group["eps"])
         decayed = param[rows] * (1 - group["lr"] * group["weight_decay"])
         param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 whatever the table is
+
+
+def make_optimizer(optim: Optim, policy: nn.Module, user_model: UserModel) -> RowwiseAdamW:
+    """Return an optimiser that gives the policy, the user model and its tables their own rates.
+
+    Args:
+        optim: The settings.
+        policy: A policy that has been built.
+        user_model: A user model that has been built.
+    """
+    tables = user_model.row_tables()
+    is_table = {id(table) for table in tables}
+    shared = [p for p in user_model.parameters() if p.requires_grad and id(p) not in is_table]
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    parts = {"policy": trained, "user_model": shared, "user_tables": tables}
+    return RowwiseAdamW(
+        [{"name": name, "params": params, **optim.group(name)} for name, params in parts.items() if params]
+    )
+
+
+def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
+    """Return the one schedule of all rates, over `steps` optimiser steps."""
+    name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
+    schedule: LambdaLR = get_scheduler(name, optimizer, optim.warmup(steps), steps)
+    return schedule
 
 
 def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
+from prlhf_lightning.paths import cache_folder
+from prlhf_lightning.policies import Policy
 from prlhf_lightning.reference_cache import ReferenceCache, Values, content_key
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens
 
@@ -63,6 +67,39 @@ class ReferenceStore:
         self.cache.put(list(new), list(new.values()))
         # Laid out as `attach` does, since sums over another number of padded places differ in their last bits as well.
         return _pad(values, completion.to("cpu")).to(scores.tokens.device)
+
+
+def can_serve(trainer: Trainer) -> bool:
+    """Return whether each process may look up its own pairs, and leave the policy alone where it finds them all.
+
+    Where each process holds a part of the model, one that does leaves the others waiting.
+    """
+    strategy = trainer.strategy
+    whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    return trainer.world_size == 1 or whole
+
+
+def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStore | None:
+    """Return the store of a policy's reference; None if the policy cannot tell what decides its log-probs.
+
+    Args:
+        policy: A policy that has been built.
+        sees_text: As in `ReferenceStore`.
+        precision: The trainer's, which decides the last bits.
+    """
+    identity = policy.reference_identity()
+    if identity is None:
+        return None
+    return ReferenceStore(ReferenceCache(cache_folder() / "reference", {**identity, "precision": precision}), sees_text)
+
+
+def exchange(store: ReferenceStore | None, trainer: Trainer) -> None:
+    """Let every process know what the others computed; all must call this, those without a store as well."""
+    if store is not None:
+        store.cache.flush()
+    trainer.strategy.barrier("reference cache")
+    if store is not None:
+        store.cache.refresh()
 
 
 def _rows(tokens: Tokens) -> list[Sequence[int]]:

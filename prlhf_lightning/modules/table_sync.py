@@ -9,11 +9,14 @@ averaged here.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from prlhf_lightning.modules.processes import all_gather, mean_over_processes
 from prlhf_lightning.user_models import UserModel
 
 
@@ -29,6 +32,34 @@ def exclude_from_ddp(module: nn.Module, tables: Iterable[Tensor]) -> None:
     names = [name for name, param in module.named_parameters() if id(param) in ids]
     # Not a public method, but torch's only way to have a parameter left alone.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]
+
+
+def begin_alike(user_model: UserModel, alone: bool) -> None:
+    """Give all processes the first one's user model; all processes must call this.
+
+    Args:
+        user_model: A user model that has been built.
+        alone: Whether all of it is looked after here, and not its sparse tables only.
+    """
+    whole = [*user_model.parameters(), *user_model.buffers()]
+    for tensor in whole if alone else sparse_tables(user_model):
+        torch.distributed.broadcast(tensor.data, src=0)
+
+
+def average_gradients(user_model: UserModel, alone: bool, trainer: Trainer) -> None:
+    """Replace the user model's gradients by their means over all processes, which all must call this.
+
+    Args:
+        user_model: A user model after its backward pass.
+        alone: As in `begin_alike`.
+        trainer: What trains it.
+    """
+    tables = sparse_tables(user_model)
+    average_sparse_gradients(tables, all_gather)
+    if alone:
+        ids = {id(table) for table in tables}
+        dense = [p for p in user_model.parameters() if p.requires_grad and id(p) not in ids]
+        average_dense_gradients(dense, partial(mean_over_processes, trainer))
 
 
 @torch.no_grad()

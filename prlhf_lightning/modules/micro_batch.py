@@ -1,0 +1,57 @@
+"""One micro-batch of training: where its chance comes from, what it weighs in its step, and what is logged of it."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from prlhf_lightning.data.sampler import UserGroupedBatchSampler
+from prlhf_lightning.modules.objective import Term
+from prlhf_lightning.modules.processes import stable_hash
+
+
+def seed_chance(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
+    """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
+    draw = f"{seed} {trainer.global_rank} {trainer.current_epoch} {batch_idx}"
+    torch.manual_seed(stable_hash(draw))
+
+
+def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+    """Return a batch's pairs over the mean number in the batches of its optimiser step, over all processes.
+
+    Lightning takes the mean over the batches that are accumulated, and DDP that over processes, whatever their
+    sizes. The sampler knows all sizes of the epoch, so no process has to ask the others. A window of accumulation
+    that the end of the epoch cuts short is a mean over its own pairs too.
+
+    Args:
+        trainer: What trains.
+        pairs: Number of pairs of the batch, on this process.
+        batch_idx: Its number in the epoch.
+    """
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    if not isinstance(sampler, UserGroupedBatchSampler):
+        return 1.0  # batches of another data module
+    window = trainer.accumulate_grad_batches
+    first = batch_idx - batch_idx % window
+    step = slice(first, min(first + window, int(trainer.num_training_batches)))
+    return pairs * window / sampler.pairs_per_rank(trainer.current_epoch, step)
+
+
+def values_to_log(loss: Tensor, term: Term, ranks: bool) -> dict[str, Tensor]:
+    """Return the means over a batch that are worth a curve, each `[]`.
+
+    Args:
+        loss: `[]` the mean loss.
+        term: The first term of the objective.
+        ranks: Whether there are rejected completions.
+    """
+    chosen = term.log_probs.chosen
+    values = {"loss": loss, "chosen_log_probs": chosen.sum.detach().mean()}
+    if term.reference is not None:
+        values["chosen_log_ratio"] = (chosen.mean.detach() - term.reference.chosen.mean).mean()  # a token
+    if ranks:
+        values["rejected_log_probs"] = term.log_probs.rejected.sum.detach().mean()
+        values["margin"] = term.margins.mean()
+        values["accuracy"] = (term.margins > 0).float().mean()
+    return values

@@ -1,0 +1,154 @@
+"""The objective: the loss of each pair under its own user and under the generic user, mixed by alpha."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.modules.reference_store import ReferenceStore
+from prlhf_lightning.policies import Policy
+from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
+from prlhf_lightning.user_models import UserModel
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective: the pairs of a batch as one kind of user sees them.
+
+    Attributes:
+        generic: Whether the generic user stood in each user's place; false of terms that were drawn pair by pair.
+        log_probs: The policy's log-probabilities.
+        output: The loss's per-pair result.
+        reference: The reference's log-probabilities, if the loss has one.
+    """
+
+    generic: bool
+    log_probs: PairLogProbs
+    output: LossOutput
+    reference: PairLogProbs | None = None
+
+    @property
+    def margins(self) -> Tensor:
+        """`[B]` reward of the chosen less that of the rejected completion."""
+        return self.output.chosen_rewards - self.output.rejected_rewards
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is computed of a batch; it owns none of its parts, and is made anew for each use of them.
+
+    Attributes:
+        user_model: Turns users into soft-prompt vectors.
+        policy: The language model that the vectors condition.
+        loss: The pairwise objective of which both terms are made.
+        alpha: Weight of the user's own term, in [0, 1]; the generic user's has 1 - alpha.
+        vocabulary: The users that the table has a row for, once they are known.
+        store: Where the reference's log-probs are kept, if they are.
+    """
+
+    user_model: UserModel
+    policy: Policy
+    loss: PreferenceLoss
+    alpha: float
+    vocabulary: UserVocabulary | None
+    store: ReferenceStore | None
+
+    def users(self, user_ids: Sequence[str], user_text: Tokens, reference: bool = False) -> Users:
+        """Look up users and embed their texts; see `PersonalizedLM.users`."""
+        if self.vocabulary is None:
+            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
+        rows = self.vocabulary.rows(user_ids).to(user_text.ids.device)
+        with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
+        return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
+
+    def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
+        """Score a batch's completions under the reference; see `PersonalizedLM.reference_log_probs`."""
+        if not self.loss.requires_reference:
+            return None
+        if batch.reference is not None:
+            return batch.reference
+        first, of_pair = self._distinct(batch)
+        with torch.no_grad():
+            visible = self.user_model.reference(self.users(batch.user_ids, batch.user_text, reference=True))
+        visible = visible.select(first) if visible is not None else None
+        completions = [part.select(first) for part in self._completions(batch)]
+        scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
+        reference = _pair(scored).select(of_pair)
+        if self.store is not None and batch.reference_keys:
+            reference = self.store.keep(batch, reference)
+        return reference
+
+    def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
+        """Score a batch's completions once for each entry of `generic`; see `PersonalizedLM.policy_log_probs`."""
+        users = self.users(batch.user_ids, batch.user_text)
+        every = torch.arange(len(batch), device=users.rows.device)
+        first, of_pair = self._distinct(batch) if any(generic) else (every, every)
+        rows = [first if g else every for g in generic]
+        soft_prompt = SoftPrompt.stacked(
+            [self.user_model.generic(users).select(first) if g else self.user_model(users) for g in generic]
+        )
+        index = torch.cat(rows)
+        scored = self._scored(batch, index, soft_prompt)
+        ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
+        places = [torch.arange(end - len(r), end, device=index.device) for r, end in zip(rows, ends, strict=True)]
+        return [scored.select(place[of_pair] if g else place) for place, g in zip(places, generic, strict=True)]
+
+    def compute(self, batch: PreferenceBatch, every_term: bool, sampled: bool) -> tuple[Tensor, list[Term]]:
+        """Compute the alpha-weighted loss of each pair, and the terms; see `PersonalizedLM.objective`."""
+        if sampled and self.user_model.personalizes:
+            generic = (torch.rand(len(batch)) >= self.alpha).to(batch.records.device)
+            drawn = self._sampled_log_probs(batch, generic)
+            reference = self.reference_log_probs(batch)
+            output = self.loss(drawn, reference)
+            return output.losses, [Term(False, drawn, output, reference)]
+        weights = {False: self.alpha, True: 1.0 - self.alpha} if self.user_model.personalizes else {False: 1.0}
+        kinds = [generic for generic, weight in weights.items() if weight > 0 or every_term]
+        reference = self.reference_log_probs(batch)
+        scored = self.policy_log_probs(batch, kinds)
+        terms = [
+            Term(g, policy, self.loss(policy, reference), reference) for g, policy in zip(kinds, scored, strict=True)
+        ]
+        # P-DPO, arXiv:2402.05133: mixed pair by pair, before any mean over a batch.
+        losses = torch.stack([weights[term.generic] * term.output.losses for term in terms]).sum(0)
+        return losses, terms
+
+    def _sampled_log_probs(self, batch: PreferenceBatch, generic: Tensor) -> PairLogProbs:
+        """Score each pair once: under the generic user where `generic` `[B]` says so, else under its own user."""
+        users = self.users(batch.user_ids, batch.user_text)
+        order = torch.cat([(~generic).nonzero().flatten(), generic.nonzero().flatten()])
+        own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
+        soft_prompt = SoftPrompt.stacked([self.user_model(own), self.user_model.generic(others)])
+        return self._scored(batch, order, soft_prompt).select(order.argsort())
+
+    def _scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
+        """Score the pairs that `rows` `[N]` names under the policy, each with its own of N soft prompts."""
+        completions = [part.select(rows) for part in self._completions(batch)]
+        return _pair(self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt))
+
+    def _distinct(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Find the distinct pairs of a batch, whoever judged them.
+
+        Returns:
+            The first row of each distinct pair `[U]`, and for each row the number of its pair `[B]`.
+        """
+        parts = [batch.prompt, *self._completions(batch), *([batch.user_text] if self.user_model.uses_text else [])]
+        content = torch.cat([part.ids.masked_fill(~part.mask, -1) for part in parts], dim=1)
+        _, of_pair = torch.unique(content, dim=0, return_inverse=True)
+        rows = torch.arange(len(batch), device=content.device)
+        first = rows.new_full((int(of_pair.max()) + 1,), len(batch)).scatter_reduce(0, of_pair, rows, "amin")
+        return first, of_pair
+
+    def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
+        return [batch.chosen, batch.rejected] if self.loss.requires_rejected else [batch.chosen]
+
+
+def _pair(scores: Sequence[LogProbs]) -> PairLogProbs:
+    chosen = scores[0]
+    rejected = scores[1] if len(scores) > 1 else LogProbs(chosen.tokens[:, :0], chosen.mask[:, :0])
+    return PairLogProbs(chosen, rejected)
