@@ -78,6 +78,7 @@ def worker(rank: int, path: str) -> None:
         "weights": {name: param.detach() for name, param in model.named_parameters()},
     }
     torch.save(result, f"{path}/{rank}.pt")
+    del ddp  # now and then it waits for ever where its process group has gone before it
     torch.distributed.destroy_process_group()
 
 
