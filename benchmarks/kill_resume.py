@@ -1,4 +1,4 @@
-"""Kills training at random moments (kill -9), goes on with the same command, and compares the final weights.
+"""Kills training at random steps and moments (kill -9), goes on with the same command, and compares the final weights.
 
     OMP_NUM_THREADS=1 python benchmarks/kill_resume.py            # 20 kills
     OMP_NUM_THREADS=1 python benchmarks/kill_resume.py --kills 2 --steps 12
@@ -69,16 +69,30 @@ def start(folder: Path, steps: int) -> int:
         os._exit(1)
 
 
-def killed(pid: int, delay: float, folder: Path | None = None) -> bool:
-    """Kill a process after some time, and if a folder is given while it writes there; return whether it was at work."""
+def killed(pid: int, step: int, delay: float, folder: Path, writing: bool) -> bool:
+    """Kill a process some time after a checkpoint of a step; return whether it was still at work.
+
+    Not after a time alone: on a busy machine, most kills would come before there is any checkpoint.
+    """
+    before = partials(folder)
+    while reached(folder) < step and is_alive(pid):
+        time.sleep(0.02)
     time.sleep(delay)
-    left = partials(folder) if folder else set()
-    while folder and not partials(folder) - left:
-        if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-            break
+    while writing and not partials(folder) - before and is_alive(pid):
         time.sleep(0.0003)
     os.kill(pid, signal.SIGKILL)
     return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a child has not ended; it can still be waited for."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+
+def reached(folder: Path) -> int:
+    """Return the step of the newest checkpoint, 0 where there is none."""
+    path = newest(folder)
+    return int(checkpoint_files.load(path)["global_step"]) if path else 0
 
 
 def partials(folder: Path) -> set[Path]:
@@ -129,20 +143,19 @@ def measure(kills: int, steps: int, seed: int, root: Path) -> int:
     done, runs, wrong, torn = 0, 0, 0, 0
     while done < kills:
         folder = root / f"run-{runs}"
-        reached = []
+        at: list[int] = []
         for _ in range(min(2, kills - done)):
-            delay = draw.uniform(0.0, 0.9 * length)
-            if not killed(start(folder, steps), delay, folder if done % 2 else None):
+            step, delay = draw.randrange(min(reached(folder), steps - 1), steps), draw.uniform(0.0, length / steps * 2)
+            if not killed(start(folder, steps), step, delay, folder, writing=bool(done % 2)):
                 break
             done += 1
-            path = newest(folder)
-            reached.append(str(checkpoint_files.load(path)["global_step"]) if path else "none")
+            at.append(reached(folder))
         torn += len(partials(folder))
         finished(start(folder, steps), folder)
         is_same = same(result(folder, steps), expected)
         runs, wrong = runs + 1, wrong + (not is_same)
         verdict = "identical" if is_same else "DIFFERENT"
-        print(f"run {runs}: killed with checkpoints at steps {', '.join(reached) or '-'}; then {verdict}", flush=True)
+        print(f"run {runs}: killed with checkpoints of steps {at}; then {verdict}", flush=True)
     print(f"{done} kills in {runs} runs ({torn} in the middle of a write): {runs - wrong} identical, {wrong} different")
     return wrong
 

@@ -39,7 +39,8 @@ class BestAndLast(ModelCheckpoint):
         monitor: Name of the logged value to judge by.
         mode: Whether a small (`min`) or a large (`max`) value is good.
         save_top_k: How many of the best to keep.
-        every_n_train_steps: Also save the last every so many steps; null saves after each validation only.
+        every_n_train_steps: Also save the last every so many steps, from the first on; null saves after each
+            validation only.
     """
 
     def __init__(
@@ -56,8 +57,12 @@ class BestAndLast(ModelCheckpoint):
             mode=mode,
             save_top_k=save_top_k,
             save_last=True,
-            every_n_train_steps=every_n_train_steps,
         )
+        if every_n_train_steps is not None and every_n_train_steps < 1:
+            raise ConfigurationError(
+                f"checkpoint.every_n_train_steps is {every_n_train_steps}; it must be 1 or more, or null."
+            )
+        self._every, self._last_step = every_n_train_steps, 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do without a monitor where nothing is validated."""
@@ -69,6 +74,22 @@ class BestAndLast(ModelCheckpoint):
         if not sets or not trainer.limit_val_batches or (judged_by and judged_by not in sets):
             self.monitor = None
             rank_zero_info("There is nothing to judge a best checkpoint by: only the last is kept.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save the last every so many steps.
+
+        Lightning's own way of it saves nothing before the first validation, in a run of one epoch until its end, and
+        from then on judges the best by what was validated before.
+        """
+        step = trainer.global_step
+        if not self._every or step % self._every or step == self._last_step:  # the last: batches are accumulated
+            return
+        saved = self._last_global_step_saved
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        # A validation after this very step must still save the best.
+        self._last_step, self._last_global_step_saved = step, saved
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, or, in the trial run before training, see that the monitor is logged at all."""

@@ -7,10 +7,12 @@ import errno
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 
 from prlhf_lightning.cli import main
 from prlhf_lightning.losses import MarginLoss
@@ -148,6 +150,7 @@ def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, mo
         (["--model.sampling.temperature", "-1"], "sampling.temperature is -1"),
         (["--checkpoint.monitor", "val/seen/los"], "checkpoint.monitor is 'val/seen/los'; it must be one of val/"),
         (["--checkpoint.monitor", "nope"], "checkpoint.monitor is 'nope'"),
+        (["--checkpoint.every_n_train_steps", "0"], "checkpoint.every_n_train_steps is 0"),
         (["--checkpoint.mode", "most"], "'min', 'max'"),
         (["--collapse.prompts", "-1"], "collapse.prompts is -1"),
         (["--ckpt_path", "nothing.ckpt"], "ckpt_path: there is no checkpoint nothing.ckpt"),
@@ -218,6 +221,24 @@ def test_an_interval_of_validation_within_an_epoch_is_taken(config, interval):
 def test_an_interval_over_epochs_may_be_longer_than_one(config):
     more = ("--trainer.check_val_every_n_epoch", "null", "--trainer.max_steps", 1)
     run("fit", "-c", config, "--trainer.val_check_interval", 1000, *more)
+
+
+def test_the_last_is_saved_every_so_many_steps_and_the_best_after_each_validation(config, tmp_path, monkeypatch):
+    saved = []
+    save = Trainer.save_checkpoint
+
+    def note(self, path, *args, **kwargs):
+        saved.append((self.global_step, Path(path).name.split("-")[0].removesuffix(".ckpt")))
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "save_checkpoint", note)
+    run("fit", "-c", config, "--checkpoint.every_n_train_steps", 3, "--checkpoint.save_top_k", -1,
+        "--trainer.max_epochs", 2, "--trainer.accumulate_grad_batches", 2, "--data.batch_size", 4)  # fmt: skip
+    steps = saved[-1][0] // 2
+    lasts, bests = ([step for step, name in saved if name == kind] for kind in ("last", "best"))
+    assert bests == [steps, 2 * steps]
+    assert sorted({*lasts}) == sorted({*range(3, 2 * steps + 1, 3), *bests})
+    assert len(lasts) == len({*range(3, 2 * steps + 1, 3)}) + 2  # once a step, and after each validation
 
 
 def test_last_goes_on_from_the_newest_intact_checkpoint_of_the_last_run(config, tmp_path, capsys):
