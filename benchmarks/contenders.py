@@ -112,6 +112,7 @@ def trls(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: boo
     row = {"prompt": "a", "chosen": " b", "rejected": " c"}
     trainer = trl.DPOTrainer(
         model,
+        ref_model=None if lora else copy.deepcopy(model),
         args=trl.DPOConfig(
             output_dir=tempfile.mkdtemp(), beta=BETA, report_to=[], use_cpu=args.device == "cpu", bf16=False,
             activation_checkpointing=False, per_device_train_batch_size=1, disable_tqdm=True,
