@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM as AutoLM
 from transformers import (
@@ -20,6 +21,8 @@ from transformers import (
     set_seed,
 )
 
+settings.register_profile("unhurried", deadline=None)  # a busy machine is no failure
+settings.load_profile("unhurried")
 torch.set_num_threads(1)  # the models are so small that threads only wait for one another
 
 _TEXT = "a the cat dog sat ran fast slow red blue sun moon user likes short long answers hello bye yes no"
