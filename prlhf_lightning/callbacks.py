@@ -10,7 +10,6 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import BasePredictionWriter, ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
@@ -20,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.finite import all_finite
+from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
 from prlhf_lightning.modules.sharding import is_sharded
 
@@ -152,12 +151,8 @@ class SaveOnInterrupt(Callback):
 
 
 def _is_finite(trainer: Trainer, module: LightningModule, together: bool) -> bool:
-    finite = all_finite(param for param in module.parameters() if param.requires_grad)
-    if not together:
-        return finite
-    # A sharded model may be finite in one process and not in another, and all must do the same.
-    flag = torch.full((), float(finite), device=module.device)
-    return bool(trainer.strategy.reduce(flag, reduce_op="mean") == 1)
+    trained = (param for param in module.parameters() if param.requires_grad)
+    return finite_everywhere(trainer, trained, module.device) if together else all_finite(trained)
 
 
 def _validate_anew(trainer: Trainer) -> None:

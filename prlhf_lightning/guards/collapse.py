@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.guards.answers import measure
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.processes import holds_whole_model
 
 _PATIENCE = 3  # readings in a row, for a batch may be an exception
 
@@ -135,11 +135,8 @@ class CollapseMonitor(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._now = {}
         alone = trainer.world_size == 1
-        whole = alone or (
-            isinstance(trainer.strategy, DDPStrategy) and not isinstance(trainer.strategy, DeepSpeedStrategy)
-        )
         known = isinstance(pl_module, PersonalizedLM) and hasattr(datamodule, "sample")
-        if not (self.prompts and known and whole):
+        if not (self.prompts and known and holds_whole_model(trainer)):
             return
         # One process writes, and all log: the others wait for it here.
         values = self._measure(trainer, pl_module, datamodule) if trainer.is_global_zero else {}

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.micro_batch import place_of
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.types import PreferenceBatch
 
@@ -65,14 +66,8 @@ def _what_happened(trainer: Trainer, batch: PreferenceBatch | None) -> Iterator[
     longer = torch.maximum(batch.chosen.mask.sum(1), batch.rejected.mask.sum(1))
     lengths: list[int] = (batch.user_text.mask.sum(1) + batch.prompt.mask.sum(1) + longer).tolist()
     longest = sorted(range(len(batch)), key=lambda row: -lengths[row])[:_NAMED]
-    yield f"Longest: {', '.join(f'{_place(trainer, batch, row)} ({lengths[row]} tokens)' for row in longest)}."
-
-
-def _place(trainer: Trainer, batch: PreferenceBatch, row: int) -> str:
-    datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
-    record = int(batch.records[row])
-    stage = "train" if trainer.training else "test" if trainer.testing else "validate"
-    return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
+    named = [f"{place_of(trainer, int(batch.records[row]))} ({lengths[row]} tokens)" for row in longest]
+    yield f"Longest: {', '.join(named)}."
 
 
 def _what_to_do(trainer: Trainer, module: PersonalizedLM) -> str:

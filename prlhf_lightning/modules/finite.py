@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from prlhf_lightning.errors import NonFiniteError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.modules.micro_batch import place_of
 from prlhf_lightning.modules.processes import gather_objects, mean_over_processes
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.types import PreferenceBatch
@@ -76,9 +76,7 @@ class FiniteGuard:
             advice: What to try, in order.
         """
         trainer = module.trainer
-        # Parts of a sharded policy may be finite here and not elsewhere, and all must do the same.
-        intact = torch.full((), float(all_finite(params)), device=module.device)
-        if mean_over_processes(trainer, intact) < 1:
+        if not finite_everywhere(trainer, params, module.device):
             return _error(trainer.global_step, None, advice)
         records = self._of_losses()
         if not records and losses_of is not None:
@@ -87,7 +85,7 @@ class FiniteGuard:
             with trainer.precision_plugin.train_step_context():
                 records = self._of_gradients(losses_of, params)
             module.train(was_training)
-        rows = [f"{_place(trainer, record)} (user {user_id!r})" for record, user_id in records]
+        rows = [f"{place_of(trainer, record)} (user {user_id!r})" for record, user_id in records]
         return _error(trainer.global_step, [row for part in gather_objects(trainer, rows) for row in part], advice)
 
     def forget(self) -> None:
@@ -117,6 +115,15 @@ class FiniteGuard:
 def all_finite(params: Iterable[nn.Parameter]) -> bool:
     """Return whether all weights, or this process's parts of them, are finite."""
     return all(bool(_local(param).isfinite().all()) for param in params)
+
+
+def finite_everywhere(trainer: Trainer, params: Iterable[nn.Parameter], device: torch.device) -> bool:
+    """Return whether all weights are finite in every process; all must call this.
+
+    Parts of a sharded policy may be finite in one process and not in another, and all must do the same.
+    """
+    intact = torch.full((), float(all_finite(params)), device=device)
+    return bool(mean_over_processes(trainer, intact) == 1)
 
 
 def what_to_try(trainer: Trainer, policy: Policy, loss: PreferenceLoss) -> list[str]:
@@ -152,11 +159,6 @@ def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str]) -> NonF
         f"rows if they are always the same. Otherwise: {tried}. If it happens at once when you go on from here, take "
         "an earlier checkpoint."
     )
-
-
-def _place(trainer: Trainer, record: int) -> str:
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    return str(datamodule.where(record)) if hasattr(datamodule, "where") else f"row {record}"
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
-"""One micro-batch of training: where its chance comes from, what it weighs in its step, and what is logged of it."""
+"""One micro-batch: where its chance comes from and its rows stand, what it weighs in its step, and what is logged."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -36,6 +38,13 @@ def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
     first = batch_idx - batch_idx % window
     step = slice(first, min(first + window, int(trainer.num_training_batches)))
     return pairs * window / sampler.pairs_per_rank(trainer.current_epoch, step)
+
+
+def place_of(trainer: Trainer, record: int) -> str:
+    """Return where a row of the present stage stands in the data, given its number in `PreferenceBatch.records`."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    stage = "train" if trainer.training else "test" if trainer.testing else "validate"
+    return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
 
 
 def values_to_log(loss: Tensor, term: Term, ranks: bool) -> dict[str, Tensor]:

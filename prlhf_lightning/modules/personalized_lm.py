@@ -37,8 +37,8 @@ from prlhf_lightning.modules.optim import (
     make_schedule,
     optimizer_steps,
 )
-from prlhf_lightning.modules.processes import ddp_wrapper, sum_over_processes
-from prlhf_lightning.modules.reference_store import ReferenceStore, can_serve, exchange, open_store
+from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model, sum_over_processes
+from prlhf_lightning.modules.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.row_lengths import check_row_lengths
 from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
@@ -269,7 +269,7 @@ class PersonalizedLM(LightningModule):
 
     @property
     def _caches_reference(self) -> bool:
-        return self.cache_reference and self.loss.requires_reference and can_serve(self.trainer)
+        return self.cache_reference and self.loss.requires_reference and holds_whole_model(self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Let every process know what the others computed of the reference: the next epoch deals out pairs anew."""

@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -17,6 +18,16 @@ def ddp_wrapper(trainer: Trainer) -> DistributedDataParallel | None:
     """Return DDP's wrapper of what is trained, where several processes train it with DDP."""
     model = trainer.strategy.model
     return model if trainer.world_size > 1 and isinstance(model, DistributedDataParallel) else None
+
+
+def holds_whole_model(trainer: Trainer) -> bool:
+    """Return whether each process has all of the model, so that it may use it without the others.
+
+    Where each holds a part, one that does, or one that leaves the model alone, leaves the others waiting.
+    """
+    strategy = trainer.strategy
+    whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+    return trainer.world_size == 1 or whole
 
 
 def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy
@@ -67,16 +66,6 @@ class ReferenceStore:
         self.cache.put(list(new), list(new.values()))
         # Laid out as `attach` does, since sums over another number of padded places differ in their last bits as well.
         return _pad(values, completion.to("cpu")).to(scores.tokens.device)
-
-
-def can_serve(trainer: Trainer) -> bool:
-    """Return whether each process may look up its own pairs, and leave the policy alone where it finds them all.
-
-    Where each process holds a part of the model, one that does leaves the others waiting.
-    """
-    strategy = trainer.strategy
-    whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
-    return trainer.world_size == 1 or whole
 
 
 def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStore | None:

@@ -38,7 +38,29 @@ from prlhf_lightning.types import PreferenceBatch, Tokens
 METHODS = ("log_probs", "reference_log_probs", "embed", "token_embeddings", "generate")
 
 
-class FSDP2Strategy(ModelParallelStrategy):
+class OneFile(Strategy):
+    """What a strategy that shards does for its checkpoints to be those of one process: a mixin, put first."""
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        """Say that weights are loaded before optimisers are made, as in one process: a checkpoint brings its users."""
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Say that the optimisers' state is loaded by `load_optimizer_state_dict`."""
+        return True
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        """Write a single file, from the first process."""
+        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a single file, whole, on every process."""
+        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+
+class FSDP2Strategy(OneFile, ModelParallelStrategy):
     """Shards the policy over all processes with torch's `fully_shard` (FSDP2).
 
     It is Lightning's `ModelParallelStrategy` without tensor parallelism, and with the checkpoints of one process.
@@ -67,16 +89,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         )
         self.cpu_offload = cpu_offload
         self.reshard_after_forward = reshard_after_forward
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Say that weights are loaded before optimisers are made, as in one process: a checkpoint brings its users."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Say that the optimisers' state is loaded by `load_optimizer_state_dict`."""
-        return True
 
     def setup_environment(self) -> None:
         """Join the other processes, all of which hold different data."""
@@ -116,14 +128,6 @@ class FSDP2Strategy(ModelParallelStrategy):
         content = getattr(optimizer, "optimizer", optimizer).state_dict()
         state = {number: self._whole(values) for number, values in content["state"].items()}
         return {"state": state, "param_groups": content["param_groups"]} if self.is_global_zero else {}
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a single file, from the first process."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a single file on every process; tensors stay on disk until they are used."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load each process's part of the weights."""

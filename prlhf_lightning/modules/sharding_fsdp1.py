@@ -27,27 +27,17 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.optim import Optimizer
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.modules.sharding import METHODS
+from prlhf_lightning.modules.sharding import METHODS, OneFile
 from prlhf_lightning.policies import Policy
 
 _rekey = FullyShardedDataParallel.rekey_optim_state_dict
 
 
-class FSDP1Strategy(FSDPStrategy):
+class FSDP1Strategy(OneFile, FSDPStrategy):
     """Shards the policy over all processes with torch's older FSDP; prefer `FSDP2Strategy`.
 
     It is Lightning's `FSDPStrategy`, whose arguments it takes, with the checkpoints of one process.
     """
-
-    @property
-    def restore_checkpoint_after_setup(self) -> bool:
-        """Say that weights are loaded before they are sharded: a checkpoint brings its users."""
-        return False
-
-    @property
-    def lightning_restore_optimizer(self) -> bool:
-        """Say that the optimisers' state is loaded by `load_optimizer_state_dict`."""
-        return True
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         policy: Any = model.policy
@@ -105,14 +95,6 @@ class FSDP1Strategy(FSDPStrategy):
             if not self.is_global_zero:
                 return {}
             return _rekey(state, OptimStateKeyType.PARAM_ID, self._module, optim=optimizer)
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        """Write a single file, from the first process."""
-        Strategy.save_checkpoint(self, checkpoint, filepath, storage_options)
-
-    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a single file on every process; tensors stay on disk until they are used."""
-        return Strategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load the weights, which are not sharded yet."""
