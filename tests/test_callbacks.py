@@ -4,31 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
-
-from prlhf_lightning.callbacks import SaveOnInterrupt
-from prlhf_lightning.data import FileSource, PreferenceDataModule
-from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.modules import Optim, PersonalizedLM
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.user_models import IndividualUserModel
-
-
-def fit(model_path, votes, folder, *callbacks: Callback, checkpoint=None) -> PersonalizedLM:
-    torch.manual_seed(0)
-    module = PersonalizedLM(
-        IndividualUserModel(2),
-        CausalLMPolicy(model_path, lora=LoRA(rank=2)),
-        DPOLoss(),
-        optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0),
-    )
-    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
-    options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "max_epochs": 2}
-    trainer = Trainer(
-        default_root_dir=folder, accelerator="cpu", callbacks=[SaveOnInterrupt(), *callbacks], **options
-    )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    return module
+from interrupted_runs import fit
+from lightning.pytorch import Callback
 
 
 class BreakInStep(Callback):

@@ -5,17 +5,13 @@ from __future__ import annotations
 import os
 import signal
 
+import interrupted_runs
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
-from prlhf_lightning.callbacks import SaveOnInterrupt
-from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.guards import StopOnSignal
-from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.modules import Optim, PersonalizedLM
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.user_models import IndividualUserModel
+from prlhf_lightning.modules import PersonalizedLM
 
 
 class Kill(Callback):
@@ -36,22 +32,10 @@ class Kill(Callback):
         self.logged.append({name: float(x) for name, x in trainer.callback_metrics.items() if name.startswith("val/")})
 
 
-def fit(model_path, votes, folder, *callbacks: Callback, checkpoint=None, **kwargs) -> PersonalizedLM:
-    torch.manual_seed(0)
-    module = PersonalizedLM(
-        IndividualUserModel(2),
-        CausalLMPolicy(model_path, lora=LoRA(rank=2)),
-        DPOLoss(),
-        optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0),
+def fit(model_path, votes, folder, *callbacks: Callback, **options) -> PersonalizedLM:
+    return interrupted_runs.fit(
+        model_path, votes, folder, StopOnSignal(), *callbacks, num_sanity_val_steps=0, **options
     )
-    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
-    options = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_progress_bar": False, **kwargs}
-    trainer = Trainer(
-        default_root_dir=folder, callbacks=[SaveOnInterrupt(), StopOnSignal(), *callbacks], num_sanity_val_steps=0,
-        enable_model_summary=False, **options,
-    )  # fmt: skip
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-    return module
 
 
 @pytest.fixture

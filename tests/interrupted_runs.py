@@ -1,0 +1,32 @@
+"""A short training that callbacks interrupt."""
+
+from __future__ import annotations
+
+import torch
+from lightning.pytorch import Callback, Trainer
+
+from prlhf_lightning.callbacks import SaveOnInterrupt
+from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.losses import DPOLoss
+from prlhf_lightning.modules import Optim, PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.user_models import IndividualUserModel
+
+
+def fit(model_path, votes, folder, *callbacks: Callback, checkpoint=None, **options) -> PersonalizedLM:
+    torch.manual_seed(0)
+    module = PersonalizedLM(
+        IndividualUserModel(2),
+        CausalLMPolicy(model_path, lora=LoRA(rank=2)),
+        DPOLoss(),
+        optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0),
+    )
+    data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = Trainer(
+        default_root_dir=folder,
+        callbacks=[SaveOnInterrupt(), *callbacks],
+        **{"max_epochs": 2, "accelerator": "cpu", **quiet, **options},
+    )
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    return module
