@@ -1,8 +1,8 @@
-"""A new user's row from a handful of pairs, everything else frozen.
+"""New users' rows from a handful of pairs each, everything else frozen.
 
-MAP under an empirical-Bayes prior, found by Gauss-Newton: the margins are linearised in the user's code, the logistic
-regression that is left is solved exactly in k dimensions, and so again from there. A pass of the policy over the pairs
-is all that costs anything, and there are as many as `steps`, for all users at once.
+For every user, in two parts: which kind of user is it (the pairs are scored under each kind), and how does it differ
+from its kind (margins are linearised there, and the Bayesian logistic regression that is left is solved exactly in few
+dimensions). Passes of the policy over the pairs are all that costs anything; all users share them.
 """
 
 from __future__ import annotations
@@ -12,54 +12,95 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from prlhf_lightning.adaptation.laplace import Posterior, laplace, negative_log_posterior
+from prlhf_lightning.adaptation.laplace import laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs, table_rows
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
+# Enough to tell kinds of users apart, and a few seconds' work.
+_USERS, _PAIRS = 64, 32
+
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was learned of B users.
+    """What was learned of B users, of N pairs in all.
+
+    The posterior of a user's code is a mixture of Gaussians, of which the row is the mean.
 
     Attributes:
         user_ids: The users.
         rows: `[B, p]` their rows: the numbers of all row tables side by side.
         prior: What was taken for known before the pairs.
-        posterior: What is known after them, of the whitened codes.
         counts: `[B]` pairs of each user.
-        margins: `[N]` reward margin of each pair under its user's new row.
-        margin_std: `[N]` posterior standard deviation of these margins.
+        weights: `[B, 1 + K]` posterior probability of each kind; the first is the generic user.
+        modes: `[B, 1 + K, k]` each kind's most probable code.
+        covariances: `[B, 1 + K, k, k]` each kind's covariance about it.
+        margins: `[N]` reward margin of each pair under the user's most probable kind, linearised.
         generic_margins: `[N]` the same under the generic user.
     """
 
     user_ids: tuple[str, ...]
     rows: Tensor
     prior: UserPrior
-    posterior: Posterior
     counts: Tensor
+    weights: Tensor
+    modes: Tensor
+    covariances: Tensor
     margins: Tensor
-    margin_std: Tensor
     generic_margins: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """`[B, k]` posterior mean of the codes."""
+        return torch.einsum("bc,bck->bk", self.weights, self.modes)
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[B, k, k]` posterior covariance of the codes, within kinds and between them."""
+        away = self.modes - self.mean[:, None]
+        return torch.einsum("bc,bckl->bkl", self.weights, self.covariances + away[..., None] * away[:, :, None])
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """`[B]` root mean square of the dimensions' standard deviations; the trained users' spread is about 1."""
+        return self.covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0).sqrt()
 
     @property
     def std(self) -> Tensor:
         """`[B, p]` posterior standard deviation of each number of a row."""
-        return self.prior.row_variances(self.posterior.covariance).sqrt()
-
-    @property
-    def uncertainty(self) -> Tensor:
-        """`[B]` root mean variance over the prior's dimensions, which is 1 before the first pair."""
-        return self.posterior.covariance.diagonal(dim1=1, dim2=2).mean(1).sqrt()
+        directions = self.prior.directions
+        return torch.einsum("kp,bkl,lp->bp", directions, self.covariance, directions).clamp(min=0).sqrt()
 
 
 def trained_rows(model: PersonalizedLM) -> tuple[Tensor, Tensor]:
     """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side."""
-    tables = model.user_model.row_tables()
-    new = [row.detach()[None] for row in model.user_model.new_rows([table.detach() for table in tables])]
+    tables = [table.detach() for table in model.user_model.row_tables()]
+    new = [row.detach()[None] for row in model.user_model.new_rows(tables)]
     return table_rows(tables)[1:], table_rows(new)[0]
+
+
+def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 8, rank: int = 8) -> UserPrior:
+    """Fit what is known of a new user to the trained ones; once for a model is enough.
+
+    Args:
+        model: A trained model.
+        pairs: Some pairs like those that new users will judge; who preferred which is not looked at.
+        kinds: As in `UserPrior.fit`; each costs every new user a pass over their pairs.
+        rank: As in `UserPrior.fit`.
+    """
+    rows, generic = trained_rows(model)
+    some = rows[_spread(len(rows), _USERS)]
+    margins_of = Margins(model, select_pairs(pairs, _spread(len(pairs), _PAIRS)))
+    judgements = [margins_of(row)[0].sigmoid() for row in some] or [rows.new_zeros(0)]
+    return UserPrior.fit(some, generic, torch.stack(judgements)[: len(some)], kinds, rank)
+
+
+def _spread(length: int, most: int) -> Tensor:
+    """Return up to `most` places, spread evenly over `length`."""
+    return torch.linspace(0, length - 1, min(length, most)).long()
 
 
 def adapt_users(
@@ -67,7 +108,7 @@ def adapt_users(
     pairs: PreferenceBatch,
     user_ids: Sequence[str] | None = None,
     prior: UserPrior | None = None,
-    steps: int = 3,
+    steps: int = 1,
     batch_size: int = 128,
 ) -> Adapted:
     """Learn users from their pairs; the model is left as it is.
@@ -77,20 +118,16 @@ def adapt_users(
         pairs: N pairs of new users, in any order.
         user_ids: The users; those of the pairs by default. One without a pair gets the generic row, bit by bit.
         prior: What is known before the pairs; fitted to the model's users by default.
-        steps: Linearisations, each a forward and backward pass over the pairs.
+        steps: Linearisations, each a forward and backward pass over the pairs; 0 settles only the kind.
         batch_size: Pairs in a pass of the policy.
-
-    Returns:
-        The users' rows, and how certain they are. No user's row has a lower posterior than the generic user's.
     """
     user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
-    prior = UserPrior.fit(*trained_rows(model)) if prior is None else prior
-    layout = _Layout(user_ids, pairs.user_ids)
     margins_of = Margins(model, pairs, batch_size)
+    prior = fit_prior(model, pairs) if prior is None else prior
     was_training = model.training
     model.eval()
     try:
-        return _gauss_newton(user_ids, prior, layout, margins_of, steps)
+        return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids), margins_of, steps)
     finally:
         model.train(was_training)
 
@@ -104,52 +141,47 @@ class _Layout:
         self.counts = torch.bincount(self.user, minlength=len(user_ids))
         order = self.user.argsort(stable=True)
         start = self.counts.cumsum(0) - self.counts
-        self.slot = torch.empty_like(self.user)
-        self.slot[order] = torch.arange(len(order)) - start[self.user[order]]
-        width = int(self.counts.max()) if len(self.counts) else 0
-        self.mask = torch.arange(width) < self.counts[:, None]
+        self._slot = torch.empty_like(self.user)
+        self._slot[order] = torch.arange(len(order)) - start[self.user[order]]
+        self.mask = torch.arange(int(self.counts.max()) if len(self.counts) else 0) < self.counts[:, None]
 
     def block(self, values: Tensor) -> Tensor:
         """Return values of the pairs `[N, ...]` as `[B, n, ...]`, zero where there is none."""
         block = values.new_zeros(*self.mask.shape, *values.shape[1:])
-        block[self.user, self.slot] = values
+        block[self.user, self._slot] = values
         return block
 
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each user's pairs, `[B, ...]`."""
+        return values.new_zeros(len(self.counts), *values.shape[1:]).index_add(0, self.user, values)
 
-def _gauss_newton(
+
+def _adapt(
     user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int
 ) -> Adapted:
-    mask, codes = layout.mask, torch.zeros(len(user_ids), prior.rank)
-    best, value = codes, torch.full((len(user_ids),), torch.inf)
-    margins = generic = torch.zeros(margins_of.count)
-    slopes = torch.zeros(margins_of.count, prior.rank)
-    posterior = laplace(layout.block(margins), layout.block(slopes), mask)
-    for step in range(steps + 1):
-        last = step == steps
-        found, gradients = margins_of(prior.rows(codes)[layout.user], gradients=not last)
-        new = negative_log_posterior(layout.block(found), codes, mask)
-        better = new < value
-        value, best = torch.where(better, new, value), torch.where(better[:, None], codes, best)
-        taken = better[layout.user]
-        margins = torch.where(taken, found, margins)
-        if step == 0:
-            generic = found
-        if gradients is None:
-            break
-        slopes = torch.where(taken[:, None], prior.whiten(gradients), slopes)
-        # Margins as a function of the code, linearised where the posterior is highest so far.
-        offsets = margins - (slopes * best[layout.user]).sum(1)
-        posterior = laplace(layout.block(offsets), layout.block(slopes), mask)
-        # Where the last step went too far, half of it is tried.
-        codes = torch.where(better[:, None], posterior.mode, (codes + best) / 2)
-    variance = posterior.margin_variance(layout.block(slopes))[layout.user, layout.slot]
-    return Adapted(
-        user_ids,
-        prior.rows(best),
-        prior,
-        Posterior(best, posterior.covariance),
-        layout.counts,
-        margins,
-        variance.sqrt(),
-        generic,
-    )
+    batch, user = len(user_ids), layout.user
+    under = torch.stack([margins_of(prior.rows(centre))[0] for centre in prior.centres], dim=1)
+    weights = (prior.weights.log() + layout.sums(F.logsigmoid(under))).softmax(1)
+    kind = weights.argmax(1)
+    modes = prior.centres.expand(batch, -1, -1).clone()
+    eye = torch.eye(prior.rank)
+    covariances = (prior.stds.square()[:, None, None] * eye).expand(batch, -1, -1, -1).clone()
+    centre, std = prior.centres[kind], prior.stds[kind]
+    margins = under.gather(1, kind[user][:, None]).squeeze(1)
+    codes = centre
+    for _ in range(steps):
+        found, gradients = margins_of(prior.rows(codes)[user], gradients=True)
+        assert gradients is not None
+        slopes = prior.slopes(gradients)
+        # As a function of the deviation from the kind's centre in units of its spread, which is N(0, I).
+        offsets = found - (slopes * (codes - centre)[user]).sum(1)
+        unit = slopes * std[user][:, None]
+        posterior = laplace(layout.block(offsets), layout.block(unit), layout.mask)
+        codes = centre + std[:, None] * posterior.mode
+        margins = offsets + (slopes * (codes - centre)[user]).sum(1)
+        every = torch.arange(batch)
+        modes[every, kind], covariances[every, kind] = codes, std[:, None, None] ** 2 * posterior.covariance
+    mean = torch.einsum("bc,bck->bk", weights, modes)
+    # Without pairs a user is the generic one, whatever kinds there are.
+    rows = torch.where((layout.counts > 0)[:, None], prior.rows(mean), prior.generic)
+    return Adapted(user_ids, rows, prior, layout.counts, weights, modes, covariances, margins, under[:, 0])

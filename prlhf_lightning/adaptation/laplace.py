@@ -90,14 +90,3 @@ def laplace(offsets: Tensor, slopes: Tensor, mask: Tensor) -> Posterior:
     return Posterior(codes, torch.linalg.inv(hessian(margins_at(codes))))
 
 
-def log_evidence(offsets: Tensor, slopes: Tensor, mask: Tensor) -> Tensor:
-    """Return the Laplace approximation of `log p(pairs)` of each user, `[B]` (MacKay 1992), to compare priors by.
-
-    Args:
-        offsets: As in `laplace`.
-        slopes: As in `laplace`.
-        mask: As in `laplace`.
-    """
-    posterior = laplace(offsets, slopes, mask)
-    margins = offsets + torch.einsum("bnk,bk->bn", slopes, posterior.mode)
-    return torch.logdet(posterior.covariance) / 2 - negative_log_posterior(margins, posterior.mode, mask)

@@ -1,8 +1,11 @@
-"""What is known of a user before the first pair: how the rows of the trained users are spread about the generic one."""
+"""What is known of a user before the first pair: how the trained users' rows lie about the generic user's.
+
+U trained users, rows of p numbers, k main directions, K kinds of users.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -10,72 +13,103 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class UserPrior:
-    """`row = generic + scale * z @ directions`, `z ~ N(0, I)`: empirical Bayes in the trained users' main directions.
+    """`row = generic + z @ directions`, `z` from a mixture of Gaussians: empirical Bayes on the trained users' rows.
 
-    The mean is the generic user and not the mean of the users, so that someone of whom nothing is known is the generic
-    user exactly. The covariance is `scale^2` times the second moment of the trained users' rows about the generic one,
-    cut off after the k directions in which they are spread most.
+    Users come in kinds, and what a row does saturates. A Gaussian about the generic user has its highest density where
+    nobody is and little curvature to learn from, so a few trained users stand for all: each is the centre of a kind. A
+    user without pairs is the generic user all the same, by definition; for others the generic user is one more kind,
+    as likely as any one of the trained users.
 
     Attributes:
         generic: `[p]` row of the generic user.
         directions: `[k, p]` principal directions, each as long as the trained users' root mean square along it.
-        rest: Variance a number of what the directions leave out, `scale` not included; MAP rows are 0 there.
-        scale: How much wider or narrower than the trained users' spread the prior is.
+        centres: `[1 + K, k]` codes of the kinds; first that of the generic user, 0.
+        weights: `[1 + K]` how likely each is, summing to 1.
+        std: Spread of the users of a kind about its centre, in each direction.
     """
 
     generic: Tensor
     directions: Tensor
-    rest: float = 0.0
-    scale: float = 1.0
+    centres: Tensor
+    weights: Tensor
+    std: float
 
     @classmethod
-    def fit(cls, rows: Tensor, generic: Tensor, rank: int = 16) -> UserPrior:
-        """Fit the directions to trained users.
+    def fit(cls, rows: Tensor, generic: Tensor, judgements: Tensor, kinds: int = 8, rank: int = 8) -> UserPrior:
+        """Fit the prior to trained users.
 
         Args:
             rows: `[U, p]` rows of the trained users.
             generic: `[p]` row of the generic user.
+            judgements: `[U, M]` probabilities with which the model has each of them prefer the first of two
+                completions. Kinds are told apart by these and not by the rows, in which the same taste may be written
+                in many ways.
+            kinds: Most kinds.
             rank: Most directions; fewer where the users span fewer.
         """
-        spread = (rows - generic) / max(1, len(rows)) ** 0.5
-        # A randomised SVD would do for millions of users; the Gram matrix is small on one side or the other.
-        _, values, directions = torch.linalg.svd(spread.double(), full_matrices=False)
-        noise = values.amax() * 1e-6 if len(values) else 0.0
-        kept = min(rank, int((values > noise).sum()))
-        scaled = (values[:kept, None] * directions[:kept]).to(rows.dtype)
-        rest = float(values[kept:].square().sum()) / max(1, rows.shape[1])
-        return cls(generic, scaled, rest)
+        users = len(rows)
+        spread = ((rows - generic) / max(1, users) ** 0.5).double()
+        _, values, directions = torch.linalg.svd(spread, full_matrices=False)
+        kept = min(rank, int((values > 1e-6 * values.amax()).sum())) if users else 0
+        directions = values[:kept, None] * directions[:kept]
+        codes = (rows - generic).double() @ (directions / values[:kept, None].square()).T
+        distances = torch.cdist(judgements.double(), judgements.double())
+        medoids = _medoids(distances, min(kinds, users))
+        kind = distances[:, medoids].argmin(1) if users else distances.new_zeros(0, dtype=torch.long)
+        sizes = torch.bincount(kind, minlength=len(medoids)).double()
+        # Around a centre that is itself one of the n users of its kind, which spreads them a little too far apart.
+        inside = (codes - codes[medoids][kind]).square().sum() / max(1, (users - len(medoids)) * kept)
+        return cls(
+            generic,
+            directions.to(rows),
+            torch.cat([codes.new_zeros(1, kept), codes[medoids]]).to(rows),
+            torch.cat([codes.new_ones(1), sizes]).to(rows) / (1 + users),
+            float(inside) ** 0.5,
+        )
 
     @property
     def rank(self) -> int:
         """Number k of directions."""
         return len(self.directions)
 
-    def scaled(self, scale: float) -> UserPrior:
-        """Return the same prior with another scale."""
-        return replace(self, scale=scale)
+    @property
+    def stds(self) -> Tensor:
+        """`[1 + K]` spread of each kind; that of the generic user has none."""
+        spread = torch.full_like(self.weights, self.std)
+        spread[0] = 0.0
+        return spread
 
     def rows(self, codes: Tensor) -> Tensor:
-        """Return the rows `[B, p]` of whitened codes `[B, k]`; code 0 gives the generic row, bit by bit."""
-        return self.generic + codes @ (self.scale * self.directions)
+        """Return the rows `[..., p]` of codes `[..., k]`; code 0 gives the generic row, bit by bit."""
+        return self.generic + codes @ self.directions
 
-    def row_variances(self, covariance: Tensor) -> Tensor:
-        """Return the variance of each number of a row, `[B, p]`, given the codes' covariance `[B, k, k]`."""
-        directions = self.scale * self.directions
-        inside = torch.einsum("kp,bkl,lp->bp", directions, covariance, directions)
-        return (inside + self.scale**2 * self.rest).clamp(min=0)
+    def slopes(self, gradients: Tensor) -> Tensor:
+        """Return gradients by the code `[n, k]` of gradients by the row `[n, p]`."""
+        return gradients @ self.directions.T
 
-    def whiten(self, gradients: Tensor) -> Tensor:
-        """Return gradients by the codes `[n, k]` of gradients by the rows `[n, p]`."""
-        return gradients @ (self.scale * self.directions).T
 
-    def without(self, user: int, rows: Tensor, rank: int) -> UserPrior:
-        """Return the prior that would have been fitted had a trained user not been there.
+def _medoids(distances: Tensor, count: int) -> Tensor:
+    """Choose users who stand for all: k-medoids, built greedily and improved by swaps (Kaufman and Rousseeuw 1990).
 
-        Args:
-            user: Position of the user in `rows`.
-            rows: `[U, p]` rows of the trained users.
-            rank: As in `fit`.
-        """
-        others = torch.cat([rows[:user], rows[user + 1 :]])
-        return UserPrior.fit(others, self.generic, rank).scaled(self.scale)
+    Args:
+        distances: `[U, U]` between users.
+        count: K, at most U.
+    """
+    if not count:
+        return torch.zeros(0, dtype=torch.long)
+    taken = [int(distances.sum(1).argmin())]
+    while len(taken) < count:
+        nearest = distances[:, taken].amin(1)
+        gains = (nearest[:, None] - distances).clamp(min=0).sum(0)
+        gains[taken] = -1
+        taken.append(int(gains.argmax()))
+    for _ in range(20):
+        kind = distances[:, taken].argmin(1)
+        members = [(kind == place).nonzero().flatten() for place in range(count)]
+        better = [
+            int(m[distances[m][:, m].sum(1).argmin()]) if len(m) else t for t, m in zip(taken, members, strict=True)
+        ]
+        if better == taken:
+            break
+        taken = better
+    return torch.tensor(taken)
