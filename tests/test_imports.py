@@ -22,7 +22,8 @@ MAY_IMPORT = {
     "modules": LEAVES | STORE | SIBLINGS,
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks"},
+    "adaptation": LEAVES | SIBLINGS | {"modules"},
+    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "adaptation"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }

@@ -20,6 +20,8 @@ from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
+# A kind that is less likely than this after a user's first pairs is not looked at again.
+_FIRST, _RULED_OUT = 4, 1e-3
 # Enough to tell kinds of users apart, and a few seconds' work.
 _USERS, _PAIRS = 64, 32
 
@@ -38,8 +40,8 @@ class Adapted:
         weights: `[B, 1 + K]` posterior probability of each kind; the first is the generic user.
         modes: `[B, 1 + K, k]` each kind's most probable code.
         covariances: `[B, 1 + K, k, k]` each kind's covariance about it.
-        margins: `[N]` reward margin of each pair under the user's most probable kind, linearised.
-        generic_margins: `[N]` the same under the generic user.
+        users: `[N]` place of each pair's user.
+        under: `[N, 1 + K]` reward margin of each pair under each kind, 0 where the kind was ruled out before.
     """
 
     user_ids: tuple[str, ...]
@@ -49,8 +51,8 @@ class Adapted:
     weights: Tensor
     modes: Tensor
     covariances: Tensor
-    margins: Tensor
-    generic_margins: Tensor
+    users: Tensor
+    under: Tensor
 
     @property
     def mean(self) -> Tensor:
@@ -68,6 +70,12 @@ class Adapted:
         """`[B]` root mean square of the dimensions' standard deviations; the trained users' spread is about 1."""
         return self.covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0).sqrt()
 
+    def left_out(self) -> Tensor:
+        """Return the probability `[N]` that the user's other pairs give each one: leave-one-out, of the kinds alone."""
+        evidence = F.logsigmoid(self.under)
+        others = (self.weights.log()[self.users] - evidence).softmax(1)
+        return (others * self.under.sigmoid()).sum(1)
+
     @property
     def std(self) -> Tensor:
         """`[B, p]` posterior standard deviation of each number of a row."""
@@ -82,7 +90,7 @@ def trained_rows(model: PersonalizedLM) -> tuple[Tensor, Tensor]:
     return table_rows(tables)[1:], table_rows(new)[0]
 
 
-def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 8, rank: int = 8) -> UserPrior:
+def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8) -> UserPrior:
     """Fit what is known of a new user to the trained ones; once for a model is enough.
 
     Args:
@@ -108,8 +116,8 @@ def adapt_users(
     pairs: PreferenceBatch,
     user_ids: Sequence[str] | None = None,
     prior: UserPrior | None = None,
-    steps: int = 1,
-    batch_size: int = 128,
+    steps: int = 0,
+    batch_size: int = 32,
 ) -> Adapted:
     """Learn users from their pairs; the model is left as it is.
 
@@ -141,14 +149,14 @@ class _Layout:
         self.counts = torch.bincount(self.user, minlength=len(user_ids))
         order = self.user.argsort(stable=True)
         start = self.counts.cumsum(0) - self.counts
-        self._slot = torch.empty_like(self.user)
-        self._slot[order] = torch.arange(len(order)) - start[self.user[order]]
+        self.slot = torch.empty_like(self.user)
+        self.slot[order] = torch.arange(len(order)) - start[self.user[order]]
         self.mask = torch.arange(int(self.counts.max()) if len(self.counts) else 0) < self.counts[:, None]
 
     def block(self, values: Tensor) -> Tensor:
         """Return values of the pairs `[N, ...]` as `[B, n, ...]`, zero where there is none."""
         block = values.new_zeros(*self.mask.shape, *values.shape[1:])
-        block[self.user, self._slot] = values
+        block[self.user, self.slot] = values
         return block
 
     def sums(self, values: Tensor) -> Tensor:
@@ -156,18 +164,37 @@ class _Layout:
         return values.new_zeros(len(self.counts), *values.shape[1:]).index_add(0, self.user, values)
 
 
+def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> tuple[Tensor, Tensor]:
+    """Score the pairs under each kind, but for kinds that a user's first pairs have ruled out.
+
+    Returns:
+        `[N, 1 + K]` margins, 0 where they were not computed, and `[B, 1 + K]` posterior weights.
+    """
+    first = layout.slot < _FIRST
+    under = torch.stack([margins_of(prior.rows(centre), only=first)[0] for centre in prior.centres], dim=1)
+
+    def weights() -> Tensor:
+        # A pair that was not scored has the margin 0 under every kind, which tells none from another.
+        return (prior.weights.log() + layout.sums(F.logsigmoid(under))).softmax(1)
+
+    likely = weights() > _RULED_OUT
+    likely[:, 0] = True  # the generic user, to compare with
+    for kind, centre in enumerate(prior.centres):
+        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])[0]
+    left = weights() * likely
+    return under, left / left.sum(1, keepdim=True)
+
+
 def _adapt(
     user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int
 ) -> Adapted:
     batch, user = len(user_ids), layout.user
-    under = torch.stack([margins_of(prior.rows(centre))[0] for centre in prior.centres], dim=1)
-    weights = (prior.weights.log() + layout.sums(F.logsigmoid(under))).softmax(1)
+    under, weights = _under_each_kind(prior, layout, margins_of)
     kind = weights.argmax(1)
     modes = prior.centres.expand(batch, -1, -1).clone()
     eye = torch.eye(prior.rank)
     covariances = (prior.stds.square()[:, None, None] * eye).expand(batch, -1, -1, -1).clone()
     centre, std = prior.centres[kind], prior.stds[kind]
-    margins = under.gather(1, kind[user][:, None]).squeeze(1)
     codes = centre
     for _ in range(steps):
         found, gradients = margins_of(prior.rows(codes)[user], gradients=True)
@@ -178,10 +205,9 @@ def _adapt(
         unit = slopes * std[user][:, None]
         posterior = laplace(layout.block(offsets), layout.block(unit), layout.mask)
         codes = centre + std[:, None] * posterior.mode
-        margins = offsets + (slopes * (codes - centre)[user]).sum(1)
         every = torch.arange(batch)
         modes[every, kind], covariances[every, kind] = codes, std[:, None, None] ** 2 * posterior.covariance
     mean = torch.einsum("bc,bck->bk", weights, modes)
     # Without pairs a user is the generic one, whatever kinds there are.
     rows = torch.where((layout.counts > 0)[:, None], prior.rows(mean), prior.generic)
-    return Adapted(user_ids, rows, prior, layout.counts, weights, modes, covariances, margins, under[:, 0])
+    return Adapted(user_ids, rows, prior, layout.counts, weights, modes, covariances, user, under)

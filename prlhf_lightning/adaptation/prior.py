@@ -35,7 +35,7 @@ class UserPrior:
     std: float
 
     @classmethod
-    def fit(cls, rows: Tensor, generic: Tensor, judgements: Tensor, kinds: int = 8, rank: int = 8) -> UserPrior:
+    def fit(cls, rows: Tensor, generic: Tensor, judgements: Tensor, kinds: int = 4, rank: int = 8) -> UserPrior:
         """Fit the prior to trained users.
 
         Args:
