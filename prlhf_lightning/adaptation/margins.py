@@ -117,12 +117,18 @@ def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
 
 def trimmed(batch: PreferenceBatch) -> PreferenceBatch:
     """Cut padding that no row of a batch needs."""
-    cut = {}
-    for name in ("user_text", "prompt", "chosen", "rejected"):
-        tokens: Tokens = getattr(batch, name)
+
+    def cut(tokens: Tokens) -> Tokens:
         width = int(tokens.mask.sum(1).max())
-        cut[name] = Tokens(tokens.ids[:, :width], tokens.mask[:, :width])
-    return replace(batch, **cut)
+        return Tokens(tokens.ids[:, :width], tokens.mask[:, :width])
+
+    return replace(
+        batch,
+        user_text=cut(batch.user_text),
+        prompt=cut(batch.prompt),
+        chosen=cut(batch.chosen),
+        rejected=cut(batch.rejected),
+    )
 
 
 def table_rows(tables: Sequence[Tensor]) -> Tensor:
