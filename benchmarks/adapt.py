@@ -130,8 +130,8 @@ def main() -> None:
     lines += [
         "",
         f"Trained users (450 pairs each): utility {seen.mean():.3f}; 10 pairs of a new user reach "
-        f"{by_count[10].mean() / seen.mean():.0%} of it, and {by_count[10].mean() / by_count[60].mean():.0%} of what 60 "
-        f"do. The first {args.trained} of the new users, row trained by AdamW on 60 pairs without a prior: "
+        f"{by_count[10].mean() / seen.mean():.0%} of it, and {by_count[10].mean() / by_count[60].mean():.0%} of what "
+        f"60 do. The first {args.trained} of the new users, row trained by AdamW on 60 pairs without a prior: "
         f"{by_descent.mean():.3f}; adapted from 10: {same:.3f} ({same / by_descent.mean():.0%}).",
     ]
     alone = world.pairs(10, users=1)

@@ -1,8 +1,8 @@
-"""Cold-start curve on real people: users of Jester who were held out of training, adapted from their first pairs.
+r"""Cold-start curve on real people: users of Jester who were held out of training, adapted from their first pairs.
 
-    python -m prlhf_lightning fit --config configs/from_scratch.yaml --data.unseen_user_fraction 0.2 \\
+    python -m prlhf_lightning fit --config configs/from_scratch.yaml --data.unseen_user_fraction 0.2 \
         --data.source.train train.jsonl.gz --data.source.validation validation.jsonl.gz
-    python benchmarks/cold_start_jester.py --checkpoint runs/version_0/checkpoints/last.ckpt \\
+    python benchmarks/cold_start_jester.py --checkpoint runs/version_0/checkpoints/last.ckpt \
         --train train.jsonl.gz --validation validation.jsonl.gz
 
 New users are those in the files of whom the checkpoint knows nothing: their training pairs are what they are adapted

@@ -54,7 +54,7 @@ class Margins:
         rows = rows.expand(len(self._pairs), -1)
         margins, slopes = rows.new_zeros(len(rows)), torch.zeros_like(rows) if gradients else None
         order = self._order if only is None else self._order[only[self._order]]
-        for index in order.split(self._batch_size):
+        for index in torch.split(order, self._batch_size):
             if len(index):
                 margins[index], slope = self._chunk(index, rows[index], gradients)
                 if slopes is not None and slope is not None:
@@ -65,7 +65,7 @@ class Margins:
         model, n, chunk = self._model, len(index), trimmed(select_pairs(self._pairs, index))
         # Each pair has a row of its own, after the generic user's, so that one backward pass gives the gradient of
         # every margin apart.
-        parts = rows.detach().split([table[0].numel() for table in self._tables.values()], dim=1)
+        parts = torch.split(rows.detach(), [table[0].numel() for table in self._tables.values()], dim=1)
         own = {
             name: torch.cat([table.detach()[:1], part.reshape(n, *table.shape[1:]).to(table.dtype)])
             for part, (name, table) in zip(parts, self._tables.items(), strict=True)
@@ -88,7 +88,7 @@ class Margins:
     def _score_reference(self) -> PairLogProbs:
         pairs = self._pairs
         blocks = [pairs.chosen.mask.float() * 0, pairs.rejected.mask.float() * 0]
-        for index in self._order.split(self._batch_size):
+        for index in self._torch.split(order, self._batch_size):
             if len(index):
                 scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
                 assert scored is not None  # a loss that requires a reference gets one
