@@ -88,7 +88,7 @@ class Margins:
     def _score_reference(self) -> PairLogProbs:
         pairs = self._pairs
         blocks = [pairs.chosen.mask.float() * 0, pairs.rejected.mask.float() * 0]
-        for index in self._torch.split(order, self._batch_size):
+        for index in torch.split(self._order, self._batch_size):
             if len(index):
                 scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
                 assert scored is not None  # a loss that requires a reference gets one
