@@ -90,7 +90,7 @@ def test_many_users_at_once_equal_one_by_one(model, pairs):
         own = torch.tensor([i for i, owner in enumerate(pairs.user_ids) if owner == user_id])
         alone = adapt_users(model, select_pairs(pairs, own), prior=prior, steps=1)
         torch.testing.assert_close(together.rows[place], alone.rows[0], atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(together.covariance[place], alone.covariance[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.covariance[place], alone.covariance[0], atol=2e-3, rtol=0)
 
 
 def test_gradients_are_those_of_each_pair_alone(model, pairs):
