@@ -54,11 +54,15 @@ class Margins:
         rows = rows.expand(len(self._pairs), -1)
         margins, slopes = rows.new_zeros(len(rows)), torch.zeros_like(rows) if gradients else None
         order = self._order if only is None else self._order[only[self._order]]
-        for index in torch.split(order, self._batch_size):
-            if len(index):
+        was_training = self._model.training
+        self._model.eval()  # without dropout
+        try:
+            for index in torch.split(order, self._batch_size) if len(order) else ():
                 margins[index], slope = self._chunk(index, rows[index], gradients)
                 if slopes is not None and slope is not None:
                     slopes[index] = slope
+        finally:
+            self._model.train(was_training)
         return margins, slopes
 
     def _chunk(self, index: Tensor, rows: Tensor, gradients: bool) -> tuple[Tensor, Tensor | None]:
@@ -88,12 +92,11 @@ class Margins:
     def _score_reference(self) -> PairLogProbs:
         pairs = self._pairs
         blocks = [pairs.chosen.mask.float() * 0, pairs.rejected.mask.float() * 0]
-        for index in torch.split(self._order, self._batch_size):
-            if len(index):
-                scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
-                assert scored is not None  # a loss that requires a reference gets one
-                for block, part in zip(blocks, (scored.chosen, scored.rejected), strict=True):
-                    block[index, : part.tokens.shape[1]] = part.tokens
+        for index in torch.split(self._order, self._batch_size) if len(self._order) else ():
+            scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
+            assert scored is not None  # a loss that requires a reference gets one
+            for block, part in zip(blocks, (scored.chosen, scored.rejected), strict=True):
+                block[index, : part.tokens.shape[1]] = part.tokens
         chosen, rejected = (LogProbs(b, t.mask) for b, t in zip(blocks, (pairs.chosen, pairs.rejected), strict=True))
         return PairLogProbs(chosen, rejected)
 

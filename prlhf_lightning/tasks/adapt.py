@@ -59,6 +59,8 @@ def adapt(
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
+    if suggest < 0 or steps < 0:
+        raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     model = load_module(checkpoint, "checkpoint")
     settings = TokenizationSettings(max_prompt_length, max_completion_length, chat_template=chat_template)
     pairs, _ = read_pairs(model, feedback, settings)
