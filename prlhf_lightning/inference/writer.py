@@ -91,17 +91,20 @@ class PersonalizedWriter:
         self._encode = FeedbackTokenizer(tokenizer, self.tokenization)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_folder(
+        cls, folder: str | Path, device: str | torch.device = "cpu", trust_remote_code: bool = False
+    ) -> Self:
         """Load what `export` wrote.
 
         Args:
             folder: The exported folder.
             device: Where the model goes.
+            trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
 
         Raises:
             ConfigurationError: The folder lacks something, or holds what this version can't read.
         """
-        content = read_folder(Path(folder))
+        content = read_folder(Path(folder), trust_remote_code)
         lm = content.lm.to(device)
         return cls(lm, content.tokenizer, content.user_model, content.vocabulary, content.name, content.tokenization)
 
