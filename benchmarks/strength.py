@@ -44,7 +44,7 @@ def main() -> None:
     writer = open_writer(args.model)
     users, prompts, rng = [user.user_id for user in source.seen_users], source.eval_prompts(), Random(0)
     lines = [
-        "| strength | true utility (95%) | gain over the strength before (95%) | users it is higher for | well-formed |",
+        "| strength | true utility (95%) | gain over the strength before (95%) | users who gain | well-formed |",
         "|---|---|---|---|---|",
     ]
     before: list[float] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -56,8 +57,7 @@ def export(
         _check_adapters(policy, bool(peft_users))
     if not users and (prompt_embeds or peft_users):
         raise ConfigurationError("users: prompt_embeds and peft_users are about users; leave out `--users false`.")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / SETTINGS).unlink(missing_ok=True)  # what it says is no longer so; it comes last, when all of it is there
+    _clear(folder)
     _write_lm(policy, folder, adapters)
     _write(folder / "README.md", model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users))
     if users:
@@ -71,6 +71,19 @@ def export(
                 write_peft_users(folder, policy, module.user_model, module.vocabulary, only or None)
         _write_personal_part(folder, checkpoint, module, policy)
     rank_zero_info(f"The model is in {folder}")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier export has left: another model, or users who are not to be in this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    there = {path.name for path in folder.iterdir()}
+    if there and not there & {SETTINGS, "config.json", "adapter_config.json"}:
+        raise ConfigurationError(f"folder: {folder} has files in it that `export` did not write; give a new folder.")
+    (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
+    patterns = ("*config.json", "*model*.safetensors*", "user_vectors*", "token_embeddings.safetensors", USERS)
+    for path in {path for pattern in patterns for path in folder.glob(pattern)}:
+        path.unlink()
+    shutil.rmtree(folder / "peft_users", ignore_errors=True)
 
 
 def _check_adapters(policy: CausalLMPolicy, peft_users: bool) -> None:
@@ -89,9 +102,6 @@ def _check_adapters(policy: CausalLMPolicy, peft_users: bool) -> None:
 
 
 def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
-    """Write model and tokenizer, without what an earlier export of the other kind has left."""
-    for name in ("adapter_config.json", "adapter_model.safetensors", "model.safetensors", "config.json"):
-        (folder / name).unlink(missing_ok=True)
     if adapters:
         policy.model.peft_config["default"].base_model_name_or_path = policy.path
         policy.model.peft_config["default"].revision = policy.revision
@@ -114,7 +124,7 @@ def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM,
     ids = list(module.vocabulary.ids) if module.vocabulary else []
     _write(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False) + "\n")
     settings = settings_json(
-        policy.name.rpartition("/")[2],
+        policy.name.rpartition("/")[2].removeprefix("builtin:"),
         content["hyper_parameters"]["user_model"],
         tokenization_of(content),
         base=policy.name,

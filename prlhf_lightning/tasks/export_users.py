@@ -46,8 +46,6 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
         vocabulary: The users.
         shard: Bytes of a file at most.
     """
-    for stale in folder.glob("user_vectors*.safetensors*"):
-        stale.unlink()
     if "__metadata__" in vocabulary:
         raise ConfigurationError("user: safetensors has no room for an id of '__metadata__'; remove that user first.")
     ids = (GENERIC, *vocabulary.ids) if user_model.personalizes else (GENERIC,)

@@ -62,13 +62,13 @@ def generate(
     Args:
         model: A checkpoint of `fit`, or a folder that `export` wrote.
         prompt: What to answer.
-        prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`), `id`
-            and `user_text`. A row without a user is written for all that `users` and `blend` name.
+        prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`),
+            `id` and `user_text`. A row without a user is written for all that `users` and `blend` name.
         users: Ids, as in `--users ann bob`. Without any, the generic user.
         blend: Shares of several users that sum to 1, as in `{ann: 0.5, bob: 0.5}`: one more user to write for.
         user_text: Text about the user, for user models that read it.
         strength: How far users move what is written: 0 is the generic user, 1 as trained, above 1 exaggerates.
-        max_new_tokens: Tokens to write at most.
+        max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
         temperature: Sampling temperature; 0 picks the likeliest token each time.
         top_p: Share of the probability to sample from.
         seed: What chance is drawn from, the same for every answer.
@@ -191,7 +191,7 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
             Panel(
                 Text(_printable(answer.text)),
                 title=Text(_printable(one.who)),
-                subtitle=None if answer.finish_reason == "stop" else "cut off at max_new_tokens",
+                subtitle=None if answer.finish_reason == "stop" else f"cut off after {answer.completion_tokens} tokens",
                 width=min(width, console.width),
             )
             for one, answer in answers

@@ -11,6 +11,8 @@ import yaml
 
 from prlhf_lightning.modules.checkpoint_content import users_of
 
+_SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")
+
 
 def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, users: bool) -> str:
     """Return the card's text.
@@ -40,11 +42,7 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
         + ("LoRA adapters that refer to the base model." if adapters else "the whole language model."),
         _users(len(users_of(content)) - 1) if users else "It holds no users: no ids, and none of their vectors.",
         "## Training\n\n" + _metrics(checkpoint, content),
-        "```json\n"
-        + json.dumps(
-            {k: settings.get(k) for k in ("user_model", "policy", "loss", "alpha", "optim")}, indent=2, default=str
-        )
-        + "\n```",
+        "```json\n" + json.dumps({key: settings.get(key) for key in _SETTINGS}, indent=2, default=str) + "\n```",
         "## License\n\nWhat is made from a model is subject to that model's license, and to the terms under which the "
         "feedback was given; this card grants nothing beyond them.",
     ]
@@ -53,9 +51,9 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
 
 def _users(number: int) -> str:
     return (
-        f"## Users\n\n{number:,} users. `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, and "
-        "by the empty string the generic user's, which is for everybody else. The vectors stand right after BOS, before "
-        "the prompt.\n\n```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
+        f"## Users\n\n{number:,} users. `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, "
+        "and by the empty string the generic user's, which is for everybody else. The vectors stand right after BOS, "
+        "before the prompt.\n\n```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
         'writer = PersonalizedWriter.from_folder("path/to/this/folder")\n'
         'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
         "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "
