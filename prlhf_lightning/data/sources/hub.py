@@ -22,6 +22,7 @@ class HubSource(DataSource):
         test_split: Its split to test on.
         revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        data_dir: Folder in the data set to read alone, such as `helpful-base`.
     """
 
     def __init__(
@@ -33,9 +34,10 @@ class HubSource(DataSource):
         test_split: str | None = None,
         revision: str | None = None,
         columns: Mapping[str, str] | None = None,
+        data_dir: str | None = None,
     ) -> None:
         self.columns = dict(columns or {})
-        self._path, self._name, self._revision = path, name, revision
+        self._path, self._name, self._revision, self._data_dir = path, name, revision, data_dir
         named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
         self._names: dict[Split, str] = {split: name for split, name in named if name is not None}
         self._loaded: dict[Split, datasets.Dataset] = {}
@@ -46,8 +48,9 @@ class HubSource(DataSource):
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the rows of a split in order, each after its place such as `organisation/name[train]:17`."""
+        place = "/".join(part for part in (self._path, self._data_dir) if part)
         for number, row in enumerate(self._load(split), start=1):
-            yield f"{self._path}[{self._names[split]}]:{number}", row
+            yield f"{place}[{self._names[split]}]:{number}", row
 
     def fingerprint(self, split: Split) -> str:
         """Return the fingerprint that `datasets` derives from the data files."""
@@ -57,7 +60,11 @@ class HubSource(DataSource):
         if split not in self._loaded:
             try:
                 self._loaded[split] = datasets.load_dataset(
-                    self._path, self._name, split=self._names[split], revision=self._revision
+                    self._path,
+                    self._name,
+                    data_dir=self._data_dir,
+                    split=self._names[split],
+                    revision=self._revision,
                 )
             except Exception as error:  # of the file system, the network, the hub's client and each format's reader
                 wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
