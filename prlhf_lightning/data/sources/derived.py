@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,9 @@ from typing import Any, NamedTuple
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.files import FileSource, Paths
 from prlhf_lightning.data.sources.hub import HubSource
+from prlhf_lightning.errors import ConfigurationError
+
+_PLACE = re.compile(r"\{(\w+)\}")
 
 
 class Part(NamedTuple):
@@ -83,3 +87,21 @@ class DerivedSource(DataSource):
 def left_out(reason: str) -> str:
     """Return the name under which rows that were left out are counted."""
     return f"left out ({reason})"
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """Put each value in the place `{name}` of a template; other braces stay, and so do those in values."""
+    return _PLACE.sub(lambda place: values.get(place[1], place[0]), template)
+
+
+def check_template(setting: str, template: str, known: Sequence[str]) -> None:
+    """Refuse a template with places that nothing will fill.
+
+    Raises:
+        ConfigurationError: It has such a place, or none at all.
+    """
+    places = _PLACE.findall(template)
+    unknown = sorted(set(places) - set(known))
+    if unknown or not places:
+        what = f"has a place {{{unknown[0]}}}" if unknown else "has no place to fill"
+        raise ConfigurationError(f"{setting} {what}; there are {', '.join(f'{{{name}}}' for name in known)}.")
