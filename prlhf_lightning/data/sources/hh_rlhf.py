@@ -27,9 +27,10 @@ class HHRLHFSource(DerivedSource):
     The data set does not tell who judged. As in work on hidden context and in Variational Preference Learning
     (`get_hh_rlhf_dataset` in `hidden_context/train_llm_preference_model.py` of github.com/WEIRDLabUW/vpl_llm), those
     who judged helpfulness are one user and those who judged harmlessness another. Reads `Anthropic/hh-rlhf` on the hub,
-    or a local copy of its folders with `train.jsonl.gz` and `test.jsonl.gz`, whose rows are two transcripts, `chosen`
-    and `rejected`, of turns that begin with "\n\nHuman:" and "\n\nAssistant:" (its card). The test files are the
-    validation split. Transcripts that differ before the last reply, or end in equal or empty replies, are left out.
+    or a local copy of its folders with `train.jsonl.gz` and `test.jsonl.gz` (or unpacked), whose rows are two
+    transcripts, `chosen` and `rejected`, of turns that begin with "\n\nHuman:" and "\n\nAssistant:" (its card). The
+    test files are the validation split. Transcripts that differ before the last reply, or end in equal or empty
+    replies, are left out.
 
     Args:
         folder: The local copy; without it the data set is loaded from the hub.
@@ -98,7 +99,11 @@ class HHRLHFSource(DerivedSource):
 
 
 def _file(folder: str | Path | None, of: str, name: str) -> Path | None:
-    return None if folder is None else Path(folder) / of / f"{name}.jsonl.gz"
+    if folder is None:
+        return None
+    packed = Path(folder) / of / f"{name}.jsonl.gz"
+    unpacked = packed.with_suffix("")
+    return unpacked if unpacked.exists() and not packed.exists() else packed
 
 
 def _dialogue(row: Mapping[str, Any], where: str, name: str) -> tuple[str, str]:

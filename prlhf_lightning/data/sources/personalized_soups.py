@@ -78,8 +78,8 @@ class PersonalizedSoupsSource(DerivedSource):
                     yield where, {"user_id": str(user), "prompt": prompt, "chosen": chosen, "rejected": rejected}
             if not stated:
                 raise FeedbackFormatError(
-                    f"{self.folder / profile}.json: no 'user_input' holds the sentence {PREFERENCE_PROMPTS[profile]!r}, "
-                    "so this is another user's file or another version; check which file it is."
+                    f"{self.folder / profile}.json: no 'user_input' states {PREFERENCE_PROMPTS[profile]!r}; "
+                    "this is another user's file or another version: check which file it is."
                 )
 
     def prompts(self) -> Iterator[tuple[str, Text]]:

@@ -123,13 +123,16 @@ class PRISMSource(DerivedSource):
         for dialogue in self._dialogues():
             if dialogue.dialogue_id not in dropped and (dialogue.dialogue_id in train) == (split == "train"):
                 for prompt, chosen, rejected in self._judgements(dialogue, counts):
-                    yield dialogue.where, {
-                        "user_id": dialogue.user_id,
-                        "prompt": prompt,
-                        "chosen": [{"role": "assistant", "content": chosen}],
-                        "rejected": [{"role": "assistant", "content": rejected}],
-                        "user_text": texts[dialogue.user_id],
-                    }
+                    yield (
+                        dialogue.where,
+                        {
+                            "user_id": dialogue.user_id,
+                            "prompt": prompt,
+                            "chosen": [{"role": "assistant", "content": chosen}],
+                            "rejected": [{"role": "assistant", "content": rejected}],
+                            "user_text": texts[dialogue.user_id],
+                        },
+                    )
 
     def _judgements(self, dialogue: _Dialogue, counts: Counter[str]) -> Iterator[tuple[list[Message], str, str]]:
         history: list[Message] = []

@@ -53,19 +53,23 @@ class _OfColumns(DerivedSource):
     def _text(self, row: Mapping[str, Any], where: str, field: str) -> Text:
         """Return a string, or a conversation, whose messages are checked with the pair."""
         column = self._names[field]
-        return self.schema.get(row, where, column, kind=list if isinstance(row.get(column), list) else str)
+        value = row.get(column)
+        return value if isinstance(value, list) else self.schema.get(row, where, column, kind=str)
 
     def _rows(
         self, judged: _Judged, rated: Sequence[Rated], counts: Counter[str]
     ) -> Iterator[tuple[str, Mapping[str, Any]]]:
         for pair in self._pairing(rated, json.dumps([judged.user_id, judged.key]), counts):
-            yield _place(pair), {
-                "user_id": judged.user_id,
-                "prompt": judged.prompt,
-                "chosen": pair.chosen.completion,
-                "rejected": pair.rejected.completion,
-                "user_text": judged.user_text,
-            }
+            yield (
+                _place(pair),
+                {
+                    "user_id": judged.user_id,
+                    "prompt": judged.prompt,
+                    "chosen": pair.chosen.completion,
+                    "rejected": pair.rejected.completion,
+                    "user_text": judged.user_text,
+                },
+            )
 
 
 def _place(pair: Pair) -> str:
@@ -166,8 +170,10 @@ class RankingSource(_OfColumns):
         texts = schema.get(row, where, name, kind=list)
         if len(texts) < 2:
             schema.fail(where, (name,), "has fewer than two completions, which is no ranking")
-        kinds: list[type] = [list if isinstance(text, list) else str for text in texts]
-        completions = [schema.get(row, where, name, i, kind=kind) for i, kind in enumerate(kinds)]
+        completions: list[Text] = [
+            text if isinstance(text, list) else schema.get(row, where, name, i, kind=str)
+            for i, text in enumerate(texts)
+        ]
         ranks = self._names["ranks"]
         if row.get(ranks) is None and not self._asks_for_ranks:
             return ranked(completions, where)
