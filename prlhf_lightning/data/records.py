@@ -89,7 +89,7 @@ def parse_record(
         _fail(
             where,
             "user_id",
-            f"is {_shown(user_id)}, of type {type(user_id).__name__}; write it as a string: ids are never "
+            f"is of type {type(user_id).__name__}; write it as a string: ids are never "
             "converted, so that 7 and '007' cannot become one person by accident",
         )
     check_characters(user_id, where, "user_id")

@@ -75,10 +75,16 @@ def test_users_are_known_by_their_pseudonyms_alone(make, tmp_path, caplog):
     assert SALT not in caplog.text + repr(vars(data)) + repr(data.pseudonyms)
 
 
+def test_without_a_salt_ids_are_found_where_they_are_looked_for(make, tmp_path):
+    make().prepare_data()
+    assert files_with(tmp_path / "cache", "person-")
+
+
 def test_a_cache_is_of_one_salt(make, monkeypatch):
     plain, first = make(), make(hash_user_ids_with="STUDY_SALT")
     monkeypatch.setenv("STUDY_SALT", SALT + "!")
     other, again = make(hash_user_ids_with="STUDY_SALT"), make(hash_user_ids_with="STUDY_SALT")
     ids = [data.vocabulary.ids for data in (plain, first, other, again)]
+    assert ids[0] == tuple(f"person-{i}" for i in range(4))
     assert ids[2] == ids[3]
     assert len(set(ids)) == 3

@@ -32,7 +32,7 @@ def test_a_good_row_becomes_a_record():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(user_id=7), "field 'user_id' is 7, of type int; write it as a string"),
+        (row(user_id=7), "field 'user_id' is of type int; write it as a string"),
         (row(user_id=["a"]), "field 'user_id' is a list, of type list"),
         (row(user_id=True), "field 'user_id' is True, of type bool"),
         (row(user_id=" "), "field 'user_id' is empty"),
