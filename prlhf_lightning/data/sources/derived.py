@@ -34,12 +34,13 @@ def original(
     *,
     name: str | None = None,
     revision: str | None = None,
-    data_dir: str | None = None,
+    data_files: str | None = None,
 ) -> Part:
-    """Return the rows of local files where any are named, or else of a split of a hub data set."""
+    """Return the rows of local files where any are named, or else of a split of a hub data set, or of some of its files."""
     if files is not None:
         return Part(FileSource(files))
-    return Part(HubSource(hub, name, train_split=split, revision=revision, data_dir=data_dir))
+    only = None if data_files is None else {split: data_files}
+    return Part(HubSource(hub, name, train_split=split, revision=revision, data_files=only))
 
 
 class DerivedSource(DataSource):

@@ -60,7 +60,7 @@ class HHRLHFSource(DerivedSource):
         names: dict[Split, str] = {"train": "train", "validation": "test"}
         self._of_user: dict[Split, list[tuple[str, Part]]] = {
             split: [
-                (user, original(_file(folder, of, name), hub, name, revision=revision, data_dir=of))
+                (user, original(_file(folder, of, name), hub, name, revision=revision, data_files=f"{of}/{name}*"))
                 for user, folders in self.users.items()
                 for of in folders
             ]
