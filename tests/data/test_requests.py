@@ -5,7 +5,6 @@ from feedback_helpers import byte_tokenizer, row, write_jsonl
 from original_files import write_koala, write_psoups
 
 from prlhf_lightning.data import FileSource, PersonalizedSoupsSource, PreferenceDataModule, RatingSource
-from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.errors import FeedbackFormatError
 
 
@@ -48,4 +47,4 @@ def test_a_source_without_prompts_is_predicted_on_its_own_rows(tmp_path):
     path = write_jsonl(tmp_path / "a.jsonl", [row(i) for i in range(30)])
     data = PreferenceDataModule(FileSource(path), byte_tokenizer(), validation_fraction=0.3, cache_dir=tmp_path / "c")
     assert data.eval_sets["predict"] == ("seen",)
-    assert DataSource.counts(data.source, "train") == {}
+    assert data.source.counts("train") == {}

@@ -36,7 +36,7 @@ def original(
     revision: str | None = None,
     data_files: str | None = None,
 ) -> Part:
-    """Return the rows of local files where any are named, or else of a split of a hub data set, or of some of its files."""
+    """Return the rows of local files where any are named, or else of a hub data set's split, or of its `data_files`."""
     if files is not None:
         return Part(FileSource(files))
     only = None if data_files is None else {split: data_files}

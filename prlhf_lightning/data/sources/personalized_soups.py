@@ -62,18 +62,20 @@ class PersonalizedSoupsSource(DerivedSource):
         """Yield each user's comparisons in turn."""
         for user, (profile, part) in enumerate(zip(PREFERENCE_PROMPTS, self._parts[split], strict=True), start=1):
             seen: set[bytes] = set()
-            stated = 0
+            stated = False
             for where, row in part.rows():
                 asked, chosen, rejected = (
                     _SCHEMA.get(row, where, name, kind=str) for name in ("user_input", "completion_a", "completion_b")
                 )
-                stated += PREFERENCE_PROMPTS[profile] in asked
+                stated = stated or PREFERENCE_PROMPTS[profile] in asked
                 if chosen == rejected:
                     counts[left_out("equal completions")] += 1
                 elif (key := _key(asked, chosen, rejected)) in seen:
                     counts[left_out("repeated comparisons")] += 1
                 else:
                     seen.add(key)
+                    if PREFERENCE_PROMPTS[profile] not in asked:
+                        counts["kept though the input does not state the preference"] += 1
                     prompt = self._prompt(asked.replace(PREFERENCE_PROMPTS[profile], "").strip())
                     yield where, {"user_id": str(user), "prompt": prompt, "chosen": chosen, "rejected": rejected}
             if not stated:
