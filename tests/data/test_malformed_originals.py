@@ -105,7 +105,7 @@ def hh(folder, bad):
 PAIR = {"user_input": f"Why? {PROFILES['P1A']}", "completion_a": "c", "completion_b": "d"}
 ULTRA = {"prompt": "p", "chosen": "Human: p\n\nAssistant: c", "rejected": "Human: p\n\nAssistant: d",
          "controversial": True}  # fmt: skip
-CASES = {  # a source with one spoilt row, a row to spoil, and how many pairs come of all rows, where each is accounted for
+CASES = {  # a source with one spoilt row, the row to spoil, and the number of rows, where each is one pair
     "tldr": (tldr, comparison(1, "bob"), 2),
     "soups": (soups, PAIR, None),
     "survey": (survey, respondent("bob", 1), None),
