@@ -167,6 +167,10 @@ class PreferenceDataModule(LightningDataModule):
         """Return the number of training batches of each process in one epoch."""
         return len(self._training_batches(0, world_size))
 
+    def known_as(self, user_id: str) -> str:
+        """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
+        return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
+
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
         """Tokenise prompts to be answered exactly as those of the data are.
 
