@@ -244,7 +244,7 @@ class FeedbackCache:
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
                 f"({report.ties} with equal completions, {report.token_ties} with completions that are equal once "
                 f"tokenised or cut, {report.too_long} too long); raise the limits or set overlong to truncate."
-                + "".join(f" Before that, {count} were {what}." for what, count in report.source.items())
+                + "".join(f" Before that: {count} {what}." for what, count in report.source.items())
             )
         return report
 

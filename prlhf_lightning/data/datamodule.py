@@ -71,13 +71,13 @@ class PreferenceDataModule(LightningDataModule):
             conversations always are.
         user_text_format: How the text about a user is written before the prompt; `{user_text}` stands for it.
         require_rejected: Whether every row must have a rejected completion. The command line links it from the loss.
-        hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
-            are then replaced by keyed hashes (see `Pseudonyms`) as they are read; the ids and the salt are in no cache,
-            checkpoint or table. By default ids stay as they are.
         seed: Seed of the splits and of the order of training.
         num_workers: Processes that load batches; none is fast enough, for batches come from memory-mapped token ids.
         cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
         pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
+        hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
+            are then replaced by keyed hashes (see `Pseudonyms`) as they are read; the ids and the salt are in no cache,
+            checkpoint or table. By default ids stay as they are.
     """
 
     def __init__(
@@ -101,11 +101,11 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: bool = False,
         user_text_format: str = "{user_text}\n",
         require_rejected: bool = True,
-        hash_user_ids_with: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
         pin_memory: bool | None = None,
+        hash_user_ids_with: str | None = None,
     ) -> None:
         super().__init__()
         if eval_batch_size is not None and eval_batch_size < 1:
@@ -216,7 +216,7 @@ class PreferenceDataModule(LightningDataModule):
                 parts.append(
                     f"{data.report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
                 )
-            parts += [f"{count:,} {split} rows {what}" for what, count in data.report.source.items()]
+            parts += [f"{split}: {count:,} {what}" for what, count in data.report.source.items()]
         return "Data: " + "; ".join(parts + division.remarks) + "."
 
     def prepare_data(self) -> None:

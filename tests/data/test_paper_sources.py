@@ -324,6 +324,13 @@ def test_a_malformed_survey_is_named_with_its_line_and_without_its_words(tmp_pat
     assert "SECRET" not in str(error.value)
 
 
+def test_a_person_who_stands_in_the_survey_twice_is_named(tmp_path):
+    folder = write_prism(tmp_path)
+    write_jsonl(folder / "survey.jsonl", [respondent("user0"), respondent("user0")])
+    with pytest.raises(FeedbackFormatError, match=r"survey\.jsonl:2: field 'user_id' stands in an earlier row too"):
+        rows(PRISMSource(folder))
+
+
 def test_a_malformed_soup_is_named_with_its_line(tmp_path):
     write_psoups(tmp_path)
     (tmp_path / "P2B.json").write_text('[{"user_input": "x", "completion_a": "a"}]')

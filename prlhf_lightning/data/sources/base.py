@@ -46,10 +46,10 @@ class DataSource(ABC):
         """
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return how many rows of a split met with what on the way, as of the last full pass of `rows`.
+        """Return how much of a split met with what on the way, as of the last full pass of `rows`.
 
         A source that leaves rows out by a protocol says so here, as in `{"left out (equal summaries)": 12}`, and the
-        data module's description repeats it. Rows that are given on need no count.
+        data module's description repeats it: "train: 12 left out (equal summaries)".
         """
         return {}
 
