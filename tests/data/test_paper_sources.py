@@ -4,6 +4,8 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from original_files import (
     PROFILES,
@@ -11,7 +13,6 @@ from original_files import (
     comparisons,
     dialogue,
     respondent,
-    write_hub_card,
     write_jsonl,
     write_koala,
     write_prism,
@@ -103,12 +104,14 @@ def test_tldr_prompts_of_news_articles_have_no_subreddit(tmp_path):
 def test_tldr_loads_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "hub"
-    write_jsonl(folder / "train.jsonl", comparisons(WORKERS))
-    write_jsonl(folder / "validation.jsonl", comparisons({"w0": 2, "new": 1}, "valid1", 900))
-    write_hub_card(folder, {"comparisons": {"train": "train.jsonl", "validation": "validation.jsonl"}})
+    held_out = comparisons({"w0": 2, "new": 1}, "valid1", 900)
+    for split, content in (("train", comparisons(WORKERS)), ("validation", held_out)):
+        path = folder / "comparisons" / split / "0000.parquet"  # as in the hub's conversion
+        path.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
     source = TLDRSource(hub=str(folder), **PROTOCOL)
     (where, first), *_ = source.rows("train")
-    assert where == f"{folder}[train]:1"
+    assert where == f"{folder}/comparisons/train/*[train]:1"
     assert first["user_id"] == "w0"
     assert len(rows(source)) == sum(20 - i for i in range(10))
     assert len(rows(source, "validation")) == 3
