@@ -49,8 +49,8 @@ class TLDRSource(DerivedSource):
     Args:
         files: The original files; without them the data set is loaded from the hub.
         hub: Its name there, or a local copy that `datasets` loads.
-        revision: Branch, tag or commit on the hub; by default the hub's own conversion to Parquet, for on its main branch
-            the data set is a script, which `datasets` no longer runs. Files are `comparisons/{train,validation}/*`.
+        revision: Branch, tag or commit on the hub. On its main branch the data set is a script, which `datasets` no
+            longer runs, so the default is the hub's own conversion to Parquet (`comparisons/{train,validation}/*`).
         policies: `supervised` keeps comparisons of summaries both of which a supervised policy wrote: its name has
             "sup" in it, but neither "ppo" nor "cnn".
         most_active: Train on the comparisons of so many workers alone, those with most of them in the train split.
