@@ -72,6 +72,19 @@ def test_tldr_tastes_are_those_that_the_authors_drew(batches):
         assert (len(row["chosen"]) < len(row["rejected"])) == source.prefers_shorter[row["user_id"]]
 
 
+def test_tldr_of_workers_as_active_as_the_real_ones_has_the_authors_counts(tmp_path):
+    train = [5245, 2920, 2437, 2366, 2200, 2126, 1824, 1606, 1366, 1209]  # data/tldr_dataset.ipynb, cell 8
+    held_out = [1175, 643, 381, 604, 586, 360, 321, 263, 177, 411]
+    content = comparisons({f"w{i}": n for i, n in enumerate(train)})
+    content += comparisons({f"w{i}": n for i, n in enumerate(held_out)}, "valid2")
+    source = TLDRSource(write_jsonl(tmp_path / "batch.json", content), **PROTOCOL)
+    for split, longer, shorter in (("train", 16_607, 6_692), ("validation", 3_371, 1_550)):
+        assert Counter(len(row["chosen"]) > len(row["rejected"]) for row in rows(source, split)) == {
+            True: longer,
+            False: shorter,
+        }
+
+
 def test_tldr_of_summaries_of_one_length_prefers_the_first(tmp_path):
     even = comparison(0, "w0")
     for summary, text in zip(even["summaries"], (" one two", " two one"), strict=True):
