@@ -10,6 +10,7 @@ import yaml
 from conftest import write_votes
 
 from prlhf_lightning.cli import main
+from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.inference import Generation
 from prlhf_lightning.tasks.checkpoints import open_writer
 
@@ -100,7 +101,7 @@ def test_checkpoints_remember_how_text_became_ids(checkpoint):
         ("{", r"in.jsonl:2: this is no JSON"),
         ("[]", r"in.jsonl:2: this is no JSON object"),
         ('{"prompt": 3}', r"in.jsonl:2: field 'prompt' must be a string, or a list of messages"),
-        ('{"prompt": "a", "user_id": 7}', r"in.jsonl:2: field 'user_id' is 7; ids are strings"),
+        ('{"prompt": "a", "user_id": 7}', r"in.jsonl:2: field 'user_id' is of type int; ids are strings"),
     ],
 )
 def test_rows_that_are_no_prompts_are_named(checkpoint, tmp_path, line, says):
@@ -127,6 +128,14 @@ def test_what_is_neither_checkpoint_nor_export_is_named(tmp_path):
         generate(tmp_path / "nothing.ckpt", "--prompt", "a")
     with pytest.raises(SystemExit, match=r"model: .* has no prlhf.json; give a folder that `export` wrote"):
         generate(tmp_path, "--prompt", "a")
+
+
+def test_ids_that_were_hashed_in_training_are_hashed(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("STUDY_SALT", "0123456789abcdef")
+    output = ["--output", str(tmp_path / "out.jsonl"), "--hash_user_ids_with", "STUDY_SALT"]
+    generate(checkpoint, "--prompt", "a", "--users", "ann", *output)
+    (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
+    assert (row["user_id"], row["known_user"]) == (Pseudonyms(b"0123456789abcdef")("ann"), False)
 
 
 def test_control_characters_do_not_reach_the_terminal(checkpoint, capsys, monkeypatch):
