@@ -123,10 +123,14 @@ class FeedbackTokenizer:
         self._learn(set(written))
         return [self._ids[text] for text in written]
 
+    def forget(self) -> None:
+        """Let go of all texts that are kept at hand."""
+        self._ids, self._remembered = {"": self._eos[:0]}, 0
+
     def _learn(self, texts: set[str]) -> None:
         """Tokenise the texts not yet known; crowds judge the same texts many times over."""
         if self._remembered > _REMEMBERED:
-            self._ids, self._remembered = {"": self._eos[:0]}, 0
+            self.forget()
         new = [text for text in texts if text not in self._ids]
         if not new:
             return
