@@ -101,8 +101,8 @@ def check_keeps_keys_and_values(lm: PreTrainedModel) -> None:
     kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
     if not kept or not all(kept):
         raise ConfigurationError(
-            f"{type(lm).__name__} does not keep the keys and values of all positions, so that rows can't join a running "
-            "batch; use PersonalizedLM.generate, which leaves writing to transformers."
+            f"{type(lm).__name__} does not keep the keys and values of all positions, so that rows can't join a "
+            "running batch; use PersonalizedLM.generate, which leaves writing to transformers."
         )
 
 
