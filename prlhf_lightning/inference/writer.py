@@ -177,7 +177,7 @@ class PersonalizedWriter:
             text_tokens = len(ids)
             text = segments(self.lm, None, self._tokens([ids]), None)[0]
         self._encode.forget()  # what people write is not to be kept
-        found = tuple(conditions(generation, self.user_model, self.vocabulary, text))
+        found = tuple(conditions(generation, self.user_model, self.vocabulary, text, self.lm.device))
         known = knows(self.vocabulary, generation.user)
         length = len(prompt) + max(len(condition.vectors) for condition in found)
         room = generation.max_new_tokens if self.max_positions is None else self.max_positions - length
