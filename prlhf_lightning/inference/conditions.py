@@ -6,9 +6,9 @@ logits are the weighted sum of the conditions' logits.
 *Strength* mixes logits, `generic + s * (user - generic)`, as classifier-free guidance does (Ho & Salimans 2022; for
 language models Sanchez et al. 2023): a distribution proportional to `p(user)^s * p(generic)^(1 - s)`. The objective
 trains both distributions, and their ratio is what knowing the user adds to what all share, so that is what to scale.
-Going beyond 1 in the vectors instead would leave the region that the policy was trained on. The generic user keeps the user's text,
-as in the objective's generic term `f_P(u_t, u_0)`: strength scales the learned taste, not what is said openly.
-Strength 1 needs no generic row, strength 0 no other.
+Going beyond 1 in the vectors instead would leave the region that the policy was trained on. The generic user keeps the
+user's text, as in the objective's generic term `f_P(u_t, u_0)`: strength scales the learned taste, not what is said
+openly. Strength 1 needs no generic row, strength 0 no other.
 
 A *blend* mixes vectors: users differ by their places in that space, a cluster model's users are blends of vectors
 already, and the blend costs one row however many it is made of. Where users' soft prompts have different lengths there
