@@ -32,10 +32,10 @@ def export(
     prompt_embeds: bool = False,
     peft_users: bool | list[str] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model folder, with its users; docs/export.md says how to load it.
+    """Write a checkpoint as a Hugging Face model folder, with its users.
 
-    transformers reads the language model and tokenizer, and `generate`, `serve` and `PersonalizedWriter.from_folder`
-    the whole.
+    transformers reads the language model and tokenizer; `generate` and `PersonalizedWriter.from_folder` all of it. See
+    docs/export.md.
 
     Args:
         checkpoint: A checkpoint of a model that the command line trained.

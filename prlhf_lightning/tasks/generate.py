@@ -66,7 +66,9 @@ def generate(
     device: str = "auto",
     hash_user_ids_with: str | None = None,
 ) -> None:
-    """Write for one user or several at once; docs/generate.md has examples.
+    """Write for one user or several at once.
+
+    See docs/generate.md for examples.
 
     Args:
         model: A checkpoint of `fit`, or a folder that `export` wrote.
