@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +108,7 @@ class PersonalizedLM(LightningModule):
         self._evaluation = Evaluation((), user_model.personalizes, loss.requires_rejected)
         self._finite = FiniteGuard()
         self._seed: int | None = None
+        self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
     # ---- set-up
 
@@ -124,6 +126,8 @@ class PersonalizedLM(LightningModule):
             self.vocabulary = datamodule.vocabulary
         if stage == "fit":
             check_trainer(self.trainer)
+            settings = getattr(datamodule, "settings", None)
+            self._tokenization = asdict(settings) if settings is not None else {}
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.requires_rejected)
@@ -193,7 +197,7 @@ class PersonalizedLM(LightningModule):
         ids = {id(param) for param in parts}
         whole = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids]
         params = [*whole, *parts]
-        norm = gradient_norm(whole, parts, partial(sum_over_processes, self.trainer))
+        norm = gradient_norm(whole, parts, partial(sum_over_processes, self.trainer), self.device)
         if not self._finite.may_step(norm, self.trainer):
             # One process alone can't compute a sharded policy's gradient.
             losses_of = None if is_sharded(self.policy) else lambda batch: self.objective(batch)[0]
@@ -307,11 +311,11 @@ class PersonalizedLM(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rewards of the last validation."""
-        self._evaluation.reset()
+        self._evaluation.reset(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Forget the rewards of the last test."""
-        self._evaluation.reset()
+        self._evaluation.reset(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and margin over pairs and over users."""
@@ -414,6 +418,7 @@ class PersonalizedLM(LightningModule):
             new_rows(names_of(self, self.user_model.row_tables()), self.user_model, weights),
             names_of(self, self.user_model.share_tables()),
             torch.initial_seed() if self._seed is None else self._seed,
+            self._tokenization,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -421,6 +426,7 @@ class PersonalizedLM(LightningModule):
         users = checkpoint_content.users_of(checkpoint)
         end_epoch(checkpoint)
         self._seed = checkpoint[checkpoint_content.KEY].get("seed")
+        self._tokenization = self._tokenization or checkpoint[checkpoint_content.KEY].get("tokenization") or {}
         if self.vocabulary is None:
             self.vocabulary = users
         elif self.vocabulary != users:
