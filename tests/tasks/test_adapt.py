@@ -103,6 +103,16 @@ def test_gradients_are_those_of_each_pair_alone(model, pairs):
     torch.testing.assert_close(change, (slopes * step).sum(1), atol=2e-4, rtol=0.05)
 
 
+def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
+    swapped = write_votes(folder / "only_long.jsonl", {"x": 3, "long": 4}, seed=6)
+    both = read_pairs(model, swapped, SETTINGS)[0]
+    for batch in (pairs, select_pairs(both, torch.arange(3)), select_pairs(both, torch.arange(3, 7))):
+        with torch.no_grad():
+            (_, generic) = model.objective(batch, every_term=True)[1]
+        found, _ = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
+        torch.testing.assert_close(found, generic.margins, atol=1e-4, rtol=1e-4)
+
+
 def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
     found = adapt_users(model, pairs)
     margins = torch.stack([Margins(model, pairs)(row)[0] for row in found.prior.rows(found.prior.centres)], 1).double()
