@@ -183,7 +183,7 @@ class UserTable(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, PersonalizedLM) or not module.loss.requires_rejected:
+        if not isinstance(module, PersonalizedLM) or module.loss.feedback != "pairs":
             return
         folder = run_folder(trainer)  # on every process, as the table: both gather
         for name in module.eval_sets:

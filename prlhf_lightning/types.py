@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Feedback: TypeAlias = Literal["pairs", "thumbs", "demonstrations"]
+"""What a row says: which of two completions is better, whether one completion is good, or a completion to imitate."""
 
 _T = TypeVar("_T", bound="_TensorStruct")
 
@@ -57,12 +62,13 @@ class Tokens(_TensorStruct):
         return self.ids.shape[0]
 
     @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tokens:
-        """Pad ragged lists of ids on the right into one block `[B, max length]`."""
+    def from_lists(cls, rows: Sequence[Sequence[int] | npt.NDArray[np.integer]], pad_id: int = 0) -> Tokens:
+        """Pad ragged lists (or arrays) of ids on the right into one block `[B, max length]`."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         mask = torch.arange(int(lengths.max()) if len(rows) else 0) < lengths[:, None]
         ids = torch.full(mask.shape, pad_id, dtype=torch.long)
-        ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        if len(rows):
+            ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         return cls(ids, mask)
 
     @classmethod

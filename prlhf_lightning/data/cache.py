@@ -40,6 +40,7 @@ from prlhf_lightning.data.tokenization import (
     tokenizer_identity,
 )
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.types import Feedback
 
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
@@ -150,14 +151,14 @@ class FeedbackCache:
         root: Folder of the caches.
         tokenizer: The policy's tokenizer.
         settings: How text becomes ids.
-        require_rejected: Whether every row must have a rejected completion.
+        feedback: What every row must have; see `parse_record`.
         ties: What is done with rows whose completions are the same.
     """
 
     root: Path
     tokenizer: PreTrainedTokenizerBase
     settings: TokenizationSettings
-    require_rejected: bool
+    feedback: Feedback
     ties: Ties
 
     def open(self, source: DataSource, split: Split) -> TokenizedSplit:
@@ -188,7 +189,7 @@ class FeedbackCache:
             "columns": dict(source.columns),
             "tokenizer": self._tokenizer_identity,
             "settings": asdict(self.settings),
-            "require_rejected": self.require_rejected,
+            "feedback": self.feedback,
             "ties": self.ties,
         }
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
@@ -222,7 +223,8 @@ class FeedbackCache:
                     if ids is None:
                         report.too_long += 1
                     elif ids.tie:
-                        self._refuse_token_tie(ids, where)
+                        if self.ties == "error":
+                            raise tokenize.token_tie(ids, where)
                         report.token_ties += 1
                     else:
                         rows.append((where, record, ids))
@@ -244,27 +246,13 @@ class FeedbackCache:
         for where, row in _readable(source, split):
             report.read += 1
             try:
-                record = parse_record(row, where, columns, self.require_rejected)
+                record = parse_record(row, where, columns, self.feedback)
             except TieError:
                 if self.ties == "error":
                     raise
                 report.ties += 1
             else:
                 yield where, record
-
-    def _refuse_token_tie(self, ids: TokenizedRecord, where: str) -> None:
-        """Raise an error that says why completions that differ as texts have the same ids, unless ties are dropped."""
-        if self.ties == "drop":
-            return
-        if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
-            how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
-        else:
-            limit = self.settings.max_completion_length
-            how, mend = f"are equal once truncated to {limit} tokens", f"raise max_completion_length (now {limit}),"
-        raise TieError(
-            f"{where}: fields 'chosen' and 'rejected' {how}, so nothing is left that the user could prefer; "
-            f"{mend} or set ties: drop to leave such rows out."
-        )
 
     def _warn(self, report: BuildReport, split: Split) -> None:
         done = "left out" if self.settings.overlong == "drop" else "cut to the limit"
@@ -301,7 +289,7 @@ def _flush(file: IO[Any]) -> None:
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:
     prompts, pairs = [], []
     for _, record, _ in rows:
-        prompt, completions = _key(record.prompt), _key(record.chosen) + (_key(record.rejected or ""))
+        prompt, completions = _key(record.prompt), _key(record.chosen or "") + _key(record.rejected or "")
         prompts.append(prompt)
         # The same comparison has the same key whoever won, so that it never stands on both sides of a split.
         pairs.append((31 * prompt + completions) % 2**64)

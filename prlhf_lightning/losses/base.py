@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.types import LossOutput, PairLogProbs
+from prlhf_lightning.types import Feedback, LossOutput, PairLogProbs
 
 
 class PreferenceLoss(nn.Module, ABC):
@@ -24,7 +24,7 @@ class PreferenceLoss(nn.Module, ABC):
 
     Attributes:
         requires_reference: False for losses that look at the policy only; the reference is then never computed.
-        requires_rejected: False for losses that accept data without rejected completions.
+        feedback: What the rows are that the loss takes: pairs, thumbs (subclass `ThumbsLoss`) or demonstrations.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -32,7 +32,7 @@ class PreferenceLoss(nn.Module, ABC):
     """
 
     requires_reference: ClassVar[bool] = True
-    requires_rejected: ClassVar[bool] = True
+    feedback: ClassVar[Feedback] = "pairs"
 
     def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class PreferenceLoss(nn.Module, ABC):
                 f"{name} compares the policy with a reference and got none; "
                 "pass the reference's log-probabilities, or use a loss without one such as SimPOLoss."
             )
-        if self.requires_rejected and policy.rejected.tokens.shape[-1] == 0:
+        if self.feedback == "pairs" and policy.rejected.tokens.shape[-1] == 0:
             raise ConfigurationError(
                 f"{name} compares two completions, but this batch has no rejected ones; "
                 "give data with a 'rejected' field, or train on the chosen ones with SFTLoss."

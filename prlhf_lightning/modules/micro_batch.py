@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from prlhf_lightning.data.sampler import UserGroupedBatchSampler
+from prlhf_lightning.data.stream import StreamBatchSampler
 from prlhf_lightning.modules.objective import Term
 from prlhf_lightning.modules.processes import stable_hash
 
@@ -32,7 +33,7 @@ def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
         batch_idx: Its number in the epoch.
     """
     sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-    if not isinstance(sampler, UserGroupedBatchSampler):
+    if not isinstance(sampler, UserGroupedBatchSampler | StreamBatchSampler):
         return 1.0  # batches of another data module
     window = trainer.accumulate_grad_batches
     first = batch_idx - batch_idx % window

@@ -145,7 +145,7 @@ class Objective:
         return first, of_pair
 
     def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
-        return [batch.chosen, batch.rejected] if self.loss.requires_rejected else [batch.chosen]
+        return [batch.chosen, batch.rejected] if self.loss.feedback == "pairs" else [batch.chosen]
 
 
 def _pair(scores: Sequence[LogProbs]) -> PairLogProbs:

@@ -104,7 +104,7 @@ class PersonalizedLM(LightningModule):
         #: The users that the table has a row for; taken from the data, or from a checkpoint.
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
-        self._evaluation = Evaluation((), user_model.personalizes, loss.requires_rejected)
+        self._evaluation = Evaluation((), user_model.personalizes, loss.feedback == "pairs")
         self._finite = FiniteGuard()
         self._seed: int | None = None
 
@@ -126,7 +126,7 @@ class PersonalizedLM(LightningModule):
             check_trainer(self.trainer)
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
-        self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.requires_rejected)
+        self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback == "pairs")
 
     def configure_model(self) -> None:
         """Load the policy and create the user model's parameters, once the users are known."""
@@ -285,7 +285,7 @@ class PersonalizedLM(LightningModule):
         losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
         loss = losses.mean()
-        for name, value in values_to_log(loss, terms[0], self.loss.requires_rejected).items():
+        for name, value in values_to_log(loss, terms[0], self.loss.feedback == "pairs").items():
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch))
         return loss * share_of_step(self.trainer, len(batch), batch_idx)
 

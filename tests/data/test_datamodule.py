@@ -346,7 +346,7 @@ def test_conversations_are_batched_like_strings(make, tmp_path):
 def test_supervised_data_has_empty_rejected_rows(make, tmp_path):
     rows = [{"user_id": "a", "prompt": "one", "chosen": "two"}]
     source = FileSource(write_jsonl(tmp_path / "sft.jsonl", rows))
-    (batch,) = make(source, validation_fraction=0.0, require_rejected=False).train_dataloader()
+    (batch,) = make(source, validation_fraction=0.0, feedback="demonstrations").train_dataloader()
     assert batch.rejected.ids.shape == (1, 0)
 
 

@@ -100,7 +100,7 @@ def test_a_mapping_for_an_unknown_field_is_refused_with_the_close_one():
 
 def test_supervised_rows_need_no_rejected_completion():
     for raw in (without("rejected"), row(rejected=None), row(rejected="")):
-        assert parse_record(raw, "f:1", require_rejected=False).rejected is None
+        assert parse_record(raw, "f:1", feedback="demonstrations").rejected is None
 
 
 def test_blank_user_text_is_no_user_text():
