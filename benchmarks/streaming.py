@@ -1,6 +1,6 @@
 """Streamed rows: the time and memory of counting the users and of an epoch's batches, as it goes on.
 
-python benchmarks/streaming.py --rows 10000000
+TOKENIZERS_PARALLELISM=false python benchmarks/streaming.py --rows 10000000
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _MIB = 1 << 20
 def write(path: Path, rows: int, users: int) -> None:
     """Write rows by a long-tailed crowd. No two texts are alike, so that each has to be tokenised."""
     draw = random.Random(0)
-    sentences = [" ".join(draw.choices(WORDS, k=draw.randint(8, 24))) for _ in range(100_000)]
+    sentences = [" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(100_000)]
     with path.open("w", buffering=_MIB) as file:
         for number in range(rows):
             prompt, chosen, rejected = (sentences[int(draw.random() * len(sentences))] for _ in range(3))
@@ -52,21 +52,25 @@ def reset_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def epoch(data: PreferenceDataModule) -> list[str]:
-    """Go through an epoch's batches, and return lines of the table."""
-    lines, rows, since = [], 0, 0
+def epoch(data: PreferenceDataModule) -> tuple[list[str], float]:
+    """Go through an epoch's batches; return lines of the table, and the mean number of tokens of a row."""
+    lines: list[str] = []
+    rows = since = tokens = counted = 0
     every = len(data.train_dataloader()) // POINTS
     start = time.perf_counter()
     reset_peak()
     for number, batch in enumerate(data.train_dataloader(), start=1):
         rows, since = rows + len(batch), since + len(batch)
+        if number % 1000 == 1:
+            tokens += sum(int(part.mask.sum()) for part in (batch.prompt, batch.chosen, batch.rejected))
+            counted += len(batch)
         if number % every == 0:
             rate = since / (time.perf_counter() - start)
             lines.append(f"| {rows:,} | {rate:,.0f} | {memory('VmRSS'):,.0f} | {memory('VmHWM'):,.0f} |")
             print(lines[-1], flush=True)
             reset_peak()
             since, start = 0, time.perf_counter()
-    return lines
+    return lines, tokens / counted
 
 
 def main() -> None:
@@ -97,12 +101,14 @@ def main() -> None:
         data.setup("fit")
         counted = time.perf_counter() - start
         counting = memory("VmHWM")
-        lines = epoch(data)
+        lines, tokens = epoch(data)
     text = "\n".join(
         [
-            f"`python benchmarks/streaming.py --rows {args.rows}` on one of {os.cpu_count()} cores, "
-            f"{platform.machine()}, Python {platform.python_version()}; no loader workers. "
-            f"The file has {size / 1e9:.2f} GB. Before the data are touched the process has {before:,.0f} MiB.",
+            f"`TOKENIZERS_PARALLELISM=false python benchmarks/streaming.py --rows {args.rows}` on one of "
+            f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}; no loader workers.",
+            "",
+            f"The file has {size / 1e9:.2f} GB; a row has {tokens:.0f} tokens on average, and no two texts are alike. "
+            f"Before the data are touched the process has {before:,.0f} MiB.",
             "",
             f"Counting {args.rows:,} rows of {data.num_users - 1:,} users: {counted:.0f} s "
             f"({args.rows / counted:,.0f} rows a second), peak {counting:,.0f} MiB.",
