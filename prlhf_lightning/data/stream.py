@@ -94,8 +94,8 @@ class StreamedRows:
 class StreamOrder:
     """Which rows of a stream make up which batch; all of it a function of these numbers and of (epoch, block).
 
-    Every step, a global batch of `batch_size * world_size` rows, is full but for the last of an epoch, which is a block
-    of its own and is dealt out as `UserGroupedBatchSampler` does.
+    Every step, a global batch of `batch_size * world_size` rows, is full but for the last of an epoch, which is made of
+    the last rows and is dealt out as `UserGroupedBatchSampler` does.
 
     Attributes:
         rows: Number of rows of an epoch.
@@ -128,11 +128,10 @@ class StreamOrder:
     def block(self, number: int) -> range:
         """Return the steps of the block that a step belongs to."""
         full = self.rows // self._step
-        if number >= full:
-            return range(full, full + 1)
+        number = max(0, min(number, full - 1))  # the last step, if not full, belongs to the block before it
         size = max(1, self.shuffle_buffer // self._step)
         first = number - number % size
-        return range(first, min(first + size, full))
+        return range(first, first + size if first + size < full else len(self))
 
     def rows_of(self, steps: range) -> range:
         """Return which rows of the stream steps are made of."""
@@ -152,6 +151,17 @@ class StreamOrder:
             users: `[N]` the user of each of its rows.
             lengths: `[N]` the length of each of its rows, where they are bucketed.
         """
+        full = len(users) // self._step * self._step
+        draw = epoch * len(self) + steps.start
+        return [
+            *self._drawn(draw, users[:full], lengths[:full] if lengths else None, first=0),
+            *self._drawn(draw, users[full:], lengths[full:] if lengths else None, first=full),
+        ]
+
+    def _drawn(self, draw: int, users: Sequence[int], lengths: Sequence[int] | None, first: int) -> Iterator[list[int]]:
+        """Yield this rank's batches of rows of a block that stand together, from place `first` on."""
+        if not len(users):
+            return
         sampler = UserGroupedBatchSampler(
             np.array(users),
             self.batch_size,
@@ -161,8 +171,9 @@ class StreamOrder:
             world_size=self.world_size,
             lengths=np.array(lengths) if lengths is not None else None,
         )
-        sampler.set_epoch(epoch * len(self) + steps.start)
-        return list(sampler)
+        sampler.set_epoch(draw)
+        for batch in sampler:
+            yield [first + place for place in batch]
 
 
 class StreamBatchSampler(Sampler[list[Place]]):
