@@ -206,12 +206,15 @@ class PreferenceDataModule(LightningDataModule):
         return next(iter(self._evaluation(stage).values())).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
-        """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`."""
+        """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`.
+
+        Of thumbs, those of them that are up.
+        """
         pairs = next(iter(self._evaluation("validate").values()), None)
         if pairs is None:
             return collate([])
         places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
-        return collate(pairs.__getitems__(places.tolist()))
+        return collate([row for row in pairs.__getitems__(places.tolist()) if row["chosen_ids"]])
 
     def describe(self) -> str:
         """Return a summary of what is trained and evaluated on, in one paragraph."""

@@ -24,6 +24,7 @@ class PreferenceLoss(nn.Module, ABC):
 
     Attributes:
         requires_reference: False for losses that look at the policy only; the reference is then never computed.
+        requires_mismatched: True for losses that `observe` how likely completions of other prompts are, in training.
         feedback: What the rows are that the loss takes: pairs, thumbs (subclass `ThumbsLoss`) or demonstrations.
 
     Args:
@@ -32,6 +33,7 @@ class PreferenceLoss(nn.Module, ABC):
     """
 
     requires_reference: ClassVar[bool] = True
+    requires_mismatched: ClassVar[bool] = False
     feedback: ClassVar[Feedback] = "pairs"
 
     def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
@@ -64,6 +66,12 @@ class PreferenceLoss(nn.Module, ABC):
             chosen, rejected = chosen - reference.chosen.sum, rejected - reference.rejected.sum
         return self.beta * chosen, self.beta * rejected
 
+    def observe(self, log_ratios: Tensor) -> None:
+        """Take in, in training, the log-ratios `log π(y|x) - log π_ref(y|x)` `[B]` of completions to other prompts.
+
+        The module calls this after the loss of a batch where `requires_mismatched` is True.
+        """
+
     def forward(self, policy: PairLogProbs, reference: PairLogProbs | None = None) -> LossOutput:
         """Return the loss and the detached implicit rewards of each pair.
 
@@ -86,7 +94,8 @@ class PreferenceLoss(nn.Module, ABC):
             )
         losses = self.pair_loss(policy, reference)
         if self.sft_weight:
-            losses = losses - self.sft_weight * policy.chosen.mean
+            # Where there is no chosen completion, as of a thumbs-down, there is none to imitate.
+            losses = losses - self.sft_weight * policy.chosen.sum / policy.chosen.lengths.clamp(min=1)
         with torch.no_grad():
             chosen_rewards, rejected_rewards = self.rewards(policy, reference)
         return LossOutput(losses, chosen_rewards, rejected_rewards)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from prlhf_lightning.data.sampler import UserGroupedBatchSampler
 from prlhf_lightning.data.stream import StreamBatchSampler
 from prlhf_lightning.modules.objective import Term
 from prlhf_lightning.modules.processes import stable_hash
+from prlhf_lightning.types import Feedback, LogProbs
 
 
 def seed_chance(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
@@ -48,20 +50,29 @@ def place_of(trainer: Trainer, record: int) -> str:
     return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
 
 
-def values_to_log(loss: Tensor, term: Term, ranks: bool) -> dict[str, Tensor]:
-    """Return the means over a batch that are worth a curve, each `[]`.
+def values_to_log(loss: Tensor, term: Term, feedback: Feedback) -> dict[str, Tensor]:
+    """Return the means over a batch that are worth a curve, each `[]`; NaN where it has nothing of the kind.
 
     Args:
         loss: `[]` the mean loss.
         term: The first term of the objective.
-        ranks: Whether there are rejected completions.
+        feedback: What the rows say.
     """
-    chosen = term.log_probs.chosen
-    values = {"loss": loss, "chosen_log_probs": chosen.sum.detach().mean()}
+    chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
+    values = {"loss": loss, "chosen_log_probs": _mean(chosen)}
     if term.reference is not None:
-        values["chosen_log_ratio"] = (chosen.mean.detach() - term.reference.chosen.mean).mean()  # a token
-    if ranks:
-        values["rejected_log_probs"] = term.log_probs.rejected.sum.detach().mean()
+        values["chosen_log_ratio"] = (chosen.mean.detach() - term.reference.chosen.mean).nanmean()  # a token
+    if feedback != "demonstrations":
+        values["rejected_log_probs"] = _mean(rejected)
+    if feedback == "thumbs":
+        values["chosen_rewards"] = term.output.chosen_rewards.nanmean()
+        values["rejected_rewards"] = term.output.rejected_rewards.nanmean()
+    if feedback == "pairs":
         values["margin"] = term.margins.mean()
         values["accuracy"] = (term.margins > 0).float().mean()
     return values
+
+
+def _mean(scores: LogProbs) -> Tensor:
+    """Return the mean log-probability of the completions that are there."""
+    return scores.sum.detach().masked_fill(scores.lengths == 0, math.nan).nanmean()
