@@ -166,6 +166,8 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
         return value
     if column in row:
         _fail(where, field, f"is null (column {column!r}); fill it or drop the row")
+    if (kind := _other_kind(row, field, columns)) is not None:
+        _fail(where, field, f"is missing: {kind}")
     names = [str(name) for name in row]
     close = get_close_matches(column, names, n=1) or get_close_matches(field, names, n=1)
     advice = (
@@ -174,6 +176,18 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
         else f"name the column that holds it with columns: {{{field}: <its name>}}"
     )
     _fail(where, field, f"is missing: there is no column {column!r} among {', '.join(map(repr, names))}; {advice}")
+
+
+def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | None:
+    """Return what to do about a row that lacks a field because it is feedback of another kind."""
+    if field in ("chosen", "rejected") and columns.completion in row and columns.label in row:
+        return "the row is a thumb up or down, which another loss takes, such as KTOLoss"
+    if field in ("completion", "label") and columns.chosen in row and columns.rejected in row:
+        return (
+            "the row is a pair, which another loss takes, such as DPOLoss; or write it as two rows, each with one "
+            "completion and a label"
+        )
+    return None
 
 
 def _text(value: Any, where: str, field: str) -> Text:

@@ -30,7 +30,7 @@ def scored():
 
 def make(z_0=0.0, **settings):
     loss = KTOLoss(BETA, DESIRABLE, UNDESIRABLE, **settings).double().eval()
-    loss.shift = torch.tensor(z_0)
+    loss.shift.fill_(z_0)
     return loss
 
 
@@ -79,7 +79,7 @@ def test_each_row_has_the_value_of_the_formula(scored, z_0):
         r = float((policy[row] - reference[row]).detach().sum())
         distance = BETA * (r - max(0.0, z_0))
         weight, side = (DESIRABLE, 1) if up else (UNDESIRABLE, -1)
-        assert float(output.losses[row]) == pytest.approx(weight * (1 - 1 / (1 + math.exp(-side * distance))))
+        assert output.losses[row].item() == pytest.approx(weight * (1 - 1 / (1 + math.exp(-side * distance))))
         rewards = [float(output.chosen_rewards[row]), float(output.rejected_rewards[row])]
         assert rewards == pytest.approx([BETA * r, math.nan] if up else [math.nan, BETA * r], nan_ok=True)
 
