@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 
 import pytest
@@ -110,9 +111,9 @@ class Crash(Callback):
             raise RuntimeError("crash")
 
 
-def fit(module, thumbs, folder, *callbacks, checkpoint=None, epochs=2, **settings):
+def fit(module, thumbs, folder, *callbacks, checkpoint=None, epochs=2, validation=None, **settings):
     options = {"batch_size": 4, "validation_fraction": 0.25, "feedback": "thumbs", **settings}
-    data = PreferenceDataModule(FileSource(str(thumbs)), module.policy.tokenizer, **options)
+    data = PreferenceDataModule(FileSource(thumbs, validation), module.policy.tokenizer, **options)
     trainer = Trainer(
         max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
         callbacks=[SaveOnInterrupt(), UserTable(), *callbacks], default_root_dir=folder, num_sanity_val_steps=0,
@@ -136,16 +137,22 @@ def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, thumbs, tmp_
     assert straight.loss.pairs_seen > 0
 
 
-def test_it_learns_what_each_user_likes_and_says_how_well(model_path, thumbs, tmp_path):
+def test_it_learns_that_users_like_opposite_things_and_says_how_well(model_path, tmp_path):
+    with (tmp_path / "opposed.jsonl").open("w") as file:
+        for number, text in enumerate(["red", "blue sun", "moon", "cat ran fast", "dog", "hello the sun"] * 2):
+            for user, likes_even in (("ann", True), ("bob", False)):
+                row = {"user_id": user, "prompt": f"{text} likes", "completion": text}
+                file.write(json.dumps(row | {"label": (number % 2 == 0) == likes_even}) + "\n")
     module = make(model_path, KTOLoss(beta=0.5), alpha=0.8)
-    # The same rows to validate on: what is asked is whether the loss has the right sign for each user.
-    metrics = fit(module, thumbs, tmp_path, epochs=6, validation_fraction=0.5, split_by="pair").callback_metrics
+    opposed = tmp_path / "opposed.jsonl"
+    metrics = fit(module, opposed, tmp_path, epochs=10, validation=opposed).callback_metrics
     assert {"val/seen/auc", "val/seen/auc_user_mean", "val/seen/generic_auc", "val/seen/reward_gap"} <= set(metrics)
-    assert metrics["val/seen/auc"] > 0.8
+    assert metrics["val/seen/auc"] > 0.9
+    assert metrics["val/seen/generic_auc"] == pytest.approx(0.5)  # of one reward for both, as much is wrong as right
     with (tmp_path / "users_seen.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [*rows[0]] == ["user_id", "ups", "downs", "auc", "gap"]
-    assert {row["user_id"] for row in rows} <= {"ann", "bob", "cy", "dee"}
+    assert [(row["user_id"], row["ups"], row["downs"]) for row in rows] == [("ann", "6", "6"), ("bob", "6", "6")]
 
 
 def test_the_reference_scores_each_completion_once(model_path, thumbs, tmp_path):
