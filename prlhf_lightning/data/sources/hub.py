@@ -12,7 +12,7 @@ from prlhf_lightning.errors import ConfigurationError
 
 
 class HubSource(DataSource):
-    """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`.
+    """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`, or streamed.
 
     Args:
         path: Name on the hub, such as `organisation/name`, or a local folder of data files.
@@ -22,6 +22,8 @@ class HubSource(DataSource):
         test_split: Its split to test on.
         revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        streaming: Download rows as they are read, and keep none; for `data.streaming`. Pin a `revision`: without one
+            that the rows may have changed is not noticed.
     """
 
     def __init__(
@@ -33,12 +35,13 @@ class HubSource(DataSource):
         test_split: str | None = None,
         revision: str | None = None,
         columns: Mapping[str, str] | None = None,
+        streaming: bool = False,
     ) -> None:
         self.columns = dict(columns or {})
-        self._path, self._name, self._revision = path, name, revision
+        self._path, self._name, self._revision, self._streaming = path, name, revision, streaming
         named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
         self._names: dict[Split, str] = {split: name for split, name in named if name is not None}
-        self._loaded: dict[Split, datasets.Dataset] = {}
+        self._loaded: dict[Split, datasets.Dataset | datasets.IterableDataset] = {}
 
     def splits(self) -> set[Split]:
         """Return the splits that were named."""
@@ -50,14 +53,20 @@ class HubSource(DataSource):
             yield f"{self._path}[{self._names[split]}]:{number}", row
 
     def fingerprint(self, split: Split) -> str:
-        """Return the fingerprint that `datasets` derives from the data files."""
+        """Return the fingerprint that `datasets` derives from the data files, or the names of what is streamed."""
+        if self._streaming:
+            return f"{self._path} {self._name} {self._names[split]} {self._revision} streamed"
         return f"{self._path} {self._names[split]} {self._load(split)._fingerprint}"  # it has no public name
 
-    def _load(self, split: Split) -> datasets.Dataset:
+    def _load(self, split: Split) -> datasets.Dataset | datasets.IterableDataset:
         if split not in self._loaded:
             try:
                 self._loaded[split] = datasets.load_dataset(
-                    self._path, self._name, split=self._names[split], revision=self._revision
+                    self._path,
+                    self._name,
+                    split=self._names[split],
+                    revision=self._revision,
+                    streaming=self._streaming,
                 )
             except Exception as error:  # of the file system, the network, the hub's client and each format's reader
                 wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
