@@ -100,7 +100,7 @@ def read_census(path: Path) -> Census:
     for where, row in read_rows(path):
         user_id = parse_user_id(row, where)
         if user_id in rows:
-            raise FeedbackFormatError(f"{where}: user {user_id!r} stands in the file twice; give each user one row.")
+            raise FeedbackFormatError(f"{where}: this user stands in the file twice; give each user one row.")
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)
         # Where it is not said how many rows have a text, all may.
         texts += rows[user_id] if row.get("texts") is None else _number(row["texts"], where, "texts", least=0)

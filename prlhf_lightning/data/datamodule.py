@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,7 +22,9 @@ from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
 from prlhf_lightning.data.census import Census, census_of, read_census
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.division import Division, HoldOut, Pairs
+from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.records import Text
+from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.splits import SplitBy
@@ -82,6 +85,9 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Processes that load batches; none is fast enough for stored rows, whose ids are memory-mapped.
         cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
         pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
+        hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
+            are then replaced by keyed hashes (see `Pseudonyms`) as they are read; the ids and the salt are in no cache,
+            checkpoint or table. By default ids stay as they are.
     """
 
     def __init__(
@@ -112,6 +118,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
         pin_memory: bool | None = None,
+        hash_user_ids_with: str | None = None,
     ) -> None:
         super().__init__()
         if eval_batch_size is not None and eval_batch_size < 1:
@@ -141,6 +148,7 @@ class PreferenceDataModule(LightningDataModule):
         self.feedback: Feedback = feedback
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.users_file = Path(users_file).expanduser() if users_file else None
+        self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
@@ -187,6 +195,10 @@ class PreferenceDataModule(LightningDataModule):
         """Return the number of training batches of each process in one epoch."""
         return len(self._training_batches(0, world_size))
 
+    def known_as(self, user_id: str) -> str:
+        """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
+        return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
+
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
         """Tokenise prompts to be answered exactly as those of the data are.
 
@@ -200,17 +212,15 @@ class PreferenceDataModule(LightningDataModule):
 
     def where(self, record: int, stage: Stage = "train") -> str:
         """Return where a row stands in the source, given its number in `PreferenceBatch.records`."""
-        train = self._division.train
-        if stage == "train":
-            return train.where(record)
-        return next(iter(self._evaluation(stage).values())).where(record)
+        sets: list[Pairs | Requests] = list(self._evaluation(stage).values())
+        return (self._division.train if stage == "train" else sets[0]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
         """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`.
 
         Of thumbs, those of them that are up.
         """
-        pairs = next(iter(self._evaluation("validate").values()), None)
+        pairs = next(iter(self._division.evaluation.get("validate", {}).values()), None)
         if pairs is None:
             return collate([])
         places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
@@ -222,6 +232,7 @@ class PreferenceDataModule(LightningDataModule):
         parts = [f"{len(division.train):,} training pairs by {len(division.vocabulary.ids):,} users"]
         if self.streaming:
             parts[0] += f", streamed in blocks of {self.shuffle_buffer:,}"
+            parts += [f"train: {count:,} {what}" for what, count in self.source.counts("train").items()]
         if self._max_row_tokens and isinstance(division.train, Pairs):
             alone = int((division.train.lengths > self._max_row_tokens).sum())
             if alone:
@@ -241,6 +252,7 @@ class PreferenceDataModule(LightningDataModule):
                 parts.append(
                     f"{data.report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
                 )
+            parts += [f"{split}: {count:,} {what}" for what, count in data.report.source.items()]
         return "Data: " + "; ".join(parts + division.remarks) + "."
 
     def prepare_data(self) -> None:
@@ -281,7 +293,11 @@ class PreferenceDataModule(LightningDataModule):
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> list[Loader]:
-        """Return one dataloader for each of `eval_sets["predict"]`: those of the test split, or of validation."""
+        """Return one dataloader for each of `eval_sets["predict"]`.
+
+        It is the source's prompts without judgements, for every seen user (`prompts`), if it has any; or else the rows
+        of the test split, or of validation.
+        """
         return self._evaluation_loaders("predict")
 
     @cached_property
@@ -291,15 +307,23 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"{type(self.source).__name__} has no train split, which tells the users; give it one."
             )
-        cache = FeedbackCache(self.cache_dir, self._loaded_tokenizer, self.settings, self.feedback, self.ties)
+        cache = FeedbackCache(
+            self.cache_dir, self._loaded_tokenizer, self.settings, self.feedback, self.ties, self.pseudonyms
+        )
         stored = [split for split in SPLITS if split in available and not (self.streaming and split == "train")]
         return {split: cache.open(self.source, split) for split in stored}
 
     @cached_property
     def _census(self) -> Census:
-        if self.users_file is not None:
-            return read_census(self.users_file)
-        return census_of(self.source, "train", self.cache_dir)
+        if self.users_file is None:
+            return census_of(self._stream_source, "train", self.cache_dir)
+        census = read_census(self.users_file)
+        return replace(census, rows={self.known_as(user_id): rows for user_id, rows in census.rows.items()})
+
+    @property
+    def _stream_source(self) -> DataSource:
+        """The source whose rows are streamed, by users' ids as they are known here."""
+        return self.source if self.pseudonyms is None else PseudonymousSource(self.source, self.pseudonyms)
 
     @cached_property
     def _loaded_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -315,13 +339,21 @@ class PreferenceDataModule(LightningDataModule):
     def _division(self) -> Division:
         if self.streaming:
             splits = self._splits  # first, as it checks that there is a train split
-            return self.hold_out.divide_stream(self.source, self._census, splits)
+            return self.hold_out.divide_stream(self._stream_source, self._census, splits)
         return self.hold_out.divide(self._splits)
 
-    def _evaluation(self, stage: Stage) -> dict[str, Pairs]:
+    @cached_property
+    def _requests(self) -> dict[str, Requests]:
+        prompts = list(self.source.prompts())
+        if not prompts:
+            return {}
+        places, texts = zip(*prompts, strict=True)
+        return {"prompts": Requests(places, self._prompt_tokenizer.prompts(texts), self.vocabulary.ids)}
+
+    def _evaluation(self, stage: Stage) -> Mapping[str, Pairs | Requests]:
         evaluation = self._division.evaluation
         if stage == "predict":
-            return evaluation.get("test") or evaluation.get("validate", {})
+            return self._requests or evaluation.get("test") or evaluation.get("validate", {})
         return evaluation.get(stage, {}) if stage != "train" else {}
 
     def _evaluation_loaders(self, stage: Stage) -> list[Loader]:
@@ -375,7 +407,7 @@ class PreferenceDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, pairs: Pairs | FeedbackStream, batches: Sampler[Any]) -> Loader:
+    def _loader(self, pairs: Pairs | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
         # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
         # sampler returns every row, and training resumes at the right batch.
         warnings.filterwarnings("ignore", message=".*does not have many workers")

@@ -71,7 +71,7 @@ class StreamedRows:
             if not isinstance(user_id, str) or user_id not in self.vocabulary:
                 if isinstance(user_id, str) and user_id in self._held_out:
                     continue
-                self._refuse(f"{where}: field 'user_id' is {user_id!r}, who was not there when users were counted")
+                self._refuse(f"{where}: field 'user_id' names a user who was not there when users were counted")
             count += 1
             if count > self._size:
                 self._refuse(f"{where}: the {self.split} split has more than the {self._size:,} rows that were counted")

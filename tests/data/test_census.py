@@ -25,14 +25,14 @@ def test_a_count_is_kept_until_the_data_change(tmp_path, monkeypatch):
 
 def test_a_row_without_a_user_is_named(tmp_path):
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, user_id=7)]))
-    with pytest.raises(FeedbackFormatError, match=r"a.jsonl:2: field 'user_id' is 7, of type int"):
+    with pytest.raises(FeedbackFormatError, match=r"a.jsonl:2: field 'user_id' is of type int"):
         count(source, "train")
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("user_id,rows\nann,2\nann,1\n", "users.csv:3: user 'ann' stands in the file twice"),
+        ("user_id,rows\nann,2\nann,1\n", "users.csv:3: this user stands in the file twice"),
         ("user_id,rows\nann,none\n", "users.csv:2: field 'rows' is 'none'; write a whole number, at least 1"),
         ("user_id\nann\n", "field 'rows' is None"),
         ("user_id,rows,texts\nann,1,-1\n", "field 'texts' is '-1'"),

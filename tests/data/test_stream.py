@@ -152,7 +152,7 @@ def test_rows_over_a_limit_are_cut_and_reported(make, caplog):
 @pytest.mark.parametrize(
     ("users", "says"),
     [
-        ("user_id,rows\nu0,5\n", "votes.jsonl:2: field 'user_id' is 'u1', who was not there"),
+        ("user_id,rows\nu0,5\n", "votes.jsonl:2: field 'user_id' names a user who was not there"),
         ("user_id,rows\nu0,5\nu1,2\n", "the train split has more than the 7 rows"),
         ("user_id,rows\nu0,5\nu1,6\n", "ended after 10 of the 11 rows"),
     ],
@@ -162,6 +162,17 @@ def test_a_wrong_count_is_noticed(make, tmp_path, users, says):
     data = make([row(i, f"u{i % 2}") for i in range(10)], users_file=tmp_path / "users.csv")
     with pytest.raises(FeedbackFormatError, match=says):
         list(data.train_dataloader())
+
+
+def test_users_are_known_by_their_pseudonyms(make, tmp_path, monkeypatch):
+    monkeypatch.setenv("SALT", "a secret of many bytes")
+    (tmp_path / "users.csv").write_text("user_id,rows\n" + "".join(f"u{i},{15 if i < 5 else 14}\n" for i in range(7)))
+    stored = make(streaming=False, hash_user_ids_with="SALT").vocabulary
+    for settings in ({}, {"users_file": tmp_path / "users.csv"}):
+        data = make(hash_user_ids_with="SALT", **settings)
+        assert data.vocabulary == stored
+        assert {user for batch in data.train_dataloader() for user in batch.user_ids} == set(stored.ids)
+    assert not any(b"u1," in path.read_bytes() for path in (tmp_path / "cache").glob("users-*.csv"))
 
 
 def test_a_row_is_found_by_its_number(make):

@@ -22,6 +22,7 @@ class HubSource(DataSource):
         test_split: Its split to test on.
         revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        data_files: Files to read alone, by split, such as `{train: helpful-base/train*}`.
         streaming: Download rows as they are read, and keep none; for `data.streaming`. Pin a `revision`: without one
             that the rows may have changed is not noticed.
     """
@@ -35,10 +36,12 @@ class HubSource(DataSource):
         test_split: str | None = None,
         revision: str | None = None,
         columns: Mapping[str, str] | None = None,
+        data_files: Mapping[str, str] | None = None,
         streaming: bool = False,
     ) -> None:
         self.columns = dict(columns or {})
         self._path, self._name, self._revision, self._streaming = path, name, revision, streaming
+        self._data_files = dict(data_files or {})
         named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
         self._names: dict[Split, str] = {split: name for split, name in named if name is not None}
         self._loaded: dict[Split, datasets.Dataset | datasets.IterableDataset] = {}
@@ -49,13 +52,16 @@ class HubSource(DataSource):
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the rows of a split in order, each after its place such as `organisation/name[train]:17`."""
+        files = self._data_files.get(self._names[split])
+        place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):
-            yield f"{self._path}[{self._names[split]}]:{number}", row
+            yield f"{place}[{self._names[split]}]:{number}", row
 
     def fingerprint(self, split: Split) -> str:
         """Return the fingerprint that `datasets` derives from the data files, or the names of what is streamed."""
         if self._streaming:
-            return f"{self._path} {self._name} {self._names[split]} {self._revision} streamed"
+            parts = (self._path, self._name, self._names[split], self._revision, self._data_files)
+            return f"streamed {parts}"
         return f"{self._path} {self._names[split]} {self._load(split)._fingerprint}"  # it has no public name
 
     def _load(self, split: Split) -> datasets.Dataset | datasets.IterableDataset:
@@ -64,6 +70,7 @@ class HubSource(DataSource):
                 self._loaded[split] = datasets.load_dataset(
                     self._path,
                     self._name,
+                    data_files=self._data_files or None,
                     split=self._names[split],
                     revision=self._revision,
                     streaming=self._streaming,
