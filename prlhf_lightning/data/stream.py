@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias
+from weakref import finalize
 
 import numpy as np
 from torch.utils.data import Dataset, Sampler
@@ -64,7 +65,7 @@ class StreamedRows:
     def __len__(self) -> int:
         return self._size
 
-    def __iter__(self) -> Iterator[RawRow]:
+    def __iter__(self) -> Generator[RawRow, None, None]:
         count = 0
         for number, (where, row) in enumerate(self.source.rows(self.split)):
             user_id = row.get(self.columns.user_id)
@@ -230,6 +231,7 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         self._feedback, self._drop_ties = feedback, drop_ties
         self._epoch = -1
         self._reader: Iterator[RawRow] = iter(())
+        self._closing: finalize[Any, Any] | None = None
         self._read = 0  # rows that the reader has given
         self._steps = range(0)  # the block that is laid out
         self._block: list[RawRow] = []
@@ -249,7 +251,12 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         """Read a block and lay it out, having skipped what stands before it."""
         wanted = self._order.rows_of(steps)
         if epoch != self._epoch or wanted.start < self._read:
-            self._epoch, self._reader, self._read = epoch, iter(self._rows), 0
+            if self._closing is not None:
+                self._closing()
+            self._reader = reader = iter(self._rows)
+            # A generator that is left open at the interpreter's end complains, for what it names is gone by then.
+            self._closing = finalize(self, reader.close)
+            self._epoch, self._read = epoch, 0
         self._block = []  # before the next one is read, so that memory holds one
         for _ in islice(self._reader, wanted.start - self._read):
             pass
