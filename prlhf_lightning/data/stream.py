@@ -304,17 +304,16 @@ class FeedbackStream(Dataset[dict[str, Any]]):
             rows.append({"user_id": record.user_id, "record": number, **parts})
         done = "left out" if self._tokenize.settings.overlong == "drop" else "cut to the limit"
         for name, excess in self._tokenize.excess.items():
-            self._report(
-                f"have a longer '{name}' than allowed and are {done}", wheres[0], excess.count - before.get(name, 0)
-            )
+            if more := excess.count - before.get(name, 0):
+                self._report(f"have a longer '{name}' than allowed and are {done}", wheres[-1], more)
         return rows
 
     def _report(self, what: str, where: str, more: int = 1) -> None:
         """Warn of rows that are changed or left out, at the first, the tenth, the hundredth, and so on."""
         before = self._left_out[what]
         self._left_out[what] = now = before + more
-        if len(str(now)) > len(str(before)) or (now and not before):
-            _log.warning("%d rows read so far by this process %s (the last at or after %s).", now, what, where)
+        if not before or len(str(now)) > len(str(before)):
+            _log.warning("%d rows read so far by this process %s (the last at or before %s).", now, what, where)
 
 
 def _length(row: Mapping[str, Any], columns: Columns) -> int:

@@ -13,7 +13,7 @@ from prlhf_lightning.losses.base import PreferenceLoss
 
 
 class RunningShiftLoss(PreferenceLoss):
-    """A loss that rewards are compared with a running mean in.
+    """A loss with a running mean, which rewards are compared with.
 
     The mean is exponential, over about the last `window` rows, counted in rows and over all processes. A call is judged
     by the mean of the calls before it, so no row's loss depends on which others stand in the same call, and cutting the

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -59,20 +58,21 @@ def values_to_log(loss: Tensor, term: Term, feedback: Feedback) -> dict[str, Ten
         feedback: What the rows say.
     """
     chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
-    values = {"loss": loss, "chosen_log_probs": _mean(chosen)}
+    values = {"loss": loss, "chosen_log_probs": _mean(chosen.sum, chosen)}
     if term.reference is not None:
-        values["chosen_log_ratio"] = (chosen.mean.detach() - term.reference.chosen.mean).nanmean()  # a token
+        values["chosen_log_ratio"] = _mean(chosen.mean - term.reference.chosen.mean, chosen)  # a token
     if feedback != "demonstrations":
-        values["rejected_log_probs"] = _mean(rejected)
+        values["rejected_log_probs"] = _mean(rejected.sum, rejected)
     if feedback == "thumbs":
-        values["chosen_rewards"] = term.output.chosen_rewards.nanmean()
-        values["rejected_rewards"] = term.output.rejected_rewards.nanmean()
+        values["chosen_rewards"] = _mean(term.output.chosen_rewards, chosen)
+        values["rejected_rewards"] = _mean(term.output.rejected_rewards, rejected)
     if feedback == "pairs":
         values["margin"] = term.margins.mean()
         values["accuracy"] = (term.margins > 0).float().mean()
     return values
 
 
-def _mean(scores: LogProbs) -> Tensor:
-    """Return the mean log-probability of the completions that are there."""
-    return scores.sum.detach().masked_fill(scores.lengths == 0, math.nan).nanmean()
+def _mean(values: Tensor, of: LogProbs) -> Tensor:
+    """Return the mean of values `[B]` over the rows that have such a completion."""
+    present = of.mask.any(-1)
+    return torch.where(present, values.detach(), 0.0).sum() / present.sum()

@@ -101,9 +101,12 @@ class Objective:
 
     def compute(self, batch: PreferenceBatch, every_term: bool, sampled: bool) -> tuple[Tensor, list[Term]]:
         """Compute the alpha-weighted loss of each pair, and the terms; see `PersonalizedLM.objective`."""
+        # Scored first, while no graph is held, and shown to the loss last, so that no row is judged by its own batch.
+        observes = self.loss.requires_mismatched and self.loss.training
+        mismatched = self._mismatched_log_ratios(batch) if observes else None
         losses, terms = self._compute(batch, every_term, sampled)
-        if self.loss.requires_mismatched and self.loss.training:
-            self._observe_mismatched(batch)
+        if mismatched is not None:
+            self.loss.observe(mismatched)
         return losses, terms
 
     @property
@@ -171,18 +174,24 @@ class Objective:
         nothing = LogProbs(scores[0].tokens[:, :0], scores[0].mask[:, :0])
         return PairLogProbs(scores[0], scores[1] if len(scores) > 1 else nothing)
 
-    def _observe_mismatched(self, batch: PreferenceBatch) -> None:
-        """Show the loss the log-ratios of completions to other prompts: each row's is the one of the row before."""
-        moved = [Tokens(part.ids.roll(1, 0), part.mask.roll(1, 0)) for part in (batch.chosen, batch.rejected)]
-        mixed = replace(batch, chosen=moved[0], rejected=moved[1], reference=None, reference_keys=())
-        with torch.no_grad():
-            reference = self.reference_log_probs(mixed)
-            scored = self.policy_log_probs(mixed, [generic for generic, weight in self._weights.items() if weight > 0])
+    @torch.no_grad()
+    def _mismatched_log_ratios(self, batch: PreferenceBatch) -> Tensor | None:
+        """Return the log-ratios of completions to other prompts: each row's prompt, the completion of the row before.
+
+        Returns:
+            `[B]` means over the terms; `[0]` of a single row, which could only be matched with itself, and is scored
+            all the same, as other processes may wait for this one.
+        """
+        chosen, rejected = (
+            Tokens(part.ids.roll(1, 0), part.mask.roll(1, 0)) for part in (batch.chosen, batch.rejected)
+        )
+        mixed = replace(batch, chosen=chosen, rejected=rejected, reference=None, reference_keys=())
+        reference = self.reference_log_probs(mixed)
+        scored = self.policy_log_probs(mixed, [generic for generic, weight in self._weights.items() if weight > 0])
         if reference is None:
-            return
+            return None
         ratios = [p.chosen.sum + p.rejected.sum - reference.chosen.sum - reference.rejected.sum for p in scored]
-        # A single row is matched with itself. It is scored all the same, as other processes may wait for this one.
-        self.loss.observe(torch.stack(ratios).mean(0)[: len(batch) if len(batch) > 1 else 0])
+        return torch.stack(ratios).mean(0)[: len(batch) if len(batch) > 1 else 0]
 
 
 def _where(kept: Tensor, scores: LogProbs) -> LogProbs:

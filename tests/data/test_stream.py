@@ -143,6 +143,11 @@ def test_a_batch_all_of_whose_rows_are_left_out_gets_another(make):
         batches_of(make(rows[:4], batch_size=1, ties="drop"))
 
 
+def test_a_batch_that_is_left_out_comes_after_one_that_was_cut(make):
+    rows = [row(0, chosen="one two three four"), row(1, chosen="one", rejected="one")]
+    assert len(batches_of(make(rows, batch_size=1, ties="drop", max_completion_length=3))) == 2
+
+
 def test_rows_over_a_limit_are_cut_and_reported(make, caplog):
     batch = next(iter(make(max_completion_length=3).train_dataloader()))
     assert batch.chosen.ids.shape[1] == 3
