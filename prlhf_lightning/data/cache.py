@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
-from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import SplitBy, text_key
 from prlhf_lightning.data.tokenization import (
     Excess,
@@ -252,7 +252,7 @@ class FeedbackCache:
 
     def _records(self, source: DataSource, split: Split, report: BuildReport) -> Iterator[tuple[str, FeedbackRecord]]:
         columns = Columns.from_mapping(source.columns)
-        for where, row in _readable(source, split):
+        for where, row in read(source, split):
             report.read += 1
             try:
                 record = parse_record(row, where, columns, self.feedback)
@@ -279,16 +279,6 @@ class FeedbackCache:
                 "%d of %d %s rows have completions that are equal once tokenised and cut to max_completion_length=%d, "
                 "and were left out.", report.token_ties, report.read, split, self.settings.max_completion_length,
             )  # fmt: skip
-
-
-def _readable(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield a source's rows; what goes wrong in reading them is told apart from what does in writing the cache."""
-    try:
-        yield from source.rows(split)
-    except OSError as error:
-        raise FeedbackFormatError(
-            f"The {split} split of {type(source).__name__} cannot be read ({error}); check that it can be reached."
-        ) from error
 
 
 def _flush(file: IO[Any]) -> None:

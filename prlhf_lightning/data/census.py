@@ -21,7 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.data.records import Columns, parse_user_id
-from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 _FORMAT = 1  # raise it when the meaning of what is stored changes, so that older counts are not read
@@ -75,7 +75,7 @@ def count(source: DataSource, split: Split) -> Census:
     rows: dict[str, int] = {}
     texts = number = 0
     with _progress(split) as progress:
-        for number, (where, row) in enumerate(source.rows(split), start=1):
+        for number, (where, row) in enumerate(read(source, split), start=1):
             user_id = row.get(columns.user_id)
             if type(user_id) is str and user_id in rows:  # almost always; the rest is for the first row of a user
                 rows[user_id] += 1

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset, Sampler
 
 from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sampler import UserGroupedBatchSampler
-from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import FeedbackFormatError
@@ -67,7 +67,7 @@ class StreamedRows:
 
     def __iter__(self) -> Generator[RawRow, None, None]:
         count = 0
-        for number, (where, row) in enumerate(self.source.rows(self.split)):
+        for number, (where, row) in enumerate(read(self.source, self.split)):
             user_id = row.get(self.columns.user_id)
             if not isinstance(user_id, str) or user_id not in self.vocabulary:
                 if isinstance(user_id, str) and user_id in self._held_out:
@@ -82,7 +82,7 @@ class StreamedRows:
 
     def where(self, record: int) -> str:
         """Return where a row stands, given its number in the source, which is read up to there."""
-        return next(islice(self.source.rows(self.split), record, None))[0]
+        return next(islice(read(self.source, self.split), record, None))[0]
 
     def _refuse(self, problem: str) -> None:
         raise FeedbackFormatError(

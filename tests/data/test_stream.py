@@ -123,6 +123,14 @@ def test_a_bad_row_is_named_when_it_is_reached(make):
         list(make([*ROWS[:2], row(2, rejected=None)]).train_dataloader())
 
 
+def test_rows_that_cannot_be_reached_are_no_stack_trace(make, monkeypatch):
+    data = make()
+    data.prepare_data()
+    monkeypatch.setattr(FileSource, "rows", lambda *_: (_ for _ in ()).throw(OSError("the network is down")))
+    with pytest.raises(FeedbackFormatError, match=r"train split of FileSource cannot be read .*the network is down"):
+        next(iter(data.train_dataloader()))
+
+
 def test_ties_stop_training_or_are_left_out_with_a_warning(make, caplog):
     rows = [*ROWS[:8], row(8, chosen="one", rejected="one"), row(9, chosen="nonsense", rejected="words")]
     with pytest.raises(FeedbackFormatError, match=r"equals 'rejected'|have the same tokens"):
