@@ -39,7 +39,7 @@ class ListSource(DataSource):
 
 @pytest.fixture
 def cache(tmp_path):
-    return FeedbackCache(tmp_path / "cache", word_tokenizer(), TokenizationSettings(), True, "error")
+    return FeedbackCache(tmp_path / "cache", word_tokenizer(), TokenizationSettings(), "pairs", "error")
 
 
 def test_rows_come_back_tokenised_with_user_place_and_position(cache):
@@ -118,7 +118,7 @@ class Killed(FileSource):
             yield item
 
 Killed.__module__, Killed.__qualname__ = FileSource.__module__, FileSource.__qualname__  # so that the key is the same
-FeedbackCache(Path({str(cache.root)!r}), word_tokenizer(), TokenizationSettings(), True, "error").open(
+FeedbackCache(Path({str(cache.root)!r}), word_tokenizer(), TokenizationSettings(), "pairs", "error").open(
     Killed({str(path)!r}), "train"
 )
 """
