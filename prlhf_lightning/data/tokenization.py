@@ -96,10 +96,8 @@ class FeedbackTokenizer:
         if self.tokenizer.eos_token_id is None:
             raise ConfigurationError("The tokenizer has no EOS token to end completions with; set its eos_token.")
         self._render = Renderer(self.tokenizer, self.settings.chat_template, self.settings.user_text_format)
-        bos = self.tokenizer.bos_token_id
-        # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
-        writes_bos = bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos]
-        self._bos = np.array([bos] if writes_bos else [], dtype=np.int32)
+        bos = [self.tokenizer.bos_token_id] if writes_bos(self.tokenizer) else []
+        self._bos = np.array(bos, dtype=np.int32)
         self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
         self._backend = _private_backend(self.tokenizer)
         self._ids: dict[str, Ids] = {"": self._eos[:0]}
@@ -123,6 +121,16 @@ class FeedbackTokenizer:
         rows = [self._prompt(*row) for row in rendered]
         return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
 
+    def user_texts(self, texts: Sequence[str]) -> list[Ids]:
+        """Tokenise texts about users, as those of records are, whatever their length."""
+        written = [self._render.user_text(text) for text in texts]
+        self._learn(set(written))
+        return [self._ids[text] for text in written]
+
+    def forget(self) -> None:
+        """Let go of all texts that are kept at hand."""
+        self._ids, self._remembered = {"": self._eos[:0]}, 0
+
     def token_tie(self, ids: TokenizedRecord, where: str) -> TieError:
         """Return an error that says why completions that differ as texts have the same ids."""
         if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
@@ -138,7 +146,7 @@ class FeedbackTokenizer:
     def _learn(self, texts: set[str]) -> None:
         """Tokenise the texts not yet known; crowds judge the same texts many times over."""
         if self._remembered > _REMEMBERED:
-            self._ids, self._remembered = {"": self._eos[:0]}, 0
+            self.forget()
         new = [text for text in texts if text not in self._ids]
         if not new:
             return
@@ -196,6 +204,13 @@ class FeedbackTokenizer:
     def _end(self, prompt: Ids, limit: int) -> Ids:
         head = prompt[: int(prompt[0] == self.tokenizer.bos_token_id)]
         return np.concatenate([head, prompt[len(head) - limit :]])
+
+
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer begins a plain text with BOS."""
+    bos = tokenizer.bos_token_id
+    # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
+    return bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
 
 
 def _private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
