@@ -1,0 +1,70 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.serving.api_errors import APIError
+from prlhf_lightning.serving.keys import KeyRing
+from prlhf_lightning.serving.metrics import Metrics
+from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
+from prlhf_lightning.serving.settings import Limits
+
+Prompt: TypeAlias = str | list[dict[str, str]]
+
+
+@dataclass
+class Services:
+    """A model, the engine that writes with it, and all that surrounds them.
+
+    Attributes:
+        writer: The model.
+        make_engine: Returns an engine for it.
+        log: Where feedback goes; without one there is no route for it.
+        keys: Who may use the server.
+        limits: How much is taken in.
+        metrics: Counts and times.
+    """
+
+    writer: PersonalizedWriter
+    make_engine: Callable[[], WritingEngine]
+    log: FeedbackLog | None = None
+    keys: KeyRing = field(default_factory=KeyRing)
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.started = int(time.time())
+        self.scheduler = Scheduler(self.make_engine, self.limits.max_open, self.metrics)
+        # A copy, as the engine's thread uses the writer's own, and fast tokenizers can't be shared between threads.
+        self._tokenizer: Any = copy.deepcopy(self.writer.tokenizer)
+
+    def prompt(self, prompt: Prompt) -> Prompt:
+        """Return a prompt in the form that the model takes, after a look at its size.
+
+        Models without a chat template know no turns: a conversation of one message of the user's is its text.
+        """
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        if sum(map(len, texts)) > self.limits.max_prompt:
+            message = f"The prompt has more than {self.limits.max_prompt} characters, the most that are taken."
+            raise APIError(413, message, "prompt_too_large", "prompt" if isinstance(prompt, str) else "messages")
+        if isinstance(prompt, str) or self._tokenizer.chat_template:
+            return prompt
+        if [message["role"] for message in prompt] != ["user"]:
+            raise APIError(
+                400, "This model has no chat template: send one message, of role user.", "no_chat_template", "messages"
+            )
+        return texts[0]
+
+    def count_tokens(self, prompt: Prompt) -> int:
+        """Return the number of tokens of a prompt, without what stands for the user."""
+        if isinstance(prompt, str):
+            return len(self._tokenizer(prompt)["input_ids"])
+        text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
