@@ -35,6 +35,7 @@ def create_app(services: Services) -> FastAPI:
         docs_url=None,  # pages that load scripts from elsewhere
         redoc_url=None,
     )
+    app.services = services
     api_errors.install(app)
     for module in (generation, catalogue, operations):
         app.include_router(module.router(services))
@@ -51,12 +52,21 @@ def create_app(services: Services) -> FastAPI:
 
 
 class _App(FastAPI):
+    """A FastAPI whose OpenAPI document says what this server does, and no more."""
+
+    services: Services
+
     def openapi(self) -> dict[str, Any]:
-        """Return the OpenAPI document, without FastAPI's own form of error, which is never sent."""
+        """Return the document, with the one model's name, keys if there are any, and no error that is never sent."""
         document = super().openapi()
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+                if not self.services.keys:
+                    operation.pop("security", None)
+        schemas = document["components"]["schemas"]
         for name in ("HTTPValidationError", "ValidationError"):
-            document["components"]["schemas"].pop(name, None)
+            schemas.pop(name, None)
+        for name in ("ChatRequest", "CompletionRequest"):
+            schemas[name]["properties"]["model"]["enum"] = [self.services.writer.name]
         return document

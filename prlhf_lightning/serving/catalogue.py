@@ -31,15 +31,13 @@ def router(services: Services) -> APIRouter:
         return model
 
     @routes.get("/v1/users", responses=documented(400, 401, 429, 500))
-    async def users(
-        key: Caller,
-        prefix: Annotated[str, Query(max_length=256, description="How their ids begin.")] = "",
-        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-    ) -> schemas.UserList:
+    async def users(key: Caller, asked: Annotated[schemas.UserQuery, Query()]) -> schemas.UserList:
         """List users whom the model knows and the caller may write for."""
-        found = (user for user in services.writer.vocabulary.ids if user.startswith(prefix) and key.may_act_for(user))
-        listed = list(islice(found, limit + 1))
-        data = [schemas.User(id=user) for user in listed[:limit]]
-        return schemas.UserList(data=data, has_more=len(listed) > limit)
+        found = (
+            user for user in services.writer.vocabulary.ids if user.startswith(asked.prefix) and key.may_act_for(user)
+        )
+        listed = list(islice(found, asked.limit + 1))
+        data = [schemas.User(id=user) for user in listed[: asked.limit]]
+        return schemas.UserList(data=data, has_more=len(listed) > asked.limit)
 
     return routes

@@ -33,6 +33,9 @@ def router(services: Services, log: FeedbackLog) -> APIRouter:
         """
         check_users(key, [body.user], "user")
         given = body.prompt if isinstance(body.prompt, str) else [message.plain() for message in body.prompt]
+        if not isinstance(given, str) and given[-1]["role"] == "assistant":
+            message = "The prompt ends with an answer; give that as chosen, rejected or completion."
+            raise APIError(400, message, "prompt_ends_with_answer", "prompt")
         feedback = Feedback(
             source=key.name,
             id=body.id or uuid4().hex,

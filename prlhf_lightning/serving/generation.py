@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
@@ -17,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.inference import Generation
+from prlhf_lightning.inference import Generation, Piece
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller, check_users
 from prlhf_lightning.serving.api_errors import APIError, documented
@@ -66,42 +67,51 @@ def router(services: Services) -> APIRouter:
 
 
 @dataclass
+class _Usage:
+    """Tokens read, and written so far."""
+
+    read: int = 0
+    written: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.read, self.written = piece.prompt_tokens, self.written + piece.tokens
+
+    def told(self) -> dict[str, int]:
+        total = self.read + self.written
+        return {"prompt_tokens": self.read, "completion_tokens": self.written, "total_tokens": total}
+
+
+@dataclass
 class _Answer:
     """An answer that is being written.
 
     Attributes:
         ticket: Where its pieces come from.
         base: What every object about it holds.
-        prompt_tokens: Tokens read.
         on_first: Called when there is the first piece.
     """
 
     ticket: Ticket
     base: dict[str, Any]
-    prompt_tokens: int
     on_first: Callable[[], None]
 
     @property
     def headers(self) -> dict[str, str]:
         return {_HEADER: self.base["personalization"]["status"]}
 
-    def usage(self, tokens: int) -> dict[str, int]:
-        read = self.prompt_tokens
-        return {"prompt_tokens": read, "completion_tokens": tokens, "total_tokens": read + tokens}
-
     def response(self, content: dict[str, Any], usage: dict[str, int]) -> Response:
         text = json.dumps(self.base | content | {"usage": usage}, ensure_ascii=False)
         return Response(text, media_type="application/json", headers=self.headers)
 
     async def whole(self) -> tuple[str, str | None, dict[str, int]]:
-        texts, tokens, finish = [], 0, None
+        texts, usage, finish = [], _Usage(), None
         async for piece in self.ticket:
             if not texts:
                 self.on_first()
             texts.append(piece.text)
-            tokens += piece.tokens
+            usage.add(piece)
             finish = piece.finish_reason
-        return "".join(texts), finish, self.usage(tokens)
+        return "".join(texts), finish, usage.told()
 
 
 async def _begin(
@@ -111,6 +121,7 @@ async def _begin(
     if body.model != services.writer.name:
         message = "There is no such model here; /v1/models names the one that there is."
         raise APIError(404, message, "model_not_found", "model")
+    services.check_conversation(prompt)
     whom = list(body.blend or ([] if body.user is None else [body.user]))
     check_users(key, whom, "blend" if body.blend else "user")
     unknown = [user for user in whom if user not in services.writer.vocabulary]
@@ -118,19 +129,18 @@ async def _begin(
         services.metrics.count("prlhf_unknown_users_total", len(unknown))
     status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
     started = time.monotonic()
-    generation = Generation(
-        prompt=prompt,
-        user=body.blend or body.user,
-        user_text=body.user_text or "",
-        strength=body.strength,
-        max_new_tokens=min(max_tokens or _DEFAULT_TOKENS, services.limits.max_tokens),
-        temperature=1.0 if body.temperature is None else body.temperature,
-        top_p=1.0 if body.top_p is None else body.top_p,
-        seed=body.seed,
-        stop=body.stops(),
-    )
     try:
-        prompt_tokens = services.count_tokens(prompt)
+        generation = Generation(
+            prompt=prompt,
+            user=_shares(body.blend) if body.blend else body.user,
+            user_text=body.user_text or "",
+            strength=body.strength,
+            max_new_tokens=min(max_tokens or _DEFAULT_TOKENS, services.limits.max_tokens),
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+            stop=body.stops(),
+        )
         ticket = await services.scheduler.submit(generation)
     except Overloaded:
         raise APIError(429, "The server is busy; try again later.", "overloaded", retry_after=2) from None
@@ -147,9 +157,13 @@ async def _begin(
         "personalization": {"status": status, "unknown_users": unknown},
     }
     metrics = services.metrics
-    return _Answer(
-        ticket, base, prompt_tokens, lambda: metrics.observe("prlhf_first_token_seconds", time.monotonic() - started)
-    )
+    return _Answer(ticket, base, lambda: metrics.observe("prlhf_first_token_seconds", time.monotonic() - started))
+
+
+def _shares(blend: dict[str, float]) -> dict[str, float]:
+    """Return shares that sum to 1."""
+    total = math.fsum(blend.values())
+    return {user: share / total for user, share in blend.items()}
 
 
 async def _unless_gone(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:
@@ -211,7 +225,7 @@ class _EventStream(StreamingResponse):
             self._answer.ticket.cancel()
 
     async def _events(self) -> AsyncIterator[str]:
-        tokens, first = 0, True
+        usage, first = _Usage(), True
         if self._opening:
             yield self._event(choices=[self._choice("", None) | {"delta": self._opening}])
         try:
@@ -219,14 +233,14 @@ class _EventStream(StreamingResponse):
                 if first:
                     self._answer.on_first()
                 first = False
-                tokens += piece.tokens
+                usage.add(piece)
                 if piece.text or piece.finish_reason:
                     yield self._event(choices=[self._choice(piece.text, piece.finish_reason)])
         except EngineFailed:
             yield f"data: {_failed().body.model_dump_json()}\n\n"
             return
         if self._with_usage:
-            yield self._event(choices=[], usage=self._answer.usage(tokens))
+            yield self._event(choices=[], usage=usage.told())
         yield "data: [DONE]\n\n"
 
     def _event(self, **content: Any) -> str:

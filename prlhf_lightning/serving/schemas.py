@@ -1,14 +1,23 @@
-"""What requests and answers hold: OpenAI's fields, and those of personalisation. The OpenAPI document is made of this."""
+"""What requests and answers hold: OpenAI's fields, and those of personalisation.
+
+The OpenAPI document is made of this.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-# A visible character and no NUL, which PostgreSQL can't store. Linear in the length: no part can match what the next can.
+# A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
+# begin with what ends the one before it.
 Visible: TypeAlias = Annotated[str, Field(pattern=r"^\s*[^\s\x00][^\x00]*$")]
 UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
+# JSON Schema counts 1.0 as an integer.
+_from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
+Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**63 - 1), _from_whole]
+One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
@@ -64,13 +73,13 @@ class _Generate(_Request):
         allow_inf_nan=False,
         description="0 writes for the generic user, 1 as trained, more exaggerates.",
     )
-    blend: Annotated[dict[UserId, Share], Field(min_length=1, max_length=64)] | None = Field(
+    blend: Annotated[dict[str, Share], Field(min_length=1, max_length=64)] | None = Field(
         None, description="A mixture of users by their shares, to write for instead of `user`, who then only asks."
     )
-    max_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The server's own limit holds as well.")
+    max_tokens: Count | None = Field(None, description="The server's own limit holds as well.")
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="1 if not given.")
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="1 if not given.")
-    seed: int | None = Field(None, ge=0, le=2**63 - 1)
+    seed: Seed | None = None
     stop: (
         Annotated[str, Field(min_length=1, max_length=256)]
         | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
@@ -78,7 +87,7 @@ class _Generate(_Request):
     ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Literal[1] | None = None
+    n: One | None = None
     presence_penalty: float | None = Field(None, ge=0, le=0)
     frequency_penalty: float | None = Field(None, ge=0, le=0)
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
@@ -92,7 +101,7 @@ class ChatRequest(_Generate):
     """A conversation to go on with."""
 
     messages: Messages
-    max_completion_tokens: int | None = Field(None, ge=1, le=2**31 - 1, description="The newer name of max_tokens.")
+    max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
     logprobs: Literal[False] | None = None
     response_format: TextFormat | None = None
     store: Literal[False] | None = None
@@ -102,7 +111,7 @@ class CompletionRequest(_Generate):
     """A text to go on with, as it stands."""
 
     prompt: Visible
-    best_of: Literal[1] | None = None
+    best_of: One | None = None
     echo: Literal[False] | None = None
     logprobs: None = None
     suffix: None = None
@@ -224,6 +233,15 @@ class ModelList(BaseModel):
     data: list[Model]
 
 
+class UserQuery(BaseModel):
+    """Which people to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prefix: str = Field("", max_length=256, description="How their ids begin.")
+    limit: int = Field(100, ge=1, le=1000)
+
+
 class User(BaseModel):
     """A person whom the model knows."""
 
@@ -281,8 +299,6 @@ class Health(BaseModel):
 
 def event_stream(model: type[BaseModel]) -> dict[str, Any]:
     """Return the documentation of an answer that is a stream of server-sent events, each of which holds a model."""
-    return {
-        "text/event-stream": {
-            "schema": {"type": "string", "description": f"Lines `data: {{{model.__name__}}}`, at last `data: [DONE]`."}
-        }
-    }
+    data = {"type": "string", "description": f"A {model.__name__} as JSON, an error, or at last [DONE]."}
+    event = {"type": "object", "description": "An event.", "properties": {"data": data}, "required": ["data"]}
+    return {"text/event-stream": {"schema": event}}

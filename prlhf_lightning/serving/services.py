@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 from prlhf_lightning.feedback_log import FeedbackLog
 from prlhf_lightning.inference import PersonalizedWriter
@@ -42,8 +41,6 @@ class Services:
     def __post_init__(self) -> None:
         self.started = int(time.time())
         self.scheduler = Scheduler(self.make_engine, self.limits.max_open, self.metrics)
-        # A copy, as the engine's thread uses the writer's own, and fast tokenizers can't be shared between threads.
-        self._tokenizer: Any = copy.deepcopy(self.writer.tokenizer)
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """Return a prompt in the form that the model takes, after a look at its size.
@@ -53,18 +50,12 @@ class Services:
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         if sum(map(len, texts)) > self.limits.max_prompt:
             message = f"The prompt has more than {self.limits.max_prompt} characters, the most that are taken."
-            raise APIError(413, message, "prompt_too_large", "prompt" if isinstance(prompt, str) else "messages")
-        if isinstance(prompt, str) or self._tokenizer.chat_template:
-            return prompt
-        if [message["role"] for message in prompt] != ["user"]:
-            raise APIError(
-                400, "This model has no chat template: send one message, of role user.", "no_chat_template", "messages"
-            )
-        return texts[0]
+            raise APIError(413, message, "prompt_too_large")
+        is_one_turn = not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]
+        return texts[0] if is_one_turn and not self.writer.tokenizer.chat_template else prompt
 
-    def count_tokens(self, prompt: Prompt) -> int:
-        """Return the number of tokens of a prompt, without what stands for the user."""
-        if isinstance(prompt, str):
-            return len(self._tokenizer(prompt)["input_ids"])
-        text = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+    def check_conversation(self, prompt: Prompt) -> None:
+        """Refuse turns where the model knows none."""
+        if not isinstance(prompt, str) and not self.writer.tokenizer.chat_template:
+            message = "This model has no chat template: send one message, of role user."
+            raise APIError(400, message, "no_chat_template", "messages")

@@ -62,7 +62,7 @@ class EchoEngine:
             text, _, finish = words.pop(0).partition("\0")
             if text.strip() == "break":
                 raise RuntimeError(f"broken by {text}")
-            pieces.append(Piece(number, text, 1, finish or None))
+            pieces.append(Piece(number, text, 1, finish or None, prompt_tokens=7))
             if finish:
                 del self.waiting[number]
         return pieces

@@ -27,18 +27,17 @@ def log(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def client(log):
-    with serving(Services(writer(), EchoEngine, log, limits=Limits(max_prompt=500, max_body=5000))) as url:
-        with httpx.Client(base_url=url, timeout=10) as client:
-            yield client
+    services = Services(writer(), EchoEngine, log, limits=Limits(max_prompt=500, max_body=5000))
+    with serving(services) as url, httpx.Client(base_url=url, timeout=10) as client:
+        yield client
 
 
 @pytest.fixture(scope="module")
 def guarded():
     """A server with one key for everyone and one for team a."""
     keys = [APIKey("all", sha256(b"open").hexdigest()), APIKey("a", sha256(b"team").hexdigest(), "team-a-*")]
-    with serving(Services(writer(), EchoEngine, None, KeyRing(keys))) as url:
-        with httpx.Client(base_url=url, timeout=10) as client:
-            yield client
+    with serving(Services(writer(), EchoEngine, None, KeyRing(keys))) as url, httpx.Client(base_url=url) as client:
+        yield client
 
 
 def events(response):
@@ -62,7 +61,7 @@ def code(response):
         ({"user": "zoë 李"}, "known", "zoë 李: one two three"),
         ({"user": "stranger"}, "unknown", "stranger: one two three"),
         ({}, "none", "None: one two three"),
-        ({"blend": {"ann": 0.5, "bob": 2}}, "blend", "{'ann': 0.5, 'bob': 2.0}: one two three"),
+        ({"blend": {"ann": 0.5, "bob": 1.5}}, "blend", "{'ann': 0.25, 'bob': 0.75}: one two three"),
     ],
 )
 def test_an_answer_says_for_whom_it_is(client, asked, status, says):
@@ -81,7 +80,7 @@ def test_a_stream_is_the_answer_in_pieces(client):
     assert pieces[0].choices[0].delta.role == "assistant"
     assert "".join(p.choices[0].delta.content for p in pieces if p.choices) == "ann: one two three"
     assert [p.choices[0].finish_reason for p in pieces if p.choices] == [None] * 4 + ["stop"]
-    assert pieces[-1].usage.completion_tokens == 4
+    assert pieces[-1].usage.model_dump() == {"prompt_tokens": 7, "completion_tokens": 4, "total_tokens": 11}
     assert len({p.id for p in pieces}) == 1
 
 
@@ -180,9 +179,7 @@ def test_the_log_holds_nothing_that_people_wrote(client, caplog):
     lines = [json.loads(message) for message in ours if message.startswith("{")]
     assert {line["route"] for line in lines} >= {"/v1/completions", "/v1/feedback", "/v1/users", "/v1/models/{name}"}
     assert any("The engine failed: RuntimeError" in message for message in ours)
-    assert "secret" not in "".join(
-        r.getMessage() for r in caplog.records if not r.name.startswith(("httpx", "httpcore"))
-    )
+    assert "secret" not in "".join(ours)
 
 
 def test_metrics_count_what_has_been_done(client):
