@@ -20,9 +20,10 @@ MAY_IMPORT = {
     **{sibling: LEAVES for sibling in SIBLINGS | STORE},
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
+    "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks"},
+    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }

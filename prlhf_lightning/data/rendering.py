@@ -57,7 +57,7 @@ class Renderer:
 
     def __call__(self, record: FeedbackRecord, where: str) -> RenderedRecord:
         """Return the texts of a record that stands at `where`."""
-        user_text = self.user_text_format.replace("{user_text}", record.user_text) if record.user_text else ""
+        user_text = self.user_text(record.user_text)
         prompt, templated = self.prompt(record.prompt, where)
         if not templated:
             return RenderedRecord(user_text, prompt, record.chosen, record.rejected, False)  # type: ignore[arg-type]
@@ -67,6 +67,10 @@ class Renderer:
         if record.rejected is not None:
             rejected = self._answer(prompt, messages + _messages(record.rejected, "assistant"), where, "rejected")
         return RenderedRecord(user_text, prompt, chosen, rejected, True)
+
+    def user_text(self, text: str | None) -> str:
+        """Return how a text about a user is written; nothing where there is none."""
+        return self.user_text_format.replace("{user_text}", text) if text else ""
 
     def prompt(self, prompt: Text, where: str) -> tuple[str, bool]:
         """Return the text of a prompt, up to where the answer begins, and whether the chat template wrote it."""

@@ -119,6 +119,12 @@ class FeedbackTokenizer:
         rows = [self._prompt(*row) for row in rendered]
         return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
 
+    def user_texts(self, texts: Sequence[str]) -> list[Ids]:
+        """Tokenise texts about users, as those of records are, whatever their length."""
+        written = [self._render.user_text(text) for text in texts]
+        self._learn(set(written))
+        return [self._ids[text] for text in written]
+
     def _learn(self, texts: set[str]) -> None:
         """Tokenise the texts not yet known; crowds judge the same texts many times over."""
         if self._remembered > _REMEMBERED:

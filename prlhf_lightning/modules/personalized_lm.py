@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -107,6 +108,7 @@ class PersonalizedLM(LightningModule):
         self._evaluation = Evaluation((), user_model.personalizes, loss.requires_rejected)
         self._finite = FiniteGuard()
         self._seed: int | None = None
+        self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
     # ---- set-up
 
@@ -124,6 +126,7 @@ class PersonalizedLM(LightningModule):
             self.vocabulary = datamodule.vocabulary
         if stage == "fit":
             check_trainer(self.trainer)
+            self._tokenization = asdict(datamodule.settings) if hasattr(datamodule, "settings") else {}
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.requires_rejected)
@@ -414,6 +417,7 @@ class PersonalizedLM(LightningModule):
             new_rows(names_of(self, self.user_model.row_tables()), self.user_model, weights),
             names_of(self, self.user_model.share_tables()),
             torch.initial_seed() if self._seed is None else self._seed,
+            self._tokenization,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -421,6 +425,7 @@ class PersonalizedLM(LightningModule):
         users = checkpoint_content.users_of(checkpoint)
         end_epoch(checkpoint)
         self._seed = checkpoint[checkpoint_content.KEY].get("seed")
+        self._tokenization = self._tokenization or checkpoint[checkpoint_content.KEY].get("tokenization") or {}
         if self.vocabulary is None:
             self.vocabulary = users
         elif self.vocabulary != users:

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
-from prlhf_lightning.policies.scoring import embed, find_shortcuts, is_causal, score
+from prlhf_lightning.policies.scoring import embed, find_shortcuts, is_causal, score, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
@@ -242,15 +242,7 @@ class CausalLMPolicy(Policy):
         return score(lm, before, completions, self.shortcuts)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
-        """Return what precedes the completion: BOS, soft prompt and prompt, embedded."""
-        embedded = embed(lm, prompt)
-        if soft_prompt is None:
-            return [embedded]
-        is_bos = torch.zeros_like(prompt.mask)
-        is_bos[:, :1] = prompt.ids[:, :1] == self.tokenizer.bos_token_id
-        bos = SoftPrompt(embedded.vectors[:, :1], (embedded.mask & is_bos)[:, :1])
-        vectors = soft_prompt.vectors.to(embedded.vectors.dtype)
-        return [bos, SoftPrompt(vectors, soft_prompt.mask), SoftPrompt(embedded.vectors, embedded.mask & ~is_bos)]
+        return segments(lm, self.tokenizer.bos_token_id, prompt, soft_prompt)
 
     def _check_length(self, length: int, limit_of_completions: str) -> None:
         limit = self.max_positions
