@@ -84,7 +84,7 @@ class Feedback:
 class Extent(NamedTuple):
     """How many rows there are up to the last, and that row's number."""
 
-    count: int
+    rows: int
     last: int
 
 

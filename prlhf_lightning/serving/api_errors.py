@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -102,15 +103,20 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(errors: Any) -> APIError:
-    """Name the first thing that is wrong, without repeating what was sent."""
-    first = errors[0]
-    if first["type"] == "json_invalid":
+    """Name what is wrong, without repeating what was sent. Of the forms that a field may have, the nearest counts."""
+    worst = max(errors, key=lambda error: len(error["loc"]))
+    if worst["type"] == "json_invalid":
         return APIError(400, "The body is not valid JSON.", "invalid_json")
-    param = ".".join(str(part) for part in first["loc"][1:]) or None
-    if first["type"] == "extra_forbidden":
+    param = ".".join(str(part) for part in worst["loc"][1:] if not _is_label(part)) or None
+    if worst["type"] == "extra_forbidden":
         return APIError(
             400, f"The parameter {param!r} is not supported here; leave it out.", "unknown_parameter", param
         )
-    if first["type"] == "missing" and param is None:
+    if worst["type"] == "missing" and param is None:
         return APIError(400, "The request needs a body: a JSON object.", "missing_body")
-    return APIError(400, f"{param or 'The body'}: {first['msg']}.", "invalid_value", param)
+    return APIError(400, f"{param or 'The body'}: {worst['msg']}.", "invalid_value", param)
+
+
+def _is_label(part: int | str) -> bool:
+    """Whether a part of a place is pydantic's name for one of the forms that a field may have, and no field."""
+    return isinstance(part, str) and not re.fullmatch(r"(?!(str|list|int|float|pair|thumb)$)[a-z_]+", part)

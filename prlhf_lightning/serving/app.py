@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
-from prlhf_lightning import __version__
+import prlhf_lightning
 from prlhf_lightning.serving import api_errors, catalogue, demo, feedback, generation, operations
 from prlhf_lightning.serving.keys import RateLimiter
 from prlhf_lightning.serving.middleware import AccessLog, BodyLimit, Gate
@@ -29,7 +29,7 @@ def create_app(services: Services) -> FastAPI:
 
     app = _App(
         title="prlhf-lightning",
-        version=__version__,
+        version=prlhf_lightning.__version__,
         description="Writes for each user as that user likes it. Compatible with OpenAI's API.",
         lifespan=life,
         docs_url=None,  # pages that load scripts from elsewhere

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.inference import Generation, Piece
+from prlhf_lightning.inference import Piece
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller, check_users
 from prlhf_lightning.serving.api_errors import APIError, documented
@@ -28,7 +29,6 @@ from prlhf_lightning.serving.services import Prompt, Services
 
 Body: TypeAlias = schemas.ChatRequest | schemas.CompletionRequest
 
-_DEFAULT_TOKENS = 128
 _HEADER = "x-personalization"
 _headers = {_HEADER: {"schema": {"type": "string"}, "description": "`personalization.status` of the answer."}}
 
@@ -104,7 +104,8 @@ class _Answer:
         return Response(text, media_type="application/json", headers=self.headers)
 
     async def whole(self) -> tuple[str, str | None, dict[str, int]]:
-        texts, usage, finish = [], _Usage(), None
+        texts: list[str] = []
+        usage, finish = _Usage(), None
         async for piece in self.ticket:
             if not texts:
                 self.on_first()
@@ -130,18 +131,20 @@ async def _begin(
     status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
     started = time.monotonic()
     try:
-        generation = Generation(
-            prompt=prompt,
-            user=_shares(body.blend) if body.blend else body.user,
-            user_text=body.user_text or "",
-            strength=body.strength,
-            max_new_tokens=min(max_tokens or _DEFAULT_TOKENS, services.limits.max_tokens),
-            temperature=1.0 if body.temperature is None else body.temperature,
-            top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed,
-            stop=body.stops(),
+        ticket = await services.scheduler.submit(
+            partial(
+                services.generation,
+                max_tokens,
+                prompt=prompt,
+                user=_shares(body.blend) if body.blend else body.user,
+                user_text=body.user_text or "",
+                strength=body.strength,
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=body.seed,
+                stop=body.stops(),
+            )
         )
-        ticket = await services.scheduler.submit(generation)
     except Overloaded:
         raise APIError(429, "The server is busy; try again later.", "overloaded", retry_after=2) from None
     except Closing:

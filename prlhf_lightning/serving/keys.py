@@ -104,13 +104,16 @@ def _read(path: Path) -> Iterable[APIKey]:
 def _key(path: Path, name: str, table: Any) -> APIKey:
     known = table if isinstance(table, dict) else {}
     digest, users = known.get("sha256"), known.get("users", "*")
-    is_hash = isinstance(digest, str) and len(digest) == 64 and set(digest) <= set("0123456789abcdef")
-    if not is_hash or not isinstance(users, str) or set(known) - {"sha256", "users"}:
-        raise ConfigurationError(
-            f'keys: {path}: table [{name}] must have sha256 = "64 hexadecimal digits", may have users = "pattern", '
-            "and nothing else."
-        )
-    return APIKey(name, digest, users)
+    if set(known) <= {"sha256", "users"} and _is_hash(digest) and isinstance(users, str):
+        return APIKey(name, str(digest), users)
+    raise ConfigurationError(
+        f'keys: {path}: table [{name}] must have sha256 = "64 hexadecimal digits", may have users = "pattern", and '
+        "nothing else."
+    )
+
+
+def _is_hash(value: Any) -> bool:
+    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
 
 
 class RateLimiter:

@@ -92,7 +92,7 @@ _Event: TypeAlias = Piece | Exception | None
 @dataclass(frozen=True)
 class _Add:
     ticket: Ticket
-    generation: Generation
+    make: Callable[[], Generation]
 
 
 @dataclass(frozen=True)
@@ -133,8 +133,11 @@ class Scheduler:
         """Whether the engine can be expected to write."""
         return self._thread.is_alive() and not self._closing and self._failures < _FAILURES_UNTIL_UNWELL
 
-    async def submit(self, generation: Generation) -> Ticket:
+    async def submit(self, make: Callable[[], Generation]) -> Ticket:
         """Hand a request to the engine and wait until it has taken it in.
+
+        Args:
+            make: Returns the request; called in the thread, which alone may use the model and its tokenizer.
 
         Raises:
             Overloaded: Too many requests are open.
@@ -148,7 +151,7 @@ class Scheduler:
             raise Overloaded
         ticket = Ticket(self._close)
         self._open.add(ticket)
-        self._inbox.put(_Add(ticket, generation))
+        self._inbox.put(_Add(ticket, make))
         try:
             await ticket.accepted
         except BaseException:
@@ -208,7 +211,7 @@ class Scheduler:
 
     def _add(self, order: _Add) -> None:
         try:
-            order.ticket.number = self._engine.add(order.generation)
+            order.ticket.number = self._engine.add(order.make())
         except PRLHFError as error:
             self._send([(order.ticket, error)])
         except Exception as error:  # of this request alone: nothing else has been touched

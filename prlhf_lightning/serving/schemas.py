@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 # A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
 # begin with what ends the one before it.
@@ -16,7 +16,7 @@ UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
 Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
-Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**63 - 1), _from_whole]
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**64 - 2**11), _from_whole]  # the last that a float can spell
 One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
@@ -280,7 +280,15 @@ class ThumbFeedback(_Feedback):
     label: Literal["up", "down"]
 
 
-AnyFeedback: TypeAlias = PairFeedback | ThumbFeedback
+def _form(value: Any) -> str:
+    """Tell a pair from a thumb, so that what is wrong with one is said and not that it is none of the other."""
+    given = value if isinstance(value, dict) else vars(value) if isinstance(value, BaseModel) else {}
+    return "thumb" if {"completion", "label"} & set(given) else "pair"
+
+
+AnyFeedback: TypeAlias = Annotated[
+    Annotated[PairFeedback, Tag("pair")] | Annotated[ThumbFeedback, Tag("thumb")], Discriminator(_form)
+]
 
 
 class FeedbackReceipt(BaseModel):

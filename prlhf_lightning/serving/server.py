@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import uvicorn
@@ -26,14 +27,30 @@ _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that 
 
 
 def run(
-    model: Path, host: str, port: int, feedback: str | None, keys: Path | None, limits: Limits, drain_seconds: int
+    open_writer: Callable[[], PersonalizedWriter],
+    host: str,
+    port: int,
+    feedback: str | None,
+    keys: Path | None,
+    limits: Limits,
+    drain_seconds: int,
 ) -> None:
-    """Serve until SIGTERM or Ctrl+C, then finish what is being written; the arguments are those of `serve`."""
+    """Serve until SIGTERM or Ctrl+C, then finish what is being written.
+
+    Args:
+        open_writer: Loads the model.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes any that is free.
+        feedback: URL of the feedback log, or None for none.
+        keys: File of API keys.
+        limits: How much is taken in.
+        drain_seconds: How long answers may still be written at the end.
+    """
     _set_up_logs()
     ring = KeyRing.load(keys, os.environ)
     with _listen(host, port) as listener:
         log = FeedbackLog(feedback) if feedback else None
-        writer = PersonalizedWriter.from_folder(model)
+        writer = open_writer()
         services = Services(writer, lambda: Engine(writer, limits.max_batch), log, ring, limits)
         config = uvicorn.Config(
             create_app(services),

@@ -26,7 +26,7 @@ CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two three
 def writer(chat_template: str | None = None) -> Any:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = chat_template
-    return SimpleNamespace(name="echo", vocabulary=UserVocabulary(USERS), tokenizer=tokenizer, max_positions=64)
+    return SimpleNamespace(name="echo", vocabulary=UserVocabulary(USERS), tokenizer=tokenizer, max_positions=None)
 
 
 def echo(generation: Generation) -> str:

@@ -43,9 +43,9 @@ def test_what_is_documented_is_what_is_done(document, route, mode):
     def holds(case):
         response = case.call(headers={"Authorization": "Bearer open"})
         case.validate_response(response, excluded_checks=[positive_data_acceptance])
-        if mode.is_positive and response.status_code != 404:
+        if mode.is_positive and response.status_code not in (404, 409):
             # What no schema can say: a prompt that is an answer already.
-            assert response.status_code < 300 or response.json()["error"]["code"] == "prompt_ends_with_answer"
+            assert response.status_code < 300 or "prompt_ends_with_answer" in response.text, case.body
 
     holds()
 

@@ -197,14 +197,14 @@ def test_metrics_count_what_has_been_done(client):
 
 
 def test_feedback_is_written_down_once(client, log):
-    before = log.extent().count
+    before = log.extent().rows
     sent = [client.post("/v1/feedback", json=PAIR | {"id": "a"}) for _ in range(2)]
     assert [(r.status_code, r.json()["duplicate"]) for r in sent] == [(201, False), (200, True)]
     other = client.post("/v1/feedback", json=PAIR | {"id": "a", "chosen": "neither"})
     assert (other.status_code, code(other)) == (409, "id_in_use")
     thumb = {"user": "ann", "prompt": "which?", "completion": "this", "label": "up"}
     assert client.post("/v1/feedback", json=thumb).status_code == 201
-    assert log.extent().count == before + 2
+    assert log.extent().rows == before + 2
     assert client.post("/v1/feedback", json=thumb | {"chosen": "x"}).status_code == 400
 
 

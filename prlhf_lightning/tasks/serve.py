@@ -1,16 +1,20 @@
-"""The command `serve`."""
+"""The commands `serve` and `api-key`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.serving.keys import new_key
+from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.tasks.checkpoints import open_writer
 
 
 def serve(
     model: Path,
     host: str = "127.0.0.1",
     port: int = 8000,
+    device: str = "cpu",
     feedback: str | None = "sqlite:///feedback.db",
     keys: Path | None = None,
     max_tokens: int = 512,
@@ -28,6 +32,7 @@ def serve(
         model: A folder that `export` wrote, or a checkpoint.
         host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
         port: Port to listen on; 0 takes any that is free.
+        device: Where the model computes, such as cuda:0.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
@@ -46,10 +51,8 @@ def serve(
         raise ConfigurationError(
             f"serve needs {error.name}, which is not installed: pip install 'prlhf-lightning[serve]'"
         ) from error
-    from prlhf_lightning.serving.settings import Limits
-
     limits = Limits(max_tokens, max_open, max_batch, max_prompt, max_body, requests_per_minute, burst)
-    run(model, host, port, feedback, keys, limits, drain_seconds)
+    run(lambda: open_writer(model, device=device), host, port, feedback, keys, limits, drain_seconds)
 
 
 def api_key(name: str, users: str = "*") -> None:
@@ -59,7 +62,5 @@ def api_key(name: str, users: str = "*") -> None:
         name: What the key is called in logs.
         users: Pattern of the users whom it may write and give feedback for, such as 'team-a-*'.
     """
-    from prlhf_lightning.serving.keys import new_key
-
     key, entry = new_key(name, users)
     print(f"The key, which is not kept anywhere: {key}\n\nFor the file of keys:\n\n{entry}")
