@@ -114,7 +114,12 @@ def _of_validation(errors: Any) -> APIError:
         )
     if worst["type"] == "missing" and param is None:
         return APIError(400, "The request needs a body: a JSON object.", "missing_body")
-    return APIError(400, f"{param or 'The body'}: {worst['msg']}.", "invalid_value", param)
+    fault = (
+        "It needs a visible character, and must hold no NUL"
+        if worst["type"].startswith("string_pattern")
+        else worst["msg"]
+    )
+    return APIError(400, f"{param or 'The body'}: {fault}.", "invalid_value", param)
 
 
 def _is_label(part: int | str) -> bool:

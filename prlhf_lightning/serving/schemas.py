@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+# What `str.strip` strips; each dialect of regular expressions has another idea of what \s is.
+_BLANK = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
 # begin with what ends the one before it.
-Visible: TypeAlias = Annotated[str, Field(pattern=r"^\s*[^\s\x00][^\x00]*$")]
+Visible: TypeAlias = Annotated[str, Field(pattern=rf"^[{_BLANK}]*[^{_BLANK}\u0000][^\u0000]*$")]
 UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
@@ -22,7 +24,6 @@ Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
 
 class _Request(BaseModel):
-    # Python's regular expressions, as `str.strip` of `data.records` decides what is visible.
     model_config = ConfigDict(extra="forbid", strict=True, regex_engine="python-re")
 
 

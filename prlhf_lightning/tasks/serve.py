@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.serving.keys import new_key
 from prlhf_lightning.serving.settings import Limits
 from prlhf_lightning.tasks.checkpoints import open_writer
@@ -15,6 +16,7 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 8000,
     device: str = "cpu",
+    name: str | None = None,
     feedback: str | None = "sqlite:///feedback.db",
     keys: Path | None = None,
     max_tokens: int = 512,
@@ -33,6 +35,7 @@ def serve(
         host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
         port: Port to listen on; 0 takes any that is free.
         device: Where the model computes, such as cuda:0.
+        name: What the model is called in the API; its own name if none is given.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
@@ -51,8 +54,14 @@ def serve(
         raise ConfigurationError(
             f"serve needs {error.name}, which is not installed: pip install 'prlhf-lightning[serve]'"
         ) from error
+
+    def open_model() -> PersonalizedWriter:
+        writer = open_writer(model, device=device)
+        writer.name = name or writer.name
+        return writer
+
     limits = Limits(max_tokens, max_open, max_batch, max_prompt, max_body, requests_per_minute, burst)
-    run(lambda: open_writer(model, device=device), host, port, feedback, keys, limits, drain_seconds)
+    run(open_model, host, port, feedback, keys, limits, drain_seconds)
 
 
 def api_key(name: str, users: str = "*") -> None:
