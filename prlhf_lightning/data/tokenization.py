@@ -96,10 +96,8 @@ class FeedbackTokenizer:
         if self.tokenizer.eos_token_id is None:
             raise ConfigurationError("The tokenizer has no EOS token to end completions with; set its eos_token.")
         self._render = Renderer(self.tokenizer, self.settings.chat_template, self.settings.user_text_format)
-        bos = self.tokenizer.bos_token_id
-        # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
-        writes_bos = bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos]
-        self._bos = np.array([bos] if writes_bos else [], dtype=np.int32)
+        bos = [self.tokenizer.bos_token_id] if writes_bos(self.tokenizer) else []
+        self._bos = np.array(bos, dtype=np.int32)
         self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
         self._backend = _private_backend(self.tokenizer)
         self._ids: dict[str, Ids] = {"": self._eos[:0]}
@@ -184,6 +182,13 @@ class FeedbackTokenizer:
     def _end(self, prompt: Ids, limit: int) -> Ids:
         head = prompt[: int(prompt[0] == self.tokenizer.bos_token_id)]
         return np.concatenate([head, prompt[len(head) - limit :]])
+
+
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer begins a plain text with BOS."""
+    bos = tokenizer.bos_token_id
+    # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
+    return bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
 
 
 def _private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:

@@ -164,7 +164,7 @@ class Engine:
         reason: FinishReason | None = None
         if ended or text.stream.stopped:
             reason = "stop"
-        elif text.written == prepared.generation.max_new_tokens:
+        elif text.written == prepared.max_new_tokens:
             reason = "length"
         if reason and not text.stream.stopped:
             shown += text.stream.finish()

@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.user_models import UserModel
 
 #: Raised when folders can no longer be read by versions that read the last one.
@@ -57,8 +58,12 @@ def settings_json(name: str, user_model: Mapping[str, Any], tokenization: Tokeni
     return json.dumps(content | more, indent=2, ensure_ascii=False) + "\n"
 
 
-def read_folder(folder: Path) -> FolderContent:
+def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
     """Load an exported folder on the CPU.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
 
     Raises:
         ConfigurationError: Something is missing, damaged, or of a later version.
@@ -71,8 +76,8 @@ def read_folder(folder: Path) -> FolderContent:
         )
     vocabulary = UserVocabulary(_json(folder / USERS)["users"])
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        lm = _load_lm(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        lm = _load_lm(folder, settings, trust_remote_code)
     except (OSError, ValueError) as error:
         cause = str(error).partition("\n")[0]
         raise ConfigurationError(f"{folder}: the model could not be loaded; export it again. Cause: {cause}") from error
@@ -91,11 +96,18 @@ def read_folder(folder: Path) -> FolderContent:
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
 
 
-def _load_lm(folder: Path) -> PreTrainedModel:
+def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
     if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder)
-    base = AutoModelForCausalLM.from_pretrained(_json(folder / "adapter_config.json")["base_model_name_or_path"])
-    lm: PreTrainedModel = PeftModel.from_pretrained(base, folder).get_base_model()
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    adapter = _json(folder / "adapter_config.json")
+    base = str(settings.get("base", ""))
+    # Where a shipped model stands differs from machine to machine.
+    path = CausalLMPolicy(base).path if base.startswith("builtin:") else adapter["base_model_name_or_path"]
+    options |= {"dtype": settings.get("base_dtype", "auto"), "revision": adapter.get("revision")}
+    lm: PreTrainedModel = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(path, **options), folder
+    ).get_base_model()
     return lm
 
 

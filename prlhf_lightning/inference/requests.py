@@ -12,7 +12,8 @@ from prlhf_lightning.errors import ConfigurationError
 Message: TypeAlias = dict[str, str]
 """`{"role": ..., "content": ...}`, one turn of a conversation."""
 FinishReason: TypeAlias = Literal["stop", "length"]
-"""`stop`: an EOS token or a stop string ended the text; `length`: `max_new_tokens` did."""
+"""`stop`: an EOS token or a stop string ended the text; `length`: `max_new_tokens`, or the
+model's last position, did."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Generation:
         user_text: Text about the user, for user models that read it.
         strength: How far the user moves what is written: the logits are `generic + strength * (user - generic)`. 0 is
             the generic user (who keeps the user's text), 1 the model as trained, above 1 exaggerates.
-        max_new_tokens: Tokens to write at most.
+        max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
         temperature: Sampling temperature; 0 picks the likeliest token each time.
         top_p: Share of the probability to sample from.
         seed: What chance is drawn from; None draws differently each time. What is written under a seed does not depend

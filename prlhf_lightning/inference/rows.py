@@ -6,6 +6,7 @@ R rows, S positions of the longest of them, V tokens in the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from inspect import signature
 
 import torch
@@ -95,7 +96,8 @@ class Rows:
         ids = torch.zeros(1, 2, dtype=torch.long, device=self._lm.device)
         cache = DynamicCache()
         tokens = embed(self._lm, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
-        self._forward(tokens, tokens.mask, cache)
+        with suppress(Exception):  # models with other states fail in ways of their own where they look for them
+            self._forward(tokens, tokens.mask, cache)
         kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
         if not kept or not all(kept):
             raise ConfigurationError(

@@ -36,6 +36,7 @@ class Prepared:
         generation: What is asked.
         prompt: Its tokens, with BOS where the tokenizer writes one.
         conditions: The soft prompts it is written under.
+        max_new_tokens: What is asked, or as many as the model has positions for.
         prompt_tokens: Tokens of the prompt and of the user's text.
         known_user: Whether every user named is known.
     """
@@ -43,13 +44,9 @@ class Prepared:
     generation: Generation
     prompt: list[int]
     conditions: tuple[Condition, ...]
+    max_new_tokens: int
     prompt_tokens: int
     known_user: bool
-
-    @property
-    def length(self) -> int:
-        """Positions taken before the completion, in the longest of its rows."""
-        return len(self.prompt) + max(len(condition.vectors) for condition in self.conditions)
 
 
 class PersonalizedWriter:
@@ -91,17 +88,20 @@ class PersonalizedWriter:
         self._encode = FeedbackTokenizer(tokenizer, self.tokenization)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_folder(
+        cls, folder: str | Path, device: str | torch.device = "cpu", trust_remote_code: bool = False
+    ) -> Self:
         """Load what `export` wrote.
 
         Args:
             folder: The exported folder.
             device: Where the model goes.
+            trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
 
         Raises:
             ConfigurationError: The folder lacks something, or holds what this version can't read.
         """
-        content = read_folder(Path(folder))
+        content = read_folder(Path(folder), trust_remote_code)
         lm = content.lm.to(device)
         return cls(lm, content.tokenizer, content.user_model, content.vocabulary, content.name, content.tokenization)
 
@@ -173,15 +173,15 @@ class PersonalizedWriter:
             text = segments(self.lm, None, self._tokens([ids]), None)[0]
         found = tuple(conditions(generation, self.user_model, self.vocabulary, text))
         known = knows(self.vocabulary, generation.user)
-        prepared = Prepared(generation, prompt, found, len(prompt) + text_tokens, known)
-        longest = prepared.length + generation.max_new_tokens
-        if self.max_positions is not None and longest > self.max_positions:
+        length = len(prompt) + max(len(condition.vectors) for condition in found)
+        room = generation.max_new_tokens if self.max_positions is None else self.max_positions - length
+        if room < 1:
             raise ConfigurationError(
-                f"{prepared.length} positions of soft prompt, user text and prompt, and max_new_tokens "
-                f"{generation.max_new_tokens}, exceed the {self.max_positions} positions of the model; shorten the "
-                "prompt or lower max_new_tokens."
+                f"prompt: soft prompt, user text and prompt take {length} positions, and this model has "
+                f"{self.max_positions}, of which one at least is for the answer; shorten the prompt."
             )
-        return prepared
+        limit = min(room, generation.max_new_tokens)
+        return Prepared(generation, prompt, found, limit, len(prompt) + text_tokens, known)
 
     @torch.no_grad()
     def sequences(self, generations: Sequence[Prepared]) -> SoftPrompt:

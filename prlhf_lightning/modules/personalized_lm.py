@@ -126,7 +126,8 @@ class PersonalizedLM(LightningModule):
             self.vocabulary = datamodule.vocabulary
         if stage == "fit":
             check_trainer(self.trainer)
-            self._tokenization = asdict(datamodule.settings) if hasattr(datamodule, "settings") else {}
+            settings = getattr(datamodule, "settings", None)
+            self._tokenization = asdict(settings) if settings is not None else {}
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.requires_rejected)

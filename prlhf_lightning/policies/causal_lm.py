@@ -76,11 +76,13 @@ class CausalLMPolicy(Policy):
         self.gradient_checkpointing = gradient_checkpointing
         self.torch_compile = torch_compile
         self.attn_implementation = attn_implementation
+        self.revision = revision
         self._is_sharded = False
         self._hub_args = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     @property
-    def _path(self) -> str:
+    def path(self) -> str:
+        """Where the weights and the tokenizer are: a folder, or a hub name."""
         if not self.name.startswith(_BUILTIN):
             return self.name
         return str(_ASSETS / self.name.removeprefix(_BUILTIN))
@@ -89,7 +91,7 @@ class CausalLMPolicy(Policy):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, with EOS for padding where it has no padding token."""
         with self._loading("tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self._path, **self._hub_args)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -111,7 +113,7 @@ class CausalLMPolicy(Policy):
         with self._loading("weights"):
             options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
             if self.random_init is not None:
-                config = AutoConfig.from_pretrained(self._path, **self._hub_args)
+                config = AutoConfig.from_pretrained(self.path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
                 # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference.
                 with torch.random.fork_rng():
@@ -120,7 +122,7 @@ class CausalLMPolicy(Policy):
                         config, trust_remote_code=self._hub_args["trust_remote_code"], **options
                     )
             else:
-                lm = AutoModelForCausalLM.from_pretrained(self._path, **self._hub_args, **options)
+                lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
         _switch_off_dropout(lm)
         lm.config.use_cache = False  # generate asks for its cache itself

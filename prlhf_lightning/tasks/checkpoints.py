@@ -110,5 +110,5 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
             f"{option}: the policy of {path} is a {type(policy).__name__}; only CausalLMPolicy can be written with."
         )
     tokenization = tokenization_of(read_checkpoint(path, option))
-    name = policy.name.rpartition("/")[2]
+    name = policy.name.rpartition("/")[2].removeprefix("builtin:")
     return PersonalizedWriter(policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, tokenization)
