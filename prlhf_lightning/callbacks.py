@@ -97,6 +97,19 @@ class BestAndLast(ModelCheckpoint):
         if trainer.sanity_checking and not is_late and self.monitor not in known:
             raise ConfigurationError(f"checkpoint.monitor is {self.monitor!r}; it must be one of {', '.join(known)}.")
         super().on_validation_end(trainer, pl_module)
+        if not self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save, where validation does not."""
+        super().on_train_epoch_end(trainer, pl_module)
+        if self._should_save_on_train_epoch_end(trainer):
+            self._keep_last(trainer)
+
+    def _keep_last(self, trainer: Trainer) -> None:
+        """Save the last where it is none of the best: Lightning then leaves the file as it was."""
+        if not self._should_skip_saving_checkpoint(trainer):
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record of the best, unless this run has a folder of its own and begins its own record."""

@@ -7,6 +7,8 @@ import torch
 from interrupted_runs import fit
 from lightning.pytorch import Callback
 
+from prlhf_lightning.callbacks import BestAndLast
+
 
 class BreakInStep(Callback):
     """Has the third step fail when part of the weights have been changed."""
@@ -65,3 +67,16 @@ def test_a_validation_that_failed_is_made_in_full(model_path, votes, tmp_path, w
     assert again.logged == watch.logged
     for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+class Worsen(Callback):
+    def on_validation_epoch_end(self, trainer, module) -> None:
+        module.log("val/seen/worse", float(trainer.global_step))
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+def test_the_last_checkpoint_is_of_the_last_step_though_validation_got_worse(model_path, votes, tmp_path, interval):
+    keeper = BestAndLast(monitor="val/seen/worse")
+    model = fit(model_path, votes, tmp_path, keeper, Worsen(), val_check_interval=interval)
+    last, best = (torch.load(path, weights_only=True) for path in (keeper.last_model_path, keeper.best_model_path))
+    assert best["global_step"] < last["global_step"] == model.trainer.global_step

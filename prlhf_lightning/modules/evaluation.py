@@ -45,14 +45,14 @@ class Evaluation:
             losses: `[B]` losses.
             terms: The user's own term and the generic user's, or one for both.
         """
-        self._losses[name].to(losses.device).update(losses)
+        self._losses[name].update(losses)
         if not self._ranks:
             return
         keys = [stable_hash(user_id) for user_id in user_ids]
         self._user_ids.update(zip(keys, user_ids, strict=True))
         users = torch.tensor(keys, device=losses.device)
         for term in terms:
-            metric = (self._generic if term.generic else self._own)[name].to(users.device)
+            metric = (self._generic if term.generic else self._own)[name]
             metric.update(users, term.output.chosen_rewards, term.output.rejected_rewards)
 
     def values(self, name: str) -> dict[str, Tensor]:
@@ -71,7 +71,11 @@ class Evaluation:
         user_ids = {key: user_id for part in gather_objects(trainer, self._user_ids) for key, user_id in part.items()}
         return [(user_ids[row.user], row) for row in self._own[name].table()]
 
-    def reset(self) -> None:
-        """Forget the losses and rewards of the last evaluation."""
+    def reset(self, device: torch.device) -> None:
+        """Forget the losses and rewards of the last evaluation.
+
+        Args:
+            device: Where those of the next one are; a process that has no rows must know too, to take part in sums.
+        """
         for metric in (*self._losses.values(), *self._own.values(), *self._generic.values()):
-            metric.reset()
+            metric.to(device).reset()

@@ -86,7 +86,8 @@ class FiniteGuard:
                 records = self._of_gradients(losses_of, params)
             module.train(was_training)
         rows = [f"{place_of(trainer, record)} (user {user_id!r})" for record, user_id in records]
-        return _error(trainer.global_step, [row for part in gather_objects(trainer, rows) for row in part], advice)
+        named = [row for part in gather_objects(trainer, rows) for row in part]
+        return _error(trainer.global_step, named, advice, searched=losses_of is not None)
 
     def forget(self) -> None:
         """Begin a new step."""
@@ -138,13 +139,14 @@ def what_to_try(trainer: Trainer, policy: Policy, loss: PreferenceLoss) -> list[
     ]
 
 
-def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str]) -> NonFiniteError:
+def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str], searched: bool = True) -> NonFiniteError:
     """Return what stops training.
 
     Args:
         step: Number of steps that were taken before.
         rows: The offending rows, each with its place and user; None if the weights themselves are not finite.
         advice: What to try, in order.
+        searched: Whether rows were asked one by one for their gradient.
     """
     tried = "; ".join(advice)
     if rows is None:
@@ -153,7 +155,8 @@ def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str]) -> NonF
             f"checkpoint, and: {tried}."
         )
     named = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
-    culprit = f"from {named}" if rows else "from no single row, but from all of its batch together"
+    unnamed = "from no single row, but from all of its batch together" if searched else "while all losses were finite"
+    culprit = f"from {named}" if rows else unnamed
     return NonFiniteError(
         f"Loss or gradient became infinite or NaN after step {step}, {culprit}. That step was not taken. Look at the "
         f"rows if they are always the same. Otherwise: {tried}. If it happens at once when you go on from here, take "

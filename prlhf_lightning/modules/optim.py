@@ -187,6 +187,7 @@ def gradient_norm(
     params: Iterable[nn.Parameter],
     sharded: Iterable[nn.Parameter] = (),
     add_up: Callable[[Tensor], Tensor] = lambda part: part,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return the joint norm `[]` of all gradients, sparse ones included, which are coalesced.
 
@@ -194,14 +195,14 @@ def gradient_norm(
         params: Parameters that this process has all of, with gradients that are the same everywhere.
         sharded: Parameters that this process has a part of.
         add_up: Returns the sum of a number over the processes that have the parts.
+        device: Where numbers are that travel between processes; gradients may be kept on the host.
     """
-    grads, parts = _gradients(params), _gradients(sharded)
-    norm = nn.utils.get_total_norm(grads)
+    parts = _gradients(sharded)
+    norm: Tensor = nn.utils.get_total_norm(_gradients(params)).to(device)
     if not parts:
         return norm
-    device = grads[0].device if grads else parts[0].device  # parts may be kept on the host
     of_parts = add_up(nn.utils.get_total_norm(parts).to(device).square()).sqrt()
-    joint: Tensor = torch.stack([norm.to(device), of_parts]).norm()
+    joint: Tensor = torch.stack([norm, of_parts]).norm()
     return joint
 
 

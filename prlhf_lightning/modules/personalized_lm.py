@@ -197,7 +197,7 @@ class PersonalizedLM(LightningModule):
         ids = {id(param) for param in parts}
         whole = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids]
         params = [*whole, *parts]
-        norm = gradient_norm(whole, parts, partial(sum_over_processes, self.trainer))
+        norm = gradient_norm(whole, parts, partial(sum_over_processes, self.trainer), self.device)
         if not self._finite.may_step(norm, self.trainer):
             # One process alone can't compute a sharded policy's gradient.
             losses_of = None if is_sharded(self.policy) else lambda batch: self.objective(batch)[0]
@@ -311,11 +311,11 @@ class PersonalizedLM(LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Forget the rewards of the last validation."""
-        self._evaluation.reset()
+        self._evaluation.reset(self.device)
 
     def on_test_epoch_start(self) -> None:
         """Forget the rewards of the last test."""
-        self._evaluation.reset()
+        self._evaluation.reset(self.device)
 
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and margin over pairs and over users."""

@@ -10,11 +10,13 @@ They can be read everywhere, and training goes on from them on any number of pro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -45,6 +47,18 @@ class OneFile(Strategy):
     def restore_checkpoint_after_setup(self) -> bool:
         """Say that weights are loaded before optimisers are made, as in one process: a checkpoint brings its users."""
         return False
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Load each process's part of the optimisers' state, and leave it beside its parameters.
+
+        Lightning would move what is kept in the host's memory to the GPU.
+        """
+        for optimizer, state in zip(self.optimizers, self._parts_of_state(checkpoint), strict=True):
+            optimizer.load_state_dict(state)
+
+    @abstractmethod
+    def _parts_of_state(self, checkpoint: Mapping[str, Any]) -> Sequence[dict[str, Any]]:
+        """Return each optimiser's state as this process holds it, of the whole one in a checkpoint."""
 
     @property
     def lightning_restore_optimizer(self) -> bool:
@@ -114,6 +128,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
                     getattr(module, name).data = param.data.to(self.root_device)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.root_device))
+        _update_properties(self.model, device=self.root_device)  # where batches and metrics go
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the trained weights, whole, on the first process, and nothing on the others."""
@@ -137,8 +152,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         parts = {name: _part(weight, params.get(name)) for name, weight in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(parts, strict=strict)
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load each process's part of the optimisers' state."""
+    def _parts_of_state(self, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
         states = []
         for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             # torch, too, tells parameters by their places in the groups.
@@ -150,7 +164,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
                 for number, values in saved["state"].items()
             }
             states.append({**saved, "state": state})
-        Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+        return states
 
     def _reshard(self) -> None:
         """Have modules hold their shards, and not what an earlier run has left gathered."""

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
@@ -46,6 +47,7 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
                 child.to(self.root_device)
         if not isinstance(policy, FullyShardedDataParallel):
             model.policy = self._wrapped(policy)
+        _update_properties(model, device=self.root_device)  # where batches and metrics go
         return model
 
     def _wrapped(self, policy: Policy) -> FullyShardedDataParallel:
@@ -100,14 +102,13 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
         """Load the weights, which are not sharded yet."""
         Strategy.load_model_state_dict(self, checkpoint, strict)
 
-    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Load each process's part of the optimisers' state."""
+    def _parts_of_state(self, checkpoint: Mapping[str, Any]) -> list[dict[str, Any]]:
         states = []
         with self._whole(rank0_only=False):
             for optimizer, saved in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
                 named = _rekey(saved, OptimStateKeyType.PARAM_NAME, self._module, optim=optimizer)
                 states.append(FullyShardedDataParallel.optim_state_dict_to_load(self._module, optimizer, named))
-        Strategy.load_optimizer_state_dict(self, {"optimizer_states": states})
+        return states
 
     @property
     def _module(self) -> LightningModule:
