@@ -9,7 +9,6 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -19,7 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.inference import Piece
+from prlhf_lightning.inference import Generation, Piece
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller, check_users
 from prlhf_lightning.serving.api_errors import APIError, documented
@@ -132,13 +131,12 @@ async def _begin(
     started = time.monotonic()
     try:
         ticket = await services.scheduler.submit(
-            partial(
-                services.generation,
-                max_tokens,
+            Generation(
                 prompt=prompt,
                 user=_shares(body.blend) if body.blend else body.user,
                 user_text=body.user_text or "",
                 strength=body.strength,
+                max_new_tokens=min(max_tokens or services.limits.max_tokens, services.limits.max_tokens),
                 temperature=1.0 if body.temperature is None else body.temperature,
                 top_p=1.0 if body.top_p is None else body.top_p,
                 seed=body.seed,

@@ -92,7 +92,7 @@ _Event: TypeAlias = Piece | Exception | None
 @dataclass(frozen=True)
 class _Add:
     ticket: Ticket
-    make: Callable[[], Generation]
+    generation: Generation
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,8 @@ class Scheduler:
         """Whether the engine can be expected to write."""
         return self._thread.is_alive() and not self._closing and self._failures < _FAILURES_UNTIL_UNWELL
 
-    async def submit(self, make: Callable[[], Generation]) -> Ticket:
+    async def submit(self, generation: Generation) -> Ticket:
         """Hand a request to the engine and wait until it has taken it in.
-
-        Args:
-            make: Returns the request; called in the thread, which alone may use the model and its tokenizer.
 
         Raises:
             Overloaded: Too many requests are open.
@@ -151,7 +148,7 @@ class Scheduler:
             raise Overloaded
         ticket = Ticket(self._close)
         self._open.add(ticket)
-        self._inbox.put(_Add(ticket, make))
+        self._inbox.put(_Add(ticket, generation))
         try:
             await ticket.accepted
         except BaseException:
@@ -211,7 +208,7 @@ class Scheduler:
 
     def _add(self, order: _Add) -> None:
         try:
-            order.ticket.number = self._engine.add(order.make())
+            order.ticket.number = self._engine.add(order.generation)
         except PRLHFError as error:
             self._send([(order.ticket, error)])
         except Exception as error:  # of this request alone: nothing else has been touched

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from prlhf_lightning.feedback_log import FeedbackLog
-from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.serving.api_errors import APIError
 from prlhf_lightning.serving.keys import KeyRing
 from prlhf_lightning.serving.metrics import Metrics
@@ -59,16 +59,3 @@ class Services:
         if not isinstance(prompt, str) and not self.writer.tokenizer.chat_template:
             message = "This model has no chat template: send one message, of role user."
             raise APIError(400, message, "no_chat_template", "messages")
-
-    def generation(self, max_tokens: int | None, **asked: Any) -> Generation:
-        """Return what the engine is asked for; call it in the engine's thread.
-
-        Args:
-            max_tokens: Most tokens to write; if not given, what the server and the model have room for.
-            asked: The other fields of `Generation`.
-        """
-        if max_tokens is not None or self.writer.max_positions is None:
-            return Generation(max_new_tokens=min(max_tokens or self.limits.max_tokens, self.limits.max_tokens), **asked)
-        shortest = Generation(max_new_tokens=1, **asked)
-        room = self.writer.max_positions - self.writer.prepare(shortest).length
-        return replace(shortest, max_new_tokens=min(room, self.limits.max_tokens))
