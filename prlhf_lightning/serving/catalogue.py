@@ -31,7 +31,9 @@ def router(services: Services) -> APIRouter:
         return model
 
     @routes.get("/v1/users", responses=documented(400, 401, 429, 500))
-    async def users(key: Caller, asked: Annotated[schemas.UserQuery, Query()]) -> schemas.UserList:
+    def users(  # not async: a thread looks through what may be a million ids
+        key: Caller, asked: Annotated[schemas.UserQuery, Query()]
+    ) -> schemas.UserList:
         """List users whom the model knows and the caller may write for."""
         found = (
             user for user in services.writer.vocabulary.ids if user.startswith(asked.prefix) and key.may_act_for(user)

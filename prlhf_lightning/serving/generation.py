@@ -7,7 +7,6 @@ import json
 import math
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 from uuid import uuid4
@@ -181,8 +180,7 @@ async def _unless_gone(request: Request, answer: _Answer) -> tuple[str, str | No
         answer.ticket.cancel()
         for task in (writing, leaving):
             task.cancel()
-            with suppress(BaseException):
-                await task
+        await asyncio.gather(writing, leaving, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:
