@@ -44,8 +44,9 @@ def main() -> None:
     source = SimulatedSource(num_users=20, seed=args.source_seed)
     writer = open_writer(args.model)
     users, prompts, rng = [user.user_id for user in source.seen_users], source.eval_prompts(), Random(0)
+    head = ["strength", "true utility (95%)", "gain over the strength before (95%)", "users who gain", "well-formed"]
     lines = [
-        "| strength | true utility (95%) | gain over the strength before (95%) | users who gain | well-formed | utility of those |",
+        "| " + " | ".join([*head, "utility of those"]) + " |",
         "|---|---|---|---|---|---|",
     ]
     before: list[float] = []

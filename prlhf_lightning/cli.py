@@ -258,7 +258,7 @@ def _listed(words: list[str]) -> list[str]:
         if not in_users:
             result.append(word)
         elif word != "--users":
-            result += ["--users+", word]
+            result += ["--users" if word.startswith("[") else "--users+", word]
     return result
 
 

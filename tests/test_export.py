@@ -148,6 +148,11 @@ def test_the_documented_lines_write_the_same_tokens_without_this_package(exporte
     names = {"folder": str(whole), "user": peft_name(asked.user if asked.user != "eve" else ""), "prompt": asked.prompt}
     exec(code, names)
     assert tuple(names["written"].tolist()) == ours.ids
+    ids = names["ids"]
+    by_peft = names["model"].generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=40, do_sample=False
+    )
+    assert tuple(by_peft[0, ids.shape[1] :].tolist()) == ours.ids
 
 
 def test_documented_prompt_embeds_write_the_same_tokens(exported, repo_root):
@@ -260,7 +265,7 @@ def test_a_folder_can_name_no_other_code_than_user_models(exported, tmp_path, cl
     settings = json.loads((tmp_path / "e" / "prlhf.json").read_text())
     settings["user_model"] = {"class_path": class_path, "init_args": {"command": "true"}}
     (tmp_path / "e" / "prlhf.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigurationError, match="is no user model|can't be imported"):
+    with pytest.raises(ConfigurationError, match=r"is no user model|can't be imported"):
         open_writer(tmp_path / "e")
 
 

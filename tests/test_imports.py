@@ -54,6 +54,13 @@ def test_importing_the_package_loads_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
+def test_writing_with_a_model_needs_no_lightning():
+    code = (
+        "import sys, prlhf_lightning.inference; print([m for m in ('lightning', 'torchmetrics') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
 @pytest.mark.parametrize("name", [name for name in prlhf_lightning.__all__ if name != "__version__"])
 def test_every_public_name_resolves(name):
     assert getattr(prlhf_lightning, name).__name__ == name

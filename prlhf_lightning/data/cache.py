@@ -11,7 +11,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import islice
@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.splits import SplitBy, text_key
@@ -74,6 +75,7 @@ class BuildReport:
         too_long: Rows left out because a field was over its limit.
         user_texts: Rows kept that have a text about the user.
         excess: For each field, the rows in which it was over its limit; truncated or left out as the settings say.
+        source: What the source itself counted on the way, such as raw rows that its protocol leaves out.
     """
 
     read: int = 0
@@ -82,6 +84,7 @@ class BuildReport:
     too_long: int = 0
     user_texts: int = 0
     excess: dict[str, Excess] = field(default_factory=dict)
+    source: dict[str, int] = field(default_factory=dict)
 
     @property
     def kept(self) -> int:
@@ -152,6 +155,7 @@ class FeedbackCache:
         settings: How text becomes ids.
         require_rejected: Whether every row must have a rejected completion.
         ties: What is done with rows whose completions are the same.
+        pseudonyms: What users' ids are replaced by, if they are.
     """
 
     root: Path
@@ -159,6 +163,7 @@ class FeedbackCache:
     settings: TokenizationSettings
     require_rejected: bool
     ties: Ties
+    pseudonyms: Pseudonyms | None = None
 
     def open(self, source: DataSource, split: Split) -> TokenizedSplit:
         """Return a split of a source, built first if it is not in the cache."""
@@ -191,6 +196,8 @@ class FeedbackCache:
             "require_rejected": self.require_rejected,
             "ties": self.ties,
         }
+        if self.pseudonyms is not None:
+            parts["pseudonyms"] = self.pseudonyms.fingerprint()
         return sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     @cached_property
@@ -231,11 +238,13 @@ class FeedbackCache:
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()
             _flush(file)
+        report.source = source.counts(split)
         if not report.kept:
             raise FeedbackFormatError(
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
                 f"({report.ties} with equal completions, {report.token_ties} with completions that are equal once "
                 f"tokenised or cut, {report.too_long} too long); raise the limits or set overlong to truncate."
+                + "".join(f" Before that: {count} {what}." for what, count in report.source.items())
             )
         return report
 
@@ -250,6 +259,8 @@ class FeedbackCache:
                     raise
                 report.ties += 1
             else:
+                if self.pseudonyms is not None:
+                    record = replace(record, user_id=self.pseudonyms(record.user_id))
                 yield where, record
 
     def _refuse_token_tie(self, ids: TokenizedRecord, where: str) -> None:

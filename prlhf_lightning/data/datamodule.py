@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -20,7 +20,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.division import Division, HoldOut, Pairs
+from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import Text
+from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.splits import SplitBy
@@ -73,6 +75,9 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Processes that load batches; none is fast enough, for batches come from memory-mapped token ids.
         cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
         pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
+        hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
+            are then replaced by keyed hashes (see `Pseudonyms`) as they are read; the ids and the salt are in no cache,
+            checkpoint or table. By default ids stay as they are.
     """
 
     def __init__(
@@ -100,6 +105,7 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
         pin_memory: bool | None = None,
+        hash_user_ids_with: str | None = None,
     ) -> None:
         super().__init__()
         if eval_batch_size is not None and eval_batch_size < 1:
@@ -123,6 +129,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         self.ties: Ties = ties
         self.require_rejected = require_rejected
+        self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
         self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
@@ -160,6 +167,10 @@ class PreferenceDataModule(LightningDataModule):
         """Return the number of training batches of each process in one epoch."""
         return len(self._training_batches(0, world_size))
 
+    def known_as(self, user_id: str) -> str:
+        """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
+        return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
+
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
         """Tokenise prompts to be answered exactly as those of the data are.
 
@@ -173,13 +184,12 @@ class PreferenceDataModule(LightningDataModule):
 
     def where(self, record: int, stage: Stage = "train") -> str:
         """Return where a row stands in the source, given its number in `PreferenceBatch.records`."""
-        pairs = [self._division.train] if stage == "train" else list(self._evaluation(stage).values())
-        place: str = pairs[0].split.rows([record])[0]["where"]
-        return place
+        sets: list[Pairs | Requests] = list(self._evaluation(stage).values())
+        return (self._division.train if stage == "train" else sets[0]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
         """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`."""
-        pairs = next(iter(self._evaluation("validate").values()), None)
+        pairs = next(iter(self._division.evaluation.get("validate", {}).values()), None)
         if pairs is None:
             return collate([])
         places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
@@ -206,6 +216,7 @@ class PreferenceDataModule(LightningDataModule):
                 parts.append(
                     f"{data.report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
                 )
+            parts += [f"{split}: {count:,} {what}" for what, count in data.report.source.items()]
         return "Data: " + "; ".join(parts + division.remarks) + "."
 
     def prepare_data(self) -> None:
@@ -242,7 +253,11 @@ class PreferenceDataModule(LightningDataModule):
         return self._evaluation_loaders("test")
 
     def predict_dataloader(self) -> list[Loader]:
-        """Return one dataloader for each of `eval_sets["predict"]`: those of the test split, or of validation."""
+        """Return one dataloader for each of `eval_sets["predict"]`.
+
+        It is the source's prompts without judgements, for every seen user (`prompts`), if it has any; or else the rows
+        of the test split, or of validation.
+        """
         return self._evaluation_loaders("predict")
 
     @cached_property
@@ -252,7 +267,14 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(
                 f"{type(self.source).__name__} has no train split, which tells the users; give it one."
             )
-        cache = FeedbackCache(self.cache_dir, self._loaded_tokenizer, self.settings, self.require_rejected, self.ties)
+        cache = FeedbackCache(
+            self.cache_dir,
+            self._loaded_tokenizer,
+            self.settings,
+            self.require_rejected,
+            self.ties,
+            self.pseudonyms,
+        )
         return {split: cache.open(self.source, split) for split in SPLITS if split in available}
 
     @cached_property
@@ -269,10 +291,18 @@ class PreferenceDataModule(LightningDataModule):
     def _division(self) -> Division:
         return self.hold_out.divide(self._splits)
 
-    def _evaluation(self, stage: Stage) -> dict[str, Pairs]:
+    @cached_property
+    def _requests(self) -> dict[str, Requests]:
+        prompts = list(self.source.prompts())
+        if not prompts:
+            return {}
+        places, texts = zip(*prompts, strict=True)
+        return {"prompts": Requests(places, self._prompt_tokenizer.prompts(texts), self.vocabulary.ids)}
+
+    def _evaluation(self, stage: Stage) -> Mapping[str, Pairs | Requests]:
         evaluation = self._division.evaluation
         if stage == "predict":
-            return evaluation.get("test") or evaluation.get("validate", {})
+            return self._requests or evaluation.get("test") or evaluation.get("validate", {})
         return evaluation.get(stage, {}) if stage != "train" else {}
 
     def _evaluation_loaders(self, stage: Stage) -> list[Loader]:
@@ -303,7 +333,7 @@ class PreferenceDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, pairs: Pairs, batches: Sampler[list[int]]) -> Loader:
+    def _loader(self, pairs: Pairs | Requests, batches: Sampler[list[int]]) -> Loader:
         # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
         # sampler returns every row, and training resumes at the right batch.
         warnings.filterwarnings("ignore", message=".*does not have many workers")

@@ -32,6 +32,11 @@ class Pairs(Dataset[dict[str, Any]]):
         """`[n]` tokens of each pair's longer sequence."""
         return self.split.lengths[self.positions]
 
+    def where(self, record: int) -> str:
+        """Return where a row stands in the source, given its position in the split."""
+        place: str = self.split.rows([record])[0]["where"]
+        return place
+
     def __getitem__(self, index: int) -> dict[str, Any]:
         return self.__getitems__([index])[0]
 

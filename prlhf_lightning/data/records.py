@@ -89,10 +89,10 @@ def parse_record(
         _fail(
             where,
             "user_id",
-            f"is {_shown(user_id)}, of type {type(user_id).__name__}; write it as a string: ids are never "
+            f"is of type {type(user_id).__name__}; write it as a string: ids are never "
             "converted, so that 7 and '007' cannot become one person by accident",
         )
-    _check_characters(user_id, where, "user_id")
+    check_characters(user_id, where, "user_id")
     if not user_id.strip():
         _fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
     chosen = _text(_required(row, where, "chosen", columns), where, "chosen")
@@ -138,7 +138,7 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
 def _text(value: Any, where: str, field: str) -> Text:
     """Check that a value is a string or a list of well-formed messages."""
     if isinstance(value, str):
-        _check_characters(value, where, field)
+        check_characters(value, where, field)
         return value
     if not isinstance(value, list):
         _fail(where, field, f"is of type {type(value).__name__}; write a string or a list of messages")
@@ -152,7 +152,7 @@ def _text(value: Any, where: str, field: str) -> Text:
             if not isinstance(message.get(key), str):
                 found = f"of type {type(message[key]).__name__}" if key in message else "missing"
                 _fail(where, field, f"message {number} has a {key!r} that is {found}; {_MESSAGE_FIX}")
-            _check_characters(message[key], where, field)
+            check_characters(message[key], where, field)
         messages.append({"role": message["role"], "content": message["content"]})
     return messages
 
@@ -166,11 +166,12 @@ def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | No
         return None
     if not isinstance(value, str):
         _fail(where, "user_text", f"is of type {type(value).__name__}; write a string, or null where there is none")
-    _check_characters(value, where, "user_text")
+    check_characters(value, where, "user_text")
     return value if value.strip() else None
 
 
-def _check_characters(text: str, where: str, field: str) -> None:
+def check_characters(text: str, where: str, field: str) -> None:
+    """Refuse a text that cannot be encoded, without quoting it."""
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell what no text can hold

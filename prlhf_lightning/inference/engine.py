@@ -40,7 +40,8 @@ class Engine:
 
     Each text takes one row of the batch for each condition that it is written under: one at strengths 0 and 1, two at
     others. What is written does not depend on what else is in the batch, but for the rounding of float operations.
-    Not thread-safe: one thread drives it.
+    Not thread-safe: one thread drives it. Where `step` fails, as for want of memory, what is running is lost: go on
+    with a new engine.
 
     Args:
         writer: The model.

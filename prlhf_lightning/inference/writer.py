@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Self
+from typing import Self, cast
 
 import torch
 from rich.progress import Progress
@@ -19,7 +19,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference.conditions import Condition, conditions, knows
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.folder import read_folder
-from prlhf_lightning.inference.requests import Completion, Generation, Piece
+from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
 from prlhf_lightning.policies.scoring import segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -205,7 +205,7 @@ def _padded(vectors: Tensor, width: int) -> Tensor:
 
 def _completion(pieces: Sequence[Piece]) -> Completion:
     last = pieces[-1]
-    assert last.finish_reason is not None  # the engine is idle
     ids = tuple(token for piece in pieces for token in piece.ids)
     text = "".join(piece.text for piece in pieces)
-    return Completion(text, ids, last.finish_reason, last.prompt_tokens, len(ids), last.known_user)
+    reason = cast(FinishReason, last.finish_reason)  # none only while more is to come
+    return Completion(text, ids, reason, last.prompt_tokens, len(ids), last.known_user)

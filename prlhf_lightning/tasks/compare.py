@@ -43,7 +43,7 @@ def write(
     Args:
         module: A trained model.
         data: The data module that it was trained with, for its way of encoding prompts.
-        requests: User id and prompt of each answer wanted.
+        requests: User id, as the source has it, and prompt of each answer wanted.
         sampling: How to draw; the model's own settings by default.
     """
     was_training = module.training
@@ -51,7 +51,8 @@ def write(
     answers: list[str] = []
     for start in range(0, len(requests), _BATCH):
         users, prompts = zip(*requests[start : start + _BATCH], strict=True)
-        answers += module.generate(data.encode_prompts(prompts).to(module.device), users, sampling=sampling)
+        ids = [data.known_as(user) for user in users]
+        answers += module.generate(data.encode_prompts(prompts).to(module.device), ids, sampling=sampling)
     module.train(was_training)
     return answers
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from prlhf_lightning import checkpoint_files
+from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
@@ -31,6 +32,13 @@ class _Request:
 
     generation: Generation
     id: str | int
+
+    def renamed(self, name: Callable[[str], str]) -> _Request:
+        """Return the same for users by other names."""
+        user = self.generation.user
+        if user is not None:
+            user = name(user) if isinstance(user, str) else {name(one): share for one, share in user.items()}
+        return replace(self, generation=replace(self.generation, user=user))
 
     @property
     def who(self) -> str:
@@ -56,6 +64,7 @@ def generate(
     output: Path | None = None,
     max_batch_rows: int = 64,
     device: str = "auto",
+    hash_user_ids_with: str | None = None,
 ) -> None:
     """Write for one user or several at once; docs/generate.md has examples.
 
@@ -76,6 +85,7 @@ def generate(
         output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
         max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the pseudonyms.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
@@ -87,6 +97,9 @@ def generate(
     }  # fmt: skip
     rows = [{"prompt": prompt}] if prompts is None else list(_rows(prompts))
     requests = list(_requests(rows, named or [None], user_text, how))
+    if hash_user_ids_with is not None:
+        pseudonym = Pseudonyms.load(hash_user_ids_with)
+        requests = [one.renamed(pseudonym) for one in requests]
     writer = open_writer(model, "model", _device(device))
     _report_unknown(writer, requests)
     console = Console()
@@ -126,7 +139,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 f"{where}: field 'prompt' must be a string, or a list of messages with 'role' and 'content'."
             )
         if not isinstance(user, str | None):
-            raise FeedbackFormatError(f"{where}: field 'user_id' is {user!r}; ids are strings, so put it in quotes.")
+            raise FeedbackFormatError(
+                f"{where}: field 'user_id' is of type {type(user).__name__}; ids are strings, so put it in quotes."
+            )
         if not isinstance(row.get("user_text") or "", str):
             raise FeedbackFormatError(f"{where}: field 'user_text' must be a string.")
         if not isinstance(row.get("id", number), str | int):

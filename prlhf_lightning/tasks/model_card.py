@@ -7,8 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from prlhf_lightning.modules.checkpoint_content import users_of
 
 _SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")
@@ -35,7 +33,7 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
     loss = str(settings["loss"]["class_path"]).rpartition(".")[2]
     user_model = str(settings["user_model"]["class_path"]).rpartition(".")[2]
     parts = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]),
         f"# A personalised `{base.rpartition('/')[2].removeprefix('builtin:')}`",
         f"`{base}`, trained with [prlhf_lightning] on who preferred which answer (arXiv:2402.05133): "
         f"{loss}, users as {user_model}. This folder holds "

@@ -32,9 +32,9 @@ def test_a_good_row_becomes_a_record():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(user_id=7), "field 'user_id' is 7, of type int; write it as a string"),
-        (row(user_id=["a"]), "field 'user_id' is a list, of type list"),
-        (row(user_id=True), "field 'user_id' is True, of type bool"),
+        (row(user_id=7), "field 'user_id' is of type int; write it as a string"),
+        (row(user_id=["a"]), "field 'user_id' is of type list"),
+        (row(user_id=True), "field 'user_id' is of type bool"),
         (row(user_id=" "), "field 'user_id' is empty"),
         (row(user_id=None), "field 'user_id' is null (column 'user_id'); fill it or drop the row"),
         (row(prompt=None), "field 'prompt' is null"),

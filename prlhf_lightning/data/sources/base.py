@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from prlhf_lightning.data.records import Text
+
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
@@ -42,3 +44,18 @@ class DataSource(ABC):
         It is the key of the tokenised cache, so it is cheap to compute (path, size and modification time of files, or
         the settings of a generator) and names everything that the rows depend on.
         """
+
+    def counts(self, split: Split) -> dict[str, int]:
+        """Return how much of a split met with what on the way, as of the last full pass of `rows`.
+
+        A source that leaves rows out by a protocol says so here, as in `{"left out (equal summaries)": 12}`, and the
+        data module's description repeats it: "train: 12 left out (equal summaries)".
+        """
+        return {}
+
+    def prompts(self) -> Iterator[tuple[str, Text]]:
+        """Yield prompts without judgements, each after where it stands, for `predict` to answer for every seen user.
+
+        Without any, which is the default, the prompts of the test or the validation split are answered.
+        """
+        yield from ()

@@ -22,6 +22,7 @@ class HubSource(DataSource):
         test_split: Its split to test on.
         revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        data_files: Files to read alone, by split, such as `{train: helpful-base/train*}`.
     """
 
     def __init__(
@@ -33,9 +34,11 @@ class HubSource(DataSource):
         test_split: str | None = None,
         revision: str | None = None,
         columns: Mapping[str, str] | None = None,
+        data_files: Mapping[str, str] | None = None,
     ) -> None:
         self.columns = dict(columns or {})
         self._path, self._name, self._revision = path, name, revision
+        self._data_files = dict(data_files or {})
         named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
         self._names: dict[Split, str] = {split: name for split, name in named if name is not None}
         self._loaded: dict[Split, datasets.Dataset] = {}
@@ -46,8 +49,10 @@ class HubSource(DataSource):
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the rows of a split in order, each after its place such as `organisation/name[train]:17`."""
+        files = self._data_files.get(self._names[split])
+        place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):
-            yield f"{self._path}[{self._names[split]}]:{number}", row
+            yield f"{place}[{self._names[split]}]:{number}", row
 
     def fingerprint(self, split: Split) -> str:
         """Return the fingerprint that `datasets` derives from the data files."""
@@ -57,7 +62,11 @@ class HubSource(DataSource):
         if split not in self._loaded:
             try:
                 self._loaded[split] = datasets.load_dataset(
-                    self._path, self._name, split=self._names[split], revision=self._revision
+                    self._path,
+                    self._name,
+                    data_files=self._data_files or None,
+                    split=self._names[split],
+                    revision=self._revision,
                 )
             except Exception as error:  # of the file system, the network, the hub's client and each format's reader
                 wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")

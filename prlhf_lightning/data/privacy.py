@@ -1,0 +1,67 @@
+"""Pseudonyms: keyed hashes that stand for users' ids, so that the ids themselves never leave the data."""
+
+from __future__ import annotations
+
+import hmac
+import os
+import re
+from pathlib import Path
+
+from prlhf_lightning.errors import ConfigurationError
+
+_LEAST = 16  # bytes of a salt; with fewer, ids could be found by trying salts
+_MAKE = "make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
+
+
+class Pseudonyms:
+    """Maps a user's id to the first 128 bits of its HMAC-SHA256 under a secret salt, in hexadecimal digits.
+
+    Without the salt a pseudonym can be neither computed from an id nor traced back to one, by trying ids either. The
+    same salt gives the same pseudonyms in every run, so that checkpoints and new data fit together. It is held in
+    memory alone.
+
+    Args:
+        salt: The secret, at least 16 bytes.
+    """
+
+    def __init__(self, salt: bytes) -> None:
+        if len(salt) < _LEAST:
+            raise ConfigurationError(f"The salt for users' ids has {len(salt)} bytes, fewer than {_LEAST}; {_MAKE}")
+        self.__salt = salt
+
+    @classmethod
+    def load(cls, where: str) -> Pseudonyms:
+        """Read the salt from an environment variable, or else from a file; white space around it does not count.
+
+        Args:
+            where: Name of the variable (letters, digits and `_`), or path of the file (with any other character, such
+                as `./salt`).
+
+        Raises:
+            ConfigurationError: There is no such variable or file, or the salt is too short.
+        """
+        if re.fullmatch(r"[A-Za-z_]\w*", where, re.ASCII):
+            salt = os.environ.get(where)
+            if salt is None:
+                raise ConfigurationError(
+                    f"hash_user_ids_with: the environment variable {where} is not set; set it to the salt, or name a "
+                    f"file that holds it (as ./{where}); {_MAKE}"
+                )
+            return cls(salt.strip().encode("utf-8", "surrogateescape"))
+        try:
+            return cls(Path(where).expanduser().read_bytes().strip())
+        except OSError as error:
+            raise ConfigurationError(
+                f"hash_user_ids_with: the file {where} cannot be read ({error.strerror}); write the salt to it; {_MAKE}"
+            ) from None
+
+    def __call__(self, user_id: str) -> str:
+        """Return the pseudonym of a user."""
+        return hmac.digest(self.__salt, user_id.encode(), "sha256").hex()[:32]
+
+    def fingerprint(self) -> str:
+        """Return what tells salts apart without giving one away, for the keys of caches."""
+        return hmac.digest(self.__salt, b"which salt is this", "sha256").hex()[:16]
+
+    def __repr__(self) -> str:
+        return "Pseudonyms(salt=<hidden>)"
