@@ -123,7 +123,7 @@ async def _begin(
     services.check_conversation(prompt)
     whom = list(body.blend or ([] if body.user is None else [body.user]))
     check_users(key, whom, "blend" if body.blend else "user")
-    unknown = [user for user in whom if user not in services.writer.vocabulary]
+    unknown = [user for user in whom if services.rename(user) not in services.writer.vocabulary]
     if unknown:
         services.metrics.count("prlhf_unknown_users_total", len(unknown))
     status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
@@ -132,7 +132,7 @@ async def _begin(
         ticket = await services.scheduler.submit(
             Generation(
                 prompt=prompt,
-                user=_shares(body.blend) if body.blend else body.user,
+                user=_named(body, services.rename),
                 user_text=body.user_text or "",
                 strength=body.strength,
                 max_new_tokens=min(max_tokens or services.limits.max_tokens, services.limits.max_tokens),
@@ -160,10 +160,12 @@ async def _begin(
     return _Answer(ticket, base, lambda: metrics.observe("prlhf_first_token_seconds", time.monotonic() - started))
 
 
-def _shares(blend: dict[str, float]) -> dict[str, float]:
-    """Return shares that sum to 1."""
-    total = math.fsum(blend.values())
-    return {user: share / total for user, share in blend.items()}
+def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] | None:
+    """Return a request's user as the model knows them, or its blend with shares that sum to 1."""
+    if not body.blend:
+        return None if body.user is None else rename(body.user)
+    total = math.fsum(body.blend.values())
+    return {rename(user): share / total for user, share in body.blend.items()}
 
 
 async def _unless_gone(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:

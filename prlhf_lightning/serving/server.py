@@ -34,6 +34,7 @@ def run(
     keys: Path | None,
     limits: Limits,
     drain_seconds: int,
+    rename: Callable[[str], str] = str,
 ) -> None:
     """Serve until SIGTERM or Ctrl+C, then finish what is being written.
 
@@ -45,13 +46,14 @@ def run(
         keys: File of API keys.
         limits: How much is taken in.
         drain_seconds: How long answers may still be written at the end.
+        rename: Returns the id that the model knows a user by.
     """
     _set_up_logs()
     ring = KeyRing.load(keys, os.environ)
     with _listen(host, port) as listener:
         log = FeedbackLog(feedback) if feedback else None
         writer = open_writer()
-        services = Services(writer, lambda: Engine(writer, limits.max_batch), log, ring, limits)
+        services = Services(writer, lambda: Engine(writer, limits.max_batch), log, ring, limits, rename=rename)
         config = uvicorn.Config(
             create_app(services),
             access_log=False,  # ours says more, and less of what people wrote

@@ -29,6 +29,7 @@ class Services:
         keys: Who may use the server.
         limits: How much is taken in.
         metrics: Counts and times.
+        rename: Returns the id that the model knows a user by.
     """
 
     writer: PersonalizedWriter
@@ -37,6 +38,7 @@ class Services:
     keys: KeyRing = field(default_factory=KeyRing)
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
+    rename: Callable[[str], str] = str
 
     def __post_init__(self) -> None:
         self.started = int(time.time())

@@ -112,3 +112,14 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
     tokenization = tokenization_of(read_checkpoint(path, option))
     name = policy.name.rpartition("/")[2].removeprefix("builtin:")
     return PersonalizedWriter(policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, tokenization)
+
+
+def pick_device(device: str) -> str:
+    """Return a device that can be used; `auto` is a GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ConfigurationError(f"device: {device!r} can't be used here: {error}") from error
+    return device

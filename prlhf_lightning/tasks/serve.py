@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.serving.keys import new_key
 from prlhf_lightning.serving.settings import Limits
-from prlhf_lightning.tasks.checkpoints import open_writer
+from prlhf_lightning.tasks.checkpoints import open_writer, pick_device
 
 
 def serve(
     model: Path,
     host: str = "127.0.0.1",
     port: int = 8000,
-    device: str = "cpu",
+    device: str = "auto",
     name: str | None = None,
     feedback: str | None = "sqlite:///feedback.db",
     keys: Path | None = None,
@@ -27,6 +28,7 @@ def serve(
     requests_per_minute: float | None = None,
     burst: int = 20,
     drain_seconds: int = 30,
+    hash_user_ids_with: str | None = None,
 ) -> None:
     """Serve a model over HTTP: an OpenAI-compatible API that writes for each user, with a page to try it.
 
@@ -34,7 +36,7 @@ def serve(
         model: A folder that `export` wrote, or a checkpoint.
         host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
         port: Port to listen on; 0 takes any that is free.
-        device: Where the model computes, such as cuda:0.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
         name: What the model is called in the API; its own name if none is given.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
@@ -47,6 +49,7 @@ def serve(
         requests_per_minute: Requests of one key (without keys: of one address) in the long run; more get 429.
         burst: Requests of one key at once, where they are limited.
         drain_seconds: How long answers may still be written after SIGTERM.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; feedback is kept under the ids as given.
     """
     try:
         from prlhf_lightning.serving.server import run  # FastAPI, uvicorn and SQLAlchemy, of the extra `serve`
@@ -56,12 +59,13 @@ def serve(
         ) from error
 
     def open_model() -> PersonalizedWriter:
-        writer = open_writer(model, device=device)
+        writer = open_writer(model, device=pick_device(device))
         writer.name = name or writer.name
         return writer
 
     limits = Limits(max_tokens, max_open, max_batch, max_prompt, max_body, requests_per_minute, burst)
-    run(open_model, host, port, feedback, keys, limits, drain_seconds)
+    rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
+    run(open_model, host, port, feedback, keys, limits, drain_seconds, rename)
 
 
 def api_key(name: str, users: str = "*") -> None:

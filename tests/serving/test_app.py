@@ -72,6 +72,15 @@ def test_an_answer_says_for_whom_it_is(client, asked, status, says):
     assert answer.personalization.unknown_users == (["stranger"] if status == "unknown" else [])
 
 
+def test_users_are_known_by_their_pseudonyms():
+    with serving(Services(writer(), EchoEngine, rename=str.lower)) as url:
+        answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT | {"user": "ANN"})
+        assert (answer.headers["x-personalization"], answer.json()["choices"][0]["message"]["content"][:3]) == (
+            "known",
+            "ann",
+        )
+
+
 def test_a_stream_is_the_answer_in_pieces(client):
     asked = CHAT | {"user": "ann", "stream": True, "stream_options": {"include_usage": True}}
     pieces = [
