@@ -38,6 +38,7 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.tasks import users
+from prlhf_lightning.tasks.adapt import adapt
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.export import export
@@ -47,6 +48,7 @@ from prlhf_lightning.user_models import UserModel
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
 TASKS: dict[str, Any] = {
+    "adapt": adapt,
     "export": export,
     "generate": generate,
     "serve": serve,

@@ -25,8 +25,9 @@ MAY_IMPORT = {
     "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
+    "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference", "serving"},
+    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
