@@ -185,9 +185,7 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
     return under, left / left.sum(1, keepdim=True)
 
 
-def _adapt(
-    user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int
-) -> Adapted:
+def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int) -> Adapted:
     batch, user = len(user_ids), layout.user
     under, weights = _under_each_kind(prior, layout, margins_of)
     kind = weights.argmax(1)

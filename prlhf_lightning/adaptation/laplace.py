@@ -88,5 +88,3 @@ def laplace(offsets: Tensor, slopes: Tensor, mask: Tensor) -> Posterior:
         if step.abs().amax() < 1e-6 * (1 + codes.abs().amax()):
             break
     return Posterior(codes, torch.linalg.inv(hessian(margins_at(codes))))
-
-

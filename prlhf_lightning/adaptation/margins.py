@@ -93,7 +93,8 @@ class Margins:
                 scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
                 assert scored is not None  # a loss that requires a reference gets one
                 for block, part in zip(blocks, (scored.chosen, scored.rejected), strict=True):
-                    block[index, : part.tokens.shape[1]] = part.tokens
+                    width = min(block.shape[1], part.tokens.shape[1])  # policies may pad both to the longer
+                    block[index, :width] = part.tokens[:, :width]
         chosen, rejected = (LogProbs(b, t.mask) for b, t in zip(blocks, (pairs.chosen, pairs.rejected), strict=True))
         return PairLogProbs(chosen, rejected)
 

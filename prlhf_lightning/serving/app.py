@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
 import prlhf_lightning
-from prlhf_lightning.serving import api_errors, catalogue, demo, feedback, generation, operations
+from prlhf_lightning.serving import api_errors, catalogue, demo, feedback, generation, learning, operations
 from prlhf_lightning.serving.keys import RateLimiter
 from prlhf_lightning.serving.middleware import AccessLog, BodyLimit, Gate
 from prlhf_lightning.serving.services import Services
@@ -41,6 +41,8 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(module.router(services))
     if services.log is not None:
         app.include_router(feedback.router(services, services.log))
+        if services.learner is not None:
+            app.include_router(learning.router(services, services.log, services.learner))
     app.include_router(demo.router())
     app.mount("/static", StaticFiles(directory=demo.FOLDER))
     # The last is the first to see a request.

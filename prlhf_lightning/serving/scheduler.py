@@ -10,12 +10,13 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.inference import Generation, Piece
 from prlhf_lightning.serving.metrics import Metrics
 
+T = TypeVar("T")
 _log = logging.getLogger("prlhf_lightning.serving")
 _FAILURES_UNTIL_UNWELL = 3
 
@@ -100,6 +101,12 @@ class _Cancel:
     ticket: Ticket
 
 
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[[], Any]
+    done: asyncio.Future[Any]
+
+
 class Scheduler:
     """Runs an engine in a thread of its own and hands its pieces to the requests that wait for them.
 
@@ -113,7 +120,7 @@ class Scheduler:
 
     def __init__(self, make_engine: Callable[[], WritingEngine], max_open: int, metrics: Metrics) -> None:
         self._make_engine, self._max_open, self._metrics = make_engine, max_open, metrics
-        self._inbox: SimpleQueue[_Add | _Cancel | None] = SimpleQueue()
+        self._inbox: SimpleQueue[_Add | _Cancel | _Call | None] = SimpleQueue()
         self._open: set[Ticket] = set()
         self._closing = False
         self._engine = make_engine()
@@ -156,6 +163,20 @@ class Scheduler:
             raise
         return ticket
 
+    async def call(self, function: Callable[[], T]) -> T:
+        """Have the thread call something between two steps, and return what it returns; writing waits meanwhile.
+
+        Raises:
+            Closing: The server is shutting down.
+            EngineFailed: Something unforeseen went wrong.
+            PRLHFError: As the function raises it.
+        """
+        if self._closing or not self._thread.is_alive():
+            raise Closing
+        done: asyncio.Future[T] = self._loop.create_future()
+        self._inbox.put(_Call(function, done))
+        return await done
+
     async def drain(self) -> None:
         """Take in nothing more, let the engine finish what it writes, and end the thread."""
         self._closing = True
@@ -193,6 +214,8 @@ class Scheduler:
                 order = self._inbox.get()
                 if isinstance(order, _Add):
                     self._send([(order.ticket, EngineFailed())])
+                elif isinstance(order, _Call):
+                    self._answer(order.done, EngineFailed())
 
     def _obey(self) -> None:
         """Take in and cancel requests; where there is nothing to write, wait for one."""
@@ -202,6 +225,8 @@ class Scheduler:
                 self._ending = True
             elif isinstance(order, _Add):
                 self._add(order)
+            elif isinstance(order, _Call):
+                self._do(order)
             elif self._writing.get(order.ticket.number) is order.ticket:  # not of an engine that has failed since
                 del self._writing[order.ticket.number]
                 self._engine.cancel(order.ticket.number)
@@ -217,6 +242,22 @@ class Scheduler:
         else:
             self._writing[order.ticket.number] = order.ticket
             self._send([(order.ticket, None)])
+
+    def _do(self, order: _Call) -> None:
+        try:
+            self._answer(order.done, order.function())
+        except PRLHFError as error:
+            self._answer(order.done, error)
+        except Exception as error:
+            self._report(error)
+            self._answer(order.done, EngineFailed())
+
+    def _answer(self, done: asyncio.Future[Any], result: Any) -> None:
+        def settle() -> None:
+            if not done.done():  # whoever asked may have left
+                done.set_exception(result) if isinstance(result, Exception) else done.set_result(result)
+
+        self._loop.call_soon_threadsafe(settle)
 
     def _step(self) -> None:
         started = time.monotonic()

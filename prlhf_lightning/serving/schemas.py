@@ -300,6 +300,20 @@ class FeedbackReceipt(BaseModel):
     duplicate: bool = Field(description="Whether it had been written down before.")
 
 
+class LearnRequest(_Request):
+    """Whom to learn."""
+
+    user: UserId
+
+
+class Learned(BaseModel):
+    """Says that the model knows a user now."""
+
+    user: str
+    object: Literal["user"] = "user"
+    pairs: int = Field(description="Pairs that the user was learned from.")
+
+
 class Health(BaseModel):
     """How the server is."""
 

@@ -19,7 +19,7 @@ from prlhf_lightning.inference import Engine, PersonalizedWriter
 from prlhf_lightning.serving.app import create_app
 from prlhf_lightning.serving.keys import KeyRing
 from prlhf_lightning.serving.middleware import access_log
-from prlhf_lightning.serving.services import Services
+from prlhf_lightning.serving.services import Learner, Services
 from prlhf_lightning.serving.settings import Limits
 
 _log = logging.getLogger("prlhf_lightning.serving")
@@ -27,7 +27,7 @@ _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that 
 
 
 def run(
-    open_writer: Callable[[], PersonalizedWriter],
+    load: Callable[[], tuple[PersonalizedWriter, Learner | None]],
     host: str,
     port: int,
     feedback: str | None,
@@ -39,7 +39,7 @@ def run(
     """Serve until SIGTERM or Ctrl+C, then finish what is being written.
 
     Args:
-        open_writer: Loads the model.
+        load: Loads the model, and what learns users for it.
         host: Address to listen on.
         port: Port to listen on; 0 takes any that is free.
         feedback: URL of the feedback log, or None for none.
@@ -52,8 +52,10 @@ def run(
     ring = KeyRing.load(keys, os.environ)
     with _listen(host, port) as listener:
         log = FeedbackLog(feedback) if feedback else None
-        writer = open_writer()
-        services = Services(writer, lambda: Engine(writer, limits.max_batch), log, ring, limits, rename=rename)
+        writer, learner = load()
+        services = Services(
+            writer, lambda: Engine(writer, limits.max_batch), log, ring, limits, rename=rename, learner=learner
+        )
         config = uvicorn.Config(
             create_app(services),
             access_log=False,  # ours says more, and less of what people wrote

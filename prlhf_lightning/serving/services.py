@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from prlhf_lightning.feedback_log import FeedbackLog
 from prlhf_lightning.inference import PersonalizedWriter
@@ -16,6 +16,21 @@ from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
 from prlhf_lightning.serving.settings import Limits
 
 Prompt: TypeAlias = str | list[dict[str, str]]
+
+
+class Learner(Protocol):
+    """Teaches the writer a user whom the model was not trained on."""
+
+    def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Learn a user; the writer knows them from then on. Called in the engine's thread.
+
+        Args:
+            user_id: The user's id, as the model is to know it.
+            rows: Their pairs, in the form that `data.records.parse_record` reads.
+
+        Raises:
+            PRLHFError: This user can't be learned, or not from these pairs.
+        """
 
 
 @dataclass
@@ -30,6 +45,7 @@ class Services:
         limits: How much is taken in.
         metrics: Counts and times.
         rename: Returns the id that the model knows a user by.
+        learner: Learns new users from their pairs; without one there is no route for it.
     """
 
     writer: PersonalizedWriter
@@ -39,6 +55,7 @@ class Services:
     limits: Limits = field(default_factory=Limits)
     metrics: Metrics = field(default_factory=Metrics)
     rename: Callable[[str], str] = str
+    learner: Learner | None = None
 
     def __post_init__(self) -> None:
         self.started = int(time.time())

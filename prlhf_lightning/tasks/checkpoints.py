@@ -103,7 +103,20 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
             return PersonalizedWriter.from_folder(path, device)
         except ConfigurationError as error:
             raise ConfigurationError(f"{option}: {error}") from error
-    module = load_module(path, option).to(device)
+    return writer_of(load_module(path, option).to(device), path, option)
+
+
+def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> PersonalizedWriter:
+    """Return a writer with the model of a checkpoint, which it shares.
+
+    Args:
+        module: The model.
+        path: The checkpoint that it was loaded from.
+        option: What the user called the path, for messages.
+
+    Raises:
+        ConfigurationError: Its policy is no Hugging Face model.
+    """
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(

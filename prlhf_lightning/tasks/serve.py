@@ -7,9 +7,11 @@ from pathlib import Path
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.serving.keys import new_key
 from prlhf_lightning.serving.settings import Limits
-from prlhf_lightning.tasks.checkpoints import open_writer, pick_device
+from prlhf_lightning.tasks.checkpoints import load_module, open_writer, pick_device, read_checkpoint, writer_of
+from prlhf_lightning.tasks.new_users import NewUsers
 
 
 def serve(
@@ -19,6 +21,7 @@ def serve(
     device: str = "auto",
     name: str | None = None,
     feedback: str | None = "sqlite:///feedback.db",
+    adapt: bool = False,
     keys: Path | None = None,
     max_tokens: int = 512,
     max_open: int = 256,
@@ -39,6 +42,8 @@ def serve(
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
         name: What the model is called in the API; its own name if none is given.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
+        adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback
+            log. What was learned lasts as long as the server; the command adapt writes it to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
         max_tokens: Most tokens of an answer.
@@ -58,14 +63,23 @@ def serve(
             f"serve needs {error.name}, which is not installed: pip install 'prlhf-lightning[serve]'"
         ) from error
 
-    def open_model() -> PersonalizedWriter:
-        writer = open_writer(model, device=pick_device(device))
+    if adapt and (model.is_dir() or not feedback):
+        raise ConfigurationError("adapt: users are learned by a model's checkpoint (.ckpt) from a feedback log.")
+
+    def load() -> tuple[PersonalizedWriter, NewUsers | None]:
+        place = pick_device(device)
+        if adapt:
+            module = load_module(model, "model").to(place).eval()
+            writer = writer_of(module, model)
+            learner = NewUsers(module, writer, tokenization_of(read_checkpoint(model, "model")))
+        else:
+            writer, learner = open_writer(model, device=place), None
         writer.name = name or writer.name
-        return writer
+        return writer, learner
 
     limits = Limits(max_tokens, max_open, max_batch, max_prompt, max_body, requests_per_minute, burst)
     rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
-    run(open_model, host, port, feedback, keys, limits, drain_seconds, rename)
+    run(load, host, port, feedback, keys, limits, drain_seconds, rename)
 
 
 def api_key(name: str, users: str = "*") -> None:

@@ -73,7 +73,7 @@ from serving_helpers import EchoEngine, writer
 from prlhf_lightning.serving import server
 from prlhf_lightning.serving.settings import Limits
 server.Engine = lambda *_: EchoEngine(0.02)
-server.run(writer, "127.0.0.1", 0, sys.argv[3], None, Limits(), 10)
+server.run(lambda: (writer(), None), "127.0.0.1", 0, sys.argv[3], None, Limits(), 10)
 """
 
 

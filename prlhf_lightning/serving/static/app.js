@@ -164,6 +164,22 @@ function judge(card, thumb) {
   return handIn(thumb, { prompt: card.prompt, completion: card.answer, label: thumb.dataset.label });
 }
 
+async function learn() {
+  const user = document.querySelector("#judges input:checked")?.value;
+  if (!user) return tell("Name a reader first.", true);
+  $("learn").disabled = true;
+  tell(`Learning what ${user} likes …`);
+  try {
+    const { pairs } = await (await api("v1/adapt", { user })).json();
+    await ask();
+    tell(`Learned from ${pairs} ${pairs === 1 ? "vote" : "votes"} of ${user}'s.`);
+  } catch (error) {
+    tell(error.message, true);
+  } finally {
+    $("learn").disabled = false;
+  }
+}
+
 async function ask() {
   running?.abort();
   const mine = (running = new AbortController());
@@ -188,12 +204,16 @@ async function start() {
   const ids = users.data.map((user) => user.id);
   $("users").replaceChildren(...ids.map((id) => Object.assign(document.createElement("option"), { value: id })));
   cards.push(new Card("a", "For one reader", ids[0] ?? ""));
-  cards.push(new Card("b", "For another", ids[Math.floor(ids.length / 2)] ?? ""));
+  const learns = Boolean(document_.paths["/v1/adapt"]);
+  cards.push(new Card("b", learns ? "For you" : "For another", learns ? "you" : (ids[Math.floor(ids.length / 2)] ?? "")));
   cards.push(new Card("none", "For nobody in particular", null));
   $("judge").hidden = !document_.paths["/v1/feedback"];
   listJudges();
+  $("learn").hidden = !learns;
+  if (learns) document.querySelector("#judges label:last-child input").checked = true;
 }
 
+$("learn").addEventListener("click", learn);
 $("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
