@@ -17,6 +17,8 @@ from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
+_ENOUGH = 32  # pairs, to tell kinds of users apart by
+
 
 class NewUsers:
     """Learns users from their pairs, and has a writer know them. They are held in memory only.
@@ -32,6 +34,7 @@ class NewUsers:
         self._tokenize = FeedbackTokenizer(model.policy.tokenizer, settings)
         self._trained = writer.vocabulary
         self._prior: UserPrior | None = None
+        self._fitted_on = 0
 
     @torch.no_grad()
     def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -44,10 +47,22 @@ class NewUsers:
         if user_id in self._trained:
             raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
         pairs = self._pairs(user_id, rows)
-        if self._prior is None:
-            self._prior = fit_prior(self._model, pairs)
-        row = adapt_users(self._model, pairs, [user_id], self._prior).rows[0]
+        row = adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
         self._put(user_id, row)
+
+    def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:
+        """Return what is known of a new user, told by the pairs of whoever had the most so far, until they suffice."""
+        if self._prior is None or self._fitted_on < min(len(pairs), _ENOUGH):
+            tables = self._model.user_model.row_tables()
+            whole = [table.data for table in tables]
+            for table in tables:
+                table.data = table.data[: len(self._trained)]  # those who were learned here are no evidence
+            try:
+                self._prior, self._fitted_on = fit_prior(self._model, pairs), len(pairs)
+            finally:
+                for table, data in zip(tables, whole, strict=True):
+                    table.data = data
+        return self._prior
 
     def _pairs(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
         wheres = [f"pair {number}" for number in range(1, len(rows) + 1)]

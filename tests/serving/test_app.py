@@ -11,6 +11,7 @@ import openai
 import pytest
 from serving_helpers import CHAT, EchoEngine, serving, writer
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import FeedbackLog
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.keys import APIKey, KeyRing
@@ -227,3 +228,36 @@ def test_a_log_that_cannot_be_written_is_not_acknowledged(tmp_path):
             "log_unavailable",
             503,
         )
+
+
+class Learner:
+    """Remembers what it was taught; learns nobody by the name of `trained`, and breaks at `broken`."""
+
+    def __init__(self):
+        self.taught = {}
+
+    def __call__(self, user_id, rows):
+        if user_id == "trained":
+            raise ConfigurationError("trained on this user")
+        if user_id == "broken":
+            raise RuntimeError("secret")
+        self.taught[user_id] = [row["chosen"] for row in rows]
+
+
+def test_users_are_learned_from_their_own_pairs(tmp_path):
+    log, learner = FeedbackLog(str(tmp_path / "feedback.db")), Learner()
+    with serving(Services(writer(), EchoEngine, log, learner=learner)) as url, httpx.Client(base_url=url) as client:
+        for user in ("eve", "trained", "broken"):
+            client.post("/v1/feedback", json=PAIR | {"user": user, "chosen": f"{user}'s"})
+        learned = {
+            user: client.post("/v1/adapt", json={"user": user}) for user in ("eve", "trained", "broken", "nobody")
+        }
+        assert [response.status_code for response in learned.values()] == [200, 409, 500, 409]
+        assert learned["eve"].json() == {"user": "eve", "object": "user", "pairs": 1}
+        assert [code(learned[user]) for user in ("trained", "nobody")] == ["cannot_learn", "no_pairs"]
+        assert learner.taught == {"eve": ["eve's"]}
+        assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_without_a_learner_there_is_no_route_for_it(client):
+    assert client.post("/v1/adapt", json={"user": "eve"}).status_code == 404
