@@ -78,6 +78,19 @@ def test_what_is_better_becomes_pairs_of_the_judge(page, log):
     assert pairs == [("team-a-1", "which", "ann: which", other) for other in ("team-a-1: which", "None: which")]
 
 
+def test_the_page_has_a_new_user_learned_where_that_is_possible(browser, log):
+    taught = {}
+    with serving(Services(writer(), EchoEngine, log, learner=taught.__setitem__)) as url:
+        browser.get(url)
+        wait(browser, lambda _: len(texts(browser)) == 3)
+        ask(browser, "which")
+        browser.find_elements(By.CLASS_NAME, "better")[0].click()
+        wait(browser, lambda _: log.extent().rows == 2)
+        browser.find_element(By.ID, "learn").click()
+        wait(browser, lambda _: "Learned from 2 votes" in browser.find_element(By.ID, "notice").text)
+    assert [row["chosen"] for row in taught["you"]] == ["ann: which"] * 2
+
+
 def test_every_control_has_a_name(page):
     ask(page, "anything")
     for control in page.find_elements(By.CSS_SELECTOR, "main button, main input, main textarea"):

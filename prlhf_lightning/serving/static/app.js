@@ -145,7 +145,7 @@ async function handIn(button, ...judgements) {
   try {
     for (const judgement of judgements) await api("v1/feedback", { user, id: crypto.randomUUID?.(), ...judgement });
     mark(button, true);
-    tell(`Kept, as ${user}'s.`);
+    tell(`Kept as a vote of ${user}.`);
   } catch (error) {
     tell(error.message, true);
   }
@@ -172,7 +172,7 @@ async function learn() {
   try {
     const { pairs } = await (await api("v1/adapt", { user })).json();
     await ask();
-    tell(`Learned from ${pairs} ${pairs === 1 ? "vote" : "votes"} of ${user}'s.`);
+    tell(`Learned from ${pairs} ${pairs === 1 ? "vote" : "votes"}.`);
   } catch (error) {
     tell(error.message, true);
   } finally {
