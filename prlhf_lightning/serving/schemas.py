@@ -18,7 +18,7 @@ UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
 Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
-Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**64 - 2**11), _from_whole]  # the last that a float can spell
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**53 - 1), _from_whole]  # all of which JSON's readers can tell apart
 One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
