@@ -13,6 +13,7 @@ import argparse
 import os
 import subprocess
 import sys
+from tempfile import TemporaryDirectory
 
 import schemathesis
 from schemathesis import CheckContext, Response
@@ -35,12 +36,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--examples", type=int, default=400, help="requests of each kind for each operation")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()  # what else is given goes to schemathesis
     os.environ["PRLHF_API_KEY"] = KEY
-    with server(args.model, "--max_tokens", "4", "--feedback", "sqlite:////tmp/fuzz-feedback.db") as (url, _):
+    options = ["--max_tokens", "4", "--adapt", str(args.model.endswith(".ckpt")).lower(), "--feedback"]
+    with TemporaryDirectory() as folder, server(args.model, *options, f"{folder}/feedback.db") as (url, _):
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
         command += ["-H", f"Authorization: Bearer {KEY}", "--max-examples", str(args.examples), "--checks", "all"]
-        command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure"]
+        command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure", *more]
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "serve_fuzz", "PYTHONPATH": _path()}
         code = subprocess.run(command, env=environment, check=False).returncode
     raise SystemExit(code)
