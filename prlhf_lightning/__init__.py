@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from prlhf_lightning.data import DataSource, FileSource, HubSource, PreferenceDataModule, SimulatedSource
     from prlhf_lightning.data.users import UserVocabulary
     from prlhf_lightning.inference import Generation, PersonalizedWriter
-    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss
+    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss, ThumbsLoss
     from prlhf_lightning.modules import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
     "inference": ["Generation", "PersonalizedWriter"],
-    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss"],
+    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss", "ThumbsLoss"],
     "modules": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
@@ -73,6 +73,7 @@ __all__ = [
     "SimulatedSource",
     "SoftPrompt",
     "TextUserModel",
+    "ThumbsLoss",
     "Tokens",
     "UniformUserModel",
     "UserModel",

@@ -155,7 +155,7 @@ class PRLHFCLI(LightningCLI):
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
-        parser.link_arguments("model.loss", "data.require_rejected", lambda loss: loss.requires_rejected, "instantiate")
+        parser.link_arguments("model.loss", "data.feedback", lambda loss: loss.feedback, "instantiate")
         parser.add_argument(
             "--baseline",
             type=bool,

@@ -207,9 +207,10 @@ def test_the_card_says_what_it_is_and_warns_of_privacy(exported):
 
 def test_a_folder_with_other_files_is_not_written_into(exported, tmp_path):
     (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(SystemExit, match="has files in it that `export` did not write"):
         export(exported[0], tmp_path)
-    assert (tmp_path / "README.md").read_text() == "mine"
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine", "config.json": "{}"}
 
 
 @pytest.mark.parametrize(

@@ -17,14 +17,14 @@ class RenderedRecord:
     Attributes:
         user_text: Text about the user, empty where there is none.
         prompt: All that stands before the completion, except BOS where `templated` is false.
-        chosen: The preferred completion, with what the chat template writes after it.
+        chosen: The preferred completion, with what the chat template writes after it, or None.
         rejected: The other completion, or None.
         templated: Whether a chat template wrote these texts, in which case it decided about BOS too.
     """
 
     user_text: str
     prompt: str
-    chosen: str
+    chosen: str | None
     rejected: str | None
     templated: bool
 
@@ -62,10 +62,10 @@ class Renderer:
         if not templated:
             return RenderedRecord(user_text, prompt, record.chosen, record.rejected, False)  # type: ignore[arg-type]
         messages = _messages(record.prompt, "user")
-        chosen = self._answer(prompt, messages + _messages(record.chosen, "assistant"), where, "chosen")
-        rejected = None
-        if record.rejected is not None:
-            rejected = self._answer(prompt, messages + _messages(record.rejected, "assistant"), where, "rejected")
+        chosen, rejected = (
+            None if text is None else self._answer(prompt, messages + _messages(text, "assistant"), where, field)
+            for text, field in zip((record.chosen, record.rejected), record.fields, strict=True)
+        )
         return RenderedRecord(user_text, prompt, chosen, rejected, True)
 
     def user_text(self, text: str | None) -> str:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.records import FeedbackRecord, Text
+from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -106,8 +106,12 @@ class FeedbackTokenizer:
     def __call__(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> list[TokenizedRecord | None]:
         """Tokenise records that stand at `wheres`; None stands for a record dropped as overlong."""
         rendered = [self._render(record, where) for record, where in zip(records, wheres, strict=True)]
-        self._learn({text for row in rendered for text in (row.user_text, row.prompt, row.chosen, row.rejected or "")})
-        return [self._fit(self._assemble(row, where), where) for row, where in zip(rendered, wheres, strict=True)]
+        texts = ((row.user_text, row.prompt, row.chosen or "", row.rejected or "") for row in rendered)
+        self._learn({text for row in texts for text in row})
+        return [
+            self._fit(self._assemble(row, where, record.fields), where, record.fields)
+            for row, where, record in zip(rendered, wheres, records, strict=True)
+        ]
 
     def prompts(self, prompts: Sequence[Text]) -> list[Ids]:
         """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept."""
@@ -123,10 +127,26 @@ class FeedbackTokenizer:
         self._learn(set(written))
         return [self._ids[text] for text in written]
 
+    def forget(self) -> None:
+        """Let go of all texts that are kept at hand."""
+        self._ids, self._remembered = {"": self._eos[:0]}, 0
+
+    def token_tie(self, ids: TokenizedRecord, where: str) -> TieError:
+        """Return an error that says why completions that differ as texts have the same ids."""
+        if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
+            how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
+        else:
+            limit = self.settings.max_completion_length
+            how, mend = f"are equal once truncated to {limit} tokens", f"raise max_completion_length (now {limit}),"
+        return TieError(
+            f"{where}: fields 'chosen' and 'rejected' {how}, so nothing is left that the user could prefer; "
+            f"{mend} or set ties: drop to leave such rows out."
+        )
+
     def _learn(self, texts: set[str]) -> None:
         """Tokenise the texts not yet known; crowds judge the same texts many times over."""
         if self._remembered > _REMEMBERED:
-            self._ids, self._remembered = {"": self._eos[:0]}, 0
+            self.forget()
         new = [text for text in texts if text not in self._ids]
         if not new:
             return
@@ -138,11 +158,13 @@ class FeedbackTokenizer:
             self._ids[text] = np.array(row, dtype=np.int32)
             self._remembered += len(row)
 
-    def _assemble(self, row: RenderedRecord, where: str) -> TokenizedRecord:
+    def _assemble(self, row: RenderedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord:
         """Put BOS and EOS in their places."""
         prompt = self._prompt(row.prompt, row.templated, where)
-        chosen = self._completion(row.chosen, where, "chosen")
-        rejected = self._ids[""] if row.rejected is None else self._completion(row.rejected, where, "rejected")
+        chosen, rejected = (
+            self._ids[""] if text is None else self._completion(text, where, field)
+            for text, field in zip((row.chosen, row.rejected), fields, strict=True)
+        )
         return TokenizedRecord(self._ids[row.user_text], prompt, chosen, rejected)
 
     def _prompt(self, text: str, templated: bool, where: str) -> Ids:
@@ -160,19 +182,19 @@ class FeedbackTokenizer:
             raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
         return ids if ids[-1] == self._eos[0] else np.concatenate([ids, self._eos])
 
-    def _fit(self, row: TokenizedRecord, where: str) -> TokenizedRecord | None:
+    def _fit(self, row: TokenizedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord | None:
         """Hold a record to the limits as `settings.overlong` says."""
         settings = self.settings
         over: dict[str, Ids] = {}
-        for name, ids in row._asdict().items():
+        for name, field_name, ids in zip(row._fields, ("user_text", "prompt", *fields), row, strict=True):
             setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
             limit = getattr(settings, setting)
             if len(ids) <= limit:
                 continue
-            message = f"{where}: field {name!r} has {len(ids)} tokens, limit {limit}"
+            message = f"{where}: field {field_name!r} has {len(ids)} tokens, limit {limit}"
             if settings.overlong == "error":
                 raise FeedbackFormatError(f"{message}; raise {setting}, or set overlong to truncate or drop.")
-            self.excess.setdefault(name, Excess(0, message)).count += 1
+            self.excess.setdefault(field_name, Excess(0, message)).count += 1
             # The end of a prompt holds the question, the start of an answer what it is about.
             over[name] = self._end(ids, limit) if name == "prompt" else ids[:limit]
         if over and settings.overlong == "drop":

@@ -5,10 +5,10 @@ logits are the weighted sum of the conditions' logits.
 
 *Strength* mixes logits, `generic + s * (user - generic)`, as classifier-free guidance does (Ho & Salimans 2022; for
 language models Sanchez et al. 2023): a distribution proportional to `p(user)^s * p(generic)^(1 - s)`. The objective
-trains the ratio of these two to follow the user's taste beyond what all share, so that is what to scale. Going beyond
-1 in the vectors instead would leave the region that the policy was trained on. The generic user keeps the user's text,
-as in the objective's generic term `f_P(u_t, u_0)`: strength scales the learned taste, not what is said openly.
-Strength 1 needs no generic row, strength 0 no other.
+trains both distributions, and their ratio is what knowing the user adds to what all share, so that is what to scale.
+Going beyond 1 in the vectors instead would leave the region that the policy was trained on. The generic user keeps the
+user's text, as in the objective's generic term `f_P(u_t, u_0)`: strength scales the learned taste, not what is said
+openly. Strength 1 needs no generic row, strength 0 no other.
 
 A *blend* mixes vectors: users differ by their places in that space, a cluster model's users are blends of vectors
 already, and the blend costs one row however many it is made of. Where users' soft prompts have different lengths there
@@ -17,7 +17,7 @@ is no such mean, and the blend mixes their logits instead.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -50,7 +50,11 @@ def knows(vocabulary: UserVocabulary, user: str | Mapping[str, float] | None) ->
 
 @torch.no_grad()
 def conditions(
-    generation: Generation, user_model: UserModel, vocabulary: UserVocabulary, text: SoftPrompt | None
+    generation: Generation,
+    user_model: UserModel,
+    vocabulary: UserVocabulary,
+    text: SoftPrompt | None,
+    device: torch.device | str = "cpu",
 ) -> list[Condition]:
     """Return the conditions that a generation is written under, none of weight zero.
 
@@ -59,19 +63,22 @@ def conditions(
         user_model: Turns users into vectors.
         vocabulary: The users' rows.
         text: The embedded text about the user, `[1, L, d]`, or None.
+        device: Where the user model is.
     """
     shares = _shares(generation.user, vocabulary)
-    weights = {0: 1.0} if set(shares) == {0} or not user_model.personalizes else {0: 1.0 - generation.strength}
-    own = {} if set(shares) == {0} or not user_model.personalizes else shares
-    found = [Condition(weights[0], _vectors(user_model, [0], text)[0])] if weights[0] != 0 else []
-    if own and generation.strength != 0:
-        each = _vectors(user_model, list(own), text)
+    strength = generation.strength if user_model.personalizes and set(shares) != {0} else 0.0
+    found = []
+    if strength != 1:
+        (vectors,) = _vectors(user_model.generic, torch.tensor([0], device=device), text)
+        found.append(Condition(1.0 - strength, vectors))
+    if strength != 0:
+        each = _vectors(user_model, torch.tensor(list(shares), device=device), text)
         if len({len(vectors) for vectors in each}) == 1:
-            mixed = sum(share * vectors for share, vectors in zip(own.values(), each, strict=True))
-            found.append(Condition(generation.strength, mixed))  # type: ignore[arg-type]
+            parts = [share * vectors for share, vectors in zip(shares.values(), each, strict=True)]
+            found.append(Condition(strength, torch.stack(parts).sum(0)))
         else:
-            rows = zip(own.values(), each, strict=True)
-            found += [Condition(generation.strength * share, vectors) for share, vectors in rows]
+            rows = zip(shares.values(), each, strict=True)
+            found += [Condition(strength * share, vectors) for share, vectors in rows]
     return found
 
 
@@ -85,11 +92,8 @@ def _shares(user: str | Mapping[str, float] | None, vocabulary: UserVocabulary) 
     return shares
 
 
-def _vectors(user_model: UserModel, rows: Sequence[int], text: SoftPrompt | None) -> list[Tensor]:
+def _vectors(model: Callable[[Users], SoftPrompt], index: Tensor, text: SoftPrompt | None) -> list[Tensor]:
     """Return the vectors `[T_i, d]` of some rows of the user table, all with the same text."""
-    table = next(user_model.parameters(), None)
-    device = text.vectors.device if text is not None else "cpu" if table is None else table.device
-    index = torch.tensor(rows, dtype=torch.long, device=device)
     texts = None if text is None else text.select(torch.zeros_like(index))
-    prompt = user_model(Users(index, texts))
+    prompt = model(Users(index, texts))
     return [vectors[mask] for vectors, mask in zip(prompt.vectors, prompt.mask, strict=True)]

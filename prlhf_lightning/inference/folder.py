@@ -10,6 +10,7 @@ Beside the model (whole, or as adapters to a base model) and its tokenizer stand
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from importlib import import_module
@@ -105,9 +106,11 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
     # Where a shipped model stands differs from machine to machine.
     path = CausalLMPolicy(base).path if base.startswith("builtin:") else adapter["base_model_name_or_path"]
     options |= {"dtype": settings.get("base_dtype", "auto"), "revision": adapter.get("revision")}
-    lm: PreTrainedModel = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(path, **options), folder
-    ).get_base_model()
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed; nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path, **options), folder)
+    lm: PreTrainedModel = model.get_base_model()
     return lm
 
 

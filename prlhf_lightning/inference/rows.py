@@ -26,10 +26,7 @@ class Rows:
     Positions are counted from a row's own first token, so that it does not matter how far it is padded.
 
     Args:
-        lm: The model, in evaluation mode.
-
-    Raises:
-        ConfigurationError: The model keeps other states than keys and values of all positions.
+        lm: The model, in evaluation mode, which `check_keeps_keys_and_values`.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -37,7 +34,6 @@ class Rows:
         # Only the last position's logits: those of all would be [R, S, V].
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
         self._cache, self._mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
-        self._check()
 
     def __len__(self) -> int:
         return len(self._mask)
@@ -90,20 +86,24 @@ class Rows:
             output = self._lm(**inputs, **{cache_name(self._lm): cache}, use_cache=True, **self._last_only)
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def _check(self) -> None:
-        """Try on two tokens whether the model keeps keys and values."""
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self._lm.device)
-        cache = DynamicCache()
-        tokens = embed(self._lm, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
-        with suppress(Exception):  # models with other states fail in ways of their own where they look for them
-            self._forward(tokens, tokens.mask, cache)
-        kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
-        if not kept or not all(kept):
-            raise ConfigurationError(
-                f"{type(self._lm).__name__} does not keep the keys and values of all positions, so that rows can't "
-                "join a running batch; use PersonalizedLM.generate, which leaves writing to transformers."
-            )
+
+@torch.no_grad()
+def check_keeps_keys_and_values(lm: PreTrainedModel) -> None:
+    """Try on two tokens whether rows of a model can join a running batch.
+
+    Raises:
+        ConfigurationError: The model keeps other states than keys and values of all positions.
+    """
+    tokens = embed(lm, Tokens.from_lists([[0, 0]]).to(lm.device))
+    cache = DynamicCache()
+    with suppress(Exception):  # models with other states fail in ways of their own where they look for them
+        lm(**model_inputs(lm, tokens), **{cache_name(lm): cache}, use_cache=True)
+    kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
+    if not kept or not all(kept):
+        raise ConfigurationError(
+            f"{type(lm).__name__} does not keep the keys and values of all positions, so that rows can't join a "
+            "running batch; use PersonalizedLM.generate, which leaves writing to transformers."
+        )
 
 
 def _pad(states: Tensor, width: int) -> Tensor:

@@ -20,6 +20,7 @@ from prlhf_lightning.inference.conditions import Condition, conditions, knows
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.folder import read_folder
 from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
+from prlhf_lightning.inference.rows import check_keeps_keys_and_values
 from prlhf_lightning.policies.scoring import segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -67,6 +68,9 @@ class PersonalizedWriter:
         vocabulary: As above.
         name: As above.
         tokenization: As above.
+
+    Raises:
+        ConfigurationError: The model keeps other states than keys and values of all positions (Mamba and the like).
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class PersonalizedWriter:
         tokenization: TokenizationSettings | None = None,
     ) -> None:
         self.lm = lm.eval()
+        check_keeps_keys_and_values(self.lm)
         self.tokenizer = tokenizer
         self.user_model = user_model.eval().to(lm.device)
         self.vocabulary = vocabulary
@@ -171,7 +176,8 @@ class PersonalizedWriter:
             ids = self._encode.user_texts([generation.user_text])[0].tolist()
             text_tokens = len(ids)
             text = segments(self.lm, None, self._tokens([ids]), None)[0]
-        found = tuple(conditions(generation, self.user_model, self.vocabulary, text))
+        self._encode.forget()  # what people write is not to be kept
+        found = tuple(conditions(generation, self.user_model, self.vocabulary, text, self.lm.device))
         known = knows(self.vocabulary, generation.user)
         length = len(prompt) + max(len(condition.vectors) for condition in found)
         room = generation.max_new_tokens if self.max_positions is None else self.max_positions - length

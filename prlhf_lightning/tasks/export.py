@@ -32,10 +32,10 @@ def export(
     prompt_embeds: bool = False,
     peft_users: bool | list[str] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face model folder, with its users; docs/export.md says how to load it.
+    """Write a checkpoint as a Hugging Face model folder, with its users.
 
-    transformers reads the language model and tokenizer, and `generate`, `serve` and `PersonalizedWriter.from_folder`
-    the whole.
+    transformers reads the language model and tokenizer; `generate` and `PersonalizedWriter.from_folder` all of it. See
+    docs/export.md.
 
     Args:
         checkpoint: A checkpoint of a model that the command line trained.
@@ -58,8 +58,10 @@ def export(
     if not users and (prompt_embeds or peft_users):
         raise ConfigurationError("users: prompt_embeds and peft_users are about users; leave out `--users false`.")
     _clear(folder)
+    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users)
+    _write(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
     _write_lm(policy, folder, adapters)
-    _write(folder / "README.md", model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users))
+    _write(folder / "README.md", card)  # again, as PEFT writes a card of its own
     if users:
         with torch.no_grad():
             if user_vectors:
@@ -76,8 +78,9 @@ def export(
 def _clear(folder: Path) -> None:
     """Remove what an earlier export has left: another model, or users who are not to be in this one."""
     folder.mkdir(parents=True, exist_ok=True)
-    there = {path.name for path in folder.iterdir()}
-    if there and not there & {SETTINGS, "config.json", "adapter_config.json"}:
+    card = folder / "README.md"
+    is_ours = card.is_file() and "prlhf_lightning" in card.read_text(encoding="utf-8", errors="replace")
+    if any(folder.iterdir()) and not is_ours:  # a model that someone else keeps there is not to be lost
         raise ConfigurationError(f"folder: {folder} has files in it that `export` did not write; give a new folder.")
     (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
     patterns = ("*config.json", "*model*.safetensors*", "user_vectors*", "token_embeddings.safetensors", USERS)
@@ -105,7 +108,7 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
     if adapters:
         policy.model.peft_config["default"].base_model_name_or_path = policy.path
         policy.model.peft_config["default"].revision = policy.revision
-        policy.model.save_pretrained(folder)
+        policy.model.save_pretrained(folder, save_embedding_layers=False)  # which it would look up on the hub
     else:
         lm = policy.merged()
         lm.generation_config = copy.deepcopy(lm.generation_config)

@@ -65,7 +65,9 @@ def generate(
     device: str = "auto",
     hash_user_ids_with: str | None = None,
 ) -> None:
-    """Write for one user or several at once; docs/generate.md has examples.
+    """Write for one user or several at once.
+
+    See docs/generate.md for examples.
 
     Args:
         model: A checkpoint of `fit`, or a folder that `export` wrote.
@@ -84,7 +86,8 @@ def generate(
         output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
         max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
         device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
-        hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the pseudonyms.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the
+            pseudonyms.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")

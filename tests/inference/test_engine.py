@@ -13,10 +13,16 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference import Engine, Generation, PersonalizedWriter
 from prlhf_lightning.inference.conditions import conditions
-from prlhf_lightning.inference.rows import Rows
+from prlhf_lightning.inference.rows import Rows, check_keeps_keys_and_values
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.types import SoftPrompt, Tokens, Users
-from prlhf_lightning.user_models import CompositeUserModel, IndividualUserModel, TextUserModel, UserModel
+from prlhf_lightning.user_models import (
+    CompositeUserModel,
+    IndividualUserModel,
+    TextUserModel,
+    UniformUserModel,
+    UserModel,
+)
 
 IDS = ["ann", "bob", "cy"]
 PROMPTS = ["the cat sat", "a", "hello user likes long answers", "red sun", "dog ran fast slow", "no"]
@@ -153,6 +159,14 @@ def test_the_users_text_stays_at_strength_0(model_paths):
     assert len(conditions(asked, writer.user_model, writer.vocabulary, None)[0].vectors) == 2
 
 
+@pytest.mark.parametrize("user_model", [UniformUserModel(0), TextUserModel()], ids=["vanilla", "text"])
+def test_models_that_tell_no_users_apart_write_the_same_for_all(model_paths, user_model):
+    writer, _ = make_writer(model_paths["llama"], user_model)
+    asked = [Generation("the cat", user, strength=s, max_new_tokens=6) for user in ("ann", None) for s in (0, 1, 2)]
+    assert len({answer.ids for answer in writer.generate(asked)}) == 1
+    assert len(writer.prepare(asked[2]).conditions) == 1
+
+
 def test_a_text_that_no_user_model_reads_is_refused(llama):
     with pytest.raises(ConfigurationError, match="IndividualUserModel reads no text"):
         llama[0].prepare(Generation("a", user_text="likes short answers"))
@@ -241,4 +255,4 @@ def test_an_empty_conversation_template_is_refused_before_anything_is_written(ll
 def test_a_model_without_keys_and_values_is_refused():
     lm = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2)).eval()
     with pytest.raises(ConfigurationError, match="MambaForCausalLM does not keep the keys and values"):
-        Rows(lm)
+        check_keeps_keys_and_values(lm)
