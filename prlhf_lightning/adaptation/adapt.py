@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prlhf_lightning.adaptation.laplace import laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs, table_rows
 from prlhf_lightning.adaptation.prior import UserPrior
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
@@ -99,6 +100,8 @@ def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, ran
         kinds: As in `UserPrior.fit`; each costs every new user a pass over their pairs.
         rank: As in `UserPrior.fit`.
     """
+    if kinds < 1 or rank < 1:
+        raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
     rows, generic = trained_rows(model)
     some = rows[_spread(len(rows), _USERS)]
     margins_of = Margins(model, select_pairs(pairs, _spread(len(pairs), _PAIRS)))
@@ -128,30 +131,29 @@ def adapt_users(
         prior: What is known before the pairs; fitted to the model's users by default.
         steps: Linearisations, each a forward and backward pass over the pairs; 0 settles only the kind.
         batch_size: Pairs in a pass of the policy.
+
+    Raises:
+        ConfigurationError: The user model has no rows of users, or the loss ranks no completions.
     """
     user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
     margins_of = Margins(model, pairs, batch_size)
     prior = fit_prior(model, pairs) if prior is None else prior
-    was_training = model.training
-    model.eval()
-    try:
-        return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids), margins_of, steps)
-    finally:
-        model.train(was_training)
+    return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, pairs.records.device), margins_of, steps)
 
 
 class _Layout:
     """Where each pair stands in blocks `[B, n]` that have a row a user."""
 
-    def __init__(self, user_ids: Sequence[str], of_pairs: Sequence[str]) -> None:
+    def __init__(self, user_ids: Sequence[str], of_pairs: Sequence[str], device: torch.device) -> None:
         number = {user_id: place for place, user_id in enumerate(user_ids)}
-        self.user = torch.tensor([number[user_id] for user_id in of_pairs], dtype=torch.long)
+        self.user = torch.tensor([number[user_id] for user_id in of_pairs], dtype=torch.long, device=device)
         self.counts = torch.bincount(self.user, minlength=len(user_ids))
         order = self.user.argsort(stable=True)
         start = self.counts.cumsum(0) - self.counts
         self.slot = torch.empty_like(self.user)
-        self.slot[order] = torch.arange(len(order)) - start[self.user[order]]
-        self.mask = torch.arange(int(self.counts.max()) if len(self.counts) else 0) < self.counts[:, None]
+        self.slot[order] = torch.arange(len(order), device=device) - start[self.user[order]]
+        most = int(self.counts.max()) if len(self.counts) else 0
+        self.mask = torch.arange(most, device=device) < self.counts[:, None]
 
     def block(self, values: Tensor) -> Tensor:
         """Return values of the pairs `[N, ...]` as `[B, n, ...]`, zero where there is none."""
@@ -190,7 +192,7 @@ def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins
     under, weights = _under_each_kind(prior, layout, margins_of)
     kind = weights.argmax(1)
     modes = prior.centres.expand(batch, -1, -1).clone()
-    eye = torch.eye(prior.rank)
+    eye = torch.eye(prior.rank, device=user.device)
     covariances = (prior.stds.square()[:, None, None] * eye).expand(batch, -1, -1, -1).clone()
     centre, std = prior.centres[kind], prior.stds[kind]
     codes = centre

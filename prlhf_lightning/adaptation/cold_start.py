@@ -62,8 +62,6 @@ def cold_start(
     for place, user_id in enumerate(pairs.user_ids):
         places[user_id].append(place)
     tested = set(held_out.user_ids)
-    was_training = model.training
-    model.eval()
     margins_of = Margins(model, held_out)
     without = _accuracies(held_out.user_ids, margins_of(prior.generic)[0])
     points = []
@@ -82,7 +80,6 @@ def cold_start(
         points.append(
             ColdStartPoint(count, len(users), accuracy, generic, float(gains.mean()), 1.96 * spread / len(users) ** 0.5)
         )
-    model.train(was_training)
     return points
 
 

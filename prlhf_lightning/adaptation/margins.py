@@ -54,18 +54,22 @@ class Margins:
         rows = rows.expand(len(self._pairs), -1)
         margins, slopes = rows.new_zeros(len(rows)), torch.zeros_like(rows) if gradients else None
         order = self._order if only is None else self._order[only[self._order]]
-        for index in order.split(self._batch_size):
-            if len(index):
+        was_training = self._model.training
+        self._model.eval()  # without dropout
+        try:
+            for index in torch.split(order, self._batch_size) if len(order) else ():
                 margins[index], slope = self._chunk(index, rows[index], gradients)
                 if slopes is not None and slope is not None:
                     slopes[index] = slope
+        finally:
+            self._model.train(was_training)
         return margins, slopes
 
     def _chunk(self, index: Tensor, rows: Tensor, gradients: bool) -> tuple[Tensor, Tensor | None]:
         model, n, chunk = self._model, len(index), trimmed(select_pairs(self._pairs, index))
         # Each pair has a row of its own, after the generic user's, so that one backward pass gives the gradient of
         # every margin apart.
-        parts = rows.detach().split([table[0].numel() for table in self._tables.values()], dim=1)
+        parts = torch.split(rows.detach(), [table[0].numel() for table in self._tables.values()], dim=1)
         own = {
             name: torch.cat([table.detach()[:1], part.reshape(n, *table.shape[1:]).to(table.dtype)])
             for part, (name, table) in zip(parts, self._tables.items(), strict=True)
@@ -88,13 +92,13 @@ class Margins:
     def _score_reference(self) -> PairLogProbs:
         pairs = self._pairs
         blocks = [pairs.chosen.mask.float() * 0, pairs.rejected.mask.float() * 0]
-        for index in self._order.split(self._batch_size):
-            if len(index):
-                scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
-                assert scored is not None  # a loss that requires a reference gets one
-                for block, part in zip(blocks, (scored.chosen, scored.rejected), strict=True):
-                    width = min(block.shape[1], part.tokens.shape[1])  # policies may pad both to the longer
-                    block[index, :width] = part.tokens[:, :width]
+        for index in torch.split(self._order, self._batch_size) if len(self._order) else ():
+            scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
+            assert scored is not None  # a loss that requires a reference gets one
+            for block, part in zip(blocks, (scored.chosen, scored.rejected), strict=True):
+                # As wide as the longer completion of the pair, of which the other's part is padding.
+                width = min(block.shape[1], part.tokens.shape[1])
+                block[index, :width] = part.tokens[:, :width]
         chosen, rejected = (LogProbs(b, t.mask) for b, t in zip(blocks, (pairs.chosen, pairs.rejected), strict=True))
         return PairLogProbs(chosen, rejected)
 
@@ -118,12 +122,18 @@ def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
 
 def trimmed(batch: PreferenceBatch) -> PreferenceBatch:
     """Cut padding that no row of a batch needs."""
-    cut = {}
-    for name in ("user_text", "prompt", "chosen", "rejected"):
-        tokens: Tokens = getattr(batch, name)
+
+    def cut(tokens: Tokens) -> Tokens:
         width = int(tokens.mask.sum(1).max())
-        cut[name] = Tokens(tokens.ids[:, :width], tokens.mask[:, :width])
-    return replace(batch, **cut)
+        return Tokens(tokens.ids[:, :width], tokens.mask[:, :width])
+
+    return replace(
+        batch,
+        user_text=cut(batch.user_text),
+        prompt=cut(batch.prompt),
+        chosen=cut(batch.chosen),
+        rejected=cut(batch.rejected),
+    )
 
 
 def table_rows(tables: Sequence[Tensor]) -> Tensor:

@@ -37,12 +37,9 @@ def suggest(model: PersonalizedLM, adapted: Adapted, pool: PreferenceBatch, coun
     Returns:
         `[B, n]` places in the pool, and `[B, n]` the bits that each tells.
     """
-    was_training = model.training
-    model.eval()
     margins_of = Margins(model, pool)
     prior = adapted.prior
     under = torch.stack([margins_of(prior.rows(centre))[0] for centre in prior.centres], dim=1)
-    model.train(was_training)
     found = information_gain(adapted.weights, under).topk(min(count, len(pool)), dim=1)
     return found.indices, found.values
 

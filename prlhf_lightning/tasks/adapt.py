@@ -59,6 +59,8 @@ def adapt(
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
+    if suggest < 0 or steps < 0:
+        raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     model = load_module(checkpoint, "checkpoint")
     settings = TokenizationSettings(max_prompt_length, max_completion_length, chat_template=chat_template)
     pairs, _ = read_pairs(model, feedback, settings)
@@ -106,13 +108,13 @@ def read_pairs(
     tokenized = FeedbackTokenizer(model.policy.tokenizer, settings)(records, wheres)
     names = ("user_text", "prompt", "chosen", "rejected")
     kept = [
-        {"user_id": record.user_id, "record": number} | {f"{n}_ids": getattr(ids, n) for n in names}
+        (number, {"user_id": record.user_id, "record": number} | {f"{n}_ids": getattr(ids, n) for n in names})
         for number, (record, ids) in enumerate(zip(records, tokenized, strict=True))
         if ids is not None and not ids.tie
     ]
     if not kept:
         raise ConfigurationError(f"{path}: in every row both completions are the same tokens once they are cut.")
-    return collate(kept), [wheres[row["record"]] for row in kept]
+    return collate([row for _, row in kept]), [wheres[number] for number, _ in kept]
 
 
 def write_users(checkpoint: Path, output: Path, adapted: Adapted) -> None:

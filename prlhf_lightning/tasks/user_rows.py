@@ -105,7 +105,7 @@ class UserRows:
         Args:
             vectors: `[n, width]` their rows of all tables side by side, as `vectors` gives them.
         """
-        parts = vectors.split([table[0].numel() for table in self.tables.values()], dim=1)
+        parts = torch.split(vectors, [table[0].numel() for table in self.tables.values()], dim=1)
         for table, part in zip(self.tables.values(), parts, strict=True):
             table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table.dtype)
 
