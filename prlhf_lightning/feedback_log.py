@@ -163,12 +163,21 @@ class FeedbackLog:
             user_id: Whose pairs, if not everybody's.
         """
         table = FEEDBACK.c
-        query = sql.select(FEEDBACK).where(table.chosen.is_not(None), table.chosen != table.rejected)
+        query = sql.select(FEEDBACK).where(table.chosen != table.rejected)
+        yield from self._records(query if user_id is None else query.where(table.user_id == user_id), until)
+
+    def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each thumb after its row's number, in the order of receipt.
+
+        Args:
+            until: The last row's number that counts.
+        """
+        yield from self._records(sql.select(FEEDBACK).where(FEEDBACK.c.completion.is_not(None)), until)
+
+    def _records(self, query: sql.Select[Any], until: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if until is not None:
-            query = query.where(table.number <= until)
-        if user_id is not None:
-            query = query.where(table.user_id == user_id)
-        query = query.order_by(table.number).execution_options(yield_per=1000)
+            query = query.where(FEEDBACK.c.number <= until)
+        query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=1000)
         with self._errors(), self._engine.connect() as connection:
             for row in connection.execute(query).mappings():
                 yield row["number"], _record(row)
@@ -196,9 +205,11 @@ def _record(row: Any) -> dict[str, Any]:
     """Return a row in the form that `data.records.parse_record` reads."""
     prompt = json.loads(row["prompt"])
     record = {"user_id": row["user_id"], "user_text": row["user_text"], "prompt": prompt}
-    for name in ("chosen", "rejected"):
+    for name in ("chosen", "rejected") if row["completion"] is None else ("completion",):
         text = row[name]
         record[name] = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    if row["liked"] is not None:
+        record["label"] = row["liked"]
     return record
 
 

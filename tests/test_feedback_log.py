@@ -12,7 +12,8 @@ from threading import Thread
 
 import pytest
 
-from prlhf_lightning.data import FeedbackLogSource, PreferenceDataModule
+from prlhf_lightning.data import FeedbackLogSource, FeedbackRecord, PreferenceDataModule
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.feedback_log import ConflictError, Feedback, FeedbackLog, FeedbackLogError
 
@@ -59,6 +60,10 @@ def test_pairs_come_as_training_reads_them(url):
         {"user_id": "zoë", "user_text": "likes 李", "prompt": messages, "chosen": answers[0], "rejected": answers[1]}
     ]
     assert [row["user_id"] for _, row in log.pairs(user_id="zoë")] == ["zoë"]
+    thumbs = [
+        parse_record(row, "here", feedback="thumbs") for _, row in FeedbackLogSource(url, thumbs=True).rows("train")
+    ]
+    assert thumbs == [FeedbackRecord("ann", "a cat", "yes", thumb=True)]
 
 
 def test_many_threads_write_at_once(url):

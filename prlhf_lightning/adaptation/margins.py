@@ -26,7 +26,7 @@ class Margins:
     """
 
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
-        if not model.loss.requires_rejected:
+        if model.loss.feedback != "pairs":
             raise ConfigurationError(
                 f"adapt: {type(model.loss).__name__} takes no rejected completions, so that its model ranks none; "
                 "users can be learned by a preference loss only."
