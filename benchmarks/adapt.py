@@ -120,6 +120,7 @@ def main() -> None:
         accuracy = (margins_of(own[of_held_out])[0] > 0).float().mean()
         gain = utility - without
         by_count[count] = utility
+        print(f"{count} pairs: utility {utility.mean():.3f}, accuracy {accuracy:.3f}", file=sys.stderr, flush=True)
         lines.append(
             f"| {count} | {utility.mean():.3f} | {utility.min():.3f} | {well_formed:.3f} | {accuracy:.3f} | "
             f"{gain.mean():+.3f} ± {1.96 * gain.std() / args.users**0.5:.3f} |"

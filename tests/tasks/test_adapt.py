@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -104,9 +105,9 @@ def test_gradients_are_those_of_each_pair_alone(model, pairs):
 
 
 def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
-    swapped = write_votes(folder / "only_long.jsonl", {"x": 3, "long": 4}, seed=6)
-    both = read_pairs(model, swapped, SETTINGS)[0]
-    for batch in (pairs, select_pairs(both, torch.arange(3)), select_pairs(both, torch.arange(3, 7))):
+    likes_long = read_pairs(model, write_votes(folder / "likes_long.jsonl", {"x": 4}), SETTINGS)[0]
+    likes_short = replace(likes_long, chosen=likes_long.rejected, rejected=likes_long.chosen)
+    for batch in (pairs, likes_long, likes_short):
         with torch.no_grad():
             (_, generic) = model.objective(batch, every_term=True)[1]
         found, _ = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
