@@ -43,6 +43,7 @@ from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
+from prlhf_lightning.tasks.serve import api_key, serve
 from prlhf_lightning.user_models import UserModel
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
@@ -50,6 +51,8 @@ TASKS: dict[str, Any] = {
     "adapt": adapt,
     "export": export,
     "generate": generate,
+    "serve": serve,
+    "api-key": api_key,
     "users": {
         "_help": "List, show, add, remove or export the users of a checkpoint.",
         "list": users.list_users,
