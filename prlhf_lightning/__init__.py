@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
     from prlhf_lightning.user_models import (
+        AmortizedUserModel,
         ClusterUserModel,
         CompositeUserModel,
         IndividualUserModel,
@@ -33,6 +34,7 @@ _HOME = {
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
     "user_models": [
+        "AmortizedUserModel",
         "ClusterUserModel",
         "CompositeUserModel",
         "IndividualUserModel",
@@ -45,6 +47,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
+    "AmortizedUserModel",
     "CausalLMPolicy",
     "ClusterUserModel",
     "CompositeUserModel",

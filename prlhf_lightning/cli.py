@@ -156,6 +156,7 @@ class PRLHFCLI(LightningCLI):
         parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
         parser.link_arguments("model.loss", "data.feedback", lambda loss: loss.feedback, "instantiate")
+        parser.link_arguments("model.user_model", "data.history_size", lambda users: users.history_size, "instantiate")
         parser.add_argument(
             "--baseline",
             type=bool,

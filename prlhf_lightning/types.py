@@ -113,6 +113,34 @@ class SoftPrompt(_TensorStruct):
         return cls(torch.cat([part.vectors for part in parts]), torch.cat([part.mask for part in parts]))
 
 
+@dataclass  # not frozen, as `Tokens`
+class PairTokens(_TensorStruct):
+    """Token ids of up to K pairs for each of B users; a place without a pair is empty in both.
+
+    Attributes:
+        chosen: `[B, K, L]` ids and mask of the preferred completions.
+        rejected: `[B, K, L]` those of the other completions.
+    """
+
+    chosen: Tokens
+    rejected: Tokens
+
+
+@dataclass(frozen=True)
+class History(_TensorStruct):
+    """Up to K pairs that each of B users has judged before, in the policy's input-embedding space.
+
+    Attributes:
+        chosen: `[B, K, d]` float32 mean embedding of the preferred completion, zero where there is no pair.
+        rejected: `[B, K, d]` float32 mean embedding of the other completion, zero where there is no pair.
+        lengths: `[B, K, 2]` int64 tokens of both, 0 where there is no pair.
+    """
+
+    chosen: Tensor
+    rejected: Tensor
+    lengths: Tensor
+
+
 @dataclass(frozen=True)
 class Users(_TensorStruct):
     """The users of a batch, as a user model sees them.
@@ -120,14 +148,16 @@ class Users(_TensorStruct):
     Attributes:
         rows: `[B]` int64 rows of the user table; 0 is the generic (unknown) user.
         text: The users' texts embedded by the policy, `[B, L, d]` with a mask, or None where no row has a text.
+        history: What the users preferred before, or None where the user model is to go by its own rows.
     """
 
     rows: Tensor
     text: SoftPrompt | None = None
+    history: History | None = None
 
     def anonymous(self) -> Users:
         """Return the same users with their identity hidden: `u_0` with the text kept."""
-        return replace(self, rows=torch.zeros_like(self.rows))
+        return replace(self, rows=torch.zeros_like(self.rows), history=None)
 
 
 @dataclass
@@ -143,6 +173,7 @@ class PreferenceBatch(_TensorStruct):
         records: `[B]` int64 position of each pair in its data set, to name rows in messages.
         reference: The reference's log-probabilities, where they are known already.
         reference_keys: B pairs of keys, of chosen and rejected, under which the reference's log-probabilities are kept.
+        history: Other pairs of each row's user, in training for user models that read them.
     """
 
     user_ids: tuple[str, ...]
@@ -153,6 +184,7 @@ class PreferenceBatch(_TensorStruct):
     records: Tensor
     reference: PairLogProbs | None = None
     reference_keys: tuple[tuple[bytes, bytes], ...] = ()
+    history: PairTokens | None = None
 
     def __len__(self) -> int:
         """Return the number of pairs, B."""

@@ -2,6 +2,7 @@
 
 from prlhf_lightning.adaptation.adapt import Adapted, adapt_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start
+from prlhf_lightning.adaptation.encode import Encoded, encode_users
 from prlhf_lightning.adaptation.laplace import Posterior, laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
@@ -10,11 +11,13 @@ from prlhf_lightning.adaptation.selection import information_gain, suggest
 __all__ = [
     "Adapted",
     "ColdStartPoint",
+    "Encoded",
     "Margins",
     "Posterior",
     "UserPrior",
     "adapt_users",
     "cold_start",
+    "encode_users",
     "fit_prior",
     "information_gain",
     "laplace",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +22,7 @@ from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
 from prlhf_lightning.data.census import Census, census_of, read_census
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.division import Division, HoldOut, Pairs
+from prlhf_lightning.data.history import PairsWithHistory
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.requests import Requests
@@ -33,7 +34,7 @@ from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, Token
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.paths import cache_folder
-from prlhf_lightning.types import Feedback, PreferenceBatch, Tokens
+from prlhf_lightning.types import Feedback, PairTokens, PreferenceBatch, Tokens
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 Loader: TypeAlias = DataLoader[dict[str, Any]]
@@ -85,6 +86,8 @@ class PreferenceDataModule(LightningDataModule):
         num_workers: Processes that load batches; none is fast enough for stored rows, whose ids are memory-mapped.
         cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
         pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
+        history_size: Most other training pairs of the same user that come with a training pair, for user models that
+            read them. The command line links it from the user model.
         hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
             are then replaced by keyed hashes (see `Pseudonyms`) as they are read; the ids and the salt are in no cache,
             checkpoint or table. By default ids stay as they are.
@@ -119,6 +122,7 @@ class PreferenceDataModule(LightningDataModule):
         cache_dir: str | Path | None = None,
         pin_memory: bool | None = None,
         hash_user_ids_with: str | None = None,
+        history_size: int = 0,
     ) -> None:
         super().__init__()
         if eval_batch_size is not None and eval_batch_size < 1:
@@ -131,6 +135,11 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(f"max_tokens_per_batch is {max_tokens_per_batch}; a pair has at least 2 tokens.")
         if feedback not in get_args(Feedback):
             raise ConfigurationError(f"feedback is {feedback!r}; it must be one of {get_args(Feedback)}.")
+        if history_size and (streaming or feedback != "pairs"):
+            raise ConfigurationError(
+                f"history_size is {history_size}; users' histories are of stored pairs: set streaming: false and give "
+                "pairs, or choose a user model that reads no histories, such as IndividualUserModel."
+            )
         if streaming:
             _check_streaming(balance, max_tokens_per_batch, shuffle_buffer)
         # Refuses impossible settings now, not after the data has been tokenised.
@@ -146,6 +155,7 @@ class PreferenceDataModule(LightningDataModule):
         )
         self.ties: Ties = ties
         self.feedback: Feedback = feedback
+        self.history_size = history_size
         self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
         self.users_file = Path(users_file).expanduser() if users_file else None
         self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
@@ -198,6 +208,11 @@ class PreferenceDataModule(LightningDataModule):
     def known_as(self, user_id: str) -> str:
         """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
         return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
+
+    def histories(self) -> Iterator[tuple[list[str], PairTokens]]:
+        """Yield all training users, some at a time, each with up to `history_size` of their pairs, always the same."""
+        pairs = self._with_history
+        return iter(()) if pairs is None else pairs.of_users()
 
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
         """Tokenise prompts to be answered exactly as those of the data are.
@@ -273,7 +288,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def train_dataloader(self) -> Loader:
         """Return the batches of this process, in the order of the epoch that training has reached."""
-        pairs = self._division.train
+        pairs = self._with_history or self._division.train
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             if isinstance(pairs, StreamedRows):
                 raise ConfigurationError("trainer.overfit_batches needs stored rows: set data.streaming: false.")
@@ -343,6 +358,13 @@ class PreferenceDataModule(LightningDataModule):
         return self.hold_out.divide(self._splits)
 
     @cached_property
+    def _with_history(self) -> PairsWithHistory | None:
+        pairs = self._division.train
+        if not self.history_size or not isinstance(pairs, Pairs):
+            return None
+        return PairsWithHistory(pairs, self.history_size, self.seed)
+
+    @cached_property
     def _requests(self) -> dict[str, Requests]:
         prompts = list(self.source.prompts())
         if not prompts:
@@ -407,7 +429,7 @@ class PreferenceDataModule(LightningDataModule):
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, pairs: Pairs | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
+    def _loader(self, pairs: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
         # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
         # sampler returns every row, and training resumes at the right batch.
         warnings.filterwarnings("ignore", message=".*does not have many workers")

@@ -11,6 +11,7 @@ from torch import Tensor
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.modules.history import pooled
 from prlhf_lightning.modules.reference_store import ReferenceStore
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
@@ -67,6 +68,13 @@ class Objective:
         with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
         return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
 
+    def _users_of(self, batch: PreferenceBatch) -> Users:
+        """Look up a batch's users, with what they preferred before where the user model reads it."""
+        users = self.users(batch.user_ids, batch.user_text)
+        if batch.history is None or not self.user_model.history_size:
+            return users
+        return replace(users, history=pooled(self.policy, batch.history))
+
     def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
         """Score a batch's completions under the reference; see `PersonalizedLM.reference_log_probs`."""
         if not self.loss.requires_reference:
@@ -86,7 +94,7 @@ class Objective:
 
     def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
         """Score a batch's completions once for each entry of `generic`; see `PersonalizedLM.policy_log_probs`."""
-        users = self.users(batch.user_ids, batch.user_text)
+        users = self._users_of(batch)
         every = torch.arange(len(batch), device=users.rows.device)
         first, of_pair = self._distinct(batch) if any(generic) else (every, every)
         rows = [first if g else every for g in generic]
@@ -134,7 +142,7 @@ class Objective:
 
     def _sampled_log_probs(self, batch: PreferenceBatch, generic: Tensor) -> PairLogProbs:
         """Score each pair once: under the generic user where `generic` `[B]` says so, else under its own user."""
-        users = self.users(batch.user_ids, batch.user_text)
+        users = self._users_of(batch)
         order = torch.cat([(~generic).nonzero().flatten(), generic.nonzero().flatten()])
         own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
         soft_prompt = SoftPrompt.stacked([self.user_model(own), self.user_model.generic(others)])

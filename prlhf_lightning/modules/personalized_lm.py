@@ -27,6 +27,7 @@ from prlhf_lightning.modules.checkpoint_fit import check_names, check_shapes
 from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
 from prlhf_lightning.modules.evaluation import HEADLINE, Evaluation
 from prlhf_lightning.modules.finite import FiniteGuard, what_to_try
+from prlhf_lightning.modules.history import check_histories, keep_histories
 from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, values_to_log
 from prlhf_lightning.modules.objective import Objective, Term
 from prlhf_lightning.modules.optim import (
@@ -127,6 +128,7 @@ class PersonalizedLM(LightningModule):
         check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
             check_trainer(self.trainer)
+            check_histories(self.user_model, self.loss, datamodule)
             settings = getattr(datamodule, "settings", None)
             self._tokenization = asdict(settings) if settings is not None else {}
         sets = getattr(datamodule, "eval_sets", {})
@@ -139,7 +141,8 @@ class PersonalizedLM(LightningModule):
             return
         if self._built_for is not self.vocabulary:
             if self._built_for is None:
-                self.policy.build(with_reference=self.loss.requires_reference)
+                # Histories are embedded as the reference does, which training does not change.
+                self.policy.build(self.loss.requires_reference or self.user_model.history_size > 0)
             self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
             exclude_from_ddp(self, sparse_tables(self.user_model))
             if self._built_for is None:
@@ -160,6 +163,8 @@ class PersonalizedLM(LightningModule):
         ddp = ddp_wrapper(self.trainer)
         if ddp is not None or is_sharded(self.policy):
             begin_alike(self.user_model, alone=ddp is None)
+        if self.user_model.history_size and self.vocabulary is not None:
+            keep_histories(self.user_model, self.policy, self.vocabulary, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
         """Train by the settings of this run, not by those of the checkpoint that it goes on from."""

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
-from prlhf_lightning.adaptation import Adapted, adapt_users, fit_prior, suggest
+from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import parse_record
@@ -43,7 +43,8 @@ def adapt(
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
     Prints for each user how well their pairs are predicted from their others (leave-one-out), and how uncertain the
-    user still is, on a scale on which the trained users' spread is about 1.
+    user still is, on a scale on which the trained users' spread is about 1. A user model that reads users off their
+    pairs (`AmortizedUserModel`) does so, and then there is nothing to learn or to print.
 
     Args:
         checkpoint: A checkpoint of `fit`.
@@ -71,6 +72,9 @@ def adapt(
             "first (`users remove`)."
         )
     console, start = Console(), time.perf_counter()
+    if model.user_model.history_size:
+        _read_users(model, pairs, console, checkpoint, output, suggest or steps)
+        return
     with console.status("Learning the new users"):
         adapted = adapt_users(model, pairs, prior=fit_prior(model, pairs, kinds), steps=steps)
     console.print(_table(adapted))
@@ -80,6 +84,21 @@ def adapt(
             _print_suggestions(model, adapted, *read_pairs(model, pool, settings, anyone=True), suggest)
     if output is not None:
         write_users(checkpoint, output, adapted)
+        console.print(f"Added to {output}")
+
+
+def _read_users(
+    model: PersonalizedLM, pairs: PreferenceBatch, console: Console, checkpoint: Path, output: Path | None, more: int
+) -> None:
+    if more:
+        raise ConfigurationError(
+            f"suggest, steps: {type(model.user_model).__name__} reads users off their pairs, which takes no steps and "
+            "does not tell what to ask; leave both out."
+        )
+    encoded = encode_users(model, pairs)
+    console.print(f"{len(encoded.user_ids)} users read off {len(pairs)} pairs")
+    if output is not None:
+        write_users(checkpoint, output, encoded)
         console.print(f"Added to {output}")
 
 
@@ -117,18 +136,18 @@ def read_pairs(
     return collate([row for _, row in kept]), [wheres[number] for number, _ in kept]
 
 
-def write_users(checkpoint: Path, output: Path, adapted: Adapted) -> None:
-    """Write a copy of a checkpoint with the adapted users in it; all that was there stays as it was, bit by bit.
+def write_users(checkpoint: Path, output: Path, users: Adapted | Encoded) -> None:
+    """Write a copy of a checkpoint with new users in it; all that was there stays as it was, bit by bit.
 
     Args:
-        checkpoint: The checkpoint of the model that the users were adapted to.
+        checkpoint: The checkpoint of the model by which the users were learned or read.
         output: The file to write.
-        adapted: The new users.
+        users: The new users.
     """
     content = read_checkpoint(checkpoint, "checkpoint")
     rows = UserRows(content)
-    rows.add(adapted.user_ids)
-    rows.set_last(adapted.rows)
+    rows.add(users.user_ids)
+    rows.set_last(users.rows)
     checkpoint_files.save(content, output)
 
 

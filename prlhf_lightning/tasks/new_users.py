@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prlhf_lightning.adaptation import UserPrior, adapt_users, fit_prior
+from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
@@ -47,7 +47,10 @@ class NewUsers:
         if user_id in self._trained:
             raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
         pairs = self._pairs(user_id, rows)
-        row = adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
+        if self._model.user_model.history_size:
+            row = encode_users(self._model, pairs, [user_id]).rows[0]
+        else:
+            row = adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
         self._put(user_id, row)
 
     def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:

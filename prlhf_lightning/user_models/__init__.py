@@ -1,5 +1,6 @@
 """User models. To add one, subclass `UserModel` in a file of your own and name it by `class_path`."""
 
+from prlhf_lightning.user_models.amortized import AmortizedUserModel
 from prlhf_lightning.user_models.base import UserModel, sample_token_embeddings
 from prlhf_lightning.user_models.cluster import ClusterUserModel
 from prlhf_lightning.user_models.composite import CompositeUserModel
@@ -9,6 +10,7 @@ from prlhf_lightning.user_models.text import TextUserModel
 from prlhf_lightning.user_models.uniform import UniformUserModel
 
 __all__ = [
+    "AmortizedUserModel",
     "ClusterUserModel",
     "CompositeUserModel",
     "IndividualUserModel",

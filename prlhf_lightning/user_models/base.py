@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.types import SoftPrompt, Users
+from prlhf_lightning.types import History, SoftPrompt, Users
 
 
 class UserModel(nn.Module, ABC):
@@ -25,6 +25,9 @@ class UserModel(nn.Module, ABC):
 
     #: Whether the model reads the users' text.
     uses_text: bool = False
+
+    #: Most pairs of a user that the model reads in training; 0 of a model that reads none.
+    history_size: int = 0
 
     @abstractmethod
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
@@ -62,6 +65,17 @@ class UserModel(nn.Module, ABC):
             tables: The trained tables, in the order of `row_tables`.
         """
         return [table[0] for table in tables]
+
+    def history_rows(self, history: History) -> list[Tensor | None]:
+        """Return, in the order of `row_tables`, what pairs say that users' rows are: `[B, ...]`, or None if nothing.
+
+        A model with a `history_size` has at least one such table. It is filled from the users' training pairs, and is
+        what the model goes by where `Users.history` is not given, as it is in training only.
+
+        Args:
+            history: Pairs of B users.
+        """
+        return [None for _ in self.row_tables()]
 
     def share_tables(self) -> list[Tensor]:
         """Return those of `row_tables` whose rows are weights before a softmax, to be shown as shares."""

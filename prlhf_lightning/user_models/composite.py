@@ -7,7 +7,7 @@ from itertools import islice
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.types import SoftPrompt, Users
+from prlhf_lightning.types import History, SoftPrompt, Users
 from prlhf_lightning.user_models.base import UserModel
 
 
@@ -25,6 +25,7 @@ class CompositeUserModel(UserModel):
         self.parts = nn.ModuleList(parts)
         self.personalizes = any(part.personalizes for part in parts)
         self.uses_text = any(part.uses_text for part in parts)
+        self.history_size = max(part.history_size for part in parts)
 
     @property
     def _models(self) -> list[UserModel]:
@@ -47,6 +48,10 @@ class CompositeUserModel(UserModel):
         """Return each part's rows for its own tables."""
         left = iter(tables)
         return [row for part in self._models for row in part.new_rows(list(islice(left, len(part.row_tables()))))]
+
+    def history_rows(self, history: History) -> list[Tensor | None]:
+        """Return each part's rows for its own tables."""
+        return [rows for part in self._models for rows in part.history_rows(history)]
 
     def share_tables(self) -> list[Tensor]:
         """Return those of all parts."""
