@@ -33,10 +33,10 @@ TESTED = 20
 class Simulation:
     """New users of the quickstart's model, their pairs, and their judgement of what is written for them."""
 
-    def __init__(self, model: PersonalizedLM, users: int) -> None:
+    def __init__(self, model: PersonalizedLM, users: int, trained: int = 20) -> None:
         self.model = model
         self.source = SimulatedSource(
-            num_users=20, pairs_per_user=450, validation_pairs_per_user=TESTED, num_unseen_users=users
+            num_users=trained, pairs_per_user=450, validation_pairs_per_user=TESTED, num_unseen_users=users
         )
         self._tokenize = FeedbackTokenizer(model.policy.tokenizer, TokenizationSettings(64, 64))
         self.prompts = self.source.eval_prompts()

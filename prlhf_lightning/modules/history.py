@@ -29,15 +29,14 @@ def pooled(policy: Policy, pairs: PairTokens) -> History:
         policy: A policy that has been built with a reference.
         pairs: Histories `[B, K, L]`.
     """
-    shape, mask = pairs.chosen.mask.shape[:2], [part.mask.flatten(0, 1) for part in (pairs.chosen, pairs.rejected)]
-    ids = [part.ids.flatten(0, 1) for part in (pairs.chosen, pairs.rejected)]
-    tokens = Tokens.concat([Tokens(*part) for part in zip(ids, mask, strict=True)])
-    embedded = policy.embed(tokens, reference=True)
+    sides = [Tokens(side.ids.flatten(0, 1), side.mask.flatten(0, 1)) for side in (pairs.chosen, pairs.rejected)]
+    embedded = policy.embed(Tokens.concat(sides), reference=True)
     lengths = embedded.mask.sum(1)
     sums = torch.where(embedded.mask[..., None], embedded.vectors.float(), 0.0).sum(1)
     means = sums / lengths.clamp(min=1)[:, None]
-    chosen, rejected = (part.view(*shape, -1) for part in means.chunk(2))
-    return History(chosen, rejected, torch.stack([part.view(shape) for part in lengths.chunk(2)], dim=-1))
+    shape = 2, *pairs.chosen.mask.shape[:2]
+    chosen, rejected = means.view(*shape, means.shape[1])
+    return History(chosen, rejected, lengths.view(shape).permute(1, 2, 0))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from prlhf_lightning.losses import BCOLoss, DPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.user_models import (
+    AmortizedUserModel,
     ClusterUserModel,
     CompositeUserModel,
     IndividualUserModel,
@@ -30,6 +31,7 @@ USER_MODELS = {
     "individual": lambda: IndividualUserModel(2),
     "cluster": lambda: ClusterUserModel(2, 2),
     "low rank": lambda: LowRankUserModel(2, 2),
+    "amortized": lambda: AmortizedUserModel(2, 2, 3),
     "text": TextUserModel,
     "composite": lambda: CompositeUserModel([ClusterUserModel(2, 1), TextUserModel()]),
 }
@@ -60,7 +62,8 @@ def make_trainer(tmp_path, **kwargs) -> Trainer:
 @pytest.mark.parametrize("name", USER_MODELS)
 @pytest.mark.parametrize("make_loss", [DPOLoss, BCOLoss])
 def test_every_user_model_trains_and_comes_back_from_a_checkpoint(model_path, votes, tmp_path, name, make_loss):
-    module, data = make(model_path, USER_MODELS[name](), make_loss()), make_data(votes, model_path)
+    module = make(model_path, USER_MODELS[name](), make_loss())
+    data = make_data(votes, model_path, history_size=module.user_model.history_size)
     trainer = make_trainer(tmp_path)
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "a.ckpt")

@@ -14,16 +14,23 @@ from prlhf_lightning.losses import DPOLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.new_users import NewUsers
-from prlhf_lightning.user_models import ClusterUserModel, IndividualUserModel
+from prlhf_lightning.user_models import AmortizedUserModel, ClusterUserModel, IndividualUserModel
 
 LONG, SHORT = " ".join(WORDS[:6]), " ".join(WORDS[6:8])
 PAIRS = [{"user_id": "eve", "prompt": word, "chosen": LONG, "rejected": SHORT} for word in WORDS[:8]]
 
 
-@pytest.fixture(params=[lambda: IndividualUserModel(2), lambda: ClusterUserModel(3, 2)], ids=["individual", "cluster"])
+USER_MODELS = {
+    "individual": lambda: IndividualUserModel(2),
+    "cluster": lambda: ClusterUserModel(3, 2),
+    "amortized": lambda: AmortizedUserModel(2),
+}
+
+
+@pytest.fixture(params=USER_MODELS)
 def taught(request, model_path):
     """A writer of users who differ, and what teaches it."""
-    module = PersonalizedLM(users := request.param(), policy := CausalLMPolicy(model_path), DPOLoss())
+    module = PersonalizedLM(users := USER_MODELS[request.param](), policy := CausalLMPolicy(model_path), DPOLoss())
     module.vocabulary = UserVocabulary(["ann", "bob", "cy"])
     module.configure_model()
     with torch.no_grad():

@@ -6,6 +6,7 @@ import torch
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import SoftPrompt, Users
 from prlhf_lightning.user_models import (
+    AmortizedUserModel,
     ClusterUserModel,
     CompositeUserModel,
     IndividualUserModel,
@@ -21,6 +22,7 @@ IMPLICIT = [
     IndividualUserModel(num_tokens=3),
     ClusterUserModel(num_clusters=4, num_tokens=3),
     LowRankUserModel(num_tokens=3, rank=2),
+    AmortizedUserModel(num_tokens=3, rank=2),
     CompositeUserModel([ClusterUserModel(2, 1), IndividualUserModel(2)]),
 ]
 
