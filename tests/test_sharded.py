@@ -29,6 +29,7 @@ SECONDS = 240  # a process that waits for the other does so for half an hour
 GREEDY = Sampling(max_new_tokens=12, temperature=0.0)
 WRITE = ("--model.sampling.temperature", "0", "--model.sampling.max_new_tokens", "12")
 CLIP = ("--trainer.gradient_clip_val", "0.05")
+AMORTIZED = ("--model.user_model", "AmortizedUserModel", "--model.user_model.num_tokens", "2")
 FULL = ("--model.policy.lora", "null", "--model.policy.gradient_checkpointing", "true")
 OVERRIDES = Path(__file__).parent.parent / "configs/overrides"
 ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
@@ -71,6 +72,8 @@ def two(folder: Path) -> None:
     run(folder, "two_fsdp1", "fit", *FSDP1)
     for precision in ("bf16-mixed", "bf16-true"):
         run(folder, f"two_{precision}", "fit", *FSDP2, "--trainer.precision", precision)
+    run(folder, "two_amortized", "fit", *FSDP2, *AMORTIZED)
+    run(folder, "ddp_amortized", "fit", "--trainer.strategy", "ddp", *AMORTIZED)
 
 
 def start(rank: int, folder: Path, port: int) -> None:
@@ -123,13 +126,15 @@ def checkpoint(path: Path) -> dict[str, Any]:
         ("two_after_one", "one", 2e-5),
         ("one_after_two", "one", 2e-5),
         ("two_full", "one_full", 5e-4),
+        ("two_amortized", "ddp_amortized", 5e-5),  # one process would draw other histories
     ],
 )
 def test_they_come_to_the_same_weights(folder, name, other, tolerance):
     sharded, alone = (checkpoint(last(folder, run)) for run in (name, other))
     assert sharded.keys() == alone.keys()
     assert sharded["state_dict"].keys() == alone["state_dict"].keys()
-    assert alone["state_dict"]["user_model.offsets.weight"].abs().amax(1)[1:].min() > 0.01  # every user has moved
+    (table,) = (w for n, w in alone["state_dict"].items() if n.endswith(("offsets.weight", "histories.weight")))
+    assert table.abs().amax(1)[1:].min() > 0.01  # every user has moved
     for weight, expected in zip(sharded["state_dict"].values(), alone["state_dict"].values(), strict=True):
         torch.testing.assert_close(weight, expected, rtol=0, atol=tolerance)
     for number, expected in alone["optimizer_states"][0]["state"].items():

@@ -53,6 +53,7 @@ class AmortizedUserModel(UserModel):
     def forward(self, users: Users) -> SoftPrompt:
         """Return `e_0 + B tanh(A h_u)` for each row, `[B, T, d]`; `h_u` is the table's where no histories are given."""
         summed = self.histories(users.rows) if users.history is None else self._sums(users.history)
+        summed = summed.to(self.reads.weight.dtype)  # with bf16-true, in which histories are not
         offsets = self.writes(torch.tanh(self.reads(summed))).view(-1, *self.generic_prompt.shape)
         return SoftPrompt.full(self.generic_prompt + offsets)
 
