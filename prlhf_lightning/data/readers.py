@@ -13,6 +13,7 @@ import itertools
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeAlias
 
@@ -25,6 +26,24 @@ Row: TypeAlias = Mapping[str, Any]
 _CHUNK = 1 << 16  # bytes read at a time from a JSON array
 
 
+@dataclass(frozen=True)
+class Unreadable:
+    """What stands in the place of a row that cannot be read.
+
+    Attributes:
+        error: What is wrong with it.
+        raw: What stands there, as far as it could be told, for whoever wants to mend it.
+        rest: Whether all that follows in the file cannot be read either. It is then not known how many rows that is.
+    """
+
+    error: FeedbackFormatError
+    raw: Any = None
+    rest: bool = False
+
+
+_Items: TypeAlias = Iterator[tuple[str, Row | Unreadable]]
+
+
 def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """Yield every row of a file after where it stands, such as `votes.jsonl.gz:17`.
 
@@ -34,7 +53,30 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     Raises:
         FeedbackFormatError: The file is missing, empty, of an unknown kind, damaged or not UTF-8.
     """
+    return _refusing(_items(Path(path)))
+
+
+def scan_rows(path: str | Path) -> _Items:
+    """Yield what `read_rows` does, but an `Unreadable` where that raises an error, and go on where the format allows.
+
+    Lines of JSON Lines stand alone, so reading goes on after any of them. In other formats it goes on after a row that
+    could be told from the next, and ends (`Unreadable.rest`) where damage leaves open where the next begins.
+    """
     path = Path(path)
+    try:
+        yield from _items(path)
+    except FeedbackFormatError as error:
+        yield str(path), Unreadable(error, rest=True)
+
+
+def _refusing(items: _Items) -> Iterator[tuple[str, Row]]:
+    for where, row in items:
+        if isinstance(row, Unreadable):
+            raise row.error
+        yield where, row
+
+
+def _items(path: Path) -> _Items:
     reader = _reader(path)
     if not path.exists():
         raise FeedbackFormatError(f"{path}: there is no such file; check the path (it is relative to {Path.cwd()}).")
@@ -43,7 +85,7 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     return _not_empty(path, reader(path))
 
 
-def _reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
+def _reader(path: Path) -> Callable[[Path], _Items]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     if suffixes and suffixes[-1] == ".parquet":
@@ -58,7 +100,7 @@ def _reader(path: Path) -> Callable[[Path], Iterator[tuple[str, Row]]]:
     return readers[suffixes[-1]]
 
 
-def _not_empty(path: Path, rows: Iterator[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
+def _not_empty(path: Path, rows: _Items) -> _Items:
     empty = True
     for item in rows:
         empty = False
@@ -89,10 +131,14 @@ def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
 
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     for number, raw in _pieces(path):
-        try:
-            yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            _not_utf8(path, number, error)
+        yield number, _decoded(path, number, raw)
+
+
+def _decoded(path: Path, number: int, line: bytes) -> str:
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        _not_utf8(path, number, error)
 
 
 def _chunks(path: Path) -> Iterator[str]:
@@ -114,21 +160,28 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
     ) from None
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Row]]:
-    for number, line in _lines(path):
-        if line.isspace():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise FeedbackFormatError(
-                f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
-                "each line must be one whole JSON object."
-            ) from None
-        except (ValueError, RecursionError) as error:
-            _beyond_json(path, number, error)
+def _read_jsonl(path: Path) -> _Items:
+    for number, raw in _pieces(path):
         where = f"{path}:{number}"
-        yield where, _object(row, where)
+        try:
+            line = _decoded(path, number, raw)
+            if line.isspace() or not line:  # a file that is a byte order mark alone has an empty line
+                continue
+            yield where, _object(_parsed(path, number, line), where)
+        except FeedbackFormatError as error:
+            yield where, Unreadable(error, raw.decode("utf-8", "backslashreplace"))
+
+
+def _parsed(path: Path, number: int, line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise FeedbackFormatError(
+            f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
+            "each line must be one whole JSON object."
+        ) from None
+    except (ValueError, RecursionError) as error:
+        _beyond_json(path, number, error)
 
 
 def _beyond_json(path: Path, line: int, error: Exception) -> NoReturn:
@@ -146,13 +199,13 @@ def _object(row: Any, where: str) -> Row:
     return row
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_json(path: Path) -> _Items:
     """Read an array of objects, or JSON Lines that go by the name .json, as many tools write them."""
     start = next((piece.lstrip() for piece in _chunks(path) if piece.strip()), "")
     yield from _read_array(path) if start.startswith("[") else _read_jsonl(path)
 
 
-def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_array(path: Path) -> _Items:
     """Decode the objects of a JSON array one by one from a buffer that holds little more than one of them."""
     decode = json.JSONDecoder().raw_decode
     pieces = _chunks(path)
@@ -191,12 +244,15 @@ def _read_array(path: Path) -> Iterator[tuple[str, Row]]:
         except (ValueError, RecursionError) as error:
             _beyond_json(path, line, error)
         where = f"{path}:{line}"
-        yield where, _object(row, where)
+        try:
+            yield where, _object(row, where)
+        except FeedbackFormatError as error:
+            yield where, Unreadable(error, row)
         line += buffer.count("\n", position, end)
         position = end
 
 
-def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_csv(path: Path) -> _Items:
     csv.field_size_limit(1 << 30)  # the standard limit of 128 kB is shorter than a long conversation
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     start = 1
@@ -209,15 +265,17 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Row]]:
             if not values:
                 continue
             if len(values) != len(header):
-                raise FeedbackFormatError(
+                error = FeedbackFormatError(
                     f"{where}: has {len(values)} values but the header names {len(header)} columns; "
                     'put values that hold commas, quotes or line breaks in double quotes (" inside them doubled).'
                 )
+                yield where, Unreadable(error, values)
+                continue
             # CSV knows no null: an empty cell is one where that is allowed, and "is null" where it is not.
             yield where, {name: value or None for name, value in zip(header, values, strict=True)}
-    except csv.Error as error:
+    except csv.Error as broken:
         raise FeedbackFormatError(
-            f'{path}:{start}: broken CSV ({error}); put values in double quotes, with " inside them doubled.'
+            f'{path}:{start}: broken CSV ({broken}); put values in double quotes, with " inside them doubled.'
         ) from None
 
 
@@ -231,7 +289,7 @@ def _refuse_twins(path: Path, columns: list[str]) -> None:
             )
 
 
-def _read_parquet(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_parquet(path: Path) -> _Items:
     number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
