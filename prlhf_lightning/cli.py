@@ -41,6 +41,7 @@ from prlhf_lightning.tasks import users
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.data_check import check
+from prlhf_lightning.tasks.data_convert import convert
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.user_models import UserModel
 
@@ -56,8 +57,9 @@ TASKS: dict[str, Any] = {
         "export": users.export,
     },
     "data": {
-        "_help": "Check or convert feedback.",
+        "_help": "Check feedback, or convert it to Parquet.",
         "check": check,
+        "convert": convert,
     },
 }
 

@@ -220,7 +220,11 @@ class FeedbackCache:
     def _write(self, source: DataSource, split: Split, path: Path) -> BuildReport:
         tokenize = FeedbackTokenizer(self.tokenizer, self.settings)
         report = BuildReport(excess=tokenize.excess)
-        with path.open("wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer, counting(f"Tokenising the {split} split") as progress:
+        with (
+            path.open("wb") as file,
+            pa.ipc.new_stream(file, _SCHEMA) as writer,
+            counting(f"Tokenising the {split} split") as progress,
+        ):
             for batch in _batches(self._records(source, split, report)):
                 wheres, records = zip(*batch, strict=True)
                 rows = []

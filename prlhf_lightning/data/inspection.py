@@ -147,7 +147,7 @@ class Inspector:
                 problem = Problem.of(split, where, row.error)
                 self._problems.add("error", problem)
                 if row.rest:
-                    counts.unread.append(f"{problem.file}:{problem.line}" if problem.line else where)
+                    counts.unread.append(problem.place)
                 else:
                     counts.rows += 1
                     counts.rejected += 1
@@ -225,11 +225,11 @@ class Inspector:
         for first, later in combinations(judgements, 2):
             for by in ("judgement", "pair", "prompt"):
                 leaked = judgements[later].leaked(judgements[first], by, self.examples)
-                what = f"judgement (user and {by})" if by == "judgement" else by
+                what = "user, prompt and completions" if by == "judgement" else f"{by}"
                 yield _Finding(
                     f"same {by} in {first} and {later}", later, leaked, first,
                     f"has the same {what} as {{}} of {first}",
-                    f"split by {by}, or leave the split out and let the data module hold rows out",
+                    f"drop it here, or leave {later} out and let the data module hold out prompts or pairs (split_by)",
                 )  # fmt: skip
 
     def _place(self, findings: Iterable[_Finding]) -> None:

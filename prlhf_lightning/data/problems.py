@@ -44,7 +44,7 @@ class Problem:
 
     @classmethod
     def of(cls, split: str, where: str, error: Exception) -> Problem:
-        """Take apart an error about the row, or the file, at `where`: `where: field 'name' problem; fix.`"""
+        """Take apart an error about the row, or the file, at `where`, as in `where: field 'name' problem; fix`."""
         text = str(error)
         if text.startswith(where):  # an error about a file may go on with the line
             line, text = re.match(r"((?::\d+)?):? ?(.*)", text[len(where) :], re.DOTALL).groups()  # type: ignore[union-attr]
@@ -62,11 +62,14 @@ class Problem:
         text = _NUMBER.sub("N", re.sub(r"\s*\(.*\)?", "", text, flags=re.DOTALL)).strip(" .")
         return f"{self.field}: {text}" if self.field else text
 
+    @property
+    def place(self) -> str:
+        """The file and line, or what there is of them."""
+        return (self.file or self.split) + (f":{self.line}" if self.line is not None else "")
+
     def __str__(self) -> str:
-        place = self.file or self.split
-        place += f":{self.line}" if self.line is not None else ""
         named = f" field {self.field!r}" if self.field else ""
-        return f"{place}:{named} {self.problem}" + (f"; {self.fix}" if self.fix else "")
+        return f"{self.place}:{named} {self.problem}" + (f"; {self.fix}" if self.fix else "")
 
 
 @dataclass

@@ -95,7 +95,7 @@ def described(report: Report) -> str:
         if len(group.examples) < group.count:
             lines.append(f"  ... and {group.count - len(group.examples):,} more")
     errors, warnings = (report.problems.count(severity) for severity in ("error", "warning"))
-    lines.append(f"\n{errors:,} errors, {warnings:,} warnings")
+    lines.append(f"\nErrors: {errors:,}. Warnings: {warnings:,}.")
     return "\n".join(lines)
 
 

@@ -1,0 +1,233 @@
+"""Feedback of any source as Parquet files in the columns of this package, with no row lost without a word."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from prlhf_lightning import checkpoint_files
+from prlhf_lightning.data.problems import Problem
+from prlhf_lightning.data.progress import counted
+from prlhf_lightning.data.readers import Unreadable
+from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_record
+from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.data.sources.files import Paths
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.tasks.data_source import the_source
+
+_GROUP_ROWS, _GROUP_CHARACTERS = (
+    10_000,
+    1 << 25,
+)  # most rows, and about as many characters, held before they are written
+_MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
+_NAMED = 20  # columns left out that are named
+
+
+def convert(
+    output: Path,
+    train: Paths | None = None,
+    validation: Paths | None = None,
+    test: Paths | None = None,
+    columns: dict[str, str] | None = None,
+    source: DataSource | None = None,
+    require_rejected: bool = True,
+    on_error: Literal["stop", "report"] = "stop",
+    overwrite: bool = False,
+) -> None:
+    """Write feedback as Parquet, one file a split, with the columns user_id, prompt, chosen, rejected and user_text.
+
+    Every row is checked on the way. By default the first bad one stops the conversion and nothing is written. With
+    `--on_error report` bad rows go to `<split>.rejected.jsonl`, each with the reason, and the others are converted;
+    it exits with 1 if a file could not be read to its end.
+
+    Args:
+        output: Folder for `train.parquet`, `validation.parquet` and `test.parquet`.
+        train: Training file or files: JSON Lines, JSON, CSV (each also gzipped) or Parquet.
+        validation: Validation file or files.
+        test: Test file or files.
+        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        source: A source instead of files, as for `fit --data.source`.
+        require_rejected: Whether every row must have a rejected completion; not so for SFTLoss.
+        on_error: Whether the first bad row stops the conversion, or bad rows are reported.
+        overwrite: Whether files of these names that are there already are replaced.
+    """
+    chosen = the_source(train, validation, test, columns, source)
+    splits = [split for split in SPLITS if split in chosen.splits()]
+    for split in splits:
+        for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
+            if not overwrite and (output / name).exists():
+                raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
+    written = convert_source(chosen, output, require_rejected, on_error)
+    for split, counts in written.items():
+        print(counts.described(split, output))
+    sys.exit(1 if any(counts.unread for counts in written.values()) else 0)
+
+
+@dataclass
+class Conversion:
+    """What became of the rows of a split.
+
+    Attributes:
+        written: Rows in the Parquet file.
+        rejected: Rows in the file beside it.
+        unread: Where reading had to stop short of the end; it is not known how many rows follow.
+        left_out: What the source itself left out by its protocol, by reason.
+        ignored: Columns that are none of ours, the first few of them.
+    """
+
+    written: int = 0
+    rejected: int = 0
+    unread: list[str] = field(default_factory=list)
+    left_out: dict[str, int] = field(default_factory=dict)
+    ignored: dict[str, None] = field(default_factory=dict)
+
+    def described(self, split: Split, folder: Path) -> str:
+        """Return what to tell about it."""
+        rows = f"{self.written + self.rejected:,} rows in = {self.written:,} written + {self.rejected:,} rejected"
+        lines = [f"{folder / split}.parquet: {rows}"]
+        lines += [f"  {count:,} {what}" for what, count in self.left_out.items()]
+        if self.ignored:
+            more = ", ..." if len(self.ignored) == _NAMED else ""
+            lines.append(f"  columns not converted: {', '.join(map(repr, self.ignored))}{more}")
+        if self.rejected or self.unread:
+            lines.append(f"  reasons: {folder / split}.rejected.jsonl")
+        lines += [f"  NOT READ TO ITS END: {where}; how many rows follow is not known" for where in self.unread]
+        return "\n".join(lines)
+
+
+def convert_source(
+    source: DataSource, folder: Path, require_rejected: bool = True, on_error: Literal["stop", "report"] = "stop"
+) -> dict[Split, Conversion]:
+    """Write all splits of a source to a folder; see `convert`. A file appears when all are complete.
+
+    Raises:
+        FeedbackFormatError: A row is bad and `on_error` is `stop`, or a split has no good row.
+        CheckpointWriteError: The files cannot be written.
+    """
+    splits = [split for split in SPLITS if split in source.splits()]
+    done = {}
+    with ExitStack() as files:
+        for split in splits:
+            good = files.enter_context(checkpoint_files.replacing(folder / f"{split}.parquet"))
+            bad = None
+            if on_error == "report":
+                bad = files.enter_context(checkpoint_files.replacing(folder / f"{split}.rejected.jsonl"))
+            done[split] = _converted(source, split, require_rejected, good, bad)
+    for split, counts in done.items():
+        if not counts.rejected and not counts.unread:
+            (folder / f"{split}.rejected.jsonl").unlink(missing_ok=True)  # empty, or of an earlier conversion
+    return done
+
+
+def _converted(
+    source: DataSource, split: Split, require_rejected: bool, good: BinaryIO, bad: BinaryIO | None
+) -> Conversion:
+    columns = Columns.from_mapping(source.columns)
+    known = {getattr(columns, name) for name in ("user_id", "prompt", "chosen", "rejected", "user_text")}
+    counts = Conversion()
+    with closing(_Writer(good)) as writer:
+        for where, row in counted(source.scan(split), f"Converting the {split} split"):
+            try:
+                if isinstance(row, Unreadable):
+                    raise row.error
+                writer.add(parse_record(row, where, columns, require_rejected), where)
+            except FeedbackFormatError as error:
+                if bad is None:
+                    raise
+                problem = Problem.of(split, where, error)
+                bad.write(_rejection(problem, row))
+                if isinstance(row, Unreadable) and row.rest:
+                    counts.unread.append(problem.place)
+                else:
+                    counts.rejected += 1
+            else:
+                if len(counts.ignored) < _NAMED:
+                    counts.ignored.update(dict.fromkeys(name for name in map(str, row) if name not in known))
+    counts.written, counts.left_out = writer.written, source.counts(split)
+    if not counts.written:
+        raise FeedbackFormatError(
+            f"The {split} split has no good row: {counts.rejected:,} were read and all rejected; see `data check`."
+        )
+    return counts
+
+
+class _Writer:
+    """Writes records in groups, so that no more than one group is in memory.
+
+    A Parquet column has one type, so a file has texts or conversations, as its first record has.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._parquet: pq.ParquetWriter | None = None
+        self._group: list[FeedbackRecord] = []
+        self._characters = 0
+        self._first = ("", False)
+        self.written = 0
+
+    def add(self, record: FeedbackRecord, where: str) -> None:
+        is_text = isinstance(record.prompt, str)
+        if self._parquet is None:
+            text = pa.string() if is_text else _MESSAGES
+            types = {"user_id": pa.string(), "prompt": text, "chosen": text, "rejected": text, "user_text": pa.string()}
+            self._first = (where, is_text)
+            self._schema = pa.schema(types)
+            self._parquet = pq.ParquetWriter(self._file, self._schema, compression="zstd")
+        elif is_text != self._first[1]:
+            kinds = ("a text", "a conversation")
+            here, there = kinds if is_text else reversed(kinds)
+            raise FeedbackFormatError(
+                f"{where}: field 'prompt' is {here}, where {self._first[0]} has {there}; a Parquet column has one "
+                "type, so convert the two kinds apart, to two folders, and name both files in training."
+            )
+        self._group.append(record)
+        self.written += 1
+        self._characters += sum(map(_length, (record.prompt, record.chosen, record.rejected, record.user_text)))
+        if len(self._group) >= _GROUP_ROWS or self._characters >= _GROUP_CHARACTERS:
+            self._flush()
+
+    def close(self) -> None:
+        if self._parquet is not None:
+            self._flush()
+            self._parquet.close()
+
+    def _flush(self) -> None:
+        if self._parquet is not None and self._group:
+            schema = self._parquet.schema
+            arrays = [
+                pa.array([getattr(r, name) for r in self._group], schema.field(name).type) for name in schema.names
+            ]
+            self._parquet.write_batch(pa.record_batch(arrays, schema=schema))
+        self._group, self._characters = [], 0
+
+
+def _length(text: Text | None) -> int:
+    return sum(len(message["content"]) for message in text) if isinstance(text, list) else len(text or "")
+
+
+def _rejection(problem: Problem, row: Mapping[str, Any] | Unreadable) -> bytes:
+    """Return the line that tells of a rejected row, with the row itself as far as JSON can hold it."""
+    is_rest = isinstance(row, Unreadable) and row.rest
+    told = {
+        "file": problem.file,
+        "line": problem.line,
+        "kind": problem.kind,
+        "field": problem.field,
+        "problem": problem.problem,
+        "fix": problem.fix,
+        "rest_unread": is_rest,
+    }
+    raw = row.raw if isinstance(row, Unreadable) else row
+    try:
+        line = json.dumps({**told, "row": raw}, default=repr)
+    except (RecursionError, ValueError, TypeError):  # too deep, a number too long, keys that are no texts
+        line = json.dumps({**told, "row": None, "row_left_out": "it cannot be written as JSON"})
+    return line.encode() + b"\n"
