@@ -295,11 +295,30 @@ def _read_parquet(path: Path) -> _Items:
         with pyarrow.parquet.ParquetFile(path) as file:
             _refuse_twins(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
-                for row in batch.to_pylist():
+                for row in _python_rows(batch):
                     number += 1
-                    yield f"{path}:{number}", row
+                    where = f"{path}:{number}"
+                    if isinstance(row, Exception):
+                        error = FeedbackFormatError(
+                            f"{where}: has a value that cannot be read ({row}); write it again."
+                        )
+                        yield where, Unreadable(FeedbackFormatError(told))
+                    else:
+                        yield where, row
     except FeedbackFormatError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         after = f" after row {number}" if number else ""
         raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({error}); write it again.") from None
+
+
+def _python_rows(batch: Any) -> Iterator[Row | Exception]:
+    """Yield the rows of a record batch; an error stands for one with a value that Python cannot hold."""
+    try:
+        yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            yield error
+        else:
+            for place in range(batch.num_rows):
+                yield from _python_rows(batch.slice(place, 1))
