@@ -299,9 +299,7 @@ def _read_parquet(path: Path) -> _Items:
                     number += 1
                     where = f"{path}:{number}"
                     if isinstance(row, Exception):
-                        error = FeedbackFormatError(
-                            f"{where}: has a value that cannot be read ({row}); write it again."
-                        )
+                        told = f"{where}: has a value that cannot be read ({row}); mend or drop it."
                         yield where, Unreadable(FeedbackFormatError(told))
                     else:
                         yield where, row
