@@ -1,5 +1,7 @@
 import gzip
 import json
+import sys
+from types import ModuleType
 
 import datasets
 import pyarrow.parquet as pq
@@ -162,3 +164,33 @@ def test_rows_are_written_in_groups(tmp_path, monkeypatch):
 @pytest.mark.parametrize("command", [("check",), ("convert", "--output", "out")])
 def test_a_source_is_named_in_one_way(command, args, says):
     assert says in run("data", *command, *args)
+
+
+class Mentions:
+    """A score whose settings stand in the configuration."""
+
+    def __init__(self, word: str) -> None:
+        self.word = word
+
+    def __call__(self, prompt: str, answer: str) -> float:
+        return float(answer.count(self.word))
+
+
+def test_a_pool_with_scores_from_outside_the_package_is_converted(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "my_scores", module := ModuleType("my_scores"))
+    module.Mentions, module.negated = Mentions, lambda prompt, answer: -len(answer)
+    monkeypatch.setattr(Mentions, "__module__", "my_scores")
+    pool = write(tmp_path / "pool.jsonl", [{"prompt": f"q{i}", "responses": ["x", "xyz", "yy"]} for i in range(20)])
+    settings = {
+        "pool": str(pool),
+        "groups": [{"brief": 1}, {"y": 1}],
+        "scores": {"brief": "my_scores.negated", "y": {"class_path": "my_scores.Mentions", "init_args": {"word": "y"}}},
+        "num_users": 4, "votes_per_user": 8, "num_unseen_users": 0, "validation_votes_per_user": 3, "temperature": 1e-6,
+    }  # fmt: skip
+    source = json.dumps({"class_path": "PoolSource", "init_args": settings})
+    assert run("data", "convert", "--output", tmp_path, "--source", source) == 0
+    likes = {"brief": lambda text: -len(text), "y": lambda text: text.count("y")}
+    kept = {record.user_id: set(likes) for record in records(tmp_path / "train.parquet")}
+    for r in records(tmp_path / "train.parquet"):
+        kept[r.user_id] -= {name for name, like in likes.items() if like(r.chosen) < like(r.rejected)}
+    assert sorted(map(sorted, kept.values())) == [["brief"], ["brief"], ["y"], ["y"]]

@@ -157,7 +157,5 @@ def _scales(pool: Iterable[Mapping[str, Sequence[float]]], names: Sequence[str])
         raise ConfigurationError("pool: no prompt has two different answers; add answers to choose from.")
     for name, square in zip(names, squares, strict=True):
         if not square:
-            raise ConfigurationError(
-                f"groups: score {name!r} is the same for all answers to each prompt; leave it out."
-            )
+            raise ConfigurationError(f"groups: score {name!r} tells no two answers to a prompt apart; leave it out.")
     return tuple(math.sqrt(square / freedom) for square in squares)

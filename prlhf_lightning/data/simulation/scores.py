@@ -14,7 +14,7 @@ _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)")
 
 
 def characters(prompt: str, answer: str) -> float:
-    """Return the length in characters: users for and against it are those of arXiv:2402.05133, section 5 (TL;DR)."""
+    """Return the length in characters; users for and against it are those of arXiv:2402.05133 on TL;DR."""
     return float(len(answer))
 
 

@@ -83,9 +83,7 @@ class PoolSource(DataSource):
         label_noise: float = 0.0,
         seed: int = 0,
     ) -> None:
-        self._file = FileSource(pool)
         self.groups = [dict(group) for group in groups]
-        self.scores = dict(scores or {})
         self.shares = list(shares) if shares is not None else [1.0] * len(groups)
         self.spread = spread
         self.user_texts = None if user_texts is None else list(user_texts)
@@ -96,12 +94,16 @@ class PoolSource(DataSource):
         self.temperature, self.label_noise = temperature, label_noise
         self.seed = seed
         self._check()
+        self._settings = sorted(vars(self).items())
+        self.scores = dict(scores or {})
+        self._file = FileSource(pool)
 
     def _check(self) -> None:
         """Refuse settings that make no sense."""
+        cares = [any(group.values()) and all(map(math.isfinite, group.values())) for group in self.groups]
         lists = {"shares": self.shares, "user_texts": self.user_texts or self.shares}
         wrong = [
-            (not all(any(group.values()) for group in self.groups) or not self.groups, "groups", "one weight at least"),
+            (not cares or not all(cares), "groups", "at least one group, and each a weight that is not 0"),
             *((len(made) != len(self.groups), name, "as many as groups") for name, made in lists.items()),
             (min(self.shares, default=1) <= 0, "shares", "numbers above 0"),
             (not 0 <= self.spread < 1, "spread", "a number from 0 to below 1"),
@@ -140,8 +142,7 @@ class PoolSource(DataSource):
 
     def fingerprint(self, split: Split) -> str:
         """Return a hash of the settings and of what all answers scored, whatever the scores are made of."""
-        settings = {name: value for name, value in vars(self).items() if name in _SETTINGS}
-        digest = sha256(f"PoolSource v1 {split} {sorted(settings.items())}".encode())
+        digest = sha256(f"PoolSource v1 {split} {self._settings}".encode())
         for candidates in self._pool.candidates.values():
             digest.update(repr(candidates).encode())
         return digest.hexdigest()
@@ -247,15 +248,6 @@ class PoolSource(DataSource):
             voted += 1
         if voted < wanted:
             raise ConfigurationError(
-                f"PoolSource: {member.user_id} is to judge {wanted} pairs in {split}, but only {voted} pairs of answers "
-                "there differ in worth to them; add to the pool, or lower the numbers of votes (or zipf)."
+                f"PoolSource: {member.user_id} is to judge {wanted} pairs in {split}, but only {voted} pairs of "
+                "answers there differ in worth to them; add to the pool, or lower the numbers of votes (or zipf)."
             )
-
-
-_SETTINGS = frozenset(
-    {
-        "groups", "shares", "spread", "user_texts", "num_users", "votes_per_user", "zipf", "num_cold_users",
-        "votes_per_cold_user", "num_unseen_users", "validation_votes_per_user", "validation_fraction", "temperature",
-        "label_noise", "seed",
-    }
-)  # fmt: skip
