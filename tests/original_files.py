@@ -63,9 +63,8 @@ def comparisons(counts: dict[str, int], split: str = "train", start: int = 0) ->
     """So many comparisons of each worker, taking turns."""
     rows = []
     for turn in range(max(counts.values())):
-        rows += [comparison(start + len(rows), worker, split) for worker, count in counts.items() if turn < count]
-        for number, row in enumerate(rows):
-            row["info"]["id"] = f"t3_{start + number}"
+        for worker in (worker for worker, count in counts.items() if turn < count):
+            rows.append(comparison(start + len(rows), worker, split))
     return rows
 
 

@@ -20,9 +20,10 @@ MAY_IMPORT = {
     **{sibling: LEAVES for sibling in SIBLINGS | STORE},
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
+    "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks"},
+    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
@@ -47,6 +48,13 @@ def test_imports_go_one_way(path):
 
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, prlhf_lightning; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_writing_with_a_model_needs_no_lightning():
+    code = (
+        "import sys, prlhf_lightning.inference; print([m for m in ('lightning', 'torchmetrics') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

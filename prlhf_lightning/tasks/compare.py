@@ -43,7 +43,7 @@ def write(
     Args:
         module: A trained model.
         data: The data module that it was trained with, for its way of encoding prompts.
-        requests: User id and prompt of each answer wanted.
+        requests: User id, as the source has it, and prompt of each answer wanted.
         sampling: How to draw; the model's own settings by default.
     """
     was_training = module.training
@@ -51,7 +51,8 @@ def write(
     answers: list[str] = []
     for start in range(0, len(requests), _BATCH):
         users, prompts = zip(*requests[start : start + _BATCH], strict=True)
-        answers += module.generate(data.encode_prompts(prompts).to(module.device), users, sampling=sampling)
+        ids = [data.known_as(user) for user in users]
+        answers += module.generate(data.encode_prompts(prompts).to(module.device), ids, sampling=sampling)
     module.train(was_training)
     return answers
 
@@ -89,6 +90,11 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
         "    worst tenth of users": "val/seen/accuracy_worst_decile",
         "    same pairs, generic user": "val/seen/generic_accuracy",
         "pair accuracy, unseen users": "val/unseen/accuracy",
+        "AUC of thumbs, seen users": "val/seen/auc",
+        "    mean over such users": "val/seen/auc_user_mean",
+        "    worst tenth of such users": "val/seen/auc_worst_decile",
+        "    same thumbs, generic user": "val/seen/generic_auc",
+        "AUC of thumbs, unseen users": "val/unseen/auc",
         "well-formed answers": "well_formed",
         "true utility of answers": "utility",
     }
@@ -97,7 +103,9 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     for name, contender in contenders.items():
         values = {key: float(value) for key, value in contender.metrics.items()}
         # Without personalisation everyone is the generic user.
-        values.setdefault("val/seen/generic_accuracy", values.get("val/seen/accuracy", float("nan")))
+        for key in ("accuracy", "auc"):
+            if f"val/seen/{key}" in values:
+                values.setdefault(f"val/seen/generic_{key}", values[f"val/seen/{key}"])
         results[name] = values | (judge(contender, data, source) if source else {})
     table = Table(title="Validation", title_justify="left")
     table.add_column("")

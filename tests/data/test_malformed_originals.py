@@ -131,7 +131,7 @@ def read(source, splits):
 
 
 @pytest.mark.parametrize("case", CASES)
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_spoilt_row_is_refused_by_its_place_or_counted(case, data):
     make, row, total = CASES[case]

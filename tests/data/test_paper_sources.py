@@ -4,6 +4,8 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from original_files import (
     PROFILES,
@@ -11,7 +13,6 @@ from original_files import (
     comparisons,
     dialogue,
     respondent,
-    write_hub_card,
     write_jsonl,
     write_koala,
     write_prism,
@@ -71,6 +72,19 @@ def test_tldr_tastes_are_those_that_the_authors_drew(batches):
         assert (len(row["chosen"]) < len(row["rejected"])) == source.prefers_shorter[row["user_id"]]
 
 
+def test_tldr_of_workers_as_active_as_the_real_ones_has_the_authors_counts(tmp_path):
+    train = [5245, 2920, 2437, 2366, 2200, 2126, 1824, 1606, 1366, 1209]  # data/tldr_dataset.ipynb, cell 8
+    held_out = [1175, 643, 381, 604, 586, 360, 321, 263, 177, 411]
+    content = comparisons({f"w{i}": n for i, n in enumerate(train)})
+    content += comparisons({f"w{i}": n for i, n in enumerate(held_out)}, "valid2")
+    source = TLDRSource(write_jsonl(tmp_path / "batch.json", content), **PROTOCOL)
+    for split, longer, shorter in (("train", 16_607, 6_692), ("validation", 3_371, 1_550)):
+        assert Counter(len(row["chosen"]) > len(row["rejected"]) for row in rows(source, split)) == {
+            True: longer,
+            False: shorter,
+        }
+
+
 def test_tldr_of_summaries_of_one_length_prefers_the_first(tmp_path):
     even = comparison(0, "w0")
     for summary, text in zip(even["summaries"], (" one two", " two one"), strict=True):
@@ -103,12 +117,14 @@ def test_tldr_prompts_of_news_articles_have_no_subreddit(tmp_path):
 def test_tldr_loads_from_the_hub(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "hub"
-    write_jsonl(folder / "train.jsonl", comparisons(WORKERS))
-    write_jsonl(folder / "validation.jsonl", comparisons({"w0": 2, "new": 1}, "valid1", 900))
-    write_hub_card(folder, {"comparisons": {"train": "train.jsonl", "validation": "validation.jsonl"}})
+    held_out = comparisons({"w0": 2, "new": 1}, "valid1", 900)
+    for split, content in (("train", comparisons(WORKERS)), ("validation", held_out)):
+        path = folder / "comparisons" / split / "0000.parquet"  # as in the hub's conversion
+        path.parent.mkdir(parents=True)
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
     source = TLDRSource(hub=str(folder), **PROTOCOL)
     (where, first), *_ = source.rows("train")
-    assert where == f"{folder}[train]:1"
+    assert where == f"{folder}/comparisons/train/*[train]:1"
     assert first["user_id"] == "w0"
     assert len(rows(source)) == sum(20 - i for i in range(10))
     assert len(rows(source, "validation")) == 3
@@ -322,6 +338,13 @@ def test_a_malformed_survey_is_named_with_its_line_and_without_its_words(tmp_pat
     with pytest.raises(FeedbackFormatError, match=rf"survey\.jsonl:2: field '{column}' is a list") as error:
         rows(PRISMSource(folder))
     assert "SECRET" not in str(error.value)
+
+
+def test_a_person_who_stands_in_the_survey_twice_is_named(tmp_path):
+    folder = write_prism(tmp_path)
+    write_jsonl(folder / "survey.jsonl", [respondent("user0"), respondent("user0")])
+    with pytest.raises(FeedbackFormatError, match=r"survey\.jsonl:2: field 'user_id' stands in an earlier row too"):
+        rows(PRISMSource(folder))
 
 
 def test_a_malformed_soup_is_named_with_its_line(tmp_path):

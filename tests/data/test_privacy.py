@@ -68,6 +68,8 @@ def test_users_are_known_by_their_pseudonyms_alone(make, tmp_path, caplog):
     data.prepare_data()
     data.setup("fit")
     assert sorted(data.vocabulary.ids) == sorted(Pseudonyms(SALT.encode())(f"person-{i}") for i in range(4))
+    assert data.known_as("person-1") in data.vocabulary
+    assert make().known_as("person-1") == "person-1"
     batch = next(iter(data.train_dataloader()))
     assert set(batch.user_ids) <= set(data.vocabulary.ids)
     assert files_with(tmp_path / "cache", "person-") == files_with(tmp_path / "cache", SALT) == []

@@ -21,14 +21,14 @@ def soups(tmp_path):
 def test_what_a_protocol_leaves_out_is_described(soups):
     for data in (soups(), soups()):  # the second from the cache
         told = data.describe()
-        assert "6 train rows left out (equal completions); 24 train rows left out (repeated comparisons)" in told
+        assert "train: 6 left out (equal completions); train: 24 left out (repeated comparisons)" in told
 
 
 def test_a_protocol_that_leaves_nothing_says_why(tmp_path):
     rating = {"user_id": "ann", "prompt": "p", "rating": 1}
     path = write_jsonl(tmp_path / "a.jsonl", [rating | {"completion": text} for text in "ab"])
     data = PreferenceDataModule(RatingSource(FileSource(path)), byte_tokenizer(), cache_dir=tmp_path / "cache")
-    with pytest.raises(FeedbackFormatError, match=r"no usable rows.* Before that, 1 were left out \(equal scores\)"):
+    with pytest.raises(FeedbackFormatError, match=r"no usable rows.* Before that: 1 left out \(equal scores\)"):
         data.prepare_data()
 
 

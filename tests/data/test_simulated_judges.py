@@ -140,7 +140,8 @@ def test_hh_counts_what_is_left_out(tmp_path):
     folder = write_hh(tmp_path)
     good, other = transcripts(0), transcripts(1)
     empty = {**good, "rejected": good["rejected"].rpartition("Assistant:")[0] + "Assistant: "}
-    bad = [good | {"rejected": other["rejected"]}, good | {"rejected": good["chosen"]}, empty]
+    asking = good | {"rejected": good["rejected"] + "\n\nHuman: And?"}
+    bad = [good | {"rejected": other["rejected"]}, good | {"rejected": good["chosen"]}, empty, asking]
     write_jsonl(folder / "helpful-base" / "train.jsonl.gz", [good, *bad])
     source = HHRLHFSource(folder, users={"helpful": ["helpful-base"]})
     assert len(rows(source)) == 1
@@ -148,6 +149,7 @@ def test_hh_counts_what_is_left_out(tmp_path):
         ("left out (the dialogues differ before the last reply)", 1),
         ("left out (equal replies)", 1),
         ("left out (empty reply)", 1),
+        ("left out (no reply at the end)", 1),
     }
 
 

@@ -19,7 +19,8 @@ class DataSource(ABC):
 
     A source only finds and reads rows: validating, tokenising, caching, splitting and grouping by user are done by
     `PreferenceDataModule`, the same for every source. Rows are mappings with the fields `user_id`, `prompt`, `chosen`,
-    `rejected` and, optionally, `user_text`, or other names that `columns` maps to these.
+    `rejected` (thumbs: `completion` and `label`) and, optionally, `user_text`, or other names that `columns` maps to
+    these.
 
     Attributes:
         columns: Field name to the column that holds it, for the fields whose column is named otherwise, such as
@@ -59,10 +60,10 @@ class DataSource(ABC):
         """
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return how many rows of a split met with what on the way, as of the last full pass of `rows`.
+        """Return how much of a split met with what on the way, as of the last full pass of `rows`.
 
         A source that leaves rows out by a protocol says so here, as in `{"left out (equal summaries)": 12}`, and the
-        data module's description repeats it. Rows that are given on need no count.
+        data module's description repeats it: "train: 12 left out (equal summaries)".
         """
         return {}
 
@@ -72,3 +73,17 @@ class DataSource(ABC):
         Without any, which is the default, the prompts of the test or the validation split are answered.
         """
         yield from ()
+
+
+def read(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield a source's rows; what goes wrong in reading them is told apart from what does in writing a cache.
+
+    Raises:
+        FeedbackFormatError: The rows cannot be reached.
+    """
+    try:
+        yield from source.rows(split)
+    except OSError as error:
+        raise FeedbackFormatError(
+            f"The {split} split of {type(source).__name__} cannot be read ({error}); check that it can be reached."
+        ) from error

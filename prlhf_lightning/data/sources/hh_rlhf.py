@@ -15,7 +15,7 @@ from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out, 
 from prlhf_lightning.errors import ConfigurationError
 
 _SCHEMA = Schema("a row of HH-RLHF")
-_LAST = "\n\nAssistant:"
+_HUMAN, _LAST = "\n\nHuman:", "\n\nAssistant:"
 _SPEAKER = re.compile(r"\n\n(Human|Assistant):")
 _ROLES = {"Human": "user", "Assistant": "assistant"}
 USERS = {"helpful": ["helpful-base"], "harmless": ["harmless-base"]}
@@ -30,7 +30,7 @@ class HHRLHFSource(DerivedSource):
     or a local copy of its folders with `train.jsonl.gz` and `test.jsonl.gz` (or unpacked), whose rows are two
     transcripts, `chosen` and `rejected`, of turns that begin with "\n\nHuman:" and "\n\nAssistant:" (its card). The
     test files are the validation split. Transcripts that differ before the last reply, or end in equal or empty
-    replies, are left out.
+    replies or in none, are left out.
 
     Args:
         folder: The local copy; without it the data set is loaded from the hub.
@@ -74,7 +74,9 @@ class HHRLHFSource(DerivedSource):
         for user, part in self._of_user[split]:
             for where, row in part.rows():
                 (prompt, chosen), (other, rejected) = (_dialogue(row, where, name) for name in ("chosen", "rejected"))
-                if prompt != other:
+                if _HUMAN in chosen or _HUMAN in rejected:
+                    counts[left_out("no reply at the end")] += 1
+                elif prompt != other:
                     counts[left_out("the dialogues differ before the last reply")] += 1
                 elif not chosen.strip() or not rejected.strip():
                     counts[left_out("empty reply")] += 1
@@ -110,6 +112,6 @@ def _dialogue(row: Mapping[str, Any], where: str, name: str) -> tuple[str, str]:
     """Return a transcript up to where the last reply begins, and the reply."""
     text = _SCHEMA.get(row, where, name, kind=str)
     head, cue, reply = text.rpartition(_LAST)
-    if not cue or not text.startswith("\n\nHuman:"):
+    if not cue or not text.startswith(_HUMAN):
         _SCHEMA.fail(where, (name,), r"is no transcript from '\n\nHuman:' to a reply after '\n\nAssistant:'")
     return head + cue, reply

@@ -118,21 +118,16 @@ class PRISMSource(DerivedSource):
     def pairs(self, split: Split, counts: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the pairs of a split's dialogues, in the order of the file."""
         texts, (train, dropped) = self._user_texts, self._division
+        row: dict[str, Any]
         if split == "train" and dropped:
             counts["dialogues left out (no usable turn)"] += len(dropped)
         for dialogue in self._dialogues():
             if dialogue.dialogue_id not in dropped and (dialogue.dialogue_id in train) == (split == "train"):
                 for prompt, chosen, rejected in self._judgements(dialogue, counts):
-                    yield (
-                        dialogue.where,
-                        {
-                            "user_id": dialogue.user_id,
-                            "prompt": prompt,
-                            "chosen": [{"role": "assistant", "content": chosen}],
-                            "rejected": [{"role": "assistant", "content": rejected}],
-                            "user_text": texts[dialogue.user_id],
-                        },
-                    )
+                    row = {"user_id": dialogue.user_id, "user_text": texts[dialogue.user_id], "prompt": prompt}
+                    for name, reply in (("chosen", chosen), ("rejected", rejected)):
+                        row[name] = [{"role": "assistant", "content": reply}]
+                    yield dialogue.where, row
 
     def _judgements(self, dialogue: _Dialogue, counts: Counter[str]) -> Iterator[tuple[list[Message], str, str]]:
         history: list[Message] = []
@@ -189,11 +184,14 @@ class PRISMSource(DerivedSource):
     @cached_property
     def _user_texts(self) -> dict[str, str | None]:
         """The text about each user who completed a dialogue, in the order of the survey."""
-        return {
-            _SURVEY.get(row, where, "user_id", kind=str): self._user_text(row, where)
-            for where, row in self._survey.rows()
-            if _SURVEY.get(row, where, "num_completed_conversations", kind=int) != 0
-        }
+        texts: dict[str, str | None] = {}
+        for where, row in self._survey.rows():
+            user_id = _SURVEY.get(row, where, "user_id", kind=str)
+            if user_id in texts:
+                _SURVEY.fail(where, ("user_id",), "stands in an earlier row too")
+            if _SURVEY.get(row, where, "num_completed_conversations", kind=int) != 0:
+                texts[user_id] = self._user_text(row, where)
+        return texts
 
     def _user_text(self, row: Mapping[str, Any], where: str) -> str | None:
         if self.user_text_template is None:

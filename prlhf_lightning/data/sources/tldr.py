@@ -49,7 +49,8 @@ class TLDRSource(DerivedSource):
     Args:
         files: The original files; without them the data set is loaded from the hub.
         hub: Its name there, or a local copy that `datasets` loads.
-        revision: Branch, tag or commit on the hub.
+        revision: Branch, tag or commit on the hub. On its main branch the data set is a script, which `datasets` no
+            longer runs, so the default is the hub's own conversion to Parquet (`comparisons/{train,validation}/*`).
         policies: `supervised` keeps comparisons of summaries both of which a supervised policy wrote: its name has
             "sup" in it, but neither "ppo" nor "cnn".
         most_active: Train on the comparisons of so many workers alone, those with most of them in the train split.
@@ -69,7 +70,7 @@ class TLDRSource(DerivedSource):
         self,
         files: Paths | None = None,
         hub: str = "openai/summarize_from_feedback",
-        revision: str | None = None,
+        revision: str | None = "refs/convert/parquet",
         policies: Policies = "all",
         most_active: int | None = None,
         taste: Taste = "own",
@@ -89,7 +90,8 @@ class TLDRSource(DerivedSource):
         check_template("article_format", article_format, ("title", "article"))
         self._is_split_by_field = files is not None
         train, validation = (
-            original(files, hub, split, name="comparisons", revision=revision) for split in ("train", "validation")
+            original(files, hub, split, revision=revision, data_files=f"comparisons/{split}/*")
+            for split in ("train", "validation")
         )
         super().__init__(
             {"train": [train], "validation": [validation]},
