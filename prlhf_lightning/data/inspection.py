@@ -23,6 +23,7 @@ from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, pars
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, TokenizedRecord
 from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.types import Feedback
 
 _BATCH = 1000  # rows tokenised together
 _UNLIMITED = 1 << 60
@@ -100,7 +101,7 @@ class Inspector:
 
     Attributes:
         source: Where the rows come from.
-        require_rejected: Whether every row must have a rejected completion.
+        feedback: What rows are: pairs, thumbs or demonstrations (see `parse_record`).
         ties: Whether rows with equal completions are errors, or left out.
         min_votes: Users with fewer training rows are told.
         examples: How many problems of each kind are kept.
@@ -109,7 +110,7 @@ class Inspector:
     """
 
     source: DataSource
-    require_rejected: bool = True
+    feedback: Feedback = "pairs"
     ties: Ties = "error"
     min_votes: int = 5
     examples: int = 5
@@ -154,7 +155,7 @@ class Inspector:
                 continue
             counts.rows += 1
             try:
-                record = parse_record(row, where, self._columns, self.require_rejected)
+                record = parse_record(row, where, self._columns, self.feedback)
             except TieError as error:
                 self._tie(Problem.of(split, where, error), counts)
             except PRLHFError as error:
@@ -187,17 +188,21 @@ class Inspector:
     def _fits(self, item: _Item, ids: TokenizedRecord, split: Split, counts: SplitCounts) -> bool:
         settings = self.settings
         over = False
-        for name, part in ids._asdict().items():
+        for name, named, part in zip(ids._fields, ("user_text", "prompt", *item.record.fields), ids, strict=True):
             setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
             limit = getattr(settings, setting)
             if len(part) > limit:
                 over = True
                 done = {"truncate": "cut", "drop": "left out", "error": "refused"}[settings.overlong]
                 problem = Problem.at(
-                    split, item.where, f"has {len(part)} tokens, limit {limit}", f"raise {setting}, or shorten it", name
+                    split,
+                    item.where,
+                    f"has {len(part)} tokens, limit {limit}",
+                    f"raise {setting}, or shorten it",
+                    named,
                 )
                 severity: Severity = "error" if settings.overlong == "error" else "warning"
-                self._problems.add(severity, problem, f"{name}: over {setting}={limit}, {done}")
+                self._problems.add(severity, problem, f"{named}: over {setting}={limit}, {done}")
         if over and settings.overlong == "error":
             counts.rejected += 1
             return False

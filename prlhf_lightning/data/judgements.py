@@ -1,4 +1,4 @@
-"""Who judged which pair how, as hashes: 29 bytes a row, whatever the length of its texts.
+"""Who judged which pair how, as hashes: 33 bytes a row, whatever the length of its texts.
 
 Two texts in ten million share a 64-bit hash with a probability of three in a million.
 """

@@ -16,6 +16,7 @@ from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.tasks.data_source import the_source
+from prlhf_lightning.types import Feedback
 
 
 def check(
@@ -24,7 +25,7 @@ def check(
     test: Paths | None = None,
     columns: dict[str, str] | None = None,
     source: DataSource | None = None,
-    require_rejected: bool = True,
+    feedback: Feedback = "pairs",
     ties: Ties = "error",
     min_votes: int = 5,
     tokenizer: str | None = None,
@@ -48,7 +49,7 @@ def check(
         test: Test file or files.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`.
-        require_rejected: Whether every row must have a rejected completion; not so for SFTLoss.
+        feedback: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         ties: Whether rows with equal completions are an error, or dropped, as for `fit --data.ties`.
         min_votes: Users with fewer training rows are told.
         tokenizer: Path or hub name of a tokenizer to measure the rows with; without one lengths are not checked.
@@ -64,7 +65,7 @@ def check(
     limits = (max_prompt_length, max_completion_length, max_user_text_length)
     inspector = Inspector(
         the_source(train, validation, test, columns, source),
-        require_rejected,
+        feedback,
         ties,
         min_votes,
         examples,

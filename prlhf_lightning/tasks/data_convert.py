@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -22,6 +22,7 @@ from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.tasks.data_source import the_source
+from prlhf_lightning.types import Feedback
 
 _GROUP_ROWS, _GROUP_CHARACTERS = (
     10_000,
@@ -38,11 +39,13 @@ def convert(
     test: Paths | None = None,
     columns: dict[str, str] | None = None,
     source: DataSource | None = None,
-    require_rejected: bool = True,
+    feedback: Feedback = "pairs",
     on_error: Literal["stop", "report"] = "stop",
     overwrite: bool = False,
 ) -> None:
     """Write feedback as Parquet, one file a split, with the columns user_id, prompt, chosen, rejected and user_text.
+
+    Thumbs have completion and label instead of chosen and rejected.
 
     Every row is checked on the way. By default the first bad one stops the conversion and nothing is written. With
     `--on_error report` bad rows go to `<split>.rejected.jsonl`, each with the reason, and the others are converted;
@@ -55,7 +58,7 @@ def convert(
         test: Test file or files.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`.
-        require_rejected: Whether every row must have a rejected completion; not so for SFTLoss.
+        feedback: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         on_error: Whether the first bad row stops the conversion, or bad rows are reported.
         overwrite: Whether files of these names that are there already are replaced.
     """
@@ -65,7 +68,7 @@ def convert(
         for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
             if not overwrite and (output / name).exists():
                 raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
-    written = convert_source(chosen, output, require_rejected, on_error)
+    written = convert_source(chosen, output, feedback, on_error)
     for split, counts in written.items():
         print(counts.described(split, output))
     sys.exit(1 if any(counts.unread for counts in written.values()) else 0)
@@ -104,7 +107,7 @@ class Conversion:
 
 
 def convert_source(
-    source: DataSource, folder: Path, require_rejected: bool = True, on_error: Literal["stop", "report"] = "stop"
+    source: DataSource, folder: Path, feedback: Feedback = "pairs", on_error: Literal["stop", "report"] = "stop"
 ) -> dict[Split, Conversion]:
     """Write all splits of a source to a folder; see `convert`. A file appears when all are complete.
 
@@ -120,7 +123,7 @@ def convert_source(
             bad = None
             if on_error == "report":
                 bad = files.enter_context(checkpoint_files.replacing(folder / f"{split}.rejected.jsonl"))
-            done[split] = _converted(source, split, require_rejected, good, bad)
+            done[split] = _converted(source, split, feedback, good, bad)
     for split, counts in done.items():
         if not counts.rejected and not counts.unread:
             (folder / f"{split}.rejected.jsonl").unlink(missing_ok=True)  # empty, or of an earlier conversion
@@ -128,17 +131,17 @@ def convert_source(
 
 
 def _converted(
-    source: DataSource, split: Split, require_rejected: bool, good: BinaryIO, bad: BinaryIO | None
+    source: DataSource, split: Split, feedback: Feedback, good: BinaryIO, bad: BinaryIO | None
 ) -> Conversion:
     columns = Columns.from_mapping(source.columns)
-    known = {getattr(columns, name) for name in ("user_id", "prompt", "chosen", "rejected", "user_text")}
+    known = {getattr(columns, name) for name in _columns(feedback)}
     counts = Conversion()
-    with closing(_Writer(good)) as writer:
+    with _Writer(good, feedback) as writer:
         for where, row in counted(source.scan(split), f"Converting the {split} split"):
             try:
                 if isinstance(row, Unreadable):
                     raise row.error
-                writer.add(parse_record(row, where, columns, require_rejected), where)
+                writer.add(parse_record(row, where, columns, feedback), where)
             except FeedbackFormatError as error:
                 if bad is None:
                     raise
@@ -165,8 +168,9 @@ class _Writer:
     A Parquet column has one type, so a file has texts or conversations, as its first record has.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, file: BinaryIO, feedback: Feedback) -> None:
         self._file = file
+        self._columns = _columns(feedback)
         self._parquet: pq.ParquetWriter | None = None
         self._group: list[FeedbackRecord] = []
         self._characters = 0
@@ -176,10 +180,10 @@ class _Writer:
     def add(self, record: FeedbackRecord, where: str) -> None:
         is_text = isinstance(record.prompt, str)
         if self._parquet is None:
-            text = pa.string() if is_text else _MESSAGES
-            types = {"user_id": pa.string(), "prompt": text, "chosen": text, "rejected": text, "user_text": pa.string()}
             self._first = (where, is_text)
-            self._schema = pa.schema(types)
+            others = {"user_id": pa.string(), "label": pa.bool_(), "user_text": pa.string()}
+            text = pa.string() if is_text else _MESSAGES
+            self._schema = pa.schema({name: others.get(name, text) for name in self._columns})
             self._parquet = pq.ParquetWriter(self._file, self._schema, compression="zstd")
         elif is_text != self._first[1]:
             kinds = ("a text", "a conversation")
@@ -192,21 +196,43 @@ class _Writer:
         self.written += 1
         self._characters += sum(map(_length, (record.prompt, record.chosen, record.rejected, record.user_text)))
         if len(self._group) >= _GROUP_ROWS or self._characters >= _GROUP_CHARACTERS:
-            self._flush()
+            self._flush(self._parquet)
 
-    def close(self) -> None:
-        if self._parquet is not None:
-            self._flush()
-            self._parquet.close()
+    def __enter__(self) -> _Writer:
+        return self
 
-    def _flush(self) -> None:
-        if self._parquet is not None and self._group:
-            schema = self._parquet.schema
-            arrays = [
-                pa.array([getattr(r, name) for r in self._group], schema.field(name).type) for name in schema.names
-            ]
-            self._parquet.write_batch(pa.record_batch(arrays, schema=schema))
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self._parquet is None:
+            return
+        try:
+            if kind is None:
+                self._flush(self._parquet)
+                self._parquet.close()
+        finally:
+            self._parquet.is_open = False  # or it would try, when it is forgotten, to end a file that is given up
+
+    def _flush(self, parquet: pq.ParquetWriter) -> None:
+        if self._group:
+            columns = zip(*map(_values, self._group), strict=True)
+            arrays = [pa.array(values, column.type) for values, column in zip(columns, self._schema, strict=True)]
+            parquet.write_batch(pa.record_batch(arrays, schema=self._schema))
         self._group, self._characters = [], 0
+
+
+def _columns(feedback: Feedback) -> tuple[str, ...]:
+    return (
+        "user_id",
+        "prompt",
+        *(("completion", "label") if feedback == "thumbs" else ("chosen", "rejected")),
+        "user_text",
+    )
+
+
+def _values(record: FeedbackRecord) -> tuple[Any, ...]:
+    """Return the values of a record in the order of `_columns`."""
+    up = record.chosen is not None
+    judged = (record.chosen if up else record.rejected, up) if record.thumb else (record.chosen, record.rejected)
+    return (record.user_id, record.prompt, *judged, record.user_text)
 
 
 def _length(text: Text | None) -> int:

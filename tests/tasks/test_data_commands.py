@@ -1,3 +1,4 @@
+import errno
 import gzip
 import json
 import sys
@@ -104,6 +105,18 @@ def test_conversations_become_lists_of_messages_with_the_prompt_apart(tmp_path):
     assert pq.read_table(tmp_path / "train.parquet").to_pylist()[0]["prompt"] == said
 
 
+def test_thumbs_keep_their_columns(tmp_path, capsys):
+    thumbs = [{"user_id": "ann", "prompt": "p", "completion": "yes", "label": up} for up in (True, False, "maybe")]
+    votes = write(tmp_path / "votes.jsonl", thumbs)
+    args = ("--feedback", "thumbs", "--train", votes)
+    assert run("data", "check", *args) == 1
+    shown = capsys.readouterr().out
+    assert "label: is '…', of type str (1)" in shown
+    assert "contradictory judgements in train (1)" in shown
+    assert run("data", "convert", "--output", tmp_path, *args, "--on_error", "report") == 0
+    assert pq.read_table(tmp_path / "train.parquet").to_pylist() == [{**t, "user_text": None} for t in thumbs[:2]]
+
+
 def test_texts_and_conversations_do_not_go_into_one_file(tmp_path, capsys):
     messages = {n: [{"role": "assistant", "content": n}] for n in ("chosen", "rejected")}
     votes = write(tmp_path / "votes.jsonl", [row(1), row(2, prompt=[{"role": "user", "content": "hi"}], **messages)])
@@ -121,6 +134,18 @@ def test_convert_stops_at_the_first_error_and_leaves_what_was_there(tmp_path):
     assert f"{votes}:2: field 'chosen' is empty" in run(*again, "--overwrite", "true")
     assert (tmp_path / "out" / "train.parquet").read_bytes() == before
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train.parquet"]
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, recwarn):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data_convert, "_GROUP_ROWS", 2)
+    monkeypatch.setattr(data_convert.pq.ParquetWriter, "write_batch", full)
+    votes = write(tmp_path / "votes.jsonl", [row(i) for i in range(5)])
+    said = run("data", "convert", "--output", tmp_path / "out", "--train", votes)
+    assert "train.parquet could not be written: No space left on device" in said
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_rejected_rows_stand_beside_with_the_reason_until_there_are_none(tmp_path, capsys):

@@ -43,13 +43,9 @@ class DataSource(ABC):
     def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
         """Yield what `rows` does, but an `Unreadable` in the place of each error; override it to go on after one."""
         try:
-            yield from self.rows(split)
+            yield from read(self, split)
         except FeedbackFormatError as error:
             yield str(error).partition(": ")[0], Unreadable(error, rest=True)
-        except OSError as error:
-            where = f"{type(self).__name__}[{split}]"
-            told = FeedbackFormatError(f"{where}: cannot be read ({error}); check that it can be reached.")
-            yield where, Unreadable(told, rest=True)
 
     @abstractmethod
     def fingerprint(self, split: Split) -> str:
