@@ -35,9 +35,10 @@ class SplitCounts:
     """What became of the rows of a split.
 
     Attributes:
-        rows: Rows that were read, broken ones included: `accepted + ties + rejected`.
+        rows: Rows that were read, broken ones included: `accepted + ties + too_long + rejected`.
         accepted: Rows that can be trained on.
         ties: Rows whose completions are equal, as they stand or once tokenised and cut.
+        too_long: Rows over a limit, where such rows are dropped.
         rejected: Rows with errors.
         users: Users of the accepted rows.
         prompts: Different prompts of the accepted rows.
@@ -48,6 +49,7 @@ class SplitCounts:
     rows: int = 0
     accepted: int = 0
     ties: int = 0
+    too_long: int = 0
     rejected: int = 0
     users: int = 0
     prompts: int = 0
@@ -194,17 +196,13 @@ class Inspector:
             if len(part) > limit:
                 over = True
                 done = {"truncate": "cut", "drop": "left out", "error": "refused"}[settings.overlong]
-                problem = Problem.at(
-                    split,
-                    item.where,
-                    f"has {len(part)} tokens, limit {limit}",
-                    f"raise {setting}, or shorten it",
-                    named,
-                )
+                what = f"has {len(part)} tokens, limit {limit}"
+                problem = Problem.at(split, item.where, what, f"raise {setting}, or shorten it", named)
                 severity: Severity = "error" if settings.overlong == "error" else "warning"
                 self._problems.add(severity, problem, f"{named}: over {setting}={limit}, {done}")
-        if over and settings.overlong == "error":
-            counts.rejected += 1
+        if over and settings.overlong != "truncate":
+            counts.rejected += settings.overlong == "error"
+            counts.too_long += settings.overlong == "drop"
             return False
         most = settings.max_completion_length
         if len(ids.rejected) and np.array_equal(ids.chosen[:most], ids.rejected[:most]):
@@ -247,13 +245,14 @@ class Inspector:
         places = {(split, n): where for split, wanted in numbers.items() for n, where in self._places(split, wanted)}
         for kind, split, pairs, partner_split, problem, fix in findings:
             for row, partner in zip(pairs.rows.tolist(), pairs.partners.tolist(), strict=True):
-                there = problem.format(places[partner_split, partner])
-                self._problems.add("warning", Problem.at(split, places[split, row], there, fix), kind)
+                here, there = (places.get(key, "(gone since)") for key in ((split, row), (partner_split, partner)))
+                self._problems.add("warning", Problem.at(split, here, problem.format(there), fix), kind)
             self._problems.add_unseen("warning", kind, pairs.count - len(pairs.rows))
 
     def _places(self, split: Split, numbers: set[int]) -> Iterator[tuple[int, str]]:
         if numbers:
-            for number, (where, _) in enumerate(islice(self.source.scan(split), max(numbers) + 1)):
+            again = counted(islice(self.source.scan(split), max(numbers) + 1), f"Looking up rows of the {split} split")
+            for number, (where, _) in enumerate(again):
                 if number in numbers:
                     yield number, where
 
@@ -278,15 +277,10 @@ class Inspector:
 
 
 def _tokenized(tokenize: FeedbackTokenizer, batch: list[_Item]) -> list[TokenizedRecord | PRLHFError]:
-    """Tokenise rows together, and one by one where one of them cannot be."""
+    """Tokenise rows together, and in ever smaller parts where one of them cannot be."""
     try:
-        return _all_tokenized(tokenize, batch)
+        rows = tokenize([item.record for item in batch], [item.where for item in batch])
+        return [row for row in rows if row is not None]  # none is: no row is over an unlimited length
     except PRLHFError as error:
-        if len(batch) == 1:
-            return [error]
-        return [ids for item in batch for ids in _tokenized(tokenize, [item])]
-
-
-def _all_tokenized(tokenize: FeedbackTokenizer, batch: list[_Item]) -> list[TokenizedRecord | PRLHFError]:
-    ids = tokenize([item.record for item in batch], [item.where for item in batch])
-    return [row for row in ids if row is not None]  # none is left out: no row is over an unlimited length
+        half = len(batch) // 2
+        return _tokenized(tokenize, batch[:half]) + _tokenized(tokenize, batch[half:]) if half else [error]

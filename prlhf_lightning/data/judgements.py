@@ -107,8 +107,8 @@ class Judgements:
         return _array(self._judged) ^ (_array(self._sides).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
     def _found(self, places: _Rows, partners: _Rows, most: int) -> Pairs:
-        rows = _array(self._rows).astype(np.int64)
-        return Pairs(len(places), rows[places[:most]], rows[partners[:most]])
+        rows = _array(self._rows)
+        return Pairs(len(places), *(rows[which[:most]].astype(np.int64) for which in (places, partners)))
 
 
 def _array(values: array[int]) -> _Keys:

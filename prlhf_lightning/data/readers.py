@@ -160,21 +160,54 @@ def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
     ) from None
 
 
+class _Decoder(json.JSONDecoder):
+    """Notes keys that stand twice in one object, of which JSON keeps the last without a word.
+
+    Attributes:
+        twins: Such keys of what was decoded since the list was last emptied.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(object_pairs_hook=self._object)
+        self.twins: list[str] = []
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twins += [name for name in row if names.count(name) > 1]
+        return row
+
+    def row(self, value: Any, where: str) -> Row:
+        """Return what was decoded, if it is a row."""
+        twins, self.twins = self.twins, []
+        if not isinstance(value, dict):
+            raise FeedbackFormatError(
+                f"{where}: is a JSON {type(value).__name__}; each row must be an object such as "
+                '{"user_id": ..., "prompt": ..., "chosen": ..., "rejected": ...}.'
+            )
+        if twins:
+            raise FeedbackFormatError(f"{where}: key {twins[0]!r} stands twice in one object; remove one of the two.")
+        return value
+
+
 def _read_jsonl(path: Path) -> _Items:
+    decoder = _Decoder()
     for number, raw in _pieces(path):
         where = f"{path}:{number}"
         try:
             line = _decoded(path, number, raw)
             if line.isspace() or not line:  # a file that is a byte order mark alone has an empty line
                 continue
-            yield where, _object(_parsed(path, number, line), where)
+            yield where, decoder.row(_parsed(decoder, path, number, line), where)
         except FeedbackFormatError as error:
+            decoder.twins.clear()
             yield where, Unreadable(error, raw.decode("utf-8", "backslashreplace"))
 
 
-def _parsed(path: Path, number: int, line: str) -> Any:
+def _parsed(decoder: _Decoder, path: Path, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return decoder.decode(line)
     except json.JSONDecodeError as error:
         raise FeedbackFormatError(
             f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
@@ -190,15 +223,6 @@ def _beyond_json(path: Path, line: int, error: Exception) -> NoReturn:
     raise FeedbackFormatError(f"{path}:{line}: the JSON {what}; mend the row or drop it.") from None
 
 
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise FeedbackFormatError(
-            f"{where}: is a JSON {type(row).__name__}; each row must be an object such as "
-            '{"user_id": ..., "prompt": ..., "chosen": ..., "rejected": ...}.'
-        )
-    return row
-
-
 def _read_json(path: Path) -> _Items:
     """Read an array of objects, or JSON Lines that go by the name .json, as many tools write them."""
     start = next((piece.lstrip() for piece in _chunks(path) if piece.strip()), "")
@@ -207,7 +231,7 @@ def _read_json(path: Path) -> _Items:
 
 def _read_array(path: Path) -> _Items:
     """Decode the objects of a JSON array one by one from a buffer that holds little more than one of them."""
-    decode = json.JSONDecoder().raw_decode
+    decoder = _Decoder()
     pieces = _chunks(path)
     buffer, position, line, opened = next(pieces, ""), 0, 1, False
     while True:
@@ -229,7 +253,8 @@ def _read_array(path: Path) -> _Items:
                 )
             return
         try:
-            row, end = decode(buffer, position)
+            decoder.twins.clear()  # of an object that was not whole
+            row, end = decoder.raw_decode(buffer, position)
         except json.JSONDecodeError as error:
             # An object that goes on in the next chunk fails at the buffer's end or as an open string: read on.
             unfinished = error.pos >= len(buffer) - 16 or error.msg.startswith("Unterminated string")
@@ -245,7 +270,7 @@ def _read_array(path: Path) -> _Items:
             _beyond_json(path, line, error)
         where = f"{path}:{line}"
         try:
-            yield where, _object(row, where)
+            yield where, decoder.row(row, where)
         except FeedbackFormatError as error:
             yield where, Unreadable(error, row)
         line += buffer.count("\n", position, end)

@@ -62,6 +62,9 @@ def check(
         examples: How many problems of each kind are shown and reported.
         json: File for the report, for programs to read.
     """
+    for name, value in (("examples", examples), ("min_votes", min_votes)):
+        if value < 0:
+            raise ConfigurationError(f"{name} is {value}; it must be at least 0.")
     limits = (max_prompt_length, max_completion_length, max_user_text_length)
     inspector = Inspector(
         the_source(train, validation, test, columns, source),
@@ -84,9 +87,11 @@ def described(report: Report) -> str:
     """Return a report as text."""
     lines = []
     for split, counts in report.splits.items():
+        parts = {"ties": counts.ties, "too long": counts.too_long, "rejected": counts.rejected}
+        rows = "".join(f" + {count:,} {what}" for what, count in parts.items() if count or what != "too long")
         lines.append(
-            f"{split}: {counts.rows:,} rows = {counts.accepted:,} accepted + {counts.ties:,} ties + "
-            f"{counts.rejected:,} rejected; {counts.users:,} users, {counts.prompts:,} prompts"
+            f"{split}: {counts.rows:,} rows = {counts.accepted:,} accepted{rows}; {counts.users:,} users, "
+            f"{counts.prompts:,} prompts"
         )
         lines += [f"  {count:,} {what}" for what, count in counts.left_out.items()]
         lines += [f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread]

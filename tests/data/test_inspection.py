@@ -138,6 +138,17 @@ def test_simulated_data_has_no_fault():
     assert set(kinds(Inspector(SimulatedSource(num_users=4, num_unseen_users=0))())) <= {"duplicate judgement in train"}
 
 
+def test_rows_that_cannot_be_tokenised_are_told_each_for_itself(tmp_path):
+    chat = {"prompt": [{"role": "user", "content": "w1"}]} | {
+        name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")
+    }
+    report = inspect(tmp_path, [row(i, **(chat if i in (2, 7) else {})) for i in range(9)], tokenizer=TOKENIZER)
+    (group,) = report.problems
+    assert "the tokenizer has no chat template" in group.examples[0].problem
+    assert [example.line for example in group.examples] == [3, 8]
+    assert report.splits["train"].accepted == 7
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(GOOD, min_size=1, max_size=8),
@@ -155,5 +166,6 @@ def test_with_a_tokenizer_rows_are_judged_as_training_judges_them(rows, limit, o
             return
     over = {group.kind.partition(":")[0]: group.count for group in report.problems if ": over " in group.kind}
     assert over == {name: excess.count for name, excess in built.excess.items()}
-    assert report.splits["train"].ties >= built.ties + built.token_ties
-    assert overlong == "drop" or report.splits["train"].ties == built.ties + built.token_ties
+    found = report.splits["train"]
+    assert (found.accepted, found.too_long) == (built.kept, built.too_long)
+    assert found.ties == built.ties + built.token_ties
