@@ -7,7 +7,6 @@ from pathlib import Path
 from hypothesis import given, settings
 from malformed import files
 
-from prlhf_lightning.data import PoolSource
 from prlhf_lightning.data.inspection import Inspector
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.sources.files import FileSource
@@ -58,18 +57,3 @@ def test_every_row_of_any_file_is_accepted_or_reported(file):
             assert counts.unread == found.unread
             assert len(written) == counts.written <= found.accepted
             assert records is None or len(written) < len(records) or written == records
-
-
-@settings(max_examples=100, deadline=None)
-@given(files())
-def test_any_file_as_a_pool_of_answers_is_refused_in_words_or_used_whole(file):
-    name, raw = file
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / name
-        path.write_bytes(raw)
-        columns = Inspector(FileSource(path))().splits["train"]
-        try:
-            rows = list(PoolSource(path, [{"characters": 1.0}], num_users=1, votes_per_user=1).rows("train"))
-        except PRLHFError:
-            return
-        assert len(rows) == 1 <= columns.rows

@@ -1,16 +1,21 @@
 import json
+import tempfile
 from collections import Counter
+from pathlib import Path
 from random import Random
 
 import pytest
-from feedback_helpers import write_jsonl
+from feedback_helpers import byte_tokenizer, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from malformed import TEXT, VALUES
 
-from prlhf_lightning.data import PoolSource
+from prlhf_lightning.data import PoolSource, PreferenceDataModule
 from prlhf_lightning.data.inspection import Inspector
 from prlhf_lightning.data.simulation import scores
 from prlhf_lightning.data.simulation.crowd import apportion, draw_votes
 from prlhf_lightning.data.simulation.pool import Candidates, pairs_in_random_order
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, PRLHFError
 
 LENGTH = [{"characters": 1.0}, {"characters": -1.0}]
 FEW = {"num_users": 6, "votes_per_user": 20, "num_unseen_users": 2, "validation_votes_per_user": 5}
@@ -193,3 +198,33 @@ def test_a_bad_row_of_the_pool_is_named(tmp_path, row, says):
 def test_settings_that_make_no_sense_are_refused(pool, settings, says):
     with pytest.raises((ConfigurationError, FeedbackFormatError), match=says):
         rows(PoolSource(**{"pool": pool, "groups": LENGTH, **settings}))
+
+
+def test_it_trains_as_any_source_does(pool):
+    data = PreferenceDataModule(PoolSource(pool, LENGTH, num_cold_users=2, **FEW), byte_tokenizer())
+    data.prepare_data()
+    data.setup("fit")
+    assert data.num_users == 1 + 6 + 2
+    assert data.eval_sets["validate"] == ("seen", "unseen")
+
+
+POOLS = st.lists(
+    st.fixed_dictionaries({"prompt": TEXT, "responses": st.lists(TEXT, min_size=2, max_size=4)})
+    | st.dictionaries(st.sampled_from(["prompt", "responses", "words"]), VALUES | TEXT | st.lists(TEXT | VALUES)),
+    min_size=2,
+    max_size=6,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(POOLS)
+def test_a_pool_of_any_rows_is_refused_in_words_or_votes_are_on_what_is_in_it(pool):
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_jsonl(Path(folder) / "pool.jsonl", pool)
+        source = PoolSource(path, [{"words": 1.0}], num_users=1, votes_per_user=1, validation_fraction=0.5)
+        try:
+            (vote,) = rows(source)
+        except PRLHFError:
+            return
+        asked = [row for row in pool if row["prompt"] == vote["prompt"]]
+        assert {vote["chosen"], vote["rejected"]} <= {answer for row in asked for answer in row["responses"]}
