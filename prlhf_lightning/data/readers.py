@@ -317,7 +317,7 @@ def _refuse_twins(path: Path, columns: list[str]) -> None:
 def _read_parquet(path: Path) -> _Items:
     number = 0
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             _refuse_twins(path, file.schema_arrow.names)
             for batch in file.iter_batches(batch_size=1024):
                 for row in _python_rows(batch):
@@ -328,6 +328,10 @@ def _read_parquet(path: Path) -> _Items:
                         yield where, Unreadable(FeedbackFormatError(told))
                     else:
                         yield where, row
+            if number != (told_of := file.metadata.num_rows):  # a damaged length reads as fewer rows
+                raise FeedbackFormatError(
+                    f"{path}: is damaged after row {number}: it should have {told_of} rows; write it again."
+                )
     except FeedbackFormatError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:

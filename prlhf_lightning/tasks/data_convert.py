@@ -184,7 +184,7 @@ class _Writer:
             others = {"user_id": pa.string(), "label": pa.bool_(), "user_text": pa.string()}
             text = pa.string() if is_text else _MESSAGES
             self._schema = pa.schema({name: others.get(name, text) for name in self._columns})
-            self._parquet = pq.ParquetWriter(self._file, self._schema, compression="zstd")
+            self._parquet = pq.ParquetWriter(self._file, self._schema, compression="zstd", write_page_checksum=True)
         elif is_text != self._first[1]:
             kinds = ("a text", "a conversation")
             here, there = kinds if is_text else reversed(kinds)

@@ -184,3 +184,11 @@ def test_a_scan_goes_on_where_the_format_allows_and_says_where_it_does_not(tmp_p
     assert all(isinstance(item, Unreadable) for item in items[1:-1])
     assert isinstance(items[-1], Unreadable) == (not goes_on)
     assert any(isinstance(item, Unreadable) and item.rest for item in items) == (not goes_on)
+
+
+def test_a_parquet_file_of_fewer_rows_than_it_says_is_refused(tmp_path, monkeypatch):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "votes.parquet")
+    whole = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **_: (b.slice(0, 2) for b in whole(self)))
+    with pytest.raises(FeedbackFormatError, match="is damaged after row 2: it should have 3 rows"):
+        list(read_rows(tmp_path / "votes.parquet"))

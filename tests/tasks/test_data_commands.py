@@ -11,6 +11,7 @@ import pytest
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.errors import FeedbackFormatError
 from prlhf_lightning.tasks import data_convert
 
 
@@ -94,6 +95,22 @@ def test_convert_keeps_every_record_for_this_package_and_for_datasets(tmp_path, 
     assert loaded.column_names == ["user_id", "prompt", "chosen", "rejected", "user_text"]
     assert loaded["prompt"] == [f"p{i}" for i in range(5)]
     assert pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_no_changed_byte_of_a_converted_file_changes_a_record_unnoticed(tmp_path):
+    votes = write(tmp_path / "votes.jsonl", [row(i) for i in range(50)])
+    assert run("data", "convert", "--output", tmp_path, "--train", votes) == 0
+    path = tmp_path / "train.parquet"
+    whole, expected = path.read_bytes(), records(path)
+    column = pq.ParquetFile(path).metadata.row_group(0).column(1)
+    caught = 0
+    for place in range(column.total_compressed_size):
+        path.write_bytes(b"".join((whole[: 4 + place], bytes([whole[4 + place] ^ 1]), whole[5 + place :])))
+        try:
+            assert records(path) == expected
+        except FeedbackFormatError:
+            caught += 1
+    assert caught > 30
 
 
 def test_conversations_become_lists_of_messages_with_the_prompt_apart(tmp_path):
