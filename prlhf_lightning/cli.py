@@ -38,18 +38,23 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.tasks import users
+from prlhf_lightning.tasks.adapt import adapt
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.data_check import check
 from prlhf_lightning.tasks.data_convert import convert
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
+from prlhf_lightning.tasks.serve import api_key, serve
 from prlhf_lightning.user_models import UserModel
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
 TASKS: dict[str, Any] = {
+    "adapt": adapt,
     "export": export,
     "generate": generate,
+    "serve": serve,
+    "api-key": api_key,
     "users": {
         "_help": "List, show, add, remove or export the users of a checkpoint.",
         "list": users.list_users,

@@ -14,16 +14,20 @@ import prlhf_lightning
 PACKAGE = Path(prlhf_lightning.__file__).parent
 LEAVES = {"types", "errors", "paths"}
 STORE = {"reference_cache", "checkpoint_files"}
+FEEDBACK = {"feedback_log"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
-    **{sibling: LEAVES for sibling in SIBLINGS | STORE},
+    **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
+    "data": LEAVES | FEEDBACK,
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
     "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference"},
+    "adaptation": LEAVES | SIBLINGS | {"modules"},
+    "serving": LEAVES | FEEDBACK | {"inference"},
+    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }

@@ -9,6 +9,7 @@ from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.derived import DerivedSource
+from prlhf_lightning.data.sources.feedback_log import FeedbackLogSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.sources.hh_rlhf import HHRLHFSource
 from prlhf_lightning.data.sources.hub import HubSource
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DataSource",
     "DerivedSource",
+    "FeedbackLogSource",
     "FeedbackRecord",
     "FileSource",
     "HHRLHFSource",

@@ -103,7 +103,20 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
             return PersonalizedWriter.from_folder(path, device)
         except ConfigurationError as error:
             raise ConfigurationError(f"{option}: {error}") from error
-    module = load_module(path, option).to(device)
+    return writer_of(load_module(path, option).to(device), path, option)
+
+
+def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> PersonalizedWriter:
+    """Return a writer with the model of a checkpoint, which it shares.
+
+    Args:
+        module: The model.
+        path: The checkpoint that it was loaded from.
+        option: What the user called the path, for messages.
+
+    Raises:
+        ConfigurationError: Its policy is no Hugging Face model.
+    """
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(
@@ -112,3 +125,14 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
     tokenization = tokenization_of(read_checkpoint(path, option))
     name = policy.name.rpartition("/")[2].removeprefix("builtin:")
     return PersonalizedWriter(policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, tokenization)
+
+
+def pick_device(device: str) -> str:
+    """Return a device that can be used; `auto` is a GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ConfigurationError(f"device: {device!r} can't be used here: {error}") from error
+    return device

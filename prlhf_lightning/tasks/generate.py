@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.columns import Columns
 from rich.console import Console
 from rich.panel import Panel
@@ -20,7 +19,7 @@ from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
-from prlhf_lightning.tasks.checkpoints import open_writer
+from prlhf_lightning.tasks.checkpoints import open_writer, pick_device
 
 _LISTED = 5
 _NARROWEST = 30  # columns of a panel
@@ -103,7 +102,7 @@ def generate(
     if hash_user_ids_with is not None:
         pseudonym = Pseudonyms.load(hash_user_ids_with)
         requests = [one.renamed(pseudonym) for one in requests]
-    writer = open_writer(model, "model", _device(device))
+    writer = open_writer(model, "model", pick_device(device))
     _report_unknown(writer, requests)
     console = Console()
     if output is not None:
@@ -183,16 +182,6 @@ def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) ->
         sys.stderr.write(
             f"Not known to this model, and so written for as the generic user: {', '.join(unknown[:_LISTED])}{more}\n"
         )
-
-
-def _device(device: str) -> str:
-    if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
-        raise ConfigurationError(f"device: {device!r} can't be used here: {error}") from error
-    return device
 
 
 def _show(console: Console, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
