@@ -12,6 +12,7 @@ import gzip
 import itertools
 import json
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,8 +175,7 @@ class _Decoder(json.JSONDecoder):
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
         if len(row) < len(pairs):
-            names = [name for name, _ in pairs]
-            self.twins += [name for name in row if names.count(name) > 1]
+            self.twins += [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
         return row
 
     def row(self, value: Any, where: str) -> Row:

@@ -136,6 +136,7 @@ def _converted(
     columns = Columns.from_mapping(source.columns)
     known = {getattr(columns, name) for name in _columns(feedback)}
     counts = Conversion()
+    first: FeedbackFormatError | None = None
     with _Writer(good, feedback) as writer:
         for where, row in counted(source.scan(split), f"Converting the {split} split"):
             try:
@@ -145,6 +146,7 @@ def _converted(
             except FeedbackFormatError as error:
                 if bad is None:
                     raise
+                first = first or error
                 problem = Problem.of(split, where, error)
                 bad.write(_rejection(problem, row))
                 if isinstance(row, Unreadable) and row.rest:
@@ -157,7 +159,8 @@ def _converted(
     counts.written, counts.left_out = writer.written, source.counts(split)
     if not counts.written:
         raise FeedbackFormatError(
-            f"The {split} split has no good row: {counts.rejected:,} were read and all rejected; see `data check`."
+            f"The {split} split has no good row, so there is nothing to write ({counts.rejected:,} were read and "
+            f"rejected). The first error: {first or 'the source has no rows'}"
         )
     return counts
 

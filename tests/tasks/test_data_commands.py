@@ -178,6 +178,15 @@ def test_rejected_rows_stand_beside_with_the_reason_until_there_are_none(tmp_pat
     assert not (tmp_path / "train.rejected.jsonl").exists()
 
 
+def test_where_no_row_is_good_the_first_reason_is_told_and_nothing_written(tmp_path):
+    votes = write(tmp_path / "votes.jsonl", [row(1, chosen=""), "{"])
+    for path, reason in ((votes, "votes.jsonl:1: field 'chosen' is empty"), (tmp_path / "none.csv", "no such file")):
+        said = run("data", "convert", "--output", tmp_path / "out", "--train", path, "--on_error", "report")
+        assert "no good row" in said
+        assert reason in said
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_columns_that_are_not_converted_are_named(tmp_path, capsys):
     votes = write(tmp_path / "votes.jsonl", [{**row(1), "worker": "bob", "stars": 5}])
     args = ("--output", tmp_path, "--train", votes, "--columns", "{user_id: worker}")
