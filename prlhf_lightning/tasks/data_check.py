@@ -6,8 +6,6 @@ import sys
 from json import dumps
 from pathlib import Path
 
-from transformers import AutoTokenizer
-
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.cache import Ties
 from prlhf_lightning.data.inspection import Inspector, Report
@@ -15,6 +13,7 @@ from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.types import Feedback
 
@@ -52,7 +51,8 @@ def check(
         feedback: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         ties: Whether rows with equal completions are an error, or dropped, as for `fit --data.ties`.
         min_votes: Users with fewer training rows are told.
-        tokenizer: Path or hub name of a tokenizer to measure the rows with; without one lengths are not checked.
+        tokenizer: Model whose tokenizer measures the rows, as for `fit --model.policy.model`; without one, lengths are
+            not checked.
         max_prompt_length: Most tokens of a prompt, as for `fit --data.max_prompt_length`; so are the next.
         max_completion_length: Most tokens of a completion.
         max_user_text_length: Most tokens of the text about a user.
@@ -72,7 +72,7 @@ def check(
         ties,
         min_votes,
         examples,
-        None if tokenizer is None else _loaded(tokenizer),
+        None if tokenizer is None else CausalLMPolicy(tokenizer).tokenizer,
         TokenizationSettings(*limits, overlong, chat_template, user_text_format),
     )
     report = inspector()
@@ -96,7 +96,7 @@ def described(report: Report) -> str:
         lines += [f"  {count:,} {what}" for what, count in counts.left_out.items()]
         lines += [f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread]
     for group in report.problems:
-        lines.append(f"\n{group.severity}: {group.kind} ({group.count:,})")
+        lines.append(f"\n{group.severity}: {_printable(group.kind)} ({group.count:,})")
         lines += [f"  {_printable(str(problem))}" for problem in group.examples]
         if len(group.examples) < group.count:
             lines.append(f"  ... and {group.count - len(group.examples):,} more")
@@ -108,13 +108,3 @@ def described(report: Report) -> str:
 def _printable(text: str) -> str:
     """Escape what could move a terminal's cursor, or cannot be encoded."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
-
-
-def _loaded(tokenizer: str) -> AutoTokenizer:
-    try:
-        return AutoTokenizer.from_pretrained(tokenizer)
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(
-            f"tokenizer: {tokenizer!r} cannot be loaded ({str(error).splitlines()[0]}); give the path or hub name of "
-            "a model or tokenizer."
-        ) from error

@@ -63,6 +63,12 @@ def test_check_measures_with_a_tokenizer(model_path, tmp_path, capsys):
     assert run("data", "check", *args, "--overlong", "error") == 1
 
 
+def test_check_takes_the_tokenizer_that_is_shipped_and_names_one_that_is_missing(tmp_path):
+    votes = write(tmp_path / "votes.jsonl", [row(1)])
+    assert run("data", "check", "--train", votes, "--tokenizer", "builtin:byte-lm") == 0
+    assert str(tmp_path / "none") in run("data", "check", "--train", votes, "--tokenizer", tmp_path / "none")
+
+
 def test_check_and_convert_take_any_source(tmp_path, capsys):
     source = ("--source", "SimulatedSource", "--source.num_users", 4, "--source.pairs_per_user", 3)
     assert run("data", "check", *source) == 0
