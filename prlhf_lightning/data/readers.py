@@ -207,7 +207,7 @@ def _read_jsonl(path: Path) -> _Items:
 
 def _parsed(decoder: _Decoder, path: Path, number: int, line: str) -> Any:
     try:
-        return decoder.decode(line)
+        return decoder.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         raise FeedbackFormatError(
             f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
