@@ -14,15 +14,17 @@ import prlhf_lightning
 PACKAGE = Path(prlhf_lightning.__file__).parent
 LEAVES = {"types", "errors", "paths"}
 STORE = {"reference_cache", "checkpoint_files"}
+PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE},
+    "pages": LEAVES | STORE,
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks"},
+    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
