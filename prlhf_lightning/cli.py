@@ -40,6 +40,7 @@ from prlhf_lightning.policies import Policy
 from prlhf_lightning.tasks import users
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
+from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.user_models import UserModel
 
@@ -53,6 +54,10 @@ TASKS: dict[str, Any] = {
         "add": users.add,
         "remove": users.remove,
         "export": users.export,
+    },
+    "data": {
+        "_help": "Describe feedback.",
+        "describe": describe,
     },
 }
 
@@ -70,7 +75,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = {name for component in (UserModel, Policy, PreferenceLoss, DataSource) for name in _names(component)}
         known |= {action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions}
-        known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"]}
+        known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"], *TASKS["data"]}
         known |= {dest.rpartition(".")[2] for dest in known}
         meant = [
             f"{word!r}: did you mean {' or '.join(map(repr, close))}?"

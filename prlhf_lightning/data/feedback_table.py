@@ -13,7 +13,7 @@ import numpy.typing as npt
 from prlhf_lightning.data.progress import counted
 from prlhf_lightning.data.records import Columns, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split
-from prlhf_lightning.data.surface import SURFACE_FEATURES, surface_features
+from prlhf_lightning.data.surface import SURFACE_FEATURES, count_words, surface_features
 
 _Indices = npt.NDArray[np.int64]
 
@@ -88,27 +88,28 @@ def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
             except TieError:
                 ties[split] += 1
                 continue
-            assert record.rejected is not None  # parse_record has seen to it
             prompt = _flat(record.prompt)
             prompt_key = _key(b"", prompt)
             if prompt_key not in prompts:
                 prompts[prompt_key] = len(prompts)
-                prompt_words.append(len(prompt.split()))
-            chosen, rejected = (item(prompt, prompt_key, text) for text in (record.chosen, record.rejected))
-            votes.extend((users.setdefault(record.user_id, len(users)), chosen, rejected))
+                prompt_words.append(count_words(prompt))
+            votes.append(users.setdefault(record.user_id, len(users)))
+            votes.extend(item(prompt, prompt_key, text) for text in (record.chosen, record.rejected or ""))
         rows[split] = (len(votes) - before) // 3
-    by_vote = np.array(votes, dtype=np.int64).reshape(-1, 3).T.copy()
+    by_user, chosen, rejected = np.array(votes, dtype=np.int64).reshape(-1, 3).T.copy()
     by_item = np.array(features, dtype=np.float64).reshape(-1, len(SURFACE_FEATURES))
     return FeedbackTable(
-        *by_vote,
-        rows,
-        ties,
-        np.array(item_prompts, dtype=np.int64),
-        np.array(prompt_words, dtype=np.int64),
-        np.rint(np.expm1(by_item[:, 0])).astype(np.int64),
-        np.array(characters, dtype=np.int64),
-        by_item,
-        len(users),
+        users=by_user,
+        chosen=chosen,
+        rejected=rejected,
+        rows=rows,
+        ties=ties,
+        prompts=np.array(item_prompts, dtype=np.int64),
+        prompt_words=np.array(prompt_words, dtype=np.int64),
+        words=np.rint(np.expm1(by_item[:, 0])).astype(np.int64),
+        characters=np.array(characters, dtype=np.int64),
+        features=by_item,
+        num_users=len(users),
     )
 
 

@@ -21,6 +21,11 @@ _WORD = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)")
 
 
+def count_words(text: str) -> int:
+    """Return the number of words of a text: of runs of letters, digits and underscores."""
+    return len(_WORD.findall(text))
+
+
 def surface_features(prompt: str, response: str) -> tuple[float, ...]:
     """Return the value of each of `SURFACE_FEATURES` for a response to a prompt."""
     words = _WORD.findall(response.lower())

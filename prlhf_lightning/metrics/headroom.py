@@ -1,4 +1,4 @@
-"""How much there is to personalise: held-out pair accuracy with what users have in common, and with their own tastes.
+"""How much there is to personalise: held-out accuracy with what users have in common, and with their own tastes.
 
 Both models are small (see `taste_models`), and as well regularised as cross-validation within the training votes can
 make them: an overfitted user is worse than none, and would hide what there is. What a language model can gain from
@@ -18,31 +18,29 @@ from prlhf_lightning.metrics.taste_models import TasteFamily, TasteModel
 from prlhf_lightning.metrics.votes import Floats, Indices, Mask, Votes
 
 Verdict: TypeAlias = Literal["something", "next to nothing", "cannot tell"]
+Scheme: TypeAlias = Literal["items", "pairs", "votes"]
+"""What is held out: `pairs` of items, for all users; `votes`, that is pairs for single users; or `items` of each user.
+Of `items` the votes between two of them are held out, and those on one of them are in neither part: the user's opinion of
+it is not known."""
 
 #: A gain in pair accuracy below this is next to nothing.
 SMALL = 0.01
 #: With fewer held-out votes, or users who gave them, the absence of a small gain shows nothing.
 ENOUGH_VOTES, ENOUGH_USERS = 1000, 30
 _FOLDS = 4
+_EXTENSIONS = 4  # of the grid of penalties, where its weakest is best
 
 
 @dataclass(frozen=True)
-class Headroom:
-    """What users' own tastes add.
+class Comparison:
+    """Pair accuracy of two models; a tie is half right.
 
     Attributes:
-        shared: Held-out pair accuracy of what users share; a tie is half right.
-        personal: The same with what each user adds.
+        shared: Of what users have in common.
+        personal: With what each user adds.
         gain: The difference.
         low: Lower end of its 95% interval, a bootstrap over users given the two models.
         high: Upper end of the same.
-        shared_loss: Mean held-out log-loss of the former.
-        personal_loss: Mean held-out log-loss of the latter.
-        votes: Held-out votes of users whom training meets.
-        users: Users who gave them.
-        rank: Dimensions of taste, as chosen.
-        ridge: Penalty of a taste, as chosen.
-        shared_ridge: Penalty of what users share, as chosen.
     """
 
     shared: float
@@ -50,31 +48,58 @@ class Headroom:
     gain: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Headroom:
+    """What users' own tastes add, on held-out votes of users whom training meets.
+
+    Attributes:
+        by_user: Means over users of each one's accuracy: what a user may expect.
+        by_vote: Accuracy over votes, which is that of the busiest users above all.
+        shared_loss: Mean over users of the log-loss of what users have in common.
+        personal_loss: The same with what each user adds.
+        votes: Number of held-out votes.
+        users: Number of users who gave them.
+        half_by: How many users, those who gain most, make half of what all users who gain gain, in votes.
+        rank: Dimensions of taste, as chosen.
+        ridge: Penalty of a taste, as chosen.
+        shared_ridge: Penalty of what users share, as chosen.
+    """
+
+    by_user: Comparison
+    by_vote: Comparison
     shared_loss: float
     personal_loss: float
     votes: int
     users: int
+    half_by: int
     rank: int
     ridge: float
     shared_ridge: float
 
     @property
     def verdict(self) -> Verdict:
-        """Whether there is something to personalise."""
-        if self.low > 0:
+        """Whether there is something to personalise for a user, whoever it is."""
+        if self.by_user.low > 0:
             return "something"
         enough = self.votes >= ENOUGH_VOTES and self.users >= ENOUGH_USERS
-        return "next to nothing" if enough and self.high < SMALL else "cannot tell"
+        return "next to nothing" if enough and self.by_user.high < SMALL else "cannot tell"
 
 
-def recurring(votes: Votes) -> bool:
-    """Return whether users vote on the same item more than once and a half, as where ratings were made into pairs."""
-    return 2 * len(votes) > 1.5 * len(np.unique(_cells(votes)))
+def scheme_for(votes: Votes, validation: Votes | None) -> Scheme:
+    """Return how to hold out votes so that it resembles how `validation` was, or, without one, as strictly as can be.
 
-
-def new_to_their_users(votes: Votes, validation: Votes) -> bool:
-    """Return whether most held-out votes are on items on which their user has not voted in training."""
-    return bool(np.isin(_cells(validation), _cells(votes)).mean() < 0.5)
+    Users who judged the same pairs would otherwise tell one another's votes: not as taste, but as what all make of it.
+    """
+    cells = _cells(votes)
+    recur = 2 * len(votes) > 1.5 * len(np.unique(cells))
+    if recur and (validation is None or np.isin(_cells(validation), cells).mean() < 0.5):
+        return "items"
+    if validation is not None:
+        return "pairs" if np.isin(validation.pairs, votes.pairs).mean() < 0.5 else "votes"
+    pairs, items = (len(np.unique(part)) for part in (votes.pairs, np.stack([votes.winners, votes.losers])))
+    return "pairs" if 2 * pairs > 1.5 * items else "votes"
 
 
 def known_from_others(votes: Votes, validation: Votes) -> float:
@@ -90,21 +115,19 @@ def known_from_others(votes: Votes, validation: Votes) -> float:
     return float(known.all(0).mean())
 
 
-def folds(votes: Votes, by_item: bool, seed: int, count: int = _FOLDS) -> Iterator[tuple[Mask, Mask]]:
+def folds(votes: Votes, scheme: Scheme, seed: int, count: int = _FOLDS) -> Iterator[tuple[Mask, Mask]]:
     """Yield votes to train on and votes to hold out, both `[N]`.
 
     Args:
         votes: N votes.
-        by_item: Whether a quarter of each user's items is set aside, only votes between two of them are held out, and
-            those on one of them are in neither part: then, as with `new_to_their_users`, the user's opinion of a
-            held-out item is not known. Otherwise a quarter of the pairs of each user.
+        scheme: What is held out, see `Scheme`.
         seed: Draws the parts.
         count: Number of parts.
     """
-    draw = np.random.default_rng(seed)
-    keys = _cells(votes) if by_item else (votes.users * votes.num_items**2 + votes.pairs)[None]
+    pair = np.unique(votes.pairs, return_inverse=True)[1]
+    keys = {"items": _cells(votes), "pairs": pair[None], "votes": (votes.users * len(votes) + pair)[None]}[scheme]
     distinct, place = np.unique(keys, return_inverse=True)
-    part = draw.integers(count, size=len(distinct))[place.reshape(keys.shape)]
+    part = np.random.default_rng(seed).integers(count, size=len(distinct))[place.reshape(keys.shape)]
     for fold in range(count):
         yield (part != fold).all(0), (part == fold).all(0)
 
@@ -113,7 +136,7 @@ def headroom(
     votes: Votes,
     validation: Votes,
     family: TasteFamily,
-    by_item: bool,
+    scheme: Scheme,
     seed: int = 0,
     on_fit: Callable[[], object] = lambda: None,
 ) -> Headroom:
@@ -123,7 +146,7 @@ def headroom(
         votes: Votes to train on.
         validation: Votes to compare on. Those of users whom training does not meet are left out.
         family: Kind of models.
-        by_item: How folds of the votes are made for cross-validation; see `folds`.
+        scheme: How folds of the votes are made for cross-validation.
         seed: Draws folds and bootstrap samples.
         on_fit: Called after each of the `number_of_fits`.
 
@@ -131,7 +154,7 @@ def headroom(
         ValueError: There are too few votes to hold any out.
     """
     validation = validation[np.isin(validation.users, votes.users)]
-    parts = [(votes[train], votes[test]) for train, test in folds(votes, by_item, seed) if train.any() and test.any()]
+    parts = [(votes[train], votes[test]) for train, test in folds(votes, scheme, seed) if train.any() and test.any()]
     if not parts or not len(validation):
         raise ValueError("there are too few votes")
     starts, shared_ridge = _choose_shared(parts, family, on_fit)
@@ -139,22 +162,19 @@ def headroom(
     rank, ridge = _choose_personal(parts, starts, family, family.ridges(votes, shared), shared_ridge, on_fit)
     personal = family.personal(votes, shared, shared_ridge, ridge, rank)
     on_fit()
-    margins = [model.margins(validation) for model in (shared, personal)]
-    hits = [((margin.sign() + 1) / 2).numpy() for margin in margins]
-    losses = [float(softplus(-margin).mean()) for margin in margins]
-    low, high = bootstrap_over_users(hits[1] - hits[0], validation.users, seed)
-    accuracies = [float(hit.mean()) for hit in hits]
+    (before, counts), (after, _) = (_sums(_right(model, validation), validation.users) for model in (shared, personal))
+    gains = np.sort(after - before)[::-1].clip(min=0)
     return Headroom(
-        *accuracies,
-        accuracies[1] - accuracies[0],
-        low,
-        high,
-        *losses,
-        len(validation),
-        len(np.unique(validation.users)),
-        rank,
-        ridge,
-        shared_ridge,
+        by_user=_compared(before / counts, after / counts, np.ones_like(counts), seed),
+        by_vote=_compared(before, after, counts, seed),
+        shared_loss=_held_out_loss(shared, validation),
+        personal_loss=_held_out_loss(personal, validation),
+        votes=len(validation),
+        users=len(np.unique(validation.users)),
+        half_by=int(np.searchsorted(gains.cumsum(), gains.sum() / 2)) + 1 if gains.any() else 0,
+        rank=rank,
+        ridge=ridge,
+        shared_ridge=shared_ridge,
     )
 
 
@@ -186,8 +206,9 @@ def _choose_personal(
     on_fit: Callable[[], object],
 ) -> tuple[int, float]:
     """Return the rank and penalty of tastes that are best over all folds: the penalty at the largest rank first."""
+    ridges = list(ridges)
+    paths: list[list[TasteModel]] = []
     losses = np.zeros(len(ridges))
-    paths = []
     for (train, test), start in zip(parts, starts, strict=True):
         path = []
         for ridge in ridges:  # from the weakest on, as there is no way back from a taste that has vanished
@@ -196,6 +217,15 @@ def _choose_personal(
             on_fit()
         losses += [_held_out_loss(model, test) for model in path]
         paths.append(path)
+    for _ in range(_EXTENSIONS):
+        if losses.argmin() > 0:
+            break
+        ridges.insert(0, ridges[0] / 2)
+        total = 0.0
+        for path, (train, test) in zip(paths, parts, strict=True):
+            path.insert(0, family.personal(train, path[0], shared_ridge, ridges[0], family.ranks[0]))
+            total += _held_out_loss(path[0], test)
+        losses = np.insert(losses, 0, total)
     best = int(losses.argmin())
     by_rank = [losses[best]]
     tops = [path[best] for path in paths]
@@ -208,18 +238,26 @@ def _choose_personal(
     return family.ranks[int(np.argmin(by_rank))], ridges[best]
 
 
-def bootstrap_over_users(values: Floats, users: Indices, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
-    """Return the 95% percentile interval of the mean of values when users, with all their values, are drawn again.
+def mean_over_users(values: Floats, users: Indices) -> float:
+    """Return the mean over users of the mean of each one's values.
 
     Args:
         values: `[N]`.
         users: `[N]` the user of each.
+    """
+    sums, counts = _sums(values, users)
+    return float((sums / counts).mean())
+
+
+def bootstrap(sums: Floats, counts: Floats, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
+    """Return the 95% percentile interval of `sums.sum() / counts.sum()` when users are drawn again, with replacement.
+
+    Args:
+        sums: `[U]` the sum of each user's values.
+        counts: `[U]` the number of them.
         seed: Draws the users.
         samples: How often.
     """
-    _, place = np.unique(users, return_inverse=True)
-    counts = np.bincount(place).astype(float)
-    sums = np.bincount(place, weights=values)
     draw = np.random.default_rng(seed)
     means = np.empty(samples)
     for sample in range(samples):
@@ -229,8 +267,28 @@ def bootstrap_over_users(values: Floats, users: Indices, seed: int = 0, samples:
     return float(low), float(high)
 
 
+def _compared(before: Floats, after: Floats, weights: Floats, seed: int) -> Comparison:
+    """Compare two models by sums of users' right votes, and what these are sums of, all `[U]`."""
+    shared, personal = (float(right.sum() / weights.sum()) for right in (before, after))
+    low, high = bootstrap(after - before, weights, seed)
+    return Comparison(shared, personal, personal - shared, low, high)
+
+
+def _right(model: TasteModel, votes: Votes) -> Floats:
+    """Return `[N]` 1 for each vote whose winner is ahead, 0.5 for a tie, 0 otherwise."""
+    right: Floats = ((model.margins(votes).sign() + 1) / 2).numpy()
+    return right
+
+
 def _held_out_loss(model: TasteModel, votes: Votes) -> float:
-    return float(softplus(-model.margins(votes)).sum())
+    """Return the mean over users of their log-loss: what is good for most users is chosen, not for the busiest."""
+    return mean_over_users(softplus(-model.margins(votes)).numpy(), votes.users)
+
+
+def _sums(values: Floats, users: Indices) -> tuple[Floats, Floats]:
+    """Return the sum and the number of each user's values, `[U]`, of those who have any."""
+    place = np.unique(users, return_inverse=True)[1]
+    return np.bincount(place, weights=values).astype(float), np.bincount(place).astype(float)
 
 
 def _cells(votes: Votes) -> Indices:

@@ -85,7 +85,7 @@ class ItemTastes(TasteFamily):
         seed: Draws the weights that are started from.
     """
 
-    shared_ridges = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
+    shared_ridges = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
     ranks = (8, 4, 2, 1)
 
     def __init__(self, seed: int = 0) -> None:
@@ -111,11 +111,11 @@ class ItemTastes(TasteFamily):
         users, winners, losers = (torch.from_numpy(part) for part in (votes.users, votes.winners, votes.losers))
         vector = torch.randn(votes.num_items, dtype=torch.float64, generator=torch.Generator().manual_seed(self.seed))
         largest = vector.new_zeros(())
-        for _ in range(50):
-            by_user = vector.new_zeros(votes.num_users).index_add_(
-                0, users, residuals * (vector[winners] - vector[losers])
-            )
-            largest = by_user.norm() / vector.norm().clamp(min=1e-300)
+        for _ in range(50):  # power iterations
+            vector = vector / vector.norm().clamp(min=1e-12)
+            by_user = vector.new_zeros(votes.num_users)
+            by_user.index_add_(0, users, residuals * (vector[winners] - vector[losers]))
+            largest = by_user.norm()
             pull = residuals * by_user[users]
             vector = torch.zeros_like(vector).index_add_(0, winners, pull).index_add_(0, losers, -pull)
         return [share * max(float(largest), 1e-3) for share in (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)]
@@ -166,7 +166,7 @@ class FeatureTastes(TasteFamily):
             return _loss(model, votes) + ridge / 2 * weights.square().sum()
 
         _minimise([weights], objective)
-        return TasteModel((self.features @ weights).detach(), *nothing)
+        return TasteModel(self.features @ weights.detach(), *nothing)
 
     def ridges(self, votes: Votes, shared: TasteModel) -> list[float]:
         """Return inverse variances of a user's weights around the shared ones: a standard deviation of 1 to 0.03."""
@@ -186,11 +186,12 @@ class FeatureTastes(TasteFamily):
             return _loss(model, votes) + penalty
 
         _minimise([weights, tastes], objective)
-        return TasteModel((self.features @ weights).detach(), tastes.detach(), self.features)
+        return TasteModel(self.features @ weights.detach(), tastes.detach(), self.features)
 
 
 def _loss(model: TasteModel, votes: Votes) -> Tensor:
-    return softplus(-model.margins(votes)).sum()
+    loss: Tensor = softplus(-model.margins(votes)).sum()
+    return loss
 
 
 def _minimise(weights: list[Tensor], objective: Callable[[], Tensor]) -> None:
@@ -205,4 +206,4 @@ def _minimise(weights: list[Tensor], objective: Callable[[], Tensor]) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)  # type: ignore[no-untyped-call]

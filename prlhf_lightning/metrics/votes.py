@@ -94,11 +94,11 @@ class Ballots:
     @classmethod
     def of(cls, votes: Votes) -> Ballots:
         """Count votes."""
-        keys = np.stack([votes.users, votes.pairs])
-        (users, pairs), group = np.unique(keys, axis=1, return_inverse=True)
-        group = group.reshape(-1)
-        first = np.bincount(group, weights=votes.sides, minlength=len(users)).astype(np.int64)
-        return cls(users, pairs, first, np.bincount(group, minlength=len(users)))
+        pairs, pair = np.unique(votes.pairs, return_inverse=True)
+        keys, group = np.unique(votes.users * len(pairs) + pair, return_inverse=True)
+        first = np.bincount(group, weights=votes.sides, minlength=len(keys)).astype(np.int64)
+        total = np.bincount(group, minlength=len(keys))
+        return cls(keys // len(pairs), pairs[keys % len(pairs)], first, total)
 
 
 def agreement_between_users(votes: Votes) -> Rate:
