@@ -20,8 +20,10 @@ from prlhf_lightning.metrics.votes import Floats, Indices, Mask, Votes
 Verdict: TypeAlias = Literal["something", "next to nothing", "cannot tell"]
 Scheme: TypeAlias = Literal["items", "pairs", "votes"]
 """What is held out: `pairs` of items, for all users; `votes`, that is pairs for single users; or `items` of each user.
-Of `items` the votes between two of them are held out, and those on one of them are in neither part: the user's opinion of
-it is not known."""
+
+Of `items` the votes between two of them are held out; those on one of them are in neither part, so that the user's
+opinion of it is not known.
+"""
 
 #: A gain in pair accuracy below this is next to nothing.
 SMALL = 0.01
