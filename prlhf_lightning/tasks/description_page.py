@@ -38,14 +38,12 @@ class Finding:
         headroom: The comparison, or None where there are too few votes for any.
         kind: Whether the models score `items`, or their `features`.
         held_out: What was held out, in words.
-        train_votes: Number of votes that the models were fitted to.
         remarks: What else there is to say of the comparison.
     """
 
     headroom: Headroom | None
     kind: Literal["items", "features"]
     held_out: str
-    train_votes: int
     remarks: list[str]
 
 
@@ -163,16 +161,21 @@ def _headroom(section: Section, finding: Finding) -> None:
     section.text(
         (
             "The models see who voted on which response, not its text: one score a response (Bradley-Terry), and, for "
-            f"the second, a term of user and response of rank {found.rank}."
+            f"the second, a term of user and response of rank {_ranks(found)}."
             if finding.kind == "items"
             else "Most responses were judged by one user alone, so the models see what can be counted in a text "
             f"({', '.join(SURFACE_FEATURES)}): a weight for each, and, for the second, how each user deviates."
         )
-        + f" Rank and penalties were chosen by cross-validation within the {finding.train_votes:,} votes that the "
-        f"models were fitted to, which hold none of the held-out ones: {finding.held_out}. The interval is a bootstrap "
+        + f" Rank and penalties were chosen by cross-validation within the votes that the models "
+        f"were fitted to, which hold none of the held-out ones: {finding.held_out}. The interval is a bootstrap "
         "over users. A language model, which reads the texts, may gain less, or more. " + " ".join(finding.remarks),
         "note",
     )
+
+
+def _ranks(found: Headroom) -> str:
+    ranks = sorted({choice.rank for choice in found.chosen})
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _votes_a_user(section: Section, table: FeedbackTable, votes: Votes) -> None:

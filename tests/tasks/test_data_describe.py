@@ -72,7 +72,6 @@ def test_a_few_votes_make_a_page_too(tmp_path, rows):
 def test_of_many_votes_those_of_some_users_are_fitted_and_it_is_said(tmp_path):
     path = written(tmp_path / "votes.jsonl", one_judge_a_pair(1200, taste=False))
     finding = find_headroom(read_table(FileSource(path), ["train"]), max_votes=600)
-    assert finding.train_votes < 600
     assert "600 votes of 30 users" in finding.remarks[0]
 
 
