@@ -41,6 +41,7 @@ def make_policy(layers: int, hidden_size: int) -> CausalLMPolicy:
         AutoTokenizer.from_pretrained(ASSETS / "byte-lm").save_pretrained(folder)
         policy = CausalLMPolicy(folder, lora=LoRA(rank=16, alpha=32), random_init=0)
         policy.build(with_reference=False)
+        _ = policy.tokenizer  # which would be read when it is first used
     return policy.train()
 
 

@@ -10,7 +10,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from prlhf_lightning.data import DataSource, FileSource, HubSource, PreferenceDataModule, SimulatedSource
     from prlhf_lightning.data.users import UserVocabulary
-    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss
+    from prlhf_lightning.inference import Generation, PersonalizedWriter
+    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss, ThumbsLoss
     from prlhf_lightning.modules import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         ClusterUserModel,
         CompositeUserModel,
         IndividualUserModel,
+        LowRankUserModel,
         TextUserModel,
         UniformUserModel,
         UserModel,
@@ -25,7 +27,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
-    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss"],
+    "inference": ["Generation", "PersonalizedWriter"],
+    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss", "ThumbsLoss"],
     "modules": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
@@ -33,6 +36,7 @@ _HOME = {
         "ClusterUserModel",
         "CompositeUserModel",
         "IndividualUserModel",
+        "LowRankUserModel",
         "TextUserModel",
         "UniformUserModel",
         "UserModel",
@@ -49,15 +53,18 @@ __all__ = [
     "FSDP1Strategy",
     "FSDP2Strategy",
     "FileSource",
+    "Generation",
     "HubSource",
     "IndividualUserModel",
     "LoRA",
     "LogProbs",
     "LossOutput",
+    "LowRankUserModel",
     "MarginLoss",
     "Optim",
     "PairLogProbs",
     "PersonalizedLM",
+    "PersonalizedWriter",
     "Policy",
     "PreferenceBatch",
     "PreferenceDataModule",
@@ -66,6 +73,7 @@ __all__ = [
     "SimulatedSource",
     "SoftPrompt",
     "TextUserModel",
+    "ThumbsLoss",
     "Tokens",
     "UniformUserModel",
     "UserModel",

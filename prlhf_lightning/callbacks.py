@@ -17,7 +17,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
@@ -196,7 +195,7 @@ class UserTable(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, PersonalizedLM) or not module.loss.requires_rejected:
+        if not isinstance(module, PersonalizedLM) or module.loss.feedback == "demonstrations":
             return
         folder = run_folder(trainer)  # on every process, as the table: both gather
         for name in module.eval_sets:
@@ -204,7 +203,7 @@ class UserTable(Callback):
             if trainer.is_global_zero and table:
                 path = folder / f"users_{name}.csv"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                columns = ["user_id", *(field.name for field in fields(UserAccuracy) if field.name != "user")]
+                columns = ["user_id", *(field.name for field in fields(table[0][1]) if field.name != "user")]
                 partial = path.with_suffix(".partial")
                 with partial.open("w", newline="", encoding="utf-8") as file:
                     writer = csv.writer(file)

@@ -38,15 +38,22 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.tasks import users
+from prlhf_lightning.tasks.adapt import adapt
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
+from prlhf_lightning.tasks.generate import generate
+from prlhf_lightning.tasks.serve import api_key, serve
 from prlhf_lightning.user_models import UserModel
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
 TASKS: dict[str, Any] = {
+    "adapt": adapt,
     "export": export,
+    "generate": generate,
+    "serve": serve,
+    "api-key": api_key,
     "users": {
         "_help": "List, show, add, remove or export the users of a checkpoint.",
         "list": users.list_users,
@@ -153,7 +160,7 @@ class PRLHFCLI(LightningCLI):
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
-        parser.link_arguments("model.loss", "data.require_rejected", lambda loss: loss.requires_rejected, "instantiate")
+        parser.link_arguments("model.loss", "data.feedback", lambda loss: loss.feedback, "instantiate")
         parser.add_argument(
             "--baseline",
             type=bool,
@@ -249,6 +256,19 @@ def _check_writable(folder: str) -> None:
         ) from error
 
 
+def _listed(words: list[str]) -> list[str]:
+    """Return a task's words with `--users ann bob` written as jsonargparse has it: `--users+ ann --users+ bob`."""
+    result, in_users = [], False
+    for word in words:
+        if word.startswith("--"):
+            in_users = word == "--users" and words[0] == "generate"
+        if not in_users:
+            result.append(word)
+        elif word != "--users":
+            result += ["--users" if word.startswith("[") else "--users+", word]
+    return result
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line; an error that a person can mend is printed without a stack trace."""
     for message in (
@@ -263,7 +283,7 @@ def main(args: ArgsType = None) -> None:
     words = sys.argv[1:] if args is None else args
     try:
         if isinstance(words, list) and words[:1] and words[0] in TASKS:
-            auto_cli(TASKS, args=words, as_positional=False, parser_class=_Parser)
+            auto_cli(TASKS, args=_listed(words), as_positional=False, parser_class=_Parser)
         else:
             PRLHFCLI(args)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has

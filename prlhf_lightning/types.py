@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+Feedback: TypeAlias = Literal["pairs", "thumbs", "demonstrations"]
+"""What a row says: which of two completions is better, whether one completion is good, or a completion to imitate."""
 
 _T = TypeVar("_T", bound="_TensorStruct")
 
@@ -57,12 +62,13 @@ class Tokens(_TensorStruct):
         return self.ids.shape[0]
 
     @classmethod
-    def from_lists(cls, rows: Sequence[Sequence[int]], pad_id: int = 0) -> Tokens:
-        """Pad ragged lists of ids on the right into one block `[B, max length]`."""
+    def from_lists(cls, rows: Sequence[Sequence[int] | npt.NDArray[np.integer]], pad_id: int = 0) -> Tokens:
+        """Pad ragged lists (or arrays) of ids on the right into one block `[B, max length]`."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         mask = torch.arange(int(lengths.max()) if len(rows) else 0) < lengths[:, None]
         ids = torch.full(mask.shape, pad_id, dtype=torch.long)
-        ids[mask] = torch.tensor([token for row in rows for token in row], dtype=torch.long)
+        if len(rows):
+            ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         return cls(ids, mask)
 
     @classmethod
@@ -126,14 +132,14 @@ class Users(_TensorStruct):
 
 @dataclass
 class PreferenceBatch(_TensorStruct):
-    """One batch of pairwise feedback.
+    """One batch of feedback: pairs, or rows that have one completion each.
 
     Attributes:
         user_ids: B ids as they stand in the data.
         user_text: Tokens of the text about each user; empty rows where there is none.
         prompt: Tokens of the prompts, with BOS where the tokenizer writes one.
-        chosen: Tokens of the preferred completions, with EOS.
-        rejected: Tokens of the other completions; empty rows in supervised data.
+        chosen: Tokens of the preferred completions, with EOS; empty for a thumbs-down.
+        rejected: Tokens of the other completions; empty in demonstrations, and for a thumbs-up.
         records: `[B]` int64 position of each pair in its data set, to name rows in messages.
         reference: The reference's log-probabilities, where they are known already.
         reference_keys: B pairs of keys, of chosen and rejected, under which the reference's log-probabilities are kept.
@@ -151,6 +157,19 @@ class PreferenceBatch(_TensorStruct):
     def __len__(self) -> int:
         """Return the number of pairs, B."""
         return len(self.user_ids)
+
+    @property
+    def judged(self) -> Tokens:
+        """The one completion of each row of thumbs, whether it was liked or not."""
+        both = Tokens.concat([self.chosen, self.rejected])
+        (liked, disliked), (is_liked, is_disliked) = both.ids.chunk(2), both.mask.chunk(2)
+        up = self.up[:, None]
+        return Tokens(torch.where(up, liked, disliked), torch.where(up, is_liked, is_disliked))
+
+    @property
+    def up(self) -> Tensor:
+        """`[B]` bool, true for each row of thumbs whose completion was liked."""
+        return self.chosen.mask.any(1)
 
 
 @dataclass(frozen=True)

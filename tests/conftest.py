@@ -113,6 +113,23 @@ def votes(tmp_path: Path) -> Path:
     return write_votes(tmp_path / "votes.jsonl", {"ann": 12, "bob": 12, "cy": 12, "dee": 12})
 
 
+def write_thumbs(path: Path, votes: Path) -> Path:
+    """Write each vote as a thumb: up for what was chosen, or down for what was rejected, in turn."""
+    with path.open("w") as file:
+        for number, line in enumerate(votes.read_text().splitlines()):
+            vote = json.loads(line)
+            chosen, rejected = vote.pop("chosen"), vote.pop("rejected")
+            up = number % 2 == 0
+            file.write(json.dumps(vote | {"completion": chosen if up else rejected, "label": up}) + "\n")
+    return path
+
+
+@pytest.fixture
+def thumbs(votes: Path, tmp_path: Path) -> Path:
+    """A training file of four users, who give thumbs."""
+    return write_thumbs(tmp_path / "thumbs.jsonl", votes)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "cache"))

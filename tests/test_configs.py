@@ -45,7 +45,7 @@ OVERRIDES = sorted((CONFIGS / "overrides").glob("*.yaml"))  # of other configura
 @pytest.mark.parametrize(
     "path", sorted({*CONFIGS.rglob("*.yaml")} - {*OVERRIDES}), ids=lambda p: str(p.relative_to(CONFIGS))
 )
-def test_config_trains_a_step(path, votes, model_path, chat_model_path, tmp_path, monkeypatch):
+def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     content = yaml.safe_load(path.read_text())
     overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
@@ -58,7 +58,7 @@ def test_config_trains_a_step(path, votes, model_path, chat_model_path, tmp_path
         overrides += original_files(source["class_path"].rpartition(".")[2], tmp_path)
     if source["class_path"].endswith("FileSource"):
         for split in source["init_args"]:
-            overrides += [f"--data.source.{split}", votes]
+            overrides += [f"--data.source.{split}", thumbs if path.stem == "thumbs" else votes]
     if source["class_path"].endswith("StyleCorpus"):
         overrides += ["--data.source.num_rows", 200]
     if content["data"].get("chat_template"):

@@ -132,6 +132,19 @@ def test_they_log_the_same_validation(folder):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
+def test_they_share_a_stream_and_come_to_the_same_weights(folder):
+    given = ("--data.streaming", "true", "--data.shuffle_buffer", "8", "--trainer.limit_val_batches", "0")
+    given += ("--trainer.max_epochs", "1")
+    for run, name in ((run_two, "streamed_two"), (run_one, "streamed_one")):
+        run(folder, "fit", *given, "--trainer.default_root_dir", str(folder / name))
+    one, two = (
+        torch.load(folder / name / "version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for name in ("streamed_one", "streamed_two")
+    )
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("name", ["seen", "unseen"])
 def test_they_write_the_same_table_of_users(folder, name):
     one, two = (rows_of(folder / run / f"version_0/users_{name}.csv") for run in ("one", "two"))

@@ -1,19 +1,29 @@
-"""A run's model, exported through the command line, is read by transformers alone."""
+"""A run's model, exported through the command line, is read by transformers alone, and its users with it."""
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import yaml
+from conftest import write_votes
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning import CausalLMPolicy, DPOLoss, FileSource, IndividualUserModel, LoRA, PersonalizedLM
 from prlhf_lightning.cli import main
-from prlhf_lightning.data import PreferenceDataModule
-from prlhf_lightning.types import Tokens
+from prlhf_lightning.data import PreferenceDataModule, UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.tasks.checkpoints import open_writer
+from prlhf_lightning.tasks.export_users import peft_name, write_user_vectors
+from prlhf_lightning.types import Tokens, Users
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +31,14 @@ def _no_arguments_of_pytest(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
 
 
-def export(checkpoint, folder):
-    main(["export", "--checkpoint", str(checkpoint), "--folder", str(folder)])
+INDIVIDUAL = {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}}
 
 
-def fit(model_path, votes, folder, lora):
+def export(checkpoint, folder, *options):
+    main(["export", "--checkpoint", str(checkpoint), "--folder", str(folder), *options])
+
+
+def fit(model_path, votes, folder, lora, user_model=INDIVIDUAL):
     path = folder / "config.yaml"
     path.write_text(
         yaml.safe_dump(
@@ -34,10 +47,10 @@ def fit(model_path, votes, folder, lora):
                     "accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": str(folder / "runs")
                 },
                 "model": {
-                    "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
+                    "user_model": user_model,
                     "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": lora}},
                     "loss": "DPOLoss",
-                    "optim": {"lr": 0.05},
+                    "optim": {"lr": 0.05, "user_lr": 1.0},
                 },
                 "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}},
             }
@@ -87,3 +100,178 @@ def test_a_checkpoint_of_a_module_built_in_code_says_how_to_load_it(model_path, 
     trainer.save_checkpoint(tmp_path / "built.ckpt", weights_only=False)
     with pytest.raises(SystemExit, match="built in code"):
         export(tmp_path / "built.ckpt", tmp_path / "exported")
+
+
+def trained(model_path, folder, user_model=INDIVIDUAL):
+    """Train a few steps, so fast that users come to differ."""
+    path = folder / "votes.jsonl"
+    write_votes(path, {"ann": 12, "bob/../x": 12, "cy": 12})
+    return fit(model_path, path, folder, {"rank": 2}, user_model)
+
+
+@pytest.fixture(scope="module", params=["llama", "gpt2"])
+def exported(request, model_paths, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prlhf_lightning"])
+        patch.setenv("PRLHF_CACHE", str(folder / "cache"))
+        checkpoint = trained(model_paths[request.param], folder)
+        export(checkpoint, folder / "whole", "--prompt_embeds", "true", "--peft_users", "true")
+        export(checkpoint, folder / "adapters", "--adapters", "true")
+    return checkpoint, folder / "whole", folder / "adapters"
+
+
+ASKED = [
+    Generation(p, u, max_new_tokens=12) for p in ("the cat", "a dog ran") for u in ("ann", "bob/../x", "cy", "eve")
+]
+
+
+def test_folders_write_what_the_checkpoint_writes(exported):
+    checkpoint, whole, adapters = exported
+    written = open_writer(checkpoint).generate(ASKED)
+    assert PersonalizedWriter.from_folder(whole).generate(ASKED) == written
+    assert open_writer(adapters).generate(ASKED) == written
+    assert len({answer.ids for answer in written}) > 2
+
+
+def lines_of_docs(repo_root, name: str) -> str:
+    text = (repo_root / "docs" / "export.md").read_text()
+    return text.partition(f"<!-- test: {name} -->\n```python\n")[2].partition("```")[0]
+
+
+@pytest.mark.parametrize("asked", ASKED, ids=lambda asked: f"{asked.prompt}-{asked.user[:3]}")
+def test_the_documented_lines_write_the_same_tokens_without_this_package(exported, repo_root, asked):
+    checkpoint, whole, _ = exported
+    ours = open_writer(checkpoint).generate([replace(asked, max_new_tokens=40)])[0]
+    code = lines_of_docs(repo_root, "peft")
+    assert "prlhf" not in code
+    names = {"folder": str(whole), "user": peft_name(asked.user if asked.user != "eve" else ""), "prompt": asked.prompt}
+    exec(code, names)
+    assert tuple(names["written"].tolist()) == ours.ids
+    ids = names["ids"]
+    by_peft = names["model"].generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, max_new_tokens=40, do_sample=False
+    )
+    assert tuple(by_peft[0, ids.shape[1] :].tolist()) == ours.ids
+
+
+def test_documented_prompt_embeds_write_the_same_tokens(exported, repo_root):
+    checkpoint, whole, _ = exported
+    lm = AutoModelForCausalLM.from_pretrained(whole)
+    for asked, ours in zip(ASKED, open_writer(checkpoint).generate(ASKED), strict=True):
+        names = {"folder": str(whole), "user": asked.user, "prompt": asked.prompt}
+        exec(lines_of_docs(repo_root, "embeds"), names)
+        written = lm.generate(inputs_embeds=names["prompt_embeds"][None], max_new_tokens=12, do_sample=False)
+        assert tuple(written[0].tolist()) == ours.ids
+
+
+def test_user_vectors_are_the_user_models_own(exported):
+    checkpoint, whole, _ = exported
+    module = PersonalizedLM.load_from_checkpoint(checkpoint, weights_only=True)
+    vectors = load_file(whole / "user_vectors.safetensors")
+    assert set(vectors) == {"", *module.vocabulary.ids}
+    for user_id, row in [("", 0), ("ann", 1), ("cy", 3)]:
+        assert torch.equal(vectors[user_id], module.user_model(Users(torch.tensor([row]))).vectors[0])
+
+
+def test_vectors_of_many_users_are_written_in_parts_with_an_index(tmp_path):
+    user_model, ids = IndividualUserModel(num_tokens=2), [f"user-{i}" for i in range(24)]
+    user_model.build(25, torch.randn(9, 8))
+    nn.init.normal_(user_model.offsets.weight.data[1:])
+    with torch.no_grad():
+        write_user_vectors(tmp_path, user_model, UserVocabulary(ids), shard=10 * 2 * 8 * 4)
+    index = json.loads((tmp_path / "user_vectors.safetensors.index.json").read_text())["weight_map"]
+    assert [len(load_file(path)) for path in sorted(tmp_path.glob("*.safetensors"))] == [10, 10, 5]
+    for row, user_id in enumerate(["", *ids]):
+        vectors = load_file(tmp_path / index[user_id])[user_id]
+        assert torch.equal(vectors, user_model(Users(torch.tensor([row]))).vectors[0])
+
+
+def test_users_false_leaves_nothing_of_users_not_even_of_an_earlier_export(exported, tmp_path):
+    checkpoint = exported[0]
+    export(checkpoint, tmp_path / "e", "--peft_users", "true")
+    export(checkpoint, tmp_path / "e", "--users", "false")
+    files = [path for path in (tmp_path / "e").rglob("*") if path.is_file()]
+    assert not [path for path in files if "user" in path.name or b"bob/.." in path.read_bytes()]
+    with pytest.raises(ConfigurationError, match=r"has no prlhf.json; give a folder that `export` wrote"):
+        PersonalizedWriter.from_folder(tmp_path / "e")
+
+
+def test_the_card_says_what_it_is_and_warns_of_privacy(exported):
+    card = (exported[1] / "README.md").read_text()
+    assert "3 users" in card
+    assert "**Privacy.**" in card
+    assert "DPOLoss" in card
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+
+
+def test_a_folder_with_other_files_is_not_written_into(exported, tmp_path):
+    (tmp_path / "README.md").write_text("mine")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="has files in it that `export` did not write"):
+        export(exported[0], tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine", "config.json": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--adapters", "true", "--peft_users", "true"], "peft_users: PEFT puts a user's vectors before a model"),
+        (["--users", "false", "--peft_users", "true"], "users: prompt_embeds and peft_users are about users"),
+        (["--peft_users", "[eve]"], "peft_users: 'eve' is not in this checkpoint"),
+    ],
+)
+def test_options_that_contradict_one_another_are_refused(exported, tmp_path, options, says):
+    with pytest.raises(SystemExit, match=says):
+        export(exported[0], tmp_path / "e", *options)
+    assert not (tmp_path / "e" / "prlhf.json").exists()
+
+
+def test_composite_models_with_text_come_back(model_paths, tmp_path):
+    parts = [
+        {
+            "class_path": "prlhf_lightning.user_models.ClusterUserModel",
+            "init_args": {"num_clusters": 3, "num_tokens": 2},
+        },
+        {"class_path": "prlhf_lightning.user_models.TextUserModel"},
+    ]
+    spec = {"class_path": "prlhf_lightning.user_models.CompositeUserModel", "init_args": {"parts": parts}}
+    checkpoint = trained(model_paths["llama"], tmp_path, spec)
+    export(checkpoint, tmp_path / "e")
+    asked = [replace(one, user_text="user likes short answers") for one in ASKED]
+    assert open_writer(tmp_path / "e").generate(asked) == open_writer(checkpoint).generate(asked)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("prlhf.json", '{"format": 99}', "format is 99, and this version reads formats up to 1"),
+        ("prlhf.json", "[]", "holds no JSON object"),
+        ("users.json", None, "has no users.json"),
+        ("user_model.safetensors", "rubbish", "user_model.safetensors does not fit prlhf.json or can't be read"),
+    ],
+)
+def test_damaged_folders_are_explained(exported, tmp_path, name, content, says):
+    shutil.copytree(exported[1], tmp_path / "e")
+    (tmp_path / "e" / name).unlink()
+    if content is not None:
+        (tmp_path / "e" / name).write_text(content)
+    with pytest.raises(ConfigurationError, match=says):
+        open_writer(tmp_path / "e")
+
+
+@pytest.mark.parametrize("class_path", ["os.system", "torch.nn.Linear", "no.such.Model", "nothing"])
+def test_a_folder_can_name_no_other_code_than_user_models(exported, tmp_path, class_path):
+    shutil.copytree(exported[1], tmp_path / "e")
+    settings = json.loads((tmp_path / "e" / "prlhf.json").read_text())
+    settings["user_model"] = {"class_path": class_path, "init_args": {"command": "true"}}
+    (tmp_path / "e" / "prlhf.json").write_text(json.dumps(settings))
+    with pytest.raises(ConfigurationError, match=r"is no user model|can't be imported"):
+        open_writer(tmp_path / "e")
+
+
+@pytest.mark.parametrize("user_id", ["ann", "_", "..", "a/b", "ñandú", ""])
+def test_names_of_users_folders_stay_in_place_and_apart(user_id, tmp_path):
+    names = {peft_name(other) for other in ("ann", "_", "..", "a/b", "ñandú", "")}
+    assert len(names) == 6
+    assert (tmp_path / peft_name(user_id)).resolve().parent == tmp_path.resolve()

@@ -47,7 +47,7 @@ def my_modules(repo_root, tmp_path, monkeypatch):
 def test_a_loss_a_user_model_and_a_policy_from_outside_train_by_class_path(my_modules, model_path, votes, tmp_path):
     main(
         ["fit", "--model.loss", "my_losses.SquaredHingeLoss", "--model.loss.beta", "0.5",
-         "--model.user_model", "my_users.LowRankUserModel", "--model.user_model.rank", "2",
+         "--model.user_model", "my_users.MyLowRankUserModel", "--model.user_model.rank", "2",
          "--model.policy", "my_policies.TemperedPolicy", "--model.policy.model", model_path,
          "--data.source", "FileSource", "--data.source.train", str(votes), "--data.validation_fraction", "0.2",
          "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu",
@@ -56,7 +56,7 @@ def test_a_loss_a_user_model_and_a_policy_from_outside_train_by_class_path(my_mo
     folder = tmp_path / "runs/version_0"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["user_model"] == {
-        "class_path": "my_users.LowRankUserModel",
+        "class_path": "my_users.MyLowRankUserModel",
         "init_args": {"num_tokens": 4, "rank": 2},
     }
     state = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["state_dict"]

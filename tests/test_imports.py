@@ -14,17 +14,22 @@ import prlhf_lightning
 PACKAGE = Path(prlhf_lightning.__file__).parent
 LEAVES = {"types", "errors", "paths"}
 STORE = {"reference_cache", "checkpoint_files"}
+FEEDBACK = {"feedback_log"}
 PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
-    **{sibling: LEAVES for sibling in SIBLINGS | STORE},
+    **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
+    "data": LEAVES | FEEDBACK,
     "pages": LEAVES | STORE,
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
+    "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks"},
+    "adaptation": LEAVES | SIBLINGS | {"modules"},
+    "serving": LEAVES | FEEDBACK | {"inference"},
+    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
@@ -49,6 +54,13 @@ def test_imports_go_one_way(path):
 
 def test_importing_the_package_loads_nothing_heavy():
     code = "import sys, prlhf_lightning; print([m for m in ('torch', 'lightning', 'transformers') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_writing_with_a_model_needs_no_lightning():
+    code = (
+        "import sys, prlhf_lightning.inference; print([m for m in ('lightning', 'torchmetrics') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 

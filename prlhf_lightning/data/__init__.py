@@ -1,10 +1,15 @@
 """Per-user preference feedback: from raw rows to padded batches."""
 
-from prlhf_lightning.data.datamodule import PreferenceDataModule
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.derived import DerivedSource
+from prlhf_lightning.data.sources.feedback_log import FeedbackLogSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.sources.hh_rlhf import HHRLHFSource
 from prlhf_lightning.data.sources.hub import HubSource
@@ -17,9 +22,13 @@ from prlhf_lightning.data.sources.tldr import TLDRSource
 from prlhf_lightning.data.sources.ultrafeedback_p import UltraFeedbackPSource
 from prlhf_lightning.data.users import UserVocabulary
 
+if TYPE_CHECKING:
+    from prlhf_lightning.data.datamodule import PreferenceDataModule
+
 __all__ = [
     "DataSource",
     "DerivedSource",
+    "FeedbackLogSource",
     "FeedbackRecord",
     "FileSource",
     "HHRLHFSource",
@@ -37,3 +46,10 @@ __all__ = [
     "UltraFeedbackPSource",
     "UserVocabulary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the data module when it is first used: it needs Lightning, which writing with a model does not."""
+    if name != "PreferenceDataModule":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.datamodule"), name)

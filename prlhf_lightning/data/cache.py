@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import sha256
@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
-from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import SplitBy, text_key
 from prlhf_lightning.data.tokenization import (
     Excess,
@@ -41,6 +41,7 @@ from prlhf_lightning.data.tokenization import (
     tokenizer_identity,
 )
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.types import Feedback
 
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
@@ -153,7 +154,7 @@ class FeedbackCache:
         root: Folder of the caches.
         tokenizer: The policy's tokenizer.
         settings: How text becomes ids.
-        require_rejected: Whether every row must have a rejected completion.
+        feedback: What every row must have; see `parse_record`.
         ties: What is done with rows whose completions are the same.
         pseudonyms: What users' ids are replaced by, if they are.
     """
@@ -161,7 +162,7 @@ class FeedbackCache:
     root: Path
     tokenizer: PreTrainedTokenizerBase
     settings: TokenizationSettings
-    require_rejected: bool
+    feedback: Feedback
     ties: Ties
     pseudonyms: Pseudonyms | None = None
 
@@ -193,7 +194,7 @@ class FeedbackCache:
             "columns": dict(source.columns),
             "tokenizer": self._tokenizer_identity,
             "settings": asdict(self.settings),
-            "require_rejected": self.require_rejected,
+            "feedback": self.feedback,
             "ties": self.ties,
         }
         if self.pseudonyms is not None:
@@ -229,7 +230,8 @@ class FeedbackCache:
                     if ids is None:
                         report.too_long += 1
                     elif ids.tie:
-                        self._refuse_token_tie(ids, where)
+                        if self.ties == "error":
+                            raise tokenize.token_tie(ids, where)
                         report.token_ties += 1
                     else:
                         rows.append((where, record, ids))
@@ -250,10 +252,10 @@ class FeedbackCache:
 
     def _records(self, source: DataSource, split: Split, report: BuildReport) -> Iterator[tuple[str, FeedbackRecord]]:
         columns = Columns.from_mapping(source.columns)
-        for where, row in _readable(source, split):
+        for where, row in read(source, split):
             report.read += 1
             try:
-                record = parse_record(row, where, columns, self.require_rejected)
+                record = parse_record(row, where, columns, self.feedback)
             except TieError:
                 if self.ties == "error":
                     raise
@@ -262,20 +264,6 @@ class FeedbackCache:
                 if self.pseudonyms is not None:
                     record = replace(record, user_id=self.pseudonyms(record.user_id))
                 yield where, record
-
-    def _refuse_token_tie(self, ids: TokenizedRecord, where: str) -> None:
-        """Raise an error that says why completions that differ as texts have the same ids, unless ties are dropped."""
-        if self.ties == "drop":
-            return
-        if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
-            how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
-        else:
-            limit = self.settings.max_completion_length
-            how, mend = f"are equal once truncated to {limit} tokens", f"raise max_completion_length (now {limit}),"
-        raise TieError(
-            f"{where}: fields 'chosen' and 'rejected' {how}, so nothing is left that the user could prefer; "
-            f"{mend} or set ties: drop to leave such rows out."
-        )
 
     def _warn(self, report: BuildReport, split: Split) -> None:
         done = "left out" if self.settings.overlong == "drop" else "cut to the limit"
@@ -293,16 +281,6 @@ class FeedbackCache:
             )  # fmt: skip
 
 
-def _readable(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield a source's rows; what goes wrong in reading them is told apart from what does in writing the cache."""
-    try:
-        yield from source.rows(split)
-    except OSError as error:
-        raise FeedbackFormatError(
-            f"The {split} split of {type(source).__name__} cannot be read ({error}); check that it can be reached."
-        ) from error
-
-
 def _flush(file: IO[Any]) -> None:
     """See that what was written is on disk before the folder is renamed to what later starts trust."""
     file.flush()
@@ -312,7 +290,7 @@ def _flush(file: IO[Any]) -> None:
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:
     prompts, pairs = [], []
     for _, record, _ in rows:
-        prompt, completions = _key(record.prompt), _key(record.chosen) + (_key(record.rejected or ""))
+        prompt, completions = _key(record.prompt), _key(record.chosen or "") + _key(record.rejected or "")
         prompts.append(prompt)
         # The same comparison has the same key whoever won, so that it never stands on both sides of a split.
         pairs.append((31 * prompt + completions) % 2**64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -18,19 +19,21 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
+from prlhf_lightning.data.census import Census, census_of, read_census
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.division import Division, HoldOut, Pairs
-from prlhf_lightning.data.privacy import Pseudonyms
+from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.splits import SplitBy
+from prlhf_lightning.data.stream import FeedbackStream, StreamBatchSampler, StreamedRows, StreamOrder
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.paths import cache_folder
-from prlhf_lightning.types import PreferenceBatch, Tokens
+from prlhf_lightning.types import Feedback, PreferenceBatch, Tokens
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 Loader: TypeAlias = DataLoader[dict[str, Any]]
@@ -70,9 +73,16 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: Whether plain strings are wrapped in the tokenizer's chat template as one turn. Rows that are
             conversations always are.
         user_text_format: How the text about a user is written before the prompt; `{user_text}` stands for it.
-        require_rejected: Whether every row must have a rejected completion. The command line links it from the loss.
+        feedback: What the rows are: `pairs` (`chosen` and `rejected`), `thumbs` (`completion` and `label`) or
+            `demonstrations` (`chosen`). The command line links it from the loss.
+        streaming: Whether training rows are read, validated and tokenised as they are needed, and never stored, for
+            sets larger than disk or memory. They are counted once, to know the users and the length of an epoch.
+            Evaluation splits are stored as always; nothing is held out of the training split but users.
+        shuffle_buffer: Rows that are shuffled, grouped and bucketed together in a stream, and held in memory.
+        users_file: The users of a stream and their numbers of rows, where they are known already: a CSV, JSON Lines or
+            Parquet file of `user_id` and `rows`.
         seed: Seed of the splits and of the order of training.
-        num_workers: Processes that load batches; none is fast enough, for batches come from memory-mapped token ids.
+        num_workers: Processes that load batches; none is fast enough for stored rows, whose ids are memory-mapped.
         cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
         pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
         hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
@@ -100,7 +110,10 @@ class PreferenceDataModule(LightningDataModule):
         ties: Ties = "error",
         chat_template: bool = False,
         user_text_format: str = "{user_text}\n",
-        require_rejected: bool = True,
+        feedback: Feedback = "pairs",
+        streaming: bool = False,
+        shuffle_buffer: int = 10_000,
+        users_file: str | Path | None = None,
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | Path | None = None,
@@ -116,6 +129,10 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(f"ties is {ties!r}; it must be one of {get_args(Ties)}.")
         if max_tokens_per_batch is not None and max_tokens_per_batch < 2:
             raise ConfigurationError(f"max_tokens_per_batch is {max_tokens_per_batch}; a pair has at least 2 tokens.")
+        if feedback not in get_args(Feedback):
+            raise ConfigurationError(f"feedback is {feedback!r}; it must be one of {get_args(Feedback)}.")
+        if streaming:
+            _check_streaming(balance, max_tokens_per_batch, shuffle_buffer)
         # Refuses impossible settings now, not after the data has been tokenised.
         UserGroupedBatchSampler(np.zeros(1, dtype=np.int64), batch_size, pairs_per_user, balance)
         self.source = source
@@ -128,7 +145,9 @@ class PreferenceDataModule(LightningDataModule):
             max_prompt_length, max_completion_length, max_user_text_length, overlong, chat_template, user_text_format
         )
         self.ties: Ties = ties
-        self.require_rejected = require_rejected
+        self.feedback: Feedback = feedback
+        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.users_file = Path(users_file).expanduser() if users_file else None
         self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
         self.seed = seed
         self.num_workers = num_workers
@@ -149,13 +168,22 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def longest_row(self) -> int:
-        """Most tokens of a row of any split: user text, prompt and the longer completion, after truncation."""
-        return max(int(data.lengths.max()) for data in self._splits.values())
+        """Most tokens of a row of any split: user text, prompt and the longer completion, after truncation.
+
+        Of streamed rows, which are not known, it is what the limits allow.
+        """
+        lengths = [int(data.lengths.max()) for data in self._splits.values()]
+        if self.streaming:
+            limits = self.settings
+            text = limits.max_user_text_length if self._census.texts else 0
+            lengths.append(text + limits.max_prompt_length + limits.max_completion_length)
+        return max(lengths)
 
     @property
     def has_user_text(self) -> bool:
         """Whether any row of any split has a text about its user."""
-        return any(data.report.user_texts for data in self._splits.values())
+        streamed = self.streaming and self._census.texts > 0
+        return streamed or any(data.report.user_texts for data in self._splits.values())
 
     @property
     def eval_sets(self) -> dict[Stage, tuple[str, ...]]:
@@ -188,19 +216,27 @@ class PreferenceDataModule(LightningDataModule):
         return (self._division.train if stage == "train" else sets[0]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
-        """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`."""
+        """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`.
+
+        Of thumbs, those of them that are up.
+        """
         pairs = next(iter(self._division.evaluation.get("validate", {}).values()), None)
         if pairs is None:
             return collate([])
         places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
-        return collate(pairs.__getitems__(places.tolist()))
+        return collate([row for row in pairs.__getitems__(places.tolist()) if row["chosen_ids"]])
 
     def describe(self) -> str:
         """Return a summary of what is trained and evaluated on, in one paragraph."""
         division = self._division
         parts = [f"{len(division.train):,} training pairs by {len(division.vocabulary.ids):,} users"]
-        if self.max_tokens_per_batch and (alone := int((2 * division.train.lengths > self.max_tokens_per_batch).sum())):
-            parts.append(f"{alone:,} of them alone exceed max_tokens_per_batch={self.max_tokens_per_batch}")
+        if self.streaming:
+            parts[0] += f", streamed in blocks of {self.shuffle_buffer:,}"
+            parts += [f"train: {count:,} {what}" for what, count in self.source.counts("train").items()]
+        if self._max_row_tokens and isinstance(division.train, Pairs):
+            alone = int((division.train.lengths > self._max_row_tokens).sum())
+            if alone:
+                parts.append(f"{alone:,} of them alone exceed max_tokens_per_batch={self.max_tokens_per_batch}")
         for stage, sets in division.evaluation.items():
             sizes = [f"{len(pairs):,} by {name} users" for name, pairs in sets.items()]
             parts.append(f"pairs to {stage} on: {' and '.join(sizes) or 'none'}")
@@ -220,8 +256,10 @@ class PreferenceDataModule(LightningDataModule):
         return "Data: " + "; ".join(parts + division.remarks) + "."
 
     def prepare_data(self) -> None:
-        """Validate and tokenise every split of the source, unless the cache has them."""
+        """Validate and tokenise every split of the source, or count its users, unless the cache has them."""
         _ = self._splits
+        if self.streaming:
+            _ = self._census
 
     def setup(self, stage: str) -> None:
         """Open the caches, divide the rows, and say what there is."""
@@ -237,12 +275,14 @@ class PreferenceDataModule(LightningDataModule):
         """Return the batches of this process, in the order of the epoch that training has reached."""
         pairs = self._division.train
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
+            if isinstance(pairs, StreamedRows):
+                raise ConfigurationError("trainer.overfit_batches needs stored rows: set data.streaming: false.")
             return self._loader(pairs, SequentialBatchSampler(len(pairs), self.batch_size, *self._share()))
         sampler = self._training_batches(*self._share())
         if self.trainer is not None:
             # Lightning sets the epoch of samplers too, but when it resumes only after it began to iterate.
             sampler.set_epoch(*_resume_point(self.trainer))
-        return self._loader(pairs, sampler)
+        return self._loader(self._stream(pairs, sampler) if isinstance(pairs, StreamedRows) else pairs, sampler)
 
     def val_dataloader(self) -> list[Loader]:
         """Return one dataloader for each of `eval_sets["validate"]`."""
@@ -268,14 +308,22 @@ class PreferenceDataModule(LightningDataModule):
                 f"{type(self.source).__name__} has no train split, which tells the users; give it one."
             )
         cache = FeedbackCache(
-            self.cache_dir,
-            self._loaded_tokenizer,
-            self.settings,
-            self.require_rejected,
-            self.ties,
-            self.pseudonyms,
+            self.cache_dir, self._loaded_tokenizer, self.settings, self.feedback, self.ties, self.pseudonyms
         )
-        return {split: cache.open(self.source, split) for split in SPLITS if split in available}
+        stored = [split for split in SPLITS if split in available and not (self.streaming and split == "train")]
+        return {split: cache.open(self.source, split) for split in stored}
+
+    @cached_property
+    def _census(self) -> Census:
+        if self.users_file is None:
+            return census_of(self._stream_source, "train", self.cache_dir)
+        census = read_census(self.users_file)
+        return replace(census, rows={self.known_as(user_id): rows for user_id, rows in census.rows.items()})
+
+    @property
+    def _stream_source(self) -> DataSource:
+        """The source whose rows are streamed, by users' ids as they are known here."""
+        return self.source if self.pseudonyms is None else PseudonymousSource(self.source, self.pseudonyms)
 
     @cached_property
     def _loaded_tokenizer(self) -> PreTrainedTokenizerBase:
@@ -289,6 +337,9 @@ class PreferenceDataModule(LightningDataModule):
 
     @cached_property
     def _division(self) -> Division:
+        if self.streaming:
+            splits = self._splits  # first, as it checks that there is a train split
+            return self.hold_out.divide_stream(self._stream_source, self._census, splits)
         return self.hold_out.divide(self._splits)
 
     @cached_property
@@ -314,8 +365,27 @@ class PreferenceDataModule(LightningDataModule):
             for pairs in self._evaluation(stage).values()
         ]
 
-    def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler:
-        pairs, budget = self._division.train, self.max_tokens_per_batch
+    @property
+    def _max_row_tokens(self) -> int | None:
+        """Most tokens of a batch that is scored as one block: each pair is two sequences, other rows are one."""
+        sequences = 2 if self.feedback == "pairs" else 1
+        return self.max_tokens_per_batch // sequences if self.max_tokens_per_batch else None
+
+    def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler | StreamBatchSampler:
+        pairs = self._division.train
+        if isinstance(pairs, StreamedRows):
+            return StreamBatchSampler(
+                StreamOrder(
+                    len(pairs),
+                    self.batch_size,
+                    self.pairs_per_user,
+                    self.bucket_by_length,
+                    self.seed,
+                    self.shuffle_buffer,
+                    rank,
+                    world_size,
+                )
+            )
         return UserGroupedBatchSampler(
             pairs.split.users[pairs.positions],
             self.batch_size,
@@ -324,16 +394,20 @@ class PreferenceDataModule(LightningDataModule):
             self.seed,
             rank,
             world_size,
-            lengths=pairs.lengths if self.bucket_by_length or budget else None,
-            max_tokens=budget // 2 if budget else None,  # each pair is two sequences
+            lengths=pairs.lengths if self.bucket_by_length or self._max_row_tokens else None,
+            max_tokens=self._max_row_tokens,
         )
+
+    def _stream(self, rows: StreamedRows, sampler: Any) -> FeedbackStream:
+        tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.settings)
+        return FeedbackStream(rows, sampler.order, tokenize, self.feedback, drop_ties=self.ties == "drop")
 
     def _share(self) -> tuple[int, int]:
         """Return rank and number of the processes that share the data (tensor-parallel ones count as one)."""
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
         return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
-    def _loader(self, pairs: Pairs | Requests, batches: Sampler[list[int]]) -> Loader:
+    def _loader(self, pairs: Pairs | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
         # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
         # sampler returns every row, and training resumes at the right batch.
         warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -364,6 +438,18 @@ def _resume_point(trainer: Trainer) -> tuple[int, int]:
     if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
         return epoch.processed + 1, 0
     return epoch.processed, batch.processed
+
+
+def _check_streaming(balance: float, max_tokens_per_batch: int | None, shuffle_buffer: int) -> None:
+    if balance:
+        raise ConfigurationError(f"balance is {balance}; streamed rows come each once an epoch: set balance: 0.")
+    if max_tokens_per_batch is not None:
+        raise ConfigurationError(
+            f"max_tokens_per_batch is {max_tokens_per_batch}; it needs the lengths of all rows before training, which "
+            "a stream has not: set it to null (bucket_by_length: true works), or streaming: false."
+        )
+    if shuffle_buffer < 1:
+        raise ConfigurationError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 1 row.")
 
 
 def _refuse_injected_sampler(trainer: Trainer) -> None:

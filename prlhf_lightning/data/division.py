@@ -10,8 +10,10 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from prlhf_lightning.data.cache import TokenizedSplit
-from prlhf_lightning.data.sources.base import Split
+from prlhf_lightning.data.census import Census
+from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.splits import Positions, SplitBy, held_out_users, split_train_validation
+from prlhf_lightning.data.stream import StreamedRows
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 
@@ -50,13 +52,13 @@ class Division:
     """Which rows serve for what.
 
     Attributes:
-        train: The training pairs.
+        train: The training pairs, stored or streamed.
         vocabulary: Their users, sorted.
         evaluation: For each stage, its sets that are not empty: pairs by `seen` users and by `unseen` ones.
         remarks: What a user should know about how the rows were divided.
     """
 
-    train: Pairs
+    train: Pairs | StreamedRows
     vocabulary: UserVocabulary
     evaluation: dict[EvalStage, dict[str, Pairs]] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
@@ -83,14 +85,29 @@ class HoldOut:
     def divide(self, splits: Mapping[Split, TokenizedSplit]) -> Division:
         """Divide the rows of a source, whose `train` split must be there."""
         data = splits["train"]
-        if "validation" in splits:
-            division = self._with_own_validation(data)
-            division.evaluation["validate"] = _by_acquaintance(splits["validation"], division.vocabulary)
-        else:
-            division = self._without_validation(data)
-        if "test" in splits:
-            division.evaluation["test"] = _by_acquaintance(splits["test"], division.vocabulary)
-        return division
+        if "validation" not in splits:
+            return _evaluated(self._without_validation(data), splits)
+        return _evaluated(self._with_own_validation(data), splits)
+
+    def divide_stream(self, source: DataSource, census: Census, splits: Mapping[Split, TokenizedSplit]) -> Division:
+        """Divide the rows of a source whose training rows are streamed: all of them, but for held-out users.
+
+        Args:
+            source: Where the training rows come from.
+            census: How many of them each user has.
+            splits: The rows to evaluate on.
+        """
+        user_ids = list(census.rows)
+        mask = held_out_users(user_ids, self.unseen_user_fraction, self.seed)
+        held_out = frozenset(user_id for user_id, out in zip(user_ids, mask, strict=True) if out)
+        vocabulary = UserVocabulary(sorted(user_id for user_id in user_ids if user_id not in held_out))
+        total, size = sum(census.rows.values()), sum(census.rows[user_id] for user_id in vocabulary.ids)
+        if not size:
+            raise ConfigurationError(f"All {len(user_ids):,} users were held out; lower unseen_user_fraction.")
+        division = Division(StreamedRows(source, vocabulary, held_out, size), vocabulary)
+        if total > size:
+            division.remarks.append(f"{total - size:,} train rows of {len(held_out):,} held-out users are not used")
+        return _evaluated(division, splits)
 
     def _with_own_validation(self, data: TokenizedSplit) -> Division:
         held_out = held_out_users(data.user_ids, self.unseen_user_fraction, self.seed)
@@ -136,6 +153,15 @@ class HoldOut:
 
 def _vocabulary(data: TokenizedSplit, train: Positions) -> UserVocabulary:
     return UserVocabulary(sorted(data.user_ids[user] for user in np.unique(data.users[train])))
+
+
+def _evaluated(division: Division, splits: Mapping[Split, TokenizedSplit]) -> Division:
+    """Add the source's own splits for evaluation."""
+    stages: dict[Split, EvalStage] = {"validation": "validate", "test": "test"}
+    for split, stage in stages.items():
+        if split in splits:
+            division.evaluation[stage] = _by_acquaintance(splits[split], division.vocabulary)
+    return division
 
 
 def _by_acquaintance(data: TokenizedSplit, vocabulary: UserVocabulary) -> dict[str, Pairs]:

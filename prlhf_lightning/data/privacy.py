@@ -5,8 +5,12 @@ from __future__ import annotations
 import hmac
 import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from prlhf_lightning.data.records import Columns, check_characters
+from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
 
 _LEAST = 16  # bytes of a salt; with fewer, ids could be found by trying salts
@@ -65,3 +69,35 @@ class Pseudonyms:
 
     def __repr__(self) -> str:
         return "Pseudonyms(salt=<hidden>)"
+
+
+class PseudonymousSource(DataSource):
+    """The rows of a source, with pseudonyms for users' ids.
+
+    Args:
+        source: Where the rows come from.
+        pseudonyms: What ids are replaced by; what is no id is left for validation to refuse.
+    """
+
+    def __init__(self, source: DataSource, pseudonyms: Pseudonyms) -> None:
+        self.columns = source.columns
+        self._source, self._pseudonyms = source, pseudonyms
+
+    def splits(self) -> set[Split]:
+        """Return the splits of the source."""
+        return self._source.splits()
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the rows of the source, each with its user's pseudonym."""
+        column = Columns.from_mapping(self.columns).user_id
+        for where, row in self._source.rows(split):
+            user_id = row.get(column)
+            if isinstance(user_id, str) and user_id.strip():
+                check_characters(user_id, where, "user_id")
+                row = {**row, column: self._pseudonyms(user_id)}
+            yield where, row
+
+    def fingerprint(self, split: Split) -> str:
+        """Return the source's own, with what tells salts apart."""
+        kind = f"{type(self._source).__module__}.{type(self._source).__qualname__}"
+        return f"{kind} {self._source.fingerprint(split)} {self._pseudonyms.fingerprint()}"

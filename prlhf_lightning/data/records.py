@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any, NoReturn, TypeAlias
 
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.types import Feedback
 
 Message: TypeAlias = dict[str, str]
 """`{"role": ..., "content": ...}`, one turn of a conversation."""
@@ -23,6 +24,8 @@ class Columns:
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    completion: str = "completion"
+    label: str = "label"
     user_text: str = "user_text"
 
     @classmethod
@@ -47,16 +50,26 @@ class FeedbackRecord:
     Attributes:
         user_id: Who judged.
         prompt: What was asked; a string, or the conversation so far.
-        chosen: The preferred completion; a string, or a list of one assistant message.
-        rejected: The other completion, or None in supervised data.
+        chosen: The preferred completion; a string, or a list of one assistant message. None for a thumbs-down.
+        rejected: The other completion; None in demonstrations, and for a thumbs-up.
         user_text: Text about the user, or None.
+        thumb: Whether the row had one completion and a label, and not up to two completions.
     """
 
     user_id: str
     prompt: Text
-    chosen: Text
+    chosen: Text | None
     rejected: Text | None = None
     user_text: str | None = None
+    thumb: bool = False
+
+    @property
+    def fields(self) -> tuple[str, str]:
+        """Names, for messages, of the fields that `chosen` and `rejected` stood in."""
+        return ("completion", "completion") if self.thumb else ("chosen", "rejected")
+
+
+_LABELS = {"true": True, "false": False}
 
 
 class TieError(FeedbackFormatError):
@@ -67,24 +80,67 @@ _DEFAULT_COLUMNS = Columns()
 
 
 def parse_record(
-    row: Mapping[str, Any], where: str, columns: Columns = _DEFAULT_COLUMNS, require_rejected: bool = True
+    row: Mapping[str, Any], where: str, columns: Columns = _DEFAULT_COLUMNS, feedback: Feedback = "pairs"
 ) -> FeedbackRecord:
     """Validate one raw row.
 
-    Conversational rows may leave `prompt` out: the messages that `chosen` and `rejected` share are then the prompt,
-    and the last message of each is the completion. Other columns of the row are ignored.
+    Conversational rows may leave `prompt` out: the messages that `chosen` and `rejected` share (or all but the last of
+    `completion`) are then the prompt, and the last message of each is the completion. Other columns are ignored.
 
     Args:
         row: Column name to value.
         where: Where the row stands, such as `votes.jsonl:17`; every message starts with it.
         columns: The column of each field.
-        require_rejected: Whether a row must have a rejected completion; if not, an empty one is none.
+        feedback: What the row must have: `pairs` have `chosen` and `rejected`; `thumbs` have `completion` and `label`,
+            and give a record with one of the two; `demonstrations` have `chosen`, and may have `rejected`.
 
     Raises:
         FeedbackFormatError: The row is not what it should be; the message names the place, the field and the fix.
         TieError: The row is well formed, but both completions are the same.
     """
-    user_id = _required(row, where, "user_id", columns)
+    user_id = parse_user_id(row, where, columns)
+    if feedback == "thumbs":
+        return _parse_thumb(user_id, row, where, columns)
+    chosen = _text(_required(row, where, "chosen", columns), where, "chosen")
+    rejected: Text | None = None
+    if feedback == "pairs" or row.get(columns.rejected):
+        rejected = _text(_required(row, where, "rejected", columns), where, "rejected")
+        if isinstance(rejected, str) != isinstance(chosen, str):
+            _fail(where, "rejected", "and 'chosen' must both be strings or both be lists of messages")
+    prompt, chosen = _split_prompt(row, where, columns, chosen, "chosen")
+    if rejected is not None:
+        rejected = _split_rejected(row, where, columns, rejected, prompt)
+    _check_completion(chosen, where, "chosen")
+    if rejected is not None:
+        _check_completion(rejected, where, "rejected")
+        if chosen == rejected:
+            raise TieError(
+                f"{where}: field 'chosen' equals 'rejected', so the row says nothing about what the user prefers; "
+                "drop the row, or set ties: drop to leave such rows out."
+            )
+    return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns))
+
+
+def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Columns) -> FeedbackRecord:
+    completion = _text(_required(row, where, "completion", columns), where, "completion")
+    prompt, completion = _split_prompt(row, where, columns, completion, "completion")
+    _check_completion(completion, where, "completion")
+    value = _required(row, where, "label", columns)
+    up = _LABELS.get(value.strip().lower()) if isinstance(value, str) else value  # CSV has texts only
+    if not isinstance(up, bool):
+        _fail(
+            where,
+            "label",
+            f"is {_shown(value)}, of type {type(value).__name__}; write true for a thumbs-up and false for a "
+            "thumbs-down",
+        )
+    chosen, rejected = (completion, None) if up else (None, completion)
+    return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns), thumb=True)
+
+
+def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAULT_COLUMNS) -> str:
+    """Return the id of the user of a raw row, or raise a `FeedbackFormatError`; see `parse_record`."""
+    user_id: Any = _required(row, where, "user_id", columns)
     if not isinstance(user_id, str):
         _fail(
             where,
@@ -95,22 +151,7 @@ def parse_record(
     check_characters(user_id, where, "user_id")
     if not user_id.strip():
         _fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
-    chosen = _text(_required(row, where, "chosen", columns), where, "chosen")
-    rejected: Text | None = None
-    if require_rejected or row.get(columns.rejected):
-        rejected = _text(_required(row, where, "rejected", columns), where, "rejected")
-        if isinstance(rejected, str) != isinstance(chosen, str):
-            _fail(where, "rejected", "and 'chosen' must both be strings or both be lists of messages")
-    prompt, chosen, rejected = _split_prompt(row, where, columns, chosen, rejected)
-    _check_completion(chosen, where, "chosen")
-    if rejected is not None:
-        _check_completion(rejected, where, "rejected")
-        if chosen == rejected:
-            raise TieError(
-                f"{where}: field 'chosen' equals 'rejected', so the row says nothing about what the user prefers; "
-                "drop the row, or set ties: drop to leave such rows out."
-            )
-    return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns))
+    return user_id
 
 
 def _fail(where: str, field: str, problem: str) -> NoReturn:
@@ -125,6 +166,8 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
         return value
     if column in row:
         _fail(where, field, f"is null (column {column!r}); fill it or drop the row")
+    if (kind := _other_kind(row, field, columns)) is not None:
+        _fail(where, field, f"is missing: {kind}")
     names = [str(name) for name in row]
     close = get_close_matches(column, names, n=1) or get_close_matches(field, names, n=1)
     advice = (
@@ -133,6 +176,18 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
         else f"name the column that holds it with columns: {{{field}: <its name>}}"
     )
     _fail(where, field, f"is missing: there is no column {column!r} among {', '.join(map(repr, names))}; {advice}")
+
+
+def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | None:
+    """Return what to do about a row that lacks a field because it is feedback of another kind."""
+    if field in ("chosen", "rejected") and columns.completion in row and columns.label in row:
+        return "the row is a thumb up or down, which another loss takes, such as KTOLoss"
+    if field in ("completion", "label") and columns.chosen in row and columns.rejected in row:
+        return (
+            "the row is a pair, which another loss takes, such as DPOLoss; or write it as two rows, each with one "
+            "completion and a label"
+        )
+    return None
 
 
 def _text(value: Any, where: str, field: str) -> Text:
@@ -182,45 +237,52 @@ _MESSAGE_FIX = 'each message is {"role": "user" or "assistant" or "system", "con
 
 
 def _split_prompt(
-    row: Mapping[str, Any], where: str, columns: Columns, chosen: Text, rejected: Text | None
-) -> tuple[Text, Text, Text | None]:
-    """Return prompt and completions, splitting off a prompt that stands inside conversational completions."""
+    row: Mapping[str, Any], where: str, columns: Columns, completion: Text, field: str
+) -> tuple[Text, Text]:
+    """Return prompt and completion, splitting off a prompt that stands inside a conversational completion."""
     given = row.get(columns.prompt)
-    if isinstance(chosen, str):
+    if isinstance(completion, str):
         prompt = _text(_required(row, where, "prompt", columns), where, "prompt")
         if not isinstance(prompt, str):
-            _fail(where, "prompt", "is a list of messages but 'chosen' is a string; write both in the same form")
-        return prompt, chosen, rejected
+            _fail(where, "prompt", f"is a list of messages but {field!r} is a string; write both in the same form")
+        return prompt, completion
     if isinstance(given, list):
         prompt = _text(given, where, "prompt")
         if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
             _fail(where, "prompt", "ends with an assistant message; end it with what is to be answered")
-        return prompt, chosen, rejected
-    if given is None and len(chosen) == 1:
+        return prompt, completion
+    if given is None and len(completion) == 1:
         _required(row, where, "prompt", columns)
-    shared = chosen[:-1]
+    shared = completion[:-1]
     if not shared:
+        whole = (
+            "'chosen' and 'rejected' be whole conversations that share all but their last message"
+            if field == "chosen"
+            else f"{field!r} be the whole conversation"
+        )
+        _fail(where, "prompt", f"must be a list of messages, as {field!r} is; or leave it out and let {whole}")
+    if given is not None and all(message["content"] != given for message in shared):
         _fail(
             where,
             "prompt",
-            "must be a list of messages, as 'chosen' is; or leave it out and let 'chosen' and 'rejected' be whole "
-            "conversations that share all but their last message",
+            f"is {_shown(given)}, which is no message of the conversation in {field!r}; "
+            "write it as a list of messages, or drop the column",
         )
-    if isinstance(rejected, list) and rejected[:-1] != shared:
+    return shared, completion[-1:]
+
+
+def _split_rejected(row: Mapping[str, Any], where: str, columns: Columns, rejected: Text, prompt: Text) -> Text:
+    """Return the rejected completion, without the prompt that stood inside the chosen one."""
+    if isinstance(rejected, str) or isinstance(row.get(columns.prompt), list):
+        return rejected
+    if rejected[:-1] != prompt:
         _fail(
             where,
             "rejected",
             "must share all but its last message with 'chosen' when the prompt stands inside them; "
             "or give the shared part as 'prompt' and one assistant message each as 'chosen' and 'rejected'",
         )
-    if given is not None and all(message["content"] != given for message in shared):
-        _fail(
-            where,
-            "prompt",
-            f"is {_shown(given)}, which is no message of the conversation in 'chosen'; "
-            "write it as a list of messages, or drop the column",
-        )
-    return shared, chosen[-1:], rejected[-1:] if isinstance(rejected, list) else None
+    return rejected[-1:]
 
 
 def _check_completion(text: Text, where: str, field: str) -> None:

@@ -17,14 +17,14 @@ class RenderedRecord:
     Attributes:
         user_text: Text about the user, empty where there is none.
         prompt: All that stands before the completion, except BOS where `templated` is false.
-        chosen: The preferred completion, with what the chat template writes after it.
+        chosen: The preferred completion, with what the chat template writes after it, or None.
         rejected: The other completion, or None.
         templated: Whether a chat template wrote these texts, in which case it decided about BOS too.
     """
 
     user_text: str
     prompt: str
-    chosen: str
+    chosen: str | None
     rejected: str | None
     templated: bool
 
@@ -57,16 +57,20 @@ class Renderer:
 
     def __call__(self, record: FeedbackRecord, where: str) -> RenderedRecord:
         """Return the texts of a record that stands at `where`."""
-        user_text = self.user_text_format.replace("{user_text}", record.user_text) if record.user_text else ""
+        user_text = self.user_text(record.user_text)
         prompt, templated = self.prompt(record.prompt, where)
         if not templated:
             return RenderedRecord(user_text, prompt, record.chosen, record.rejected, False)  # type: ignore[arg-type]
         messages = _messages(record.prompt, "user")
-        chosen = self._answer(prompt, messages + _messages(record.chosen, "assistant"), where, "chosen")
-        rejected = None
-        if record.rejected is not None:
-            rejected = self._answer(prompt, messages + _messages(record.rejected, "assistant"), where, "rejected")
+        chosen, rejected = (
+            None if text is None else self._answer(prompt, messages + _messages(text, "assistant"), where, field)
+            for text, field in zip((record.chosen, record.rejected), record.fields, strict=True)
+        )
         return RenderedRecord(user_text, prompt, chosen, rejected, True)
+
+    def user_text(self, text: str | None) -> str:
+        """Return how a text about a user is written; nothing where there is none."""
+        return self.user_text_format.replace("{user_text}", text) if text else ""
 
     def prompt(self, prompt: Text, where: str) -> tuple[str, bool]:
         """Return the text of a prompt, up to where the answer begins, and whether the chat template wrote it."""

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.records import FeedbackRecord, Text
+from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -96,10 +96,8 @@ class FeedbackTokenizer:
         if self.tokenizer.eos_token_id is None:
             raise ConfigurationError("The tokenizer has no EOS token to end completions with; set its eos_token.")
         self._render = Renderer(self.tokenizer, self.settings.chat_template, self.settings.user_text_format)
-        bos = self.tokenizer.bos_token_id
-        # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
-        writes_bos = bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos]
-        self._bos = np.array([bos] if writes_bos else [], dtype=np.int32)
+        bos = [self.tokenizer.bos_token_id] if writes_bos(self.tokenizer) else []
+        self._bos = np.array(bos, dtype=np.int32)
         self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
         self._backend = _private_backend(self.tokenizer)
         self._ids: dict[str, Ids] = {"": self._eos[:0]}
@@ -108,8 +106,12 @@ class FeedbackTokenizer:
     def __call__(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> list[TokenizedRecord | None]:
         """Tokenise records that stand at `wheres`; None stands for a record dropped as overlong."""
         rendered = [self._render(record, where) for record, where in zip(records, wheres, strict=True)]
-        self._learn({text for row in rendered for text in (row.user_text, row.prompt, row.chosen, row.rejected or "")})
-        return [self._fit(self._assemble(row, where), where) for row, where in zip(rendered, wheres, strict=True)]
+        texts = ((row.user_text, row.prompt, row.chosen or "", row.rejected or "") for row in rendered)
+        self._learn({text for row in texts for text in row})
+        return [
+            self._fit(self._assemble(row, where, record.fields), where, record.fields)
+            for row, where, record in zip(rendered, wheres, records, strict=True)
+        ]
 
     def prompts(self, prompts: Sequence[Text]) -> list[Ids]:
         """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept."""
@@ -119,10 +121,32 @@ class FeedbackTokenizer:
         rows = [self._prompt(*row) for row in rendered]
         return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
 
+    def user_texts(self, texts: Sequence[str]) -> list[Ids]:
+        """Tokenise texts about users, as those of records are, whatever their length."""
+        written = [self._render.user_text(text) for text in texts]
+        self._learn(set(written))
+        return [self._ids[text] for text in written]
+
+    def forget(self) -> None:
+        """Let go of all texts that are kept at hand."""
+        self._ids, self._remembered = {"": self._eos[:0]}, 0
+
+    def token_tie(self, ids: TokenizedRecord, where: str) -> TieError:
+        """Return an error that says why completions that differ as texts have the same ids."""
+        if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
+            how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
+        else:
+            limit = self.settings.max_completion_length
+            how, mend = f"are equal once truncated to {limit} tokens", f"raise max_completion_length (now {limit}),"
+        return TieError(
+            f"{where}: fields 'chosen' and 'rejected' {how}, so nothing is left that the user could prefer; "
+            f"{mend} or set ties: drop to leave such rows out."
+        )
+
     def _learn(self, texts: set[str]) -> None:
         """Tokenise the texts not yet known; crowds judge the same texts many times over."""
         if self._remembered > _REMEMBERED:
-            self._ids, self._remembered = {"": self._eos[:0]}, 0
+            self.forget()
         new = [text for text in texts if text not in self._ids]
         if not new:
             return
@@ -134,11 +158,13 @@ class FeedbackTokenizer:
             self._ids[text] = np.array(row, dtype=np.int32)
             self._remembered += len(row)
 
-    def _assemble(self, row: RenderedRecord, where: str) -> TokenizedRecord:
+    def _assemble(self, row: RenderedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord:
         """Put BOS and EOS in their places."""
         prompt = self._prompt(row.prompt, row.templated, where)
-        chosen = self._completion(row.chosen, where, "chosen")
-        rejected = self._ids[""] if row.rejected is None else self._completion(row.rejected, where, "rejected")
+        chosen, rejected = (
+            self._ids[""] if text is None else self._completion(text, where, field)
+            for text, field in zip((row.chosen, row.rejected), fields, strict=True)
+        )
         return TokenizedRecord(self._ids[row.user_text], prompt, chosen, rejected)
 
     def _prompt(self, text: str, templated: bool, where: str) -> Ids:
@@ -156,19 +182,19 @@ class FeedbackTokenizer:
             raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
         return ids if ids[-1] == self._eos[0] else np.concatenate([ids, self._eos])
 
-    def _fit(self, row: TokenizedRecord, where: str) -> TokenizedRecord | None:
+    def _fit(self, row: TokenizedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord | None:
         """Hold a record to the limits as `settings.overlong` says."""
         settings = self.settings
         over: dict[str, Ids] = {}
-        for name, ids in row._asdict().items():
+        for name, field_name, ids in zip(row._fields, ("user_text", "prompt", *fields), row, strict=True):
             setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
             limit = getattr(settings, setting)
             if len(ids) <= limit:
                 continue
-            message = f"{where}: field {name!r} has {len(ids)} tokens, limit {limit}"
+            message = f"{where}: field {field_name!r} has {len(ids)} tokens, limit {limit}"
             if settings.overlong == "error":
                 raise FeedbackFormatError(f"{message}; raise {setting}, or set overlong to truncate or drop.")
-            self.excess.setdefault(name, Excess(0, message)).count += 1
+            self.excess.setdefault(field_name, Excess(0, message)).count += 1
             # The end of a prompt holds the question, the start of an answer what it is about.
             over[name] = self._end(ids, limit) if name == "prompt" else ids[:limit]
         if over and settings.overlong == "drop":
@@ -178,6 +204,13 @@ class FeedbackTokenizer:
     def _end(self, prompt: Ids, limit: int) -> Ids:
         head = prompt[: int(prompt[0] == self.tokenizer.bos_token_id)]
         return np.concatenate([head, prompt[len(head) - limit :]])
+
+
+def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a tokenizer begins a plain text with BOS."""
+    bos = tokenizer.bos_token_id
+    # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
+    return bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
 
 
 def _private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:

@@ -1,7 +1,8 @@
 """Preference losses: each turns log-probabilities of pairs into one loss a pair.
 
 RPO is `DPOLoss` (or any other) with `sft_weight > 0`; conservative DPO is `DPOLoss` with `label_smoothing > 0`.
-To add one, subclass `MarginLoss` (one method) or `PreferenceLoss` in a file of your own and name it by `class_path`.
+To add one, subclass `MarginLoss` or `ThumbsLoss` (one method), or `PreferenceLoss`, in a file of your own, and name it
+by `class_path`.
 """
 
 from prlhf_lightning.losses.base import MarginLoss, PreferenceLoss
@@ -32,6 +33,7 @@ from prlhf_lightning.losses.pointwise import (
     sppo_loss,
 )
 from prlhf_lightning.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, odds_ratio_loss, simpo_loss
+from prlhf_lightning.losses.thumbs import BCOUnpairedLoss, KTOLoss, ThumbsLoss, bco_unpaired_loss, kto_loss
 from prlhf_lightning.losses.transport import AOTLoss, AOTUnpairedLoss
 
 __all__ = [
@@ -40,12 +42,14 @@ __all__ = [
     "APODownLoss",
     "APOZeroLoss",
     "BCOLoss",
+    "BCOUnpairedLoss",
     "CPOLoss",
     "DPOLoss",
     "DiscoPOPLoss",
     "EXOLoss",
     "HingeLoss",
     "IPOLoss",
+    "KTOLoss",
     "MarginLoss",
     "NCALoss",
     "ORPOLoss",
@@ -54,14 +58,17 @@ __all__ = [
     "SFTLoss",
     "SPPOLoss",
     "SimPOLoss",
+    "ThumbsLoss",
     "apo_down_loss",
     "apo_zero_loss",
     "bco_loss",
+    "bco_unpaired_loss",
     "discopop_loss",
     "dpo_loss",
     "exo_loss",
     "hinge_loss",
     "ipo_loss",
+    "kto_loss",
     "nca_loss",
     "odds_ratio_loss",
     "robust_loss",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.types import LossOutput, PairLogProbs
+from prlhf_lightning.types import Feedback, LossOutput, PairLogProbs
 
 
 class PreferenceLoss(nn.Module, ABC):
@@ -24,7 +24,8 @@ class PreferenceLoss(nn.Module, ABC):
 
     Attributes:
         requires_reference: False for losses that look at the policy only; the reference is then never computed.
-        requires_rejected: False for losses that accept data without rejected completions.
+        requires_mismatched: True for losses that `observe` how likely completions of other prompts are, in training.
+        feedback: What the rows are that the loss takes: pairs, thumbs (subclass `ThumbsLoss`) or demonstrations.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -32,7 +33,8 @@ class PreferenceLoss(nn.Module, ABC):
     """
 
     requires_reference: ClassVar[bool] = True
-    requires_rejected: ClassVar[bool] = True
+    requires_mismatched: ClassVar[bool] = False
+    feedback: ClassVar[Feedback] = "pairs"
 
     def __init__(self, beta: float = 0.1, sft_weight: float = 0.0) -> None:
         super().__init__()
@@ -64,6 +66,12 @@ class PreferenceLoss(nn.Module, ABC):
             chosen, rejected = chosen - reference.chosen.sum, rejected - reference.rejected.sum
         return self.beta * chosen, self.beta * rejected
 
+    def observe(self, log_ratios: Tensor) -> None:
+        """Take in, in training, the log-ratios `log π(y|x) - log π_ref(y|x)` `[B]` of completions to other prompts.
+
+        The module calls this after the loss of a batch where `requires_mismatched` is True.
+        """
+
     def forward(self, policy: PairLogProbs, reference: PairLogProbs | None = None) -> LossOutput:
         """Return the loss and the detached implicit rewards of each pair.
 
@@ -79,14 +87,15 @@ class PreferenceLoss(nn.Module, ABC):
                 f"{name} compares the policy with a reference and got none; "
                 "pass the reference's log-probabilities, or use a loss without one such as SimPOLoss."
             )
-        if self.requires_rejected and policy.rejected.tokens.shape[-1] == 0:
+        if self.feedback == "pairs" and policy.rejected.tokens.shape[-1] == 0:
             raise ConfigurationError(
                 f"{name} compares two completions, but this batch has no rejected ones; "
                 "give data with a 'rejected' field, or train on the chosen ones with SFTLoss."
             )
         losses = self.pair_loss(policy, reference)
         if self.sft_weight:
-            losses = losses - self.sft_weight * policy.chosen.mean
+            # Where there is no chosen completion, as of a thumbs-down, there is none to imitate.
+            losses = losses - self.sft_weight * policy.chosen.sum / policy.chosen.lengths.clamp(min=1)
         with torch.no_grad():
             chosen_rewards, rejected_rewards = self.rewards(policy, reference)
         return LossOutput(losses, chosen_rewards, rejected_rewards)

@@ -5,15 +5,11 @@ Throughout, `chosen` and `rejected` are `r = β [log π(y|x) - log π_ref(y|x)]`
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Self
-
-import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from torch.nn import functional as F
 
-from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses.base import PreferenceLoss
+from prlhf_lightning.losses.running import RunningShiftLoss
 from prlhf_lightning.types import PairLogProbs
 
 
@@ -110,17 +106,10 @@ class SPPOLoss(PreferenceLoss):
         return sppo_loss(*self.rewards(policy, reference), beta=self.beta)
 
 
-class BCOLoss(PreferenceLoss):
+class BCOLoss(RunningShiftLoss):
     """Binary classifier optimisation of pairs (arXiv:2404.04656): is this completion chosen or rejected?
 
-    The classifier's threshold δ is the mean reward of all completions, a moving target that is tracked as a running
-    mean: exponential, over about the last `window` pairs, counted in pairs and over all processes. A call judges its
-    pairs with the δ of the calls before it, so no pair's loss depends on which others stand in the same call, and
-    cutting the same stream of pairs into other (micro-)batches moves δ only by the order of pairs within one of them.
-    User and generic terms, being two calls, share one δ. It starts at 0, about the reward of an untrained policy,
-    changes in training mode only, and is part of the state dict: a resumed run needs it.
-
-    In training under `torch.distributed` each call is a collective: all processes must make it.
+    The classifier's threshold δ is the mean reward of all completions, tracked as `RunningShiftLoss` says.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -128,39 +117,10 @@ class BCOLoss(PreferenceLoss):
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
-    shift: Tensor
-    pairs_seen: Tensor
-
-    def __init__(self, beta: float = 0.1, window: int = 1000, sft_weight: float = 0.0) -> None:
-        super().__init__(beta, sft_weight)
-        if window < 1:
-            raise ConfigurationError(f"BCOLoss: window is {window}; the running mean needs at least 1 pair.")
-        self.window = window
-        self.register_buffer("shift", torch.zeros((), dtype=torch.float32))
-        self.register_buffer("pairs_seen", torch.zeros((), dtype=torch.int64))
-
     def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
         """Return `bco_loss` of each pair's rewards, `[B]`, and in training mode update the running mean."""
         chosen, rejected = self.rewards(policy, reference)
         losses = bco_loss(chosen, rejected, self.shift)
         if self.training:
-            self._update_shift((chosen.detach() + rejected.detach()) / 2)
+            self.update_shift((chosen.detach() + rejected.detach()) / 2)
         return losses
-
-    def _update_shift(self, rewards: Tensor) -> None:
-        """Move the running mean towards the mean rewards `[B]` of new pairs, weighing each pair alike."""
-        batch = torch.stack([rewards.sum(), rewards.new_tensor(len(rewards))]).to(torch.float32)
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.all_reduce(batch)
-        total, pairs = batch
-        self.pairs_seen += pairs.long()
-        decay = 1 - 1 / self.window
-        # The denominator takes the start's 0 out of the mean, as in Adam's bias correction.
-        weight = (1 - decay**pairs) / (1 - decay**self.pairs_seen).clamp(min=1e-12)
-        self.shift += weight * (total / pairs.clamp(min=1) - self.shift)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Keep the running mean in float32 under any cast: bfloat16 would swallow its small steps."""
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.shift = self.shift.to(torch.float32)
-        return self

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses.base import MarginLoss, PreferenceLoss
 from prlhf_lightning.losses.margin import dpo_loss
-from prlhf_lightning.types import PairLogProbs
+from prlhf_lightning.types import Feedback, PairLogProbs
 
 
 def simpo_loss(margin: Tensor, gamma: float) -> Tensor:
@@ -117,7 +117,7 @@ class SFTLoss(PreferenceLoss):
     """
 
     requires_reference: ClassVar[bool] = False
-    requires_rejected: ClassVar[bool] = False
+    feedback: ClassVar[Feedback] = "demonstrations"
 
     def __init__(self) -> None:
         super().__init__(beta=1.0)

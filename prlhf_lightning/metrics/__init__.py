@@ -8,12 +8,17 @@ from prlhf_lightning.metrics.preference import (
     user_accuracies,
     wilson_interval,
 )
+from prlhf_lightning.metrics.thumbs import ThumbsAUC, UserAUC, thumbs_auc, user_aucs
 
 __all__ = [
     "PreferenceAccuracy",
+    "ThumbsAUC",
+    "UserAUC",
     "UserAccuracy",
     "preference_accuracy",
     "repeated_ngrams",
+    "thumbs_auc",
     "user_accuracies",
+    "user_aucs",
     "wilson_interval",
 ]

@@ -151,7 +151,7 @@ def headroom(
     scheme: Scheme,
     seed: int = 0,
     on_fit: Callable[[], object] = lambda: None,
-) -> Headroom:
+) -> Headroom | None:
     """Fit both models to votes and compare them on others.
 
     Args:
@@ -162,8 +162,8 @@ def headroom(
         seed: Draws folds and bootstrap samples.
         on_fit: Called after each of about `number_of_fits` a part.
 
-    Raises:
-        ValueError: There are too few votes to hold any out.
+    Returns:
+        The comparison, or None where there are too few votes to hold any out.
     """
     users, chosen = [], []
     values: list[list[Floats]] = [[], [], [], []]
@@ -182,7 +182,7 @@ def headroom(
         for known, value in zip(values, found, strict=True):
             known.append(value)
     if not users:
-        raise ValueError("there are too few votes")
+        return None
     who = np.concatenate(users)
     (before, counts), (after, _), *losses = (_sums(np.concatenate(value), who) for value in values)
     gains = np.sort(after - before)[::-1].clip(min=0)

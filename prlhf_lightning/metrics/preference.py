@@ -100,11 +100,10 @@ def user_accuracies(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Ten
     ]
 
 
-class PreferenceAccuracy(Metric):
-    """Preference accuracy over pairs and over users, exact under any split of the pairs over processes.
+class RewardsByUser(Metric):
+    """What metrics over users are made of: the rewards of each row, exact under any split of rows over processes.
 
-    `compute()` returns the dictionary of `preference_accuracy`. Each process may see any number of pairs, none
-    included, of any users. Rewards that are NaN make the values that rest on them NaN.
+    Each process may see any number of rows, none included, of any users.
     """
 
     full_state_update = False
@@ -150,14 +149,22 @@ class PreferenceAccuracy(Metric):
         self.chosen_rewards.append(chosen_rewards.detach().float())
         self.rejected_rewards.append(rejected_rewards.detach().float())
 
+    def _rewards(self) -> tuple[Tensor, Tensor, Tensor]:
+        return dim_zero_cat(self.users), dim_zero_cat(self.chosen_rewards), dim_zero_cat(self.rejected_rewards)
+
+
+class PreferenceAccuracy(RewardsByUser):
+    """Preference accuracy over pairs and over users.
+
+    `compute()` returns the dictionary of `preference_accuracy`. Rewards that are NaN make the values that rest on them
+    NaN.
+    """
+
     def compute(self) -> dict[str, Tensor]:
         """Return `accuracy`, `accuracy_user_mean`, `accuracy_worst_decile` and `margin`, each a scalar."""
-        return preference_accuracy(*self._pairs())
+        return preference_accuracy(*self._rewards())
 
     def table(self) -> list[UserAccuracy]:
         """Return one row a user, over all processes; under distributed runs all of them must call it."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
-            return user_accuracies(*self._pairs())
-
-    def _pairs(self) -> tuple[Tensor, Tensor, Tensor]:
-        return dim_zero_cat(self.users), dim_zero_cat(self.chosen_rewards), dim_zero_cat(self.rejected_rewards)
+            return user_accuracies(*self._rewards())

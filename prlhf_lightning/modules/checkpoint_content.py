@@ -6,11 +6,13 @@ The entry of this package holds its format, and the users with their rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
+from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules.sharding import plain_name
@@ -47,7 +49,13 @@ def new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str, 
     return {name: row.detach().clone() for name, row in zip(names, rows, strict=True)}
 
 
-def entry(users: UserVocabulary | None, rows: Mapping[str, Tensor], shares: Sequence[str], seed: int) -> dict[str, Any]:
+def entry(
+    users: UserVocabulary | None,
+    rows: Mapping[str, Tensor],
+    shares: Sequence[str],
+    seed: int,
+    tokenization: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return the entry.
 
     Args:
@@ -56,6 +64,7 @@ def entry(users: UserVocabulary | None, rows: Mapping[str, Tensor], shares: Sequ
             model.
         shares: Names of the tables whose rows are unnormalised weights.
         seed: What chance was drawn from.
+        tokenization: How the data module made ids of text, so that prompts are written as in training.
     """
     return {
         "format": FORMAT,
@@ -63,6 +72,7 @@ def entry(users: UserVocabulary | None, rows: Mapping[str, Tensor], shares: Sequ
         "new_rows": dict(rows),
         "shares": list(shares),
         "seed": seed,
+        "tokenization": dict(tokenization or {}),
     }
 
 
@@ -90,6 +100,13 @@ def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
     """Return the users of a checkpoint; raises as `entry_of`."""
     return UserVocabulary(entry_of(checkpoint)["users"])
+
+
+def tokenization_of(checkpoint: Mapping[str, Any]) -> TokenizationSettings:
+    """Return how text became ids in training; the default settings where a checkpoint does not say."""
+    known = {field.name for field in fields(TokenizationSettings)}
+    settings = entry_of(checkpoint).get("tokenization") or {}
+    return TokenizationSettings(**{name: value for name, value in settings.items() if name in known})
 
 
 def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:

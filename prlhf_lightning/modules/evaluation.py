@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: mean losses, and accuracies over pairs and over users, of each set."""
+"""The metrics of an evaluation: mean losses, and accuracies (of thumbs: areas under the curve) over users."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from prlhf_lightning.metrics import PreferenceAccuracy, UserAccuracy
+from prlhf_lightning.metrics import PreferenceAccuracy, ThumbsAUC, UserAccuracy, UserAUC
 from prlhf_lightning.modules.objective import Term
 from prlhf_lightning.modules.processes import gather_objects, stable_hash
+from prlhf_lightning.types import Feedback
+
+_METRICS: dict[Feedback, type[PreferenceAccuracy | ThumbsAUC]] = {"pairs": PreferenceAccuracy, "thumbs": ThumbsAUC}
+HEADLINE: dict[Feedback, str] = {"pairs": "accuracy", "thumbs": "auc"}
+"""The value that tells most, by the kind of feedback."""
 
 
 class Evaluation:
@@ -25,15 +30,16 @@ class Evaluation:
     Args:
         sets: As above.
         personalizes: Whether users differ from the generic user, who then has an accuracy of their own.
-        ranks: Whether there are rejected completions to rank the chosen ones above.
+        feedback: What the rows say; demonstrations leave nothing to rank.
     """
 
-    def __init__(self, sets: Sequence[str], personalizes: bool, ranks: bool) -> None:
+    def __init__(self, sets: Sequence[str], personalizes: bool, feedback: Feedback) -> None:
         self.sets = tuple(sets)
-        self._personalizes, self._ranks = personalizes, ranks
+        self._personalizes, self._headline = personalizes, HEADLINE.get(feedback)
         self._losses = {name: MeanMetric() for name in self.sets}
-        self._own = {name: PreferenceAccuracy() for name in self.sets}
-        self._generic = {name: PreferenceAccuracy() for name in self.sets if personalizes}
+        metric = _METRICS.get(feedback)
+        self._own = {name: metric() for name in self.sets if metric}
+        self._generic = {name: metric() for name in self.sets if metric and personalizes}
         self._user_ids: dict[int, str] = {}  # by the keys under which the accuracies know them
 
     def update(self, name: str, user_ids: Sequence[str], losses: Tensor, terms: Sequence[Term]) -> None:
@@ -46,7 +52,7 @@ class Evaluation:
             terms: The user's own term and the generic user's, or one for both.
         """
         self._losses[name].update(losses)
-        if not self._ranks:
+        if not self._headline:
             return
         keys = [stable_hash(user_id) for user_id in user_ids]
         self._user_ids.update(zip(keys, user_ids, strict=True))
@@ -59,14 +65,14 @@ class Evaluation:
         """Return what to log of a set, over all processes, which all must call this."""
         # Lightning's own mean over batches and processes is wrong where these hold unequal numbers of pairs.
         values = {"loss": self._losses[name].compute()}
-        if self._ranks:
+        if self._headline:
             values |= self._own[name].compute()
         # Without personalisation, and for users who are not known, the generic user is what was just computed.
-        if self._ranks and self._personalizes and name != "unseen":
-            values["generic_accuracy"] = self._generic[name].compute()["accuracy"]
+        if self._headline and self._personalizes and name != "unseen":
+            values[f"generic_{self._headline}"] = self._generic[name].compute()[self._headline]
         return values
 
-    def user_table(self, name: str, trainer: Trainer) -> list[tuple[str, UserAccuracy]]:
+    def user_table(self, name: str, trainer: Trainer) -> list[tuple[str, UserAccuracy | UserAUC]]:
         """Return each user's id and accuracy in a set, over all processes, which all must call this."""
         user_ids = {key: user_id for part in gather_objects(trainer, self._user_ids) for key, user_id in part.items()}
         return [(user_ids[row.user], row) for row in self._own[name].table()]

@@ -9,8 +9,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from prlhf_lightning.data.sampler import UserGroupedBatchSampler
+from prlhf_lightning.data.stream import StreamBatchSampler
 from prlhf_lightning.modules.objective import Term
 from prlhf_lightning.modules.processes import stable_hash
+from prlhf_lightning.types import Feedback, LogProbs
 
 
 def seed_chance(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
@@ -32,7 +34,7 @@ def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
         batch_idx: Its number in the epoch.
     """
     sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-    if not isinstance(sampler, UserGroupedBatchSampler):
+    if not isinstance(sampler, UserGroupedBatchSampler | StreamBatchSampler):
         return 1.0  # batches of another data module
     window = trainer.accumulate_grad_batches
     first = batch_idx - batch_idx % window
@@ -47,20 +49,30 @@ def place_of(trainer: Trainer, record: int) -> str:
     return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
 
 
-def values_to_log(loss: Tensor, term: Term, ranks: bool) -> dict[str, Tensor]:
-    """Return the means over a batch that are worth a curve, each `[]`.
+def values_to_log(loss: Tensor, term: Term, feedback: Feedback) -> dict[str, Tensor]:
+    """Return the means over a batch that are worth a curve, each `[]`; NaN where it has nothing of the kind.
 
     Args:
         loss: `[]` the mean loss.
         term: The first term of the objective.
-        ranks: Whether there are rejected completions.
+        feedback: What the rows say.
     """
-    chosen = term.log_probs.chosen
-    values = {"loss": loss, "chosen_log_probs": chosen.sum.detach().mean()}
+    chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
+    values = {"loss": loss, "chosen_log_probs": _mean(chosen.sum, chosen)}
     if term.reference is not None:
-        values["chosen_log_ratio"] = (chosen.mean.detach() - term.reference.chosen.mean).mean()  # a token
-    if ranks:
-        values["rejected_log_probs"] = term.log_probs.rejected.sum.detach().mean()
+        values["chosen_log_ratio"] = _mean(chosen.mean - term.reference.chosen.mean, chosen)  # a token
+    if feedback != "demonstrations":
+        values["rejected_log_probs"] = _mean(rejected.sum, rejected)
+    if feedback == "thumbs":
+        values["chosen_rewards"] = _mean(term.output.chosen_rewards, chosen)
+        values["rejected_rewards"] = _mean(term.output.rejected_rewards, rejected)
+    if feedback == "pairs":
         values["margin"] = term.margins.mean()
         values["accuracy"] = (term.margins > 0).float().mean()
     return values
+
+
+def _mean(values: Tensor, of: LogProbs) -> Tensor:
+    """Return the mean of values `[B]` over the rows that have such a completion."""
+    present = of.mask.any(-1)
+    return torch.where(present, values.detach(), 0.0).sum() / present.sum()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -79,7 +79,7 @@ class Objective:
         visible = visible.select(first) if visible is not None else None
         completions = [part.select(first) for part in self._completions(batch)]
         scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
-        reference = _pair(scored).select(of_pair)
+        reference = self._pair(scored, batch.up[first]).select(of_pair)
         if self.store is not None and batch.reference_keys:
             reference = self.store.keep(batch, reference)
         return reference
@@ -101,13 +101,27 @@ class Objective:
 
     def compute(self, batch: PreferenceBatch, every_term: bool, sampled: bool) -> tuple[Tensor, list[Term]]:
         """Compute the alpha-weighted loss of each pair, and the terms; see `PersonalizedLM.objective`."""
+        # Scored first, while no graph is held, and shown to the loss last, so that no row is judged by its own batch.
+        observes = self.loss.requires_mismatched and self.loss.training
+        mismatched = self._mismatched_log_ratios(batch) if observes else None
+        losses, terms = self._compute(batch, every_term, sampled)
+        if mismatched is not None:
+            self.loss.observe(mismatched)
+        return losses, terms
+
+    @property
+    def _weights(self) -> dict[bool, float]:
+        """The weight of the user's own term, and of the generic one if there is one."""
+        return {False: self.alpha, True: 1.0 - self.alpha} if self.user_model.personalizes else {False: 1.0}
+
+    def _compute(self, batch: PreferenceBatch, every_term: bool, sampled: bool) -> tuple[Tensor, list[Term]]:
         if sampled and self.user_model.personalizes:
             generic = (torch.rand(len(batch)) >= self.alpha).to(batch.records.device)
             drawn = self._sampled_log_probs(batch, generic)
             reference = self.reference_log_probs(batch)
             output = self.loss(drawn, reference)
             return output.losses, [Term(False, drawn, output, reference)]
-        weights = {False: self.alpha, True: 1.0 - self.alpha} if self.user_model.personalizes else {False: 1.0}
+        weights = self._weights
         kinds = [generic for generic, weight in weights.items() if weight > 0 or every_term]
         reference = self.reference_log_probs(batch)
         scored = self.policy_log_probs(batch, kinds)
@@ -129,7 +143,7 @@ class Objective:
     def _scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
         """Score the pairs that `rows` `[N]` names under the policy, each with its own of N soft prompts."""
         completions = [part.select(rows) for part in self._completions(batch)]
-        return _pair(self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt))
+        return self._pair(self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt), batch.up[rows])
 
     def _distinct(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Find the distinct pairs of a batch, whoever judged them.
@@ -137,7 +151,9 @@ class Objective:
         Returns:
             The first row of each distinct pair `[U]`, and for each row the number of its pair `[B]`.
         """
-        parts = [batch.prompt, *self._completions(batch), *([batch.user_text] if self.user_model.uses_text else [])]
+        # Not the judged ones, by which a thumbs-up and a thumbs-down of the same completion would be one.
+        completions = self._completions(batch) if self.loss.feedback != "thumbs" else [batch.chosen, batch.rejected]
+        parts = [batch.prompt, *completions, *([batch.user_text] if self.user_model.uses_text else [])]
         content = torch.cat([part.ids.masked_fill(~part.mask, -1) for part in parts], dim=1)
         _, of_pair = torch.unique(content, dim=0, return_inverse=True)
         rows = torch.arange(len(batch), device=content.device)
@@ -145,10 +161,39 @@ class Objective:
         return first, of_pair
 
     def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
-        return [batch.chosen, batch.rejected] if self.loss.requires_rejected else [batch.chosen]
+        """Return what is scored of each row."""
+        if self.loss.feedback == "pairs":
+            return [batch.chosen, batch.rejected]
+        return [batch.judged if self.loss.feedback == "thumbs" else batch.chosen]
+
+    def _pair(self, scores: Sequence[LogProbs], up: Tensor) -> PairLogProbs:
+        """Put the scores of rows in their places, `up` `[B]` telling which rows of thumbs were liked."""
+        if self.loss.feedback == "thumbs":
+            (judged,) = scores
+            return PairLogProbs(*(_where(kind[:, None], judged) for kind in (up, ~up)))
+        nothing = LogProbs(scores[0].tokens[:, :0], scores[0].mask[:, :0])
+        return PairLogProbs(scores[0], scores[1] if len(scores) > 1 else nothing)
+
+    @torch.no_grad()
+    def _mismatched_log_ratios(self, batch: PreferenceBatch) -> Tensor | None:
+        """Return the log-ratios of completions to other prompts: each row's prompt, the completion of the row before.
+
+        Returns:
+            `[B]` means over the terms; `[0]` of a single row, which could only be matched with itself, and is scored
+            all the same, as other processes may wait for this one.
+        """
+        chosen, rejected = (
+            Tokens(part.ids.roll(1, 0), part.mask.roll(1, 0)) for part in (batch.chosen, batch.rejected)
+        )
+        mixed = replace(batch, chosen=chosen, rejected=rejected, reference=None, reference_keys=())
+        reference = self.reference_log_probs(mixed)
+        scored = self.policy_log_probs(mixed, [generic for generic, weight in self._weights.items() if weight > 0])
+        if reference is None:
+            return None
+        ratios = [p.chosen.sum + p.rejected.sum - reference.chosen.sum - reference.rejected.sum for p in scored]
+        return torch.stack(ratios).mean(0)[: len(batch) if len(batch) > 1 else 0]
 
 
-def _pair(scores: Sequence[LogProbs]) -> PairLogProbs:
-    chosen = scores[0]
-    rejected = scores[1] if len(scores) > 1 else LogProbs(chosen.tokens[:, :0], chosen.mask[:, :0])
-    return PairLogProbs(chosen, rejected)
+def _where(kept: Tensor, scores: LogProbs) -> LogProbs:
+    """Return scores with the rows that `kept` `[B, 1]` leaves out empty."""
+    return LogProbs(torch.where(kept, scores.tokens, 0.0), scores.mask & kept)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -19,12 +20,12 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
-from prlhf_lightning.metrics import UserAccuracy
+from prlhf_lightning.metrics import UserAccuracy, UserAUC
 from prlhf_lightning.modules import checkpoint_content
 from prlhf_lightning.modules.checkpoint_content import names_of, new_rows, trained_names
 from prlhf_lightning.modules.checkpoint_fit import check_names, check_shapes
 from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
-from prlhf_lightning.modules.evaluation import Evaluation
+from prlhf_lightning.modules.evaluation import HEADLINE, Evaluation
 from prlhf_lightning.modules.finite import FiniteGuard, what_to_try
 from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, values_to_log
 from prlhf_lightning.modules.objective import Objective, Term
@@ -43,7 +44,7 @@ from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.row_lengths import check_row_lengths
 from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
 from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
-from prlhf_lightning.modules.trainer_settings import check_trainer
+from prlhf_lightning.modules.trainer_settings import check_feedback, check_trainer
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
@@ -104,9 +105,10 @@ class PersonalizedLM(LightningModule):
         #: The users that the table has a row for; taken from the data, or from a checkpoint.
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
-        self._evaluation = Evaluation((), user_model.personalizes, loss.requires_rejected)
+        self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
         self._seed: int | None = None
+        self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
     # ---- set-up
 
@@ -122,11 +124,14 @@ class PersonalizedLM(LightningModule):
                     "to a UserVocabulary first."
                 )
             self.vocabulary = datamodule.vocabulary
+        check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
             check_trainer(self.trainer)
+            settings = getattr(datamodule, "settings", None)
+            self._tokenization = asdict(settings) if settings is not None else {}
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
-        self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.requires_rejected)
+        self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback)
 
     def configure_model(self) -> None:
         """Load the policy and create the user model's parameters, once the users are known."""
@@ -285,7 +290,7 @@ class PersonalizedLM(LightningModule):
         losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
         loss = losses.mean()
-        for name, value in values_to_log(loss, terms[0], self.loss.requires_rejected).items():
+        for name, value in values_to_log(loss, terms[0], self.loss.feedback).items():
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch))
         return loss * share_of_step(self.trainer, len(batch), batch_idx)
 
@@ -325,9 +330,11 @@ class PersonalizedLM(LightningModule):
         for name in self.eval_sets:
             for key, value in self._evaluation.values(name).items():
                 # They are gathered already; sync_dist only keeps Lightning from warning that they may not be.
-                self.log(f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key == "accuracy", sync_dist=True)
+                self.log(
+                    f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values(), sync_dist=True
+                )
 
-    def user_table(self, name: str) -> list[tuple[str, UserAccuracy]]:
+    def user_table(self, name: str) -> list[tuple[str, UserAccuracy | UserAUC]]:
         """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
 
         Where several processes train, all must call it.
@@ -414,6 +421,7 @@ class PersonalizedLM(LightningModule):
             new_rows(names_of(self, self.user_model.row_tables()), self.user_model, weights),
             names_of(self, self.user_model.share_tables()),
             torch.initial_seed() if self._seed is None else self._seed,
+            self._tokenization,
         )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -421,6 +429,7 @@ class PersonalizedLM(LightningModule):
         users = checkpoint_content.users_of(checkpoint)
         end_epoch(checkpoint)
         self._seed = checkpoint[checkpoint_content.KEY].get("seed")
+        self._tokenization = self._tokenization or checkpoint[checkpoint_content.KEY].get("tokenization") or {}
         if self.vocabulary is None:
             self.vocabulary = users
         elif self.vocabulary != users:

@@ -36,8 +36,9 @@ def check_row_lengths(trainer: Trainer | None, policy: Policy, user_model: UserM
     anyone = Users(torch.zeros(1, dtype=torch.long, device=device))
     vectors = user_model.generic(anyone).vectors.shape[1]
     if data.longest_row + vectors > limit:
+        subject = "A streamed row may have" if getattr(data, "streaming", False) else "The longest row has"
         raise ConfigurationError(
-            f"The longest row has {data.longest_row} tokens (user text, prompt and completion), with the user's "
+            f"{subject} {data.longest_row} tokens (user text, prompt and completion), with the user's "
             f"{vectors} vectors {data.longest_row + vectors}; the policy has {limit} positions. Lower "
             "data.max_prompt_length, data.max_completion_length or data.max_user_text_length, or the user model's "
             "num_tokens."

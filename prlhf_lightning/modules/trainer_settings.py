@@ -1,11 +1,33 @@
-"""Settings of the trainer that Lightning takes without a word and stumbles over in the middle of the work."""
+"""Settings that are taken without a word, and stumbled over in the middle of the work."""
 
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules.optim import training_batches
+from prlhf_lightning.types import Feedback
+
+_COLUMNS: dict[Feedback, str] = {
+    "pairs": "pairs ('chosen' and 'rejected')",
+    "thumbs": "thumbs ('completion' and 'label')",
+    "demonstrations": "demonstrations ('chosen')",
+}
+
+
+def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
+    """Refuse data that say something else than the loss listens to; demonstrations may be the chosen ones of pairs.
+
+    Raises:
+        ConfigurationError: Names both, and the setting.
+    """
+    if loss.feedback != given and (loss.feedback, given) != ("demonstrations", "pairs"):
+        raise ConfigurationError(
+            f"{type(loss).__name__} takes {_COLUMNS[loss.feedback]}, but the data module reads {_COLUMNS[given]}: give "
+            f"it feedback={loss.feedback!r} and such rows, or choose another loss (KTOLoss for thumbs, DPOLoss for "
+            "pairs, SFTLoss for demonstrations)."
+        )
 
 
 def check_trainer(trainer: Trainer) -> None:

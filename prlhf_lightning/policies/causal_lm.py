@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
-from prlhf_lightning.policies.scoring import embed, find_shortcuts, is_causal, score
+from prlhf_lightning.policies.scoring import embed, find_shortcuts, is_causal, score, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
@@ -76,11 +76,13 @@ class CausalLMPolicy(Policy):
         self.gradient_checkpointing = gradient_checkpointing
         self.torch_compile = torch_compile
         self.attn_implementation = attn_implementation
+        self.revision = revision
         self._is_sharded = False
         self._hub_args = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     @property
-    def _path(self) -> str:
+    def path(self) -> str:
+        """Where the weights and the tokenizer are: a folder, or a hub name."""
         if not self.name.startswith(_BUILTIN):
             return self.name
         return str(_ASSETS / self.name.removeprefix(_BUILTIN))
@@ -89,7 +91,7 @@ class CausalLMPolicy(Policy):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, with EOS for padding where it has no padding token."""
         with self._loading("tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(self._path, **self._hub_args)
+            tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
@@ -111,7 +113,7 @@ class CausalLMPolicy(Policy):
         with self._loading("weights"):
             options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
             if self.random_init is not None:
-                config = AutoConfig.from_pretrained(self._path, **self._hub_args)
+                config = AutoConfig.from_pretrained(self.path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
                 # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference.
                 with torch.random.fork_rng():
@@ -120,7 +122,7 @@ class CausalLMPolicy(Policy):
                         config, trust_remote_code=self._hub_args["trust_remote_code"], **options
                     )
             else:
-                lm = AutoModelForCausalLM.from_pretrained(self._path, **self._hub_args, **options)
+                lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
         _switch_off_dropout(lm)
         lm.config.use_cache = False  # generate asks for its cache itself
@@ -242,15 +244,7 @@ class CausalLMPolicy(Policy):
         return score(lm, before, completions, self.shortcuts)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
-        """Return what precedes the completion: BOS, soft prompt and prompt, embedded."""
-        embedded = embed(lm, prompt)
-        if soft_prompt is None:
-            return [embedded]
-        is_bos = torch.zeros_like(prompt.mask)
-        is_bos[:, :1] = prompt.ids[:, :1] == self.tokenizer.bos_token_id
-        bos = SoftPrompt(embedded.vectors[:, :1], (embedded.mask & is_bos)[:, :1])
-        vectors = soft_prompt.vectors.to(embedded.vectors.dtype)
-        return [bos, SoftPrompt(vectors, soft_prompt.mask), SoftPrompt(embedded.vectors, embedded.mask & ~is_bos)]
+        return segments(lm, self.tokenizer.bos_token_id, prompt, soft_prompt)
 
     def _check_length(self, length: int, limit_of_completions: str) -> None:
         limit = self.max_positions

@@ -42,6 +42,21 @@ def embed(lm: PreTrainedModel, tokens: Tokens) -> SoftPrompt:
     return SoftPrompt(lm.get_input_embeddings()(tokens.ids), tokens.mask)
 
 
+def segments(
+    lm: PreTrainedModel, bos_id: int | None, prompt: Tokens, soft_prompt: SoftPrompt | None
+) -> list[SoftPrompt]:
+    """Return what precedes a completion, embedded: BOS where the prompt has one, soft prompt, prompt."""
+    embedded = embed(lm, prompt)
+    if soft_prompt is None:
+        return [embedded]
+    is_bos = torch.zeros_like(prompt.mask)
+    if bos_id is not None:
+        is_bos[:, :1] = prompt.ids[:, :1] == bos_id
+    bos = SoftPrompt(embedded.vectors[:, :1], (embedded.mask & is_bos)[:, :1])
+    vectors = soft_prompt.vectors.to(embedded.vectors.dtype)
+    return [bos, SoftPrompt(vectors, soft_prompt.mask), SoftPrompt(embedded.vectors, embedded.mask & ~is_bos)]
+
+
 def score(
     lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], shortcuts: Shortcuts
 ) -> tuple[LogProbs, ...]:
@@ -68,7 +83,7 @@ def score(
         repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
         # The token at place i is predicted from place i - 1.
         places = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
-        inputs = _inputs(lm, join([*repeated, embed(lm, targets)]))
+        inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
         if shortcuts.head:
             hidden = lm.base_model(**inputs).last_hidden_state[rows, places]
             scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
@@ -89,8 +104,8 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
     The n completions of a prompt are continued from its keys and values, which carry the gradient of all n.
     """
     prompt = join(before, align="right")  # its last position is real in every row, and predicts the first token
-    prefix = lm.base_model(**_inputs(lm, prompt), use_cache=True)
-    name = _cache_name(lm)
+    prefix = lm.base_model(**model_inputs(lm, prompt), use_cache=True)
+    name = cache_name(lm)
     cache = getattr(prefix, name)
     every = torch.arange(len(prompt.mask), device=prompt.mask.device).repeat(n)
     cache.batch_select_indices(every)
@@ -99,12 +114,12 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
         return first
     rest = embed(lm, Tokens(targets.ids[:, :-1], targets.mask[:, :-1]))
     mask = torch.cat([prompt.mask[every], rest.mask], dim=1)
-    inputs = _inputs(lm, SoftPrompt(rest.vectors, mask), past=prompt.mask.shape[1])
+    inputs = model_inputs(lm, SoftPrompt(rest.vectors, mask), past=prompt.mask.shape[1])
     hidden = lm.base_model(**inputs, **{name: cache}, use_cache=True).last_hidden_state
     return torch.cat([first, hidden], dim=1)
 
 
-def _inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[str, Any]:
+def model_inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[str, Any]:
     """Return a model's inputs for vectors that stand after `past` cached positions; the mask covers both."""
     inputs: dict[str, Any] = {"inputs_embeds": sequence.vectors, "attention_mask": sequence.mask.long()}
     # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
@@ -117,7 +132,8 @@ def _arguments(lm: PreTrainedModel) -> Collection[str]:
     return inspect.signature(lm.base_model.forward).parameters
 
 
-def _cache_name(lm: PreTrainedModel) -> str:
+def cache_name(lm: PreTrainedModel) -> str:
+    """Return the name of the argument and output that holds a model's cache."""
     # transformers renamed it within version 5; both names are in the range that is supported.
     return "cache" if "cache" in _arguments(lm) else "past_key_values"
 
@@ -129,7 +145,7 @@ def is_causal(lm: PreTrainedModel) -> bool:
     tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
     was_training = lm.training
     lm.eval()
-    logits = lm(**_inputs(lm, embed(lm, tokens))).logits.float()
+    logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
     lm.train(was_training)
     changes = (logits[0] - logits[1]).abs().amax(-1)
     # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
@@ -170,5 +186,5 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
 
 def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
     # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
-    cache = getattr(lm.base_model(**_inputs(lm, sequence), use_cache=True), _cache_name(lm), None)
+    cache = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
     return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)

@@ -90,6 +90,11 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
         "    worst tenth of users": "val/seen/accuracy_worst_decile",
         "    same pairs, generic user": "val/seen/generic_accuracy",
         "pair accuracy, unseen users": "val/unseen/accuracy",
+        "AUC of thumbs, seen users": "val/seen/auc",
+        "    mean over such users": "val/seen/auc_user_mean",
+        "    worst tenth of such users": "val/seen/auc_worst_decile",
+        "    same thumbs, generic user": "val/seen/generic_auc",
+        "AUC of thumbs, unseen users": "val/unseen/auc",
         "well-formed answers": "well_formed",
         "true utility of answers": "utility",
     }
@@ -98,7 +103,9 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     for name, contender in contenders.items():
         values = {key: float(value) for key, value in contender.metrics.items()}
         # Without personalisation everyone is the generic user.
-        values.setdefault("val/seen/generic_accuracy", values.get("val/seen/accuracy", float("nan")))
+        for key in ("accuracy", "auc"):
+            if f"val/seen/{key}" in values:
+                values.setdefault(f"val/seen/generic_{key}", values[f"val/seen/{key}"])
         results[name] = values | (judge(contender, data, source) if source else {})
     table = Table(title="Validation", title_justify="left")
     table.add_column("")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prlhf_lightning import __version__
 from prlhf_lightning.data.feedback_table import FeedbackTable
 from prlhf_lightning.data.surface import SURFACE_FEATURES
 from prlhf_lightning.metrics.headroom import ENOUGH_USERS, ENOUGH_VOTES, SMALL, Headroom
@@ -101,7 +100,7 @@ def page_of(description: Description) -> Page:
         f"Feedback: {description.name}",
         f"Votes: {rows}{f'; {ties:,} ties left out' if ties else ''}. What follows is of the training votes, "
         "unless it says otherwise.",
-        footer=f"Written by prlhf-lightning {__version__}, data describe.",
+        footer="Written by python -m prlhf_lightning data describe.",
     )
     _headroom(page.section("How much there is to personalise"), description.finding)
     _votes_a_user(page.section("Votes a user"), table, votes)

@@ -1,30 +1,141 @@
-"""A trained policy as a folder that transformers loads."""
+"""A trained model as a Hugging Face folder: the language model, its users' vectors, and what writing for them needs."""
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from pathlib import Path
 
+import torch
 from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from safetensors.torch import save as safetensors_bytes
 
+from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
+from prlhf_lightning.tasks.model_card import model_card
 
 
-def export(checkpoint: Path, folder: Path) -> None:
-    """Write the policy of a checkpoint as a Hugging Face model folder, adapters merged, with its tokenizer.
+def export(
+    checkpoint: Path,
+    folder: Path,
+    adapters: bool = False,
+    users: bool = True,
+    user_vectors: bool = True,
+    prompt_embeds: bool = False,
+    peft_users: bool | list[str] = False,
+) -> None:
+    """Write a checkpoint as a Hugging Face model folder, with its users.
 
-    The folder is what `AutoModelForCausalLM.from_pretrained` and `--model.policy.model` read. It holds no users.
+    transformers reads the language model and tokenizer; `generate` and `PersonalizedWriter.from_folder` all of it. See
+    docs/export.md.
 
     Args:
         checkpoint: A checkpoint of a model that the command line trained.
         folder: Where the files go; made if it is not there.
+        adapters: Write the LoRA adapters, which refer to the base model, and not the whole model with them merged in.
+        users: Write the users. Without them the folder is an ordinary language model, which has learned nobody's id.
+        user_vectors: Write each user's soft prompt, for programs that know nothing of user models.
+        prompt_embeds: Also write the model's token embeddings, of which, with the vectors, vLLM's `prompt_embeds` are
+            made without loading the model.
+        peft_users: Also write a PEFT prompt-tuning folder for each user (true), or for those whose ids are given.
     """
-    policy = load_module(checkpoint, "checkpoint").policy
-    if not isinstance(policy, CausalLMPolicy):
+    module = load_module(checkpoint, "checkpoint")
+    policy = module.policy
+    if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(
             f"checkpoint: its policy is a {type(policy).__name__}; only CausalLMPolicy has the format that this writes."
         )
-    policy.merged().save_pretrained(folder)
-    policy.tokenizer.save_pretrained(folder)
+    if adapters:
+        _check_adapters(policy, bool(peft_users))
+    if not users and (prompt_embeds or peft_users):
+        raise ConfigurationError("users: prompt_embeds and peft_users are about users; leave out `--users false`.")
+    _clear(folder)
+    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users)
+    _write(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
+    _write_lm(policy, folder, adapters)
+    _write(folder / "README.md", card)  # again, as PEFT writes a card of its own
+    if users:
+        with torch.no_grad():
+            if user_vectors:
+                write_user_vectors(folder, module.user_model, module.vocabulary)
+            if prompt_embeds:
+                write_token_embeddings(folder, policy)
+            if peft_users:
+                only = None if peft_users is True else peft_users
+                write_peft_users(folder, policy, module.user_model, module.vocabulary, only or None)
+        _write_personal_part(folder, checkpoint, module, policy)
     rank_zero_info(f"The model is in {folder}")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier export has left: another model, or users who are not to be in this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    card = folder / "README.md"
+    is_ours = card.is_file() and "prlhf_lightning" in card.read_text(encoding="utf-8", errors="replace")
+    if any(folder.iterdir()) and not is_ours:  # a model that someone else keeps there is not to be lost
+        raise ConfigurationError(f"folder: {folder} has files in it that `export` did not write; give a new folder.")
+    (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
+    patterns = ("*config.json", "*model*.safetensors*", "user_vectors*", "token_embeddings.safetensors", USERS)
+    for path in {path for pattern in patterns for path in folder.glob(pattern)}:
+        path.unlink()
+    shutil.rmtree(folder / "peft_users", ignore_errors=True)
+
+
+def _check_adapters(policy: CausalLMPolicy, peft_users: bool) -> None:
+    if not isinstance(policy.model, PeftModel):
+        raise ConfigurationError("adapters: this model was trained in full and has none; leave out `--adapters true`.")
+    if policy.random_init is not None:
+        raise ConfigurationError(
+            "adapters: the base model is policy.random_init, whose weights are in no folder to refer to; leave out "
+            "`--adapters true`."
+        )
+    if peft_users:
+        raise ConfigurationError(
+            "peft_users: PEFT puts a user's vectors before a model and not before another adapter; leave out "
+            "`--adapters true`, so that the adapters are merged."
+        )
+
+
+def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
+    if adapters:
+        policy.model.peft_config["default"].base_model_name_or_path = policy.path
+        policy.model.peft_config["default"].revision = policy.revision
+        policy.model.save_pretrained(folder, save_embedding_layers=False)  # which it would look up on the hub
+    else:
+        lm = policy.merged()
+        lm.generation_config = copy.deepcopy(lm.generation_config)
+        # A text ends with the token that ended those of training, in whatever program reads the folder.
+        lm.generation_config.eos_token_id = policy.tokenizer.eos_token_id
+        lm.generation_config.pad_token_id = policy.tokenizer.pad_token_id
+        lm.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
+    content = read_checkpoint(checkpoint, "checkpoint")
+    weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
+    with checkpoint_files.replacing(folder / WEIGHTS) as file:
+        file.write(safetensors_bytes(weights))
+    ids = list(module.vocabulary.ids) if module.vocabulary else []
+    _write(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False) + "\n")
+    settings = settings_json(
+        policy.name.rpartition("/")[2].removeprefix("builtin:"),
+        content["hyper_parameters"]["user_model"],
+        tokenization_of(content),
+        base=policy.name,
+        base_dtype=str(policy.lm.dtype).removeprefix("torch."),
+    )
+    _write(folder / SETTINGS, settings)
+
+
+def _write(path: Path, text: str) -> None:
+    with checkpoint_files.replacing(path) as file:
+        file.write(text.encode())

@@ -99,6 +99,16 @@ class UserRows:
         self._replace(with_new, lambda value: torch.cat([value, value.new_zeros(len(user_ids), *value.shape[1:])]))
         self._rename([*self.vocabulary.ids, *user_ids])
 
+    def set_last(self, vectors: Tensor) -> None:
+        """Overwrite the rows of the users who were added last.
+
+        Args:
+            vectors: `[n, width]` their rows of all tables side by side, as `vectors` gives them.
+        """
+        parts = torch.split(vectors, [table[0].numel() for table in self.tables.values()], dim=1)
+        for table, part in zip(self.tables.values(), parts, strict=True):
+            table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table.dtype)
+
     def _replace(self, of_table: Callable[[Tensor, str], Tensor], of_state: Callable[[Tensor], Tensor]) -> None:
         for name, table in self.tables.items():
             self._checkpoint["state_dict"][name] = of_table(table, name)

@@ -4,6 +4,7 @@ from prlhf_lightning.user_models.base import UserModel, sample_token_embeddings
 from prlhf_lightning.user_models.cluster import ClusterUserModel
 from prlhf_lightning.user_models.composite import CompositeUserModel
 from prlhf_lightning.user_models.individual import IndividualUserModel
+from prlhf_lightning.user_models.low_rank import LowRankUserModel
 from prlhf_lightning.user_models.text import TextUserModel
 from prlhf_lightning.user_models.uniform import UniformUserModel
 
@@ -11,6 +12,7 @@ __all__ = [
     "ClusterUserModel",
     "CompositeUserModel",
     "IndividualUserModel",
+    "LowRankUserModel",
     "TextUserModel",
     "UniformUserModel",
     "UserModel",

@@ -39,7 +39,7 @@ class ListSource(DataSource):
 
 @pytest.fixture
 def cache(tmp_path):
-    return FeedbackCache(tmp_path / "cache", word_tokenizer(), TokenizationSettings(), True, "error")
+    return FeedbackCache(tmp_path / "cache", word_tokenizer(), TokenizationSettings(), "pairs", "error")
 
 
 def test_rows_come_back_tokenised_with_user_place_and_position(cache):
@@ -74,7 +74,7 @@ def test_a_second_start_reads_no_row(cache):
         {"settings": TokenizationSettings(max_prompt_length=7)},
         {"tokenizer": word_tokenizer(bos=False)},
         {"tokenizer": word_tokenizer(template=CHATML)},
-        {"require_rejected": False},
+        {"feedback": "demonstrations"},
         {"ties": "drop"},
     ],
 )
@@ -118,7 +118,7 @@ class Killed(FileSource):
             yield item
 
 Killed.__module__, Killed.__qualname__ = FileSource.__module__, FileSource.__qualname__  # so that the key is the same
-FeedbackCache(Path({str(cache.root)!r}), word_tokenizer(), TokenizationSettings(), True, "error").open(
+FeedbackCache(Path({str(cache.root)!r}), word_tokenizer(), TokenizationSettings(), "pairs", "error").open(
     Killed({str(path)!r}), "train"
 )
 """
@@ -226,7 +226,7 @@ def test_completions_that_the_tokenizer_cannot_tell_apart_are_ties(cache):
 
 def test_supervised_rows_are_no_ties(cache):
     rows = [{"user_id": "a", "prompt": "one", "chosen": "two"}]
-    assert len(replace(cache, require_rejected=False).open(ListSource(rows), "train")) == 1
+    assert len(replace(cache, feedback="demonstrations").open(ListSource(rows), "train")) == 1
 
 
 def test_a_split_all_of_whose_rows_were_dropped_is_refused(cache):

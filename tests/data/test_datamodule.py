@@ -346,7 +346,7 @@ def test_conversations_are_batched_like_strings(make, tmp_path):
 def test_supervised_data_has_empty_rejected_rows(make, tmp_path):
     rows = [{"user_id": "a", "prompt": "one", "chosen": "two"}]
     source = FileSource(write_jsonl(tmp_path / "sft.jsonl", rows))
-    (batch,) = make(source, validation_fraction=0.0, require_rejected=False).train_dataloader()
+    (batch,) = make(source, validation_fraction=0.0, feedback="demonstrations").train_dataloader()
     assert batch.rejected.ids.shape == (1, 0)
 
 
@@ -359,3 +359,47 @@ def test_a_sample_is_spread_over_the_validation_pairs(make, count, places):
 
 def test_without_validation_pairs_a_sample_is_empty(make):
     assert len(make(validation_fraction=0.0).sample(3)) == 0
+
+
+THUMBS = [
+    {"user_id": f"u{i % 3}", "prompt": f"w{i}", "completion": ["one", "two three", "one four five"][i % 3],
+     "label": i % 2 == 0} for i in range(12)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_thumbs_are_batched_with_one_completion_a_row(make, tmp_path, streaming):
+    source = FileSource(write_jsonl(tmp_path / "thumbs.jsonl", THUMBS))
+    settings = {"feedback": "thumbs", "validation_fraction": 0.0, "batch_size": 12, "streaming": streaming}
+    (batch,) = make(source, **settings).train_dataloader()
+    lengths = torch.tensor([[2, 3, 4][record % 3] for record in batch.records.tolist()])
+    assert batch.up.tolist() == [record % 2 == 0 for record in batch.records.tolist()]
+    assert torch.equal(batch.judged.mask.sum(1), lengths)
+    assert torch.equal(batch.chosen.mask.sum(1) + batch.rejected.mask.sum(1), lengths)
+
+
+def test_thumbs_in_a_csv_file_and_in_conversations_are_read(make, tmp_path):
+    (tmp_path / "a.csv").write_text("user_id,prompt,completion,label\nann,w1,one two,true\nann,w2,three,FALSE\n")
+    settings = {"feedback": "thumbs", "validation_fraction": 0.0, "batch_size": 2}
+    (batch,) = make(FileSource(tmp_path / "a.csv"), **settings).train_dataloader()
+    assert sorted(zip(batch.up.tolist(), batch.judged.mask.sum(1).tolist(), strict=True)) == [(False, 2), (True, 3)]
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two"}]
+    source = FileSource(
+        write_jsonl(tmp_path / "a.jsonl", [{"user_id": "ann", "completion": turns, "label": False}] * 2)
+    )
+    (batch,) = make(source, word_tokenizer(template=CHATML), **settings).train_dataloader()
+    assert not batch.up.any()
+    assert batch.judged.mask.sum(1).tolist() == [3, 3]
+
+
+def test_a_thumb_over_a_limit_is_named_by_its_own_field(make, tmp_path):
+    source = FileSource(write_jsonl(tmp_path / "thumbs.jsonl", THUMBS))
+    with pytest.raises(FeedbackFormatError, match=r"thumbs.jsonl:2: field 'completion' has 3 tokens, limit 2"):
+        make(source, feedback="thumbs", max_completion_length=2, overlong="error").prepare_data()
+
+
+def test_a_sample_of_thumbs_has_liked_completions_only(make, tmp_path):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", THUMBS), write_jsonl(tmp_path / "b.jsonl", THUMBS))
+    sample = make(source, feedback="thumbs").sample(12)
+    assert len(sample) == 6
+    assert sample.up.all()

@@ -66,7 +66,7 @@ def load(name, raw, limits=None):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(raw)
-        cache = FeedbackCache(Path(folder) / "cache", TOKENIZER, limits or TokenizationSettings(), True, "drop")
+        cache = FeedbackCache(Path(folder) / "cache", TOKENIZER, limits or TokenizationSettings(), "pairs", "drop")
         try:
             split = cache.open(FileSource(path), "train")
         except PRLHFError:

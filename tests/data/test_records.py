@@ -100,7 +100,7 @@ def test_a_mapping_for_an_unknown_field_is_refused_with_the_close_one():
 
 def test_supervised_rows_need_no_rejected_completion():
     for raw in (without("rejected"), row(rejected=None), row(rejected="")):
-        assert parse_record(raw, "f:1", require_rejected=False).rejected is None
+        assert parse_record(raw, "f:1", feedback="demonstrations").rejected is None
 
 
 def test_blank_user_text_is_no_user_text():
@@ -129,3 +129,50 @@ def test_conversations_that_part_before_their_last_message_are_refused():
 def test_bare_completions_without_a_prompt_column_are_refused():
     with pytest.raises(FeedbackFormatError, match="field 'prompt' is missing"):
         parse_record({"user_id": "a", "chosen": [GOOD], "rejected": [BAD]}, "f:1")
+
+
+def thumb(**changes):
+    return {"user_id": "ann", "prompt": "w1", "completion": "one two", "label": True, **changes}
+
+
+@pytest.mark.parametrize("label", [True, "true", "True "])
+def test_a_thumb_up_has_a_chosen_completion_and_one_down_a_rejected_one(label):
+    up = parse_record(thumb(label=label), "f:1", feedback="thumbs")
+    down = parse_record(thumb(label=False, user_text="likes tea"), "f:1", feedback="thumbs")
+    assert (up.chosen, up.rejected) == ("one two", None)
+    assert (down.chosen, down.rejected, down.user_text) == (None, "one two", "likes tea")
+
+
+def test_the_completion_of_a_thumb_may_be_a_whole_conversation():
+    record = parse_record(
+        {"user_id": "ann", "completion": [ASK, GOOD, ASK, BAD], "label": False}, "f:1", feedback="thumbs"
+    )
+    assert (record.prompt, record.chosen, record.rejected) == ([ASK, GOOD, ASK], None, [BAD])
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (thumb(label=None), "field 'label' is null (column 'label'); fill it or drop the row"),
+        (thumb(label=1), "field 'label' is 1, of type int; write true for a thumbs-up and false for a thumbs-down"),
+        (thumb(label="up"), "field 'label' is 'up', of type str; write true"),
+        (thumb(completion=" "), "field 'completion' is empty"),
+        (thumb(completion=5), "field 'completion' is of type int; write a string or a list of messages"),
+        (thumb(completion=[GOOD], prompt="w1"), "field 'prompt' must be a list of messages, as 'completion' is; or"),
+        (thumb(prompt=[ASK]), "field 'prompt' is a list of messages but 'completion' is a string"),
+        (thumb(prompt=[ASK], completion=[ASK]), "field 'completion' must be one assistant message after the prompt"),
+        ({"user_id": "ann", "prompt": "w1", "text": "a", "label": True}, "field 'completion' is missing: there is no"),
+        (
+            row(),
+            "field 'completion' is missing: the row is a pair, which another loss takes, such as DPOLoss; or write",
+        ),
+    ],
+)
+def test_a_bad_thumb_is_refused_by_place_field_and_fix(bad, message):
+    with pytest.raises(FeedbackFormatError, match="^" + re.escape(f"votes.jsonl:17: {message}")):
+        parse_record(bad, "votes.jsonl:17", feedback="thumbs")
+
+
+def test_a_thumb_among_pairs_is_called_one():
+    with pytest.raises(FeedbackFormatError, match="'chosen' is missing: the row is a thumb up or down, which another"):
+        parse_record(thumb(), "f:1")

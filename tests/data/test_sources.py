@@ -58,6 +58,14 @@ def test_a_data_set_is_read_through_datasets(hub_folder):
     assert [r["worker"] for r in rows] == ["ann", "bob"]
 
 
+def test_a_data_set_can_be_streamed(hub_folder):
+    stored, streamed = HubSource(str(hub_folder)), HubSource(str(hub_folder), streaming=True)
+    assert list(streamed.rows("train")) == list(stored.rows("train")) == list(streamed.rows("train"))
+    assert streamed.fingerprint("train") != HubSource(str(hub_folder), streaming=True, revision="b").fingerprint(
+        "train"
+    )
+
+
 def test_a_data_sets_fingerprint_changes_with_its_files(hub_folder):
     before = HubSource(str(hub_folder)).fingerprint("train")
     assert HubSource(str(hub_folder)).fingerprint("train") == before

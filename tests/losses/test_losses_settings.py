@@ -11,7 +11,9 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import LogProbs, PairLogProbs
 
 CLASSES = [
-    getattr(L, name) for name in L.__all__ if name.endswith("Loss") and name not in ("PreferenceLoss", "MarginLoss")
+    getattr(L, name)
+    for name in L.__all__
+    if name.endswith("Loss") and name not in ("PreferenceLoss", "MarginLoss", "ThumbsLoss")
 ]
 
 

@@ -128,6 +128,11 @@ def test_tastes_that_are_not_there_are_not_found():
     assert abs(found.by_user.gain) < SMALL
 
 
+def test_no_votes_to_compare_on_are_no_comparison():
+    train, _ = simulated(taste=0.0, users=3, per_user=3)
+    assert headroom([(train, train[np.array([], dtype=np.int64)])], ItemTastes(), "votes") is None
+
+
 def test_few_votes_cannot_tell():
     train, test = simulated(taste=0.0, users=10, per_user=10)
     assert headroom([(train, test)], ItemTastes(), "votes").verdict == "cannot tell"

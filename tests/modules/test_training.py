@@ -20,6 +20,7 @@ from prlhf_lightning.user_models import (
     ClusterUserModel,
     CompositeUserModel,
     IndividualUserModel,
+    LowRankUserModel,
     TextUserModel,
     UniformUserModel,
 )
@@ -28,6 +29,7 @@ USER_MODELS = {
     "uniform": lambda: UniformUserModel(2),
     "individual": lambda: IndividualUserModel(2),
     "cluster": lambda: ClusterUserModel(2, 2),
+    "low rank": lambda: LowRankUserModel(2, 2),
     "text": TextUserModel,
     "composite": lambda: CompositeUserModel([ClusterUserModel(2, 1), TextUserModel()]),
 }

@@ -75,6 +75,13 @@ def test_of_many_votes_those_of_some_users_are_fitted_and_it_is_said(tmp_path):
     assert "600 votes of 30 users" in finding.remarks[0]
 
 
+def test_a_validation_file_of_ties_alone_is_as_good_as_none(tmp_path):
+    train = written(tmp_path / "votes.jsonl", one_judge_a_pair(400, taste=False))
+    ties = written(tmp_path / "ties.jsonl", [("u", "p", "x", "x")])
+    table = read_table(FileSource(train, ties), ["train", "validation"])
+    assert "prompts" in find_headroom(table).held_out
+
+
 def test_what_cannot_be_described_is_refused(tmp_path):
     path = written(tmp_path / "votes.jsonl", [("u", "p", "x", "x")])
     with pytest.raises(ConfigurationError, match="no votes"):

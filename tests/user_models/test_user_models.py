@@ -9,6 +9,7 @@ from prlhf_lightning.user_models import (
     ClusterUserModel,
     CompositeUserModel,
     IndividualUserModel,
+    LowRankUserModel,
     TextUserModel,
     UniformUserModel,
     UserModel,
@@ -19,6 +20,7 @@ IMPLICIT = [
     UniformUserModel(num_tokens=3),
     IndividualUserModel(num_tokens=3),
     ClusterUserModel(num_clusters=4, num_tokens=3),
+    LowRankUserModel(num_tokens=3, rank=2),
     CompositeUserModel([ClusterUserModel(2, 1), IndividualUserModel(2)]),
 ]
 
@@ -62,6 +64,18 @@ def test_vectors_start_at_word_vectors(model):
     model.build(5, VOCABULARY)
     vectors = model(users(0)).vectors[0]
     assert all(any(torch.equal(vector, word) for word in VOCABULARY) for vector in vectors)
+
+
+def test_low_rank_directions_are_orthogonal_and_as_long_as_word_vectors_lie_apart():
+    model = LowRankUserModel(num_tokens=3, rank=2)
+    model.build(5, VOCABULARY)
+    square = VOCABULARY.std() ** 2 * 3 * 8
+    torch.testing.assert_close(model.basis @ model.basis.T, square * torch.eye(2))
+
+
+def test_more_directions_than_numbers_are_refused():
+    with pytest.raises(ConfigurationError, match="rank is 25; 24 numbers"):
+        LowRankUserModel(num_tokens=3, rank=25).build(5, VOCABULARY)
 
 
 def test_more_vectors_than_words_can_be_started():
@@ -125,6 +139,7 @@ def test_implicit_models_show_the_reference_nothing():
         (IndividualUserModel, {"num_tokens": 0}, "IndividualUserModel: num_tokens is 0; it must be 1 or more"),
         (ClusterUserModel, {"num_tokens": 0}, "ClusterUserModel: num_tokens is 0"),
         (ClusterUserModel, {"num_clusters": 0}, "ClusterUserModel: num_clusters is 0"),
+        (LowRankUserModel, {"rank": 0}, "LowRankUserModel: rank is 0; it must be 1 or more"),
         (CompositeUserModel, {"parts": []}, "CompositeUserModel: parts is empty"),
     ],
 )

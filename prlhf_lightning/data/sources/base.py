@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from prlhf_lightning.data.records import Text
+from prlhf_lightning.errors import FeedbackFormatError
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -17,7 +18,8 @@ class DataSource(ABC):
 
     A source only finds and reads rows: validating, tokenising, caching, splitting and grouping by user are done by
     `PreferenceDataModule`, the same for every source. Rows are mappings with the fields `user_id`, `prompt`, `chosen`,
-    `rejected` and, optionally, `user_text`, or other names that `columns` maps to these.
+    `rejected` (thumbs: `completion` and `label`) and, optionally, `user_text`, or other names that `columns` maps to
+    these.
 
     Attributes:
         columns: Field name to the column that holds it, for the fields whose column is named otherwise, such as
@@ -59,3 +61,17 @@ class DataSource(ABC):
         Without any, which is the default, the prompts of the test or the validation split are answered.
         """
         yield from ()
+
+
+def read(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield a source's rows; what goes wrong in reading them is told apart from what does in writing a cache.
+
+    Raises:
+        FeedbackFormatError: The rows cannot be reached.
+    """
+    try:
+        yield from source.rows(split)
+    except OSError as error:
+        raise FeedbackFormatError(
+            f"The {split} split of {type(source).__name__} cannot be read ({error}); check that it can be reached."
+        ) from error

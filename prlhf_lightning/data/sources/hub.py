@@ -12,7 +12,7 @@ from prlhf_lightning.errors import ConfigurationError
 
 
 class HubSource(DataSource):
-    """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`.
+    """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`, or streamed.
 
     Args:
         path: Name on the hub, such as `organisation/name`, or a local folder of data files.
@@ -23,6 +23,8 @@ class HubSource(DataSource):
         revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         data_files: Files to read alone, by split, such as `{train: helpful-base/train*}`.
+        streaming: Download rows as they are read, and keep none; for `data.streaming`. Pin a `revision`: without one
+            that the rows may have changed is not noticed.
     """
 
     def __init__(
@@ -35,13 +37,14 @@ class HubSource(DataSource):
         revision: str | None = None,
         columns: Mapping[str, str] | None = None,
         data_files: Mapping[str, str] | None = None,
+        streaming: bool = False,
     ) -> None:
         self.columns = dict(columns or {})
-        self._path, self._name, self._revision = path, name, revision
+        self._path, self._name, self._revision, self._streaming = path, name, revision, streaming
         self._data_files = dict(data_files or {})
         named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
         self._names: dict[Split, str] = {split: name for split, name in named if name is not None}
-        self._loaded: dict[Split, datasets.Dataset] = {}
+        self._loaded: dict[Split, datasets.Dataset | datasets.IterableDataset] = {}
 
     def splits(self) -> set[Split]:
         """Return the splits that were named."""
@@ -55,10 +58,13 @@ class HubSource(DataSource):
             yield f"{place}[{self._names[split]}]:{number}", row
 
     def fingerprint(self, split: Split) -> str:
-        """Return the fingerprint that `datasets` derives from the data files."""
+        """Return the fingerprint that `datasets` derives from the data files, or the names of what is streamed."""
+        if self._streaming:
+            parts = (self._path, self._name, self._names[split], self._revision, self._data_files)
+            return f"streamed {parts}"
         return f"{self._path} {self._names[split]} {self._load(split)._fingerprint}"  # it has no public name
 
-    def _load(self, split: Split) -> datasets.Dataset:
+    def _load(self, split: Split) -> datasets.Dataset | datasets.IterableDataset:
         if split not in self._loaded:
             try:
                 self._loaded[split] = datasets.load_dataset(
@@ -67,6 +73,7 @@ class HubSource(DataSource):
                     data_files=self._data_files or None,
                     split=self._names[split],
                     revision=self._revision,
+                    streaming=self._streaming,
                 )
             except Exception as error:  # of the file system, the network, the hub's client and each format's reader
                 wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")

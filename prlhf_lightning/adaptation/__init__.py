@@ -1,0 +1,24 @@
+"""New users of a trained model: their rows from a handful of pairs, and which pairs to ask them next."""
+
+from prlhf_lightning.adaptation.adapt import Adapted, adapt_users, fit_prior, trained_rows
+from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start
+from prlhf_lightning.adaptation.laplace import Posterior, laplace
+from prlhf_lightning.adaptation.margins import Margins, select_pairs
+from prlhf_lightning.adaptation.prior import UserPrior
+from prlhf_lightning.adaptation.selection import information_gain, suggest
+
+__all__ = [
+    "Adapted",
+    "ColdStartPoint",
+    "Margins",
+    "Posterior",
+    "UserPrior",
+    "adapt_users",
+    "cold_start",
+    "fit_prior",
+    "information_gain",
+    "laplace",
+    "select_pairs",
+    "suggest",
+    "trained_rows",
+]

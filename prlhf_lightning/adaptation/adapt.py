@@ -1,0 +1,213 @@
+"""New users' rows from a handful of pairs each, everything else frozen.
+
+For every user, in two parts: which kind of user is it (the pairs are scored under each kind), and how does it differ
+from its kind (margins are linearised there, and the Bayesian logistic regression that is left is solved exactly in few
+dimensions). Passes of the policy over the pairs are all that costs anything; all users share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prlhf_lightning.adaptation.laplace import laplace
+from prlhf_lightning.adaptation.margins import Margins, select_pairs, table_rows
+from prlhf_lightning.adaptation.prior import UserPrior
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.types import PreferenceBatch
+
+# A kind that is less likely than this after a user's first pairs is not looked at again.
+_FIRST, _RULED_OUT = 4, 1e-3
+# Enough to tell kinds of users apart, and a few seconds' work.
+_USERS, _PAIRS = 64, 32
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """What was learned of B users, of N pairs in all.
+
+    The posterior of a user's code is a mixture of Gaussians, of which the row is the mean.
+
+    Attributes:
+        user_ids: The users.
+        rows: `[B, p]` their rows: the numbers of all row tables side by side.
+        prior: What was taken for known before the pairs.
+        counts: `[B]` pairs of each user.
+        weights: `[B, 1 + K]` posterior probability of each kind; the first is the generic user.
+        modes: `[B, 1 + K, k]` each kind's most probable code.
+        covariances: `[B, 1 + K, k, k]` each kind's covariance about it.
+        users: `[N]` place of each pair's user.
+        under: `[N, 1 + K]` reward margin of each pair under each kind, 0 where the kind was ruled out before.
+    """
+
+    user_ids: tuple[str, ...]
+    rows: Tensor
+    prior: UserPrior
+    counts: Tensor
+    weights: Tensor
+    modes: Tensor
+    covariances: Tensor
+    users: Tensor
+    under: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """`[B, k]` posterior mean of the codes."""
+        return torch.einsum("bc,bck->bk", self.weights, self.modes)
+
+    @property
+    def covariance(self) -> Tensor:
+        """`[B, k, k]` posterior covariance of the codes, within kinds and between them."""
+        away = self.modes - self.mean[:, None]
+        return torch.einsum("bc,bckl->bkl", self.weights, self.covariances + away[..., None] * away[:, :, None])
+
+    @property
+    def uncertainty(self) -> Tensor:
+        """`[B]` root mean square of the dimensions' standard deviations; the trained users' spread is about 1."""
+        return self.covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0).sqrt()
+
+    def left_out(self) -> Tensor:
+        """Return the probability `[N]` that the user's other pairs give each one: leave-one-out, of the kinds alone."""
+        evidence = F.logsigmoid(self.under)
+        others = (self.weights.log()[self.users] - evidence).softmax(1)
+        return (others * self.under.sigmoid()).sum(1)
+
+    @property
+    def std(self) -> Tensor:
+        """`[B, p]` posterior standard deviation of each number of a row."""
+        directions = self.prior.directions
+        return torch.einsum("kp,bkl,lp->bp", directions, self.covariance, directions).clamp(min=0).sqrt()
+
+
+def trained_rows(model: PersonalizedLM) -> tuple[Tensor, Tensor]:
+    """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side."""
+    tables = [table.detach() for table in model.user_model.row_tables()]
+    new = [row.detach()[None] for row in model.user_model.new_rows(tables)]
+    return table_rows(tables)[1:], table_rows(new)[0]
+
+
+def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8) -> UserPrior:
+    """Fit what is known of a new user to the trained ones; once for a model is enough.
+
+    Args:
+        model: A trained model.
+        pairs: Some pairs like those that new users will judge; who preferred which is not looked at.
+        kinds: As in `UserPrior.fit`; each costs every new user a pass over their pairs.
+        rank: As in `UserPrior.fit`.
+    """
+    if kinds < 1 or rank < 1:
+        raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
+    rows, generic = trained_rows(model)
+    some = rows[_spread(len(rows), _USERS)]
+    margins_of = Margins(model, select_pairs(pairs, _spread(len(pairs), _PAIRS)))
+    judgements = [margins_of(row)[0].sigmoid() for row in some] or [rows.new_zeros(0)]
+    return UserPrior.fit(some, generic, torch.stack(judgements)[: len(some)], kinds, rank)
+
+
+def _spread(length: int, most: int) -> Tensor:
+    """Return up to `most` places, spread evenly over `length`."""
+    return torch.linspace(0, length - 1, min(length, most)).long()
+
+
+def adapt_users(
+    model: PersonalizedLM,
+    pairs: PreferenceBatch,
+    user_ids: Sequence[str] | None = None,
+    prior: UserPrior | None = None,
+    steps: int = 0,
+    batch_size: int = 32,
+) -> Adapted:
+    """Learn users from their pairs; the model is left as it is.
+
+    Args:
+        model: A trained model.
+        pairs: N pairs of new users, in any order.
+        user_ids: The users; those of the pairs by default. One without a pair gets the generic row, bit by bit.
+        prior: What is known before the pairs; fitted to the model's users by default.
+        steps: Linearisations, each a forward and backward pass over the pairs; 0 settles only the kind.
+        batch_size: Pairs in a pass of the policy.
+
+    Raises:
+        ConfigurationError: The user model has no rows of users, or the loss ranks no completions.
+    """
+    user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
+    margins_of = Margins(model, pairs, batch_size)
+    prior = fit_prior(model, pairs) if prior is None else prior
+    return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, pairs.records.device), margins_of, steps)
+
+
+class _Layout:
+    """Where each pair stands in blocks `[B, n]` that have a row a user."""
+
+    def __init__(self, user_ids: Sequence[str], of_pairs: Sequence[str], device: torch.device) -> None:
+        number = {user_id: place for place, user_id in enumerate(user_ids)}
+        self.user = torch.tensor([number[user_id] for user_id in of_pairs], dtype=torch.long, device=device)
+        self.counts = torch.bincount(self.user, minlength=len(user_ids))
+        order = self.user.argsort(stable=True)
+        start = self.counts.cumsum(0) - self.counts
+        self.slot = torch.empty_like(self.user)
+        self.slot[order] = torch.arange(len(order), device=device) - start[self.user[order]]
+        most = int(self.counts.max()) if len(self.counts) else 0
+        self.mask = torch.arange(most, device=device) < self.counts[:, None]
+
+    def block(self, values: Tensor) -> Tensor:
+        """Return values of the pairs `[N, ...]` as `[B, n, ...]`, zero where there is none."""
+        block = values.new_zeros(*self.mask.shape, *values.shape[1:])
+        block[self.user, self.slot] = values
+        return block
+
+    def sums(self, values: Tensor) -> Tensor:
+        """Return the sum over each user's pairs, `[B, ...]`."""
+        return values.new_zeros(len(self.counts), *values.shape[1:]).index_add(0, self.user, values)
+
+
+def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> tuple[Tensor, Tensor]:
+    """Score the pairs under each kind, but for kinds that a user's first pairs have ruled out.
+
+    Returns:
+        `[N, 1 + K]` margins, 0 where they were not computed, and `[B, 1 + K]` posterior weights.
+    """
+    first = layout.slot < _FIRST
+    under = torch.stack([margins_of(prior.rows(centre), only=first)[0] for centre in prior.centres], dim=1)
+
+    def weights() -> Tensor:
+        # A pair that was not scored has the margin 0 under every kind, which tells none from another.
+        return (prior.weights.log() + layout.sums(F.logsigmoid(under))).softmax(1)
+
+    likely = weights() > _RULED_OUT
+    likely[:, 0] = True  # the generic user, to compare with
+    for kind, centre in enumerate(prior.centres):
+        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])[0]
+    left = weights() * likely
+    return under, left / left.sum(1, keepdim=True)
+
+
+def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int) -> Adapted:
+    batch, user = len(user_ids), layout.user
+    under, weights = _under_each_kind(prior, layout, margins_of)
+    kind = weights.argmax(1)
+    modes = prior.centres.expand(batch, -1, -1).clone()
+    eye = torch.eye(prior.rank, device=user.device)
+    covariances = (prior.stds.square()[:, None, None] * eye).expand(batch, -1, -1, -1).clone()
+    centre, std = prior.centres[kind], prior.stds[kind]
+    codes = centre
+    for _ in range(steps):
+        found, gradients = margins_of(prior.rows(codes)[user], gradients=True)
+        assert gradients is not None
+        slopes = prior.slopes(gradients)
+        # As a function of the deviation from the kind's centre in units of its spread, which is N(0, I).
+        offsets = found - (slopes * (codes - centre)[user]).sum(1)
+        unit = slopes * std[user][:, None]
+        posterior = laplace(layout.block(offsets), layout.block(unit), layout.mask)
+        codes = centre + std[:, None] * posterior.mode
+        every = torch.arange(batch)
+        modes[every, kind], covariances[every, kind] = codes, std[:, None, None] ** 2 * posterior.covariance
+    mean = torch.einsum("bc,bck->bk", weights, modes)
+    # Without pairs a user is the generic one, whatever kinds there are.
+    rows = torch.where((layout.counts > 0)[:, None], prior.rows(mean), prior.generic)
+    return Adapted(user_ids, rows, prior, layout.counts, weights, modes, covariances, user, under)

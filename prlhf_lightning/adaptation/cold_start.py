@@ -1,0 +1,90 @@
+"""How much better off new users are after so many pairs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.adaptation.adapt import adapt_users, fit_prior
+from prlhf_lightning.adaptation.margins import Margins, select_pairs
+from prlhf_lightning.adaptation.prior import UserPrior
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.types import PreferenceBatch
+
+COUNTS = (0, 2, 5, 10, 20, 30)
+
+
+@dataclass(frozen=True)
+class ColdStartPoint:
+    """What so many pairs are worth, on other pairs of the same users.
+
+    Attributes:
+        pairs: Pairs that each user was adapted from.
+        users: Users who have so many; all others are left out.
+        accuracy: Mean over these users of their accuracy.
+        generic: The same under the generic user.
+        gain: Mean over users of the difference.
+        interval: Half the width of its 95% interval, by the spread between users.
+    """
+
+    pairs: int
+    users: int
+    accuracy: float
+    generic: float
+    gain: float
+    interval: float
+
+
+def cold_start(
+    model: PersonalizedLM,
+    pairs: PreferenceBatch,
+    held_out: PreferenceBatch,
+    counts: Sequence[int] = COUNTS,
+    prior: UserPrior | None = None,
+    steps: int = 0,
+) -> list[ColdStartPoint]:
+    """Adapt new users from their first pairs, and see how well their others are ranked.
+
+    Args:
+        model: A trained model.
+        pairs: Pairs of users that it does not know, of each in the order in which they are to be used.
+        held_out: Other pairs of the same users.
+        counts: Numbers of pairs a user.
+        prior: As in `adapt_users`.
+        steps: As in `adapt_users`.
+    """
+    prior = fit_prior(model, pairs) if prior is None else prior
+    places = defaultdict(list)
+    for place, user_id in enumerate(pairs.user_ids):
+        places[user_id].append(place)
+    tested = set(held_out.user_ids)
+    margins_of = Margins(model, held_out)
+    without = _accuracies(held_out.user_ids, margins_of(prior.generic)[0])
+    points = []
+    for count in counts:
+        users = tuple(user_id for user_id, own in places.items() if len(own) >= count and user_id in tested)
+        if not users:
+            continue
+        first = torch.tensor([place for user_id in users for place in places[user_id][:count]], dtype=torch.long)
+        row_of = dict(zip(users, adapt_users(model, select_pairs(pairs, first), users, prior, steps).rows, strict=True))
+        rows = torch.stack([row_of.get(user_id, prior.generic) for user_id in held_out.user_ids])
+        counted = torch.tensor([user_id in row_of for user_id in held_out.user_ids])
+        found = _accuracies(held_out.user_ids, margins_of(rows, only=counted)[0])
+        gains = torch.tensor([found[user_id] - without[user_id] for user_id in users])
+        accuracy, generic = (sum(values[user_id] for user_id in users) / len(users) for values in (found, without))
+        spread = float(gains.std()) if len(users) > 1 else float("nan")
+        points.append(
+            ColdStartPoint(count, len(users), accuracy, generic, float(gains.mean()), 1.96 * spread / len(users) ** 0.5)
+        )
+    return points
+
+
+def _accuracies(user_ids: Sequence[str], margins: Tensor) -> dict[str, float]:
+    hits = defaultdict(list)
+    for user_id, margin in zip(user_ids, margins.tolist(), strict=True):
+        hits[user_id].append(0.5 if margin == 0 else float(margin > 0))
+    return {user_id: sum(own) / len(own) for user_id, own in hits.items()}

@@ -1,0 +1,222 @@
+"""The durable log of the feedback that people give on answers: its one table, and how it is written and read.
+
+Here and not in `serving`, because the server writes what `data.sources.FeedbackLogSource` reads. Needs the extra
+`serve` (SQLAlchemy), and `postgres` for PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import sqlalchemy as sql
+from sqlalchemy.exc import IntegrityError, NoSuchModuleError, SQLAlchemyError
+
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
+
+Prompt: TypeAlias = str | list[dict[str, str]]
+
+FEEDBACK = sql.Table(
+    "prlhf_feedback",
+    sql.MetaData(),
+    # SQLite gives numbers of its own to INTEGER columns only.
+    sql.Column("number", sql.BigInteger().with_variant(sql.Integer, "sqlite"), primary_key=True),
+    sql.Column("source", sql.Text, nullable=False),
+    sql.Column("id", sql.Text, nullable=False),
+    sql.Column("received", sql.Double, nullable=False),
+    sql.Column("user_id", sql.Text, nullable=False, index=True),
+    sql.Column("user_text", sql.Text),
+    sql.Column("prompt", sql.Text, nullable=False),  # JSON: a string, or messages
+    sql.Column("chosen", sql.Text),
+    sql.Column("rejected", sql.Text),
+    sql.Column("completion", sql.Text),
+    sql.Column("liked", sql.Boolean),
+    sql.UniqueConstraint("source", "id"),
+    sqlite_autoincrement=True,  # so that the number of a removed row is never given to another
+)
+
+
+class FeedbackLogError(PRLHFError, OSError):
+    """The log can't be written or read now, as on a full disk or without a connection to the database."""
+
+
+class ConflictError(PRLHFError, ValueError):
+    """An id that already stands for other feedback."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What one person thought: which of two answers was better, or whether one was good.
+
+    Attributes:
+        source: Who handed it in: the name of an API key, or nothing.
+        id: Tells it apart from all other feedback of the same source; handing it in twice counts once.
+        received: When, in seconds since 1970 (UTC).
+        user_id: Who judged.
+        prompt: What was answered.
+        chosen: The better answer of two.
+        rejected: The other. The same text as `chosen` stands for a tie.
+        completion: The one answer that was judged.
+        liked: Whether it was good.
+        user_text: What is known about the user, or nothing.
+    """
+
+    source: str
+    id: str
+    received: float
+    user_id: str
+    prompt: Prompt
+    chosen: str | None = None
+    rejected: str | None = None
+    completion: str | None = None
+    liked: bool | None = None
+    user_text: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return the columns of the table. Equal prompts are equal texts."""
+        return {**vars(self), "prompt": json.dumps(self.prompt, sort_keys=True)}
+
+
+class Extent(NamedTuple):
+    """How many rows there are up to the last, and that row's number."""
+
+    rows: int
+    last: int
+
+
+class FeedbackLog:
+    """Feedback in a database. Safe to use from several threads and processes at once.
+
+    SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
+    process and of the machine; so it does in PostgreSQL with its default settings.
+
+    Args:
+        url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file.
+        create: Make the table if it is not there.
+
+    Raises:
+        ConfigurationError: The URL is none, or its database's driver is not installed.
+        FeedbackLogError: The database can't be opened.
+    """
+
+    def __init__(self, url: str, create: bool = True) -> None:
+        try:
+            address = sql.make_url(url if "://" in url else f"sqlite:///{url}")
+            if address.drivername in ("postgres", "postgresql"):
+                address = address.set(drivername="postgresql+psycopg")
+            if not create and address.database and address.drivername == "sqlite" and not _is_file(address.database):
+                raise ConfigurationError(f"url: there is no feedback log {address.database}; check the path.")
+            self.name = address.render_as_string(hide_password=True)
+            self._engine = sql.create_engine(address, pool_pre_ping=True)
+        except (SQLAlchemyError, ValueError, ImportError) as error:
+            if isinstance(error, PRLHFError):
+                raise
+            missing = isinstance(error, ImportError | NoSuchModuleError)
+            fix = "pip install 'prlhf-lightning[postgres]'" if missing else "write sqlite:///file.db or postgresql://…"
+            raise ConfigurationError(
+                f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
+            ) from error
+        if address.drivername.startswith("sqlite"):
+            sql.event.listen(self._engine, "connect", _make_durable)
+        if create:
+            with self._errors():
+                FEEDBACK.metadata.create_all(self._engine)
+
+    def append(self, feedback: Feedback) -> bool:
+        """Write feedback down for good. Return False where the same had been written before.
+
+        Raises:
+            ConflictError: Its id stands for other feedback of the same source.
+            FeedbackLogError: It could not be written.
+        """
+        row = feedback.row()
+        with self._errors():
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(FEEDBACK.insert(), row)
+                return True
+            except IntegrityError:
+                same = (FEEDBACK.c.source == feedback.source) & (FEEDBACK.c.id == feedback.id)
+                with self._engine.connect() as connection:
+                    found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
+        if any(found[name] != value for name, value in row.items() if name != "received"):
+            raise ConflictError(f"The id {feedback.id!r} stands for other feedback; give each judgement its own.")
+        return False
+
+    def extent(self, until: int | None = None) -> Extent:
+        """Return how far the log goes, or what there is of it up to a row's number."""
+        query = sql.select(sql.func.count(), sql.func.coalesce(sql.func.max(FEEDBACK.c.number), 0))
+        if until is not None:
+            query = query.where(FEEDBACK.c.number <= until)
+        with self._errors(), self._engine.connect() as connection:
+            return Extent(*connection.execute(query).one())
+
+    def pairs(self, until: int | None = None, user_id: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each pair after its row's number, in the order of receipt, without ties.
+
+        Args:
+            until: The last row's number that counts.
+            user_id: Whose pairs, if not everybody's.
+        """
+        table = FEEDBACK.c
+        query = sql.select(FEEDBACK).where(table.chosen != table.rejected)
+        yield from self._records(query if user_id is None else query.where(table.user_id == user_id), until)
+
+    def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each thumb after its row's number, in the order of receipt.
+
+        Args:
+            until: The last row's number that counts.
+        """
+        yield from self._records(sql.select(FEEDBACK).where(FEEDBACK.c.completion.is_not(None)), until)
+
+    def _records(self, query: sql.Select[Any], until: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        if until is not None:
+            query = query.where(FEEDBACK.c.number <= until)
+        query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=1000)
+        with self._errors(), self._engine.connect() as connection:
+            for row in connection.execute(query).mappings():
+                yield row["number"], _record(row)
+
+    def check(self) -> None:
+        """Raise FeedbackLogError where the log can't be read now."""
+        with self._errors(), self._engine.connect() as connection:
+            connection.execute(sql.select(FEEDBACK.c.number).limit(1))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the database, whose messages quote what was to be written, into ours, which do not."""
+        try:
+            yield
+        except SQLAlchemyError as error:
+            cause = type(getattr(error, "orig", None) or error).__name__
+            raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({cause}).") from None
+
+
+def _record(row: Any) -> dict[str, Any]:
+    """Return a row in the form that `data.records.parse_record` reads."""
+    prompt = json.loads(row["prompt"])
+    record = {"user_id": row["user_id"], "user_text": row["user_text"], "prompt": prompt}
+    for name in ("chosen", "rejected") if row["completion"] is None else ("completion",):
+        text = row[name]
+        record[name] = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    if row["liked"] is not None:
+        record["label"] = row["liked"]
+    return record
+
+
+def _is_file(path: str) -> bool:
+    return Path(path).is_file()
+
+
+def _make_durable(connection: Any, _: Any) -> None:
+    for setting in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "busy_timeout=10000"):
+        connection.execute(f"PRAGMA {setting}")

@@ -1,0 +1,181 @@
+"""Writing many texts at once: new ones join, finished ones leave, at every step."""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference.requests import FinishReason, Generation, Piece
+from prlhf_lightning.inference.rows import Rows
+from prlhf_lightning.inference.sampling import choose
+from prlhf_lightning.inference.text import TextStream
+
+if TYPE_CHECKING:
+    from prlhf_lightning.inference.writer import PersonalizedWriter, Prepared
+
+
+@dataclass
+class _Text:
+    """One text being written, or waiting to be."""
+
+    number: int
+    prepared: Prepared
+    stream: TextStream
+    chance: torch.Generator
+    written: int = 0
+    last: int = field(default=-1)
+
+    @property
+    def rows(self) -> int:
+        return len(self.prepared.conditions)
+
+
+class Engine:
+    """Iteration-level (continuous) batching, as of Orca (Yu et al. 2022): one token for every running text a step.
+
+    Each text takes one row of the batch for each condition that it is written under: one at strengths 0 and 1, two at
+    others. What is written does not depend on what else is in the batch, but for the rounding of float operations.
+    Not thread-safe: one thread drives it. Where `step` fails, as for want of memory, what is running is lost: go on
+    with a new engine.
+
+    Args:
+        writer: The model.
+        max_batch_rows: Most rows that are computed at a time; what is added beyond waits its turn.
+    """
+
+    def __init__(self, writer: PersonalizedWriter, max_batch_rows: int = 64) -> None:
+        if max_batch_rows < 1:
+            raise ConfigurationError(f"max_batch_rows is {max_batch_rows}; it must be 1 or more.")
+        self._writer = writer
+        self._max_batch_rows = max_batch_rows
+        self._rows = Rows(writer.lm)
+        self._waiting: deque[_Text] = deque()
+        self._running: list[_Text] = []  # in the order of their rows
+        self._next = 0
+
+    def add(self, generation: Generation) -> int:
+        """Line a generation up, and return the number that its pieces will bear.
+
+        Raises:
+            ConfigurationError: It is too long for the model, takes too many rows, or has a user text nothing reads.
+            FeedbackFormatError: Its prompt is empty, or does not fit the chat template.
+        """
+        prepared = self._writer.prepare(generation)
+        if len(prepared.conditions) > self._max_batch_rows:
+            raise ConfigurationError(
+                f"This generation takes {len(prepared.conditions)} rows, more than max_batch_rows "
+                f"({self._max_batch_rows}); raise that, or use a strength of 0 or 1."
+            )
+        chance = torch.Generator()
+        if generation.seed is None:
+            chance.seed()
+        else:
+            chance.manual_seed(generation.seed)
+        number, self._next = self._next, self._next + 1
+        self._waiting.append(_Text(number, prepared, TextStream(self._writer.tokenizer, generation.stop), chance))
+        return number
+
+    def cancel(self, number: int) -> None:
+        """Write no more of a generation; one that is finished, or unknown, is no error."""
+        self._waiting = deque(text for text in self._waiting if text.number != number)
+        self._keep([text for text in self._running if text.number != number])
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing left to write."""
+        return not self._waiting and not self._running
+
+    @property
+    def waiting(self) -> int:
+        """Number of generations that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Number of generations that have begun and not ended."""
+        return len(self._running)
+
+    @torch.no_grad()
+    def step(self) -> list[Piece]:
+        """Write one token of each running generation, those included that there is room for from now on.
+
+        Returns:
+            A piece for each of them; nothing where there is nothing to write.
+        """
+        logits = []
+        new = self._admit()
+        if self._running:
+            last = [text.last for text in self._running for _ in range(text.rows)]
+            logits.append(self._rows.advance(torch.tensor(last, device=self._writer.lm.device)))
+        if new:
+            logits.append(self._rows.append(self._writer.sequences([text.prepared for text in new])))
+            self._running += new
+        if not logits:
+            return []
+        tokens = self._choose(self._mixed(torch.cat(logits)))
+        pieces = [self._piece(text, token) for text, token in zip(self._running, tokens, strict=True)]
+        going = {piece.number for piece in pieces if piece.finish_reason is None}
+        self._keep([text for text in self._running if text.number in going])
+        return pieces
+
+    def _admit(self) -> list[_Text]:
+        """Take from the queue, in its order, what there is room for."""
+        free = self._max_batch_rows - len(self._rows)
+        new: list[_Text] = []
+        while self._waiting and self._waiting[0].rows <= free:
+            new.append(self._waiting.popleft())
+            free -= new[-1].rows
+        return new
+
+    def _mixed(self, logits: Tensor) -> Tensor:
+        """Sum the logits `[R, V]` of each text's rows by their weights, `[B, V]`."""
+        weights = [condition.weight for text in self._running for condition in text.prepared.conditions]
+        owners = [place for place, text in enumerate(self._running) for _ in range(text.rows)]
+        if len(weights) == len(self._running):  # one row each, of weight 1
+            return logits
+        mixed = logits.new_zeros(len(self._running), logits.shape[1])
+        owner = torch.tensor(owners, device=logits.device)
+        return mixed.index_add_(0, owner, logits * logits.new_tensor(weights)[:, None])
+
+    def _choose(self, logits: Tensor) -> list[int]:
+        asked = [text.prepared.generation for text in self._running]
+        # One number a step of each text's own generator, so that nothing else in the batch takes part in its chance.
+        draws = [
+            torch.rand((), generator=text.chance, dtype=torch.float64).item() if generation.temperature > 0 else 0.0
+            for text, generation in zip(self._running, asked, strict=True)
+        ]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float64, device=logits.device)
+
+        temperatures = column([generation.temperature for generation in asked])
+        top_ps = column([generation.top_p for generation in asked])
+        return choose(logits, temperatures, top_ps, column(draws)).tolist()
+
+    def _piece(self, text: _Text, token: int) -> Piece:
+        prepared = text.prepared
+        text.last, text.written = token, text.written + 1
+        ended = token == self._writer.eos_id
+        shown = "" if ended else text.stream.push(token)
+        reason: FinishReason | None = None
+        if ended or text.stream.stopped:
+            reason = "stop"
+        elif text.written == prepared.max_new_tokens:
+            reason = "length"
+        if reason and not text.stream.stopped:
+            shown += text.stream.finish()
+            reason = "stop" if text.stream.stopped else reason
+        return Piece(text.number, shown, 1, reason, (token,), prepared.prompt_tokens, prepared.known_user)
+
+    def _keep(self, texts: list[_Text]) -> None:
+        if len(texts) == len(self._running):
+            return
+        kept = {text.number for text in texts}
+        owners = [text.number for text in self._running for _ in range(text.rows)]
+        self._rows.keep(row for row, owner in enumerate(owners) if owner in kept)
+        self._running = texts

@@ -1,0 +1,156 @@
+"""The exported folder: what makes a Hugging Face model folder a personalised one.
+
+Beside the model (whole, or as adapters to a base model) and its tokenizer stand
+
+- `prlhf.json`: the user model's class and settings, how text is tokenised, the format's version. Written last.
+- `user_model.safetensors`: the user model's weights.
+- `users.json`: the users' ids, in the order of their rows; row 0, the generic user's, has none.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.user_models import UserModel
+
+#: Raised when folders can no longer be read by versions that read the last one.
+FORMAT = 1
+SETTINGS, WEIGHTS, USERS = "prlhf.json", "user_model.safetensors", "users.json"
+
+
+@dataclass(frozen=True)
+class FolderContent:
+    """What an exported folder holds, loaded."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    user_model: UserModel
+    vocabulary: UserVocabulary
+    tokenization: TokenizationSettings
+    name: str
+
+
+def settings_json(name: str, user_model: Mapping[str, Any], tokenization: TokenizationSettings, **more: Any) -> str:
+    """Return the text of `prlhf.json`.
+
+    Args:
+        name: What the model is called.
+        user_model: The user model's `class_path` and `init_args`.
+        tokenization: How text becomes ids.
+        more: What else to note, for people to read.
+    """
+    content = {"format": FORMAT, "name": name, "user_model": user_model, "tokenization": asdict(tokenization)}
+    return json.dumps(content | more, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
+    """Load an exported folder on the CPU.
+
+    Args:
+        folder: The folder.
+        trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
+
+    Raises:
+        ConfigurationError: Something is missing, damaged, or of a later version.
+    """
+    settings = _json(folder / SETTINGS)
+    if not isinstance(settings.get("format"), int) or settings["format"] > FORMAT:
+        raise ConfigurationError(
+            f"{folder / SETTINGS}: format is {settings.get('format')!r}, and this version reads formats up to {FORMAT};"
+            " use the version that wrote the folder, or a later one."
+        )
+    vocabulary = UserVocabulary(_json(folder / USERS)["users"])
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        lm = _load_lm(folder, settings, trust_remote_code)
+    except (OSError, ValueError) as error:
+        cause = str(error).partition("\n")[0]
+        raise ConfigurationError(f"{folder}: the model could not be loaded; export it again. Cause: {cause}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    user_model = instantiate(settings["user_model"], str(folder / SETTINGS))
+    with torch.random.fork_rng(), torch.no_grad():  # its random start is replaced, and nobody else's chance is touched
+        words = torch.arange(min(2, lm.get_input_embeddings().weight.shape[0]))
+        user_model.build(len(vocabulary), lm.get_input_embeddings()(words))
+    try:
+        user_model.load_state_dict(load_file(folder / WEIGHTS))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {error}") from error
+    known = {field.name for field in fields(TokenizationSettings)}
+    tokenization = TokenizationSettings(**{k: v for k, v in settings["tokenization"].items() if k in known})
+    return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
+
+
+def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    if not (folder / "adapter_config.json").is_file():
+        return AutoModelForCausalLM.from_pretrained(folder, **options)
+    adapter = _json(folder / "adapter_config.json")
+    base = str(settings.get("base", ""))
+    # Where a shipped model stands differs from machine to machine.
+    path = CausalLMPolicy(base).path if base.startswith("builtin:") else adapter["base_model_name_or_path"]
+    options |= {"dtype": settings.get("base_dtype", "auto"), "revision": adapter.get("revision")}
+    with warnings.catch_warnings():
+        # peft reads an attribute that transformers has renamed; nothing that a user could act on.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path, **options), folder)
+    lm: PreTrainedModel = model.get_base_model()
+    return lm
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"{path.parent} has no {path.name}; give a folder that `export` wrote.") from error
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"{path} can't be read as JSON ({error}); export the folder again.") from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"{path} holds no JSON object; export the folder again.")
+    return content
+
+
+def instantiate(spec: Mapping[str, Any], where: str) -> UserModel:
+    """Make a user model from `{class_path, init_args}`; arguments that are such mappings too are made first.
+
+    Only user models are made, so that a folder can name no other code to run.
+
+    Raises:
+        ConfigurationError: The class can't be imported, is no user model, or refuses its arguments.
+    """
+    module, _, name = str(spec.get("class_path", "")).rpartition(".")
+    try:
+        cls = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ConfigurationError(
+            f"{where}: the user model {spec.get('class_path')!r} can't be imported; install the package that it is in."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, UserModel)):
+        raise ConfigurationError(f"{where}: {spec['class_path']!r} is no user model.")
+    arguments = {key: _argument(value, where) for key, value in (spec.get("init_args") or {}).items()}
+    try:
+        return cls(**arguments)
+    except TypeError as error:
+        raise ConfigurationError(f"{where}: {spec['class_path']}: {error}; use the version that wrote it.") from error
+
+
+def _argument(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping) and "class_path" in value:
+        return instantiate(value, where)
+    return [_argument(item, where) for item in value] if isinstance(value, list) else value

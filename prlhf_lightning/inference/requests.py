@@ -1,0 +1,119 @@
+"""What is asked of a writer, and what comes back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from prlhf_lightning.errors import ConfigurationError
+
+Message: TypeAlias = dict[str, str]
+"""`{"role": ..., "content": ...}`, one turn of a conversation."""
+FinishReason: TypeAlias = Literal["stop", "length"]
+"""`stop`: an EOS token or a stop string ended the text; `length`: `max_new_tokens`, or the
+model's last position, did."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One thing to write.
+
+    Attributes:
+        prompt: A string, or a conversation for the tokenizer's chat template.
+        user: A user's id, or a blend as `{id: share}`, whose shares are not negative and sum to 1. None and ids that
+            the model does not know are the generic user.
+        user_text: Text about the user, for user models that read it.
+        strength: How far the user moves what is written: the logits are `generic + strength * (user - generic)`. 0 is
+            the generic user (who keeps the user's text), 1 the model as trained, above 1 exaggerates.
+        max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
+        temperature: Sampling temperature; 0 picks the likeliest token each time.
+        top_p: Share of the probability to sample from.
+        seed: What chance is drawn from; None draws differently each time. What is written under a seed does not depend
+            on what else is being written.
+        stop: Strings that end the text; they are not a part of it.
+
+    Raises:
+        ConfigurationError: A value is out of its range.
+    """
+
+    prompt: str | list[Message]
+    user: str | Mapping[str, float] | None = None
+    user_text: str = ""
+    strength: float = 1.0
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.strength):
+            raise ConfigurationError(f"strength is {self.strength}; it must be a finite number.")
+        if self.max_new_tokens < 1:
+            raise ConfigurationError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
+        if not 0 <= self.temperature < math.inf:
+            raise ConfigurationError(
+                f"temperature is {self.temperature}; it must be 0 (the likeliest token each time) or more."
+            )
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(f"top_p is {self.top_p}; it must be above 0, and 1 at most.")
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            raise ConfigurationError(f"seed is {self.seed}; it must fit in 64 bits.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigurationError(f"stop is {self.stop!r}; give a tuple of strings, none of them empty.")
+        if self.user is not None and not isinstance(self.user, str):
+            self._check_blend(self.user)
+
+    @staticmethod
+    def _check_blend(blend: Mapping[str, float]) -> None:
+        bad = next((user for user, share in blend.items() if not 0 <= share < math.inf), None)
+        if bad is not None:
+            raise ConfigurationError(f"user: the share of {bad!r} is {blend[bad]}; it must be 0 or more.")
+        if not math.isclose(total := math.fsum(blend.values()), 1.0, abs_tol=1e-6):
+            raise ConfigurationError(f"user: the shares of a blend must sum to 1, and these sum to {total:g}.")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one step brought of one generation.
+
+    Attributes:
+        number: The generation's, as `Engine.add` returned it.
+        text: Text to append; empty while a character or a possible stop string is incomplete.
+        tokens: Tokens that the step wrote.
+        finish_reason: None while more is to come; what a piece with a reason brings is the last.
+        ids: The tokens written, EOS included.
+        prompt_tokens: Tokens that stand before the completion: BOS, the user's text, the prompt.
+        known_user: Whether the model knows every user who was named; false where none was.
+    """
+
+    number: int
+    text: str
+    tokens: int
+    finish_reason: FinishReason | None
+    ids: tuple[int, ...] = ()
+    prompt_tokens: int = 0
+    known_user: bool = False
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One thing written.
+
+    Attributes:
+        text: The text, without special tokens and without the stop string that ended it.
+        ids: Its tokens, EOS included where one was written.
+        finish_reason: Why it ended.
+        prompt_tokens: Tokens before it: BOS, the user's text, the prompt.
+        completion_tokens: Number of `ids`.
+        known_user: Whether the model knows every user who was named; false where none was.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    finish_reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    known_user: bool

@@ -1,0 +1,111 @@
+"""Sequences being written, each a row of one batch that rows join and leave at any step.
+
+R rows, S positions of the longest of them, V tokens in the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from inspect import signature
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies.scoring import cache_name, embed, model_inputs
+from prlhf_lightning.types import SoftPrompt, Tokens
+
+
+class Rows:
+    """The keys and values of R sequences that all end at the same place, padded at their starts.
+
+    Positions are counted from a row's own first token, so that it does not matter how far it is padded.
+
+    Args:
+        lm: The model, in evaluation mode, which `check_keeps_keys_and_values`.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        self._lm = lm
+        # Only the last position's logits: those of all would be [R, S, V].
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
+        self._cache, self._mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
+
+    def __len__(self) -> int:
+        return len(self._mask)
+
+    def append(self, sequences: SoftPrompt) -> Tensor:
+        """Add rows, after those that are there.
+
+        Args:
+            sequences: `[n, L, d]` all that stands before the completions, padded at the start.
+
+        Returns:
+            `[n, V]` float32 logits of what comes next in the new rows.
+        """
+        cache = DynamicCache()
+        logits = self._forward(sequences, sequences.mask, cache)
+        width, new = self._mask.shape[1], sequences.mask.shape[1]
+        common = max(width, new)
+        if len(self):
+            for old, added in zip(self._cache.layers, cache.layers, strict=True):
+                old.keys = torch.cat([_pad(old.keys, common), _pad(added.keys, common)])
+                old.values = torch.cat([_pad(old.values, common), _pad(added.values, common)])
+            self._mask = torch.cat([pad(self._mask, (common - width, 0)), pad(sequences.mask, (common - new, 0))])
+        else:
+            self._cache, self._mask = cache, sequences.mask
+        return logits
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Add a token `[R]` to each row; return the logits `[R, V]`, float32, of what comes next."""
+        ids = tokens[:, None]
+        self._mask = pad(self._mask, (0, 1), value=True)
+        step = embed(self._lm, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
+        return self._forward(step, self._mask, self._cache)
+
+    def keep(self, rows: Iterable[int]) -> None:
+        """Drop all other rows, and the positions at which only they had a token."""
+        index = torch.tensor(list(rows), dtype=torch.long, device=self._mask.device)
+        if not len(index):
+            self._cache, self._mask = DynamicCache(), self._mask[:0, :0]
+            return
+        mask = self._mask[index]
+        start = int(mask.any(0).int().argmax())
+        self._mask = mask[:, start:]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[index, :, start:], layer.values[index, :, start:]
+
+    def _forward(self, vectors: SoftPrompt, mask: Tensor, cache: DynamicCache) -> Tensor:
+        past = mask.shape[1] - vectors.vectors.shape[1]
+        inputs = model_inputs(self._lm, SoftPrompt(vectors.vectors, mask), past=past)
+        with torch.compiler.set_stance("force_eager"):  # lengths change with each step
+            output = self._lm(**inputs, **{cache_name(self._lm): cache}, use_cache=True, **self._last_only)
+        return output.logits[:, -1].float()  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def check_keeps_keys_and_values(lm: PreTrainedModel) -> None:
+    """Try on two tokens whether rows of a model can join a running batch.
+
+    Raises:
+        ConfigurationError: The model keeps other states than keys and values of all positions.
+    """
+    tokens = embed(lm, Tokens.from_lists([[0, 0]]).to(lm.device))
+    cache = DynamicCache()
+    with suppress(Exception):  # models with other states fail in ways of their own where they look for them
+        lm(**model_inputs(lm, tokens), **{cache_name(lm): cache}, use_cache=True)
+    kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
+    if not kept or not all(kept):
+        raise ConfigurationError(
+            f"{type(lm).__name__} does not keep the keys and values of all positions, so that rows can't join a "
+            "running batch; use PersonalizedLM.generate, which leaves writing to transformers."
+        )
+
+
+def _pad(states: Tensor, width: int) -> Tensor:
+    """Pad keys or values `[n, heads, S, size]` at the start."""
+    return pad(states, (0, 0, width - states.shape[2], 0))

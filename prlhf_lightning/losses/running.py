@@ -1,0 +1,59 @@
+"""A number that follows what a loss is shown, from call to call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor, distributed
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses.base import PreferenceLoss
+
+
+class RunningShiftLoss(PreferenceLoss):
+    """A loss with a running mean, which rewards are compared with.
+
+    The mean is exponential, over about the last `window` rows, counted in rows and over all processes. A call is judged
+    by the mean of the calls before it, so no row's loss depends on which others stand in the same call, and cutting the
+    same stream of rows into other (micro-)batches moves the mean only by the order of rows within one of them. User and
+    generic terms share one mean. It starts at 0, about the reward of an untrained policy, changes in training mode
+    only, and is part of the state dict: a resumed run needs it.
+
+    In training under `torch.distributed` each update is a collective: all processes must make it.
+
+    Args:
+        beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
+        window: Number of recent rows, over all processes, that the running mean remembers.
+        sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
+    """
+
+    shift: Tensor
+    pairs_seen: Tensor
+
+    def __init__(self, beta: float = 0.1, window: int = 1000, sft_weight: float = 0.0) -> None:
+        super().__init__(beta, sft_weight)
+        if window < 1:
+            raise ConfigurationError(f"{type(self).__name__}: window is {window}; the running mean needs at least 1.")
+        self.window = window
+        self.register_buffer("shift", torch.zeros((), dtype=torch.float32))
+        self.register_buffer("pairs_seen", torch.zeros((), dtype=torch.int64))
+
+    def update_shift(self, values: Tensor) -> None:
+        """Move the running mean towards new values `[B]`, weighing each row alike."""
+        batch = torch.stack([values.sum(), values.new_tensor(len(values))]).to(torch.float32)
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.all_reduce(batch)
+        total, rows = batch
+        self.pairs_seen += rows.long()
+        decay = 1 - 1 / self.window
+        # The denominator takes the start's 0 out of the mean, as in Adam's bias correction.
+        weight = (1 - decay**rows) / (1 - decay**self.pairs_seen).clamp(min=1e-12)
+        self.shift += weight * (total / rows.clamp(min=1) - self.shift)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Keep the running mean in float32 under any cast: bfloat16 would swallow its small steps."""
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.shift = self.shift.to(torch.float32)
+        return self

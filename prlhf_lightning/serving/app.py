@@ -1,0 +1,74 @@
+"""The web application: routes, what stands before them, and its life from start to end."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.staticfiles import StaticFiles
+
+import prlhf_lightning
+from prlhf_lightning.serving import api_errors, catalogue, demo, feedback, generation, learning, operations
+from prlhf_lightning.serving.keys import RateLimiter
+from prlhf_lightning.serving.middleware import AccessLog, BodyLimit, Gate
+from prlhf_lightning.serving.services import Services
+
+
+def create_app(services: Services) -> FastAPI:
+    """Return the application of a server; its engine runs while the application does."""
+
+    @asynccontextmanager
+    async def life(app: FastAPI) -> AsyncIterator[None]:
+        services.scheduler.start()
+        yield
+        await services.scheduler.drain()
+        if services.log is not None:
+            services.log.close()
+
+    app = _App(
+        title="prlhf-lightning",
+        version=prlhf_lightning.__version__,
+        description="Writes for each user as that user likes it. Compatible with OpenAI's API.",
+        lifespan=life,
+        docs_url=None,  # pages that load scripts from elsewhere
+        redoc_url=None,
+    )
+    app.services = services
+    api_errors.install(app)
+    for module in (generation, catalogue, operations):
+        app.include_router(module.router(services))
+    if services.log is not None:
+        app.include_router(feedback.router(services, services.log))
+        if services.learner is not None:
+            app.include_router(learning.router(services, services.log, services.learner))
+    app.include_router(demo.router())
+    app.mount("/static", StaticFiles(directory=demo.FOLDER))
+    # The last is the first to see a request.
+    app.add_middleware(BodyLimit, most=services.limits.max_body)
+    limiter = RateLimiter(services.limits.requests_per_minute, services.limits.burst)
+    app.add_middleware(Gate, keys=services.keys, limiter=limiter)
+    app.add_middleware(AccessLog, metrics=services.metrics)
+    return app
+
+
+class _App(FastAPI):
+    """A FastAPI whose OpenAPI document says what this server does, and no more."""
+
+    services: Services
+
+    def openapi(self) -> dict[str, Any]:
+        """Return the document, with the one model's name, keys if there are any, and no error that is never sent."""
+        document = super().openapi()
+        for path in document["paths"].values():
+            for operation in path.values():
+                operation["responses"].pop("422", None)
+                if not self.services.keys:
+                    operation.pop("security", None)
+        schemas = document["components"]["schemas"]
+        for name in ("HTTPValidationError", "ValidationError"):
+            schemas.pop(name, None)
+        for name in ("ChatRequest", "CompletionRequest"):
+            schemas[name]["properties"]["model"]["enum"] = [self.services.writer.name]
+        return document

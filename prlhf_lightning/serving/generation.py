@@ -1,0 +1,248 @@
+"""Routes that write: chat completions and completions, whole or streamed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.inference import Generation, Piece
+from prlhf_lightning.serving import schemas
+from prlhf_lightning.serving.access import Caller, check_users
+from prlhf_lightning.serving.api_errors import APIError, documented
+from prlhf_lightning.serving.keys import APIKey
+from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded, Ticket
+from prlhf_lightning.serving.services import Prompt, Services
+
+Body: TypeAlias = schemas.ChatRequest | schemas.CompletionRequest
+
+_HEADER = "x-personalization"
+_headers = {_HEADER: {"schema": {"type": "string"}, "description": "`personalization.status` of the answer."}}
+
+
+def router(services: Services) -> APIRouter:
+    """Return the routes."""
+    routes = APIRouter(tags=["generation"])
+
+    def answers(whole: type[BaseModel], piece: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
+        found = {"model": whole, "content": schemas.event_stream(piece), "headers": _headers}
+        return {200: found, **documented(400, 401, 403, 404, 413, 429, 500, 503)}
+
+    @routes.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.ChatCompletionChunk))
+    async def chat_completions(body: schemas.ChatRequest, request: Request, key: Caller) -> Response:
+        """Write the next turn of a conversation, for a user."""
+        prompt = services.prompt([message.plain() for message in body.messages])
+        answer = await _begin(services, body, prompt, body.max_completion_tokens or body.max_tokens, key, "chatcmpl")
+        if body.stream:
+            return _EventStream(
+                answer, body, "chat.completion.chunk", _delta, opening={"role": "assistant", "content": ""}
+            )
+        text, finish, usage = await _unless_gone(request, answer)
+        choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None}
+        return answer.response({"object": "chat.completion", "choices": [choice | {"finish_reason": finish}]}, usage)
+
+    @routes.post("/v1/completions", responses=answers(schemas.Completion, schemas.Completion))
+    async def completions(body: schemas.CompletionRequest, request: Request, key: Caller) -> Response:
+        """Go on with a text, for a user."""
+        answer = await _begin(services, body, services.prompt(body.prompt), body.max_tokens, key, "cmpl")
+        if body.stream:
+            return _EventStream(answer, body, "text_completion", _text)
+        text, finish, usage = await _unless_gone(request, answer)
+        return answer.response({"object": "text_completion", "choices": [_text(text, finish)]}, usage)
+
+    return routes
+
+
+@dataclass
+class _Usage:
+    """Tokens read, and written so far."""
+
+    read: int = 0
+    written: int = 0
+
+    def add(self, piece: Piece) -> None:
+        self.read, self.written = piece.prompt_tokens, self.written + piece.tokens
+
+    def told(self) -> dict[str, int]:
+        total = self.read + self.written
+        return {"prompt_tokens": self.read, "completion_tokens": self.written, "total_tokens": total}
+
+
+@dataclass
+class _Answer:
+    """An answer that is being written.
+
+    Attributes:
+        ticket: Where its pieces come from.
+        base: What every object about it holds.
+        on_first: Called when there is the first piece.
+    """
+
+    ticket: Ticket
+    base: dict[str, Any]
+    on_first: Callable[[], None]
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {_HEADER: self.base["personalization"]["status"]}
+
+    def response(self, content: dict[str, Any], usage: dict[str, int]) -> Response:
+        text = json.dumps(self.base | content | {"usage": usage}, ensure_ascii=False)
+        return Response(text, media_type="application/json", headers=self.headers)
+
+    async def whole(self) -> tuple[str, str | None, dict[str, int]]:
+        texts: list[str] = []
+        usage, finish = _Usage(), None
+        async for piece in self.ticket:
+            if not texts:
+                self.on_first()
+            texts.append(piece.text)
+            usage.add(piece)
+            finish = piece.finish_reason
+        return "".join(texts), finish, usage.told()
+
+
+async def _begin(
+    services: Services, body: Body, prompt: Prompt, max_tokens: int | None, key: APIKey, kind: str
+) -> _Answer:
+    """Hand a request to the engine, or say why not."""
+    if body.model != services.writer.name:
+        message = "There is no such model here; /v1/models names the one that there is."
+        raise APIError(404, message, "model_not_found", "model")
+    services.check_conversation(prompt)
+    whom = list(body.blend or ([] if body.user is None else [body.user]))
+    check_users(key, whom, "blend" if body.blend else "user")
+    unknown = [user for user in whom if services.rename(user) not in services.writer.vocabulary]
+    if unknown:
+        services.metrics.count("prlhf_unknown_users_total", len(unknown))
+    status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
+    started = time.monotonic()
+    try:
+        ticket = await services.scheduler.submit(
+            Generation(
+                prompt=prompt,
+                user=_named(body, services.rename),
+                user_text=body.user_text or "",
+                strength=body.strength,
+                max_new_tokens=min(max_tokens or services.limits.max_tokens, services.limits.max_tokens),
+                temperature=1.0 if body.temperature is None else body.temperature,
+                top_p=1.0 if body.top_p is None else body.top_p,
+                seed=body.seed,
+                stop=body.stops(),
+            )
+        )
+    except Overloaded:
+        raise APIError(429, "The server is busy; try again later.", "overloaded", retry_after=2) from None
+    except Closing:
+        raise APIError(503, "The server is shutting down.", "closing", retry_after=5) from None
+    except EngineFailed:
+        raise _failed() from None
+    except PRLHFError as error:
+        raise APIError(400, str(error), "refused") from error
+    base = {
+        "id": f"{kind}-{uuid4().hex}",
+        "created": int(time.time()),
+        "model": body.model,
+        "personalization": {"status": status, "unknown_users": unknown},
+    }
+    metrics = services.metrics
+    return _Answer(ticket, base, lambda: metrics.observe("prlhf_first_token_seconds", time.monotonic() - started))
+
+
+def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] | None:
+    """Return a request's user as the model knows them, or its blend with shares that sum to 1."""
+    if not body.blend:
+        return None if body.user is None else rename(body.user)
+    total = math.fsum(body.blend.values())
+    return {rename(user): share / total for user, share in body.blend.items()}
+
+
+async def _unless_gone(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:
+    """Wait for the whole answer, or stop writing it when the client leaves."""
+    writing, leaving = asyncio.create_task(answer.whole()), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not writing.done():
+            raise APIError(400, "The client has left.", "client_left")  # nobody reads this
+        return writing.result()
+    except EngineFailed:
+        raise _failed() from None
+    finally:
+        answer.ticket.cancel()
+        for task in (writing, leaving):
+            task.cancel()
+        await asyncio.gather(writing, leaving, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def _failed() -> APIError:
+    return APIError(500, "The model failed while it wrote this answer; try again.", "engine_failed")
+
+
+def _delta(text: str, finish: str | None) -> dict[str, Any]:
+    return {"index": 0, "delta": {"content": text}, "logprobs": None, "finish_reason": finish}
+
+
+def _text(text: str, finish: str | None) -> dict[str, Any]:
+    return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+
+
+class _EventStream(StreamingResponse):
+    """An answer as server-sent events. Nothing more is written once it has been sent, or the client has left."""
+
+    def __init__(
+        self,
+        answer: _Answer,
+        body: Body,
+        kind: str,
+        choice: Callable[[str, str | None], dict[str, Any]],
+        opening: dict[str, str] | None = None,
+    ) -> None:
+        headers = answer.headers | {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(self._events(), media_type="text/event-stream", headers=headers)
+        self._answer, self._choice, self._opening = answer, choice, opening
+        self._with_usage = bool(body.stream_options and body.stream_options.include_usage)
+        self._base = answer.base | {"object": kind} | ({"usage": None} if self._with_usage else {})
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._answer.ticket.cancel()
+
+    async def _events(self) -> AsyncIterator[str]:
+        usage, first = _Usage(), True
+        if self._opening:
+            yield self._event(choices=[self._choice("", None) | {"delta": self._opening}])
+        try:
+            async for piece in self._answer.ticket:
+                if first:
+                    self._answer.on_first()
+                first = False
+                usage.add(piece)
+                if piece.text or piece.finish_reason:
+                    yield self._event(choices=[self._choice(piece.text, piece.finish_reason)])
+        except EngineFailed:
+            yield f"data: {_failed().body.model_dump_json()}\n\n"
+            return
+        if self._with_usage:
+            yield self._event(choices=[], usage=usage.told())
+        yield "data: [DONE]\n\n"
+
+    def _event(self, **content: Any) -> str:
+        return f"data: {json.dumps(self._base | content, ensure_ascii=False)}\n\n"

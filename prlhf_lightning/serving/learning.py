@@ -1,0 +1,45 @@
+"""The route that learns a new user from their feedback, while the server runs."""
+
+from __future__ import annotations
+
+from collections import deque
+from functools import partial
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.feedback_log import FeedbackLog, FeedbackLogError
+from prlhf_lightning.serving import schemas
+from prlhf_lightning.serving.access import Caller, check_users
+from prlhf_lightning.serving.api_errors import APIError, documented
+from prlhf_lightning.serving.scheduler import Closing, EngineFailed
+from prlhf_lightning.serving.services import Learner, Services
+
+_MOST_PAIRS = 200  # the newest; writing waits while a user is learned
+
+
+def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
+    """Return the route."""
+    routes = APIRouter(tags=["feedback"])
+
+    @routes.post("/v1/adapt", responses=documented(400, 401, 403, 409, 413, 429, 500, 503))
+    async def adapt(body: schemas.LearnRequest, key: Caller) -> schemas.Learned:
+        """Learn a user whom the model was not trained on from the pairs in the feedback log, again with every call."""
+        check_users(key, [body.user], "user")
+        try:
+            rows = await run_in_threadpool(lambda: deque((row for _, row in log.pairs(user_id=body.user)), _MOST_PAIRS))
+            if not rows:
+                raise APIError(409, "There are no pairs of this user yet.", "no_pairs", "user")
+            await services.scheduler.call(partial(learner, services.rename(body.user), list(rows)))
+        except FeedbackLogError as error:
+            raise APIError(503, "The feedback log can't be read now.", "log_unavailable", retry_after=5) from error
+        except PRLHFError as error:
+            raise APIError(409, str(error), "cannot_learn", "user") from error
+        except Closing:
+            raise APIError(503, "The server is shutting down.", "closing", retry_after=5) from None
+        except EngineFailed:
+            raise APIError(500, "Learning failed; the log says where.", "engine_failed") from None
+        return schemas.Learned(user=body.user, pairs=len(rows))
+
+    return routes

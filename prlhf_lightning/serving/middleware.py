@@ -1,0 +1,137 @@
+"""What stands before every route: the access log, keys and rates, and the limit of a body's size.
+
+Plain ASGI, so that streams pass through piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+import traceback
+from uuid import uuid4
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prlhf_lightning.serving.api_errors import APIError
+from prlhf_lightning.serving.keys import ANYONE, APIKey, KeyRing, RateLimiter
+from prlhf_lightning.serving.metrics import Metrics
+
+_log = logging.getLogger("prlhf_lightning.serving")
+access_log = logging.getLogger("prlhf_lightning.access")
+
+
+class AccessLog:
+    """Logs each request as a line of JSON, counts it, and answers errors that nobody has foreseen.
+
+    The log holds the route's template and not the path, and nothing that people wrote.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self.app, self.metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        started, request_id, status, size = time.monotonic(), uuid4().hex, 0, 0
+
+        async def watched(message: Message) -> None:
+            nonlocal status, size
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+            elif message["type"] == "http.response.body":
+                size += len(message.get("body", b""))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:
+            frames = "".join(traceback.format_tb(error.__traceback__))  # the message may quote what people wrote
+            _log.error("Request %s failed: %s\n%s", request_id, type(error).__name__, frames)
+            if not status:
+                await APIError(500, "The server failed; the log says where.", "internal").response()(
+                    scope, receive, watched
+                )
+        finally:
+            seconds = time.monotonic() - started
+            route = getattr(scope.get("route"), "path", "none")
+            method = scope["method"] if route != "none" else "any"  # of the many that a client can make up
+            self.metrics.count("prlhf_http_requests_total", route=route, method=method, status=str(status))
+            self.metrics.observe("prlhf_http_request_seconds", seconds, route=route)
+            line = {
+                "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "request": request_id,
+                "key": scope.get("prlhf.key", ANYONE).name,
+                "method": method,
+                "route": route,
+                "status": status,  # 0 where the client left before the answer began
+                "bytes": size,
+                "ms": round(1000 * seconds, 1),
+            }
+            access_log.info(json.dumps(line))
+
+
+class Gate:
+    """Lets in to the API only who has a key and has not asked too often, before anything of a request is read."""
+
+    def __init__(self, app: ASGIApp, keys: KeyRing, limiter: RateLimiter) -> None:
+        self.app, self.keys, self.limiter = app, keys, limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            try:
+                scope["prlhf.key"] = self._let_in(scope)
+            except APIError as error:
+                await error.response()(scope, receive, send)
+                return
+        await self.app(scope, receive, send)
+
+    def _let_in(self, scope: Scope) -> APIKey:
+        key = ANYONE
+        caller = (scope.get("client") or ("",))[0]
+        if self.keys:
+            given = dict(scope["headers"]).get(b"authorization", b"").decode("latin-1")
+            kind, _, secret = given.partition(" ")
+            found = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
+            if found is None:
+                raise APIError(401, "Give a valid API key: `Authorization: Bearer KEY`.", "invalid_api_key")
+            key, caller = found, f"key {found.name}"
+        if wait := self.limiter.wait(caller):
+            raise APIError(429, "Too many requests; try again later.", "rate_limit_exceeded", retry_after=wait)
+        return key
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, at the latest when so much of them has been read."""
+
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        told = dict(scope["headers"]).get(b"content-length", b"")
+        if told.isdigit() and int(told[:20]) > self.most:
+            await self._error().response()(scope, receive, send)
+            return
+        read = 0
+
+        async def counted() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > self.most:
+                raise HTTPException(413, self._error().args[0])  # FastAPI passes on no other kind while it reads
+            return message
+
+        await self.app(scope, counted, send)
+
+    def _error(self) -> APIError:
+        return APIError(413, f"The request has more than {self.most} bytes, the most that are taken.", "too_large")

@@ -1,0 +1,285 @@
+"""Between many requests, each a coroutine, and the one engine, which writes for all of them at once in a thread."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import traceback
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.inference import Generation, Piece
+from prlhf_lightning.serving.metrics import Metrics
+
+T = TypeVar("T")
+_log = logging.getLogger("prlhf_lightning.serving")
+_FAILURES_UNTIL_UNWELL = 3
+
+
+class WritingEngine(Protocol):
+    """What the scheduler needs of `inference.Engine`."""
+
+    def add(self, generation: Generation) -> int:
+        """Take in a request; return its number."""
+
+    def cancel(self, number: int) -> None:
+        """Forget a request."""
+
+    def step(self) -> list[Piece]:
+        """Write the next token of every request."""
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to write."""
+
+
+class Overloaded(Exception):
+    """As many requests are open as the server takes."""
+
+
+class Closing(Exception):
+    """The server is shutting down."""
+
+
+class EngineFailed(Exception):
+    """The engine failed while it wrote this and other requests; the next ones are written by a new one."""
+
+
+class Ticket:
+    """A request that the engine has taken in: iterate over the pieces of its answer.
+
+    Iterating raises EngineFailed where the engine fails.
+    """
+
+    def __init__(self, close: Callable[[Ticket], None]) -> None:
+        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.number = -1  # of the engine's thread, which alone uses it
+        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._close = close
+
+    async def __aiter__(self) -> AsyncIterator[Piece]:
+        """Yield pieces until one has a finish reason."""
+        while True:
+            piece = await self._pieces.get()
+            if isinstance(piece, Exception):
+                raise piece
+            yield piece
+            if piece.finish_reason is not None:
+                return
+
+    def cancel(self) -> None:
+        """Stop writing. Does nothing where the answer is complete."""
+        self._close(self)
+
+    def put(self, event: _Event) -> bool:
+        """Take in what the engine has to say; return whether it was the last."""
+        if event is None or (isinstance(event, Exception) and not self.accepted.done()):
+            if not self.accepted.done():
+                self.accepted.set_exception(event) if event else self.accepted.set_result(None)
+            return event is not None
+        self._pieces.put_nowait(event)
+        return isinstance(event, Exception) or event.finish_reason is not None
+
+
+_Event: TypeAlias = Piece | Exception | None
+"""A piece, an error, or nothing: the request was taken in."""
+
+
+@dataclass(frozen=True)
+class _Add:
+    ticket: Ticket
+    generation: Generation
+
+
+@dataclass(frozen=True)
+class _Cancel:
+    ticket: Ticket
+
+
+@dataclass(frozen=True)
+class _Call:
+    function: Callable[[], Any]
+    done: asyncio.Future[Any]
+
+
+class Scheduler:
+    """Runs an engine in a thread of its own and hands its pieces to the requests that wait for them.
+
+    All methods but the thread's own are of the event loop.
+
+    Args:
+        make_engine: Returns a fresh engine; called at the start, and after an engine has failed.
+        max_open: Most requests that are waiting or being written.
+        metrics: Where steps, tokens and failures are counted.
+    """
+
+    def __init__(self, make_engine: Callable[[], WritingEngine], max_open: int, metrics: Metrics) -> None:
+        self._make_engine, self._max_open, self._metrics = make_engine, max_open, metrics
+        self._inbox: SimpleQueue[_Add | _Cancel | _Call | None] = SimpleQueue()
+        self._open: set[Ticket] = set()
+        self._closing = False
+        self._engine = make_engine()
+        self._writing: dict[int, Ticket] = {}
+        self._ending = False
+        self._failures = 0  # since the last step that went well
+        self._thread = Thread(target=self._run, name="engine", daemon=True)
+        metrics.gauge("prlhf_open_requests", lambda: len(self._open))
+
+    def start(self) -> None:
+        """Start the thread; call it where the event loop runs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    @property
+    def well(self) -> bool:
+        """Whether the engine can be expected to write."""
+        return self._thread.is_alive() and not self._closing and self._failures < _FAILURES_UNTIL_UNWELL
+
+    async def submit(self, generation: Generation) -> Ticket:
+        """Hand a request to the engine and wait until it has taken it in.
+
+        Raises:
+            Overloaded: Too many requests are open.
+            Closing: The server is shutting down.
+            EngineFailed: The engine failed.
+            PRLHFError: The engine refuses the request.
+        """
+        if self._closing or not self._thread.is_alive():
+            raise Closing
+        if len(self._open) >= self._max_open:
+            raise Overloaded
+        ticket = Ticket(self._close)
+        self._open.add(ticket)
+        self._inbox.put(_Add(ticket, generation))
+        try:
+            await ticket.accepted
+        except BaseException:
+            ticket.cancel()
+            raise
+        return ticket
+
+    async def call(self, function: Callable[[], T]) -> T:
+        """Have the thread call something between two steps, and return what it returns; writing waits meanwhile.
+
+        Raises:
+            Closing: The server is shutting down.
+            EngineFailed: Something unforeseen went wrong.
+            PRLHFError: As the function raises it.
+        """
+        if self._closing or not self._thread.is_alive():
+            raise Closing
+        done: asyncio.Future[T] = self._loop.create_future()
+        self._inbox.put(_Call(function, done))
+        return await done
+
+    async def drain(self) -> None:
+        """Take in nothing more, let the engine finish what it writes, and end the thread."""
+        self._closing = True
+        self._inbox.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _close(self, ticket: Ticket) -> None:
+        if ticket in self._open:
+            self._open.discard(ticket)
+            self._inbox.put(_Cancel(ticket))
+
+    def _deliver(self, events: list[tuple[Ticket, _Event]]) -> None:
+        for ticket, event in events:
+            if ticket in self._open and ticket.put(event):
+                self._open.discard(ticket)
+
+    def _send(self, events: list[tuple[Ticket, _Event]]) -> None:
+        if events:
+            self._loop.call_soon_threadsafe(self._deliver, events)
+
+    # What follows runs in the thread.
+
+    def _run(self) -> None:
+        try:
+            while not (self._ending and self._engine.idle):
+                try:
+                    self._obey()
+                    if not self._engine.idle:
+                        self._step()
+                except Exception as error:
+                    self._recover(error)
+        finally:
+            self._ending = True
+            while not self._inbox.empty():
+                order = self._inbox.get()
+                if isinstance(order, _Add):
+                    self._send([(order.ticket, EngineFailed())])
+                elif isinstance(order, _Call):
+                    self._answer(order.done, EngineFailed())
+
+    def _obey(self) -> None:
+        """Take in and cancel requests; where there is nothing to write, wait for one."""
+        while not self._inbox.empty() or (self._engine.idle and not self._ending):
+            order = self._inbox.get()
+            if order is None:
+                self._ending = True
+            elif isinstance(order, _Add):
+                self._add(order)
+            elif isinstance(order, _Call):
+                self._do(order)
+            elif self._writing.get(order.ticket.number) is order.ticket:  # not of an engine that has failed since
+                del self._writing[order.ticket.number]
+                self._engine.cancel(order.ticket.number)
+
+    def _add(self, order: _Add) -> None:
+        try:
+            order.ticket.number = self._engine.add(order.generation)
+        except PRLHFError as error:
+            self._send([(order.ticket, error)])
+        except Exception as error:  # of this request alone: nothing else has been touched
+            self._report(error)
+            self._send([(order.ticket, EngineFailed())])
+        else:
+            self._writing[order.ticket.number] = order.ticket
+            self._send([(order.ticket, None)])
+
+    def _do(self, order: _Call) -> None:
+        try:
+            self._answer(order.done, order.function())
+        except PRLHFError as error:
+            self._answer(order.done, error)
+        except Exception as error:
+            self._report(error)
+            self._answer(order.done, EngineFailed())
+
+    def _answer(self, done: asyncio.Future[Any], result: Any) -> None:
+        def settle() -> None:
+            if not done.done():  # whoever asked may have left
+                done.set_exception(result) if isinstance(result, Exception) else done.set_result(result)
+
+        self._loop.call_soon_threadsafe(settle)
+
+    def _step(self) -> None:
+        started = time.monotonic()
+        pieces = self._engine.step()
+        self._failures = 0
+        self._metrics.observe("prlhf_engine_step_seconds", time.monotonic() - started)
+        self._metrics.count("prlhf_generated_tokens_total", sum(piece.tokens for piece in pieces))
+        self._send([(self._writing[piece.number], piece) for piece in pieces if piece.number in self._writing])
+        for piece in pieces:
+            if piece.finish_reason is not None:
+                self._writing.pop(piece.number, None)
+
+    def _recover(self, error: Exception) -> None:
+        """Give up what was being written, whoever's fault it was, and go on with a new engine."""
+        self._failures += 1
+        self._report(error)
+        self._send([(ticket, EngineFailed()) for ticket in self._writing.values()])
+        self._writing = {}
+        self._engine = self._make_engine()
+
+    def _report(self, error: Exception) -> None:
+        """Log where an error arose, but not its message, which may quote what people wrote."""
+        self._metrics.count("prlhf_engine_failures_total")
+        frames = "".join(traceback.format_tb(error.__traceback__))
+        _log.error("The engine failed: %s\n%s", type(error).__name__, frames)

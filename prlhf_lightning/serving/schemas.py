@@ -1,0 +1,327 @@
+"""What requests and answers hold: OpenAI's fields, and those of personalisation.
+
+The OpenAPI document is made of this.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+# What `str.strip` strips; each dialect of regular expressions has another idea of what \s is.
+_BLANK = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+# A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
+# begin with what ends the one before it.
+Visible: TypeAlias = Annotated[str, Field(pattern=rf"^[{_BLANK}]*[^{_BLANK}\u0000][^\u0000]*$")]
+UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
+# JSON Schema counts 1.0 as an integer.
+_from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
+Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
+Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**53 - 1), _from_whole]  # all of which JSON's readers can tell apart
+One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
+Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, regex_engine="python-re")
+
+
+class TextPart(_Request):
+    """A part of a message's content; only text is supported."""
+
+    type: Literal["text"]
+    text: Visible
+
+
+class ChatMessage(_Request):
+    """One turn of a conversation."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Visible | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+
+    def plain(self) -> dict[str, str]:
+        """Return the message as chat templates take it."""
+        content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": content}
+
+
+Messages: TypeAlias = Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
+
+
+class StreamOptions(_Request):
+    """What a stream tells besides text."""
+
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class _Generate(_Request):
+    """What both kinds of request for text have in common.
+
+    Parameters of OpenAI's that are not supported may be given with the value that means nothing, as many clients do.
+    """
+
+    model: str = Field(description="The name that /v1/models gives.")
+    user: UserId | None = Field(None, description="Whom to write for. Unknown people get the generic user.")
+    user_text: Annotated[Visible, Field(max_length=8192)] | None = Field(
+        None, description="Text about the user, for models that read it."
+    )
+    strength: float = Field(
+        1.0,
+        ge=0,
+        le=4,
+        allow_inf_nan=False,
+        description="0 writes for the generic user, 1 as trained, more exaggerates.",
+    )
+    blend: Annotated[dict[str, Share], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="A mixture of users by their shares, to write for instead of `user`, who then only asks."
+    )
+    max_tokens: Count | None = Field(None, description="The server's own limit holds as well.")
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="1 if not given.")
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="1 if not given.")
+    seed: Seed | None = None
+    stop: (
+        Annotated[str, Field(min_length=1, max_length=256)]
+        | Annotated[list[Annotated[str, Field(min_length=1, max_length=256)]], Field(max_length=4)]
+        | None
+    ) = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: One | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """Return the texts before which to stop."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+
+class ChatRequest(_Generate):
+    """A conversation to go on with."""
+
+    messages: Messages
+    max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
+    logprobs: Literal[False] | None = None
+    response_format: TextFormat | None = None
+    store: Literal[False] | None = None
+
+
+class CompletionRequest(_Generate):
+    """A text to go on with, as it stands."""
+
+    prompt: Visible
+    best_of: One | None = None
+    echo: Literal[False] | None = None
+    logprobs: None = None
+    suffix: None = None
+
+
+class TextFormat(_Request):
+    """The form of an answer; only text is supported."""
+
+    type: Literal["text"]
+
+
+ChatRequest.model_rebuild()
+
+
+class Personalization(BaseModel):
+    """For whom an answer was written."""
+
+    status: Literal["known", "unknown", "blend", "none"] = Field(
+        description="known: this user. unknown: the generic user, as the model does not know this one. blend: several. "
+        "none: no user was given."
+    )
+    unknown_users: list[str] = Field(description="Those of the request whom the model does not know.")
+
+
+class Usage(BaseModel):
+    """How many tokens were read and written."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+Finish: TypeAlias = Literal["stop", "length"]
+
+
+class AnswerMessage(BaseModel):
+    """The model's turn."""
+
+    role: Literal["assistant"] = "assistant"
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """An answer; there is one."""
+
+    index: int = 0
+    message: AnswerMessage
+    logprobs: None = None
+    finish_reason: Finish
+
+
+class CompletionChoice(BaseModel):
+    """How a text goes on."""
+
+    index: int = 0
+    text: str
+    logprobs: None = None
+    finish_reason: Finish | None  # null in the pieces of a stream, but for the last
+
+
+class _Answer(BaseModel):
+    id: str
+    created: int
+    model: str
+    usage: Usage | None = None
+    personalization: Personalization
+
+
+class ChatCompletion(_Answer):
+    """A whole answer to a conversation."""
+
+    object: Literal["chat.completion"] = "chat.completion"
+    choices: list[ChatChoice]
+
+
+class Completion(_Answer):
+    """How a text goes on, whole or a piece of it."""
+
+    object: Literal["text_completion"] = "text_completion"
+    choices: list[CompletionChoice]
+
+
+class Delta(BaseModel):
+    """What a piece adds to the message."""
+
+    role: Literal["assistant"] | None = None
+    content: str | None = None
+
+
+class DeltaChoice(BaseModel):
+    """A piece of an answer."""
+
+    index: int = 0
+    delta: Delta
+    logprobs: None = None
+    finish_reason: Finish | None = None
+
+
+class ChatCompletionChunk(_Answer):
+    """A piece of an answer to a conversation."""
+
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
+    choices: list[DeltaChoice]
+
+
+class Model(BaseModel):
+    """A model that is served."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: Literal["prlhf-lightning"] = "prlhf-lightning"
+
+
+class ModelList(BaseModel):
+    """All models that are served: one."""
+
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class UserQuery(BaseModel):
+    """Which people to list."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    prefix: str = Field("", max_length=256, description="How their ids begin.")
+    limit: int = Field(100, ge=1, le=1000)
+
+
+class User(BaseModel):
+    """A person whom the model knows."""
+
+    id: str
+    object: Literal["user"] = "user"
+
+
+class UserList(BaseModel):
+    """People whom the model knows."""
+
+    object: Literal["list"] = "list"
+    data: list[User]
+    has_more: bool
+
+
+class _Feedback(_Request):
+    user: UserId = Field(description="Who judged.")
+    prompt: Visible | Messages = Field(description="What was answered.")
+    user_text: Annotated[Visible, Field(max_length=8192)] | None = Field(None, description="Text about the user.")
+    id: Annotated[Visible, Field(max_length=128)] | None = Field(
+        None, description="The sender's own id; the same feedback sent again with it counts once."
+    )
+
+
+class PairFeedback(_Feedback):
+    """Which of two answers was better."""
+
+    chosen: Visible
+    rejected: Visible = Field(description="The other answer; the same text as `chosen` says that neither was better.")
+
+
+class ThumbFeedback(_Feedback):
+    """Whether an answer was good."""
+
+    completion: Visible
+    label: Literal["up", "down"]
+
+
+def _form(value: Any) -> str:
+    """Tell a pair from a thumb, so that what is wrong with one is said and not that it is none of the other."""
+    given = value if isinstance(value, dict) else vars(value) if isinstance(value, BaseModel) else {}
+    return "thumb" if {"completion", "label"} & set(given) else "pair"
+
+
+AnyFeedback: TypeAlias = Annotated[
+    Annotated[PairFeedback, Tag("pair")] | Annotated[ThumbFeedback, Tag("thumb")], Discriminator(_form)
+]
+
+
+class FeedbackReceipt(BaseModel):
+    """Says that feedback is written down for good."""
+
+    id: str
+    object: Literal["feedback"] = "feedback"
+    duplicate: bool = Field(description="Whether it had been written down before.")
+
+
+class LearnRequest(_Request):
+    """Whom to learn."""
+
+    user: UserId
+
+
+class Learned(BaseModel):
+    """Says that the model knows a user now."""
+
+    user: str
+    object: Literal["user"] = "user"
+    pairs: int = Field(description="Pairs that the user was learned from.")
+
+
+class Health(BaseModel):
+    """How the server is."""
+
+    status: Literal["ok"] = "ok"
+
+
+def event_stream(model: type[BaseModel]) -> dict[str, Any]:
+    """Return the documentation of an answer that is a stream of server-sent events, each of which holds a model."""
+    data = {"type": "string", "description": f"A {model.__name__} as JSON, an error, or at last [DONE]."}
+    event = {"type": "object", "description": "An event.", "properties": {"data": data}, "required": ["data"]}
+    return {"text/event-stream": {"schema": event}}

@@ -1,0 +1,105 @@
+"""A server process: model, log and web application put together, until a signal ends it."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.inference import Engine, PersonalizedWriter
+from prlhf_lightning.serving.app import create_app
+from prlhf_lightning.serving.keys import KeyRing
+from prlhf_lightning.serving.middleware import access_log
+from prlhf_lightning.serving.services import Learner, Services
+from prlhf_lightning.serving.settings import Limits
+
+_log = logging.getLogger("prlhf_lightning.serving")
+_KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they never write to a closed one
+
+
+def run(
+    load: Callable[[], tuple[PersonalizedWriter, Learner | None]],
+    host: str,
+    port: int,
+    feedback: str | None,
+    keys: Path | None,
+    limits: Limits,
+    drain_seconds: int,
+    rename: Callable[[str], str] = str,
+) -> None:
+    """Serve until SIGTERM or Ctrl+C, then finish what is being written.
+
+    Args:
+        load: Loads the model, and what learns users for it.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes any that is free.
+        feedback: URL of the feedback log, or None for none.
+        keys: File of API keys.
+        limits: How much is taken in.
+        drain_seconds: How long answers may still be written at the end.
+        rename: Returns the id that the model knows a user by.
+    """
+    _set_up_logs()
+    ring = KeyRing.load(keys, os.environ)
+    with _listen(host, port) as listener:
+        log = FeedbackLog(feedback) if feedback else None
+        writer, learner = load()
+        services = Services(
+            writer, lambda: Engine(writer, limits.max_batch), log, ring, limits, rename=rename, learner=learner
+        )
+        config = uvicorn.Config(
+            create_app(services),
+            access_log=False,  # ours says more, and less of what people wrote
+            log_config=None,
+            server_header=False,
+            timeout_keep_alive=_KEEP_ALIVE,
+            timeout_graceful_shutdown=drain_seconds,
+        )
+        if not ring and not _is_loopback(host):
+            _log.warning("There are no API keys: whoever reaches %s may use this server. Give --keys.", host)
+        address, at = listener.getsockname()[:2]
+        shown = f"[{address}]" if ":" in address else address
+        _log.info("Serving %s at http://%s:%d", writer.name, shown, at)
+        # uvicorn drains, then sends itself the signal that it was stopped by; by then there is nothing left to do.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        except KeyboardInterrupt:
+            return
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the address before the model is loaded, which may take long."""
+    try:
+        kind = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = socket.socket(kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise ConfigurationError(f"host, port: can't listen on {host} port {port} ({error}); give others.") from error
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _set_up_logs() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    access_log.handlers, access_log.propagate = [lines], False
+    for chatty in ("httpx", "sqlalchemy"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -1,0 +1,80 @@
+"""What the routes of one server share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.serving.api_errors import APIError
+from prlhf_lightning.serving.keys import KeyRing
+from prlhf_lightning.serving.metrics import Metrics
+from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
+from prlhf_lightning.serving.settings import Limits
+
+Prompt: TypeAlias = str | list[dict[str, str]]
+
+
+class Learner(Protocol):
+    """Teaches the writer a user whom the model was not trained on."""
+
+    def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Learn a user; the writer knows them from then on. Called in the engine's thread.
+
+        Args:
+            user_id: The user's id, as the model is to know it.
+            rows: Their pairs, in the form that `data.records.parse_record` reads.
+
+        Raises:
+            PRLHFError: This user can't be learned, or not from these pairs.
+        """
+
+
+@dataclass
+class Services:
+    """A model, the engine that writes with it, and all that surrounds them.
+
+    Attributes:
+        writer: The model.
+        make_engine: Returns an engine for it.
+        log: Where feedback goes; without one there is no route for it.
+        keys: Who may use the server.
+        limits: How much is taken in.
+        metrics: Counts and times.
+        rename: Returns the id that the model knows a user by.
+        learner: Learns new users from their pairs; without one there is no route for it.
+    """
+
+    writer: PersonalizedWriter
+    make_engine: Callable[[], WritingEngine]
+    log: FeedbackLog | None = None
+    keys: KeyRing = field(default_factory=KeyRing)
+    limits: Limits = field(default_factory=Limits)
+    metrics: Metrics = field(default_factory=Metrics)
+    rename: Callable[[str], str] = str
+    learner: Learner | None = None
+
+    def __post_init__(self) -> None:
+        self.started = int(time.time())
+        self.scheduler = Scheduler(self.make_engine, self.limits.max_open, self.metrics)
+
+    def prompt(self, prompt: Prompt) -> Prompt:
+        """Return a prompt in the form that the model takes, after a look at its size.
+
+        Models without a chat template know no turns: a conversation of one message of the user's is its text.
+        """
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        if sum(map(len, texts)) > self.limits.max_prompt:
+            message = f"The prompt has more than {self.limits.max_prompt} characters, the most that are taken."
+            raise APIError(413, message, "prompt_too_large")
+        is_one_turn = not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]
+        return texts[0] if is_one_turn and not self.writer.tokenizer.chat_template else prompt
+
+    def check_conversation(self, prompt: Prompt) -> None:
+        """Refuse turns where the model knows none."""
+        if not isinstance(prompt, str) and not self.writer.tokenizer.chat_template:
+            message = "This model has no chat template: send one message, of role user."
+            raise APIError(400, message, "no_chat_template", "messages")

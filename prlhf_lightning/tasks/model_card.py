@@ -1,0 +1,69 @@
+"""The README.md of an exported model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prlhf_lightning.modules.checkpoint_content import users_of
+
+_SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")
+
+
+def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, users: bool) -> str:
+    """Return the card's text.
+
+    Args:
+        checkpoint: The checkpoint's path.
+        content: What it holds.
+        adapters: Whether the folder has adapters and not the whole model.
+        users: Whether the folder has the users.
+    """
+    settings = content["hyper_parameters"]
+    base = str(settings["policy"].get("init_args", {}).get("model", ""))
+    is_hub_name = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    head = {
+        "library_name": "peft" if adapters else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["personalization", "preference-learning", "prlhf_lightning"],
+        **({"base_model": base} if is_hub_name else {}),
+    }
+    loss = str(settings["loss"]["class_path"]).rpartition(".")[2]
+    user_model = str(settings["user_model"]["class_path"]).rpartition(".")[2]
+    parts = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]),
+        f"# A personalised `{base.rpartition('/')[2].removeprefix('builtin:')}`",
+        f"`{base}`, trained with [prlhf_lightning] on who preferred which answer (arXiv:2402.05133): "
+        f"{loss}, users as {user_model}. This folder holds "
+        + ("LoRA adapters that refer to the base model." if adapters else "the whole language model."),
+        _users(len(users_of(content)) - 1) if users else "It holds no users: no ids, and none of their vectors.",
+        "## Training\n\n" + _metrics(checkpoint, content),
+        "```json\n" + json.dumps({key: settings.get(key) for key in _SETTINGS}, indent=2, default=str) + "\n```",
+        "## License\n\nWhat is made from a model is subject to that model's license, and to the terms under which the "
+        "feedback was given; this card grants nothing beyond them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _users(number: int) -> str:
+    return (
+        f"## Users\n\n{number:,} users. `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, "
+        "and by the empty string the generic user's, which is for everybody else. The vectors stand right after BOS, "
+        "before the prompt.\n\n```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
+        'writer = PersonalizedWriter.from_folder("path/to/this/folder")\n'
+        'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
+        "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "
+        "data. Give this folder to nobody whom the users have not agreed to; `export --users false` writes it without. "
+        "What users' judgements taught the weights that all share is in any copy."
+    )
+
+
+def _metrics(checkpoint: Path, content: Mapping[str, Any]) -> str:
+    lines = [f"Step {content.get('global_step', '?')}, from `{checkpoint.name}`."]
+    for state in (content.get("callbacks") or {}).values():
+        name, score = (state.get("monitor"), state.get("current_score")) if isinstance(state, dict) else (None, None)
+        if name and score is not None:
+            lines.append(f"`{name}`: {float(score):.4f}.")
+    return " ".join(lines)

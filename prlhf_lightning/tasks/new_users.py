@@ -1,0 +1,89 @@
+"""Users whom a running server learns, put beside those whom its model was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from prlhf_lightning.adaptation import UserPrior, adapt_users, fit_prior
+from prlhf_lightning.data.collate import collate
+from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.types import PreferenceBatch
+
+_ENOUGH = 32  # pairs, to tell kinds of users apart by
+
+
+class NewUsers:
+    """Learns users from their pairs, and has a writer know them. They are held in memory only.
+
+    Args:
+        model: A trained model.
+        writer: Writes with the same policy and user model.
+        settings: How texts became ids in training.
+    """
+
+    def __init__(self, model: PersonalizedLM, writer: PersonalizedWriter, settings: TokenizationSettings) -> None:
+        self._model, self._writer = model, writer
+        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, settings)
+        self._trained = writer.vocabulary
+        self._prior: UserPrior | None = None
+        self._fitted_on = 0
+
+    @torch.no_grad()
+    def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Learn a user from their pairs, in place of what had been learned of them before.
+
+        Raises:
+            ConfigurationError: The model was trained on this user, or can't learn users.
+            FeedbackFormatError: The pairs are not what they should be.
+        """
+        if user_id in self._trained:
+            raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
+        pairs = self._pairs(user_id, rows)
+        row = adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
+        self._put(user_id, row)
+
+    def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:
+        """Return what is known of a new user, told by the pairs of whoever had the most so far, until they suffice."""
+        if self._prior is None or self._fitted_on < min(len(pairs), _ENOUGH):
+            tables = self._model.user_model.row_tables()
+            whole = [table.data for table in tables]
+            for table in tables:
+                table.data = table.data[: len(self._trained)]  # those who were learned here are no evidence
+            try:
+                self._prior, self._fitted_on = fit_prior(self._model, pairs), len(pairs)
+            finally:
+                for table, data in zip(tables, whole, strict=True):
+                    table.data = data
+        return self._prior
+
+    def _pairs(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        wheres = [f"pair {number}" for number in range(1, len(rows) + 1)]
+        records = [parse_record(row, where) for row, where in zip(rows, wheres, strict=True)]
+        names = ("user_text", "prompt", "chosen", "rejected")
+        kept = [
+            {"user_id": user_id, "record": number} | {f"{name}_ids": getattr(ids, name) for name in names}
+            for number, ids in enumerate(self._tokenize(records, wheres))
+            if ids is not None and not ids.tie
+        ]
+        if not kept:
+            raise ConfigurationError("In every pair both answers are the same to the model.")
+        return collate(kept)
+
+    def _put(self, user_id: str, row: torch.Tensor) -> None:
+        """Give a user their row at the end of all tables, or where they have it already."""
+        tables = self._model.user_model.row_tables()
+        if user_id not in self._writer.vocabulary:
+            for table in tables:
+                table.data = torch.cat([table.data, table.data[:1]])
+            self._writer.vocabulary = UserVocabulary([*self._writer.vocabulary.ids, user_id])
+        place = int(self._writer.vocabulary.rows([user_id])[0])
+        for table, part in zip(tables, torch.split(row, [table[0].numel() for table in tables]), strict=True):
+            table.data[place] = part.view_as(table[place]).to(table)

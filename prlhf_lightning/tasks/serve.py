@@ -1,0 +1,93 @@
+"""The commands `serve` and `api-key`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prlhf_lightning.data import Pseudonyms
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
+from prlhf_lightning.serving.keys import new_key
+from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.tasks.checkpoints import load_module, open_writer, pick_device, read_checkpoint, writer_of
+from prlhf_lightning.tasks.new_users import NewUsers
+
+
+def serve(
+    model: Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    device: str = "auto",
+    name: str | None = None,
+    feedback: str | None = "sqlite:///feedback.db",
+    adapt: bool = False,
+    keys: Path | None = None,
+    max_tokens: int = 512,
+    max_open: int = 256,
+    max_batch: int = 64,
+    max_prompt: int = 65_536,
+    max_body: int = 1_048_576,
+    requests_per_minute: float | None = None,
+    burst: int = 20,
+    drain_seconds: int = 30,
+    hash_user_ids_with: str | None = None,
+) -> None:
+    """Serve a model over HTTP: an OpenAI-compatible API that writes for each user, with a page to try it.
+
+    Args:
+        model: A folder that `export` wrote, or a checkpoint.
+        host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
+        port: Port to listen on; 0 takes any that is free.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        name: What the model is called in the API; its own name if none is given.
+        feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
+        adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback
+            log. What was learned lasts as long as the server; the command adapt writes it to a checkpoint.
+        keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
+            any, everyone who reaches the server may use it.
+        max_tokens: Most tokens of an answer.
+        max_open: Most requests for text that are waiting or being written; the next ones get 429.
+        max_batch: Most texts that are written at once.
+        max_prompt: Most characters of a prompt; a longer one gets 413.
+        max_body: Most bytes of a request; a larger one gets 413.
+        requests_per_minute: Requests of one key (without keys: of one address) in the long run; more get 429.
+        burst: Requests of one key at once, where they are limited.
+        drain_seconds: How long answers may still be written after SIGTERM.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; feedback is kept under the ids as given.
+    """
+    try:
+        from prlhf_lightning.serving.server import run  # FastAPI, uvicorn and SQLAlchemy, of the extra `serve`
+    except ImportError as error:
+        raise ConfigurationError(
+            f"serve needs {error.name}, which is not installed: pip install 'prlhf-lightning[serve]'"
+        ) from error
+
+    if adapt and (model.is_dir() or not feedback):
+        raise ConfigurationError("adapt: users are learned by a model's checkpoint (.ckpt) from a feedback log.")
+
+    def load() -> tuple[PersonalizedWriter, NewUsers | None]:
+        place = pick_device(device)
+        if adapt:
+            module = load_module(model, "model").to(place).eval()
+            writer = writer_of(module, model)
+            learner = NewUsers(module, writer, tokenization_of(read_checkpoint(model, "model")))
+        else:
+            writer, learner = open_writer(model, device=place), None
+        writer.name = name or writer.name
+        return writer, learner
+
+    limits = Limits(max_tokens, max_open, max_batch, max_prompt, max_body, requests_per_minute, burst)
+    rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
+    run(load, host, port, feedback, keys, limits, drain_seconds, rename)
+
+
+def api_key(name: str, users: str = "*") -> None:
+    """Make an API key: print it, and what to add to the file of keys that `serve` reads, which holds only its hash.
+
+    Args:
+        name: What the key is called in logs.
+        users: Pattern of the users whom it may write and give feedback for, such as 'team-a-*'.
+    """
+    key, entry = new_key(name, users)
+    print(f"The key, which is not kept anywhere: {key}\n\nFor the file of keys:\n\n{entry}")

@@ -1,0 +1,49 @@
+import pytest
+from feedback_helpers import row, write_jsonl
+
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.census import Census, census_of, count, read_census
+from prlhf_lightning.errors import FeedbackFormatError
+
+ROWS = [row(0, "ann"), row(1, 'b,"ob', user_text="likes w1"), row(2, "ann")]
+
+
+def test_it_counts_the_rows_of_each_user_and_the_texts(tmp_path):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", ROWS))
+    assert count(source, "train") == Census({"ann": 2, 'b,"ob': 1}, texts=1)
+
+
+def test_a_count_is_kept_until_the_data_change(tmp_path, monkeypatch):
+    path = write_jsonl(tmp_path / "a.jsonl", ROWS)
+    first = census_of(FileSource(path), "train", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSource, "rows", None)
+        assert census_of(FileSource(path), "train", tmp_path) == first
+    write_jsonl(path, [*ROWS, row(3, "cy")])
+    assert census_of(FileSource(path), "train", tmp_path).rows["cy"] == 1
+
+
+def test_a_row_without_a_user_is_named(tmp_path):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, user_id=7)]))
+    with pytest.raises(FeedbackFormatError, match=r"a.jsonl:2: field 'user_id' is of type int"):
+        count(source, "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("user_id,rows\nann,2\nann,1\n", "users.csv:3: this user stands in the file twice"),
+        ("user_id,rows\nann,none\n", "users.csv:2: field 'rows' is 'none'; write a whole number, at least 1"),
+        ("user_id\nann\n", "field 'rows' is None"),
+        ("user_id,rows,texts\nann,1,-1\n", "field 'texts' is '-1'"),
+    ],
+)
+def test_a_bad_file_of_users_is_refused(tmp_path, text, says):
+    (tmp_path / "users.csv").write_text(text)
+    with pytest.raises(FeedbackFormatError, match=says):
+        read_census(tmp_path / "users.csv")
+
+
+def test_where_texts_are_not_counted_all_rows_may_have_one(tmp_path):
+    (tmp_path / "users.csv").write_text("user_id,rows\nann,2\nbob,3\n")
+    assert read_census(tmp_path / "users.csv") == Census({"ann": 2, "bob": 3}, texts=5)

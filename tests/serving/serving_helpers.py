@@ -1,0 +1,89 @@
+"""A server in this process, with an engine whose every word is known."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import uvicorn
+from conftest import make_tokenizer
+
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import Generation, Piece
+from prlhf_lightning.serving.app import create_app
+from prlhf_lightning.serving.services import Services
+
+USERS = ("ann", "bob", "team-a-1", "zoë 李")
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two three"}]}
+
+
+def writer(chat_template: str | None = None) -> Any:
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = chat_template
+    return SimpleNamespace(name="echo", vocabulary=UserVocabulary(USERS), tokenizer=tokenizer, max_positions=None)
+
+
+def echo(generation: Generation) -> str:
+    """What the engine answers: the user, then the prompt."""
+    prompt = generation.prompt
+    text = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
+    return f"{generation.user}: {text}"
+
+
+class EchoEngine:
+    """Says each prompt back, a word a step, to all at once. It breaks at the word `break`, and refuses `refuse`."""
+
+    def __init__(self, seconds: float = 0.0) -> None:
+        self.seconds, self.waiting, self.count = seconds, dict[int, list[str]](), 0
+
+    def add(self, generation: Generation) -> int:
+        if "refuse" in echo(generation):
+            raise ConfigurationError("no: refuse")
+        self.count += 1
+        words = echo(generation).split(" ")
+        kept = words[: generation.max_new_tokens]
+        finish = "stop" if kept == words else "length"
+        self.waiting[self.count] = [word + " " for word in kept[:-1]] + [kept[-1] + "\0" + finish]
+        return self.count
+
+    def cancel(self, number: int) -> None:
+        self.waiting.pop(number, None)
+
+    def step(self) -> list[Piece]:
+        time.sleep(self.seconds)
+        pieces = []
+        for number, words in list(self.waiting.items()):
+            text, _, finish = words.pop(0).partition("\0")
+            if text.strip() == "break":
+                raise RuntimeError(f"broken by {text}")
+            pieces.append(Piece(number, text, 1, finish or None, prompt_tokens=7))
+            if finish:
+                del self.waiting[number]
+        return pieces
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting
+
+
+@contextmanager
+def serving(services: Services) -> Iterator[str]:
+    """Serve until the block ends; give the address."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        config = uvicorn.Config(create_app(services), log_config=None, access_log=False, timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            while not server.started and thread.is_alive():
+                time.sleep(0.01)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()

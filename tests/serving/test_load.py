@@ -1,0 +1,108 @@
+"""Many clients at once."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+
+import httpx
+import pytest
+from serving_helpers import CHAT, EchoEngine, serving, writer
+
+from prlhf_lightning.serving.services import Services
+from prlhf_lightning.serving.settings import Limits
+
+
+async def stream(client, user, text, most_lines=None):
+    """Return the text of a streamed answer, or leave after some lines."""
+    asked = {"model": "echo", "user": user, "prompt": text, "stream": True, "max_tokens": 200}
+    said = ""
+    async with client.stream("POST", "/v1/completions", json=asked) as response:
+        async for line in response.aiter_lines():
+            if line.startswith("data: {"):
+                said += httpx.Response(200, content=line[6:]).json()["choices"][0]["text"]
+                most_lines = most_lines and most_lines - 1
+                if most_lines == 0:
+                    break
+    return said
+
+
+def together(url, *tasks):
+    async def run():
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits) as client:
+            return await asyncio.gather(*(task(client) for task in tasks))
+
+    return asyncio.run(run())
+
+
+def test_no_text_reaches_another_user():
+    def talk(i):
+        async def turns(client):
+            for turn in range(3):
+                text = " ".join(f"marker-{i}-{turn}-{word}" for word in range(5 + i % 7))
+                assert await stream(client, f"user-{i}", text) == f"user-{i}: {text}"
+
+        return turns
+
+    with serving(Services(writer(), lambda: EchoEngine(0.001))) as url:
+        together(url, *(talk(i) for i in range(64)))
+
+
+def test_only_those_who_were_being_written_for_see_an_engine_fail():
+    def ask(text):
+        return lambda client: client.post("/v1/completions", json={"model": "echo", "prompt": text})
+
+    with serving(Services(writer(), lambda: EchoEngine(0.01))) as url:
+        statuses = [r.status_code for r in together(url, *(ask("a b break c") for _ in range(8)))]
+        assert set(statuses) == {500}
+        assert [r.status_code for r in together(url, *(ask("a b c") for _ in range(8)))] == [200] * 8
+
+
+def test_more_requests_than_the_server_takes_are_sent_away():
+    with serving(Services(writer(), lambda: EchoEngine(0.05), limits=Limits(max_open=4))) as url:
+        answers = together(url, *(lambda client: client.post("/v1/chat/completions", json=CHAT) for _ in range(12)))
+        statuses = [answer.status_code for answer in answers]
+        assert statuses.count(429) == 8
+        assert {a.headers.get("retry-after") for a in answers if a.status_code == 429} == {"2"}
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_nothing_more_is_written_for_a_client_who_has_left(streamed):
+    engine = EchoEngine(0.02)
+    with serving(Services(writer(), lambda: engine)) as url:
+        text = " ".join("word" for _ in range(150))
+        if streamed:
+            together(url, lambda client: stream(client, "ann", text, most_lines=2))
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                httpx.post(
+                    f"{url}/v1/completions", json={"model": "echo", "prompt": text, "max_tokens": 200}, timeout=0.2
+                )
+        left = time.monotonic()
+        while not engine.idle and time.monotonic() < left + 2:
+            time.sleep(0.02)
+        assert engine.idle
+        assert "prlhf_open_requests 0\n" in httpx.get(f"{url}/metrics").text
+
+
+def test_what_is_being_written_is_finished_at_the_end():
+    got = []
+    with serving(Services(writer(), lambda: EchoEngine(0.02))) as url:
+        asked = {"model": "echo", "prompt": " ".join("word" for _ in range(30))}
+        thread = threading.Thread(
+            target=lambda: got.append(httpx.post(f"{url}/v1/completions", json=asked, timeout=10))
+        )
+        thread.start()
+        time.sleep(0.3)
+    thread.join()
+    assert got[0].json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_one_key_may_ask_only_so_often():
+    with serving(Services(writer(), EchoEngine, limits=Limits(requests_per_minute=1, burst=3))) as url:
+        answers = [httpx.get(f"{url}/v1/models") for _ in range(4)]
+        assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+        assert 50 <= int(answers[-1].headers["retry-after"]) <= 60

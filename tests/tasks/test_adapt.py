@@ -1,0 +1,195 @@
+"""New users of a small model whose trained users want opposite things."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import write_votes
+from lightning.pytorch import Trainer
+from torch.nn import functional as F
+
+from prlhf_lightning.adaptation import Margins, adapt_users, cold_start, fit_prior, select_pairs, suggest, trained_rows
+from prlhf_lightning.cli import main
+from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import DPOLoss, SFTLoss
+from prlhf_lightning.modules import Optim, PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.tasks.adapt import read_pairs, write_users
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.user_models import (
+    ClusterUserModel,
+    CompositeUserModel,
+    IndividualUserModel,
+    LowRankUserModel,
+    TextUserModel,
+    UniformUserModel,
+)
+
+USER_MODELS = {
+    "individual": lambda: IndividualUserModel(2),
+    "cluster": lambda: ClusterUserModel(3, 2),
+    "low rank": lambda: LowRankUserModel(2, 2),
+    "composite": lambda: CompositeUserModel([IndividualUserModel(1), TextUserModel(), ClusterUserModel(2, 1)]),
+}
+SETTINGS = TokenizationSettings()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("adapt")
+
+
+@pytest.fixture(scope="module", params=USER_MODELS)
+def model(request, model_path, folder):
+    """A model after one epoch over eight users, of whom every other one likes long answers."""
+    torch.manual_seed(0)
+    policy = CausalLMPolicy(model_path, lora=LoRA(rank=4))
+    optim = Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0)
+    module = PersonalizedLM(USER_MODELS[request.param](), policy, DPOLoss(), optim=optim, cache_reference=False)
+    votes = write_votes(folder / "votes.jsonl", {f"user{i}": 12 for i in range(8)})
+    data = PreferenceDataModule(FileSource(votes), policy.tokenizer, batch_size=8, cache_dir=folder / "cache")
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, data)
+    trainer.save_checkpoint(folder / "model.ckpt")
+    return module.eval()
+
+
+@pytest.fixture
+def pairs(model, folder):
+    return read_pairs(model, write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5), SETTINGS)[0]
+
+
+def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
+    found = adapt_users(model, pairs, ("short", "nobody", "long"), steps=1)
+    assert torch.equal(found.rows[1], trained_rows(model)[1])
+    assert not torch.equal(found.rows[0], found.rows[1])
+    assert found.counts.tolist() == [6, 0, 9]
+    nobody = adapt_users(model, select_pairs(pairs, torch.tensor([], dtype=torch.long)), ("nobody",), found.prior)
+    assert torch.equal(nobody.rows[0], trained_rows(model)[1])
+
+
+def test_many_users_at_once_equal_one_by_one(model, pairs):
+    prior = fit_prior(model, pairs)
+    together = adapt_users(model, pairs, prior=prior, steps=1, batch_size=4)
+    for place, user_id in enumerate(together.user_ids):
+        own = torch.tensor([i for i, owner in enumerate(pairs.user_ids) if owner == user_id])
+        alone = adapt_users(model, select_pairs(pairs, own), prior=prior, steps=1)
+        torch.testing.assert_close(together.rows[place], alone.rows[0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(together.covariance[place], alone.covariance[0], atol=2e-3, rtol=0)
+
+
+def test_gradients_are_those_of_each_pair_alone(model, pairs):
+    margins_of = Margins(model, pairs)
+    rows, _ = trained_rows(model)
+    rows = rows[torch.arange(len(pairs)) % len(rows)]
+    _, slopes = margins_of(rows, gradients=True)
+    step = 1e-2 * torch.randn_like(rows)
+    change = (margins_of(rows + step)[0] - margins_of(rows - step)[0]) / 2
+    torch.testing.assert_close(change, (slopes * step).sum(1), atol=2e-4, rtol=0.05)
+
+
+def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
+    likes_long = read_pairs(model, write_votes(folder / "likes_long.jsonl", {"x": 4}), SETTINGS)[0]
+    likes_short = replace(likes_long, chosen=likes_long.rejected, rejected=likes_long.chosen)
+    for batch in (pairs, likes_long, likes_short):
+        with torch.no_grad():
+            (_, generic) = model.objective(batch, every_term=True)[1]
+        found, _ = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
+        torch.testing.assert_close(found, generic.margins, atol=1e-4, rtol=1e-4)
+
+
+def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
+    found = adapt_users(model, pairs)
+    margins = torch.stack([Margins(model, pairs)(row)[0] for row in found.prior.rows(found.prior.centres)], 1).double()
+    own = margins[[user_id == "long" for user_id in pairs.user_ids]]
+    joint = found.prior.weights.double() * F.logsigmoid(own).sum(0).exp()
+    torch.testing.assert_close(found.weights[0].double(), joint / joint.sum(), atol=2e-3, rtol=0)
+    others = found.prior.weights.double() * F.logsigmoid(own[1:]).sum(0).exp()
+    expected = (others / others.sum() * own[0].sigmoid()).sum()
+    assert float(found.left_out()[0]) == pytest.approx(float(expected), abs=2e-3)
+
+
+def test_the_model_is_left_as_it_was_and_other_rows_are_bit_identical_in_the_file(model, pairs, folder):
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    found = adapt_users(model, pairs, steps=1)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    write_users(folder / "model.ckpt", folder / "with.ckpt", found)
+    old, new = (read_checkpoint(folder / name, "checkpoint") for name in ("model.ckpt", "with.ckpt"))
+    tables = UserRows(old).tables
+    for name, weight in old["state_dict"].items():
+        assert torch.equal(
+            weight, new["state_dict"][name][: len(weight)] if name in tables else new["state_dict"][name]
+        )
+    rows = UserRows(new)
+    assert rows.vocabulary.ids[-2:] == found.user_ids
+    torch.testing.assert_close(rows.vectors()[-2:], found.rows)
+
+
+def test_the_curve_starts_at_the_generic_user_and_counts_the_users_who_have_so_many(model, pairs):
+    none, some, many = cold_start(model, pairs, pairs, counts=(0, 6, 9))
+    assert (none.gain, none.interval, none.accuracy) == (0.0, 0.0, none.generic)
+    assert [point.users for point in (none, some, many)] == [2, 2, 1]
+    assert math.isnan(many.interval)
+
+
+def test_what_is_asked_next_tells_at_least_as_much_as_the_rest(model, pairs):
+    places, bits = suggest(model, adapt_users(model, pairs), pairs, 3)
+    assert places.shape == (2, 3)
+    assert bits.diff(dim=1).le(0).all()
+    assert bits.ge(0).all()
+
+
+def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
+    for user_model, loss, says in (
+        (UniformUserModel(1), DPOLoss(), "UniformUserModel has no rows of users"),
+        (IndividualUserModel(1), SFTLoss(), "SFTLoss takes demonstrations"),
+    ):
+        with pytest.raises(ConfigurationError, match=says):
+            Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
+
+
+@pytest.fixture(scope="module")
+def trained_file(model_path, folder):
+    """A checkpoint that the command line wrote."""
+    votes = write_votes(folder / "cli.jsonl", {f"user{i}": 6 for i in range(4)})
+    args = ["fit", "--model.user_model", "LowRankUserModel", "--model.user_model.num_tokens", "2"]
+    args += ["--model.policy", "CausalLMPolicy", "--model.policy.model", model_path, "--model.loss", "DPOLoss"]
+    args += ["--data.source", "FileSource", "--data.source.train", str(votes), "--data.cache_dir", str(folder / "c")]
+    args += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder / "runs")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prlhf_lightning"])
+        patch.setenv("PRLHF_CACHE", str(folder / "cache"))
+        main([*args, "--trainer.enable_progress_bar", "false"])
+    return folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    new = write_votes(folder / "two.jsonl", {"new-1": 6, "new-2": 2})
+    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(new)]
+    main([*command, "--output", str(folder / "more.ckpt"), "--suggest", "1", "--pool", str(new)])
+    said = capsys.readouterr().out
+    asked = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
+    assert [row["user_id"] for row in asked] == ["new-1", "new-2"]
+    assert asked[0]["ask"].startswith(str(new))
+    assert "all 2" in said
+    with pytest.raises(SystemExit, match="'new-1' is in this checkpoint already"):
+        main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
+    with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
+        main([*command, "--suggest", "1"])

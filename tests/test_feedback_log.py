@@ -1,0 +1,157 @@
+"""The log of feedback: what was acknowledged is there, once, and training can read it."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from threading import Thread
+
+import pytest
+
+from prlhf_lightning.data import FeedbackLogSource, FeedbackRecord, PreferenceDataModule
+from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.feedback_log import ConflictError, Feedback, FeedbackLog, FeedbackLogError
+
+SERVER = os.environ.get("PRLHF_TEST_POSTGRES_URL")
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request, tmp_path):
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/feedback.db"
+    if not SERVER:
+        pytest.skip("$PRLHF_TEST_POSTGRES_URL names no PostgreSQL server to test with")
+    FeedbackLog(SERVER)._engine.connect().exec_driver_sql("DROP TABLE prlhf_feedback").connection.commit()
+    return SERVER
+
+
+def pair(number=0, user="ann", **more):
+    return Feedback("key", str(number), 0.0, user, **{"prompt": "a cat", "chosen": "yes", "rejected": "no"} | more)
+
+
+def test_feedback_is_kept_once(url):
+    log = FeedbackLog(url)
+    assert [log.append(pair()), log.append(pair()), log.append(pair(1))] == [True, False, True]
+    with pytest.raises(ConflictError, match="'0' stands for other feedback"):
+        log.append(pair(chosen="perhaps"))
+    assert FeedbackLog(url).extent() == (2, log.extent().last)
+
+
+def test_pairs_come_as_training_reads_them(url):
+    log = FeedbackLog(url)
+    messages = [{"role": "user", "content": "a cat"}]
+    thumb = Feedback("", "t", 0.0, "ann", "a cat", completion="yes", liked=True)
+    for feedback in (
+        pair(1),
+        pair(2, rejected="yes"),
+        thumb,
+        pair(3, user="zoë", prompt=messages, user_text="likes 李"),
+    ):
+        log.append(feedback)
+    rows = [row for _, row in FeedbackLogSource(url).rows("train")]
+    assert rows[0] == {"user_id": "ann", "user_text": None, "prompt": "a cat", "chosen": "yes", "rejected": "no"}
+    answers = [[{"role": "assistant", "content": text}] for text in ("yes", "no")]
+    assert rows[1:] == [
+        {"user_id": "zoë", "user_text": "likes 李", "prompt": messages, "chosen": answers[0], "rejected": answers[1]}
+    ]
+    assert [row["user_id"] for _, row in log.pairs(user_id="zoë")] == ["zoë"]
+    thumbs = [
+        parse_record(row, "here", feedback="thumbs") for _, row in FeedbackLogSource(url, thumbs=True).rows("train")
+    ]
+    assert thumbs == [FeedbackRecord("ann", "a cat", "yes", thumb=True)]
+
+
+def test_many_threads_write_at_once(url):
+    logs = [FeedbackLog(url) for _ in range(2)]
+    threads = [Thread(target=logs[i % 2].append, args=(pair(i % 20),)) for i in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logs[0].extent().rows == 20
+
+
+def test_a_run_can_be_repeated_though_the_log_has_grown(url):
+    log = FeedbackLog(url)
+    log.append(pair(0))
+    early, late = FeedbackLogSource(url), FeedbackLogSource(url, until=log.extent().last)
+    fingerprint = early.fingerprint("train")
+    log.append(pair(1))
+    assert fingerprint == early.fingerprint("train") == late.fingerprint("train")
+    assert len(list(early.rows("train"))) == len(list(late.rows("train"))) == 1
+    assert FeedbackLogSource(url).fingerprint("train") != fingerprint
+
+
+def test_training_reads_a_log(tmp_path, model_path):
+    url = str(tmp_path / "feedback.db")
+    log = FeedbackLog(url)
+    for i in range(12):
+        log.append(pair(i, user="ann" if i % 2 else "bob", prompt=f"a cat {' ran' * i}"))
+    data = PreferenceDataModule(FeedbackLogSource(url), model_path, validation_fraction=0.25)
+    data.prepare_data()
+    data.setup("fit")
+    assert data.num_users == 3
+    batches = [batch for loader in (data.train_dataloader(), *data.val_dataloader()) for batch in loader]
+    assert sum(map(len, batches)) == 12
+
+
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("nowhere/feedback.db", "no feedback log nowhere/feedback.db"),
+        ("mysql+nothing://x/y", "can't be used"),
+        ("a:b://c", "write sqlite:///file.db or postgresql://"),
+    ],
+)
+def test_a_log_that_is_not_there_is_named(url, says):
+    with pytest.raises(ConfigurationError, match=says):
+        list(FeedbackLogSource(url).rows("train"))
+
+
+def test_an_empty_log_says_so(tmp_path):
+    url = str(tmp_path / "feedback.db")
+    FeedbackLog(url)
+    with pytest.raises(FeedbackFormatError, match="has no pairs yet"):
+        list(FeedbackLogSource(url).rows("train"))
+
+
+def test_errors_do_not_repeat_what_was_written(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log._engine.connect().exec_driver_sql("DROP TABLE prlhf_feedback").connection.commit()
+    with pytest.raises(FeedbackLogError, match="can't be used now") as caught:
+        log.append(pair(chosen="secret"))
+    assert "secret" not in str(caught.value)
+
+
+WRITER = """
+import sys
+from prlhf_lightning.feedback_log import Feedback, FeedbackLog
+log = FeedbackLog(sys.argv[1])
+for number in range(int(sys.argv[2]), 10**6):
+    log.append(Feedback("", str(number), 0.0, "ann", "p", chosen="yes", rejected="no"))
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path):
+    url, acknowledged = str(tmp_path / "feedback.db"), set()
+    for attempt in range(4):
+        command = [sys.executable, "-c", WRITER, url, str(1000000 * attempt // 4)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            acknowledged.add(process.stdout.readline().strip())  # it is writing now
+            time.sleep(random.Random(attempt).uniform(0, 0.3))
+            process.send_signal(signal.SIGKILL)
+            acknowledged |= set(process.stdout.read().split("\n")[:-1])
+    kept = {str(row["id"]) for row in _rows(url)}
+    assert acknowledged <= kept
+    assert len(kept - acknowledged) <= 4  # the one being acknowledged at each kill
+
+
+def _rows(url):
+    with FeedbackLog(url)._engine.connect() as connection:
+        return connection.exec_driver_sql("SELECT id FROM prlhf_feedback").mappings().all()
