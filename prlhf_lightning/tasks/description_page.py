@@ -162,8 +162,8 @@ def _headroom(section: Section, finding: Finding) -> None:
             "The models see who voted on which response, not its text: one score a response (Bradley-Terry), and, for "
             f"the second, a term of user and response of rank {_ranks(found)}."
             if finding.kind == "items"
-            else "Most held-out votes are on responses that no other user judged in training, so the models see what can "
-            "be counted in a text "
+            else "Most held-out votes are on responses that no other user judged in training, so the models see what "
+            "can be counted in a text "
             f"({', '.join(SURFACE_FEATURES)}): a weight for each, and, for the second, how each user deviates."
         )
         + f" Rank and penalties were chosen by cross-validation within the votes that the models "
