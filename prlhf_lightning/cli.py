@@ -43,6 +43,7 @@ from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.data_check import check
 from prlhf_lightning.tasks.data_convert import convert
+from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
 from prlhf_lightning.tasks.serve import api_key, serve
@@ -64,9 +65,10 @@ TASKS: dict[str, Any] = {
         "export": users.export,
     },
     "data": {
-        "_help": "Check feedback, or convert it to Parquet.",
+        "_help": "Check or describe feedback, or convert it to Parquet.",
         "check": check,
         "convert": convert,
+        "describe": describe,
     },
 }
 
