@@ -13,6 +13,8 @@ from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.splits import Positions
 from prlhf_lightning.types import PairTokens
 
+USERS_AT_ONCE = 64
+
 
 class PairsWithHistory(Dataset[dict[str, Any]]):
     """Pairs whose rows have a `history`: from none to `size` other pairs of the same user, drawn at random.
@@ -44,20 +46,18 @@ class PairsWithHistory(Dataset[dict[str, Any]]):
         """Return several rows at once, each with its history."""
         draw = np.random.default_rng([self.seed, *indices])
         histories = [self._others(index, draw) for index in indices]
-        rows = self.pairs.__getitems__([*indices, *np.concatenate(histories).tolist()])
-        others = iter(rows[len(indices) :])
-        return [
-            row | {"history": [next(others) for _ in history]} for row, history in zip(rows, histories, strict=False)
-        ]
+        rows = iter(self.pairs.__getitems__([*indices, *np.concatenate(histories).tolist()]))
+        own = [next(rows) for _ in indices]
+        return [row | {"history": [next(rows) for _ in history]} for row, history in zip(own, histories, strict=True)]
 
-    def of_users(self, batch_size: int = 256) -> Iterator[tuple[list[str], PairTokens]]:
-        """Yield all users, so many at a time, each with the same `size` of their pairs in every run (or all they have).
+    def of_users(self) -> Iterator[tuple[list[str], PairTokens]]:
+        """Yield all users, some at a time, each with the same `size` of their pairs in every run (or all they have).
 
         Returns:
             The users' ids, and their histories `[n, K, L]`.
         """
         users = np.unique(self._users)
-        for some in np.split(users, range(batch_size, len(users), batch_size)):
+        for some in np.split(users, range(USERS_AT_ONCE, len(users), USERS_AT_ONCE)):
             drawn = [self._some(user, np.random.default_rng([self.seed, int(user)])) for user in some]
             rows = iter(self.pairs.__getitems__(np.concatenate(drawn).tolist()))
             ids = [self.pairs.split.user_ids[user] for user in some]

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.progress import track
+from torch.nn.functional import embedding_bag
 
+from prlhf_lightning.data.history import USERS_AT_ONCE
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
@@ -23,20 +25,22 @@ def pooled(policy: Policy, pairs: PairTokens) -> History:
     """Return the mean input embeddings of users' completions, as the reference embeds them.
 
     The reference does not change in training, so that what is kept of a history stays true. The policy is asked once,
-    whatever there is to embed: where it is sharded all processes must ask as often.
+    whatever there is to embed, as all processes must ask as often where it is sharded; and for each token once, as the
+    vectors `[2 * B * K, L, d]` of all would be many times those of a batch.
 
     Args:
         policy: A policy that has been built with a reference.
         pairs: Histories `[B, K, L]`.
     """
-    sides = [Tokens(side.ids.flatten(0, 1), side.mask.flatten(0, 1)) for side in (pairs.chosen, pairs.rejected)]
-    embedded = policy.embed(Tokens.concat(sides), reference=True)
-    lengths = embedded.mask.sum(1)
-    sums = torch.where(embedded.mask[..., None], embedded.vectors.float(), 0.0).sum(1)
-    means = sums / lengths.clamp(min=1)[:, None]
-    shape = 2, *pairs.chosen.mask.shape[:2]
-    chosen, rejected = means.view(*shape, means.shape[1])
-    return History(chosen, rejected, lengths.view(shape).permute(1, 2, 0))
+    sides = pairs.chosen, pairs.rejected
+    lengths = torch.stack([side.mask.sum(-1) for side in sides])
+    ids = torch.cat([side.ids[side.mask] for side in sides] + [lengths.new_zeros(1)])  # the last one is nobody's
+    words, places = torch.unique(ids, return_inverse=True)
+    vectors = policy.embed(Tokens(words[None], torch.ones_like(words[None], dtype=torch.bool)), reference=True).vectors
+    starts = torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)])
+    means = embedding_bag(places, vectors[0].float(), starts, mode="mean")[:-1]
+    chosen, rejected = means.view(*lengths.shape, means.shape[1])
+    return History(chosen, rejected, lengths.permute(1, 2, 0))
 
 
 @torch.no_grad()
@@ -52,7 +56,8 @@ def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabu
     tables = user_model.row_tables()
     device = tables[0].device
     is_short = len(vocabulary) < _WORTH_A_BAR or getattr(rank_zero_only, "rank", 0) != 0
-    for user_ids, pairs in track(data.histories(), "Users' histories", len(vocabulary) / 256, disable=is_short):
+    blocks = len(vocabulary) / USERS_AT_ONCE
+    for user_ids, pairs in track(data.histories(), "Users' histories", blocks, disable=is_short):
         rows = vocabulary.rows(user_ids).to(device)
         known = rows > 0  # a checkpoint may not know all of the data's users
         for table, found in zip(tables, user_model.history_rows(pooled(policy, pairs.to(device))), strict=True):

@@ -52,7 +52,10 @@ class AmortizedUserModel(UserModel):
 
     def forward(self, users: Users) -> SoftPrompt:
         """Return `e_0 + B tanh(A h_u)` for each row, `[B, T, d]`; `h_u` is the table's where no histories are given."""
-        summed = self.histories(users.rows) if users.history is None else self._sums(users.history)
+        if users.history is None:
+            summed = self.histories(users.rows)
+        else:  # who has no row is the generic user, whatever the history
+            summed = self._sums(users.history) * (users.rows > 0)[:, None]
         summed = summed.to(self.reads.weight.dtype)  # with bf16-true, in which histories are not
         offsets = self.writes(torch.tanh(self.reads(summed))).view(-1, *self.generic_prompt.shape)
         return SoftPrompt.full(self.generic_prompt + offsets)

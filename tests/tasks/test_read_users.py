@@ -20,12 +20,12 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.losses import DPOLoss, KTOLoss
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.history import check_histories
+from prlhf_lightning.modules.history import check_histories, pooled
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.adapt import read_pairs
 from prlhf_lightning.tasks.checkpoints import load_module
 from prlhf_lightning.tasks.user_rows import UserRows
-from prlhf_lightning.types import Users
+from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
 
 SETTINGS = TokenizationSettings()
@@ -102,6 +102,23 @@ def test_the_checkpoint_keeps_what_training_pairs_say_of_each_user(model, folder
     # The last number is by how much longer the preferred answers are; that of suns has a word more.
     assert (rows[model.vocabulary.rows(ids) - 1, -1] > 0).tolist() == likes_sun
     assert not generic.any()
+
+
+def test_pooled_histories_are_the_means_of_what_the_reference_embeds(model, pairs):
+    some = select_pairs(pairs, torch.arange(6))
+    blocks = [
+        Tokens(part.ids.view(2, 3, -1), part.mask.view(2, 3, -1).clone()) for part in (some.chosen, some.rejected)
+    ]
+    for block in blocks:
+        block.mask[1, 2] = False
+    history = pooled(model.policy, PairTokens(*blocks))
+    for part, block, length in zip((history.chosen, history.rejected), blocks, history.lengths.unbind(-1), strict=True):
+        assert torch.equal(length, block.mask.sum(-1))
+        for place in ((0, 0), (0, 2), (1, 1)):
+            ids = block.ids[place][block.mask[place]]
+            vectors = model.policy.embed(Tokens.from_lists([ids.tolist()]), reference=True).vectors[0]
+            torch.testing.assert_close(part[place], vectors.mean(0))
+        assert not part[1, 2].any()
 
 
 def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):

@@ -35,8 +35,10 @@ def test_no_pairs_give_the_generic_prompt_exactly():
 
 
 def test_the_generic_user_has_no_history():
-    model, users = built(), Users(torch.tensor([1, 2]), history=history(2, 3))
+    model, users = built(), Users(torch.tensor([1, 0]), history=history(2, 3))
     assert torch.equal(model.generic(users).vectors, model.generic_prompt.expand(2, 3, 8))
+    assert torch.equal(model(users).vectors[1], model.generic_prompt)
+    assert not torch.equal(model(users).vectors[0], model.generic_prompt)
 
 
 def test_the_order_of_pairs_and_empty_places_do_not_matter():
