@@ -125,13 +125,17 @@ class Crash(Callback):
             raise RuntimeError("crash")
 
 
-@pytest.mark.parametrize("step", [3, 10, 13])  # within the first epoch of ten steps, at its end, within the second
-def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, votes, tmp_path, step):
+# Within the first epoch of ten steps, at its end, within the second.
+@pytest.mark.parametrize(
+    ("step", "name"), [(3, "individual"), (10, "individual"), (13, "individual"), (13, "amortized")]
+)
+def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, votes, tmp_path, step, name):
     def run(folder, *callbacks: Callback, checkpoint=None) -> PersonalizedLM:
         torch.manual_seed(0)
-        module = make(model_path)
+        module = make(model_path, USER_MODELS[name]())
+        data = make_data(votes, model_path, history_size=module.user_model.history_size)
         trainer = make_trainer(folder, max_epochs=2, limit_val_batches=0, callbacks=[SaveOnInterrupt(), *callbacks])
-        trainer.fit(module, make_data(votes, model_path), ckpt_path=checkpoint, weights_only=True)
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         assert trainer.global_step == 20
         return module
 
@@ -139,8 +143,8 @@ def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, votes, tmp_p
     with pytest.raises(RuntimeError, match="crash"):
         run(tmp_path / "crashed", Crash(step))
     resumed = run(tmp_path / "resumed", checkpoint=tmp_path / "crashed/checkpoints/interrupted.ckpt")
-    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b), name
+    for (weight, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), weight
 
 
 def test_a_checkpoint_of_another_model_is_refused(model_path, votes, tmp_path):
