@@ -27,9 +27,10 @@ MAY_IMPORT = {
     "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
+    "judges": LEAVES | STORE | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
-    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
+    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving", "judges"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
