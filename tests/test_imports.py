@@ -30,8 +30,12 @@ MAY_IMPORT = {
     "judges": LEAVES | STORE | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
-    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving", "judges"},
-    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
+    "tasks": LEAVES
+    | STORE
+    | PAGES
+    | SIBLINGS
+    | {"modules", "callbacks", "inference", "adaptation", "serving", "judges"},
+    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "judges", "tasks"},
     "__main__": {"cli"},
 }
 

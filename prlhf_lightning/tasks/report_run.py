@@ -110,7 +110,9 @@ def _history(path: Path) -> list[dict[str, float]]:
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            return [{name: float(value) for name, value in row.items() if name and value} for row in csv.DictReader(file)]
+            return [
+                {name: float(value) for name, value in row.items() if name and value} for row in csv.DictReader(file)
+            ]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(f"run: {path} is no table of numbers, as `fit` writes it: {error}") from error
 
