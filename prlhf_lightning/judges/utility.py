@@ -16,6 +16,11 @@ class UtilityJudge(Judge):
 
     minds_order = False
 
+    @property
+    def name(self) -> str:
+        """What it is."""
+        return "UtilityJudge (what the simulated users truly like)"
+
     def prepare(self, data: PreferenceDataModule) -> None:
         """Take the users from the source."""
         if not isinstance(data.source, SimulatedSource):

@@ -91,7 +91,13 @@ def report(
     module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
     whose = data_of(left, data, module, tokenization_of(read_checkpoint(checkpoint, "checkpoint")))
     without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
-    found = Findings(title or f"Model: {checkpoint}", _described(module), left, module.user_model.personalizes)
+    found = Findings(
+        title or f"Model: {checkpoint}",
+        _described(module),
+        left,
+        module.user_model.personalizes,
+        show_answers=show_answers,
+    )
     if whose is None:
         found.no_scores = found.cold_start = found.answers = found.win_rates = (
             "The data are not known: there is no config.yaml beside the checkpoint. Name the run's folder with --run, "
@@ -99,7 +105,7 @@ def report(
         )
     elif module.loss.feedback != "pairs":
         found.no_scores = found.cold_start = (
-            f"{type(module.loss).__name__} learns from {module.loss.feedback}; pairs are ranked by losses over pairs only."
+            f"{type(module.loss).__name__} learns from {module.loss.feedback}; only losses over pairs rank pairs."
         )
     with _progress() as progress:
         if whose is not None:
@@ -113,8 +119,6 @@ def report(
                 found.judge = (found.judge[0], "The judge is the very model that is judged: it likes what it writes.")
         _map(found, module, whose)
     _call_users(found, module, whose, show_user_ids, show_user_text)
-    if not show_answers:
-        found.answers = _hidden(found)
     page_of(found).write(out)
     print(in_words(found))
     print(f"The page: {out}")
@@ -224,14 +228,6 @@ def _call_users(
         found.about = {
             data.known_as(user.user_id): f"hidden taste: {user.stated_preference()}" for user in data.source.seen_users
         }
-
-
-def _hidden(found: Findings) -> Answers | str:
-    """Return answers of which only what was made of them is left."""
-    if isinstance(found.answers, str):
-        return found.answers
-    found.shown_prompts = 0
-    return found.answers
 
 
 def _described(module: PersonalizedLM) -> str:

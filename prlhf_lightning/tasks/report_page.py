@@ -19,6 +19,11 @@ from prlhf_lightning.tasks.report_pairs import Scores
 from prlhf_lightning.tasks.report_run import Run
 
 _LISTED = 10
+_PROMPTS = 4
+_TAX_CAPTION = (
+    "Means over seen users: accuracy on their validation pairs; log-probability a token of the answers "
+    "they chose; true utility, and well-formedness, of what is written for them (known of simulated users only)"
+)
 
 
 @dataclass
@@ -39,7 +44,7 @@ class Findings:
         groups: What each user on the map is coloured by, and what that is.
         answers: What was written.
         shown: Which users' answers stand on the page.
-        shown_prompts: How many prompts' answers stand on the page.
+        show_answers: Whether any do.
         win_rates: What a judge says.
         judge: Who judges, and what to know of it.
         names: How users are called on the page.
@@ -59,7 +64,7 @@ class Findings:
     groups: tuple[Sequence[str], str] = ((), "")
     answers: Answers | str = ""
     shown: Sequence[int] = ()
-    shown_prompts: int = 3
+    show_answers: bool = True
     win_rates: list[WinRate] | str = ""
     judge: tuple[str, str] = ("", "")
     names: Mapping[str, str] = field(default_factory=dict)
@@ -180,8 +185,8 @@ def _users(section: Section, found: Findings) -> None:
             "The users whom the model serves worst, with Wilson intervals",
         )
         section.text(
-            "The worst tenth is chosen by its accuracy, so a part of it is bad luck: with few pairs a user, some are at "
-            "the bottom by chance. Unseen users are served as the generic user.",
+            "The worst tenth is chosen by its accuracy, so a part of it is bad luck: with few pairs a user, some are "
+            "at the bottom by chance. Unseen users are served as the generic user.",
             "note",
         )
 
@@ -224,11 +229,9 @@ def _tax(section: Section, found: Findings) -> None:
         well = answers.well_formed[writer] if answers and writer in answers.well_formed else np.nan
         rows.append([writer, accuracy, likely, utility, well])
     section.text(_tax_in_words(found, seen))
-    columns = ["written or ranked", "pair accuracy", "log-prob a token of the chosen", "true utility", "well-formed"]
+    columns = ["written", "pair accuracy", "log-prob", "utility", "well-formed"]
     kept = [c for c in range(len(columns)) if c == 0 or any(row[c] == row[c] for row in rows)]
-    section.table(
-        [columns[c] for c in kept], [[row[c] for c in kept] for row in rows], "Means over seen users, on the same pairs"
-    )
+    section.table([columns[c] for c in kept], [[row[c] for c in kept] for row in rows], _TAX_CAPTION)
     section.text(
         "The generic user is what the model is to somebody whom it does not know. Where it falls behind a baseline that "
         "was trained on the same votes without users (--baseline), personalisation has a price. A log-probability "
@@ -258,8 +261,8 @@ def _tax_in_words(found: Findings, seen: Scores) -> str:
         change = (seen.log_probs["generic"] - seen.log_probs["reference"]).double().numpy()
         drift = user_mean(seen.user_ids, change)
         said += (
-            f" For the generic user, a token of the chosen answers has become {drift.value:+.3f} more likely on the log "
-            f"scale than before training ({drift.low:+.3f} to {drift.high:+.3f})."
+            f" The log-probability a token that it gives to the chosen answers is {drift.value:+.3f} away from where it "
+            f"was before training ({drift.low:+.3f} to {drift.high:+.3f})."
         )
     return said
 
@@ -279,27 +282,30 @@ def _win_rates(section: Section, found: Findings) -> None:
             [(r.wins / n, r.ties / n, r.losses / n) for r, n in zip(counted, totals, strict=True)],
         )
     section.table(
-        ["against", "win rate", "low", "high", "won", "tie", "lost", "orders differ", "errors"],
-        [
-            [r.against, *_three(r.rate), r.wins, r.ties, r.losses, r.inconsistent, sum(r.errors.values())]
-            for r in found.win_rates
-        ],
-        "What is written for a user, against others; ties count half",
+        ["against", "win rate", "low", "high", "won", "tie", "lost", "error"],
+        [[r.against, *_three(r.rate), r.wins, r.ties, r.losses, sum(r.errors.values())] for r in found.win_rates],
+        "What is written for a user, against others; ties count half, errors not at all",
     )
-    said = "Where the judge minds the order, each question is asked in both; different verdicts make a tie. "
-    if errors := {why: n for r in found.win_rates for why, n in r.errors.items()}:
-        total = {why: sum(r.errors.get(why, 0) for r in found.win_rates) for why in errors}
-        listed = "; ".join(f"{why} ({n:,})" for why, n in total.items())
-        section.text(f"Questions without a verdict, which count neither way: {listed}.", "verdict")
-    section.text(said + "The interval is for users like these, with these prompts.", "note")
+    if reasons := dict.fromkeys(why for r in found.win_rates for why in r.errors):
+        listed = "; ".join(f"{why} ({sum(r.errors.get(why, 0) for r in found.win_rates):,})" for why in reasons)
+        section.text(f"Questions without a verdict: {listed}.", "verdict")
+    said = "The interval is for users like these, with these prompts."
+    if differing := sum(r.inconsistent for r in found.win_rates):
+        said += (
+            f" {differing:,} of the ties are questions to which the judge gave different verdicts in the two orders."
+        )
+    section.text(said, "note")
 
 
 def _answers(section: Section, found: Findings) -> None:
     if isinstance(found.answers, str):
         section.text(f"Nothing is shown: {found.answers}")
         return
+    if not found.show_answers:
+        section.text("Nothing is shown: it was asked for by --show_answers false.")
+        return
     answers = found.answers
-    for p in range(min(found.shown_prompts, len(answers.prompts))):
+    for p in range(min(_PROMPTS, len(answers.prompts))):
         rows: list[list[Cell]] = []
         for u in found.shown:
             person = answers.people[u]

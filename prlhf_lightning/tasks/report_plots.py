@@ -98,6 +98,9 @@ def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]]
                 axes.vlines(middle, *wilson_interval(hits / total, total), color=SECOND, linewidth=2.5)
                 axes.plot(middle, hits / total, "s", color=SECOND, markersize=6)
         axes.axhline(0.5, color=MUTED, linewidth=1, linestyle="--")
+        if x is not given:
+            axes.set_xlim(0, len(rows) + 1)
+            axes.xaxis.get_major_locator().set_params(integer=True)
         if x is given and given.min() > 0 and given.max() > 10 * given.min():
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,.0f}")
