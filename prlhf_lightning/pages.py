@@ -39,8 +39,8 @@ _COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "s
 _STYLE: Any = {  # of keys whose type differs from one release of matplotlib to the next
     "svg.fonttype": "none",  # text stays text: it can be found, enlarged, and read in the page's own font
     "text.parse_math": False,  # a dollar sign in somebody's text is one
-    "font.size": 10.5,
-    "axes.titlesize": 10.5,
+    "font.size": 11.5,
+    "axes.titlesize": 11.5,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.facecolor": "none",

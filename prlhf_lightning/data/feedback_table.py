@@ -94,7 +94,8 @@ def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
                 prompts[prompt_key] = len(prompts)
                 prompt_words.append(count_words(prompt))
             votes.append(users.setdefault(record.user_id, len(users)))
-            votes.extend(item(prompt, prompt_key, text) for text in (record.chosen, record.rejected or ""))
+            # Pairs have both; only records of other kinds of feedback may lack one.
+            votes.extend(item(prompt, prompt_key, text) for text in (record.chosen or "", record.rejected or ""))
         rows[split] = (len(votes) - before) // 3
     by_user, chosen, rejected = np.array(votes, dtype=np.int64).reshape(-1, 3).T.copy()
     by_item = np.array(features, dtype=np.float64).reshape(-1, len(SURFACE_FEATURES))

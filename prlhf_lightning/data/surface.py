@@ -12,7 +12,7 @@ SURFACE_FEATURES = (
     "sentences (log)",
     "question marks (log)",
     "exclamation marks (log)",
-    "lines and list items (log)",
+    "line breaks (log)",
     "digits (log)",
     "share of its words in the prompt",
 )

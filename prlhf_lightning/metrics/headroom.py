@@ -7,7 +7,7 @@ knowing the user is then about the difference; it may gain less, or, as it reads
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -20,8 +20,10 @@ from prlhf_lightning.metrics.votes import Floats, Indices, Mask, Votes
 Verdict: TypeAlias = Literal["something", "next to nothing", "cannot tell"]
 Scheme: TypeAlias = Literal["items", "pairs", "votes"]
 """What is held out: `pairs` of items, for all users; `votes`, that is pairs for single users; or `items` of each user.
-Of `items` the votes between two of them are held out, and those on one of them are in neither part: the user's opinion of
-it is not known."""
+
+Of `items` the votes between two of them are held out; those on one of them are in neither part, so that the user's
+opinion of it is not known.
+"""
 
 #: A gain in pair accuracy below this is next to nothing.
 SMALL = 0.01
@@ -51,6 +53,21 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """How models are regularised.
+
+    Attributes:
+        shared_ridge: Penalty of what users share.
+        ridge: Penalty of a taste.
+        rank: Dimensions of taste.
+    """
+
+    shared_ridge: float
+    ridge: float
+    rank: int
+
+
+@dataclass(frozen=True)
 class Headroom:
     """What users' own tastes add, on held-out votes of users whom training meets.
 
@@ -62,9 +79,7 @@ class Headroom:
         votes: Number of held-out votes.
         users: Number of users who gave them.
         half_by: How many users, those who gain most, make half of what all users who gain gain, in votes.
-        rank: Dimensions of taste, as chosen.
-        ridge: Penalty of a taste, as chosen.
-        shared_ridge: Penalty of what users share, as chosen.
+        chosen: What cross-validation chose within the training votes of each part.
     """
 
     by_user: Comparison
@@ -74,9 +89,7 @@ class Headroom:
     votes: int
     users: int
     half_by: int
-    rank: int
-    ridge: float
-    shared_ridge: float
+    chosen: tuple[Choice, ...]
 
     @property
     def verdict(self) -> Verdict:
@@ -133,53 +146,72 @@ def folds(votes: Votes, scheme: Scheme, seed: int, count: int = _FOLDS) -> Itera
 
 
 def headroom(
-    votes: Votes,
-    validation: Votes,
+    parts: Sequence[tuple[Votes, Votes]],
     family: TasteFamily,
     scheme: Scheme,
     seed: int = 0,
     on_fit: Callable[[], object] = lambda: None,
-) -> Headroom:
+) -> Headroom | None:
     """Fit both models to votes and compare them on others.
 
     Args:
-        votes: Votes to train on.
-        validation: Votes to compare on. Those of users whom training does not meet are left out.
+        parts: Votes to train on and votes to compare on; usually one part. Of several, each with models of its own, the
+            votes to compare on are taken together. Those of users whom training does not meet are left out.
         family: Kind of models.
         scheme: How folds of the votes are made for cross-validation.
         seed: Draws folds and bootstrap samples.
-        on_fit: Called after each of the `number_of_fits`.
+        on_fit: Called after each of about `number_of_fits` a part.
 
-    Raises:
-        ValueError: There are too few votes to hold any out.
+    Returns:
+        The comparison, or None where there are too few votes to hold any out.
     """
-    validation = validation[np.isin(validation.users, votes.users)]
-    parts = [(votes[train], votes[test]) for train, test in folds(votes, scheme, seed) if train.any() and test.any()]
-    if not parts or not len(validation):
-        raise ValueError("there are too few votes")
+    users, chosen = [], []
+    values: list[list[Floats]] = [[], [], [], []]
+    for votes, validation in parts:
+        validation = validation[np.isin(validation.users, votes.users)]
+        inner = [
+            (votes[train], votes[test]) for train, test in folds(votes, scheme, seed) if train.any() and test.any()
+        ]
+        if not inner or not len(validation):
+            continue
+        shared, personal, choice = _well_regularised(votes, inner, family, on_fit)
+        models = (shared, personal)
+        users.append(validation.users)
+        chosen.append(choice)
+        found = [of(model, validation) for of in (_right, _losses) for model in models]
+        for known, value in zip(values, found, strict=True):
+            known.append(value)
+    if not users:
+        return None
+    who = np.concatenate(users)
+    (before, counts), (after, _), *losses = (_sums(np.concatenate(value), who) for value in values)
+    gains = np.sort(after - before)[::-1].clip(min=0)
+    return Headroom(
+        by_user=_compared(before / counts, after / counts, np.ones_like(counts), seed),
+        by_vote=_compared(before, after, counts, seed),
+        shared_loss=float((losses[0][0] / counts).mean()),
+        personal_loss=float((losses[1][0] / counts).mean()),
+        votes=len(who),
+        users=len(counts),
+        half_by=int(np.searchsorted(gains.cumsum(), gains.sum() / 2)) + 1 if gains.any() else 0,
+        chosen=tuple(chosen),
+    )
+
+
+def _well_regularised(
+    votes: Votes, parts: list[tuple[Votes, Votes]], family: TasteFamily, on_fit: Callable[[], object]
+) -> tuple[TasteModel, TasteModel, Choice]:
+    """Return both models of some votes, and how they are regularised: as is best over the parts of these votes."""
     starts, shared_ridge = _choose_shared(parts, family, on_fit)
     shared = family.shared(votes, shared_ridge)
     rank, ridge = _choose_personal(parts, starts, family, family.ridges(votes, shared), shared_ridge, on_fit)
     personal = family.personal(votes, shared, shared_ridge, ridge, rank)
     on_fit()
-    (before, counts), (after, _) = (_sums(_right(model, validation), validation.users) for model in (shared, personal))
-    gains = np.sort(after - before)[::-1].clip(min=0)
-    return Headroom(
-        by_user=_compared(before / counts, after / counts, np.ones_like(counts), seed),
-        by_vote=_compared(before, after, counts, seed),
-        shared_loss=_held_out_loss(shared, validation),
-        personal_loss=_held_out_loss(personal, validation),
-        votes=len(validation),
-        users=len(np.unique(validation.users)),
-        half_by=int(np.searchsorted(gains.cumsum(), gains.sum() / 2)) + 1 if gains.any() else 0,
-        rank=rank,
-        ridge=ridge,
-        shared_ridge=shared_ridge,
-    )
+    return shared, personal, Choice(shared_ridge, ridge, rank)
 
 
 def number_of_fits(family: TasteFamily, num_ridges: int = 6) -> int:
-    """Return about how many models are fitted on the way."""
+    """Return about how many models are fitted on the way, for one part."""
     return _FOLDS * (len(family.shared_ridges) + num_ridges + len(family.ranks) - 1) + 1
 
 
@@ -282,7 +314,13 @@ def _right(model: TasteModel, votes: Votes) -> Floats:
 
 def _held_out_loss(model: TasteModel, votes: Votes) -> float:
     """Return the mean over users of their log-loss: what is good for most users is chosen, not for the busiest."""
-    return mean_over_users(softplus(-model.margins(votes)).numpy(), votes.users)
+    return mean_over_users(_losses(model, votes), votes.users)
+
+
+def _losses(model: TasteModel, votes: Votes) -> Floats:
+    """Return `[N]` the log-loss of each vote."""
+    losses: Floats = softplus(-model.margins(votes)).numpy()
+    return losses
 
 
 def _sums(values: Floats, users: Indices) -> tuple[Floats, Floats]:

@@ -10,11 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, softplus
+from torch.nn.functional import embedding
 
-from prlhf_lightning.metrics.votes import Votes
+from prlhf_lightning.metrics.votes import Floats, Votes
 
 _ITERATIONS = 100
 
@@ -93,14 +94,8 @@ class ItemTastes(TasteFamily):
 
     def shared(self, votes: Votes, ridge: float) -> TasteModel:
         """Fit a Bradley-Terry score an item."""
-        scores = torch.zeros(votes.num_items, dtype=torch.float64, requires_grad=True)
-        nothing = [scores.new_zeros(rows, 0) for rows in (votes.num_users, votes.num_items)]
-
-        def objective() -> Tensor:
-            return _loss(TasteModel(scores, *nothing), votes) + ridge / 2 * scores.square().sum()
-
-        _minimise([scores], objective)
-        return TasteModel(scores.detach(), *nothing)
+        start = TasteModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
+        return self._fitted(votes, start, ridge, 0.0)
 
     def ridges(self, votes: Votes, shared: TasteModel) -> list[float]:
         """Return shares of the ridge from which on there is no low-rank term.
@@ -124,21 +119,23 @@ class ItemTastes(TasteFamily):
         """Fit scores and the low-rank term."""
         if start.tastes.shape[1] < rank:  # nothing to start from: at zero there is no slope
             draw = torch.Generator().manual_seed(self.seed)
-            sizes = [(rows, rank) for rows in (votes.num_users, votes.num_items)]
-            start = TasteModel(
-                start.scores, *(0.1 * torch.randn(size, generator=draw, dtype=torch.float64) for size in sizes)
-            )
+            factors = (0.1 * torch.randn(s, generator=draw, dtype=torch.float64) for s in _sizes(votes, rank)[1:])
+            start = TasteModel(start.scores, *factors)
         elif start.tastes.shape[1] > rank:
             start = start.truncated(rank)
-        weights = [part.clone().requires_grad_() for part in (start.scores, start.tastes, start.items)]
-        model = TasteModel(*weights)
+        return self._fitted(votes, start, shared_ridge, ridge)
 
-        def objective() -> Tensor:
-            size = model.tastes.square().sum() + model.items.square().sum()
-            return _loss(model, votes) + shared_ridge / 2 * model.scores.square().sum() + ridge / 2 * size
+    def _fitted(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float) -> TasteModel:
+        weights = [start.scores.clone(), start.tastes.clone(), start.items.clone()]
+        model, penalties = TasteModel(*weights), (shared_ridge, ridge, ridge)
 
-        _minimise(weights, objective)
-        return TasteModel(*(part.detach() for part in weights))
+        def objective() -> tuple[float, list[Tensor]]:
+            loss, slopes = _loss_and_slopes(model, votes)
+            loss += sum(penalty / 2 * float(w.square().sum()) for penalty, w in zip(penalties, weights, strict=True))
+            return loss, [slope + penalty * w for slope, penalty, w in zip(slopes, penalties, weights, strict=True)]
+
+        _minimise(weights, objective, len(votes))
+        return model
 
 
 class FeatureTastes(TasteFamily):
@@ -158,15 +155,8 @@ class FeatureTastes(TasteFamily):
 
     def shared(self, votes: Votes, ridge: float) -> TasteModel:
         """Fit a weight a feature, by ridge logistic regression."""
-        weights = self.features.new_zeros(self.features.shape[1]).requires_grad_()
-        nothing = [self.features.new_zeros(rows, 0) for rows in (votes.num_users, votes.num_items)]
-
-        def objective() -> Tensor:
-            model = TasteModel(self.features @ weights, *nothing)
-            return _loss(model, votes) + ridge / 2 * weights.square().sum()
-
-        _minimise([weights], objective)
-        return TasteModel(self.features @ weights.detach(), *nothing)
+        nothing = TasteModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
+        return self._fitted(votes, nothing, ridge, 0.0)
 
     def ridges(self, votes: Votes, shared: TasteModel) -> list[float]:
         """Return inverse variances of a user's weights around the shared ones: a standard deviation of 1 to 0.03."""
@@ -174,36 +164,77 @@ class FeatureTastes(TasteFamily):
 
     def personal(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float, rank: int) -> TasteModel:
         """Fit shared weights and each user's deviations from them, which are shrunk towards none."""
-        weights = torch.linalg.lstsq(self.features, start.scores[:, None], driver="gelsd").solution[:, 0]
-        weights = weights.clone().requires_grad_()
-        has_tastes = start.tastes.shape[1] > 0
-        tastes = start.tastes.clone() if has_tastes else weights.new_zeros(votes.num_users, self.features.shape[1])
-        tastes = tastes.detach().requires_grad_()
+        if not start.tastes.shape[1]:
+            tastes = start.scores.new_zeros(votes.num_users, self.features.shape[1])
+            start = TasteModel(start.scores, tastes, self.features)
+        return self._fitted(votes, start, shared_ridge, ridge)
 
-        def objective() -> Tensor:
-            model = TasteModel(self.features @ weights, tastes, self.features)
-            penalty = shared_ridge / 2 * weights.square().sum() + ridge / 2 * tastes.square().sum()
-            return _loss(model, votes) + penalty
+    def _fitted(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float) -> TasteModel:
+        shared = torch.linalg.lstsq(self.features, start.scores[:, None], driver="gelsd").solution[:, 0]
+        weights, penalties = [shared, start.tastes.clone()], (shared_ridge, ridge)
 
-        _minimise([weights, tastes], objective)
-        return TasteModel(self.features @ weights.detach(), tastes.detach(), self.features)
+        def model() -> TasteModel:
+            return TasteModel(self.features @ weights[0], weights[1], start.items)
+
+        def objective() -> tuple[float, list[Tensor]]:
+            loss, (by_score, by_taste, _) = _loss_and_slopes(model(), votes)
+            loss += sum(penalty / 2 * float(w.square().sum()) for penalty, w in zip(penalties, weights, strict=True))
+            slopes = [self.features.T @ by_score, by_taste]
+            return loss, [slope + penalty * w for slope, penalty, w in zip(slopes, penalties, weights, strict=True)]
+
+        _minimise(weights, objective, len(votes))
+        return model()
 
 
-def _loss(model: TasteModel, votes: Votes) -> Tensor:
-    loss: Tensor = softplus(-model.margins(votes)).sum()
-    return loss
+def _sizes(votes: Votes, rank: int) -> list[tuple[int, ...]]:
+    """Return the shapes of a `TasteModel`."""
+    return [(votes.num_items,), (votes.num_users, rank), (votes.num_items, rank)]
 
 
-def _minimise(weights: list[Tensor], objective: Callable[[], Tensor]) -> None:
-    """Minimise a smooth function of some weights, in place."""
+def _loss_and_slopes(model: TasteModel, votes: Votes) -> tuple[float, list[Tensor]]:
+    """Return the log-loss, and its gradients by scores, tastes and items.
+
+    Written out, a dimension at a time, since counting with weights is five times as fast as what autograd does.
+    """
+    scores, tastes, items = (
+        model.scores.numpy(),
+        model.tastes.T.contiguous().numpy(),
+        model.items.T.contiguous().numpy(),
+    )
+    users, winners, losers = votes.users, votes.winners, votes.losers
+    own = [taste[users] for taste in tastes]
+    ahead = [item[winners] - item[losers] for item in items]
+    margins = scores[winners] - scores[losers]
+    for part, difference in zip(own, ahead, strict=True):
+        margins += part * difference
+    pull = -0.5 * (1 - np.tanh(margins / 2))  # minus the probability of the opposite vote
+    by_score = _by_item(pull, votes)
+    by_taste, by_item = torch.empty_like(model.tastes), torch.empty_like(model.items)
+    for k, (part, difference) in enumerate(zip(own, ahead, strict=True)):
+        by_taste[:, k] = torch.from_numpy(np.bincount(users, pull * difference, votes.num_users))
+        by_item[:, k] = _by_item(pull * part, votes)
+    return float(np.logaddexp(0, -margins).sum()), [by_score, by_taste, by_item]
+
+
+def _by_item(values: Floats, votes: Votes) -> Tensor:
+    """Return `[I]` the sum of values of the votes that an item won, less that of those it lost."""
+    won, lost = (np.bincount(items, values, votes.num_items) for items in (votes.winners, votes.losers))
+    return torch.from_numpy(won - lost)
+
+
+def _minimise(weights: list[Tensor], objective: Callable[[], tuple[float, list[Tensor]]], votes: int) -> None:
+    """Minimise a smooth function, that comes with its gradients, of some weights, in place."""
+    # What a vote gains in a step below the tolerance, no held-out vote will tell.
     optimizer = torch.optim.LBFGS(
-        weights, max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-4, tolerance_change=1e-6
+        weights, max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-4, tolerance_change=1e-7 * votes
     )
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = objective()
-        loss.backward()  # type: ignore[no-untyped-call]
+    def closure() -> float:
+        loss, slopes = objective()
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope
         return loss
 
     optimizer.step(closure)  # type: ignore[no-untyped-call]
+    for weight in weights:
+        weight.grad = None

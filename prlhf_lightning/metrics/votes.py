@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prlhf_lightning.metrics.preference import Z_95
+from prlhf_lightning.metrics.preference import Z_95, wilson_interval
 
 Indices: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
@@ -125,7 +125,7 @@ def contradictions(votes: Votes) -> Rate:
     """
     ballots = Ballots.of(votes)
     repeated = ballots.total > 1
-    return _mean(((ballots.first > 0) & (ballots.first < ballots.total))[repeated].astype(float))
+    return _share(int(((ballots.first > 0) & (ballots.first < ballots.total)).sum()), int(repeated.sum()))
 
 
 def cycles(votes: Votes) -> Rate:
@@ -156,11 +156,7 @@ def cycles(votes: Votes) -> Rate:
         either = beats + beats.T
         triples += round(float(np.sum(either @ either * either, dtype=np.float64)) / 6)
         round_trips += round(float(np.sum(beats @ beats * beats.T, dtype=np.float64)) / 3)
-    if not triples:
-        return Rate(np.nan, np.nan, np.nan, 0)
-    share = round_trips / triples
-    half = Z_95 * math.sqrt(share * (1 - share) / triples)
-    return Rate(share, max(0.0, share - half), min(1.0, share + half), triples)
+    return _share(round_trips, triples)
 
 
 def spread_between_users(successes: Floats, totals: Floats) -> float:
@@ -184,6 +180,10 @@ def spread_between_users(successes: Floats, totals: Floats) -> float:
     # A rate of n votes varies by tau² + (noise - tau²) / n: what varies between users lowers the noise within.
     weight -= len(totals) - 1
     return float(np.sqrt(max(0.0, scatter / weight))) if weight > 0 else 0.0
+
+
+def _share(some: int, of: int) -> Rate:
+    return Rate(some / of, *wilson_interval(some / of, of), of) if of else Rate(np.nan, np.nan, np.nan, 0)
 
 
 def _mean(values: Floats) -> Rate:

@@ -28,9 +28,9 @@ from prlhf_lightning.tasks.description_page import Description, Finding, in_word
 
 _FEW_PROMPTS = 20
 _HELD_OUT: dict[Scheme, str] = {
-    "items": "the votes between responses that were set aside, a quarter of each user's, drawn at random",
-    "pairs": "the votes on a quarter of the pairs of responses, drawn at random",
-    "votes": "the votes on a quarter of each user's pairs, drawn at random",
+    "items": "the votes between responses that were set aside, each eighth of a user's responses in turn",
+    "pairs": "the votes on a quarter of the pairs of responses, an eighth at a time",
+    "votes": "the votes on a quarter of each user's pairs, an eighth at a time",
 }
 
 
@@ -87,38 +87,46 @@ def votes_of(table: FeedbackTable, split: Split) -> Votes:
 def find_headroom(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0) -> Finding:
     """Fit models with and without tastes, of the kind that the votes allow, and compare them on held-out votes."""
     votes, remarks = votes_of(table, "train"), []
-    validation = votes_of(table, "validation") if "validation" in table.rows else None
+    validation = votes_of(table, "validation") if table.rows.get("validation") else None
     if len(votes) > max_votes:
-        users = np.random.default_rng(seed).permutation(table.num_users)
-        up_to = np.cumsum(np.bincount(votes.users, minlength=table.num_users)[users])
-        drawn = np.zeros(table.num_users, dtype=bool)
-        drawn[users[: max(1, np.searchsorted(up_to, max_votes, side="right"))]] = True
-        votes = votes[drawn[votes.users]]
-        remarks.append(f"The models were fitted to {len(votes):,} votes of {drawn.sum():,} users, drawn at random.")
+        votes, validation, remark = _of_fewer_users(votes, validation, max_votes, seed)
+        remarks.append(remark)
     shared_items = known_from_others(votes, votes if validation is None else validation) >= 0.5
     scheme = scheme_for(votes, validation)
     family: TasteFamily = ItemTastes(seed) if shared_items else FeatureTastes(_scaled_features(table, votes))
     if validation is not None:
-        held_out = "the votes of the validation split"
+        held_out, parts = "the votes of the validation split", [(votes, validation)]
         there = np.isin(validation.users, votes.users)
         if not there.all():
             remarks.append(f"{(~there).sum():,} held-out votes are of users whom these models do not know; left out.")
     elif not shared_items and len(np.unique(table.prompts)) >= _FEW_PROMPTS:
         held_out = "the votes on a quarter of the prompts, drawn at random"
         part = np.random.default_rng(seed).integers(4, size=len(table.prompt_words))[table.prompts[votes.winners]]
-        votes, validation = votes[part > 0], votes[part == 0]
+        parts = [(votes[part > 0], votes[part == 0])]
     else:
-        train, test = next(folds(votes, scheme, seed))
         held_out = _HELD_OUT[scheme]
-        votes, validation = votes[train], votes[test]
+        # Between an eighth of a user's items there are few pairs, one in 64: these of all eighths are needed.
+        parts = [(votes[train], votes[test]) for train, test in folds(votes, scheme, seed + 1, count=8)]
+        parts = parts if scheme == "items" else parts[:2]
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("Fitting small models of tastes", total=number_of_fits(family))
-        try:
-            result = headroom(votes, validation, family, scheme, seed, lambda: progress.advance(task))
-        except ValueError:
-            result = None
-    return Finding(result, "items" if shared_items else "features", held_out, len(votes), remarks)
+        task = progress.add_task("Fitting small models of tastes", total=len(parts) * number_of_fits(family))
+        result = headroom(parts, family, scheme, seed, lambda: progress.advance(task))
+    return Finding(result, "items" if shared_items else "features", held_out, remarks)
+
+
+def _of_fewer_users(
+    votes: Votes, validation: Votes | None, max_votes: int, seed: int
+) -> tuple[Votes, Votes | None, str]:
+    """Return the votes of as many users, drawn at random, as have up to some number of them; and what was done."""
+    users = np.random.default_rng(seed).permutation(np.unique(votes.users))
+    up_to = np.cumsum(np.bincount(votes.users)[users])
+    drawn = users[: max(1, np.searchsorted(up_to, max_votes, side="right"))]
+    votes = votes[np.isin(votes.users, drawn)]
+    if validation is not None:
+        validation = validation[np.isin(validation.users, drawn)]
+        validation = validation if len(validation) else None
+    return votes, validation, f"The comparison is of {len(votes):,} votes of {len(drawn):,} users, drawn at random."
 
 
 def _scaled_features(table: FeedbackTable, votes: Votes) -> torch.Tensor:

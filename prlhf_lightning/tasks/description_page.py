@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
-from prlhf_lightning import __version__
 from prlhf_lightning.data.feedback_table import FeedbackTable
 from prlhf_lightning.data.surface import SURFACE_FEATURES
 from prlhf_lightning.metrics.headroom import ENOUGH_USERS, ENOUGH_VOTES, SMALL, Headroom
@@ -25,6 +24,7 @@ from prlhf_lightning.pages import FIRST, LINE, MUTED, SECOND, Cell, Page, Sectio
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_Floats: TypeAlias = npt.NDArray[np.float64]
 _QUANTILES = (0, 10, 25, 50, 75, 90, 100)
 _VOTES_FOR_A_RATE = 10  # with fewer, a user's rate is mostly chance
 
@@ -37,14 +37,12 @@ class Finding:
         headroom: The comparison, or None where there are too few votes for any.
         kind: Whether the models score `items`, or their `features`.
         held_out: What was held out, in words.
-        train_votes: Number of votes that the models were fitted to.
         remarks: What else there is to say of the comparison.
     """
 
     headroom: Headroom | None
     kind: Literal["items", "features"]
     held_out: str
-    train_votes: int
     remarks: list[str]
 
 
@@ -102,7 +100,7 @@ def page_of(description: Description) -> Page:
         f"Feedback: {description.name}",
         f"Votes: {rows}{f'; {ties:,} ties left out' if ties else ''}. What follows is of the training votes, "
         "unless it says otherwise.",
-        footer=f"Written by prlhf-lightning {__version__}, data describe.",
+        footer="Written by python -m prlhf_lightning data describe.",
     )
     _headroom(page.section("How much there is to personalise"), description.finding)
     _votes_a_user(page.section("Votes a user"), table, votes)
@@ -146,6 +144,11 @@ def _headroom(section: Section, finding: Finding) -> None:
         height=1.7,
     )
     section.table(
+        ["change, in points", "estimate", "from", "to"],
+        [[name, *(f"{100 * value:+.1f}" for value in (view.gain, view.low, view.high))] for name, view in views],
+        "The same in numbers",
+    )
+    section.table(
         ["pair accuracy of the model", "a user", "all votes", "log-loss"],
         [
             ["the same for all users", found.by_user.shared, found.by_vote.shared, found.shared_loss],
@@ -157,16 +160,21 @@ def _headroom(section: Section, finding: Finding) -> None:
     section.text(
         (
             "The models see who voted on which response, not its text: one score a response (Bradley-Terry), and, for "
-            f"the second, a term of user and response of rank {found.rank}."
+            f"the second, a term of user and response of rank {_ranks(found)}."
             if finding.kind == "items"
             else "Most responses were judged by one user alone, so the models see what can be counted in a text "
             f"({', '.join(SURFACE_FEATURES)}): a weight for each, and, for the second, how each user deviates."
         )
-        + f" Rank and penalties were chosen by cross-validation within the {finding.train_votes:,} votes that the "
-        f"models were fitted to, which hold none of the held-out ones: {finding.held_out}. The interval is a bootstrap "
+        + f" Rank and penalties were chosen by cross-validation within the votes that the models "
+        f"were fitted to, which hold none of the held-out ones: {finding.held_out}. The interval is a bootstrap "
         "over users. A language model, which reads the texts, may gain less, or more. " + " ".join(finding.remarks),
         "note",
     )
+
+
+def _ranks(found: Headroom) -> str:
+    ranks = sorted({choice.rank for choice in found.chosen})
+    return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 
 
 def _votes_a_user(section: Section, table: FeedbackTable, votes: Votes) -> None:
@@ -185,7 +193,7 @@ def _votes_a_user(section: Section, table: FeedbackTable, votes: Votes) -> None:
 
     def draw(axes: Axes) -> None:
         edges = np.unique(np.rint(np.geomspace(1, counts[-1] + 1, 25))).tolist()
-        axes.hist(counts, bins=edges, color=FIRST)
+        axes.hist(counts, bins=edges, color=FIRST, histtype="stepfilled")
         axes.set(xscale="log", xlabel="votes of a user", ylabel="users")
         _plain_ticks(axes, int(counts[-1]))
 
@@ -219,7 +227,7 @@ def _lengths(section: Section, table: FeedbackTable, votes: Votes) -> None:
     section.table(
         ["shortest to longest", "prompts", "chosen", "rejected"],
         [[_quantile_name(q), *(int(column[i]) for column in columns)] for i, q in enumerate(_QUANTILES)],
-        f"Words of the {len(prompts):,} different prompts, and of the responses, one a vote",
+        f"Words of the prompts, of which there are {len(prompts):,}, and of the responses, one a vote",
     )
 
 
@@ -229,8 +237,8 @@ def _agreement(section: Section, votes: Votes) -> None:
         section.text("No pair of responses was judged by two users, so whether they agree cannot be seen.", "verdict")
         return
     section.text(
-        f"On the {rate.count:,} pairs of responses that several users judged, two of them agree {_percent(rate)} of "
-        "the time; votes at random would agree 50% of the time. "
+        f"On the {rate.count:,} pairs of responses that several users judged, two of them agree {rate.value:.1%} of "
+        f"the time (95% interval {_interval(rate)}); votes at random would agree 50% of the time. "
         f"Beyond chance that is {max(0.0, 2 * rate.value - 1):.2f} of what there can be (0 = chance, 1 = all agree). "
         "Users disagree because they differ, or because a vote is hasty: agreement cannot tell these apart, what there "
         "is to personalise can."
@@ -269,11 +277,11 @@ def _length_bias(section: Section, table: FeedbackTable, votes: Votes) -> None:
         section.text(f"No user has {_VOTES_FOR_A_RATE} votes, so shares of single users say little.", "note")
         return
     shares = longer[regular] / total[regular]
-    alike = _shares_if_all_were_alike(total[regular].astype(np.int64), overall)
+    alike = _shares_if_all_were_alike(total[regular], overall)
 
     def draw(axes: Axes) -> None:
         edges = np.linspace(0, 1, 21).tolist()
-        axes.hist(shares, bins=edges, color=FIRST, label="users")
+        axes.hist(_spread(shares, total[regular]), bins=edges, color=FIRST, histtype="stepfilled", label="users")
         weights = np.full(len(alike), len(shares) / len(alike))
         axes.hist(
             alike, bins=edges, weights=weights, histtype="step", color=SECOND, linewidth=1.8, label="if all were alike"
@@ -299,11 +307,13 @@ def _length_bias(section: Section, table: FeedbackTable, votes: Votes) -> None:
 
 def _contradictions(section: Section, votes: Votes) -> None:
     again, rounds = contradictions(votes), cycles(votes)
+    kinds = (("changed their mind on a pair", again, "50%"), ("a over b over c over a", rounds, "25%"))
     rows: list[list[Cell]] = [
-        ["judged a pair again and changed their mind", again.count, _percent(again), "50%"],
-        ["a over b, b over c, but c over a", rounds.count, _percent(rounds), "25%"],
+        [name, rate.count, f"{rate.value:.1%}" if rate.count else "-", _interval(rate), chance]
+        for name, rate, chance in kinds
     ]
-    section.table(["within one user", "occasions", "share", "at random"], rows, "Votes that contradict one another")
+    columns = ["within one user", "occasions", "share", "95% interval", "at random"]
+    section.table(columns, rows, "Votes that contradict one another")
     section.text(
         "An occasion is a user and a pair of responses with two votes or more, or three responses of which the user "
         "judged each pair. None is usual where votes were made from ratings: these cannot contradict one another.",
@@ -311,16 +321,20 @@ def _contradictions(section: Section, votes: Votes) -> None:
     )
 
 
-def _shares_if_all_were_alike(totals: npt.NDArray[np.int64], rate: float) -> npt.NDArray[np.float64]:
+def _shares_if_all_were_alike(totals: _Floats, rate: float) -> _Floats:
     """Return shares of users who all have the same true rate, several draws a user for a smooth outline."""
-    draw = np.random.default_rng(0)
     repeated = np.tile(totals, max(1, 20_000 // len(totals)))
-    drawn: npt.NDArray[np.float64] = draw.binomial(repeated, rate) / repeated
-    return drawn
+    return _spread(np.random.default_rng(0).binomial(repeated.astype(np.int64), rate) / repeated, repeated)
 
 
-def _percent(rate: Rate) -> str:
-    return f"{rate.value:.1%} ({rate.low:.1%} to {rate.high:.1%})" if rate.count else "-"
+def _spread(shares: _Floats, totals: _Floats) -> _Floats:
+    """Spread each share evenly over what would be rounded to it, lest bars hold now two and now three values."""
+    moved: _Floats = shares + np.random.default_rng(0).uniform(-0.5, 0.5, len(shares)) / totals
+    return moved.clip(0, 1)
+
+
+def _interval(rate: Rate) -> str:
+    return f"{rate.low:.1%} to {rate.high:.1%}" if rate.count else "-"
 
 
 def _quantile_rows(values: npt.NDArray[np.int64]) -> list[list[Cell]]:

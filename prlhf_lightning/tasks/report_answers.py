@@ -10,7 +10,7 @@ import torch
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_record
-from prlhf_lightning.data.sources.base import read
+from prlhf_lightning.data.sources.base import Split, read
 from prlhf_lightning.judges import Judge, Person, Question, Ruling, UtilityJudge, Vote, rule
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
 from prlhf_lightning.modules import PersonalizedLM
@@ -97,9 +97,10 @@ def find_prompts(data: PreferenceDataModule, pairs: Pairs, count: int) -> list[T
 
 def _records(data: PreferenceDataModule, wheres: set[str]) -> dict[str, FeedbackRecord]:
     """Return validation rows as they stand in the source, before they became tokens."""
-    columns, found = Columns.from_mapping(data.source.columns), {}
-    split = "validation" if "validation" in data.source.splits() else "train"
-    for where, row in read(data.source, split):  # type: ignore[arg-type]
+    columns = Columns.from_mapping(data.source.columns)
+    found: dict[str, FeedbackRecord] = {}
+    split: Split = "validation" if "validation" in data.source.splits() else "train"
+    for where, row in read(data.source, split):
         if len(found) == len(wheres):
             break
         if where in wheres:
@@ -225,7 +226,9 @@ def _counted(against: str, users: Sequence[str], rulings: Sequence[Ruling], seed
     return WinRate(
         against,
         user_mean(users, [ruling.score for ruling in rulings], seed),
-        *(sum(ruling.verdict == verdict for ruling in rulings) for verdict in ("a", "tie", "b")),
+        wins=sum(ruling.verdict == "a" for ruling in rulings),
+        ties=sum(ruling.verdict == "tie" for ruling in rulings),
+        losses=sum(ruling.verdict == "b" for ruling in rulings),
         inconsistent=sum(not ruling.agrees for ruling in rulings),
         errors={error: errors.count(error) for error in dict.fromkeys(errors)},
     )

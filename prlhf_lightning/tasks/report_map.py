@@ -40,7 +40,7 @@ def user_vectors(module: PersonalizedLM, rows: Tensor) -> Tensor:
         module: A trained model.
         rows: `[U]` rows of its user table.
     """
-    parts = [module.user_model(Users(part.to(module.device))).vectors for part in rows.split(_BATCH)]
+    parts = [module.user_model(Users(part.to(module.device))).vectors for part in torch.split(rows, _BATCH)]
     return torch.cat([part.flatten(1).float().cpu() for part in parts])
 
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from prlhf_lightning import __version__
 from prlhf_lightning.adaptation import ColdStartPoint
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
@@ -76,7 +75,7 @@ def page_of(found: Findings) -> Page:
     page = Page(
         found.title,
         found.model,
-        footer=f"Written by prlhf-lightning {__version__}, report. Intervals are 95%; over users they are bootstraps.",
+        footer="Written by prlhf_lightning report. Intervals are of 95%; those over users are bootstraps.",
     )
     section = page.section("In short")
     section.text(in_words(found), "verdict")
@@ -233,8 +232,8 @@ def _tax(section: Section, found: Findings) -> None:
     kept = [c for c in range(len(columns)) if c == 0 or any(row[c] == row[c] for row in rows)]
     section.table([columns[c] for c in kept], [[row[c] for c in kept] for row in rows], _TAX_CAPTION)
     section.text(
-        "The generic user is what the model is to somebody whom it does not know. Where it falls behind a baseline that "
-        "was trained on the same votes without users (--baseline), personalisation has a price. A log-probability "
+        "The generic user is what the model is to somebody whom it does not know. Where it falls behind a baseline "
+        "that was trained on the same votes without users (--baseline), personalisation has a price. A log-probability "
         "below that of the model before training means that even the chosen answers have become less likely: usual "
         "for DPO, a sign of decay where it is large.",
         "note",
@@ -261,8 +260,8 @@ def _tax_in_words(found: Findings, seen: Scores) -> str:
         change = (seen.log_probs["generic"] - seen.log_probs["reference"]).double().numpy()
         drift = user_mean(seen.user_ids, change)
         said += (
-            f" The log-probability a token that it gives to the chosen answers is {drift.value:+.3f} away from where it "
-            f"was before training ({drift.low:+.3f} to {drift.high:+.3f})."
+            f" The log-probability a token that it gives to the chosen answers is {drift.value:+.3f} away from where "
+            f"it was before training ({drift.low:+.3f} to {drift.high:+.3f})."
         )
     return said
 

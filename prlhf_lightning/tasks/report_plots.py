@@ -43,7 +43,7 @@ def learning_curves(section: Section, run: Run) -> None:
             continue
         last = ", ".join(f"{label} {values[-1]:.3f}" for label, (_, values) in curves.items())
         section.plot(
-            lambda axes, curves=curves, chance=chance, what=what: _draw_curves(axes, curves, chance, what),  # type: ignore[misc]
+            lambda axes, curves=curves, chance=chance, what=what: _draw_curves(axes, curves, chance, what),
             alt=f"{what} over training steps. At the end: {last}.",
             caption=f"{what} over training"
             + (" (training: of single batches, and their running mean)" if "training" in curves else ""),
@@ -66,7 +66,7 @@ def _draw_curves(
         axes.axhline(chance, color=LINE, linewidth=1, linestyle="--")
     axes.set(xlabel="training steps", ylabel=what.lower() if what != "AUC" else what)
     axes.set_xlim(left=0)
-    axes.figure.legend(loc="outside upper left", ncols=2)  # type: ignore[union-attr]
+    axes.figure.legend(loc="outside upper left", ncols=2)
 
 
 def _smooth(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
@@ -100,7 +100,7 @@ def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]]
         axes.axhline(0.5, color=MUTED, linewidth=1, linestyle="--")
         if x is not given:
             axes.set_xlim(0, len(rows) + 1)
-            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.locator_params(axis="x", integer=True)
         if x is given and given.min() > 0 and given.max() > 10 * given.min():
             axes.set_xscale("log")
             axes.xaxis.set_major_formatter("{x:,.0f}")
@@ -134,7 +134,7 @@ def cold_start_curve(section: Section, points: Sequence[ColdStartPoint]) -> None
         )
         axes.plot(x, [point.generic for point in points], color=MUTED, linestyle="--", label="generic user")
         axes.set(xlabel="pairs of a new user", ylabel="pair accuracy", xticks=x)
-        axes.figure.legend(loc="outside upper left", ncols=2)  # type: ignore[union-attr]
+        axes.figure.legend(loc="outside upper left", ncols=2)
 
     section.plot(
         draw,
@@ -174,7 +174,7 @@ def user_map(section: Section, found: UserMap, groups: Sequence[str]) -> None:
             ylabel=f"second component ({found.explained[1]:.0%})",
         )
         axes.margins(0.08)
-        axes.figure.legend(loc="outside upper left", ncols=3)  # type: ignore[union-attr]
+        axes.figure.legend(loc="outside upper left", ncols=3)
 
     section.plot(
         draw,
@@ -199,7 +199,7 @@ def win_bars(section: Section, names: Sequence[str], shares: Sequence[tuple[floa
         axes.set(xlim=(0, 1), xlabel="share of the comparisons")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", left=False)
-        axes.figure.legend(loc="outside upper left", ncols=3)  # type: ignore[union-attr]
+        axes.figure.legend(loc="outside upper left", ncols=3)
 
     section.plot(
         draw,

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
+import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
 
 from prlhf_lightning.data import DataSource, PreferenceDataModule

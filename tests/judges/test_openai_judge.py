@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -31,7 +30,7 @@ class Endpoint:
                 outer.requests.append((self.path, self.headers.get("authorization"), body))
                 found = outer.reply(json.loads(body["messages"][1]["content"]), len(outer.requests))
                 if isinstance(found, float):
-                    time.sleep(found)
+                    threading.Event().wait(found)
                     return
                 status, text = found
                 self.send_response(status)

@@ -14,6 +14,7 @@ import yaml
 from conftest import write_votes
 
 from prlhf_lightning.cli import main
+from prlhf_lightning.errors import JudgeError
 from prlhf_lightning.judges import Judge, Person, RewardJudge
 from prlhf_lightning.tasks.checkpoints import load_module
 from prlhf_lightning.tasks.report_map import map_users, most_unlike
@@ -99,6 +100,10 @@ def refusal(checkpoint, *options):
     return str(found.value.code)
 
 
+def known(checkpoint):
+    return load_module(checkpoint, "checkpoint").vocabulary.ids
+
+
 class LongJudge(Judge):
     """Likes long answers."""
 
@@ -108,7 +113,7 @@ class LongJudge(Judge):
 
 
 def test_a_run_of_simulated_users_gets_every_section_without_more(simulated, capsys):
-    page = report(simulated, small=False, *["--users", "2", "--prompts", "2"])
+    page = report(simulated, "--users", "2", "--prompts", "2", small=False)
     assert page.tags.count("figure") == 6
     assert "UtilityJudge" in page.text
     assert "hidden taste: I like" in page.text
@@ -134,16 +139,15 @@ def test_files_of_real_users_need_a_judge_named_for_win_rates(run):
 
 def test_what_users_are_called_and_said_to_be_stands_there_on_demand_only(run):
     page = report(run)
-    assert "<b>u1</b>" not in page.text
+    assert "<b>u" not in page.text
     assert TEXT not in page.text
     page = report(run, "--show_user_ids", "true", "--show_user_text", "true")
-    assert "<b>u1</b>" in page.text  # as text
+    assert "<b>u" in page.text  # as text
     assert "b" not in page.tags
     assert TEXT in page.text
 
 
 def test_answers_can_be_left_out(run):
-    assert "Prompt:" in report(run).text
     assert "Prompt:" not in report(run, "--show_answers", "false").text
 
 
@@ -160,10 +164,12 @@ def test_the_model_itself_is_no_judge_to_be_trusted(run):
 def test_a_reward_does_not_depend_on_the_order_but_on_the_user(run):
     judge = RewardJudge(run)
     judge.prepare(None)
-    ann, bob = Person("<b>u1</b>", TEXT), Person("<b>u2</b>", TEXT)
-    margins = {person.user_id: judge.margin("the cat", person, "dog ran", "sun moon") for person in (ann, bob)}
-    assert judge.margin("the cat", ann, "sun moon", "dog ran") == pytest.approx(-margins["<b>u1</b>"], abs=1e-5)
-    assert margins["<b>u1</b>"] != margins["<b>u2</b>"]
+    ann, bob = (Person(user_id, TEXT) for user_id in known(run)[:2])
+    margins = [judge.margin("the cat", person, "dog ran", "sun moon") for person in (ann, bob)]
+    assert judge.margin("the cat", ann, "sun moon", "dog ran") == pytest.approx(-margins[0], abs=1e-5)
+    assert margins[0] != margins[1]
+    with pytest.raises(JudgeError, match="does not know this user"):
+        judge.margin("the cat", Person("nobody"), "dog ran", "sun moon")
 
 
 def test_a_checkpoint_by_itself_says_what_is_missing(run, tmp_path):
@@ -175,8 +181,9 @@ def test_a_checkpoint_by_itself_says_what_is_missing(run, tmp_path):
 
 def test_data_can_be_named_for_a_checkpoint_by_itself(run, tmp_path):
     alone = shutil.copy(run, tmp_path / "alone.ckpt")
-    votes = write_votes(tmp_path / "more.jsonl", {"<b>u1</b>": 20, "<b>u2</b>": 20, "new": 20}, seed=3)
-    rest = write_votes(tmp_path / "rest.jsonl", {"<b>u1</b>": 6, "<b>u2</b>": 6}, seed=4)
+    ann, bob = known(run)[:2]
+    votes = write_votes(tmp_path / "more.jsonl", {ann: 20, bob: 20, "new": 20}, seed=3)
+    rest = write_votes(tmp_path / "rest.jsonl", {ann: 6, bob: 6}, seed=4)
     page = report(alone, "--data", "FileSource", "--data.train", str(votes), "--data.validation", str(rest))
     assert "No curve: There are no pairs of users" in page.text
     assert "Prompt:" in page.text
@@ -223,11 +230,11 @@ def test_users_with_like_vectors_stand_together(run):
     module = load_module(run, "checkpoint")
     table = module.user_model.row_tables()[0]
     with torch.no_grad():
-        table[1:5], table[5:] = table[1], table[5]
-    found = map_users(module, torch.arange(1, 9))
-    assert torch.allclose(found.points[0], found.points[3], atol=1e-4)
+        table[1:4], table[4:] = table[1].clone(), table[4].clone()
+    found = map_users(module, torch.arange(1, len(table)))
+    assert torch.allclose(found.points[0], found.points[2], atol=1e-4)
+    assert not torch.allclose(found.points[0], found.points[4], atol=1e-2)
     assert found.explained[0] == pytest.approx(1.0, abs=1e-4)
-    assert (found.points[0, 0] - found.points[5, 0]).abs() > 10 * (found.points[0] - found.points[3]).abs().max()
 
 
 def test_users_who_are_shown_are_unlike():
