@@ -29,7 +29,7 @@ from prlhf_lightning.tasks.report_answers import (
     win_rates,
     with_utility,
 )
-from prlhf_lightning.tasks.report_map import map_users, most_unlike, user_vectors
+from prlhf_lightning.tasks.report_map import map_users, most_unlike
 from prlhf_lightning.tasks.report_page import Findings, in_words, page_of
 from prlhf_lightning.tasks.report_pairs import Scores, cold_start_of, score, spread
 from prlhf_lightning.tasks.report_run import data_of, open_run
@@ -86,13 +86,17 @@ def report(
     for name, value in least.items():
         if value < 1:
             raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
+    if not 0 <= seed < 2**32:
+        raise ConfigurationError(f"seed is {seed}; it must be at least 0 and below 2**32.")
+    if out.is_dir():
+        raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
     module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
     whose = data_of(left, data, module, tokenization_of(read_checkpoint(checkpoint, "checkpoint")))
     without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
     found = Findings(
-        title or f"Model: {checkpoint}",
+        title or f"Model {left.folder.name}: {checkpoint.name}" if left.folder else checkpoint.name,
         _described(module),
         left,
         module.user_model.personalizes,
@@ -112,7 +116,9 @@ def report(
             found.votes = whose.votes_by_user()
             if module.loss.feedback == "pairs":
                 _score_pairs(found, module, without, whose, max_pairs, batch_size, progress)
-            sampling = replace(module.sampling, **({"max_new_tokens": max_new_tokens} if max_new_tokens else {}))
+            sampling = replace(
+                module.sampling, **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+            )
             scribe = Scribe(module, whose, sampling, without)
             _write_answers(found, module, whose, scribe, (users, prompts), judge, seed, progress)
             if isinstance(judge, RewardJudge) and judge.checkpoint.resolve() == checkpoint.resolve():
@@ -143,9 +149,9 @@ def _score_pairs(
             found.scores[name] = scored(module, pairs, f"Scoring pairs of {name} users")
             if name == "seen" and without is not None:
                 found.baseline = scored(without, pairs, "Scoring them under the baseline")
-    task = progress.add_task("Learning new users", total=1)
+    task = progress.add_task("Learning new users", total=None)
     found.cold_start = cold_start_of(module, data.evaluation_pairs("unseen"))
-    progress.advance(task)
+    progress.update(task, total=1, completed=1)
 
 
 def _write_answers(
@@ -183,7 +189,9 @@ def _write_answers(
         answers = with_utility(answers, truth, seed)
     found.answers = answers
     rows = known.rows([person.user_id for person in people])
-    found.shown = most_unlike(user_vectors(module, rows), _SHOWN_USERS) if module.user_model.row_tables() else [0]
+    # On the map, as in all directions alike users differ by chance as well.
+    mapped = map_users(module, rows)
+    found.shown = most_unlike(mapped.points, _SHOWN_USERS) if mapped else list(range(min(_SHOWN_USERS, len(people))))
     others = [writer for writer in written if writer != OWN]
     if judge is None or not others:
         found.win_rates = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
@@ -84,13 +85,12 @@ def find_people(data: PreferenceDataModule, pairs: Pairs, user_ids: Sequence[str
 
 
 def find_prompts(data: PreferenceDataModule, pairs: Pairs, count: int) -> list[Text]:
-    """Return different prompts that no training pair of the seen users is on, evenly over those that there are."""
+    """Return different validation prompts, evenly over those that there are."""
     if isinstance(data.source, SimulatedSource):
         known = data.source.eval_prompts()
         return [known[place] for place in spread(len(known), count)]
-    keys = pairs.split.keys("prompt")[pairs.positions]
-    first = list({int(key): place for place, key in reversed(list(enumerate(keys)))}.values())[::-1]
-    rows = pairs.__getitems__([first[place] for place in spread(len(first), count)])
+    first = np.sort(np.unique(pairs.split.keys("prompt")[pairs.positions], return_index=True)[1])
+    rows = pairs.__getitems__(first[spread(len(first), count)].tolist())
     records = _records(data, {row["where"] for row in rows})
     return [records[row["where"]].prompt for row in rows if row["where"] in records]
 

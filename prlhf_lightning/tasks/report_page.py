@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prlhf_lightning.adaptation import ColdStartPoint
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
 from prlhf_lightning.pages import Cell, Page, Section
@@ -19,6 +20,7 @@ from prlhf_lightning.tasks.report_run import Run
 
 _LISTED = 10
 _PROMPTS = 4
+_CHARACTERS = 2000
 _TAX_CAPTION = (
     "Means over seen users: accuracy on their validation pairs; log-probability a token of the answers "
     "they chose; true utility, and well-formedness, of what is written for them (known of simulated users only)"
@@ -162,9 +164,9 @@ def _users(section: Section, found: Findings) -> None:
     if seen:
         report_plots.accuracy_by_votes(section, seen.by_user(), found.votes)
     section.table(
-        ["pair accuracy", "users", "pairs", "mean over users", "low", "high"],
+        ["pair accuracy", "users", "pairs", "mean", "low", "high"],
         rows,
-        "On validation pairs; the ends of the interval are of a bootstrap over users",
+        "On validation pairs: means over users, with intervals by a bootstrap over users",
     )
     if seen:
         lowest = sorted(seen.by_user(), key=lambda row: (row[1].accuracy, row[0]))[:_LISTED]
@@ -263,6 +265,10 @@ def _tax_in_words(found: Findings, seen: Scores) -> str:
             f" The log-probability a token that it gives to the chosen answers is {drift.value:+.3f} away from where "
             f"it was before training ({drift.low:+.3f} to {drift.high:+.3f})."
         )
+    if isinstance(found.answers, Answers) and (well := found.answers.well_formed):
+        said += (
+            f" Of what it writes for users {well[OWN]:.1%} is well-formed, for the generic user {well[GENERIC]:.1%}."
+        )
     return said
 
 
@@ -310,18 +316,21 @@ def _answers(section: Section, found: Findings) -> None:
             person = answers.people[u]
             label = found.names.get(person.user_id, person.user_id)
             about = found.about.get(person.user_id, "")
-            rows.append([f"{label} ({about})" if about else label, answers.texts[OWN][u][p]])
+            rows.append([f"{label} ({about})" if about else label, _cut(answers.texts[OWN][u][p])])
         others = [writer for writer in answers.texts if writer != OWN]
         if found.shown:
-            rows += [[writer, answers.texts[writer][found.shown[0]][p]] for writer in others]
+            rows += [[writer, _cut(answers.texts[writer][found.shown[0]][p])] for writer in others]
         section.table(["for", "the model writes"], rows, f"Prompt: {_shown(answers.prompts[p])}")
 
 
-def _shown(prompt: object) -> str:
+def _shown(prompt: Text) -> str:
     if isinstance(prompt, str):
-        return prompt
-    turns: Sequence[Mapping[str, str]] = prompt  # type: ignore[assignment]
-    return " / ".join(f"{turn['role']}: {turn['content']}" for turn in turns)
+        return _cut(prompt)
+    return _cut(" / ".join(f"{turn['role']}: {turn['content']}" for turn in prompt))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} … ({len(text) - _CHARACTERS:,} more characters)"
 
 
 def _mean(scores: Scores, whose: str) -> UserMean:

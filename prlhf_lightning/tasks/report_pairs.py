@@ -101,7 +101,9 @@ def cold_start_of(module: PersonalizedLM, pairs: Pairs | None) -> list[ColdStart
     if pairs is None:
         return "There are no pairs of users whom training did not meet (see data.unseen_user_fraction)."
     codes = pairs.split.users[pairs.positions]
-    own = [places for code in np.unique(codes) if len(places := np.flatnonzero(codes == code)) >= _LEAST]
+    order = np.argsort(codes, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(codes[order])) + 1)
+    own = [places for places in groups if len(places) >= _LEAST]
     if not own:
         return f"No unseen user has {_LEAST} pairs, to learn from some and test on others."
     learned, tested = [], []
