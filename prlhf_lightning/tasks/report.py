@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -88,8 +89,7 @@ def report(
             raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
     if not 0 <= seed < 2**32:
         raise ConfigurationError(f"seed is {seed}; it must be at least 0 and below 2**32.")
-    if out.is_dir():
-        raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
+    _check_writable(out)
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
     module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
@@ -128,6 +128,17 @@ def report(
     page_of(found).write(out)
     print(in_words(found))
     print(f"The page: {out}")
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a page that cannot be written, before anything is computed."""
+    if out.is_dir():
+        raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigurationError(f"out: {out} cannot be written ({error.strerror}); name another file.") from error
 
 
 def _score_pairs(

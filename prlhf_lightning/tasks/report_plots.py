@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,7 +44,7 @@ def learning_curves(section: Section, run: Run) -> None:
             continue
         last = ", ".join(f"{label} {values[-1]:.3f}" for label, (_, values) in curves.items())
         section.plot(
-            lambda axes, curves=curves, chance=chance, what=what: _draw_curves(axes, curves, chance, what),
+            partial(_draw_curves, curves=curves, chance=chance, what=what),
             alt=f"{what} over training steps. At the end: {last}.",
             caption=f"{what} over training"
             + (" (training: of single batches, and their running mean)" if "training" in curves else ""),
