@@ -21,6 +21,7 @@ from prlhf_lightning.tasks.report_run import Run
 _LISTED = 10
 _PROMPTS = 4
 _CHARACTERS = 2000
+_ALIKE = {False: "The model does not tell users apart.", True: "The model knows users by their texts alone."}
 _TAX_CAPTION = (
     "Means over seen users: accuracy on their validation pairs; log-probability a token of the answers "
     "they chose; true utility, and well-formedness, of what is written for them (known of simulated users only)"
@@ -36,6 +37,7 @@ class Findings:
         model: User model, policy and loss, in words.
         run: What the run left.
         personalizes: Whether users differ from the generic user.
+        reads_text: Whether the model reads texts about users.
         scores: Validation pairs by `seen` and `unseen` users.
         no_scores: Why there are none.
         baseline: The seen users' pairs under a model without users.
@@ -56,6 +58,7 @@ class Findings:
     model: str
     run: Run
     personalizes: bool = True
+    reads_text: bool = False
     scores: dict[str, Scores] = field(default_factory=dict)
     no_scores: str = ""
     baseline: Scores | None = None
@@ -118,7 +121,7 @@ def in_words(found: Findings) -> str:
             f"{own.value:.3f}."
         )
     elif seen:
-        said.append(f"The model does not tell users apart; its pair accuracy is {_mean(seen, 'own').value:.3f}.")
+        said.append(f"{_ALIKE[found.reads_text]} Its pair accuracy is {_mean(seen, 'own').value:.3f}.")
     if isinstance(found.win_rates, list):
         said += [
             f"{found.judge[0]} prefers what it writes for a user to the answer of the {rate.against} in "
@@ -147,6 +150,7 @@ def _facts(section: Section, found: Findings) -> None:
 def _users(section: Section, found: Findings) -> None:
     if not found.scores:
         section.text(found.no_scores or "There are no validation pairs.")
+        _logged_users(section, found)
         return
     rows: list[list[Cell]] = []
     for name, scores in found.scores.items():
@@ -190,6 +194,23 @@ def _users(section: Section, found: Findings) -> None:
             "at the bottom by chance. Unseen users are served as the generic user.",
             "note",
         )
+
+
+def _logged_users(section: Section, found: Findings) -> None:
+    """Add what the last validation of the run wrote about its users, where nothing could be scored anew."""
+    if not found.run.users:
+        return
+    columns = [name for name in found.run.users[0] if name != "user_id"]
+    value = "auc" if "auc" in columns else "accuracy"
+    known = [row for row in found.run.users if isinstance(row.get(value), float) and row[value] == row[value]]
+    section.table(
+        ["user", *columns],
+        [
+            [found.names.get(str(row["user_id"]), "-"), *(row[name] for name in columns)]
+            for row in sorted(known, key=lambda row: float(row[value]))[:_LISTED]
+        ],
+        "The users whom the model served worst in the run's last validation (users_seen.csv)",
+    )
 
 
 def _map(section: Section, found: Findings) -> None:
@@ -244,7 +265,7 @@ def _tax(section: Section, found: Findings) -> None:
 
 def _tax_in_words(found: Findings, seen: Scores) -> str:
     if not found.personalizes:
-        return "The model does not tell users apart, so there is no price of doing so."
+        return f"{_ALIKE[found.reads_text]} So there is no price of telling them apart by their votes."
     key = "accuracy_user_mean"
     if found.baseline is not None:
         before = _mean(found.baseline, "own").value
@@ -317,9 +338,13 @@ def _answers(section: Section, found: Findings) -> None:
             label = found.names.get(person.user_id, person.user_id)
             about = found.about.get(person.user_id, "")
             rows.append([f"{label} ({about})" if about else label, _cut(answers.texts[OWN][u][p])])
-        others = [writer for writer in answers.texts if writer != OWN]
         if found.shown:
-            rows += [[writer, _cut(answers.texts[writer][found.shown[0]][p])] for writer in others]
+            first = f" ({rows[0][0]})" if found.reads_text else ""  # who is read even where nobody is known
+            rows += [
+                [writer + first, _cut(texts[found.shown[0]][p])]
+                for writer, texts in answers.texts.items()
+                if writer != OWN
+            ]
         section.table(["for", "the model writes"], rows, f"Prompt: {_shown(answers.prompts[p])}")
 
 

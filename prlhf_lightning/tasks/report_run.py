@@ -25,11 +25,13 @@ class Run:
     Attributes:
         folder: The folder; None where the checkpoint lies in none.
         history: Rows of `metrics.csv`: what was logged, by name, with `step`.
+        users: Rows of `users_seen.csv`: `user_id`, and numbers by name.
         comparison: `comparison.json` of a run with a baseline: values by contender and name.
     """
 
     folder: Path | None
     history: list[dict[str, float]] = field(default_factory=list)
+    users: list[dict[str, str | float]] = field(default_factory=list)
     comparison: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def logged(self, name: str) -> tuple[list[float], list[float]]:
@@ -55,7 +57,12 @@ def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
             return Run(None)
     elif not folder.is_dir():
         raise ConfigurationError(f"run: there is no folder {folder}; name the one that `fit` wrote, as runs/version_0.")
-    return Run(folder, _history(folder / "metrics.csv"), _comparison(folder / "comparison.json"))
+    return Run(
+        folder,
+        _history(folder / "metrics.csv"),
+        _users(folder / "users_seen.csv"),
+        _comparison(folder / "comparison.json"),
+    )
 
 
 def data_of(
@@ -115,6 +122,20 @@ def _history(path: Path) -> list[dict[str, float]]:
             ]
     except (OSError, ValueError, TypeError) as error:
         raise ConfigurationError(f"run: {path} is no table of numbers, as `fit` writes it: {error}") from error
+
+
+def _users(path: Path) -> list[dict[str, str | float]]:
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {name: value if name == "user_id" else float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)
+                if row["user_id"]
+            ]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigurationError(f"run: {path} is no table of users, as `fit` writes it: {error}") from error
 
 
 def _comparison(path: Path) -> dict[str, dict[str, float]]:

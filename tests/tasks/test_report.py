@@ -200,7 +200,6 @@ def test_a_baseline_is_ranked_beside_the_model(run):
         (["--users", "0"], "users is 0"),
         (["--seed", "-1"], "seed is -1"),
         (["--out", "/proc/no/page.html"], "/proc/no/page.html cannot be written"),
-        (["--judge", "NoJudge"], "NoJudge"),
         (["--judge", "UtilityJudge"], "UtilityJudge knows the users of SimulatedSource"),
         (["--judge", "RewardJudge", "--judge.checkpoint", "no.ckpt"], "there is no checkpoint no.ckpt"),
     ],
