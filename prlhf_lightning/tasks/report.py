@@ -100,6 +100,7 @@ def report(
         _described(module),
         left,
         module.user_model.personalizes,
+        module.user_model.uses_text,
         show_answers=show_answers,
     )
     if whose is None:

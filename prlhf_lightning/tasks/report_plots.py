@@ -67,6 +67,7 @@ def _draw_curves(
         axes.axhline(chance, color=LINE, linewidth=1, linestyle="--")
     axes.set(xlabel="training steps", ylabel=what.lower() if what != "AUC" else what)
     axes.set_xlim(left=0)
+    axes.ticklabel_format(useOffset=False)
     axes.figure.legend(loc="outside upper left", ncols=2)
 
 

@@ -174,9 +174,12 @@ def test_a_reward_does_not_depend_on_the_order_but_on_the_user(run):
 
 def test_a_checkpoint_by_itself_says_what_is_missing(run, tmp_path):
     alone = shutil.copy(run, tmp_path / "alone.ckpt")
+    (tmp_path / "users").mkdir()
+    shutil.copy(run.parent.parent / "users_seen.csv", tmp_path / "users")
     page = report(alone)
     assert "Name the run's folder with --run" in page.text
     assert "cluster 1" in page.text
+    assert "users_seen.csv" in report(alone, "--run", str(tmp_path / "users")).text
 
 
 def test_data_can_be_named_for_a_checkpoint_by_itself(run, tmp_path):
@@ -212,7 +215,12 @@ def test_what_cannot_be_done_is_said_in_a_line(run, options, said):
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("config.yaml", "data: {source: NoSuchSource}"), ("metrics.csv", "step,a\n1,x\n"), ("comparison.json", "[1]")],
+    [
+        ("config.yaml", "data: {source: NoSuchSource}"),
+        ("metrics.csv", "step,a\n1,x\n"),
+        ("comparison.json", "[1]"),
+        ("users_seen.csv", "user,pairs\nann,x\n"),
+    ],
 )
 def test_a_damaged_run_is_said_in_a_line(run, tmp_path, name, content):
     (tmp_path / name).write_text(content)
