@@ -95,8 +95,9 @@ def report(
     module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
     whose = data_of(left, data, module, tokenization_of(read_checkpoint(checkpoint, "checkpoint")))
     without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
+    named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
     found = Findings(
-        title or f"Model {left.folder.name}: {checkpoint.name}" if left.folder else checkpoint.name,
+        title or f"Model: {named}",
         _described(module),
         left,
         module.user_model.personalizes,

@@ -176,7 +176,8 @@ def test_a_checkpoint_by_itself_says_what_is_missing(run, tmp_path):
     alone = shutil.copy(run, tmp_path / "alone.ckpt")
     (tmp_path / "users").mkdir()
     shutil.copy(run.parent.parent / "users_seen.csv", tmp_path / "users")
-    page = report(alone)
+    page = report(alone, "--title", "Mine & <yours>")
+    assert "Mine & <yours>" in page.texts
     assert "Name the run's folder with --run" in page.text
     assert "cluster 1" in page.text
     assert "users_seen.csv" in report(alone, "--run", str(tmp_path / "users")).text
