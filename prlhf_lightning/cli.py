@@ -42,6 +42,8 @@ from prlhf_lightning.tasks import users
 from prlhf_lightning.tasks.adapt import adapt
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
+from prlhf_lightning.tasks.data_check import check
+from prlhf_lightning.tasks.data_convert import convert
 from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
@@ -66,7 +68,9 @@ TASKS: dict[str, Any] = {
         "export": users.export,
     },
     "data": {
-        "_help": "Describe feedback.",
+        "_help": "Check or describe feedback, or convert it to Parquet.",
+        "check": check,
+        "convert": convert,
         "describe": describe,
     },
 }

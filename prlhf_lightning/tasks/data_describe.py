@@ -63,6 +63,8 @@ def describe(
     """
     if max_votes < 1:
         raise ConfigurationError(f"max_votes is {max_votes}; give a number above 0.")
+    if seed < 0:
+        raise ConfigurationError(f"seed is {seed}; give a number of at least 0.")
     feedback = the_source(train, validation, None, columns, source)
     if "train" not in feedback.splits():
         raise ConfigurationError(f"{type(feedback).__name__} has no train split to describe; give it one.")

@@ -70,14 +70,14 @@ def in_words(finding: Finding) -> str:
         return "Cannot tell whether there is something to personalise: there are too few votes to hold any out."
     gain = found.by_user
     numbers = (
-        f"Knowing the user changes a user's held-out pair accuracy by {100 * gain.gain:+.1f} points on average (95% "
-        f"interval {100 * gain.low:+.1f} to {100 * gain.high:+.1f}), from {gain.shared:.3f} to {gain.personal:.3f}."
+        f"Knowing the user changes a user's held-out pair accuracy by {_points(gain.gain)} points on average (95% "
+        f"interval {_points(gain.low)} to {_points(gain.high)}), from {gain.shared:.3f} to {gain.personal:.3f}."
     )
     if found.verdict == "something":
         return f"There is something to personalise. {numbers}"
     if found.by_vote.low > 0:
         numbers += (
-            f" Over all votes the change is {100 * found.by_vote.gain:+.1f} points: {found.half_by:,} of the "
+            f" Over all votes the change is {_points(found.by_vote.gain)} points: {found.half_by:,} of the "
             f"{found.users:,} users make half of all that is gained."
         )
     if found.verdict == "next to nothing":
@@ -145,7 +145,7 @@ def _headroom(section: Section, finding: Finding) -> None:
     )
     section.table(
         ["change, in points", "estimate", "from", "to"],
-        [[name, *(f"{100 * value:+.1f}" for value in (view.gain, view.low, view.high))] for name, view in views],
+        [[name, *map(_points, (view.gain, view.low, view.high))] for name, view in views],
         "The same in numbers",
     )
     section.table(
@@ -162,7 +162,8 @@ def _headroom(section: Section, finding: Finding) -> None:
             "The models see who voted on which response, not its text: one score a response (Bradley-Terry), and, for "
             f"the second, a term of user and response of rank {_ranks(found)}."
             if finding.kind == "items"
-            else "Most responses were judged by one user alone, so the models see what can be counted in a text "
+            else "Most held-out votes are on responses that no other user judged in training, so the models see what "
+            "can be counted in a text "
             f"({', '.join(SURFACE_FEATURES)}): a weight for each, and, for the second, how each user deviates."
         )
         + f" Rank and penalties were chosen by cross-validation within the votes that the models "
@@ -331,6 +332,10 @@ def _spread(shares: _Floats, totals: _Floats) -> _Floats:
     """Spread each share evenly over what would be rounded to it, lest bars hold now two and now three values."""
     moved: _Floats = shares + np.random.default_rng(0).uniform(-0.5, 0.5, len(shares)) / totals
     return moved.clip(0, 1)
+
+
+def _points(change: float) -> str:
+    return f"{round(100 * change, 1) + 0.0:+.1f}"  # adding zero makes minus zero one of plus
 
 
 def _interval(rate: Rate) -> str:

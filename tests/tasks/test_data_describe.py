@@ -88,6 +88,8 @@ def test_what_cannot_be_described_is_refused(tmp_path):
         describe(train=path, out=tmp_path / "page.html")
     with pytest.raises(ConfigurationError, match="max_votes"):
         describe(train=path, out=tmp_path / "page.html", max_votes=0)
+    with pytest.raises(ConfigurationError, match="seed"):
+        describe(train=path, out=tmp_path / "page.html", seed=-1)
 
 
 @pytest.mark.slow
