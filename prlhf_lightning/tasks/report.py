@@ -113,9 +113,10 @@ def report(
         found.no_scores = found.cold_start = (
             f"{type(module.loss).__name__} learns from {module.loss.feedback}; only losses over pairs rank pairs."
         )
+    if whose is not None:
+        found.votes = whose.votes_by_user()  # now, as tokenising has a progress bar of its own
     with _progress() as progress:
         if whose is not None:
-            found.votes = whose.votes_by_user()
             if module.loss.feedback == "pairs":
                 _score_pairs(found, module, without, whose, max_pairs, batch_size, progress)
             sampling = replace(
