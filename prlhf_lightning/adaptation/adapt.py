@@ -126,7 +126,7 @@ def adapt_users(
 
     Args:
         model: A trained model.
-        pairs: N pairs of new users, in any order.
+        pairs: N pairs of new users, in any order, on any device.
         user_ids: The users; those of the pairs by default. One without a pair gets the generic row, bit by bit.
         prior: What is known before the pairs; fitted to the model's users by default.
         steps: Linearisations, each a forward and backward pass over the pairs; 0 settles only the kind.
@@ -138,7 +138,7 @@ def adapt_users(
     user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
     margins_of = Margins(model, pairs, batch_size)
     prior = fit_prior(model, pairs) if prior is None else prior
-    return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, pairs.records.device), margins_of, steps)
+    return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, prior.generic.device), margins_of, steps)
 
 
 class _Layout:

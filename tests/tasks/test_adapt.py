@@ -18,11 +18,12 @@ from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.losses import DPOLoss, SFTLoss
+from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.tasks.adapt import read_pairs, write_users
+from prlhf_lightning.tasks.adapt import write_users
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.user_models import (
     ClusterUserModel,
@@ -164,6 +165,13 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
 
 
+def test_pairs_go_to_the_device_of_the_model(model_path, pairs):
+    users = IndividualUserModel(1)
+    users.build(3, torch.randn(4, 8))
+    module = PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta")
+    assert Margins(module, pairs)._pairs.chosen.ids.device.type == "meta"
+
+
 @pytest.fixture(scope="module")
 def trained_file(model_path, folder):
     """A checkpoint that the command line wrote."""
@@ -171,6 +179,7 @@ def trained_file(model_path, folder):
     args = ["fit", "--model.user_model", "LowRankUserModel", "--model.user_model.num_tokens", "2"]
     args += ["--model.policy", "CausalLMPolicy", "--model.policy.model", model_path, "--model.loss", "DPOLoss"]
     args += ["--data.source", "FileSource", "--data.source.train", str(votes), "--data.cache_dir", str(folder / "c")]
+    args += ["--data.max_completion_length", "7"]
     args += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder / "runs")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prlhf_lightning"])
@@ -193,3 +202,12 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+def test_texts_become_ids_as_in_training(trained_file, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    alike = "the cat sat fast red sun moon"  # as many words as the limit of completions that it was trained with
+    row = {"user_id": "new", "prompt": "a", "chosen": f"{alike} yes", "rejected": f"{alike} no"}
+    (folder / "alike.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="are the same tokens once they are cut"):
+        main(["adapt", "--checkpoint", str(trained_file), "--feedback", str(folder / "alike.jsonl")])
