@@ -23,7 +23,7 @@ def router(services: Services) -> APIRouter:
         """List the model that is served."""
         return schemas.ModelList(data=[model])
 
-    @routes.get("/v1/models/{name}", responses=documented(401, 404, 429, 500))
+    @routes.get("/v1/models/{name:path}", responses=documented(401, 404, 429, 500))
     async def one_model(name: str, key: Caller) -> schemas.Model:
         """Describe the model."""
         if name != model.id:

@@ -192,6 +192,19 @@ def test_the_log_holds_nothing_that_people_wrote(client, caplog):
     assert "secret" not in "".join(ours)
 
 
+def test_clients_can_not_make_up_metrics(client):
+    for method in ("MADE-UP-1", "MADE-UP-2"):
+        assert client.request(method, "/v1/models").status_code == 405
+    assert "MADE-UP" not in client.get("/metrics").text
+
+
+def test_a_model_may_have_a_slash_in_its_name():
+    served = writer()
+    served.name = "org/model"
+    with serving(Services(served, EchoEngine)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any") as official:
+        assert official.models.retrieve("org/model").id == "org/model"
+
+
 def test_metrics_count_what_has_been_done(client):
     client.post("/v1/completions", json={"model": "echo", "prompt": "x", "user": "stranger"})
     said = client.get("/metrics").text
