@@ -9,7 +9,6 @@ import torch
 
 from prlhf_lightning.adaptation import UserPrior, adapt_users, fit_prior
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
@@ -78,7 +77,7 @@ class NewUsers:
         if user_id not in self._writer.vocabulary:
             for table in tables:
                 table.data = torch.cat([table.data, table.data[:1]])
-            self._writer.vocabulary = UserVocabulary([*self._writer.vocabulary.ids, user_id])
+            self._writer.vocabulary = self._writer.vocabulary.plus(user_id)
         place = int(self._writer.vocabulary.rows([user_id])[0])
         for table, part in zip(tables, torch.split(row, [table[0].numel() for table in tables]), strict=True):
             table.data[place] = part.view_as(table[place]).to(table)
