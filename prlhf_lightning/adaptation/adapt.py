@@ -175,16 +175,15 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
     first = layout.slot < _FIRST
     under = torch.stack([margins_of(prior.rows(centre), only=first)[0] for centre in prior.centres], dim=1)
 
-    def weights() -> Tensor:
+    def log_joint() -> Tensor:
         # A pair that was not scored has the margin 0 under every kind, which tells none from another.
-        return (prior.weights.log() + layout.sums(F.logsigmoid(under))).softmax(1)
+        return prior.weights.log() + layout.sums(F.logsigmoid(under))
 
-    likely = weights() > _RULED_OUT
+    likely = log_joint().softmax(1) > _RULED_OUT
     likely[:, 0] = True  # the generic user, to compare with
     for kind, centre in enumerate(prior.centres):
         under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])[0]
-    left = weights() * likely
-    return under, left / left.sum(1, keepdim=True)
+    return under, log_joint().masked_fill(~likely, -torch.inf).softmax(1)
 
 
 def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int) -> Adapted:

@@ -149,6 +149,12 @@ def test_a_body_of_unknown_length_has_the_same_limit(client):
     assert (response.status_code, code(response)) == (413, "too_large")
 
 
+def test_feedback_that_training_could_not_read_is_refused(client, log):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    before, response = log.extent(), client.post("/v1/feedback", json=PAIR | {"prompt": turns})
+    assert (response.status_code, code(response), log.extent()) == (400, "no_chat_template", before)
+
+
 def test_routes_and_methods_that_are_not_there(client):
     missing, wrong = client.get("/v1/nothing"), client.put("/v1/models")
     assert (missing.status_code, wrong.status_code, wrong.headers["allow"]) == (404, 405, "GET")

@@ -13,7 +13,17 @@ from conftest import write_votes
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
-from prlhf_lightning.adaptation import Margins, adapt_users, cold_start, fit_prior, select_pairs, suggest, trained_rows
+from prlhf_lightning.adaptation import (
+    Margins,
+    UserPrior,
+    adapt_users,
+    cold_start,
+    fit_prior,
+    select_pairs,
+    suggest,
+    trained_rows,
+)
+from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.tokenization import TokenizationSettings
@@ -163,6 +173,17 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     ):
         with pytest.raises(ConfigurationError, match=says):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
+
+
+def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
+    prior = UserPrior(torch.zeros(1), torch.ones(1, 1), torch.tensor([[0.0], [1.0]]), torch.tensor([0.5, 0.5]), 0.0)
+
+    def margins_of(row, only):  # under the kind all are wrong from the start, under the generic user from the fifth on
+        wrong = torch.full((200,), -9.0) if row else torch.cat([torch.zeros(4), torch.full((196,), -3.0)])
+        return wrong * only, None
+
+    layout = _Layout(["ann"], ["ann"] * 200, torch.device("cpu"))
+    assert _under_each_kind(prior, layout, margins_of)[1].tolist() == [[1.0, 0.0]]
 
 
 def test_pairs_go_to_the_device_of_the_model(model_path, pairs):
