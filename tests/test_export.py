@@ -213,6 +213,12 @@ def test_a_folder_with_other_files_is_not_written_into(exported, tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine", "config.json": "{}"}
 
 
+def test_a_folder_can_not_be_a_file(exported, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=r"folder: .*file is a file"):
+        export(exported[0], tmp_path / "file")
+
+
 def test_a_project_that_mentions_the_package_is_no_export(exported, tmp_path):
     (tmp_path / "README.md").write_text("# Mine\n\nMade with prlhf_lightning.\n")
     (tmp_path / "my-config.json").write_text("{}")
@@ -266,6 +272,8 @@ def test_composite_models_with_text_come_back(model_paths, tmp_path):
     [
         ("prlhf.json", '{"format": 99}', "format is 99, and this version reads formats up to 1"),
         ("prlhf.json", "[]", "holds no JSON object"),
+        ("prlhf.json", '{"format": 1}', "prlhf.json has no 'name'"),
+        ("users.json", "{}", "users.json has no 'users'"),
         ("users.json", None, "has no users.json"),
         ("user_model.safetensors", "rubbish", "user_model.safetensors does not fit prlhf.json or can't be read"),
     ],

@@ -57,8 +57,12 @@ def router(services: Services) -> APIRouter:
     def users(  # not async: a thread sorts what may be a million ids
         key: Caller, asked: Annotated[schemas.UserQuery, Query()]
     ) -> schemas.UserList:
-        """List users whom the model knows and the caller may write for, in the order of their ids."""
-        found = directory.find(services.writer.vocabulary, asked.prefix, key)
+        """List users whom the model knows and the caller may write for, in the order of their ids.
+
+        There are none where the model knows them by pseudonyms, from which nobody can tell the ids to give.
+        """
+        known = services.writer.vocabulary if services.rename is str else UserVocabulary(())
+        found = directory.find(known, asked.prefix, key)
         listed = list(islice(found, asked.limit + 1))
         data = [schemas.User(id=user) for user in listed[: asked.limit]]
         return schemas.UserList(data=data, has_more=len(listed) > asked.limit)

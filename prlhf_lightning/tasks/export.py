@@ -83,6 +83,8 @@ def export(
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier export has left: another model, or users who are not to be in this one."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"folder: {folder} is a file; give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
         raise ConfigurationError(f"folder: {folder} has files in it that `export` did not write; give a new folder.")

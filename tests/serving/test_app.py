@@ -80,6 +80,7 @@ def test_users_are_known_by_their_pseudonyms():
             "known",
             "ann",
         )
+        assert httpx.get(f"{url}/v1/users").json()["data"] == []  # pseudonyms are no ids to write for
 
 
 def test_a_stream_is_the_answer_in_pieces(client):
