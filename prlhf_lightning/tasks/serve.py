@@ -44,7 +44,7 @@ def serve(
         name: What the model is called in the API; its own name if none is given.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
         adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback
-            log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint, from a file.
+            log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
         max_tokens: Most tokens of an answer.
