@@ -9,7 +9,6 @@ from typing import Annotated
 
 from fastapi import APIRouter, Query
 
-from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller
 from prlhf_lightning.serving.api_errors import APIError, documented
@@ -18,21 +17,22 @@ from prlhf_lightning.serving.services import Services
 
 
 class Directory:
-    """The ids of a vocabulary in their order, in which those that begin alike stand together."""
+    """The ids of users in their order, in which those that begin alike stand together."""
 
     def __init__(self) -> None:
-        self._vocabulary, self._ids = UserVocabulary(()), list[str]()
+        self._given, self._sorted = tuple[str, ...](), list[str]()
 
-    def find(self, vocabulary: UserVocabulary, prefix: str, key: APIKey) -> Iterator[str]:
+    def find(self, ids: tuple[str, ...], prefix: str, key: APIKey) -> Iterator[str]:
         """Yield the ids that begin so and that the key is for; of a million, only those that it may be for are seen."""
-        if vocabulary is not self._vocabulary:  # the first time, or after a user was learned
-            self._ids, self._vocabulary = sorted(vocabulary.ids), vocabulary
-        ids, begins = self._ids, max(prefix, key.prefix, key=len)
-        for place in range(bisect_left(ids, begins), len(ids)):
-            if not ids[place].startswith(begins):
+        if ids is not self._given:  # the first time, or after a user was learned
+            self._sorted, self._given = sorted(ids), ids
+        found, begins = self._sorted, max(prefix, key.prefix, key=len)
+        for place in range(bisect_left(found, begins), len(found)):
+            user = found[place]
+            if not user.startswith(begins):
                 return
-            if ids[place].startswith(prefix) and key.may_act_for(ids[place]):
-                yield ids[place]
+            if user.startswith(prefix) and key.may_act_for(user):
+                yield user
 
 
 def router(services: Services) -> APIRouter:
@@ -61,7 +61,7 @@ def router(services: Services) -> APIRouter:
 
         There are none where the model knows them by pseudonyms, from which nobody can tell the ids to give.
         """
-        known = services.writer.vocabulary if services.rename is str else UserVocabulary(())
+        known = services.writer.vocabulary.ids if services.rename is str else ()
         found = directory.find(known, asked.prefix, key)
         listed = list(islice(found, asked.limit + 1))
         data = [schemas.User(id=user) for user in listed[: asked.limit]]
