@@ -22,8 +22,8 @@ import torch
 from prlhf_lightning.adaptation import cold_start, fit_prior, select_pairs, trained_rows
 from prlhf_lightning.adaptation.margins import Margins
 from prlhf_lightning.data.tokenization import TokenizationSettings
-from prlhf_lightning.tasks.adapt import read_pairs
 from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.types import PreferenceBatch
 
 

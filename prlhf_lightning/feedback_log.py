@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import sqlalchemy as sql
-from sqlalchemy.exc import IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 
@@ -38,6 +38,9 @@ FEEDBACK = sql.Table(
     sql.UniqueConstraint("source", "id"),
     sqlite_autoincrement=True,  # so that the number of a removed row is never given to another
 )
+
+_IS_PAIR = FEEDBACK.c.chosen != FEEDBACK.c.rejected
+_ORDER = 0x7072_6C68  # of the PostgreSQL lock under which rows get their numbers
 
 
 class FeedbackLogError(PRLHFError, OSError):
@@ -108,7 +111,10 @@ class FeedbackLog:
             address = sql.make_url(url if "://" in url else f"sqlite:///{url}")
             if address.drivername in ("postgres", "postgresql"):
                 address = address.set(drivername="postgresql+psycopg")
-            if not create and address.database and address.drivername == "sqlite" and not _is_file(address.database):
+            self._is_sqlite = address.get_backend_name() == "sqlite"
+            if self._is_sqlite and address.database in (None, "", ":memory:"):
+                raise ConfigurationError("url: a feedback log in memory would be lost; write sqlite:///file.db.")
+            if self._is_sqlite and not create and not Path(str(address.database)).is_file():
                 raise ConfigurationError(f"url: there is no feedback log {address.database}; check the path.")
             self.name = address.render_as_string(hide_password=True)
             self._engine = sql.create_engine(address, pool_pre_ping=True)
@@ -120,11 +126,14 @@ class FeedbackLog:
             raise ConfigurationError(
                 f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
             ) from error
-        if address.drivername.startswith("sqlite"):
+        if self._is_sqlite:
             sql.event.listen(self._engine, "connect", _make_durable)
         if create:
             with self._errors():
-                FEEDBACK.metadata.create_all(self._engine)
+                try:
+                    FEEDBACK.metadata.create_all(self._engine)
+                except DBAPIError:  # another process may have made it since it was looked for
+                    FEEDBACK.metadata.create_all(self._engine)
 
     def append(self, feedback: Feedback) -> bool:
         """Write feedback down for good. Return False where the same had been written before.
@@ -137,6 +146,8 @@ class FeedbackLog:
         with self._errors():
             try:
                 with self._engine.begin() as connection:
+                    if not self._is_sqlite:  # rows become visible in the order of their numbers, as `until` needs
+                        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ORDER)))
                     connection.execute(FEEDBACK.insert(), row)
                 return True
             except IntegrityError:
@@ -155,16 +166,20 @@ class FeedbackLog:
         with self._errors(), self._engine.connect() as connection:
             return Extent(*connection.execute(query).one())
 
-    def pairs(self, until: int | None = None, user_id: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+    def pairs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each pair after its row's number, in the order of receipt, without ties.
 
         Args:
             until: The last row's number that counts.
-            user_id: Whose pairs, if not everybody's.
         """
-        table = FEEDBACK.c
-        query = sql.select(FEEDBACK).where(table.chosen != table.rejected)
-        yield from self._records(query if user_id is None else query.where(table.user_id == user_id), until)
+        yield from self._records(sql.select(FEEDBACK).where(_IS_PAIR), until)
+
+    def newest_pairs(self, user_id: str, most: int) -> list[dict[str, Any]]:
+        """Return a user's last pairs, at most so many, in the order of receipt, without ties."""
+        query = sql.select(FEEDBACK).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
+        with self._errors(), self._engine.connect() as connection:
+            rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
+        return [_record(row) for row in reversed(rows)]
 
     def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each thumb after its row's number, in the order of receipt.
@@ -213,10 +228,6 @@ def _record(row: Any) -> dict[str, Any]:
     return record
 
 
-def _is_file(path: str) -> bool:
-    return Path(path).is_file()
-
-
 def _make_durable(connection: Any, _: Any) -> None:
-    for setting in ("journal_mode=WAL", "synchronous=FULL", "fullfsync=ON", "busy_timeout=10000"):
+    for setting in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
         connection.execute(f"PRAGMA {setting}")

@@ -213,6 +213,31 @@ def test_a_folder_with_other_files_is_not_written_into(exported, tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"README.md": "mine", "config.json": "{}"}
 
 
+def test_a_folder_can_not_be_a_file(exported, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(SystemExit, match=r"folder: .*file is a file"):
+        export(exported[0], tmp_path / "file")
+
+
+def test_a_project_that_mentions_the_package_is_no_export(exported, tmp_path):
+    (tmp_path / "README.md").write_text("# Mine\n\nMade with prlhf_lightning.\n")
+    (tmp_path / "my-config.json").write_text("{}")
+    with pytest.raises(SystemExit, match="has files in it that `export` did not write"):
+        export(exported[0], tmp_path)
+    assert (tmp_path / "my-config.json").exists()
+
+
+def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path):
+    export(exported[0], tmp_path / "e")
+    (tmp_path / "e" / "chat_template.jinja").write_text("of another model")
+    with pytest.raises(SystemExit, match="'eve' is not in this checkpoint"):
+        export(exported[0], tmp_path / "e", "--peft_users", "[eve]")
+    assert (tmp_path / "e" / "prlhf.json").exists()  # what can't be done costs nothing
+    export(exported[0], tmp_path / "e", "--user_vectors", "false")
+    assert AutoTokenizer.from_pretrained(tmp_path / "e").chat_template is None
+    assert "user_vectors" not in (tmp_path / "e" / "README.md").read_text()
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -247,6 +272,8 @@ def test_composite_models_with_text_come_back(model_paths, tmp_path):
     [
         ("prlhf.json", '{"format": 99}', "format is 99, and this version reads formats up to 1"),
         ("prlhf.json", "[]", "holds no JSON object"),
+        ("prlhf.json", '{"format": 1}', "prlhf.json has no 'name'"),
+        ("users.json", "{}", "users.json has no 'users'"),
         ("users.json", None, "has no users.json"),
         ("user_model.safetensors", "rubbish", "user_model.safetensors does not fit prlhf.json or can't be read"),
     ],

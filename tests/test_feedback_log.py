@@ -11,11 +11,12 @@ import time
 from threading import Thread
 
 import pytest
+import sqlalchemy as sql
 
 from prlhf_lightning.data import FeedbackLogSource, FeedbackRecord, PreferenceDataModule
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.feedback_log import ConflictError, Feedback, FeedbackLog, FeedbackLogError
+from prlhf_lightning.feedback_log import FEEDBACK, ConflictError, Feedback, FeedbackLog, FeedbackLogError
 
 SERVER = os.environ.get("PRLHF_TEST_POSTGRES_URL")
 
@@ -59,11 +60,43 @@ def test_pairs_come_as_training_reads_them(url):
     assert rows[1:] == [
         {"user_id": "zoë", "user_text": "likes 李", "prompt": messages, "chosen": answers[0], "rejected": answers[1]}
     ]
-    assert [row["user_id"] for _, row in log.pairs(user_id="zoë")] == ["zoë"]
+    assert [row["user_id"] for row in log.newest_pairs("zoë", 5)] == ["zoë"]
     thumbs = [
         parse_record(row, "here", feedback="thumbs") for _, row in FeedbackLogSource(url, thumbs=True).rows("train")
     ]
     assert thumbs == [FeedbackRecord("ann", "a cat", "yes", thumb=True)]
+
+
+def test_of_a_user_the_newest_pairs_are_read(url):
+    log = FeedbackLog(url)
+    for number in range(9):
+        log.append(pair(number, "ann" if number % 2 else "bob", chosen=f"answer {number}"))
+    log.append(pair(9, chosen="no"))  # a tie
+    assert [row["chosen"] for row in log.newest_pairs("ann", 3)] == ["answer 3", "answer 5", "answer 7"]
+
+
+def test_two_processes_may_make_the_table_at_once(tmp_path):
+    url, others = str(tmp_path / "feedback.db"), []
+    sql.event.listen(FEEDBACK, "before_create", lambda *_, **__: others or others.append(1) or FeedbackLog(url))
+    assert FeedbackLog(url).append(pair())
+    assert others
+
+
+def test_rows_become_visible_in_the_order_of_their_numbers(url):
+    slow, quick = FeedbackLog(url), FeedbackLog(url)
+    sql.event.listen(slow._engine, "commit", lambda _: time.sleep(0.5))
+    thread = Thread(target=slow.append, args=(pair(0),))
+    thread.start()
+    time.sleep(0.2)
+    quick.append(pair(1))
+    assert quick.extent().rows == 2
+    thread.join()
+
+
+@pytest.mark.parametrize("address", ["sqlite://", "sqlite:///:memory:", ":memory:"])
+def test_a_log_in_memory_is_refused(address):
+    with pytest.raises(ConfigurationError, match="in memory would be lost"):
+        FeedbackLog(address)
 
 
 def test_many_threads_write_at_once(url):

@@ -126,7 +126,7 @@ def adapt_users(
 
     Args:
         model: A trained model.
-        pairs: N pairs of new users, in any order.
+        pairs: N pairs of new users, in any order, on any device.
         user_ids: The users; those of the pairs by default. One without a pair gets the generic row, bit by bit.
         prior: What is known before the pairs; fitted to the model's users by default.
         steps: Linearisations, each a forward and backward pass over the pairs; 0 settles only the kind.
@@ -138,7 +138,7 @@ def adapt_users(
     user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
     margins_of = Margins(model, pairs, batch_size)
     prior = fit_prior(model, pairs) if prior is None else prior
-    return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, pairs.records.device), margins_of, steps)
+    return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, prior.generic.device), margins_of, steps)
 
 
 class _Layout:
@@ -175,16 +175,15 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
     first = layout.slot < _FIRST
     under = torch.stack([margins_of(prior.rows(centre), only=first)[0] for centre in prior.centres], dim=1)
 
-    def weights() -> Tensor:
+    def log_joint() -> Tensor:
         # A pair that was not scored has the margin 0 under every kind, which tells none from another.
-        return (prior.weights.log() + layout.sums(F.logsigmoid(under))).softmax(1)
+        return prior.weights.log() + layout.sums(F.logsigmoid(under))
 
-    likely = weights() > _RULED_OUT
+    likely = log_joint().softmax(1) > _RULED_OUT
     likely[:, 0] = True  # the generic user, to compare with
     for kind, centre in enumerate(prior.centres):
         under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])[0]
-    left = weights() * likely
-    return under, left / left.sum(1, keepdim=True)
+    return under, log_joint().masked_fill(~likely, -torch.inf).softmax(1)
 
 
 def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins_of: Margins, steps: int) -> Adapted:

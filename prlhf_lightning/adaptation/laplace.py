@@ -31,10 +31,6 @@ class Posterior:
         """`[B, k]` standard deviation of each dimension: 1 before the first pair."""
         return self.covariance.diagonal(dim1=1, dim2=2).sqrt()
 
-    def margin_variance(self, slopes: Tensor) -> Tensor:
-        """Return the variance of margins `[B, n]` whose gradients by the code are `[B, n, k]`."""
-        return torch.einsum("bnk,bkl,bnl->bn", slopes, self.covariance, slopes)
-
 
 def negative_log_posterior(margins: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
     """`-sum log σ(Δ) + |z|²/2` of each user, `[B]`, up to a constant: Bradley-Terry under a standard normal prior.

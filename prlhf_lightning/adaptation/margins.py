@@ -21,7 +21,7 @@ class Margins:
 
     Args:
         model: A trained model.
-        pairs: N pairs.
+        pairs: N pairs, on any device.
         batch_size: Pairs in a pass of the policy; small ones keep a small model's activations in a CPU's cache.
     """
 
@@ -31,8 +31,9 @@ class Margins:
                 f"adapt: {type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned by a loss "
                 "that ranks pairs only."
             )
-        self._model, self._pairs, self._batch_size = model, pairs, batch_size
         self._tables = _row_tables(model)
+        pairs = pairs.to(next(iter(self._tables.values())).device)
+        self._model, self._pairs, self._batch_size = model, pairs, batch_size
         # Pairs of like length side by side, which saves the padding.
         lengths = pairs.prompt.mask.sum(1) + torch.maximum(pairs.chosen.mask.sum(1), pairs.rejected.mask.sum(1))
         self._order = lengths.argsort(stable=True)
@@ -53,7 +54,7 @@ class Margins:
         """
         rows = rows.expand(len(self._pairs), -1)
         margins, slopes = rows.new_zeros(len(rows)), torch.zeros_like(rows) if gradients else None
-        order = self._order if only is None else self._order[only[self._order]]
+        order = self._order if only is None else self._order[only.to(self._order.device)[self._order]]
         was_training = self._model.training
         self._model.eval()  # without dropout
         try:

@@ -30,6 +30,14 @@ class UserVocabulary:
             twice = next(user_id for user_id in self.ids if user_id in seen or seen.add(user_id))  # type: ignore[func-returns-value]
             raise ConfigurationError(f"The user id {twice!r} stands twice in the vocabulary; give each user one row.")
 
+    def plus(self, user_id: str) -> UserVocabulary:
+        """Return a vocabulary with one more user, in the row after the last; far quicker than making one anew."""
+        if user_id in self:
+            raise ConfigurationError(f"The user id {user_id!r} is in the vocabulary already.")
+        more = UserVocabulary(())
+        more.ids, more._row_of = (*self.ids, user_id), {**self._row_of, user_id: len(self)}
+        return more
+
     def __len__(self) -> int:
         """Return the number of rows of the user table, the generic user's included."""
         return len(self.ids) + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -34,6 +35,12 @@ class _Text:
     def rows(self) -> int:
         return len(self.prepared.conditions)
 
+    @property
+    def length(self) -> int:
+        """Positions of its longest row in the end."""
+        vectors = max(len(condition.vectors) for condition in self.prepared.conditions)
+        return vectors + len(self.prepared.prompt) + self.prepared.max_new_tokens
+
 
 class Engine:
     """Iteration-level (continuous) batching, as of Orca (Yu et al. 2022): one token for every running text a step.
@@ -46,13 +53,18 @@ class Engine:
     Args:
         writer: The model.
         max_batch_rows: Most rows that are computed at a time; what is added beyond waits its turn.
+        max_batch_tokens: Most positions, keys and values of which are kept: rows by the length of the longest, since
+            one long text takes as much for each row beside it. A text that needs more is written alone. None for any
+            number.
     """
 
-    def __init__(self, writer: PersonalizedWriter, max_batch_rows: int = 64) -> None:
+    def __init__(
+        self, writer: PersonalizedWriter, max_batch_rows: int = 64, max_batch_tokens: int | None = None
+    ) -> None:
         if max_batch_rows < 1:
             raise ConfigurationError(f"max_batch_rows is {max_batch_rows}; it must be 1 or more.")
         self._writer = writer
-        self._max_batch_rows = max_batch_rows
+        self._max_batch_rows, self._max_batch_tokens = max_batch_rows, max_batch_tokens or math.inf
         self._rows = Rows(writer.lm)
         self._waiting: deque[_Text] = deque()
         self._running: list[_Text] = []  # in the order of their rows
@@ -125,11 +137,14 @@ class Engine:
 
     def _admit(self) -> list[_Text]:
         """Take from the queue, in its order, what there is room for."""
-        free = self._max_batch_rows - len(self._rows)
+        rows, longest = len(self._rows), max((text.length for text in self._running), default=0)
         new: list[_Text] = []
-        while self._waiting and self._waiting[0].rows <= free:
+        while self._waiting:
+            text = self._waiting[0]
+            alone, rows, longest = not rows, rows + text.rows, max(longest, text.length)
+            if rows > self._max_batch_rows or (rows * longest > self._max_batch_tokens and not alone):
+                break
             new.append(self._waiting.popleft())
-            free -= new[-1].rows
         return new
 
     def _mixed(self, logits: Tensor) -> Tensor:

@@ -75,7 +75,9 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
             f"{folder / SETTINGS}: format is {settings.get('format')!r}, and this version reads formats up to {FORMAT};"
             " use the version that wrote the folder, or a later one."
         )
-    vocabulary = UserVocabulary(_json(folder / USERS)["users"])
+    for field in ("name", "user_model", "tokenization"):
+        _get(settings, field, folder / SETTINGS)
+    vocabulary = UserVocabulary(_get(_json(folder / USERS), "users", folder / USERS))
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         lm = _load_lm(folder, settings, trust_remote_code)
@@ -124,6 +126,12 @@ def _json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds no JSON object; export the folder again.")
     return content
+
+
+def _get(content: Mapping[str, Any], field: str, path: Path) -> Any:
+    if field not in content:
+        raise ConfigurationError(f"{path} has no {field!r}; export the folder again.")
+    return content[field]
 
 
 def instantiate(spec: Mapping[str, Any], where: str) -> UserModel:

@@ -29,6 +29,7 @@ def choose(logits: Tensor, temperatures: Tensor, top_ps: Tensor, chances: Tensor
     reached = kept.cumsum(-1)
     target = chances[sampled, None] * reached[:, -1:]
     places = torch.searchsorted(reached, target, right=True)
-    last = (kept > 0).sum(-1, keepdim=True) - 1
+    # At least the first, so that a text whose logits are NaN takes no other text with it.
+    last = ((kept > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     tokens[sampled] = order.gather(-1, torch.minimum(places, last))[:, 0]
     return tokens

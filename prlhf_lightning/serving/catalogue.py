@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from itertools import islice
 from typing import Annotated
 
@@ -10,12 +12,33 @@ from fastapi import APIRouter, Query
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller
 from prlhf_lightning.serving.api_errors import APIError, documented
+from prlhf_lightning.serving.keys import APIKey
 from prlhf_lightning.serving.services import Services
+
+
+class Directory:
+    """The ids of users in their order, in which those that begin alike stand together."""
+
+    def __init__(self) -> None:
+        self._given, self._sorted = tuple[str, ...](), list[str]()
+
+    def find(self, ids: tuple[str, ...], prefix: str, key: APIKey) -> Iterator[str]:
+        """Yield the ids that begin so and that the key is for; of a million, only those that it may be for are seen."""
+        if ids is not self._given:  # the first time, or after a user was learned
+            self._sorted, self._given = sorted(ids), ids
+        found, begins = self._sorted, max(prefix, key.prefix, key=len)
+        for place in range(bisect_left(found, begins), len(found)):
+            user = found[place]
+            if not user.startswith(begins):
+                return
+            if user.startswith(prefix) and key.may_act_for(user):
+                yield user
 
 
 def router(services: Services) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["catalogue"])
+    directory = Directory()
     model = schemas.Model(id=services.writer.name, created=services.started)
 
     @routes.get("/v1/models", responses=documented(401, 429, 500))
@@ -23,7 +46,7 @@ def router(services: Services) -> APIRouter:
         """List the model that is served."""
         return schemas.ModelList(data=[model])
 
-    @routes.get("/v1/models/{name}", responses=documented(401, 404, 429, 500))
+    @routes.get("/v1/models/{name:path}", responses=documented(401, 404, 429, 500))
     async def one_model(name: str, key: Caller) -> schemas.Model:
         """Describe the model."""
         if name != model.id:
@@ -31,13 +54,15 @@ def router(services: Services) -> APIRouter:
         return model
 
     @routes.get("/v1/users", responses=documented(400, 401, 429, 500))
-    def users(  # not async: a thread looks through what may be a million ids
+    def users(  # not async: a thread sorts what may be a million ids
         key: Caller, asked: Annotated[schemas.UserQuery, Query()]
     ) -> schemas.UserList:
-        """List users whom the model knows and the caller may write for."""
-        found = (
-            user for user in services.writer.vocabulary.ids if user.startswith(asked.prefix) and key.may_act_for(user)
-        )
+        """List users whom the model knows and the caller may write for, in the order of their ids.
+
+        There are none where the model knows them by pseudonyms, from which nobody can tell the ids to give.
+        """
+        known = services.writer.vocabulary.ids if services.rename is str else ()
+        found = directory.find(known, asked.prefix, key)
         listed = list(islice(found, asked.limit + 1))
         data = [schemas.User(id=user) for user in listed[: asked.limit]]
         return schemas.UserList(data=data, has_more=len(listed) > asked.limit)

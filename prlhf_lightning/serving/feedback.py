@@ -36,12 +36,14 @@ def router(services: Services, log: FeedbackLog) -> APIRouter:
         if not isinstance(given, str) and given[-1]["role"] == "assistant":
             message = "The prompt ends with an answer; give that as chosen, rejected or completion."
             raise APIError(400, message, "prompt_ends_with_answer", "prompt")
+        prompt = services.prompt(given)
+        services.check_conversation(prompt, "prompt")  # training would stop at it
         feedback = Feedback(
             source=key.name,
             id=body.id or uuid4().hex,
             received=time.time(),
             user_id=body.user,
-            prompt=services.prompt(given),
+            prompt=prompt,
             user_text=body.user_text,
             **_judgement(body),
         )

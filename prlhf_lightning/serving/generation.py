@@ -120,7 +120,7 @@ async def _begin(
     if body.model != services.writer.name:
         message = "There is no such model here; /v1/models names the one that there is."
         raise APIError(404, message, "model_not_found", "model")
-    services.check_conversation(prompt)
+    services.check_conversation(prompt, "messages")
     whom = list(body.blend or ([] if body.user is None else [body.user]))
     check_users(key, whom, "blend" if body.blend else "user")
     unknown = [user for user in whom if services.rename(user) not in services.writer.vocabulary]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import time
 import tomllib
@@ -34,6 +35,11 @@ class APIKey:
     name: str
     sha256: str
     users: str = "*"
+
+    @property
+    def prefix(self) -> str:
+        """How the ids of all its users begin."""
+        return re.split(r"[*?\[]", self.users, maxsplit=1)[0]
 
     def may_act_for(self, user: str) -> bool:
         """Whether the key is for this user."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from functools import partial
 
 from fastapi import APIRouter
@@ -13,7 +12,7 @@ from prlhf_lightning.feedback_log import FeedbackLog, FeedbackLogError
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller, check_users
 from prlhf_lightning.serving.api_errors import APIError, documented
-from prlhf_lightning.serving.scheduler import Closing, EngineFailed
+from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded
 from prlhf_lightning.serving.services import Learner, Services
 
 _MOST_PAIRS = 200  # the newest; writing waits while a user is learned
@@ -28,14 +27,16 @@ def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
         """Learn a user whom the model was not trained on from the pairs in the feedback log, again with every call."""
         check_users(key, [body.user], "user")
         try:
-            rows = await run_in_threadpool(lambda: deque((row for _, row in log.pairs(user_id=body.user)), _MOST_PAIRS))
+            rows = await run_in_threadpool(log.newest_pairs, body.user, _MOST_PAIRS)
             if not rows:
                 raise APIError(409, "There are no pairs of this user yet.", "no_pairs", "user")
-            await services.scheduler.call(partial(learner, services.rename(body.user), list(rows)))
+            await services.scheduler.call(partial(learner, services.rename(body.user), rows))
         except FeedbackLogError as error:
             raise APIError(503, "The feedback log can't be read now.", "log_unavailable", retry_after=5) from error
         except PRLHFError as error:
             raise APIError(409, str(error), "cannot_learn", "user") from error
+        except Overloaded:
+            raise APIError(429, "Others are being learned; try again later.", "overloaded", retry_after=2) from None
         except Closing:
             raise APIError(503, "The server is shutting down.", "closing", retry_after=5) from None
         except EngineFailed:

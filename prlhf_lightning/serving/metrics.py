@@ -16,7 +16,7 @@ _HELP = {
     "prlhf_engine_step_seconds": "Time of a step of the engine: a token for all that are being written.",
     "prlhf_engine_failures_total": "Steps that failed, and with them all that was being written.",
     "prlhf_feedback_total": "Feedback written down, by kind.",
-    "prlhf_unknown_users_total": "Requests for users whom the model does not know; the generic user stood in.",
+    "prlhf_unknown_users_total": "Users of requests whom the model does not know; the generic user stood in.",
     "prlhf_open_requests": "Requests for text that are waiting or being written.",
 }
 _Key = tuple[str, tuple[tuple[str, str], ...]]

@@ -58,8 +58,9 @@ class AccessLog:
                 )
         finally:
             seconds = time.monotonic() - started
-            route = getattr(scope.get("route"), "path", "none")
-            method = scope["method"] if route != "none" else "any"  # of the many that a client can make up
+            route = getattr(scope.get("route"), "path_format", "none")
+            # Of routes and methods that are not there a client can make up any number.
+            method = "any" if route == "none" or status == 405 else scope["method"]
             self.metrics.count("prlhf_http_requests_total", route=route, method=method, status=str(status))
             self.metrics.observe("prlhf_http_request_seconds", seconds, route=route)
             line = {

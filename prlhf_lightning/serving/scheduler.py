@@ -19,6 +19,7 @@ from prlhf_lightning.serving.metrics import Metrics
 T = TypeVar("T")
 _log = logging.getLogger("prlhf_lightning.serving")
 _FAILURES_UNTIL_UNWELL = 3
+_MOST_CALLS = 4  # that wait; each holds up all that is being written
 
 
 class WritingEngine(Protocol):
@@ -127,6 +128,7 @@ class Scheduler:
         self._writing: dict[int, Ticket] = {}
         self._ending = False
         self._failures = 0  # since the last step that went well
+        self._calls = 0  # that have not been answered
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         metrics.gauge("prlhf_open_requests", lambda: len(self._open))
 
@@ -167,15 +169,23 @@ class Scheduler:
         """Have the thread call something between two steps, and return what it returns; writing waits meanwhile.
 
         Raises:
+            Overloaded: Too many calls are waiting.
             Closing: The server is shutting down.
             EngineFailed: Something unforeseen went wrong.
             PRLHFError: As the function raises it.
         """
         if self._closing or not self._thread.is_alive():
             raise Closing
+        if self._calls >= _MOST_CALLS:
+            raise Overloaded
         done: asyncio.Future[T] = self._loop.create_future()
+        self._calls += 1
+        done.add_done_callback(self._called)
         self._inbox.put(_Call(function, done))
         return await done
+
+    def _called(self, _: object) -> None:
+        self._calls -= 1
 
     async def drain(self) -> None:
         """Take in nothing more, let the engine finish what it writes, and end the thread."""
@@ -218,7 +228,10 @@ class Scheduler:
                     self._answer(order.done, EngineFailed())
 
     def _obey(self) -> None:
-        """Take in and cancel requests; where there is nothing to write, wait for one."""
+        """Take in and cancel requests; where there is nothing to write, wait for one.
+
+        At most one call, so that any number of them can't stop the writing.
+        """
         while not self._inbox.empty() or (self._engine.idle and not self._ending):
             order = self._inbox.get()
             if order is None:
@@ -227,6 +240,7 @@ class Scheduler:
                 self._add(order)
             elif isinstance(order, _Call):
                 self._do(order)
+                return
             elif self._writing.get(order.ticket.number) is order.ticket:  # not of an engine that has failed since
                 del self._writing[order.ticket.number]
                 self._engine.cancel(order.ticket.number)

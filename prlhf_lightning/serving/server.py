@@ -53,9 +53,11 @@ def run(
     with _listen(host, port) as listener:
         log = FeedbackLog(feedback) if feedback else None
         writer, learner = load()
-        services = Services(
-            writer, lambda: Engine(writer, limits.max_batch), log, ring, limits, rename=rename, learner=learner
-        )
+
+        def engine() -> Engine:
+            return Engine(writer, limits.max_batch, limits.max_batch_tokens)
+
+        services = Services(writer, engine, log, ring, limits, rename=rename, learner=learner)
         config = uvicorn.Config(
             create_app(services),
             access_log=False,  # ours says more, and less of what people wrote

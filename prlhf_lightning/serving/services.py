@@ -73,8 +73,8 @@ class Services:
         is_one_turn = not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]
         return texts[0] if is_one_turn and not self.writer.tokenizer.chat_template else prompt
 
-    def check_conversation(self, prompt: Prompt) -> None:
+    def check_conversation(self, prompt: Prompt, param: str) -> None:
         """Refuse turns where the model knows none."""
         if not isinstance(prompt, str) and not self.writer.tokenizer.chat_template:
             message = "This model has no chat template: send one message, of role user."
-            raise APIError(400, message, "no_chat_template", "messages")
+            raise APIError(400, message, "no_chat_template", param)

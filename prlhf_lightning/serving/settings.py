@@ -15,6 +15,8 @@ class Limits:
         max_tokens: Most tokens of an answer.
         max_open: Most requests for text that are waiting or being written at once; the next ones get 429.
         max_batch: Most texts that are written at once.
+        max_batch_tokens: Most positions for which the model keeps keys and values: texts written at once by the length
+            of the longest, its answer included.
         max_prompt: Most characters of a prompt; a longer one gets 413.
         max_body: Most bytes of a request; a larger one gets 413.
         requests_per_minute: Requests of one API key (without keys: of one address) in the long run; more get 429.
@@ -24,6 +26,7 @@ class Limits:
     max_tokens: int = 512
     max_open: int = 256
     max_batch: int = 64
+    max_batch_tokens: int = 131_072
     max_prompt: int = 65_536
     max_body: int = 1_048_576
     requests_per_minute: float | None = None

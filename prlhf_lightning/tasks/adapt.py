@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,13 +12,11 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
-from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.collate import collate
-from prlhf_lightning.data.records import parse_record
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import PreferenceBatch
 
@@ -36,9 +32,6 @@ def adapt(
     pool: Path | None = None,
     kinds: int = 4,
     steps: int = 0,
-    max_prompt_length: int = 512,
-    max_completion_length: int = 512,
-    chat_template: bool = False,
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
@@ -54,16 +47,13 @@ def adapt(
         pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
         kinds: Most kinds of trained users that a new one is compared with.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
-        max_prompt_length: As the model was trained with.
-        max_completion_length: As the model was trained with.
-        chat_template: As the model was trained with.
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     model = load_module(checkpoint, "checkpoint")
-    settings = TokenizationSettings(max_prompt_length, max_completion_length, chat_template=chat_template)
+    settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     pairs, _ = read_pairs(model, feedback, settings)
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
@@ -100,40 +90,6 @@ def _read_users(
     if output is not None:
         write_users(checkpoint, output, encoded)
         console.print(f"Added to {output}")
-
-
-def read_pairs(
-    model: PersonalizedLM, path: Path, settings: TokenizationSettings, anyone: bool = False
-) -> tuple[PreferenceBatch, list[str]]:
-    """Read and tokenise a file of pairs.
-
-    Args:
-        model: Whose tokenizer is used.
-        path: A file of any format that training reads.
-        settings: How texts become ids.
-        anyone: Whether rows may do without a user.
-
-    Returns:
-        The pairs, and where each stands in the file.
-    """
-    wheres, rows = [], []
-    blank: Mapping[str, Any] = {"user_id": "anyone"} if anyone else {}
-    for where, row in FileSource(path).rows("train"):
-        wheres.append(where)
-        rows.append({**blank, **row})
-    if not rows:
-        raise ConfigurationError(f"{path}: there is no row in it; give one pair or more.")
-    records = [parse_record(row, where) for row, where in zip(rows, wheres, strict=True)]
-    tokenized = FeedbackTokenizer(model.policy.tokenizer, settings)(records, wheres)
-    names = ("user_text", "prompt", "chosen", "rejected")
-    kept = [
-        (number, {"user_id": record.user_id, "record": number} | {f"{n}_ids": getattr(ids, n) for n in names})
-        for number, (record, ids) in enumerate(zip(records, tokenized, strict=True))
-        if ids is not None and not ids.tie
-    ]
-    if not kept:
-        raise ConfigurationError(f"{path}: in every row both completions are the same tokens once they are cut.")
-    return collate([row for _, row in kept]), [wheres[number] for number, _ in kept]
 
 
 def write_users(checkpoint: Path, output: Path, users: Adapted | Encoded) -> None:

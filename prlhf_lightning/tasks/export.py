@@ -20,7 +20,11 @@ from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
-from prlhf_lightning.tasks.model_card import model_card
+from prlhf_lightning.tasks.model_card import is_card, model_card
+
+# What an export may leave that the next one does not replace.
+_LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]
+_LEFT += [USERS, "user_vectors*", "peft_users"]
 
 
 def export(
@@ -57,8 +61,11 @@ def export(
         _check_adapters(policy, bool(peft_users))
     if not users and (prompt_embeds or peft_users):
         raise ConfigurationError("users: prompt_embeds and peft_users are about users; leave out `--users false`.")
+    named = peft_users if isinstance(peft_users, list) else []
+    if missing := [user_id for user_id in named if user_id not in module.vocabulary]:
+        raise ConfigurationError(f"peft_users: {missing[0]!r} is not in this checkpoint; `users list` shows who is.")
     _clear(folder)
-    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users)
+    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users, user_vectors)
     _write(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
     _write_lm(policy, folder, adapters)
     _write(folder / "README.md", card)  # again, as PEFT writes a card of its own
@@ -69,24 +76,21 @@ def export(
             if prompt_embeds:
                 write_token_embeddings(folder, policy)
             if peft_users:
-                only = None if peft_users is True else peft_users
-                write_peft_users(folder, policy, module.user_model, module.vocabulary, only or None)
+                write_peft_users(folder, policy, module.user_model, module.vocabulary, named)
         _write_personal_part(folder, checkpoint, module, policy)
     rank_zero_info(f"The model is in {folder}")
 
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier export has left: another model, or users who are not to be in this one."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigurationError(f"folder: {folder} is a file; give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
-    card = folder / "README.md"
-    is_ours = card.is_file() and "prlhf_lightning" in card.read_text(encoding="utf-8", errors="replace")
-    if any(folder.iterdir()) and not is_ours:  # a model that someone else keeps there is not to be lost
+    if any(folder.iterdir()) and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
         raise ConfigurationError(f"folder: {folder} has files in it that `export` did not write; give a new folder.")
     (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
-    patterns = ("*config.json", "*model*.safetensors*", "user_vectors*", "token_embeddings.safetensors", USERS)
-    for path in {path for pattern in patterns for path in folder.glob(pattern)}:
-        path.unlink()
-    shutil.rmtree(folder / "peft_users", ignore_errors=True)
+    for path in {path for pattern in _LEFT for path in folder.glob(pattern)}:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_adapters(policy: CausalLMPolicy, peft_users: bool) -> None:

@@ -83,7 +83,7 @@ def write_peft_users(
     policy: CausalLMPolicy,
     user_model: UserModel,
     vocabulary: UserVocabulary,
-    only: Sequence[str] | None = None,
+    only: Sequence[str] = (),
 ) -> None:
     """Write a PEFT prompt-tuning folder for each user, and one for the generic user: `peft_users/<id>`.
 
@@ -95,10 +95,8 @@ def write_peft_users(
         policy: Its policy.
         user_model: Makes the vectors.
         vocabulary: The users.
-        only: The ids wanted; all if none are given. The generic user is always there.
+        only: Those wanted of the users; all if none are given. The generic user is always there.
     """
-    if missing := [user_id for user_id in only or () if user_id not in vocabulary]:
-        raise ConfigurationError(f"peft_users: {missing[0]!r} is not in this checkpoint; `users list` shows who is.")
     tokenizer, config = policy.tokenizer, policy.lm.config.get_text_config()
     embed = policy.lm.get_input_embeddings()
     bos = [tokenizer.bos_token_id] if writes_bos(tokenizer) else []

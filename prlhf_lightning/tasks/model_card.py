@@ -9,10 +9,19 @@ from typing import Any
 
 from prlhf_lightning.modules.checkpoint_content import users_of
 
+_TAG = "prlhf_lightning"
 _SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")
 
 
-def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, users: bool) -> str:
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that was written here, edited since or not, by the tags at its head."""
+    if not path.is_file():
+        return False
+    start, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    return not start and _TAG in rest.partition("\n---")[0]
+
+
+def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, users: bool, vectors: bool) -> str:
     """Return the card's text.
 
     Args:
@@ -20,6 +29,7 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
         content: What it holds.
         adapters: Whether the folder has adapters and not the whole model.
         users: Whether the folder has the users.
+        vectors: Whether it has their soft prompts too, for other programs.
     """
     settings = content["hyper_parameters"]
     base = str(settings["policy"].get("init_args", {}).get("model", ""))
@@ -27,9 +37,10 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
     head = {
         "library_name": "peft" if adapters else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["personalization", "preference-learning", "prlhf_lightning"],
+        "tags": ["personalization", "preference-learning", _TAG],
         **({"base_model": base} if is_hub_name else {}),
     }
+    number = len(users_of(content)) - 1
     loss = str(settings["loss"]["class_path"]).rpartition(".")[2]
     user_model = str(settings["user_model"]["class_path"]).rpartition(".")[2]
     parts = [
@@ -38,7 +49,7 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
         f"`{base}`, trained with [prlhf_lightning] on who preferred which answer (arXiv:2402.05133): "
         f"{loss}, users as {user_model}. This folder holds "
         + ("LoRA adapters that refer to the base model." if adapters else "the whole language model."),
-        _users(len(users_of(content)) - 1) if users else "It holds no users: no ids, and none of their vectors.",
+        _users(number, vectors) if users else "It holds no users: no ids, and none of their vectors.",
         "## Training\n\n" + _metrics(checkpoint, content),
         "```json\n" + json.dumps({key: settings.get(key) for key in _SETTINGS}, indent=2, default=str) + "\n```",
         "## License\n\nWhat is made from a model is subject to that model's license, and to the terms under which the "
@@ -47,11 +58,14 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
     return "\n\n".join(parts) + "\n"
 
 
-def _users(number: int) -> str:
+def _users(number: int, vectors: bool) -> str:
+    about_vectors = (
+        " `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, and by the empty string the "
+        "generic user's, which is for everybody else. The vectors stand right after BOS, before the prompt."
+    )
     return (
-        f"## Users\n\n{number:,} users. `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, "
-        "and by the empty string the generic user's, which is for everybody else. The vectors stand right after BOS, "
-        "before the prompt.\n\n```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
+        f"## Users\n\n{number:,} users.{about_vectors if vectors else ''}\n\n"
+        "```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
         'writer = PersonalizedWriter.from_folder("path/to/this/folder")\n'
         'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
         "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "

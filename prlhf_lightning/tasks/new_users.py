@@ -8,13 +8,11 @@ from typing import Any
 import torch
 
 from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
-from prlhf_lightning.data.collate import collate
-from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.tasks.pair_batches import to_batch
 from prlhf_lightning.types import PreferenceBatch
 
 _ENOUGH = 32  # pairs, to tell kinds of users apart by
@@ -46,7 +44,7 @@ class NewUsers:
         """
         if user_id in self._trained:
             raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
-        pairs = self._pairs(user_id, rows)
+        pairs = self._pairs([{**row, "user_id": user_id} for row in rows])
         if self._model.user_model.history_size:
             row = encode_users(self._model, pairs, [user_id]).rows[0]
         else:
@@ -67,18 +65,14 @@ class NewUsers:
                     table.data = data
         return self._prior
 
-    def _pairs(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-        wheres = [f"pair {number}" for number in range(1, len(rows) + 1)]
-        records = [parse_record(row, where) for row, where in zip(rows, wheres, strict=True)]
-        names = ("user_text", "prompt", "chosen", "rejected")
-        kept = [
-            {"user_id": user_id, "record": number} | {f"{name}_ids": getattr(ids, name) for name in names}
-            for number, ids in enumerate(self._tokenize(records, wheres))
-            if ids is not None and not ids.tie
-        ]
-        if not kept:
+    def _pairs(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+        try:
+            found = to_batch(self._tokenize, rows, [f"pair {number}" for number in range(1, len(rows) + 1)])
+        finally:
+            self._tokenize.forget()  # what people write is not to be kept
+        if found is None:
             raise ConfigurationError("In every pair both answers are the same to the model.")
-        return collate(kept)
+        return found[0]
 
     def _put(self, user_id: str, row: torch.Tensor) -> None:
         """Give a user their row at the end of all tables, or where they have it already."""
@@ -86,7 +80,7 @@ class NewUsers:
         if user_id not in self._writer.vocabulary:
             for table in tables:
                 table.data = torch.cat([table.data, table.data[:1]])
-            self._writer.vocabulary = UserVocabulary([*self._writer.vocabulary.ids, user_id])
+            self._writer.vocabulary = self._writer.vocabulary.plus(user_id)
         place = int(self._writer.vocabulary.rows([user_id])[0])
         for table, part in zip(tables, torch.split(row, [table[0].numel() for table in tables]), strict=True):
             table.data[place] = part.view_as(table[place]).to(table)

@@ -26,6 +26,7 @@ def serve(
     max_tokens: int = 512,
     max_open: int = 256,
     max_batch: int = 64,
+    max_batch_tokens: int = 131_072,
     max_prompt: int = 65_536,
     max_body: int = 1_048_576,
     requests_per_minute: float | None = None,
@@ -43,12 +44,14 @@ def serve(
         name: What the model is called in the API; its own name if none is given.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
         adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback
-            log. What was learned lasts as long as the server; the command adapt writes it to a checkpoint.
+            log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
         max_tokens: Most tokens of an answer.
         max_open: Most requests for text that are waiting or being written; the next ones get 429.
         max_batch: Most texts that are written at once.
+        max_batch_tokens: Most positions for which the model keeps keys and values: texts written at once by the length
+            of the longest, its answer included. Lower it where memory runs out.
         max_prompt: Most characters of a prompt; a longer one gets 413.
         max_body: Most bytes of a request; a larger one gets 413.
         requests_per_minute: Requests of one key (without keys: of one address) in the long run; more get 429.
@@ -77,7 +80,7 @@ def serve(
         writer.name = name or writer.name
         return writer, learner
 
-    limits = Limits(max_tokens, max_open, max_batch, max_prompt, max_body, requests_per_minute, burst)
+    limits = Limits(max_tokens, max_open, max_batch, max_batch_tokens, max_prompt, max_body, requests_per_minute, burst)
     rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
     run(load, host, port, feedback, keys, limits, drain_seconds, rename)
 

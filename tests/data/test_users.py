@@ -30,6 +30,19 @@ def test_a_vocabulary_is_rebuilt_from_its_ids(ids):
     assert UserVocabulary(list(vocabulary.ids)) == vocabulary
 
 
+@given(IDS, st.text(min_size=1))
+def test_one_user_more_is_the_vocabulary_of_all(ids, new):
+    vocabulary = UserVocabulary(ids)
+    if new in ids:
+        with pytest.raises(ConfigurationError, match="already"):
+            vocabulary.plus(new)
+    else:
+        more = vocabulary.plus(new)
+        assert more == UserVocabulary([*ids, new])
+        assert more.rows([*ids, new]).tolist() == list(range(1, len(ids) + 2))
+        assert new not in vocabulary
+
+
 @given(IDS, IDS)
 def test_the_digest_tells_vocabularies_apart(a, b):
     assert (UserVocabulary(a).digest() == UserVocabulary(b).digest()) == (a == b)

@@ -42,3 +42,9 @@ def test_temperature_divides_the_logits():
 )
 def test_any_settings_choose_a_token_that_exists(logits, temperature, top_p, chance):
     assert 0 <= one(logits, temperature, top_p, chance) < len(logits)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_do_not_reach_other_texts(bad):
+    logits, ones = torch.tensor([[bad] * 3, [0.0, 9.0, 0.0]]), torch.ones(2, dtype=torch.float64)
+    assert choose(logits, ones, ones, ones / 2)[1] == 1

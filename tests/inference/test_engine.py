@@ -200,6 +200,21 @@ def test_engine_admits_as_rows_become_free_and_cancels(llama):
     assert engine.step() == []
 
 
+def test_a_long_text_does_not_fill_the_memory_with_the_padding_of_short_ones(llama):
+    short = [Generation("the cat", user, max_new_tokens=4) for user in IDS * 4]
+    long, longest = (Generation("a " * words, "ann", strength=0.5, max_new_tokens=4) for words in (40, 90))
+    asked = [*short, long, *short, longest, *short]
+    engine, texts = Engine(llama[0], max_batch_tokens=120), [[] for _ in asked]
+    for one in asked:
+        engine.add(one)
+    while not engine.idle:
+        for piece in engine.step():
+            texts[piece.number].append(piece.text)
+        rows, width = engine._rows._mask.shape
+        assert rows * width <= 120 or rows == 2  # the longest, alone
+    assert ["".join(pieces) for pieces in texts] == [one.text for one in llama[0].generate(asked)]
+
+
 def test_streaming_gives_the_whole_text_in_pieces(llama):
     asked = Generation("the cat", "ann", max_new_tokens=10)
     pieces = list(llama[0].stream(asked))

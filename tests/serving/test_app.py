@@ -80,6 +80,7 @@ def test_users_are_known_by_their_pseudonyms():
             "known",
             "ann",
         )
+        assert httpx.get(f"{url}/v1/users").json()["data"] == []  # pseudonyms are no ids to write for
 
 
 def test_a_stream_is_the_answer_in_pieces(client):
@@ -149,6 +150,12 @@ def test_a_body_of_unknown_length_has_the_same_limit(client):
     assert (response.status_code, code(response)) == (413, "too_large")
 
 
+def test_feedback_that_training_could_not_read_is_refused(client, log):
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]
+    before, response = log.extent(), client.post("/v1/feedback", json=PAIR | {"prompt": turns})
+    assert (response.status_code, code(response), log.extent()) == (400, "no_chat_template", before)
+
+
 def test_routes_and_methods_that_are_not_there(client):
     missing, wrong = client.get("/v1/nothing"), client.put("/v1/models")
     assert (missing.status_code, wrong.status_code, wrong.headers["allow"]) == (404, 405, "GET")
@@ -190,6 +197,19 @@ def test_the_log_holds_nothing_that_people_wrote(client, caplog):
     assert {line["route"] for line in lines} >= {"/v1/completions", "/v1/feedback", "/v1/users", "/v1/models/{name}"}
     assert any("The engine failed: RuntimeError" in message for message in ours)
     assert "secret" not in "".join(ours)
+
+
+def test_clients_can_not_make_up_metrics(client):
+    for method in ("MADE-UP-1", "MADE-UP-2"):
+        assert client.request(method, "/v1/models").status_code == 405
+    assert "MADE-UP" not in client.get("/metrics").text
+
+
+def test_a_model_may_have_a_slash_in_its_name():
+    served = writer()
+    served.name = "org/model"
+    with serving(Services(served, EchoEngine)) as url, openai.OpenAI(base_url=f"{url}/v1", api_key="any") as official:
+        assert official.models.retrieve("org/model").id == "org/model"
 
 
 def test_metrics_count_what_has_been_done(client):

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from serving_helpers import CHAT, EchoEngine, serving, writer
 
+from prlhf_lightning.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.serving.settings import Limits
 
@@ -99,6 +100,30 @@ def test_what_is_being_written_is_finished_at_the_end():
         time.sleep(0.3)
     thread.join()
     assert got[0].json()["choices"][0]["finish_reason"] == "stop"
+
+
+def test_learning_holds_up_nobody_for_long(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.append(Feedback("", "1", 0.0, "eve", "which?", chosen="this", rejected="that"))
+    gaps, statuses = [], []
+
+    async def write(client):
+        asked, last = {"model": "echo", "prompt": " ".join("word" for _ in range(40)), "stream": True}, None
+        async with client.stream("POST", "/v1/completions", json=asked) as response:
+            async for _ in response.aiter_lines():
+                gaps.append(time.monotonic() - (last or time.monotonic()))
+                last = time.monotonic()
+
+    async def learn(client):
+        await asyncio.sleep(0.1)
+        statuses.append((await client.post("/v1/adapt", json={"user": "eve"})).status_code)
+
+    services = Services(writer(), lambda: EchoEngine(0.005), log, learner=lambda *_: time.sleep(0.1))
+    with serving(services) as url:
+        together(url, write, *[learn] * 30)
+        assert httpx.post(f"{url}/v1/adapt", json={"user": "eve"}).status_code == 200
+    assert max(gaps) < 1  # and not 30 times 0.1 s
+    assert set(statuses) == {200, 429}
 
 
 def test_one_key_may_ask_only_so_often():

@@ -78,6 +78,28 @@ def test_what_is_better_becomes_pairs_of_the_judge(page, log):
     assert pairs == [("team-a-1", "which", "ann: which", other) for other in ("team-a-1: which", "None: which")]
 
 
+class Endless(EchoEngine):
+    """Never comes to an end for user team-a-1."""
+
+    def add(self, generation):
+        number = super().add(generation)
+        if generation.user == "team-a-1":
+            self.waiting[number] = ["on "] * 10_000
+        return number
+
+
+def test_an_answer_that_is_still_being_written_is_not_judged(browser, log):
+    with serving(Services(writer(), lambda: Endless(0.01), log)) as url:
+        browser.get(url)
+        wait(browser, lambda _: len(texts(browser)) == 3)
+        browser.find_element(By.ID, "send").click()
+        wait(browser, lambda _: [b.is_displayed() for b in browser.find_elements(By.CLASS_NAME, "better")] == [1, 0, 1])
+        browser.find_elements(By.CLASS_NAME, "better")[0].click()
+        wait(browser, lambda _: "Kept as a vote" in browser.find_element(By.ID, "notice").text)
+        browser.get("about:blank")
+    assert [row["rejected"][:5] for _, row in log.pairs()] == ["None:"]
+
+
 def test_the_page_has_a_new_user_learned_where_that_is_possible(browser, log):
     taught = {}
     with serving(Services(writer(), EchoEngine, log, learner=taught.__setitem__)) as url:

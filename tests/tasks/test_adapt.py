@@ -13,16 +13,27 @@ from conftest import write_votes
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
-from prlhf_lightning.adaptation import Margins, adapt_users, cold_start, fit_prior, select_pairs, suggest, trained_rows
+from prlhf_lightning.adaptation import (
+    Margins,
+    UserPrior,
+    adapt_users,
+    cold_start,
+    fit_prior,
+    select_pairs,
+    suggest,
+    trained_rows,
+)
+from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.losses import DPOLoss, SFTLoss
+from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.tasks.adapt import read_pairs, write_users
+from prlhf_lightning.tasks.adapt import write_users
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.user_models import (
     ClusterUserModel,
@@ -164,6 +175,24 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
 
 
+def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
+    prior = UserPrior(torch.zeros(1), torch.ones(1, 1), torch.tensor([[0.0], [1.0]]), torch.tensor([0.5, 0.5]), 0.0)
+
+    def margins_of(row, only):  # under the kind all are wrong from the start, under the generic user from the fifth on
+        wrong = torch.full((200,), -9.0) if row else torch.cat([torch.zeros(4), torch.full((196,), -3.0)])
+        return wrong * only, None
+
+    layout = _Layout(["ann"], ["ann"] * 200, torch.device("cpu"))
+    assert _under_each_kind(prior, layout, margins_of)[1].tolist() == [[1.0, 0.0]]
+
+
+def test_pairs_go_to_the_device_of_the_model(model_path, pairs):
+    users = IndividualUserModel(1)
+    users.build(3, torch.randn(4, 8))
+    module = PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta")
+    assert Margins(module, pairs)._pairs.chosen.ids.device.type == "meta"
+
+
 @pytest.fixture(scope="module")
 def trained_file(model_path, folder):
     """A checkpoint that the command line wrote."""
@@ -171,6 +200,7 @@ def trained_file(model_path, folder):
     args = ["fit", "--model.user_model", "LowRankUserModel", "--model.user_model.num_tokens", "2"]
     args += ["--model.policy", "CausalLMPolicy", "--model.policy.model", model_path, "--model.loss", "DPOLoss"]
     args += ["--data.source", "FileSource", "--data.source.train", str(votes), "--data.cache_dir", str(folder / "c")]
+    args += ["--data.max_completion_length", "7"]
     args += ["--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder / "runs")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["prlhf_lightning"])
@@ -193,3 +223,12 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+def test_texts_become_ids_as_in_training(trained_file, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    alike = "the cat sat fast red sun moon"  # as many words as the limit of completions that it was trained with
+    row = {"user_id": "new", "prompt": "a", "chosen": f"{alike} yes", "rejected": f"{alike} no"}
+    (folder / "alike.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(SystemExit, match="are the same tokens once they are cut"):
+        main(["adapt", "--checkpoint", str(trained_file), "--feedback", str(folder / "alike.jsonl")])

@@ -72,3 +72,9 @@ def test_users_of_training_are_not_learned_anew(taught):
     _, learn = taught
     with pytest.raises(ConfigurationError, match="trained on this user"):
         learn("ann", PAIRS)
+
+
+def test_texts_are_not_kept(taught):
+    _, learn = taught
+    learn("eve", PAIRS)
+    assert set(learn._tokenize._ids) == {""}

@@ -22,8 +22,8 @@ from prlhf_lightning.losses import DPOLoss, KTOLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.history import check_histories, pooled
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.tasks.adapt import read_pairs
 from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel

@@ -106,6 +106,7 @@ class Card {
       if (this.user) asked.user = this.user;
       const response = await api("v1/chat/completions", asked, signal);
       for await (const event of events(response)) {
+        if (signal.aborted) return; // a piece that had come before the next question
         this.answer += event.choices[0]?.delta.content ?? "";
         this.text.textContent = this.answer;
       }
@@ -152,8 +153,9 @@ async function handIn(button, ...judgements) {
 }
 
 function prefer(card) {
-  const others = new Set(cards.map((other) => other.answer).filter((text) => text.trim() && text !== card.answer));
-  if (!others.size) return tell("The answers are all the same.", true);
+  const whole = cards.filter((other) => !other.votes.hidden); // and not failed, nor still being written
+  const others = new Set(whole.map((other) => other.answer).filter((text) => text !== card.answer));
+  if (!others.size) return tell("There is no other answer to compare with.", true);
   for (const other of cards) mark(other.votes.querySelector(".better"), false);
   const pairs = [...others].map((rejected) => ({ prompt: card.prompt, chosen: card.answer, rejected }));
   return handIn(card.votes.querySelector(".better"), ...pairs);
