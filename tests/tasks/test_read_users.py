@@ -18,8 +18,8 @@ from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.losses import DPOLoss, KTOLoss
-from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.losses import DPOLoss, KTOLoss, SimPOLoss
+from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.modules.history import check_histories, pooled
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import load_module
@@ -151,6 +151,19 @@ def test_an_exported_folder_has_the_users_prompts_with_no_data_at_hand(checkpoin
     users = Users(torch.arange(9))
     assert torch.equal(writer.user_model(users).vectors, model.user_model(users).vectors)
     assert not torch.equal(writer.user_model(users).vectors[1], writer.user_model(users).vectors[2])
+
+
+def test_what_is_kept_stays_true_where_the_embeddings_are_trained_too(model_path, folder):
+    votes, policy = FileSource(folder / "votes.jsonl"), CausalLMPolicy(model_path, lora=None)
+    module = PersonalizedLM(AmortizedUserModel(2, num_pairs=4), policy, SimPOLoss(), optim=Optim(lr=1e-2))
+    data = PreferenceDataModule(votes, model_path, history_size=4, cache_dir=folder / "c")
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    Trainer(accelerator="cpu", max_steps=3, limit_val_batches=0, **quiet).fit(module, data)
+    ids, shown = next(data.histories())
+    token = Tokens.from_lists([[5]])
+    assert not torch.equal(policy.embed(token).vectors, policy.embed(token, reference=True).vectors)
+    (rows,) = module.user_model.history_rows(pooled(policy, shown))
+    assert torch.equal(module.user_model.row_tables()[0][module.vocabulary.rows(ids)], rows)
 
 
 def test_a_loss_or_data_without_pairs_to_read_are_refused(model_path, folder):
