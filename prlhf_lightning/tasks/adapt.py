@@ -12,6 +12,7 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
+from prlhf_lightning.data import FeedbackLogSource, FileSource
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -26,7 +27,7 @@ _LEAST_FOR_ACCURACY = 5
 
 def adapt(
     checkpoint: Path,
-    feedback: Path,
+    feedback: str,
     output: Path | None = None,
     suggest: int = 0,
     pool: Path | None = None,
@@ -41,7 +42,8 @@ def adapt(
 
     Args:
         checkpoint: A checkpoint of `fit`.
-        feedback: Pairs of the new users, in any format that training reads: user_id, prompt, chosen, rejected.
+        feedback: Pairs of the new users, in any format that training reads: user_id, prompt, chosen, rejected. Or the
+            URL of a server's log, such as sqlite:///feedback.db, of which those of users in the checkpoint are left out.
         output: The checkpoint to write, with the new users in it; nothing is written if none is given.
         suggest: Name so many pairs of the pool for each user, those whose answers would tell most.
         pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
@@ -54,7 +56,9 @@ def adapt(
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     model = load_module(checkpoint, "checkpoint")
     settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
-    pairs, _ = read_pairs(model, feedback, settings)
+    from_log = "://" in feedback
+    leave_out = model.vocabulary.ids if from_log and model.vocabulary else ()
+    pairs, _ = read_pairs(model, FeedbackLogSource(feedback) if from_log else FileSource(feedback), settings, leave_out)
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
         raise ConfigurationError(
@@ -71,7 +75,7 @@ def adapt(
     console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
     if pool is not None and suggest:
         with console.status("Choosing what to ask"):
-            _print_suggestions(model, adapted, *read_pairs(model, pool, settings, anyone=True), suggest)
+            _print_suggestions(model, adapted, *read_pairs(model, FileSource(pool), settings, anyone=True), suggest)
     if output is not None:
         write_users(checkpoint, output, adapted)
         console.print(f"Added to {output}")

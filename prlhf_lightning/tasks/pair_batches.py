@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from prlhf_lightning.data import FileSource
+from prlhf_lightning.data import DataSource
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
@@ -16,29 +15,38 @@ from prlhf_lightning.types import PreferenceBatch
 
 
 def read_pairs(
-    model: PersonalizedLM, path: Path, settings: TokenizationSettings, anyone: bool = False
+    model: PersonalizedLM,
+    source: DataSource,
+    settings: TokenizationSettings,
+    leave_out: Collection[str] = (),
+    anyone: bool = False,
 ) -> tuple[PreferenceBatch, list[str]]:
-    """Read and tokenise a file of pairs.
+    """Read and tokenise the pairs of a source.
 
     Args:
         model: Whose tokenizer is used.
-        path: A file of any format that training reads.
+        source: Its rows of training are read.
         settings: How texts became ids in training.
+        leave_out: Users whose rows are passed over.
         anyone: Whether rows may do without a user.
 
     Returns:
-        The pairs, and where each stands in the file.
+        The pairs, and where each stands.
     """
     blank: Mapping[str, Any] = {"user_id": "anyone"} if anyone else {}
+    unwanted = frozenset(leave_out)
     wheres, rows = [], []
-    for where, row in FileSource(path).rows("train"):
-        wheres.append(where)
-        rows.append({**blank, **row})
+    for where, row in source.rows("train"):
+        if row.get("user_id") not in unwanted:
+            wheres.append(where)
+            rows.append({**blank, **row})
     if not rows:
-        raise ConfigurationError(f"{path}: there is no row in it; give one pair or more.")
+        raise ConfigurationError("feedback: there is no row of a new user in it; give one pair or more.")
     found = to_batch(FeedbackTokenizer(model.policy.tokenizer, settings), rows, wheres)
     if found is None:
-        raise ConfigurationError(f"{path}: in every row both completions are the same tokens once they are cut.")
+        raise ConfigurationError(
+            f"{wheres[0]} and all other rows: both completions are the same tokens once they are cut."
+        )
     return found
 
 

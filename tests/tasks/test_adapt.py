@@ -28,6 +28,7 @@ from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
@@ -83,7 +84,9 @@ def model(request, model_path, folder):
 
 @pytest.fixture
 def pairs(model, folder):
-    return read_pairs(model, write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5), SETTINGS)[0]
+    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5)), SETTINGS)[
+        0
+    ]
 
 
 def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
@@ -116,7 +119,7 @@ def test_gradients_are_those_of_each_pair_alone(model, pairs):
 
 
 def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
-    likes_long = read_pairs(model, write_votes(folder / "likes_long.jsonl", {"x": 4}), SETTINGS)[0]
+    likes_long = read_pairs(model, FileSource(write_votes(folder / "likes_long.jsonl", {"x": 4})), SETTINGS)[0]
     likes_short = replace(likes_long, chosen=likes_long.rejected, rejected=likes_long.chosen)
     for batch in (pairs, likes_long, likes_short):
         with torch.no_grad():
@@ -223,6 +226,16 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    url = f"sqlite:///{folder}/feedback.db"
+    log = FeedbackLog(url)
+    for number, user in enumerate(["user0", "new", "new"]):
+        log.append(Feedback("", str(number), 0.0, user, "a cat", "yes", "no"))
+    main(["adapt", "--checkpoint", str(trained_file), "--feedback", url, "--output", str(folder / "logged.ckpt")])
+    assert read_checkpoint(folder / "logged.ckpt", "x")["prlhf_lightning"]["users"][-1] == "new"
 
 
 def test_texts_become_ids_as_in_training(trained_file, folder, monkeypatch):

@@ -74,7 +74,9 @@ def model(checkpoint):
 
 @pytest.fixture
 def pairs(model, folder):
-    return read_pairs(model, write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5), SETTINGS)[0]
+    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)), SETTINGS)[
+        0
+    ]
 
 
 @pytest.fixture(autouse=True)
