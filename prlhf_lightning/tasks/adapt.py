@@ -42,7 +42,7 @@ def adapt(
     Args:
         checkpoint: A checkpoint of `fit`.
         feedback: Pairs of the new users, in any format that training reads: user_id, prompt, chosen, rejected. Or the
-            URL of a server's log, such as sqlite:///feedback.db, of which those of users in the checkpoint are left out.
+            URL of a server's log, such as sqlite:///feedback.db, of which those of the checkpoint's users are left out.
         output: The checkpoint to write, with the new users in it; nothing is written if none is given.
         suggest: Name so many pairs of the pool for each user, those whose answers would tell most.
         pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
