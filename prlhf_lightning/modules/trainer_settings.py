@@ -30,6 +30,20 @@ def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
         )
 
 
+def check_batch_size(loss: PreferenceLoss, batch_size: int) -> None:
+    """Refuse batches of one row for losses that match each row's prompt with the completion of another.
+
+    Raises:
+        ConfigurationError: Names the loss and the setting.
+    """
+    if loss.requires_mismatched and batch_size < 2:
+        raise ConfigurationError(
+            f"{type(loss).__name__} learns its reference point from completions of other rows of a batch, and "
+            f"data.batch_size is {batch_size}: set it to 2 or more (and trainer.accumulate_grad_batches to keep rows a "
+            "step), or use BCOUnpairedLoss, which needs none."
+        )
+
+
 def check_trainer(trainer: Trainer) -> None:
     """Refuse settings with which a fit can only fail.
 
