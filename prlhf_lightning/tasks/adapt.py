@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, adapt_users, fit_prior, suggest
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.collate import collate
+from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
@@ -34,6 +36,7 @@ def adapt(
     output: Path | None = None,
     suggest: int = 0,
     pool: Path | None = None,
+    hash_user_ids_with: str | None = None,
     kinds: int = 4,
     steps: int = 0,
     max_prompt_length: int = 512,
@@ -51,6 +54,8 @@ def adapt(
         output: The checkpoint to write, with the new users in it; nothing is written if none is given.
         suggest: Name so many pairs of the pool for each user, those whose answers would tell most.
         pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; new users too are then shown and stored by
+            their pseudonyms.
         kinds: Most kinds of trained users that a new one is compared with.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
         max_prompt_length: As the model was trained with.
@@ -64,6 +69,8 @@ def adapt(
     model = load_module(checkpoint, "checkpoint")
     settings = TokenizationSettings(max_prompt_length, max_completion_length, chat_template=chat_template)
     pairs, _ = read_pairs(model, feedback, settings)
+    if hash_user_ids_with is not None:
+        pairs = replace(pairs, user_ids=tuple(map(Pseudonyms.load(hash_user_ids_with), pairs.user_ids)))
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
         raise ConfigurationError(
