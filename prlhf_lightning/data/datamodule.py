@@ -131,6 +131,8 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(f"max_tokens_per_batch is {max_tokens_per_batch}; a pair has at least 2 tokens.")
         if feedback not in get_args(Feedback):
             raise ConfigurationError(f"feedback is {feedback!r}; it must be one of {get_args(Feedback)}.")
+        if users_file and not streaming:
+            raise ConfigurationError("users_file tells the users of a stream: leave it out, or set streaming: true.")
         if streaming:
             _check_streaming(balance, max_tokens_per_batch, shuffle_buffer)
         # Refuses impossible settings now, not after the data has been tokenised.
