@@ -41,6 +41,9 @@ from prlhf_lightning.tasks import users
 from prlhf_lightning.tasks.adapt import adapt
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
+from prlhf_lightning.tasks.data_check import check
+from prlhf_lightning.tasks.data_convert import convert
+from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
 from prlhf_lightning.tasks.serve import api_key, serve
@@ -61,6 +64,12 @@ TASKS: dict[str, Any] = {
         "remove": users.remove,
         "export": users.export,
     },
+    "data": {
+        "_help": "Check or describe feedback, or convert it to Parquet.",
+        "check": check,
+        "convert": convert,
+        "describe": describe,
+    },
 }
 
 _RUNS = "runs"  # where runs go that were not told a folder
@@ -77,7 +86,7 @@ class _Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         known = {name for component in (UserModel, Policy, PreferenceLoss, DataSource) for name in _names(component)}
         known |= {action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions}
-        known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"]}
+        known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"], *TASKS["data"]}
         known |= {dest.rpartition(".")[2] for dest in known}
         meant = [
             f"{word!r}: did you mean {' or '.join(map(repr, close))}?"

@@ -15,11 +15,13 @@ PACKAGE = Path(prlhf_lightning.__file__).parent
 LEAVES = {"types", "errors", "paths"}
 STORE = {"reference_cache", "checkpoint_files"}
 FEEDBACK = {"feedback_log"}
+PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
+    "pages": LEAVES | STORE,
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
     "inference": LEAVES | {"data", "user_models", "policies"},
@@ -27,7 +29,7 @@ MAY_IMPORT = {
     "guards": LEAVES | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
-    "tasks": LEAVES | STORE | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
+    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
     "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }

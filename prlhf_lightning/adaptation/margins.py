@@ -28,8 +28,8 @@ class Margins:
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
         if model.loss.feedback != "pairs":
             raise ConfigurationError(
-                f"adapt: {type(model.loss).__name__} takes no rejected completions, so that its model ranks none; "
-                "users can be learned by a preference loss only."
+                f"adapt: {type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned by a loss "
+                "that ranks pairs only."
             )
         self._model, self._pairs, self._batch_size = model, pairs, batch_size
         self._tables = _row_tables(model)

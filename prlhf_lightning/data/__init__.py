@@ -15,6 +15,7 @@ from prlhf_lightning.data.sources.hh_rlhf import HHRLHFSource
 from prlhf_lightning.data.sources.hub import HubSource
 from prlhf_lightning.data.sources.personal_llm import PersonalLLMSource
 from prlhf_lightning.data.sources.personalized_soups import PersonalizedSoupsSource
+from prlhf_lightning.data.sources.pool import PoolSource
 from prlhf_lightning.data.sources.prism import PRISMSource
 from prlhf_lightning.data.sources.ratings import RankingSource, RatingSource
 from prlhf_lightning.data.sources.simulated import SimulatedSource, StyleCorpus
@@ -36,6 +37,7 @@ __all__ = [
     "PRISMSource",
     "PersonalLLMSource",
     "PersonalizedSoupsSource",
+    "PoolSource",
     "PreferenceDataModule",
     "Pseudonyms",
     "RankingSource",

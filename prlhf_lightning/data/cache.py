@@ -24,11 +24,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from filelock import FileLock
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.privacy import Pseudonyms
+from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import SplitBy, text_key
@@ -222,7 +221,11 @@ class FeedbackCache:
     def _write(self, source: DataSource, split: Split, path: Path) -> BuildReport:
         tokenize = FeedbackTokenizer(self.tokenizer, self.settings)
         report = BuildReport(excess=tokenize.excess)
-        with path.open("wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer, _progress(split) as progress:
+        with (
+            path.open("wb") as file,
+            pa.ipc.new_stream(file, _SCHEMA) as writer,
+            counting(f"Tokenising the {split} split") as progress,
+        ):
             for batch in _batches(self._records(source, split, report)):
                 wheres, records = zip(*batch, strict=True)
                 rows = []
@@ -318,11 +321,3 @@ def _batches(items: Iterable[_T]) -> Iterator[list[_T]]:
     iterator = iter(items)
     while batch := list(islice(iterator, _BATCH)):
         yield batch
-
-
-def _progress(split: Split) -> Progress:
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    progress.add_task(f"Tokenising the {split} split", total=None)
-    return progress

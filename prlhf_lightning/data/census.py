@@ -16,10 +16,8 @@ from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
-from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
 from prlhf_lightning.data.cache import flush
+from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.data.records import Columns, parse_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
@@ -75,7 +73,7 @@ def count(source: DataSource, split: Split) -> Census:
     columns = Columns.from_mapping(source.columns)
     rows: dict[str, int] = {}
     texts = number = 0
-    with _progress(split) as progress:
+    with counting(f"Counting the users of the {split} split") as progress:
         for number, (where, row) in enumerate(read(source, split), start=1):
             user_id = row.get(columns.user_id)
             if type(user_id) is str and user_id in rows:  # almost always; the rest is for the first row of a user
@@ -138,11 +136,3 @@ def _lines(census: Census) -> Iterable[tuple[str, int, int]]:
         texts = min(rows, left)
         left -= texts
         yield user_id, rows, texts
-
-
-def _progress(split: Split) -> Progress:
-    console = Console(stderr=True)
-    columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    progress.add_task(f"Counting the users of the {split} split", total=None)
-    return progress

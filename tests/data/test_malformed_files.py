@@ -7,9 +7,10 @@ import json
 import tempfile
 from pathlib import Path
 
-from feedback_helpers import row, word_tokenizer
+from feedback_helpers import word_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from malformed import ANY_LINES, DAMAGE, FIELDS, GOOD, GOOD_LINES, SHARE, TEXT, damaged
 
 from prlhf_lightning.data.cache import FeedbackCache
 from prlhf_lightning.data.sources.files import FileSource
@@ -18,46 +19,12 @@ from prlhf_lightning.errors import PRLHFError
 
 unhurried = settings(deadline=None)  # each example builds a cache on disk
 TOKENIZER = word_tokenizer()
-# Two completions of four words may be equal as texts, only as tokens (unknown words), or only once cut, or too long.
-WORD = st.sampled_from(["one", "two", "three", "unheard", "of"])
-TEXT = st.lists(WORD, min_size=1, max_size=6).map(" ".join)
-GOOD = st.builds(row, st.integers(0, 99), st.sampled_from(["ann", "bob"]), chosen=TEXT, rejected=TEXT, user_text=TEXT)
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]), inner),
-    max_leaves=6,
-)
-FIELDS = ["user_id", "prompt", "chosen", "rejected", "user_text", "x"]
-ODD = st.one_of(
-    st.builds(lambda good, field, value: {**good, field: value}, GOOD, st.sampled_from(FIELDS), VALUES),
-    st.dictionaries(st.sampled_from(FIELDS), VALUES),
-    VALUES,
-).map(json.dumps)
-HUGE = st.sampled_from(
-    ['{"user_id": ' + "7" * 5000 + "}", '{"user_id": ' + "[" * 5000, '{"x": ' + "[" * 980 + "]" * 980]
-)
-BLANK = st.sampled_from(["", " ", "\t", "\r"])
-GOOD_LINES = st.lists(GOOD.map(json.dumps) | BLANK, min_size=1, max_size=8)
-ANY_LINES = st.lists(GOOD.map(json.dumps) | BLANK | ODD | HUGE | st.text(max_size=20), max_size=6)
 LIMITS = st.builds(
     TokenizationSettings,
     max_prompt_length=st.sampled_from([2, 8]),
     max_completion_length=st.sampled_from([2, 8]),
     max_user_text_length=st.sampled_from([2, 8]),
     overlong=st.sampled_from(["truncate", "drop"]),
-)
-
-
-def damaged(raw, place, patch, keep):
-    """Write `patch` over the bytes at a place, both as shares of the whole, and cut the end off."""
-    start = int(place * len(raw))
-    return (raw[:start] + patch + raw[start + len(patch) :])[: int(keep * len(raw)) + 1]
-
-
-SHARE = st.floats(0, 1)
-DAMAGE = st.one_of(
-    st.just(lambda raw: raw),
-    st.builds(lambda *how: lambda raw: damaged(raw, *how), SHARE, st.binary(max_size=4), SHARE),
 )
 
 

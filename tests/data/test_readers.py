@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 from feedback_helpers import row, write_jsonl
 
-from prlhf_lightning.data.readers import read_rows
+from prlhf_lightning.data.readers import Unreadable, read_rows, scan_rows
 from prlhf_lightning.errors import FeedbackFormatError
 
 ROWS = [row(i, chosen=f"line one\nand, two {i} é") for i in range(3)]
@@ -75,7 +75,7 @@ def test_an_empty_csv_cell_is_null(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a\.jsonl:2: broken JSON at column \d+ .*; each line must be one"),
+        ("a.jsonl", b'{"x": 1}\n{"x": \n', r"a\.jsonl:2: broken JSON at column 7 .*; each line must be one"),
         ("a.jsonl", b'{"x": 1}\n[1]\n', r"a\.jsonl:2: is a JSON list; each row must be an object"),
         ("a.jsonl", b'{"x": 1}\n{"x": "\xff"}\n', r"a\.jsonl:2: byte 0xff is not UTF-8; save the file as UTF-8"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: has no rows"),
@@ -151,3 +151,44 @@ def test_a_directory_is_refused(tmp_path):
     (tmp_path / "votes.jsonl").mkdir()
     with pytest.raises(FeedbackFormatError, match="is a directory; name the files in it"):
         read_rows(tmp_path / "votes.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_stands_twice_is_refused_and_reading_goes_on(tmp_path, name):
+    lines = ['{"x": 1, "x": 2}', '{"x": [{"y": 1, "y": 1}]}', '{"x": 3}']
+    path = tmp_path / name
+    path.write_text("\n".join(lines) if name == "a.jsonl" else "[" + ",\n".join(lines) + "]")
+    with pytest.raises(FeedbackFormatError, match=f"{name}:1: key 'x' stands twice"):
+        list(read_rows(path))
+    bad, nested, (_, good) = scan_rows(path)
+    assert str(bad[1].error).endswith("remove one of the two.")
+    assert "key 'y' stands twice" in str(nested[1].error)
+    assert good == {"x": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "goes_on"),
+    [
+        ("a.jsonl", b'{"x": 1}\n{\n\xff\n[1]\n{"x": 2}', True),
+        ("a.json", b'[{"x": 1}, [1], {"x": 2}]', True),
+        ("a.json", b'[{"x": 1}, {"x" 1}, {"x": 2}]', False),
+        ("a.csv", b"x,y\n1,1\n1\n2,2", True),
+        ("a.csv", b'x,y\n1,1\n"1"1,\n2,2', False),
+        ("a.csv", b"x,y\n1,1\n\xff,1\n2,2", False),
+    ],
+)
+def test_a_scan_goes_on_where_the_format_allows_and_says_where_it_does_not(tmp_path, name, raw, goes_on):
+    (tmp_path / name).write_bytes(raw)
+    items = [item for _, item in scan_rows(tmp_path / name)]
+    assert items[0] == ({"x": 1} if name != "a.csv" else {"x": "1", "y": "1"})
+    assert all(isinstance(item, Unreadable) for item in items[1:-1])
+    assert isinstance(items[-1], Unreadable) == (not goes_on)
+    assert any(isinstance(item, Unreadable) and item.rest for item in items) == (not goes_on)
+
+
+def test_a_parquet_file_of_fewer_rows_than_it_says_is_refused(tmp_path, monkeypatch):
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "votes.parquet")
+    whole = pq.ParquetFile.iter_batches
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **_: (b.slice(0, 2) for b in whole(self)))
+    with pytest.raises(FeedbackFormatError, match="is damaged after row 2: it should have 3 rows"):
+        list(read_rows(tmp_path / "votes.parquet"))

@@ -158,7 +158,7 @@ def test_what_is_asked_next_tells_at_least_as_much_as_the_rest(model, pairs):
 def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     for user_model, loss, says in (
         (UniformUserModel(1), DPOLoss(), "UniformUserModel has no rows of users"),
-        (IndividualUserModel(1), SFTLoss(), "SFTLoss takes no rejected completions"),
+        (IndividualUserModel(1), SFTLoss(), "SFTLoss takes demonstrations"),
     ):
         with pytest.raises(ConfigurationError, match=says):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from prlhf_lightning.data.readers import Unreadable
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.errors import FeedbackFormatError
 
@@ -38,6 +39,13 @@ class DataSource(ABC):
 
         Large sources stream: memory does not grow with the number of rows.
         """
+
+    def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
+        """Yield what `rows` does, but an `Unreadable` in the place of each error; override it to go on after one."""
+        try:
+            yield from read(self, split)
+        except FeedbackFormatError as error:
+            yield str(error).partition(": ")[0], Unreadable(error, rest=True)
 
     @abstractmethod
     def fingerprint(self, split: Split) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from prlhf_lightning.data.readers import read_rows
+from prlhf_lightning.data.readers import Unreadable, read_rows, scan_rows
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -48,6 +48,11 @@ class FileSource(DataSource):
         """Yield the rows of a split's files in order, each after its file and line."""
         for path in self._paths[split]:
             yield from read_rows(path)
+
+    def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
+        """Yield what `rows` does, but go on after what cannot be read: with the next row, or with the next file."""
+        for path in self._paths[split]:
+            yield from scan_rows(path)
 
     def fingerprint(self, split: Split) -> str:
         """Return path, size and modification time of each file."""

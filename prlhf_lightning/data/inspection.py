@@ -1,0 +1,286 @@
+"""Everything that is wrong with the rows of a source, and not the first thing alone.
+
+Rows are judged as the data module judges them, so what is found here is what would stop a run or make it worse. Memory
+holds hashes of rows and the users' ids, never texts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from itertools import combinations, islice
+from typing import Any, NamedTuple
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.data.cache import Ties
+from prlhf_lightning.data.judgements import Judgements, Pairs
+from prlhf_lightning.data.problems import Problem, Problems, Severity
+from prlhf_lightning.data.progress import counted
+from prlhf_lightning.data.readers import Unreadable
+from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
+from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, TokenizedRecord
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.types import Feedback
+
+_BATCH = 1000  # rows tokenised together
+_UNLIMITED = 1 << 60
+_TIE = "equal completions"
+
+
+@dataclass
+class SplitCounts:
+    """What became of the rows of a split.
+
+    Attributes:
+        rows: Rows that were read, broken ones included: `accepted + ties + too_long + rejected`.
+        accepted: Rows that can be trained on.
+        ties: Rows whose completions are equal, as they stand or once tokenised and cut.
+        too_long: Rows over a limit, where such rows are dropped.
+        rejected: Rows with errors.
+        users: Users of the accepted rows.
+        prompts: Different prompts of the accepted rows.
+        left_out: What the source itself left out by its protocol, by reason (`DataSource.counts`).
+        unread: Where reading had to stop short of the end; what follows is not in the counts.
+    """
+
+    rows: int = 0
+    accepted: int = 0
+    ties: int = 0
+    too_long: int = 0
+    rejected: int = 0
+    users: int = 0
+    prompts: int = 0
+    left_out: dict[str, int] = field(default_factory=dict)
+    unread: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Report:
+    """What was found in a source.
+
+    Attributes:
+        splits: Counts of each split.
+        problems: What is wrong, by kind.
+    """
+
+    splits: dict[Split, SplitCounts]
+    problems: Problems
+
+    @property
+    def ok(self) -> bool:
+        """Whether there is no error; there may be warnings."""
+        return not self.problems.count("error")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        splits = {split: asdict(counts) for split, counts in self.splits.items()}
+        return {"ok": self.ok, "splits": splits, "problems": self.problems.as_list()}
+
+
+class _Item(NamedTuple):
+    number: int
+    where: str
+    record: FeedbackRecord
+
+
+class _Finding(NamedTuple):
+    """Rows that are wrong only beside others; their places are looked up when all are known."""
+
+    kind: str
+    split: Split
+    pairs: Pairs
+    partner_split: Split
+    problem: str
+    fix: str
+
+
+@dataclass
+class Inspector:
+    """Checks every row of a source.
+
+    Attributes:
+        source: Where the rows come from.
+        feedback: What rows are: pairs, thumbs or demonstrations (see `parse_record`).
+        ties: Whether rows with equal completions are errors, or left out.
+        min_votes: Users with fewer training rows are told.
+        examples: How many problems of each kind are kept.
+        tokenizer: Measures the rows, if there is one.
+        settings: What the rows are measured by; `overlong` says whether a row over a limit is an error.
+    """
+
+    source: DataSource
+    feedback: Feedback = "pairs"
+    ties: Ties = "error"
+    min_votes: int = 5
+    examples: int = 5
+    tokenizer: PreTrainedTokenizerBase | None = None
+    settings: TokenizationSettings = field(default_factory=TokenizationSettings)
+
+    def __call__(self) -> Report:
+        """Read all splits and return what was found.
+
+        Raises:
+            ConfigurationError: The source cannot be found, or its settings are wrong.
+        """
+        self._columns = Columns.from_mapping(self.source.columns)
+        self._problems = Problems(self.examples)
+        splits = [split for split in SPLITS if split in self.source.splits()]
+        counts = {split: SplitCounts() for split in splits}
+        judgements = {split: self._read(split, counts[split]) for split in splits}
+        self._place([*self._within(judgements), *self._between(judgements)])
+        self._count_users(judgements)
+        return Report(counts, self._problems)
+
+    def _read(self, split: Split, counts: SplitCounts) -> Judgements:
+        judgements = Judgements()
+        items = self._records(split, counts)
+        for item in items if self.tokenizer is None else self._measured(items, split, counts, self.tokenizer):
+            judgements.add(item.number, item.record)
+        counts.accepted, counts.users = len(judgements), len(judgements.users)
+        counts.prompts = judgements.distinct("prompt")
+        counts.left_out = self.source.counts(split)
+        return judgements
+
+    def _records(self, split: Split, counts: SplitCounts) -> Iterator[_Item]:
+        for number, (where, row) in enumerate(counted(self.source.scan(split), f"Checking the {split} split")):
+            if isinstance(row, Unreadable):
+                problem = Problem.of(split, where, row.error)
+                self._problems.add("error", problem)
+                if row.rest:
+                    counts.unread.append(problem.place)
+                else:
+                    counts.rows += 1
+                    counts.rejected += 1
+                continue
+            counts.rows += 1
+            try:
+                record = parse_record(row, where, self._columns, self.feedback)
+            except TieError as error:
+                self._tie(Problem.of(split, where, error), counts)
+            except PRLHFError as error:
+                self._reject(Problem.of(split, where, error), counts)
+            else:
+                yield _Item(number, where, record)
+
+    def _tie(self, problem: Problem, counts: SplitCounts) -> None:
+        counts.ties += 1
+        self._problems.add("error" if self.ties == "error" else "warning", problem, _TIE)
+
+    def _reject(self, problem: Problem, counts: SplitCounts) -> None:
+        counts.rejected += 1
+        self._problems.add("error", problem)
+
+    def _measured(
+        self, items: Iterator[_Item], split: Split, counts: SplitCounts, tokenizer: PreTrainedTokenizerBase
+    ) -> Iterator[_Item]:
+        """Yield the rows that can be tokenised, and tell those over a limit."""
+        settings, free = self.settings, _UNLIMITED
+        whole = TokenizationSettings(free, free, free, "error", settings.chat_template, settings.user_text_format)
+        tokenize = FeedbackTokenizer(tokenizer, whole)
+        while batch := list(islice(items, _BATCH)):
+            for item, ids in zip(batch, _tokenized(tokenize, batch), strict=True):
+                if isinstance(ids, PRLHFError):
+                    self._reject(Problem.of(split, item.where, ids), counts)
+                elif self._fits(item, ids, split, counts):
+                    yield item
+
+    def _fits(self, item: _Item, ids: TokenizedRecord, split: Split, counts: SplitCounts) -> bool:
+        settings = self.settings
+        over = False
+        for name, named, part in zip(ids._fields, ("user_text", "prompt", *item.record.fields), ids, strict=True):
+            setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
+            limit = getattr(settings, setting)
+            if len(part) > limit:
+                over = True
+                done = {"truncate": "cut", "drop": "left out", "error": "refused"}[settings.overlong]
+                what = f"has {len(part)} tokens, limit {limit}"
+                problem = Problem.at(split, item.where, what, f"raise {setting}, or shorten it", named)
+                severity: Severity = "error" if settings.overlong == "error" else "warning"
+                self._problems.add(severity, problem, f"{named}: over {setting}={limit}, {done}")
+        if over and settings.overlong != "truncate":
+            counts.rejected += settings.overlong == "error"
+            counts.too_long += settings.overlong == "drop"
+            return False
+        most = settings.max_completion_length
+        if len(ids.rejected) and np.array_equal(ids.chosen[:most], ids.rejected[:most]):
+            what = f"equals 'rejected' once tokenised and cut to {most} tokens"
+            fix = "raise max_completion_length, use another tokenizer, or drop the row"
+            self._tie(Problem.at(split, item.where, what, fix, "chosen"), counts)
+            return False
+        return True
+
+    def _within(self, judgements: dict[Split, Judgements]) -> Iterator[_Finding]:
+        for split, rows in judgements.items():
+            yield _Finding(
+                f"duplicate judgement in {split}", split, rows.duplicates(self.examples), split,
+                "repeats the judgement of its user at {}", "drop one of them, unless it was made twice",
+            )  # fmt: skip
+            yield _Finding(
+                f"contradictory judgements in {split}", split, rows.contradictions(self.examples), split,
+                "prefers the opposite of what its user prefers at {}",
+                "drop both if neither is right; a model learns nothing from the two",
+            )  # fmt: skip
+
+    def _between(self, judgements: dict[Split, Judgements]) -> Iterator[_Finding]:
+        for first, later in combinations(judgements, 2):
+            for by in ("judgement", "pair", "prompt"):
+                leaked = judgements[later].leaked(judgements[first], by, self.examples)
+                what = "user, prompt and completions" if by == "judgement" else f"{by}"
+                yield _Finding(
+                    f"same {by} in {first} and {later}", later, leaked, first,
+                    f"has the same {what} as {{}} of {first}",
+                    f"drop it here, or leave {later} out and let the data module hold out prompts or pairs (split_by)",
+                )  # fmt: skip
+
+    def _place(self, findings: Iterable[_Finding]) -> None:
+        """Read as much as is needed again, to say where the rows of findings stand: they were kept as numbers."""
+        findings = [finding for finding in findings if finding.pairs.count]
+        numbers: dict[Split, set[int]] = {}
+        for finding in findings:
+            numbers.setdefault(finding.split, set()).update(finding.pairs.rows.tolist())
+            numbers.setdefault(finding.partner_split, set()).update(finding.pairs.partners.tolist())
+        places = {(split, n): where for split, wanted in numbers.items() for n, where in self._places(split, wanted)}
+        for kind, split, pairs, partner_split, problem, fix in findings:
+            for row, partner in zip(pairs.rows.tolist(), pairs.partners.tolist(), strict=True):
+                here, there = (places.get(key, "(gone since)") for key in ((split, row), (partner_split, partner)))
+                self._problems.add("warning", Problem.at(split, here, problem.format(there), fix), kind)
+            self._problems.add_unseen("warning", kind, pairs.count - len(pairs.rows))
+
+    def _places(self, split: Split, numbers: set[int]) -> Iterator[tuple[int, str]]:
+        if numbers:
+            again = counted(islice(self.source.scan(split), max(numbers) + 1), f"Looking up rows of the {split} split")
+            for number, (where, _) in enumerate(again):
+                if number in numbers:
+                    yield number, where
+
+    def _count_users(self, judgements: dict[Split, Judgements]) -> None:
+        trained = judgements.get("train")
+        if trained is None:
+            return
+        for user_id, votes in trained.users.items():
+            if votes < self.min_votes:
+                problem = Problem(
+                    "train", None, None, "user_id", f"{user_id!r} has {votes} judgement{'s' * (votes != 1)}",
+                    "gather more, or expect little beyond the generic user",
+                )  # fmt: skip
+                self._problems.add("warning", problem, f"user with fewer than {self.min_votes} judgements")
+        for split, rows in judgements.items():
+            for user_id in [user_id for user_id in rows.users if user_id not in trained.users]:
+                problem = Problem(
+                    split, None, None, "user_id", f"{user_id!r} has no judgement in train",
+                    "only the generic user serves such users; nothing to do if that is meant",
+                )  # fmt: skip
+                self._problems.add("warning", problem, f"user of {split} who is not in train")
+
+
+def _tokenized(tokenize: FeedbackTokenizer, batch: list[_Item]) -> list[TokenizedRecord | PRLHFError]:
+    """Tokenise rows together, and in ever smaller parts where one of them cannot be."""
+    try:
+        rows = tokenize([item.record for item in batch], [item.where for item in batch])
+        return [row for row in rows if row is not None]  # none is: no row is over an unlimited length
+    except PRLHFError as error:
+        half = len(batch) // 2
+        return _tokenized(tokenize, batch[:half]) + _tokenized(tokenize, batch[half:]) if half else [error]

@@ -1,0 +1,62 @@
+"""Feedback as numbers."""
+
+import json
+import math
+
+import pytest
+
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.feedback_table import read_table
+from prlhf_lightning.data.surface import SURFACE_FEATURES, surface_features
+from prlhf_lightning.errors import FeedbackFormatError
+
+
+def written(path, rows):
+    names = ("user_id", "prompt", "chosen", "rejected")
+    path.write_text("".join(json.dumps(dict(zip(names, row, strict=True))) + "\n" for row in rows))
+    return path
+
+
+def test_a_response_to_a_prompt_is_one_item_for_all_users_and_splits(tmp_path):
+    train = written(tmp_path / "a.jsonl", [("u", "p", "x y", "z"), ("v", "p", "z", "x y"), ("v", "q", "z", "w")])
+    validation = written(tmp_path / "b.jsonl", [("w", "p", "z", "new")])
+    table = read_table(FileSource(train, validation), ["train", "validation"])
+    assert table.chosen.tolist() == [0, 1, 2, 1]
+    assert table.rejected.tolist() == [1, 0, 3, 4]
+    assert table.users.tolist() == [0, 1, 1, 2]
+    assert table.prompts.tolist() == [0, 0, 1, 1, 0]
+    assert (table.words.tolist(), table.characters.tolist()) == ([2, 1, 1, 1, 1], [3, 1, 1, 1, 3])
+    assert table.of("validation") == slice(3, 4)
+    assert table.of("test") == slice(0, 0)
+
+
+def test_ties_are_counted_and_left_out_and_other_faults_named(tmp_path):
+    path = written(tmp_path / "a.jsonl", [("u", "p", "x", "x"), ("u", "p", "x", "y")])
+    table = read_table(FileSource(path), ["train"])
+    assert (table.rows, table.ties) == ({"train": 1}, {"train": 1})
+    written(path, [("u", "p", "x", "y"), ("u", "p", "x", None)])
+    with pytest.raises(FeedbackFormatError, match=r"a\.jsonl:2: field 'rejected'"):
+        read_table(FileSource(path), ["train"])
+
+
+def test_conversations_are_read_by_what_was_said(tmp_path):
+    path = tmp_path / "a.jsonl"
+    chosen, rejected = ([{"role": "assistant", "content": text}] for text in ("one two", "three"))
+    prompt = [{"role": "user", "content": "say one"}]
+    path.write_text(json.dumps({"user_id": "u", "prompt": prompt, "chosen": chosen, "rejected": rejected}))
+    table = read_table(FileSource(path), ["train"])
+    assert (table.words.tolist(), table.prompt_words.tolist()) == ([2, 1], [2])
+    assert table.features[:, -1].tolist() == [0.5, 0]
+
+
+def test_surface_features_count_what_they_say():
+    found = dict(
+        zip(SURFACE_FEATURES, surface_features("Why is it so?", "Why? It is.\nThere are 12 of it!"), strict=True)
+    )
+    assert found["words (log)"] == pytest.approx(math.log1p(8))
+    assert found["sentences (log)"] == pytest.approx(math.log1p(3))
+    assert found["question marks (log)"] == found["exclamation marks (log)"] == pytest.approx(math.log1p(1))
+    assert found["line breaks (log)"] == pytest.approx(math.log1p(1))
+    assert found["digits (log)"] == pytest.approx(math.log1p(2))
+    assert found["share of its words in the prompt"] == pytest.approx(3 / 7)
+    assert surface_features("", "...")[1] == 0

@@ -1,0 +1,171 @@
+import tempfile
+from pathlib import Path
+
+import pytest
+from feedback_helpers import row, word_tokenizer, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from malformed import GOOD
+
+from prlhf_lightning.data import DataSource, FileSource, SimulatedSource
+from prlhf_lightning.data.cache import FeedbackCache
+from prlhf_lightning.data.inspection import Inspector
+from prlhf_lightning.data.problems import Problem, Problems
+from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+TOKENIZER = word_tokenizer()
+
+
+def inspect(folder, train, validation=None, min_votes=0, **settings):
+    files = {"train": train, "validation": validation}
+    paths = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in files.items() if rows is not None}
+    return Inspector(FileSource(**paths), min_votes=min_votes, **settings)()
+
+
+def kinds(report):
+    return {group.kind: group.count for group in report.problems}
+
+
+def lines(report, kind):
+    return [example.line for group in report.problems if group.kind == kind for example in group.examples]
+
+
+def test_all_faults_are_counted_and_the_first_of_each_kind_are_kept(tmp_path):
+    rows = [row(0), row(1, user=7), row(2, user=8), row(3, user=9), row(4, chosen=" "), row(5)]
+    report = inspect(tmp_path, rows, examples=2)
+    assert not report.ok
+    assert kinds(report) == {"user_id: is of type int": 3, "chosen: is empty": 1}
+    assert lines(report, "user_id: is of type int") == [2, 3]
+    assert report.splits["train"].accepted == 2
+
+
+def test_values_and_names_make_no_kinds(tmp_path):
+    rows = [{"user_id": "ann", "prompt": "p", f"name{i}": "x"} for i in range(5)]
+    rows += [row(0, prompt=[{"role": "user", "content": "it's; so"}])]
+    found = kinds(inspect(tmp_path, rows))
+    assert found == {"chosen: is missing": 5, "prompt: is a list of messages but '…' is a string": 1}
+
+
+def test_kinds_are_bounded():
+    problems = Problems()
+    for i in range(1000):
+        problems.add("error", Problem.at("train", "a:1", f"is {chr(97 + i % 26)}{chr(97 + i // 26)}", "mend it"))
+    assert len(list(problems)) <= 202
+    assert problems.count("error") == 1000
+
+
+@pytest.mark.parametrize(
+    ("where", "text", "parts"),
+    [
+        ("a.csv:3", "a.csv:3: field 'x' is 'a; b'; mend it.", ("a.csv", 3, "x", "is 'a; b'", "mend it.")),
+        ("a.csv", "a.csv:3: broken CSV; quote it.", ("a.csv", 3, None, "broken CSV", "quote it.")),
+        ("a.gz", "a.gz: ends early", ("a.gz", None, None, "ends early", None)),
+        ("hub[train]:5", "hub[train]:5: field 'x' is null", ("hub[train]", 5, "x", "is null", None)),
+    ],
+)
+def test_an_error_is_taken_apart(where, text, parts):
+    problem = Problem.of("train", where, FeedbackFormatError(text))
+    assert (problem.file, problem.line, problem.field, problem.problem, problem.fix) == parts
+    assert str(problem) == text
+
+
+def test_repeated_and_contradictory_judgements_name_both_places(tmp_path):
+    swapped = row(0, chosen="three four", rejected="one two")
+    rows = [row(0), row(1), row(0), row(0, user="bob"), swapped, swapped]
+    report = inspect(tmp_path, rows)
+    assert report.ok
+    assert kinds(report) == {"duplicate judgement in train": 2, "contradictory judgements in train": 1}
+    assert lines(report, "duplicate judgement in train") == [3, 6]
+    (group,) = (group for group in report.problems if "contra" in group.kind)
+    assert group.examples[0].line == 5
+    assert f"{tmp_path}/train.jsonl:1" in group.examples[0].problem
+
+
+def test_what_stands_in_two_splits_is_told_with_both_places(tmp_path):
+    swapped = row(1, user="bob", chosen="three four", rejected="one two")
+    other = row(2, chosen="five")
+    report = inspect(tmp_path, [row(9), row(0), row(1), row(2)], [row(0), swapped, other, row(3)])
+    found = {name: count for name, count in kinds(report).items() if name.startswith("same")}
+    assert found == {
+        "same judgement in train and validation": 1,
+        "same pair in train and validation": 2,
+        "same prompt in train and validation": 3,
+    }
+    (group,) = (group for group in report.problems if group.kind.startswith("same judgement"))
+    assert (group.examples[0].split, group.examples[0].line) == ("validation", 1)
+    assert f"{tmp_path}/train.jsonl:2" in group.examples[0].problem
+
+
+def test_users_with_few_judgements_or_none_in_training_are_told(tmp_path):
+    report = inspect(tmp_path, [row(0), row(1), row(2, "bob")], [row(3, "cy"), row(4)], min_votes=2)
+    assert kinds(report) == {"user with fewer than 2 judgements": 1, "user of validation who is not in train": 1}
+    assert [group.examples[0].problem.split()[0] for group in report.problems] == ["'bob'", "'cy'"]
+
+
+def test_ties_are_errors_unless_they_are_dropped(tmp_path):
+    rows = [row(0), row(1, rejected="one two")]
+    assert not inspect(tmp_path, rows).ok
+    report = inspect(tmp_path, rows, ties="drop")
+    assert report.ok
+    assert report.splits["train"].ties == 1
+
+
+def test_a_source_that_stops_at_an_error_has_its_rest_told_as_unread():
+    class Breaking(DataSource):
+        def splits(self):
+            return {"train"}
+
+        def rows(self, split):
+            yield "place:1", row(0)
+            raise FeedbackFormatError("place:2: field 'x' is broken; mend it.")
+
+        def fingerprint(self, split):
+            return ""
+
+    report = Inspector(Breaking(), min_votes=0)()
+    assert report.splits["train"].unread == ["place:2"]
+    assert report.splits["train"].rows == 1
+    assert kinds(report) == {"x: is broken": 1}
+
+
+def test_unknown_columns_are_a_mistake_of_settings_not_of_rows(tmp_path):
+    with pytest.raises(ConfigurationError, match="no field 'chosn'"):
+        Inspector(FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0)]), columns={"chosn": "better"}))()
+
+
+def test_simulated_data_has_no_fault():
+    assert set(kinds(Inspector(SimulatedSource(num_users=4, num_unseen_users=0))())) <= {"duplicate judgement in train"}
+
+
+def test_rows_that_cannot_be_tokenised_are_told_each_for_itself(tmp_path):
+    chat = {"prompt": [{"role": "user", "content": "w1"}]} | {
+        name: [{"role": "assistant", "content": name}] for name in ("chosen", "rejected")
+    }
+    report = inspect(tmp_path, [row(i, **(chat if i in (2, 7) else {})) for i in range(9)], tokenizer=TOKENIZER)
+    (group,) = report.problems
+    assert "the tokenizer has no chat template" in group.examples[0].problem
+    assert [example.line for example in group.examples] == [3, 8]
+    assert report.splits["train"].accepted == 7
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(GOOD, min_size=1, max_size=8),
+    st.sampled_from([2, 3, 8]),
+    st.sampled_from(["truncate", "drop"]),
+)
+def test_with_a_tokenizer_rows_are_judged_as_training_judges_them(rows, limit, overlong):
+    limits = TokenizationSettings(limit, limit, limit, overlong)
+    with tempfile.TemporaryDirectory() as folder:
+        source = FileSource(write_jsonl(Path(folder) / "votes.jsonl", rows))
+        report = Inspector(source, ties="drop", tokenizer=TOKENIZER, settings=limits)()
+        try:
+            built = FeedbackCache(Path(folder) / "cache", TOKENIZER, limits, True, "drop").open(source, "train").report
+        except FeedbackFormatError:  # no row is left
+            return
+    over = {group.kind.partition(":")[0]: group.count for group in report.problems if ": over " in group.kind}
+    assert over == {name: excess.count for name, excess in built.excess.items()}
+    found = report.splits["train"]
+    assert (found.accepted, found.too_long) == (built.kept, built.too_long)
+    assert found.ties == built.ties + built.token_ties
