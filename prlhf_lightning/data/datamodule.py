@@ -172,6 +172,11 @@ class PreferenceDataModule(LightningDataModule):
         return len(self.vocabulary)
 
     @property
+    def num_training_rows(self) -> int:
+        """Number of rows that are trained on."""
+        return len(self._division.train)
+
+    @property
     def longest_row(self) -> int:
         """Most tokens of a row of any split: user text, prompt and the longer completion, after truncation.
 
