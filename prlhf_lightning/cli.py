@@ -33,6 +33,7 @@ from prlhf_lightning.callbacks import (
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
+from prlhf_lightning.judges import Judge
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
@@ -46,6 +47,7 @@ from prlhf_lightning.tasks.data_convert import convert
 from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
+from prlhf_lightning.tasks.report import report
 from prlhf_lightning.tasks.serve import api_key, serve
 from prlhf_lightning.user_models import UserModel
 
@@ -54,6 +56,7 @@ TASKS: dict[str, Any] = {
     "adapt": adapt,
     "export": export,
     "generate": generate,
+    "report": report,
     "serve": serve,
     "api-key": api_key,
     "users": {
@@ -84,7 +87,9 @@ class _Parser(LightningArgumentParser):
     """Says what is wrong and what may have been meant, without a hundred lines of usage."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = {name for component in (UserModel, Policy, PreferenceLoss, DataSource) for name in _names(component)}
+        known = {
+            name for component in (UserModel, Policy, PreferenceLoss, DataSource, Judge) for name in _names(component)
+        }
         known |= {action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions}
         known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"], *TASKS["data"]}
         known |= {dest.rpartition(".")[2] for dest in known}

@@ -23,3 +23,7 @@ class DamagedCheckpointError(ConfigurationError):
 
 class CheckpointWriteError(PRLHFError, OSError):
     """A file that could not be written, as on a full disk; what was there before it is untouched."""
+
+
+class JudgeError(PRLHFError):
+    """A judge that gave no verdict on a question; the message says why, and nothing of what was asked."""

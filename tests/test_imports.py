@@ -17,6 +17,7 @@ STORE = {"reference_cache", "checkpoint_files"}
 FEEDBACK = {"feedback_log"}
 PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
+TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
@@ -27,10 +28,11 @@ MAY_IMPORT = {
     "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
+    "judges": LEAVES | STORE | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
-    "tasks": LEAVES | STORE | PAGES | SIBLINGS | {"modules", "callbacks", "inference", "adaptation", "serving"},
-    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "tasks"},
+    "tasks": LEAVES | STORE | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
+    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "judges", "tasks"},
     "__main__": {"cli"},
 }
 

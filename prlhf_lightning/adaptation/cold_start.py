@@ -72,7 +72,7 @@ def cold_start(
         first = torch.tensor([place for user_id in users for place in places[user_id][:count]], dtype=torch.long)
         row_of = dict(zip(users, adapt_users(model, select_pairs(pairs, first), users, prior, steps).rows, strict=True))
         rows = torch.stack([row_of.get(user_id, prior.generic) for user_id in held_out.user_ids])
-        counted = torch.tensor([user_id in row_of for user_id in held_out.user_ids])
+        counted = torch.tensor([user_id in row_of for user_id in held_out.user_ids], device=rows.device)
         found = _accuracies(held_out.user_ids, margins_of(rows, only=counted)[0])
         gains = torch.tensor([found[user_id] - without[user_id] for user_id in users])
         accuracy, generic = (sum(values[user_id] for user_id in users) / len(users) for values in (found, without))

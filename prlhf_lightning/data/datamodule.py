@@ -205,6 +205,18 @@ class PreferenceDataModule(LightningDataModule):
         """Return the number of training batches of each process in one epoch."""
         return len(self._training_batches(0, world_size))
 
+    def evaluation_pairs(self, name: str, stage: Literal["validate", "test"] = "validate") -> Pairs | None:
+        """Return the rows of one of `eval_sets`, `seen` or `unseen`, or None where it is empty."""
+        return self._division.evaluation.get(stage, {}).get(name)
+
+    def votes_by_user(self) -> dict[str, int]:
+        """Return how many training rows each user gave."""
+        train = self._division.train
+        if isinstance(train, StreamedRows):
+            return {user_id: self._census.rows[user_id] for user_id in train.vocabulary.ids}
+        counts = np.bincount(train.split.users[train.positions], minlength=len(train.split.user_ids))
+        return {user_id: count for user_id, count in zip(train.split.user_ids, counts.tolist(), strict=True) if count}
+
     def known_as(self, user_id: str) -> str:
         """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
         return user_id if self.pseudonyms is None else self.pseudonyms(user_id)

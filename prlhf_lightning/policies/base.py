@@ -114,13 +114,16 @@ class Policy(nn.Module, ABC):
         return None
 
     @abstractmethod
-    def generate(self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling) -> Tokens:
+    def generate(
+        self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling, reference: bool = False
+    ) -> Tokens:
         """Write a completion for each prompt.
 
         Args:
             prompt: B prompts.
             soft_prompt: B soft prompts, or None for none.
             sampling: How to draw.
+            reference: Write as the policy did before training.
 
         Returns:
             The completions, with EOS where one was written.

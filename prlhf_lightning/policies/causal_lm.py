@@ -256,9 +256,19 @@ class CausalLMPolicy(Policy):
             )
 
     @torch.no_grad()
-    def generate(self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling) -> Tokens:
+    def generate(
+        self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling, reference: bool = False
+    ) -> Tokens:
         """Write a completion for each prompt; see `Policy.generate`."""
-        sequence = join(self._segments(self.lm, prompt, soft_prompt), align="right")
+        if not reference:
+            return self._generate(self.lm, prompt, soft_prompt, sampling)
+        with self._reference_lm() as lm:
+            return self._generate(lm, prompt, soft_prompt, sampling)
+
+    def _generate(
+        self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling
+    ) -> Tokens:
+        sequence = join(self._segments(lm, prompt, soft_prompt), align="right")
         self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens, "sampling.max_new_tokens")
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if sampling.temperature > 0:
@@ -268,7 +278,7 @@ class CausalLMPolicy(Policy):
         self.eval()  # a key-value cache and gradient checkpointing exclude one another
         try:
             with torch.compiler.set_stance("force_eager"):
-                ids = self.lm.generate(
+                ids = lm.generate(
                     inputs_embeds=sequence.vectors,
                     attention_mask=sequence.mask.long(),
                     max_new_tokens=sampling.max_new_tokens,

@@ -1,4 +1,5 @@
 import warnings
+from collections import Counter
 from itertools import pairwise
 
 import pytest
@@ -153,6 +154,14 @@ def test_validation_is_divided_into_seen_and_unseen_users(make):
         assert all((user in data.vocabulary) == (index == 0) for user in users)
     assert {index for index, _ in model.validated} == {0, 1}
     assert data.num_users == len(data.vocabulary) == 11 - len({u for i, us in model.validated for u in us if i})
+
+
+@pytest.mark.parametrize("settings", [{}, {"streaming": True, "validation_fraction": 0.0}])
+def test_votes_are_counted_of_those_who_are_trained_on(make, settings):
+    data = make(**{"validation_fraction": 0.2, "unseen_user_fraction": 0.3, **settings})
+    trained = Counter(user for batch in data.train_dataloader() for user in batch.user_ids)
+    assert data.votes_by_user() == trained
+    assert set(trained) == set(data.vocabulary.ids)
 
 
 def test_a_validation_split_of_the_source_is_used_as_it_is(make, votes, tmp_path):

@@ -251,4 +251,6 @@ def test_the_script_that_made_the_fixture_makes_the_same_again(made, repo_root, 
     again, committed = (checkpoint_files.load(p / "format_1.ckpt") for p in (tmp_path / "again", repo_root / FIXTURES))
     assert again.keys() == committed.keys()
     assert again["state_dict"].keys() == committed["state_dict"].keys()
-    assert again["prlhf_lightning"].keys() == committed["prlhf_lightning"].keys()
+    entry, older = again["prlhf_lightning"], committed["prlhf_lightning"]
+    assert entry.keys() - older.keys() == {"tokenization"}  # came later, and need not be there
+    assert older.keys() <= entry.keys()

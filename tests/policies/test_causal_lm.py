@@ -140,6 +140,20 @@ def test_greedy_generation_picks_what_scoring_finds_likeliest(model_paths, name)
     assert written.ids[0, 0].item() == scores.sum.argmax().item()
 
 
+@pytest.mark.parametrize("lora", [SMALL, None])
+def test_the_reference_writes_as_the_policy_did_before_training(model_path, lora):
+    policy = CausalLMPolicy(model_path, lora=lora)
+    policy.build(with_reference=True)
+    how = (Tokens.from_lists([[1, 5, 6, 7], [1, 4]]), None, Sampling(max_new_tokens=8, temperature=0))
+    before = policy.generate(*how).ids
+    with torch.no_grad():
+        for param in policy.parameters():
+            if param.requires_grad:
+                param.add_(torch.randn_like(param))
+    assert torch.equal(policy.generate(*how, reference=True).ids, before)
+    assert policy.generate(*how).ids.tolist() != before.tolist()
+
+
 def paths(policy: CausalLMPolicy):
     """Every way of scoring that the policy may take."""
     return {

@@ -1,0 +1,269 @@
+"""One page about a trained model: how it learned, whom it serves how well, what it writes, and who would like that."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import numpy as np
+import torch
+from lightning.pytorch import seed_everything
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
+from prlhf_lightning.data.division import Pairs
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
+from prlhf_lightning.tasks.checkpoints import load_module, pick_device, read_checkpoint
+from prlhf_lightning.tasks.report_answers import (
+    OWN,
+    Answers,
+    Scribe,
+    find_people,
+    find_prompts,
+    win_rates,
+    with_utility,
+)
+from prlhf_lightning.tasks.report_map import map_users, most_unlike
+from prlhf_lightning.tasks.report_page import Findings, in_words, page_of
+from prlhf_lightning.tasks.report_pairs import Scores, cold_start_of, score, spread
+from prlhf_lightning.tasks.report_run import data_of, open_run
+
+_ON_THE_MAP = 2000
+_SHOWN_USERS = 3
+
+
+def report(
+    checkpoint: Path,
+    out: Path = Path("report.html"),
+    run: Path | None = None,
+    data: DataSource | None = None,
+    judge: Judge | None = None,
+    baseline: Path | None = None,
+    title: str | None = None,
+    users: int = 20,
+    prompts: int = 8,
+    max_pairs: int = 5000,
+    batch_size: int = 32,
+    max_new_tokens: int | None = None,
+    show_answers: bool = True,
+    show_user_text: bool = False,
+    show_user_ids: bool = False,
+    device: str = "auto",
+    seed: int = 0,
+) -> None:
+    """Write a page about a trained model, for a colleague.
+
+    Learning curves; each user's accuracy against the votes given; how new users fare; a map of users; what
+    personalisation costs; what the model writes for users, and how often a judge prefers that. See docs/report.md.
+
+    Args:
+        checkpoint: A checkpoint of `fit`.
+        out: The page to write, one HTML file that needs no other.
+        run: The folder of the run, for its `config.yaml` and `metrics.csv`; where the checkpoint lies if not given.
+        data: Other data than the run's configuration names, as for `fit --data.source`.
+        judge: Who compares answers: UtilityJudge, RewardJudge, OpenAIJudge or a class of your own. Simulated users
+            judge for themselves if none is given; others are not asked.
+        baseline: A checkpoint of the same without users, to compare with.
+        title: Title of the page.
+        users: Users whose answers are written and judged, spread evenly over those with validation pairs.
+        prompts: Prompts that each of them is answered.
+        max_pairs: Most validation pairs scored of the seen, and of the unseen users.
+        batch_size: Pairs in a pass of the model.
+        max_new_tokens: Tokens of an answer at most; as the model was told to write if not given.
+        show_answers: Whether prompts and answers stand on the page.
+        show_user_text: Whether the users' texts do.
+        show_user_ids: Whether users are called by their ids, and not by numbers.
+        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        seed: Draws answers, where they are sampled, and bootstrap samples.
+    """
+    least = {"users": users, "prompts": prompts, "max_pairs": max_pairs, "batch_size": batch_size}
+    for name, value in least.items():
+        if value < 1:
+            raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
+    if not 0 <= seed < 2**32:
+        raise ConfigurationError(f"seed is {seed}; it must be at least 0 and below 2**32.")
+    _check_writable(out)
+    seed_everything(seed, verbose=False)
+    left = open_run(checkpoint, run)
+    module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
+    whose = data_of(left, data, module, tokenization_of(read_checkpoint(checkpoint, "checkpoint")))
+    without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
+    named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
+    found = Findings(
+        title or f"Model: {named}",
+        _described(module),
+        left,
+        module.user_model.personalizes,
+        module.user_model.uses_text,
+        show_answers=show_answers,
+    )
+    if whose is None:
+        found.no_scores = found.cold_start = found.answers = found.win_rates = (
+            "The data are not known: there is no config.yaml beside the checkpoint. Name the run's folder with --run, "
+            "or the data with --data."
+        )
+    elif module.loss.feedback != "pairs":
+        found.no_scores = found.cold_start = (
+            f"{type(module.loss).__name__} learns from {module.loss.feedback}; only losses over pairs rank pairs."
+        )
+    if whose is not None:
+        found.votes = whose.votes_by_user()  # now, as tokenising has a progress bar of its own
+    with _progress() as progress:
+        if whose is not None:
+            if module.loss.feedback == "pairs":
+                _score_pairs(found, module, without, whose, max_pairs, batch_size, progress)
+            sampling = replace(
+                module.sampling, **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
+            )
+            scribe = Scribe(module, whose, sampling, without)
+            _write_answers(found, module, whose, scribe, (users, prompts), judge, seed, progress)
+            if isinstance(judge, RewardJudge) and judge.checkpoint.resolve() == checkpoint.resolve():
+                found.judge = (found.judge[0], "The judge is the very model that is judged: it likes what it writes.")
+        _map(found, module, whose)
+    _call_users(found, module, whose, show_user_ids, show_user_text)
+    page_of(found).write(out)
+    print(in_words(found))
+    print(f"The page: {out}")
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a page that cannot be written, before anything is computed."""
+    if out.is_dir():
+        raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        TemporaryFile(dir=out.parent).close()
+    except OSError as error:
+        raise ConfigurationError(f"out: {out} cannot be written ({error.strerror}); name another file.") from error
+
+
+def _score_pairs(
+    found: Findings,
+    module: PersonalizedLM,
+    without: PersonalizedLM | None,
+    data: PreferenceDataModule,
+    most: int,
+    batch_size: int,
+    progress: Progress,
+) -> None:
+    def scored(model: PersonalizedLM, pairs: Pairs, what: str) -> Scores:
+        places = spread(len(pairs), most)
+        task = progress.add_task(what, total=len(places))
+        return score(model, pairs, places, batch_size, lambda count: progress.advance(task, count))
+
+    for name in ("seen", "unseen"):
+        if (pairs := data.evaluation_pairs(name)) is not None:
+            found.scores[name] = scored(module, pairs, f"Scoring pairs of {name} users")
+            if name == "seen" and without is not None:
+                found.baseline = scored(without, pairs, "Scoring them under the baseline")
+    task = progress.add_task("Learning new users", total=None)
+    found.cold_start = cold_start_of(module, data.evaluation_pairs("unseen"))
+    progress.update(task, total=1, completed=1)
+
+
+def _write_answers(
+    found: Findings,
+    module: PersonalizedLM,
+    data: PreferenceDataModule,
+    scribe: Scribe,
+    counts: tuple[int, int],
+    judge: Judge | None,
+    seed: int,
+    progress: Progress,
+) -> None:
+    if judge is None and isinstance(data.source, SimulatedSource):
+        judge = UtilityJudge()
+    if judge is not None:
+        judge.prepare(data)  # before anything is written, as it may not be able to judge
+    pairs, known = data.evaluation_pairs("seen"), module.vocabulary
+    if pairs is None or known is None:
+        found.answers = found.win_rates = "There are no validation rows of seen users, whose prompts could be answered."
+        return
+    codes = np.unique(pairs.split.users[pairs.positions])
+    user_ids = [user_id for code in codes if (user_id := pairs.split.user_ids[code]) in known]
+    some = [user_ids[place] for place in spread(len(user_ids), counts[0])]
+    if not some:
+        found.answers = found.win_rates = "The checkpoint knows none of the users of these data."
+        return
+    people, texts = find_people(data, pairs, some)
+    asked = find_prompts(data, pairs, counts[1])
+    task = progress.add_task("Writing answers", total=len(scribe.writers) * len(people) * len(asked))
+    written = scribe.write(people, texts, asked, lambda count: progress.advance(task, count))
+    answers = Answers(asked, people, written, {}, {})
+    if isinstance(data.source, SimulatedSource):
+        truth = judge if isinstance(judge, UtilityJudge) else UtilityJudge()
+        truth.prepare(data)
+        answers = with_utility(answers, truth, seed)
+    found.answers = answers
+    rows = known.rows([person.user_id for person in people])
+    # On the map, as in all directions alike users differ by chance as well.
+    mapped = map_users(module, rows)
+    found.shown = most_unlike(mapped.points, _SHOWN_USERS) if mapped else list(range(min(_SHOWN_USERS, len(people))))
+    others = [writer for writer in written if writer != OWN]
+    if judge is None or not others:
+        found.win_rates = (
+            "No judge was named; see --judge in docs/report.md." if others else "There is nobody to compare with."
+        )
+        return
+    task = progress.add_task("Judging", total=len(others) * len(people) * len(asked))
+    found.win_rates = win_rates(answers, judge, seed, lambda: progress.advance(task))
+    found.judge = (judge.name, judge.caveat)
+
+
+def _map(found: Findings, module: PersonalizedLM, data: PreferenceDataModule | None) -> None:
+    known = module.vocabulary
+    size = len(known) - 1 if known else 0
+    mapped = map_users(module, torch.from_numpy(spread(size, _ON_THE_MAP)) + 1) if size else None
+    if known is None or mapped is None:
+        found.map = (
+            "there are fewer than three users, or all have the same vectors."
+            if module.user_model.row_tables()
+            else f"{type(module.user_model).__name__} has no vectors of users."
+        )
+        return
+    found.map = mapped
+    if mapped.clusters is not None:
+        groups = [f"cluster {number + 1}" for number in mapped.clusters.tolist()]
+        found.groups = (groups, "the shared prompt that a user has most of")
+    elif data is not None and isinstance(data.source, SimulatedSource):
+        group_of = {data.known_as(user.user_id): f"group {user.group + 1}" for user in data.source.seen_users}
+        groups = [group_of.get(known.ids[row - 1], "other") for row in mapped.rows.tolist()]
+        found.groups = (groups, "the simulated users' true groups of taste, which the model was not told")
+
+
+def _call_users(
+    found: Findings, module: PersonalizedLM, data: PreferenceDataModule | None, ids: bool, texts: bool
+) -> None:
+    """Decide by what users are called, and what is said of them."""
+    known = module.vocabulary.ids if module.vocabulary else ()
+    found.names = {user_id: user_id if ids else f"user {number}" for number, user_id in enumerate(known, start=1)}
+    if texts and isinstance(found.answers, Answers):
+        found.about = {person.user_id: person.text for person in found.answers.people}
+    if data is not None and isinstance(data.source, SimulatedSource):  # nobody's secret
+        found.about = {
+            data.known_as(user.user_id): f"hidden taste: {user.stated_preference()}" for user in data.source.seen_users
+        }
+
+
+def _described(module: PersonalizedLM) -> str:
+    policy = getattr(module.policy, "name", type(module.policy).__name__)
+    users = len(module.vocabulary) - 1 if module.vocabulary else 0
+    return (
+        f"{type(module.user_model).__name__} of {users:,} users, {type(module.loss).__name__}, policy "
+        f"{str(policy).rpartition('/')[2]}."
+    )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield progress
