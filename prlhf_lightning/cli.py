@@ -313,7 +313,9 @@ def _for_people(error: BaseException) -> str:
         return " ".join(getattr(error, "__notes__", []))
     # EarlyStopping answers a misspelt monitor with the names that there are, but with an error of no class of its own.
     is_early_stopping = str(error).startswith("Early stopping conditioned on metric")
-    return str(error) if is_early_stopping or isinstance(error, PRLHFError | MisconfigurationException) else ""
+    # An error of a process that loads batches comes with the stack trace of that process in its message.
+    said = re.sub(r"(?s)\ACaught \w+ in DataLoader worker.*^[\w.]+Error: ", "", str(error), flags=re.MULTILINE).strip()
+    return said if is_early_stopping or isinstance(error, PRLHFError | MisconfigurationException) else ""
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -201,6 +201,13 @@ def test_a_bad_row_is_named_by_file_line_and_field_and_nothing_is_written(config
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
+def test_a_bad_row_of_a_stream_is_named_in_a_line_by_whichever_process_reads_it(config, votes, capsys):
+    with votes.open("a") as file:
+        file.write('{"user_id": "ann", "prompt": "a", "chosen": "b"}\n')
+    said = fails(capsys, "fit", "-c", config, "--data.streaming", "true", "--data.num_workers", "1")
+    assert f"error: {votes}:49: field 'rejected' is missing" in said
+
+
 def test_training_goes_on_from_a_checkpoint_with_the_settings_of_the_command(config, tmp_path):
     run("fit", "-c", config)
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoints/last.ckpt")

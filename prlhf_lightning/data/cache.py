@@ -212,7 +212,7 @@ class FeedbackCache:
             report = self._write(source, split, building / "rows.arrow")
             with (building / "report.json").open("w") as file:
                 json.dump(asdict(report), file)
-                _flush(file)
+                flush(file)
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -242,7 +242,7 @@ class FeedbackCache:
                 writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()
-            _flush(file)
+            flush(file)
         report.source = source.counts(split)
         if not report.kept:
             raise FeedbackFormatError(
@@ -284,8 +284,8 @@ class FeedbackCache:
             )  # fmt: skip
 
 
-def _flush(file: IO[Any]) -> None:
-    """See that what was written is on disk before the folder is renamed to what later starts trust."""
+def flush(file: IO[Any]) -> None:
+    """See that what was written is on disk before it is renamed to what later starts trust."""
     file.flush()
     os.fsync(file.fileno())
 

@@ -16,6 +16,7 @@ from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
+from prlhf_lightning.data.cache import flush
 from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.data.records import Columns, parse_user_id
@@ -118,11 +119,15 @@ def _number(value: object, where: str, field: str, least: int) -> int:
 def _write(census: Census, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{uuid4().hex}")  # processes that count at once write the same
-    with partial.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["user_id", "rows", "texts"])
-        writer.writerows(_lines(census))
-    os.replace(partial, path)
+    try:
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["user_id", "rows", "texts"])
+            writer.writerows(_lines(census))
+            flush(file)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _lines(census: Census) -> Iterable[tuple[str, int, int]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -12,10 +11,10 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
@@ -23,13 +22,16 @@ from prlhf_lightning.data.census import Census, census_of, read_census
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.division import Division, HoldOut, Pairs
 from prlhf_lightning.data.history import PairsWithHistory
+from prlhf_lightning.data.loading import Loader, make_loader, refuse_injected_sampler, resume_point, share_of
+from prlhf_lightning.data.order import TrainingOrder
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.splits import SplitBy
-from prlhf_lightning.data.stream import FeedbackStream, StreamBatchSampler, StreamedRows, StreamOrder
+from prlhf_lightning.data.stream import FeedbackStream, StreamBatchSampler, StreamedRows
+from prlhf_lightning.data.summary import summary
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
@@ -37,7 +39,6 @@ from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.types import Feedback, PairTokens, PreferenceBatch, Tokens
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
-Loader: TypeAlias = DataLoader[dict[str, Any]]
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -131,8 +132,6 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(f"num_workers is {num_workers}; it must be at least 0 (load in the main process).")
         if ties not in get_args(Ties):
             raise ConfigurationError(f"ties is {ties!r}; it must be one of {get_args(Ties)}.")
-        if max_tokens_per_batch is not None and max_tokens_per_batch < 2:
-            raise ConfigurationError(f"max_tokens_per_batch is {max_tokens_per_batch}; a pair has at least 2 tokens.")
         if feedback not in get_args(Feedback):
             raise ConfigurationError(f"feedback is {feedback!r}; it must be one of {get_args(Feedback)}.")
         if history_size and (streaming or feedback != "pairs"):
@@ -140,15 +139,22 @@ class PreferenceDataModule(LightningDataModule):
                 f"history_size is {history_size}; users' histories are of stored pairs: set streaming: false and give "
                 "pairs, or choose a user model that reads no histories, such as IndividualUserModel."
             )
-        if streaming:
-            _check_streaming(balance, max_tokens_per_batch, shuffle_buffer)
-        # Refuses impossible settings now, not after the data has been tokenised.
-        UserGroupedBatchSampler(np.zeros(1, dtype=np.int64), batch_size, pairs_per_user, balance)
+        if users_file and not streaming:
+            raise ConfigurationError("users_file tells the users of a stream: leave it out, or set streaming: true.")
         self.source = source
         self.tokenizer = tokenizer
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
-        self.pairs_per_user, self.balance = pairs_per_user, balance
-        self.bucket_by_length, self.max_tokens_per_batch = bucket_by_length, max_tokens_per_batch
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self.order = TrainingOrder(
+            batch_size,
+            pairs_per_user,
+            balance,
+            bucket_by_length,
+            max_tokens_per_batch,
+            seed,
+            streaming,
+            shuffle_buffer,
+        )
         self.hold_out = HoldOut(validation_fraction, unseen_user_fraction, split_by, seed)
         self.settings = TokenizationSettings(
             max_prompt_length, max_completion_length, max_user_text_length, overlong, chat_template, user_text_format
@@ -156,10 +162,9 @@ class PreferenceDataModule(LightningDataModule):
         self.ties: Ties = ties
         self.feedback: Feedback = feedback
         self.history_size = history_size
-        self.streaming, self.shuffle_buffer = streaming, shuffle_buffer
+        self.streaming = streaming
         self.users_file = Path(users_file).expanduser() if users_file else None
         self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
-        self.seed = seed
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -175,6 +180,11 @@ class PreferenceDataModule(LightningDataModule):
     def num_users(self) -> int:
         """Number of rows of the user table, the generic user's included."""
         return len(self.vocabulary)
+
+    @property
+    def num_training_rows(self) -> int:
+        """Number of rows that are trained on."""
+        return len(self._division.train)
 
     @property
     def longest_row(self) -> int:
@@ -255,32 +265,8 @@ class PreferenceDataModule(LightningDataModule):
 
     def describe(self) -> str:
         """Return a summary of what is trained and evaluated on, in one paragraph."""
-        division = self._division
-        parts = [f"{len(division.train):,} training pairs by {len(division.vocabulary.ids):,} users"]
-        if self.streaming:
-            parts[0] += f", streamed in blocks of {self.shuffle_buffer:,}"
-            parts += [f"train: {count:,} {what}" for what, count in self.source.counts("train").items()]
-        if self._max_row_tokens and isinstance(division.train, Pairs):
-            alone = int((division.train.lengths > self._max_row_tokens).sum())
-            if alone:
-                parts.append(f"{alone:,} of them alone exceed max_tokens_per_batch={self.max_tokens_per_batch}")
-        for stage, sets in division.evaluation.items():
-            sizes = [f"{len(pairs):,} by {name} users" for name, pairs in sets.items()]
-            parts.append(f"pairs to {stage} on: {' and '.join(sizes) or 'none'}")
-        done = "left out" if self.settings.overlong == "drop" else "truncated"
-        for split, data in self._splits.items():
-            if data.report.user_texts:
-                parts.append(f"{data.report.user_texts:,} {split} rows with a text about the user")
-            for name, excess in data.report.excess.items():
-                parts.append(f"{excess.count:,} {split} rows {done} ('{name}' too long)")
-            if data.report.ties:
-                parts.append(f"{data.report.ties:,} {split} rows left out (equal completions)")
-            if data.report.token_ties:
-                parts.append(
-                    f"{data.report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
-                )
-            parts += [f"{split}: {count:,} {what}" for what, count in data.report.source.items()]
-        return "Data: " + "; ".join(parts + division.remarks) + "."
+        counts = self.source.counts("train") if self.streaming else {}
+        return summary(self._division, self._splits, self.order, self._sequences, self.settings.overlong, counts)
 
     def prepare_data(self) -> None:
         """Validate and tokenise every split of the source, or count its users, unless the cache has them."""
@@ -291,7 +277,7 @@ class PreferenceDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Open the caches, divide the rows, and say what there is."""
         if self.trainer is not None:
-            _refuse_injected_sampler(self.trainer)
+            refuse_injected_sampler(self.trainer)
         name: Any = TrainerFn(stage).value  # Lightning passes a member of this enum
         if name != "fit" and not self._evaluation(name):
             split = {"validate": "validation", "test": "test"}.get(name, "test or validation")
@@ -304,11 +290,11 @@ class PreferenceDataModule(LightningDataModule):
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             if isinstance(pairs, StreamedRows):
                 raise ConfigurationError("trainer.overfit_batches needs stored rows: set data.streaming: false.")
-            return self._loader(pairs, SequentialBatchSampler(len(pairs), self.batch_size, *self._share()))
-        sampler = self._training_batches(*self._share())
+            return self._loader(pairs, SequentialBatchSampler(len(pairs), self.batch_size, *share_of(self.trainer)))
+        sampler = self._training_batches(*share_of(self.trainer))
         if self.trainer is not None:
             # Lightning sets the epoch of samplers too, but when it resumes only after it began to iterate.
-            sampler.set_epoch(*_resume_point(self.trainer))
+            sampler.set_epoch(*resume_point(self.trainer))
         return self._loader(self._stream(pairs, sampler) if isinstance(pairs, StreamedRows) else pairs, sampler)
 
     def val_dataloader(self) -> list[Loader]:
@@ -374,7 +360,7 @@ class PreferenceDataModule(LightningDataModule):
         pairs = self._division.train
         if not self.history_size or not isinstance(pairs, Pairs):
             return None
-        return PairsWithHistory(pairs, self.history_size, self.seed)
+        return PairsWithHistory(pairs, self.history_size, self.hold_out.seed)
 
     @cached_property
     def _requests(self) -> dict[str, Requests]:
@@ -393,103 +379,23 @@ class PreferenceDataModule(LightningDataModule):
     def _evaluation_loaders(self, stage: Stage) -> list[Loader]:
         # That there may be nothing to validate on is said by `describe`.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
-        share = self._share()
+        share = share_of(self.trainer)
         return [
             self._loader(pairs, SequentialBatchSampler(len(pairs), self.eval_batch_size, *share))
             for pairs in self._evaluation(stage).values()
         ]
 
     @property
-    def _max_row_tokens(self) -> int | None:
-        """Most tokens of a batch that is scored as one block: each pair is two sequences, other rows are one."""
-        sequences = 2 if self.feedback == "pairs" else 1
-        return self.max_tokens_per_batch // sequences if self.max_tokens_per_batch else None
+    def _sequences(self) -> int:
+        """Sequences that a row is scored as."""
+        return 2 if self.feedback == "pairs" else 1
 
     def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler | StreamBatchSampler:
-        pairs = self._division.train
-        if isinstance(pairs, StreamedRows):
-            return StreamBatchSampler(
-                StreamOrder(
-                    len(pairs),
-                    self.batch_size,
-                    self.pairs_per_user,
-                    self.bucket_by_length,
-                    self.seed,
-                    self.shuffle_buffer,
-                    rank,
-                    world_size,
-                )
-            )
-        return UserGroupedBatchSampler(
-            pairs.split.users[pairs.positions],
-            self.batch_size,
-            self.pairs_per_user,
-            self.balance,
-            self.seed,
-            rank,
-            world_size,
-            lengths=pairs.lengths if self.bucket_by_length or self._max_row_tokens else None,
-            max_tokens=self._max_row_tokens,
-        )
+        return self.order.batches(self._division.train, self._sequences, rank, world_size)
 
     def _stream(self, rows: StreamedRows, sampler: Any) -> FeedbackStream:
         tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.settings)
         return FeedbackStream(rows, sampler.order, tokenize, self.feedback, drop_ties=self.ties == "drop")
 
-    def _share(self) -> tuple[int, int]:
-        """Return rank and number of the processes that share the data (tensor-parallel ones count as one)."""
-        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
-
-    def _loader(self, pairs: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
-        # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
-        # sampler returns every row, and training resumes at the right batch.
-        warnings.filterwarnings("ignore", message=".*does not have many workers")
-        warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
-        warnings.filterwarnings("ignore", message=".*custom batch sampler `SequentialBatchSampler` for prediction")
-        if self.num_workers:
-            # Workers are forked after the tokenizer ran on threads; it would warn in each of them.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-        return DataLoader(
-            pairs,
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=self.pin_memory,
-        )
-
-
-def _resume_point(trainer: Trainer) -> tuple[int, int]:
-    """Return the epoch and the batch in it that a trainer, whose progress was restored if it resumes, runs next."""
-    epoch: Any = trainer.fit_loop.epoch_progress.current
-    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    if epoch.processed == epoch.ready:  # between epochs
-        return epoch.processed, 0
-    # A batch that was interrupted is run again; one whose checkpoint was saved as it ended is not.
-    if batch.processed != batch.ready:
-        return epoch.processed, batch.completed
-    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-        return epoch.processed + 1, 0
-    return epoch.processed, batch.processed
-
-
-def _check_streaming(balance: float, max_tokens_per_batch: int | None, shuffle_buffer: int) -> None:
-    if balance:
-        raise ConfigurationError(f"balance is {balance}; streamed rows come each once an epoch: set balance: 0.")
-    if max_tokens_per_batch is not None:
-        raise ConfigurationError(
-            f"max_tokens_per_batch is {max_tokens_per_batch}; it needs the lengths of all rows before training, which "
-            "a stream has not: set it to null (bucket_by_length: true works), or streaming: false."
-        )
-    if shuffle_buffer < 1:
-        raise ConfigurationError(f"shuffle_buffer is {shuffle_buffer}; it must be at least 1 row.")
-
-
-def _refuse_injected_sampler(trainer: Trainer) -> None:
-    connector = trainer._accelerator_connector  # the setting has no public name
-    if connector.use_distributed_sampler and connector.is_distributed:
-        raise ConfigurationError(
-            "The trainer would replace the sampler that groups pairs by user, which divides the data over processes "
-            "itself; set trainer.use_distributed_sampler: false."
-        )
+    def _loader(self, rows: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
+        return make_loader(rows, batches, self.num_workers, self.pin_memory)

@@ -107,6 +107,8 @@ class HoldOut:
         division = Division(StreamedRows(source, vocabulary, held_out, size), vocabulary)
         if total > size:
             division.remarks.append(f"{total - size:,} train rows of {len(held_out):,} held-out users are not used")
+        if "validation" not in splits:
+            division.remarks.append("no pairs to validate on, for a stream has none held out: name a validation split")
         return _evaluated(division, splits)
 
     def _with_own_validation(self, data: TokenizedSplit) -> Division:

@@ -25,7 +25,8 @@ from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 Ids: TypeAlias = npt.NDArray[np.int32]
 Overlong: TypeAlias = Literal["truncate", "drop", "error"]
-_REMEMBERED = 5_000_000  # ids of texts already tokenised that are kept at hand, 20 MB
+_REMEMBERED = 40_000_000  # bytes of texts already tokenised that are kept at hand, with their ids
+_ENTRY = 200  # bytes of one of them beside its characters and ids
 
 
 class TokenizedRecord(NamedTuple):
@@ -155,8 +156,8 @@ class FeedbackTokenizer:
         else:
             rows = self.tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"]
         for text, row in zip(new, rows, strict=True):
-            self._ids[text] = np.array(row, dtype=np.int32)
-            self._remembered += len(row)
+            self._ids[text] = ids = np.array(row, dtype=np.int32)
+            self._remembered += len(text) + ids.nbytes + _ENTRY
 
     def _assemble(self, row: RenderedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord:
         """Put BOS and EOS in their places."""

@@ -113,7 +113,8 @@ class BCOLoss(RunningShiftLoss):
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
-        window: Number of recent pairs, over all processes, that the running mean reward remembers.
+        window: Number of recent pairs, over all processes, that the running mean reward remembers; one that has a user
+            and a generic term counts twice.
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 

@@ -130,7 +130,8 @@ class BCOUnpairedLoss(ThumbsLoss, RunningShiftLoss):
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
-        window: Number of recent rows, over all processes, that the running mean reward remembers.
+        window: Number of recent rows, over all processes, that the running mean reward remembers; one that has a user
+            and a generic term counts twice.
         sft_weight: Weight of the negative log-likelihood per token of a liked completion, added to its row.
     """
 

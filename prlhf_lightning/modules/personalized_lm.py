@@ -45,7 +45,12 @@ from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.row_lengths import check_row_lengths
 from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
 from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
-from prlhf_lightning.modules.trainer_settings import check_feedback, check_trainer
+from prlhf_lightning.modules.trainer_settings import (
+    check_batch_size,
+    check_feedback,
+    check_same_data,
+    check_trainer,
+)
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
@@ -129,6 +134,8 @@ class PersonalizedLM(LightningModule):
         if stage == "fit":
             check_trainer(self.trainer)
             check_histories(self.user_model, self.loss, datamodule)
+            check_same_data(self.trainer, self.vocabulary)
+            check_batch_size(self.loss, getattr(datamodule, "batch_size", 2))
             settings = getattr(datamodule, "settings", None)
             self._tokenization = asdict(settings) if settings is not None else {}
         sets = getattr(datamodule, "eval_sets", {})

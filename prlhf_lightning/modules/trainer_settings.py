@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from lightning.pytorch import Trainer
 
+from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules.optim import training_batches
+from prlhf_lightning.modules.processes import gather_objects
 from prlhf_lightning.types import Feedback
 
 _COLUMNS: dict[Feedback, str] = {
@@ -27,6 +29,36 @@ def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
             f"{type(loss).__name__} takes {_COLUMNS[loss.feedback]}, but the data module reads {_COLUMNS[given]}: give "
             f"it feedback={loss.feedback!r} and such rows, or choose another loss (KTOLoss for thumbs, DPOLoss for "
             "pairs, SFTLoss for demonstrations)."
+        )
+
+
+def check_batch_size(loss: PreferenceLoss, batch_size: int) -> None:
+    """Refuse batches of one row for losses that match each row's prompt with the completion of another.
+
+    Raises:
+        ConfigurationError: Names the loss and the setting.
+    """
+    if loss.requires_mismatched and batch_size < 2:
+        raise ConfigurationError(
+            f"{type(loss).__name__} learns its reference point from completions of other rows of a batch, and "
+            f"data.batch_size is {batch_size}: set it to 2 or more (and trainer.accumulate_grad_batches to keep rows a "
+            "step), or use BCOUnpairedLoss, which needs none."
+        )
+
+
+def check_same_data(trainer: Trainer, vocabulary: UserVocabulary) -> None:
+    """Refuse to train where processes found different data, and would each deal out rows of its own; all must call it.
+
+    Raises:
+        ConfigurationError: Says how that comes about.
+    """
+    if trainer.world_size == 1:
+        return
+    rows = getattr(getattr(trainer, "datamodule", None), "num_training_rows", None)
+    if len(set(gather_objects(trainer, (rows, vocabulary.digest())))) > 1:
+        raise ConfigurationError(
+            "The processes found different training data, as if rows were added while they started: leave the data as "
+            "they are (of a FeedbackLogSource set data.source.until), and start again."
         )
 
 

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
-from prlhf_lightning.data import FeedbackLogSource, FileSource
+from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
+from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -31,6 +32,7 @@ def adapt(
     output: Path | None = None,
     suggest: int = 0,
     pool: Path | None = None,
+    hash_user_ids_with: str | None = None,
     kinds: int = 4,
     steps: int = 0,
 ) -> None:
@@ -43,10 +45,12 @@ def adapt(
     Args:
         checkpoint: A checkpoint of `fit`.
         feedback: Pairs of the new users, in any format that training reads: user_id, prompt, chosen, rejected. Or the
-            URL of a server's log, such as sqlite:///feedback.db, whose rows of users in the checkpoint are left out.
+            URL of a server's log, such as sqlite:///feedback.db, of which those of the checkpoint's users are left out.
         output: The checkpoint to write, with the new users in it; nothing is written if none is given.
         suggest: Name so many pairs of the pool for each user, those whose answers would tell most.
         pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; new users too are then shown and stored by
+            their pseudonyms.
         kinds: Most kinds of trained users that a new one is compared with.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
     """
@@ -57,8 +61,11 @@ def adapt(
     model = load_module(checkpoint, "checkpoint")
     settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     from_log = "://" in feedback
+    source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback)
+    if hash_user_ids_with is not None:
+        source = PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))
     leave_out = model.vocabulary.ids if from_log and model.vocabulary else ()
-    pairs, _ = read_pairs(model, FeedbackLogSource(feedback) if from_log else FileSource(feedback), settings, leave_out)
+    pairs, _ = read_pairs(model, source, settings, leave_out)
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
         raise ConfigurationError(

@@ -144,3 +144,23 @@ def test_a_spoilt_row_is_refused_by_its_place_or_counted(case, data):
     elif total is not None:
         accounted = found + sum(source.counts("train").values())
         assert accounted in ((total, total - 1) if case == "tldr" else (total,))  # it may have become a validation row
+
+
+def blank_answers():
+    """For each source, a row in whose schema nothing is wrong, and one completion of which is blank."""
+    tldr_row, llm_row = comparison(1, "bob"), answers(1)
+    tldr_row["summaries"][0]["text"] = " "
+    llm_row |= {f"response_{i}": "" for i in range(1, 9)}
+    return {
+        "tldr": tldr_row,
+        "soups": PAIR | {"completion_b": ""},
+        "personal_llm": llm_row,
+        "ultrafeedback_p": ULTRA | {"rejected": "Human: p\n\nAssistant: \n"},
+    }
+
+
+@pytest.mark.parametrize("case", blank_answers())
+def test_an_empty_completion_of_public_data_is_counted_and_stops_nobody(case, tmp_path):
+    source = CASES[case][0](tmp_path, blank_answers()[case])
+    assert isinstance(read(source, ["train"]), int)
+    assert sum(count for what, count in source.counts("train").items() if "(empty " in what)

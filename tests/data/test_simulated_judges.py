@@ -66,7 +66,7 @@ def test_personal_llm_counts_answers_that_are_alike(tmp_path):
     row = answers(0) | {f"response_{i}": "same" for i in range(1, 9)}
     source = PersonalLLMSource(write_jsonl(tmp_path / "train.jsonl", [row]), num_users=2, judges=2)
     assert rows(source) == []
-    assert source.counts("train") == {"left out (two answers that are alike to the user)": 2}
+    assert source.counts("train") == {"left out (equal answers)": 2}
 
 
 @pytest.mark.parametrize(
@@ -148,9 +148,16 @@ def test_hh_counts_what_is_left_out(tmp_path):
     assert set(source.counts("train").items()) == {
         ("left out (the dialogues differ before the last reply)", 1),
         ("left out (equal replies)", 1),
-        ("left out (empty reply)", 1),
+        ("left out (empty replies)", 1),
         ("left out (no reply at the end)", 1),
     }
+
+
+def test_hh_messages_that_differ_in_white_space_alone_are_left_out(tmp_path):
+    good = transcripts(0)
+    folder = write_hh(tmp_path)
+    write_jsonl(folder / "helpful-base" / "train.jsonl.gz", [good | {"rejected": good["chosen"] + " "}])
+    assert [len(rows(HHRLHFSource(folder, conversations=c))) for c in (False, True)] == [4, 3]
 
 
 def test_a_text_that_is_no_transcript_is_named(tmp_path):
@@ -165,6 +172,7 @@ def test_a_text_that_is_no_transcript_is_named(tmp_path):
     [
         (lambda: PersonalLLMSource(num_users=2, judges=3), "judges=3"),
         (lambda: PersonalLLMSource(validation="x.jsonl"), "so train must be one too"),
+        (lambda: PersonalLLMSource("x.jsonl", alpha=1e-4).weights, "alpha=0.0001 is too small"),
         (lambda: UltraFeedbackPSource("x", ["kindness"]), "no user 'kindness'; there are helpfulness"),
         (lambda: UltraFeedbackPSource("x", []), "users is empty"),
         (lambda: HHRLHFSource("x", users={"helpful": []}), "name each user's folders"),

@@ -192,12 +192,17 @@ def test_a_row_is_found_by_its_number(make):
     assert make().where(41).endswith("votes.jsonl:42")
 
 
+def test_nothing_to_validate_on_is_told(make):
+    assert "no pairs to validate on" in make(validation_fraction=0.1).describe()
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
         ({"balance": 0.5}, "set balance: 0"),
         ({"max_tokens_per_batch": 64}, "set it to null"),
         ({"shuffle_buffer": 0}, "at least 1 row"),
+        ({"streaming": False, "users_file": "users.csv"}, "set streaming: true"),
     ],
 )
 def test_what_a_stream_cannot_do_is_refused(make, settings, says):

@@ -179,3 +179,11 @@ def test_prompts_to_be_answered_are_encoded_as_those_of_records():
     tokenize = FeedbackTokenizer(tokenizer, TokenizationSettings(max_prompt_length=3))
     for record in (PLAIN, CHAT):
         assert tokenize.prompts([record.prompt])[0].tolist() == tokenize([record], ["f:1"])[0].prompt.tolist()
+
+
+def test_short_texts_too_are_forgotten_before_they_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("prlhf_lightning.data.tokenization._REMEMBERED", 1_000_000)
+    tokenize = FeedbackTokenizer(word_tokenizer(), TokenizationSettings())
+    for start in range(0, 20_000, 1000):
+        tokenize._learn({f"w{number}" for number in range(start, start + 1000)})
+    assert len(tokenize._ids) <= 6000  # at 200 bytes and more each

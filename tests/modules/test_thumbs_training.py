@@ -166,6 +166,11 @@ def test_one_term_a_row_can_be_drawn(model_path, thumbs, tmp_path):
     fit(make(model_path, sample_terms=True), thumbs, tmp_path, epochs=1)
 
 
+def test_a_reference_point_is_not_asked_of_batches_of_one_row(model_path, thumbs, tmp_path):
+    with pytest.raises(ConfigurationError, match=r"data\.batch_size is 1: set it to 2 or more"):
+        fit(make(model_path, KTOLoss()), thumbs, tmp_path, batch_size=1)
+
+
 @pytest.mark.parametrize(("loss", "feedback"), [(KTOLoss, "pairs"), (DPOLoss, "thumbs")])
 def test_a_loss_refuses_data_of_another_kind(model_path, votes, thumbs, tmp_path, loss, feedback):
     with pytest.raises(ConfigurationError, match=f"{loss.__name__} takes .*give it feedback="):

@@ -25,7 +25,7 @@ from prlhf_lightning.adaptation import (
 )
 from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.cli import main
-from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import Feedback, FeedbackLog
@@ -210,6 +210,16 @@ def trained_file(model_path, folder):
         patch.setenv("PRLHF_CACHE", str(folder / "cache"))
         main([*args, "--trainer.enable_progress_bar", "false"])
     return folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+def test_new_users_of_a_study_with_pseudonyms_are_stored_by_theirs(trained_file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    monkeypatch.setenv("STUDY_SALT", "a secret of many bytes")
+    new, output = write_votes(folder / "secret.jsonl", {"person-1": 2}), folder / "secret.ckpt"
+    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(new), "--output", str(output)]
+    main([*command, "--hash_user_ids_with", "STUDY_SALT"])
+    assert Pseudonyms.load("STUDY_SALT")("person-1").encode() in output.read_bytes()
+    assert b"person-1" not in output.read_bytes() + capsys.readouterr().out.encode()
 
 
 def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder, capsys, monkeypatch):

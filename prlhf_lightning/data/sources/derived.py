@@ -85,6 +85,21 @@ class DerivedSource(DataSource):
         return "\n".join([f"{type(self).__name__} v{self.version} {split} {sorted(self._settings.items())}", *raw])
 
 
+def unusable(chosen: str, rejected: str, what: str) -> str | None:
+    """Return why two completions make no pair, as a reason to be left out, or None if they do.
+
+    Public data hold some such; training refuses them, as in files of one's own they are mistakes.
+
+    Args:
+        chosen: The preferred one.
+        rejected: The other.
+        what: What they are, in the plural, for the reason.
+    """
+    if not chosen.strip() or not rejected.strip():
+        return f"empty {what}"
+    return f"equal {what}" if chosen == rejected else None
+
+
 def left_out(reason: str) -> str:
     """Return the name under which rows that were left out are counted."""
     return f"left out ({reason})"

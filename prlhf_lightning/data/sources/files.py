@@ -10,7 +10,9 @@ from prlhf_lightning.data.readers import Unreadable, read_rows, scan_rows
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
-Paths: TypeAlias = str | Path | Sequence[str | Path]
+# In this order: a configuration is written in the first of these forms that holds it, and with `Path` before a plain
+# list, a list would be written as one string.
+Paths: TypeAlias = str | list[str] | Sequence[str | Path] | Path
 
 
 class FileSource(DataSource):

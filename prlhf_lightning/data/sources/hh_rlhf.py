@@ -11,7 +11,7 @@ from typing import Any
 from prlhf_lightning.data.records import Message, Text
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out, original
+from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out, original, unusable
 from prlhf_lightning.errors import ConfigurationError
 
 _SCHEMA = Schema("a row of HH-RLHF")
@@ -78,12 +78,14 @@ class HHRLHFSource(DerivedSource):
                     counts[left_out("no reply at the end")] += 1
                 elif prompt != other:
                     counts[left_out("the dialogues differ before the last reply")] += 1
-                elif not chosen.strip() or not rejected.strip():
-                    counts[left_out("empty reply")] += 1
-                elif chosen == rejected:
-                    counts[left_out("equal replies")] += 1
+                elif reason := self._unusable(chosen, rejected):
+                    counts[left_out(reason)] += 1
                 else:
                     yield where, {"user_id": user, **self._row(prompt, chosen, rejected)}
+
+    def _unusable(self, chosen: str, rejected: str) -> str | None:
+        # Messages stand without the white space around them.
+        return unusable(*((chosen.strip(), rejected.strip()) if self.conversations else (chosen, rejected)), "replies")
 
     def _row(self, prompt: str, chosen: str, rejected: str) -> dict[str, Text]:
         if not self.conversations:

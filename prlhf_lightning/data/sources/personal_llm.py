@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.sources.derived import DerivedSource, left_out, original
+from prlhf_lightning.data.sources.derived import DerivedSource, left_out, original, unusable
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError
 
@@ -96,6 +96,8 @@ class PersonalLLMSource(DerivedSource):
         """`[U, 10]` weight of each reward model for each user, the unseen ones last; rows sum to 1."""
         rows = self.num_users + self.num_unseen_users
         weights: Floats = np.random.RandomState(self.seed).dirichlet([self.alpha] * len(REWARD_MODELS), size=rows)
+        if not np.isfinite(weights).all():  # all ten draws of a user were too small for a float
+            raise ConfigurationError(f"PersonalLLMSource: alpha={self.alpha} is too small to draw users by; raise it.")
         return weights
 
     def pairs(self, split: Split, counts: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -109,10 +111,11 @@ class PersonalLLMSource(DerivedSource):
                 for user in self._judges(split, draw):
                     first, second = draw.sample(range(len(texts)), 2)
                     gap = float(self.weights[user] @ (scores[first] - scores[second]))
-                    if gap == 0 or texts[first] == texts[second]:
-                        counts[left_out("two answers that are alike to the user")] += 1
-                        continue
                     chosen, rejected = (texts[i] for i in ((first, second) if gap > 0 else (second, first)))
+                    reason = unusable(chosen, rejected, "answers") or ("equal scores" if gap == 0 else None)
+                    if reason:
+                        counts[left_out(reason)] += 1
+                        continue
                     yield where, {"user_id": self._name(user), "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
     def _judges(self, split: Split, draw: Random) -> list[int]:

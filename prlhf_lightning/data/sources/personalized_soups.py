@@ -12,7 +12,7 @@ from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.sources.derived import DerivedSource, Part, check_template, filled, left_out
+from prlhf_lightning.data.sources.derived import DerivedSource, Part, check_template, filled, left_out, unusable
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.errors import FeedbackFormatError
 
@@ -37,8 +37,8 @@ class PersonalizedSoupsSource(DerivedSource):
     `user_input`, `completion_a` (the preferred one, as in its `training_reward_model.py`) and `completion_b`. As in the
     protocol of arXiv:2402.05133 (`data/psoups_dataset.ipynb` in github.com/HumainLab/Personalized_RLHF), the sentence
     that states the preference is taken out of the input, and equal completions and repeated comparisons of a user are
-    left out. Its authors print, for users 1 to 6: 48,300, 48,825, 47,350, 49,220, 49,155 and 48,565 rows, of which
-    8,959, 9,069, 8,239, 8,626, 9,356 and 9,222 remain, 53,471 in all.
+    left out (so are empty ones, should there be any). Its authors print, for users 1 to 6: 48,300, 48,825, 47,350,
+    49,220, 49,155 and 48,565 rows, of which 8,959, 9,069, 8,239, 8,626, 9,356 and 9,222 remain, 53,471 in all.
 
     There is one split: hold out prompts with the data module's `validation_fraction` (theirs is held out by row, which
     leaves most validation prompts in training).
@@ -68,8 +68,8 @@ class PersonalizedSoupsSource(DerivedSource):
                     _SCHEMA.get(row, where, name, kind=str) for name in ("user_input", "completion_a", "completion_b")
                 )
                 stated = stated or PREFERENCE_PROMPTS[profile] in asked
-                if chosen == rejected:
-                    counts[left_out("equal completions")] += 1
+                if reason := unusable(chosen, rejected, "completions"):
+                    counts[left_out(reason)] += 1
                 elif (key := _key(asked, chosen, rejected)) in seen:
                     counts[left_out("repeated comparisons")] += 1
                 else:

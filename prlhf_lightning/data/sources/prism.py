@@ -14,7 +14,7 @@ import numpy as np
 from prlhf_lightning.data.records import Message
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.sources.derived import DerivedSource, check_template, filled, left_out, original
+from prlhf_lightning.data.sources.derived import DerivedSource, check_template, filled, left_out, original, unusable
 from prlhf_lightning.errors import ConfigurationError
 
 Preferences: TypeAlias = Literal["rated", "displayed"]
@@ -140,10 +140,8 @@ class PRISMSource(DerivedSource):
             if not turn.others:
                 counts["turns left out (no other reply)"] += 1
             for other in turn.others:
-                if not chosen.strip() or not other.strip():
-                    counts[left_out("empty reply")] += 1
-                elif chosen == other:
-                    counts[left_out("equal replies")] += 1
+                if reason := unusable(chosen, other, "replies"):
+                    counts[left_out(reason)] += 1
                 elif self._is_long(turn.asked, chosen, least=True) or self._is_long(turn.asked, other):
                     counts[left_out(f"over max_characters={self.max_characters}")] += 1
                 else:

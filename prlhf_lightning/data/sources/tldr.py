@@ -11,7 +11,7 @@ import numpy as np
 
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.sources.derived import DerivedSource, check_template, filled, left_out, original
+from prlhf_lightning.data.sources.derived import DerivedSource, check_template, filled, left_out, original, unusable
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError
 
@@ -35,7 +35,7 @@ class TLDRSource(DerivedSource):
     Reads the original files (`comparisons/batch*.json`, JSON Lines with `info`, `summaries`, `choice`, `worker` and
     `split`: README of github.com/openai/summarize-from-feedback) or `openai/summarize_from_feedback` on the hub. The
     original's `valid1` and `valid2` are the validation split. All workers of the validation split are kept, so those
-    whom training does not meet are the unseen users. Pairs of equal summaries are left out.
+    whom training does not meet are the unseen users. Pairs of equal summaries, or with an empty one, are left out.
 
     The protocol of arXiv:2402.05133 (`data/tldr_dataset.ipynb` in github.com/HumainLab/Personalized_RLHF) is
     `policies: supervised, most_active: 10, taste: length`. Counts that its authors print for the full data, train and
@@ -114,8 +114,8 @@ class TLDRSource(DerivedSource):
                 counts[left_out(f"not by the {self.most_active} most active workers")] += 1
             else:
                 chosen, rejected = self._preference(comparison)
-                if chosen == rejected:
-                    counts[left_out("equal summaries")] += 1
+                if reason := unusable(chosen, rejected, "summaries"):
+                    counts[left_out(reason)] += 1
                 else:
                     prompt = self._prompt(comparison)
                     row = {"user_id": comparison.worker, "prompt": prompt, "chosen": chosen, "rejected": rejected}

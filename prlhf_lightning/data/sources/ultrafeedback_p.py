@@ -9,7 +9,7 @@ from typing import Any
 
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out
+from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out, unusable
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.errors import ConfigurationError
 
@@ -60,8 +60,8 @@ class UltraFeedbackPSource(DerivedSource):
                 chosen, rejected = (_answer(row, where, name, prompt) for name in ("chosen", "rejected"))
                 if self.controversial_only and not _SCHEMA.get(row, where, "controversial", kind=bool):
                     counts[left_out("all users agree")] += 1
-                elif chosen == rejected:
-                    counts[left_out("equal answers")] += 1
+                elif reason := unusable(chosen, rejected, "answers"):
+                    counts[left_out(reason)] += 1
                 else:
                     yield where, {"user_id": user, "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
