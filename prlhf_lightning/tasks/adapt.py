@@ -20,6 +20,7 @@ from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.tasks.users import printable
 from prlhf_lightning.types import PreferenceBatch
 
 _SHOWN = 20
@@ -127,8 +128,7 @@ def _table(adapted: Adapted) -> Table:
     for place, user_id in enumerate(adapted.user_ids[:_SHOWN]):
         count = int(adapted.counts[place])
         shown = [f"{value / count:.2f}" if count >= _LEAST_FOR_ACCURACY else "-" for value in sums[:, place].tolist()]
-        name = user_id if user_id.isprintable() else json.dumps(user_id)
-        table.add_row(name, str(count), *shown, f"{adapted.uncertainty[place]:.2f}")
+        table.add_row(printable(user_id), str(count), *shown, f"{adapted.uncertainty[place]:.2f}")
     if (total := int(adapted.counts.sum())) and len(adapted.user_ids) > 1:
         shown = [f"{value / total:.2f}" for value in sums.sum(1).tolist()]
         table.add_section()

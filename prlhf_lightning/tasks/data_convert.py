@@ -24,10 +24,8 @@ from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.types import Feedback
 
-_GROUP_ROWS, _GROUP_CHARACTERS = (
-    10_000,
-    1 << 25,
-)  # most rows, and about as many characters, held before they are written
+# Most rows, and about as many characters, held before they are written.
+_GROUP_ROWS, _GROUP_CHARACTERS = 10_000, 1 << 25
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
 _NAMED = 20  # columns left out that are named
 

@@ -35,7 +35,7 @@ def list_users(checkpoint: Path) -> None:
     print(f"{'norm':>10} {'from generic':>12} {'steps':>8}  user_id")
     for row, user_id in enumerate(("(generic user)", *rows.vocabulary.ids)):
         count = "-" if steps is None or row == 0 else int(steps[row])
-        print(f"{norms[row]:10.4f} {distances[row]:12.4f} {count:>8}  {_printable(user_id)}")
+        print(f"{norms[row]:10.4f} {distances[row]:12.4f} {count:>8}  {printable(user_id)}")
 
 
 def show(checkpoint: Path, user: str) -> None:
@@ -48,7 +48,7 @@ def show(checkpoint: Path, user: str) -> None:
     rows = _open(checkpoint)
     row = rows.row(user)
     vectors, steps = rows.vectors(), rows.steps()
-    print(f"user_id       {_printable(user)}")
+    print(f"user_id       {printable(user)}")
     print(f"row           {row} of {len(rows.vocabulary) - 1}")
     print(f"steps         {'-' if steps is None else int(steps[row])}")
     print(f"norm          {vectors[row].norm():.4f}")
@@ -57,7 +57,7 @@ def show(checkpoint: Path, user: str) -> None:
     distances[[0, row]] = torch.inf
     nearest = [other for other in distances.argsort(stable=True).tolist() if distances[other] < torch.inf][:_NEAREST]
     print(
-        "nearest       " + ", ".join(f"{_printable(rows.vocabulary.ids[n - 1])} ({distances[n]:.4f})" for n in nearest)
+        "nearest       " + ", ".join(f"{printable(rows.vocabulary.ids[n - 1])} ({distances[n]:.4f})" for n in nearest)
     )
     for name, table in rows.tables.items():
         print(f"{name}  {list(table[row].shape)} {str(table.dtype).removeprefix('torch.')}")
@@ -215,7 +215,7 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
             said += f"; its letters are also a part of {_listed(longer)}"
         elif has_id:
             said += "; its letters also occur, by chance, among the bytes of numbers"
-        print(f"  {_printable(user_id)} and {len(vectors)} vectors: {said}")
+        print(f"  {printable(user_id)} and {len(vectors)} vectors: {said}")
     if left:
         raise ConfigurationError(
             f"checkpoint: {target} still holds {_listed(left)}, in a place not known to this tool."
@@ -261,9 +261,9 @@ def _files_of_run(folder: Path) -> Iterator[Path]:
 
 
 def _listed(user_ids: Sequence[str]) -> str:
-    return ", ".join(map(_printable, user_ids[:_NEAREST])) + (", ..." if len(user_ids) > _NEAREST else "")
+    return ", ".join(map(printable, user_ids[:_NEAREST])) + (", ..." if len(user_ids) > _NEAREST else "")
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Return a text for a terminal, which control characters in it must not steer."""
     return text if text.isprintable() else json.dumps(text)
