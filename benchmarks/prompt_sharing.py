@@ -1,11 +1,15 @@
 """When it pays to compute the prompt once for both completions of a pair.
 
-    python benchmarks/prompt_sharing.py --out prompt_sharing.md
+    python benchmarks/prompt_sharing.py --out benchmarks/results/prompt_sharing.md
 
-A step is forward and backward of the chosen and the rejected completion under a 20M-parameter Llama with LoRA, the
-prompt computed once (its keys and values continued by both completions) or twice (two full rows). Both take turns, in
-an order that alternates. `_WORTH_SHARING` in `prlhf_lightning/policies/scoring.py` is the share of spared positions
-from which the first is quicker.
+A step is forward and backward of the chosen and the rejected completion under a Llama of random weights, in each of the
+ways that `prlhf_lightning/policies/scoring.py` knows: the prompt twice, in a row of each completion; once, its keys and
+values continued by both (cache); and once, as the trunk of a tree whose branches they are. The ways take turns, in an
+order that alternates, and a ratio is the median over turns of the ratios within a turn. Layers that are recomputed in
+backward keep no keys and values, so that there is no cache then.
+
+`_WORTH_SHARING` and `_WORTH_A_TREE` in `scoring.py` are the shares of spared positions from which the second and the
+third are quicker.
 """
 
 from __future__ import annotations
@@ -13,43 +17,43 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import transformers
-from transformers import AutoTokenizer, LlamaConfig
+from contenders import MODELS, save_model
 
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
+from prlhf_lightning.policies.scoring import Shortcuts
 from prlhf_lightning.types import Tokens
 
-SHAPES = ["1024x64", "512x100", "300x150", "200x200", "100x200", "100x400", "50x400"]
-ASSETS = Path(__file__).parent.parent / "prlhf_lightning/assets"
+SHAPES = ["300/150/150", "512/100/100", "1024/64/64", "100/250/250"]
+MODES = {"lora": {}, "checkpointing": {"gradient_checkpointing": True}, "full": {"lora": None}}
+WAYS = {
+    "twice": Shortcuts(head=True, shared_prompt=False),
+    "cache": Shortcuts(head=True, shared_prompt=True),
+    "tree": Shortcuts(head=True, shared_prompt=False, trees=True),
+}
 
 
-def make_policy(layers: int, hidden_size: int) -> CausalLMPolicy:
-    """Build a Llama of random weights with adapters of rank 16."""
-    config = LlamaConfig(
-        vocab_size=32000, hidden_size=hidden_size, intermediate_size=8 * hidden_size // 3, num_hidden_layers=layers,
-        num_attention_heads=4, max_position_embeddings=4096, tie_word_embeddings=True,
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(ASSETS / "byte-lm").save_pretrained(folder)
-        policy = CausalLMPolicy(folder, lora=LoRA(rank=16, alpha=32), random_init=0)
-        policy.build(with_reference=False)
-        _ = policy.tokenizer  # which would be read when it is first used
+def make_policy(path: Path, mode: str) -> CausalLMPolicy:
+    """Build a Llama of random weights, with adapters of rank 16 unless it is trained in full."""
+    settings = {"lora": LoRA(rank=16, alpha=32), "random_init": 0} | MODES[mode]
+    policy = CausalLMPolicy(str(path), **settings)
+    policy.build(with_reference=False)
+    _ = policy.tokenizer  # which would be read when it is first used
     return policy.train()
 
 
-def make_step(policy: CausalLMPolicy, prompt: Tokens, completions: list[Tokens], share: bool) -> Callable[[], None]:
+def make_step(policy: CausalLMPolicy, prompt: Tokens, completions: list[Tokens], way: str) -> Callable[[], None]:
     """Return one forward and backward, its way of computing the prompt forced."""
 
     def step() -> None:
-        policy.shortcuts = replace(policy.shortcuts, shared_prompt=share)
+        policy.shortcuts, policy.packing = WAYS[way], way == "tree"
         chosen, rejected = policy.log_probs(prompt, completions)
         torch.nn.functional.softplus(rejected.sum - chosen.sum).mean().backward()
         policy.zero_grad(set_to_none=True)
@@ -71,21 +75,21 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, lis
 
 def row(policy: CausalLMPolicy, shape: str, pairs: int, repeats: int) -> str:
     """Measure one shape; return its line of the table."""
-    prompt_length, length = map(int, shape.split("x"))
+    lengths = list(map(int, shape.split("/")))
     generator = torch.Generator().manual_seed(0)
 
     def block(width: int) -> Tokens:
         ids = torch.randint(3, 30000, (pairs, width), generator=generator)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
-    prompt, completions = block(prompt_length), [block(length), block(length)]
-    times = measure(
-        {name: make_step(policy, prompt, completions, name == "once") for name in ("once", "twice")}, repeats
-    )
-    ratios = [once / twice for once, twice in zip(times["once"], times["twice"], strict=True)]
-    spared = prompt_length / (2 * (prompt_length + length))
-    cells = [spread(times["once"], ".0f"), spread(times["twice"], ".0f"), spread(ratios, ".2f")]
-    return f"| {prompt_length} | {length} | {spared:.2f} | {' | '.join(cells)} |"
+    prompt, *completions = map(block, lengths)
+    ways = [way for way in WAYS if way != "cache" or not policy.gradient_checkpointing]
+    times = measure({way: make_step(policy, prompt, completions, way) for way in ways}, repeats)
+    cells = [shape, f"{lengths[0] / (2 * lengths[0] + sum(lengths[1:])):.2f}", spread(times["twice"], ".0f")]
+    for way in ("cache", "tree"):
+        ratios = [once / twice for once, twice in zip(times.get(way, ()), times["twice"], strict=False)]
+        cells.append(spread(ratios, ".2f") if ratios else "")
+    return f"| {' | '.join(cells)} |"
 
 
 def spread(values: list[float], form: str) -> str:
@@ -102,33 +106,36 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    """Measure every shape, and print a Markdown table."""
+    """Measure every model, mode and shape asked for, and write the table as it grows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens of the prompt x tokens of each completion")
-    parser.add_argument("--pairs", type=int, default=4, help="pairs in a batch")
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--hidden-size", type=int, default=288)
+    parser.add_argument("--models", nargs="+", default=["20m"], choices=MODELS)
+    parser.add_argument("--modes", nargs="+", default=["lora", "checkpointing"], choices=MODES)
+    parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens of the prompt/chosen/rejected")
+    parser.add_argument("--pairs", type=int, default=1, help="pairs in a batch")
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the table to a file as well")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     scoring._WORTH_SHARING = 0.0  # what is to be found out
-    policy = make_policy(args.layers, args.hidden_size)
-    size = sum(param.numel() for param in policy.lm.parameters()) / 1e6
     lines = [
-        f"Milliseconds a step, median (range) of {args.repeats}; {args.pairs} pairs, Llama of {size:.1f}M parameters "
-        f"with LoRA, float32. {cpu_name()}, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
+        f"`python benchmarks/prompt_sharing.py {' '.join(sys.argv[1:])}`: milliseconds a step with the prompt twice, "
+        f"and the other ways' ratio to it; median (range) of {args.repeats} turns, {args.pairs} pairs a batch, "
+        f"float32. {cpu_name()}, {torch.get_num_threads()} threads; torch {torch.__version__}, transformers "
         f"{transformers.__version__}.",
-        "",
-        "| prompt | completion | positions spared | prompt once | prompt twice | once / twice |",
-        "|---:|---:|---:|---:|---:|---:|",
-        *(row(policy, shape, args.pairs, args.repeats) for shape in args.shapes),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+    with tempfile.TemporaryDirectory() as folder:
+        for model in args.models:
+            path = save_model(model, Path(folder))
+            for mode in args.modes:
+                policy = make_policy(path, mode)
+                title = ["", f"## {model}, {mode}", "", "| shape | spared | twice, ms | cache | tree |"]
+                lines += [*title, "|---|---:|---:|---:|---:|"]
+                for shape in args.shapes:
+                    lines.append(row(policy, shape, args.pairs, args.repeats))
+                    print("\n".join(lines if len(lines) == 7 else lines[-1:]), flush=True)
+                    if args.out:
+                        args.out.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

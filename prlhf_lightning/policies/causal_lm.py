@@ -20,9 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
+from prlhf_lightning.policies.attention import take_block_masks
 from prlhf_lightning.policies.base import Policy, Sampling
-from prlhf_lightning.policies.scoring import embed, find_shortcuts, is_causal, score, segments
+from prlhf_lightning.policies.scoring import embed, score, segments
 from prlhf_lightning.policies.sequences import join
+from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -59,6 +61,7 @@ class CausalLMPolicy(Policy):
         random_init: int | None = None,
         gradient_checkpointing: bool = False,
         torch_compile: bool = False,
+        packing: bool = False,
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
@@ -75,6 +78,7 @@ class CausalLMPolicy(Policy):
         self.random_init = random_init
         self.gradient_checkpointing = gradient_checkpointing
         self.torch_compile = torch_compile
+        self.packing = packing
         self.attn_implementation = attn_implementation
         self.revision = revision
         self._is_sharded = False
@@ -140,6 +144,8 @@ class CausalLMPolicy(Policy):
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
+        if self.packing:
+            take_block_masks(lm)
         self.model: PreTrainedModel | PeftModel = lm
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
@@ -241,7 +247,7 @@ class CausalLMPolicy(Policy):
         width = sum(part.mask.sum(1) for part in before)
         longest = max(int((width + part.mask.sum(1)).max()) for part in completions)
         self._check_length(longest, "data.max_completion_length")
-        return score(lm, before, completions, self.shortcuts)
+        return score(lm, before, completions, self.shortcuts, self.packing)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
         return segments(lm, self.tokenizer.bos_token_id, prompt, soft_prompt)

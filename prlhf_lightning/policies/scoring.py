@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from prlhf_lightning.policies.attention import takes_block_masks
 from prlhf_lightning.policies.sequences import join, token_log_probs
+from prlhf_lightning.policies.trees import BLOCK, plant
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 # The prompt is computed once where that spares at least this share of all positions; below, the second pass through
 # the layers costs as much as it spares (benchmarks/prompt_sharing.py).
 _WORTH_SHARING = 0.2
+# Positions of a row of trees, at most: the table of blocks grows with its square.
+_ROW = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -31,10 +34,12 @@ class Shortcuts:
         head: Logits are the output embedding applied to the last hidden state and nothing more, so that it can be
             applied to completion positions alone.
         shared_prompt: Completions can be continued from the key-value cache of their prompt.
+        trees: Completions can be branches of a tree whose trunk is their prompt; see `trees.py`.
     """
 
     head: bool
     shared_prompt: bool
+    trees: bool = False
 
 
 def embed(lm: PreTrainedModel, tokens: Tokens) -> SoftPrompt:
@@ -58,7 +63,11 @@ def segments(
 
 
 def score(
-    lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], shortcuts: Shortcuts
+    lm: PreTrainedModel,
+    before: Sequence[SoftPrompt],
+    completions: Sequence[Tokens],
+    shortcuts: Shortcuts,
+    packing: bool = False,
 ) -> tuple[LogProbs, ...]:
     """Score n completions of the same B prompts.
 
@@ -67,6 +76,7 @@ def score(
         before: What precedes the completions, in segments of B rows.
         completions: n batches of B completions.
         shortcuts: What may be skipped with this model.
+        packing: Score trees wherever they can be, and several in a row where the model takes block masks.
 
     Returns:
         For each batch of completions, its per-token log-probabilities, float32.
@@ -76,7 +86,10 @@ def score(
     rows, offsets = targets.mask.nonzero(as_tuple=True)
     ids = targets.ids[rows, offsets]
     vocab_size = lm.get_input_embeddings().weight.shape[0]
-    if shortcuts.shared_prompt and n > 1 and _pays(before, targets, n):
+    if packing and shortcuts.trees:
+        hidden = _tree_states(lm, before, completions, rows, offsets)
+        scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
+    elif shortcuts.shared_prompt and n > 1 and _pays(before, targets, n):
         hidden = _continued_states(lm, before, targets, n)[rows, offsets]
         scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
     else:
@@ -119,72 +132,41 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
     return torch.cat([first, hidden], dim=1)
 
 
+def _tree_states(
+    lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], rows: Tensor, offsets: Tensor
+) -> Tensor:
+    """Return the hidden states `[N, d]` that predict the tokens at `rows` and `offsets`, each prompt computed once."""
+    branches = [embed(lm, part) for part in completions]
+    trees = len(completions[0])
+    packed = takes_block_masks(lm)
+    if packed:
+        longest = sum(part.mask.shape[1] for part in (*before, *branches))
+        forest = plant(before, branches, max(1, min(trees, _ROW // longest)), BLOCK)
+    else:
+        forest = plant(before, branches)
+    hidden: Tensor = lm.base_model(
+        inputs_embeds=forest.vectors,
+        position_ids=forest.positions,
+        attention_mask=forest.block_mask() if packed else forest.dense_mask(),
+    ).last_hidden_state
+    return hidden[forest.predicting(rows % trees, rows // trees, offsets)]
+
+
 def model_inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[str, Any]:
     """Return a model's inputs for vectors that stand after `past` cached positions; the mask covers both."""
     inputs: dict[str, Any] = {"inputs_embeds": sequence.vectors, "attention_mask": sequence.mask.long()}
     # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
-    if "position_ids" in _arguments(lm):
+    if "position_ids" in arguments(lm):
         inputs["position_ids"] = (sequence.mask.cumsum(1) - 1).clamp(min=0)[:, past:]
     return inputs
 
 
-def _arguments(lm: PreTrainedModel) -> Collection[str]:
+def arguments(lm: PreTrainedModel) -> Collection[str]:
+    """Return the names of a model's inputs."""
     return inspect.signature(lm.base_model.forward).parameters
 
 
 def cache_name(lm: PreTrainedModel) -> str:
     """Return the name of the argument and output that holds a model's cache."""
     # transformers renamed it within version 5; both names are in the range that is supported.
-    return "cache" if "cache" in _arguments(lm) else "past_key_values"
-
-
-@torch.no_grad()
-def is_causal(lm: PreTrainedModel) -> bool:
-    """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
-    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
-    tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
-    was_training = lm.training
-    lm.eval()
-    logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
-    lm.train(was_training)
-    changes = (logits[0] - logits[1]).abs().amax(-1)
-    # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
-    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.03
-    return bool(changes[:3].max() <= tolerance * changes[3:].max())
-
-
-@torch.no_grad()
-def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
-    """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
-
-    They hold for most architectures. Models that scale or cap their logits, or that keep other states than keys and
-    values of all positions, are found out here, whatever they are called.
-    """
-    ids = torch.arange(24, device=lm.device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
-    lengths = torch.tensor([6, 3, 4, 1], device=lm.device)
-    tokens = Tokens(ids, torch.arange(6, device=lm.device) < lengths[:, None])
-    before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
-    completions = [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
-    was_training = lm.training
-    lm.eval()
-    truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
-
-    def holds(shortcuts: Shortcuts) -> bool:
-        tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
-        tried = score(lm, before, completions, shortcuts)
-        pairs = zip(truth, tried, strict=True)
-        return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
-
-    # A cap on the logits shows only where they are large, which a few tokens need not be.
-    capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
-    plain = lm.get_output_embeddings() is not None and not capped
-    head = plain and holds(Shortcuts(head=True, shared_prompt=False))
-    shared = head and _keeps_keys_and_values(lm, before[0]) and holds(Shortcuts(head=True, shared_prompt=True))
-    lm.train(was_training)
-    return Shortcuts(head, shared)
-
-
-def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
-    # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
-    cache = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    return "cache" if "cache" in arguments(lm) else "past_key_values"

@@ -1,0 +1,86 @@
+"""Finding out by trial what may be skipped with a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from prlhf_lightning.policies.scoring import Shortcuts, arguments, cache_name, embed, model_inputs, score
+from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+
+
+@torch.no_grad()
+def is_causal(lm: PreTrainedModel) -> bool:
+    """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
+    tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
+    was_training = lm.training
+    lm.eval()
+    logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
+    lm.train(was_training)
+    changes = (logits[0] - logits[1]).abs().amax(-1)
+    # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.03
+    return bool(changes[:3].max() <= tolerance * changes[3:].max())
+
+
+@torch.no_grad()
+def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
+    """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
+
+    They hold for most architectures. Models that scale or cap their logits, or that keep other states than keys and
+    values of all positions, are found out here, whatever they are called.
+    """
+    ids = torch.arange(24, device=lm.device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
+    lengths = torch.tensor([6, 3, 4, 1], device=lm.device)
+    tokens = Tokens(ids, torch.arange(6, device=lm.device) < lengths[:, None])
+    before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
+    completions = [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
+    was_training = lm.training
+    lm.eval()
+    truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
+
+    def holds(shortcuts: Shortcuts) -> bool:
+        tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
+        tried = score(lm, before, completions, shortcuts)
+        pairs = zip(truth, tried, strict=True)
+        return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
+
+    # A cap on the logits shows only where they are large, which a few tokens need not be.
+    capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
+    plain = lm.get_output_embeddings() is not None and not capped
+    head = plain and holds(Shortcuts(head=True, shared_prompt=False))
+    full = head and _keeps_keys_and_values(lm, before[0])
+    shared = full and holds(Shortcuts(head=True, shared_prompt=True))
+    trees = full and _takes_masks(lm) and _trees_hold(lm, before, completions, truth)
+    lm.train(was_training)
+    return Shortcuts(head, shared, trees)
+
+
+def _takes_masks(lm: PreTrainedModel) -> bool:
+    # Other attention changes masks, adds what goes by places in the row, or can't have a row of more than a sequence.
+    handed_on = lm._supports_attention_backend and lm.config._attn_implementation == "sdpa"
+    return handed_on and "position_ids" in arguments(lm)
+
+
+def _trees_hold(
+    lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], truth: Sequence[LogProbs]
+) -> bool:
+    # Against what another prompt changes: in a model of random weights, wrong attention changes hardly anything.
+    swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
+    others = score(lm, swapped, completions, Shortcuts(head=True, shared_prompt=False))
+    tried = score(lm, before, completions, Shortcuts(head=True, shared_prompt=False, trees=True), packing=True)
+    error, change = (
+        max((a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True))
+        for results in (tried, others)
+    )
+    return bool(error <= (1e-5 + 1e-3 * change if lm.dtype == torch.float32 else 0.1))
+
+
+def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
+    # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
+    cache = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
