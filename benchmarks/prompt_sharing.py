@@ -33,6 +33,7 @@ from prlhf_lightning.types import Tokens
 
 SHAPES = ["300/150/150", "512/100/100", "1024/64/64", "100/250/250"]
 MODES = {"lora": {}, "checkpointing": {"gradient_checkpointing": True}, "full": {"lora": None}}
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WAYS = {
     "twice": Shortcuts(head=True, shared_prompt=False),
     "cache": Shortcuts(head=True, shared_prompt=True),
@@ -61,30 +62,31 @@ def make_step(policy: CausalLMPolicy, prompt: Tokens, completions: list[Tokens],
     return step
 
 
-def measure(steps: dict[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+def measure(steps: dict[str, Callable[[], None]], repeats: int, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Let the ways take turns; return milliseconds a step."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(repeats + 1):
         for name in list(steps)[:: 1 if turn % 2 else -1]:
-            start = time.perf_counter()
+            start = clock()
             steps[name]()
             if turn:  # the first is warm-up
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(1e3 * (clock() - start))
     return times
 
 
-def row(policy: CausalLMPolicy, shape: str, pairs: int, repeats: int) -> str:
+def row(policy: CausalLMPolicy, shape: str, args: argparse.Namespace) -> str:
     """Measure one shape; return its line of the table."""
     lengths = list(map(int, shape.split("/")))
     generator = torch.Generator().manual_seed(0)
 
     def block(width: int) -> Tokens:
-        ids = torch.randint(3, 30000, (pairs, width), generator=generator)
+        ids = torch.randint(3, 30000, (args.pairs, width), generator=generator)
         return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
     prompt, *completions = map(block, lengths)
     ways = [way for way in WAYS if way != "cache" or not policy.gradient_checkpointing]
-    times = measure({way: make_step(policy, prompt, completions, way) for way in ways}, repeats)
+    steps = {way: make_step(policy, prompt, completions, way) for way in ways}
+    times = measure(steps, args.repeats, CLOCKS[args.clock])
     cells = [shape, f"{lengths[0] / (2 * lengths[0] + sum(lengths[1:])):.2f}", spread(times["twice"], ".0f")]
     for way in ("cache", "tree"):
         ratios = [once / twice for once, twice in zip(times.get(way, ()), times["twice"], strict=False)]
@@ -113,6 +115,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=SHAPES, help="tokens of the prompt/chosen/rejected")
     parser.add_argument("--pairs", type=int, default=1, help="pairs in a batch")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu counts the process's own time")
     parser.add_argument("--out", type=Path, help="write the table to a file as well")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
@@ -132,8 +135,8 @@ def main() -> None:
                 title = ["", f"## {model}, {mode}", "", "| shape | spared | twice, ms | cache | tree |"]
                 lines += [*title, "|---|---:|---:|---:|---:|"]
                 for shape in args.shapes:
-                    lines.append(row(policy, shape, args.pairs, args.repeats))
-                    print("\n".join(lines if len(lines) == 7 else lines[-1:]), flush=True)
+                    lines.append(row(policy, shape, args))
+                    print("\n".join(lines[-6 if shape == args.shapes[0] else -1 :]), flush=True)
                     if args.out:
                         args.out.write_text("\n".join(lines) + "\n")
 

@@ -27,7 +27,7 @@ def take_block_masks(lm: PreTrainedModel) -> None:
 
 def takes_block_masks(lm: PreTrainedModel) -> bool:
     """Whether block masks can be given to a model where it is: FlexAttention has no backward on a CPU."""
-    return lm.config._attn_implementation == _NAME and lm.device.type == "cuda"
+    return bool(lm.config._attn_implementation == _NAME) and lm.device.type == "cuda"
 
 
 def _attention(

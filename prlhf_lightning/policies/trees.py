@@ -108,37 +108,33 @@ def plant(
         multiple: W is a multiple of it.
     """
     segments = SoftPrompt.side_by_side([*trunk, *branches])
-    lengths = torch.stack([sum(part.mask.sum(1) for part in trunk), *(part.mask.sum(1) for part in branches)], dim=1)
+    parts = [SoftPrompt.side_by_side(trunk), *branches]
+    lengths = torch.stack([part.mask.sum(1) for part in parts], dim=1)
     whole = lengths.sum(1)
-    number = torch.arange(len(whole), device=whole.device)
-    rows = number // trees_in_row
-    start = whole.cumsum(0) - whole
-    start = start - start[rows * trees_in_row]
-    begins = start[:, None] + lengths.cumsum(1) - lengths
-    width = -(-int((start + whole).max()) // multiple) * multiple
+    rows = torch.arange(len(whole), device=whole.device) // trees_in_row
+    roots = whole.cumsum(0) - whole
+    roots = roots - roots[rows * trees_in_row]
+    begins = roots[:, None] + lengths.cumsum(1) - lengths
+    width = -(-int((roots + whole).max()) // multiple) * multiple
 
-    is_branch = torch.arange(lengths.shape[1], device=whole.device) > 0
-    fork = torch.where(is_branch, begins[:, 1:2], start[:, None])
-    # By segment of each tree, then by position, in the order in which the real ones of `segments` stand.
-    of_segment = torch.stack(
-        torch.broadcast_tensors(rows[:, None], begins, start[:, None], fork, fork - start[:, None]), dim=-1
-    )
-    row, branch, trunk_start, fork, position = (
-        of_segment.flatten(0, 1).repeat_interleave(lengths.flatten(), 0).unbind(1)
-    )
-    offset = torch.arange(len(row), device=row.device) - (
-        lengths.flatten().cumsum(0) - lengths.flatten()
-    ).repeat_interleave(lengths.flatten())
-    at = (row, branch + offset)
+    # Of each real position, in the order in which they stand in `segments`.
+    part = torch.arange(lengths.numel(), device=whole.device).repeat_interleave(lengths.flatten())
+    tree = part // len(parts)
+    offset = torch.arange(len(part), device=part.device) - (lengths.flatten().cumsum(0) - lengths.flatten())[part]
+    branch = begins.flatten()[part]
+    fork = torch.where(part % len(parts) > 0, begins[tree, 1], roots[tree])  # a trunk sees nothing but itself
+    at = (rows[tree], branch + offset)
+
     shape = (int(rows[-1]) + 1, width)
-    alone = torch.arange(width, device=row.device).expand(shape)
-    vectors = segments.vectors.new_zeros(*shape, segments.vectors.shape[-1])
+    alone = torch.arange(width, device=part.device).expand(shape)
     return Forest(
-        vectors.index_put(at, segments.vectors[segments.mask]),
-        torch.zeros_like(alone).index_put(at, position + offset),
-        alone.index_put(at, trunk_start),
-        alone.index_put(at, fork),
-        alone.index_put(at, branch),
-        rows,
-        begins,
+        vectors=segments.vectors.new_zeros(*shape, segments.vectors.shape[-1]).index_put(
+            at, segments.vectors[segments.mask]
+        ),
+        positions=torch.zeros_like(alone).index_put(at, fork - roots[tree] + offset),
+        trunk=alone.index_put(at, roots[tree]),
+        fork=alone.index_put(at, fork),
+        branch=alone.index_put(at, branch),
+        rows=rows,
+        begins=begins,
     )
