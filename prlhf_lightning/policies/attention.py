@@ -15,14 +15,19 @@ from transformers.masking_utils import sdpa_mask
 _NAME = "sparse_or_dense"
 
 
-def take_block_masks(lm: PreTrainedModel) -> None:
+def take_block_masks(lm: PreTrainedModel) -> bool:
     """Have a model take block masks where it is given one, and otherwise do what it does under sdpa.
 
     By the mask and not by a setting, which writing would have to change, and which layers that are recomputed in
-    backward would find changed. Models that use no sdpa, or that FlexAttention doesn't fit, are left as they are.
+    backward would find changed.
+
+    Returns:
+        Whether it can: not where it uses no sdpa, or FlexAttention doesn't fit it.
     """
-    if lm.config._attn_implementation == "sdpa" and lm._supports_flex_attn:
+    fits = lm.config._attn_implementation == "sdpa" and bool(lm._supports_flex_attn)
+    if fits:
         lm.set_attn_implementation(_NAME)
+    return fits
 
 
 def takes_block_masks(lm: PreTrainedModel) -> bool:

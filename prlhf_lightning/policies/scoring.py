@@ -67,7 +67,7 @@ def score(
     before: Sequence[SoftPrompt],
     completions: Sequence[Tokens],
     shortcuts: Shortcuts,
-    packing: bool = False,
+    as_trees: bool = False,
 ) -> tuple[LogProbs, ...]:
     """Score n completions of the same B prompts.
 
@@ -76,7 +76,7 @@ def score(
         before: What precedes the completions, in segments of B rows.
         completions: n batches of B completions.
         shortcuts: What may be skipped with this model.
-        packing: Score trees wherever they can be, and several in a row where the model takes block masks.
+        as_trees: Score trees where they may be, however much that spares.
 
     Returns:
         For each batch of completions, its per-token log-probabilities, float32.
@@ -85,13 +85,12 @@ def score(
     targets = Tokens.concat(completions)
     rows, offsets = targets.mask.nonzero(as_tuple=True)
     ids = targets.ids[rows, offsets]
-    vocab_size = lm.get_input_embeddings().weight.shape[0]
-    if packing and shortcuts.trees:
+    head = lm.get_output_embeddings()
+    pays = n > 1 and _pays(before, targets, n)
+    if shortcuts.trees and (as_trees or (pays and not shortcuts.shared_prompt and _suits_dense_trees(lm, n))):
         hidden = _tree_states(lm, before, completions, rows, offsets)
-        scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
-    elif shortcuts.shared_prompt and n > 1 and _pays(before, targets, n):
+    elif shortcuts.shared_prompt and pays:
         hidden = _continued_states(lm, before, targets, n)[rows, offsets]
-        scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
     else:
         repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
         # The token at place i is predicted from place i - 1.
@@ -99,9 +98,9 @@ def score(
         inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
         if shortcuts.head:
             hidden = lm.base_model(**inputs).last_hidden_state[rows, places]
-            scores = token_log_probs(hidden, ids, lm.get_output_embeddings(), vocab_size)
         else:
-            scores = token_log_probs(lm(**inputs).logits[rows, places], ids, nn.Identity(), vocab_size)
+            hidden, head = lm(**inputs).logits[rows, places], nn.Identity()
+    scores = token_log_probs(hidden, ids, head, lm.get_input_embeddings().weight.shape[0])
     log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
     return LogProbs(log_probs, targets.mask).chunk(n)
 
@@ -109,6 +108,11 @@ def score(
 def _pays(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> bool:
     prompt, completion = sum(part.mask.shape[1] for part in before), targets.ids.shape[1]
     return (n - 1) * prompt >= _WORTH_SHARING * n * (prompt + completion)
+
+
+def _suits_dense_trees(lm: PreTrainedModel, n: int) -> bool:
+    # Attention under a dense mask goes over a whole tree, n times the completions. Only this has been measured.
+    return n == 2 and lm.device.type == "cpu"
 
 
 def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets: Tokens, n: int) -> Tensor:
@@ -135,7 +139,10 @@ def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets
 def _tree_states(
     lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], rows: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Return the hidden states `[N, d]` that predict the tokens at `rows` and `offsets`, each prompt computed once."""
+    """Return the hidden states `[N, d]` that predict the tokens at `rows` and `offsets`, each prompt computed once.
+
+    A tree has a row of its own, unless the model takes block masks, which make longer rows cost no more.
+    """
     branches = [embed(lm, part) for part in completions]
     trees = len(completions[0])
     packed = takes_block_masks(lm)

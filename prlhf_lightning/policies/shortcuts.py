@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from prlhf_lightning.policies.scoring import Shortcuts, arguments, cache_name, embed, model_inputs, score
-from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+from prlhf_lightning.types import SoftPrompt, Tokens
 
 
 @torch.no_grad()
@@ -31,14 +31,10 @@ def is_causal(lm: PreTrainedModel) -> bool:
 def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
     """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
 
-    They hold for most architectures. Models that scale or cap their logits, or that keep other states than keys and
-    values of all positions, are found out here, whatever they are called.
+    They hold for most architectures. Models that scale or cap their logits, that keep other states than keys and values
+    of all positions, or that attend otherwise than a mask tells them, are found out here, whatever they are called.
     """
-    ids = torch.arange(24, device=lm.device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
-    lengths = torch.tensor([6, 3, 4, 1], device=lm.device)
-    tokens = Tokens(ids, torch.arange(6, device=lm.device) < lengths[:, None])
-    before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
-    completions = [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
+    before, completions = _few_tokens(lm)
     was_training = lm.training
     lm.eval()
     truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
@@ -51,33 +47,48 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
 
     # A cap on the logits shows only where they are large, which a few tokens need not be.
     capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
-    plain = lm.get_output_embeddings() is not None and not capped
+    plain = lm.get_output_embeddings() is not None and lm.base_model is not lm and not capped
     head = plain and holds(Shortcuts(head=True, shared_prompt=False))
     full = head and _keeps_keys_and_values(lm, before[0])
     shared = full and holds(Shortcuts(head=True, shared_prompt=True))
-    trees = full and _takes_masks(lm) and _trees_hold(lm, before, completions, truth)
     lm.train(was_training)
-    return Shortcuts(head, shared, trees)
+    return Shortcuts(head, shared, trees=full and _takes_masks(lm) and trees_hold(lm))
+
+
+@torch.no_grad()
+def trees_hold(lm: PreTrainedModel) -> bool:
+    """Try on a few tokens whether trees, where the model is, give the log-probabilities that padded rows do."""
+    before, completions = _few_tokens(lm)
+    swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
+    rows = Shortcuts(head=True, shared_prompt=False)
+    was_training = lm.training
+    lm.eval()
+    truth = score(lm, before, completions, rows)
+    others = score(lm, swapped, completions, rows)
+    tried = score(lm, before, completions, replace(rows, trees=True), as_trees=True)
+    lm.train(was_training)
+    error, change = (
+        max(float((a.tokens - b.tokens).abs().max()) for a, b in zip(truth, results, strict=True))
+        for results in (tried, others)
+    )
+    # Against what another prompt changes: in a model of random weights, wrong attention changes hardly anything.
+    exact = lm.dtype == torch.float32 and lm.device.type == "cpu"
+    return error <= (1e-5 + 1e-3 * change if exact else 0.1)
+
+
+def _few_tokens(lm: PreTrainedModel) -> tuple[list[SoftPrompt], list[Tokens]]:
+    """Return two prompts, and two batches of completions of them."""
+    ids = torch.arange(24, device=lm.device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
+    lengths = torch.tensor([6, 3, 4, 1], device=lm.device)
+    tokens = Tokens(ids, torch.arange(6, device=lm.device) < lengths[:, None])
+    before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
+    return before, [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
 
 
 def _takes_masks(lm: PreTrainedModel) -> bool:
     # Other attention changes masks, adds what goes by places in the row, or can't have a row of more than a sequence.
     handed_on = lm._supports_attention_backend and lm.config._attn_implementation == "sdpa"
     return handed_on and "position_ids" in arguments(lm)
-
-
-def _trees_hold(
-    lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], truth: Sequence[LogProbs]
-) -> bool:
-    # Against what another prompt changes: in a model of random weights, wrong attention changes hardly anything.
-    swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
-    others = score(lm, swapped, completions, Shortcuts(head=True, shared_prompt=False))
-    tried = score(lm, before, completions, Shortcuts(head=True, shared_prompt=False, trees=True), packing=True)
-    error, change = (
-        max((a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True))
-        for results in (tried, others)
-    )
-    return bool(error <= (1e-5 + 1e-3 * change if lm.dtype == torch.float32 else 0.1))
 
 
 def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, BertConfig, MambaConfig
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
-from prlhf_lightning.policies.scoring import Shortcuts, find_shortcuts
+from prlhf_lightning.policies.scoring import Shortcuts
+from prlhf_lightning.policies.shortcuts import find_shortcuts
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "gpt2", "neox"]
@@ -169,7 +170,7 @@ def paths(policy: CausalLMPolicy):
 @given(data=st.data())
 def test_every_way_of_scoring_gives_the_same_log_probs_and_gradients(model_paths, name, lora, data):
     policy = build(model_paths[name], lora=lora).train()
-    assert policy.shortcuts == Shortcuts(head=True, shared_prompt=True)
+    assert policy.shortcuts == Shortcuts(head=True, shared_prompt=True, trees=True)
     token, rows = st.integers(4, 20), data.draw(st.integers(1, 3))
     prompt = Tokens.from_lists([[1, *data.draw(st.lists(token, max_size=9))] for _ in range(rows)])
     completions = [
@@ -228,10 +229,6 @@ def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path,
         assert policy.merged().config.use_cache
     assert names == set(build(model_path).state_dict())
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
-
-
-def test_gradient_checkpointing_computes_the_prompt_for_each_completion(model_path):
-    assert not build(model_path, gradient_checkpointing=True).shortcuts.shared_prompt
 
 
 def test_backbone_dropout_is_off_and_adapter_dropout_on(model_paths):
