@@ -79,6 +79,7 @@ def ours(
     cached: bool,
     sampled: bool = False,
     compiled: bool = False,
+    packed: bool = False,
 ) -> Step:
     """P-DPO with ten vectors a user, or plain DPO."""
     torch.manual_seed(0)
@@ -88,6 +89,7 @@ def ours(
         dtype=args.dtype,
         random_init=0,
         torch_compile=compiled,
+        packing=packed,
     )
     user_model = IndividualUserModel(10) if personal else UniformUserModel(0)
     module = PersonalizedLM(user_model, policy, DPOLoss(BETA), alpha=0.5 if personal else 1.0)
@@ -224,6 +226,10 @@ def contenders(
     if getattr(args, "compiled", False):
         makers["our P-DPO, cached reference, torch_compile"] = lambda: ours(
             path, batch, args, lora, personal=True, cached=True, compiled=True
+        )
+    if getattr(args, "packed", False):
+        makers["our P-DPO, cached reference, packing"] = lambda: ours(
+            path, batch, args, lora, personal=True, cached=True, packed=True
         )
     return makers
 

@@ -1,7 +1,7 @@
 """Time of an optimisation step: ours, TRL's DPOTrainer, and the authors' scheme, side by side in one run.
 
     python benchmarks/step_time.py                       # all shapes, 20M and 125M parameters, LoRA and full, on CPU
-    python benchmarks/step_time.py --models 1b --dtype bfloat16 --device cuda
+    python benchmarks/step_time.py --models 1b --dtype bfloat16 --device cuda --packed
 
 What a step is, `contenders.py` tells. The contenders take turns, and every figure is the median over the repeats with
 the quartiles beside it.
@@ -53,10 +53,13 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=2, help="pairs in a batch")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="also time our P-DPO with torch.compile")
+    parser.add_argument("--packed", action="store_true", help="also time our P-DPO with packing (cuda)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_time.md"))
     args = parser.parse_args()
+    if args.packed and args.device != "cuda":
+        parser.error("--packed needs --device cuda: on a CPU, packing changes nothing")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
