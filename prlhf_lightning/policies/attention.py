@@ -30,9 +30,9 @@ def take_block_masks(lm: PreTrainedModel) -> bool:
     return fits
 
 
-def takes_block_masks(lm: PreTrainedModel) -> bool:
-    """Whether block masks can be given to a model where it is: FlexAttention has no backward on a CPU."""
-    return bool(lm.config._attn_implementation == _NAME) and lm.device.type == "cuda"
+def takes_block_masks(lm: PreTrainedModel, device: torch.device) -> bool:
+    """Whether block masks can be given to a model that computes on a device: a CPU has no backward for them."""
+    return bool(lm.config._attn_implementation == _NAME) and device.type == "cuda"
 
 
 def _attention(

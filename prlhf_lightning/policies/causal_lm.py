@@ -261,13 +261,14 @@ class CausalLMPolicy(Policy):
         width = sum(part.mask.sum(1) for part in before)
         longest = max(int((width + part.mask.sum(1)).max()) for part in completions)
         self._check_length(longest, "data.max_completion_length")
-        packed = self._packs and takes_block_masks(lm)
+        device = prompt.ids.device
+        packed = self._packs and takes_block_masks(lm, device)
         if packed and not self._has_tried_packing:
             self._has_tried_packing = True
-            if not trees_hold(lm):
+            if not trees_hold(lm, device):
                 raise ConfigurationError(
                     f"policy.packing: packed rows don't give the log-probabilities of padded ones with {self.name!r} "
-                    f"on this device ({lm.device}); set it to false."
+                    f"on this device ({device}); set it to false."
                 )
         return score(lm, before, completions, self.shortcuts, as_trees=packed)
 

@@ -87,7 +87,7 @@ def score(
     ids = targets.ids[rows, offsets]
     head = lm.get_output_embeddings()
     pays = n > 1 and _pays(before, targets, n)
-    if shortcuts.trees and (as_trees or (pays and not shortcuts.shared_prompt and _suits_dense_trees(lm, n))):
+    if shortcuts.trees and (as_trees or (pays and not shortcuts.shared_prompt and _suits_dense_trees(n, ids.device))):
         hidden = _tree_states(lm, before, completions, rows, offsets)
     elif shortcuts.shared_prompt and pays:
         hidden = _continued_states(lm, before, targets, n)[rows, offsets]
@@ -110,9 +110,9 @@ def _pays(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> bool:
     return (n - 1) * prompt >= _WORTH_SHARING * n * (prompt + completion)
 
 
-def _suits_dense_trees(lm: PreTrainedModel, n: int) -> bool:
+def _suits_dense_trees(n: int, device: torch.device) -> bool:
     # Attention under a dense mask goes over a whole tree, n times the completions. Only this has been measured.
-    return n == 2 and lm.device.type == "cpu"
+    return n == 2 and device.type == "cpu"
 
 
 def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets: Tokens, n: int) -> Tensor:
@@ -145,7 +145,7 @@ def _tree_states(
     """
     branches = [embed(lm, part) for part in completions]
     trees = len(completions[0])
-    packed = takes_block_masks(lm)
+    packed = takes_block_masks(lm, rows.device)
     if packed:
         longest = sum(part.mask.shape[1] for part in (*before, *branches))
         forest = plant(before, branches, max(1, min(trees, _ROW // longest)), BLOCK)

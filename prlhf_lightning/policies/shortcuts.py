@@ -34,7 +34,7 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
     They hold for most architectures. Models that scale or cap their logits, that keep other states than keys and values
     of all positions, or that attend otherwise than a mask tells them, are found out here, whatever they are called.
     """
-    before, completions = _few_tokens(lm)
+    before, completions = _few_tokens(lm, lm.device)
     was_training = lm.training
     lm.eval()
     truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
@@ -52,35 +52,35 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
     full = head and _keeps_keys_and_values(lm, before[0])
     shared = full and holds(Shortcuts(head=True, shared_prompt=True))
     lm.train(was_training)
-    return Shortcuts(head, shared, trees=full and _takes_masks(lm) and trees_hold(lm))
+    return Shortcuts(head, shared, trees=full and _takes_masks(lm) and trees_hold(lm, lm.device))
 
 
 @torch.no_grad()
-def trees_hold(lm: PreTrainedModel) -> bool:
-    """Try on a few tokens whether trees, where the model is, give the log-probabilities that padded rows do."""
-    before, completions = _few_tokens(lm)
+def trees_hold(lm: PreTrainedModel, device: torch.device) -> bool:
+    """Try on a few tokens whether trees give the log-probabilities of padded rows, on the device that computes."""
+    before, completions = _few_tokens(lm, device)
     swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
-    rows = Shortcuts(head=True, shared_prompt=False)
+    padded = Shortcuts(head=True, shared_prompt=False)
     was_training = lm.training
     lm.eval()
-    truth = score(lm, before, completions, rows)
-    others = score(lm, swapped, completions, rows)
-    tried = score(lm, before, completions, replace(rows, trees=True), as_trees=True)
+    truth = score(lm, before, completions, padded)
+    others = score(lm, swapped, completions, padded)
+    tried = score(lm, before, completions, replace(padded, trees=True), as_trees=True)
     lm.train(was_training)
     error, change = (
-        max(float((a.tokens - b.tokens).abs().max()) for a, b in zip(truth, results, strict=True))
+        torch.stack([(a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True)]).max().item()
         for results in (tried, others)
     )
     # Against what another prompt changes: in a model of random weights, wrong attention changes hardly anything.
-    exact = lm.dtype == torch.float32 and lm.device.type == "cpu"
+    exact = lm.dtype == torch.float32 and device.type == "cpu"
     return error <= (1e-5 + 1e-3 * change if exact else 0.1)
 
 
-def _few_tokens(lm: PreTrainedModel) -> tuple[list[SoftPrompt], list[Tokens]]:
+def _few_tokens(lm: PreTrainedModel, device: torch.device) -> tuple[list[SoftPrompt], list[Tokens]]:
     """Return two prompts, and two batches of completions of them."""
-    ids = torch.arange(24, device=lm.device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
-    lengths = torch.tensor([6, 3, 4, 1], device=lm.device)
-    tokens = Tokens(ids, torch.arange(6, device=lm.device) < lengths[:, None])
+    ids = torch.arange(24, device=device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
+    lengths = torch.tensor([6, 3, 4, 1], device=device)
+    tokens = Tokens(ids, torch.arange(6, device=device) < lengths[:, None])
     before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
     return before, [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
 

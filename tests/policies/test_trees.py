@@ -90,8 +90,8 @@ def assert_equal(tried, expected, tolerance=1e-5):
 
 def pack(monkeypatch, mask=Forest.dense_mask):
     """Score as on a GPU, trees many in a row, but with a mask that a CPU can go backward through."""
-    monkeypatch.setattr(causal_lm, "takes_block_masks", lambda lm: True)
-    monkeypatch.setattr(scoring, "takes_block_masks", lambda lm: True)
+    monkeypatch.setattr(causal_lm, "takes_block_masks", lambda lm, device: True)
+    monkeypatch.setattr(scoring, "takes_block_masks", lambda lm, device: True)
     monkeypatch.setattr(Forest, "block_mask", mask)
 
 
@@ -181,7 +181,7 @@ def test_packing_is_tried_where_the_policy_is_before_it_is_used(model_path, monk
 @pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["lora", "full"])
 def test_on_a_gpu_packed_trees_give_the_log_probs_and_gradients_of_padded_rows(paths, lora, checkpointing):
     policy = build(paths["qwen3"], packing=True, lora=lora, gradient_checkpointing=checkpointing).cuda()
-    assert scoring.takes_block_masks(policy.lm)
+    assert scoring.takes_block_masks(policy.lm, torch.device("cuda"))
     for length in (5, 200, 90):  # in one block, over several, and compiled for another width
         prompt = Tokens.from_lists([[1, *range(4, 20)] * (length // 16 + 1), [1, 7], [1, 9, 3]]).to("cuda")
         texts = [[[5, 6] * length, [7], [8, 2]], [[4], [9, 9, 2] * length, [3]]]
