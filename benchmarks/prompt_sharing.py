@@ -54,7 +54,7 @@ def make_step(policy: CausalLMPolicy, prompt: Tokens, completions: list[Tokens],
     """Return one forward and backward, its way of computing the prompt forced."""
 
     def step() -> None:
-        policy.shortcuts, policy.packing = WAYS[way], way == "tree"
+        policy.shortcuts = WAYS[way]
         chosen, rejected = policy.log_probs(prompt, completions)
         torch.nn.functional.softplus(rejected.sum - chosen.sum).mean().backward()
         policy.zero_grad(set_to_none=True)
@@ -120,7 +120,7 @@ def main() -> None:
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    scoring._WORTH_SHARING = 0.0  # what is to be found out
+    scoring._WORTH_SHARING = scoring._WORTH_A_TREE = 0.0  # what is to be found out
     lines = [
         f"`python benchmarks/prompt_sharing.py {' '.join(sys.argv[1:])}`: milliseconds a step with the prompt twice, "
         f"and the other ways' ratio to it; median (range) of {args.repeats} turns, {args.pairs} pairs a batch, "

@@ -19,9 +19,10 @@ from prlhf_lightning.policies.sequences import join, token_log_probs
 from prlhf_lightning.policies.trees import BLOCK, plant
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
-# The prompt is computed once where that spares at least this share of all positions; below, the second pass through
-# the layers costs as much as it spares (benchmarks/prompt_sharing.py).
+# The prompt is computed once where that spares at least this share of all positions (benchmarks/prompt_sharing.py):
+# below, what is added costs as much, a second pass through the layers or attention over whole trees.
 _WORTH_SHARING = 0.2
+_WORTH_A_TREE = 0.15
 # Positions of a row of trees, at most: the table of blocks grows with its square.
 _ROW = 1 << 15
 
@@ -86,10 +87,12 @@ def score(
     rows, offsets = targets.mask.nonzero(as_tuple=True)
     ids = targets.ids[rows, offsets]
     head = lm.get_output_embeddings()
-    pays = n > 1 and _pays(before, targets, n)
-    if shortcuts.trees and (as_trees or (pays and not shortcuts.shared_prompt and _suits_dense_trees(n, ids.device))):
+    spared = _spared(before, targets, n)
+    # Attention under a dense mask goes over whole trees, n times the completions; only this has been measured.
+    pays_as_tree = n == 2 and ids.device.type == "cpu" and not shortcuts.shared_prompt and spared >= _WORTH_A_TREE
+    if shortcuts.trees and (as_trees or pays_as_tree):
         hidden = _tree_states(lm, before, completions, rows, offsets)
-    elif shortcuts.shared_prompt and pays:
+    elif shortcuts.shared_prompt and n > 1 and spared >= _WORTH_SHARING:
         hidden = _continued_states(lm, before, targets, n)[rows, offsets]
     else:
         repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
@@ -105,14 +108,10 @@ def score(
     return LogProbs(log_probs, targets.mask).chunk(n)
 
 
-def _pays(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> bool:
+def _spared(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> float:
+    """Return the share of positions that computing each prompt once spares."""
     prompt, completion = sum(part.mask.shape[1] for part in before), targets.ids.shape[1]
-    return (n - 1) * prompt >= _WORTH_SHARING * n * (prompt + completion)
-
-
-def _suits_dense_trees(n: int, device: torch.device) -> bool:
-    # Attention under a dense mask goes over a whole tree, n times the completions. Only this has been measured.
-    return n == 2 and device.type == "cpu"
+    return (n - 1) * prompt / (n * (prompt + completion))
 
 
 def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets: Tokens, n: int) -> Tensor:
