@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,11 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
-from prlhf_lightning.policies.attention import take_block_masks, takes_block_masks
 from prlhf_lightning.policies.base import Policy, Sampling
+from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, segments
 from prlhf_lightning.policies.sequences import join
-from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal, trees_hold
+from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -45,7 +44,8 @@ class CausalLMPolicy(Policy):
         lora: Adapters to train, or null to train all weights.
         dtype: Data type of the weights; `auto` takes the checkpoint's. Adapters are kept in float32.
         random_init: Seed of random weights of the model's configuration to start from, instead of its trained ones.
-        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time. On a
+            GPU, the prompt is then computed for the chosen and the rejected completion each, without `packing`.
         torch_compile: Compile the model with `torch.compile`: quicker steps, equal but for rounding, after some minutes
             of compiling. Writing stays uncompiled, since its length changes with each token.
         packing: On a GPU, lay out the prompts of a batch, each with its completions as its branches, in one row
@@ -151,15 +151,7 @@ class CausalLMPolicy(Policy):
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
-        self._packs = self.packing and found.trees and take_block_masks(lm)
-        self._has_tried_packing = False
-        if self.packing and not self._packs:
-            warnings.warn(
-                f"policy.packing: {self.name!r} is a {type(lm).__name__} whose attention (attn_implementation "
-                f"{lm.config._attn_implementation!r}; windows, recurrence, places other than by position ids) can't be "
-                "told which completion a token belongs to; it is scored in padded rows.",
-                stacklevel=2,
-            )
+        self._packing = Packing(lm, self.name, found) if self.packing else None
         self.model: PreTrainedModel | PeftModel = lm
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
@@ -261,15 +253,7 @@ class CausalLMPolicy(Policy):
         width = sum(part.mask.sum(1) for part in before)
         longest = max(int((width + part.mask.sum(1)).max()) for part in completions)
         self._check_length(longest, "data.max_completion_length")
-        device = prompt.ids.device
-        packed = self._packs and takes_block_masks(lm, device)
-        if packed and not self._has_tried_packing:
-            self._has_tried_packing = True
-            if not trees_hold(lm, device):
-                raise ConfigurationError(
-                    f"policy.packing: packed rows don't give the log-probabilities of padded ones with {self.name!r} "
-                    f"on this device ({device}); set it to false."
-                )
+        packed = self._packing is not None and self._packing.applies(lm, prompt.ids.device)
         return score(lm, before, completions, self.shortcuts, as_trees=packed)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:

@@ -20,7 +20,7 @@ from transformers import (
 from transformers.integrations import flex_attention as integration
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.policies import CausalLMPolicy, LoRA, causal_lm, scoring
+from prlhf_lightning.policies import CausalLMPolicy, LoRA, packing, scoring
 from prlhf_lightning.policies.scoring import Shortcuts, score, segments
 from prlhf_lightning.policies.shortcuts import find_shortcuts
 from prlhf_lightning.policies.trees import BLOCK, Forest, plant
@@ -54,9 +54,9 @@ def paths(model_paths, tmp_path_factory):
     return model_paths | {name: str(root / name) for name in ("qwen3", *UNFIT)}
 
 
-def build(path: str, packing: bool = False, lora: LoRA | None = LoRA(rank=4), **kwargs) -> CausalLMPolicy:  # noqa: B008
+def build(path: str, lora: LoRA | None = LoRA(rank=4), **kwargs) -> CausalLMPolicy:  # noqa: B008
     torch.manual_seed(0)
-    policy = CausalLMPolicy(path, lora=lora, random_init=0, packing=packing, **kwargs)
+    policy = CausalLMPolicy(path, lora=lora, random_init=0, **kwargs)
     policy.build(with_reference=False)
     with torch.no_grad():
         for param in policy.parameters():  # so large that log-probs differ by more than rounding
@@ -99,7 +99,7 @@ def assert_equal(tried, expected, tolerance=1e-5):
 
 def pack(monkeypatch, mask=Forest.dense_mask):
     """Score as on a GPU, trees many in a row, but with a mask that a CPU can go backward through."""
-    monkeypatch.setattr(causal_lm, "takes_block_masks", lambda lm, device: True)
+    monkeypatch.setattr(packing, "takes_block_masks", lambda lm, device: True)
     monkeypatch.setattr(scoring, "takes_block_masks", lambda lm, device: True)
     monkeypatch.setattr(Forest, "block_mask", mask)
 
