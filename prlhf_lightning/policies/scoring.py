@@ -21,7 +21,7 @@ from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 # The prompt is computed once where that spares at least this share of all positions (benchmarks/prompt_sharing.py):
 # below, what is added costs as much, a second pass through the layers or attention over whole trees.
-_WORTH_SHARING = 0.2
+_WORTH_SHARING = 0.1
 _WORTH_A_TREE = 0.15
 # Positions of a row of trees, at most: the table of blocks grows with its square.
 _ROW = 1 << 15
