@@ -19,7 +19,7 @@ from uuid import uuid4
 from prlhf_lightning.data.cache import flush
 from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.data.records import Columns, parse_user_id
+from prlhf_lightning.data.records import Columns, parse_user_id, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -97,7 +97,7 @@ def read_census(path: Path) -> Census:
     rows: dict[str, int] = {}
     texts = 0
     for where, row in read_rows(path):
-        user_id = parse_user_id(row, where)
+        user_id = parse_user_id(spell_user_id(row, "user_id"), where)
         if user_id in rows:
             raise FeedbackFormatError(f"{where}: this user stands in the file twice; give each user one row.")
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)

@@ -72,7 +72,9 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
     }
 
 
-def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path, quiet: bool = False) -> None:
+def compare(
+    contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path | None, quiet: bool = False
+) -> None:
     """Print the models' metrics side by side, and write them to `comparison.json`.
 
     Where the users are simulated, they also judge what each model writes for them, and a prompt is answered for
@@ -81,7 +83,7 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     Args:
         contenders: The models by name.
         data: The data module that they were trained with.
-        folder: Where the file goes.
+        folder: Where the file goes; None writes none.
         quiet: Print and write nothing, for a process that only takes part because the models are sharded.
     """
     rows = {
@@ -122,7 +124,7 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     console.print(table)
     if source:
         _show_answers(console, contenders, data, source)
-    if not quiet:
+    if folder and not quiet:
         _write_json(folder / "comparison.json", {**results, **({"best possible": limits} if source else {})})
 
 

@@ -1,0 +1,85 @@
+"""What the command line answers to a mistake, and what a trial run leaves."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import yaml
+
+from prlhf_lightning.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+
+
+BASE = {
+    "model.policy": "CausalLMPolicy",
+    "model.policy.model": "builtin:byte-lm",
+    "model.loss": "DPOLoss",
+    "model.user_model": "UniformUserModel",
+    "data.source": "FileSource",
+    "data.source.train": "votes.jsonl",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fit", "--data.train", "votes.jsonl"], "'data.train': did you mean 'data.source.train'?"),
+        (["fit", "--batch_size", "4"], "did you mean 'data.batch_size'?"),
+        (["fit", "--lr", "1"], "did you mean 'model.optim.lr'?"),
+        (["fit", "--model.beta", "1"], "did you mean 'model.loss.beta'?"),
+        (["fit", "--data.source", "votes.jsonl"], "To give votes.jsonl: --data.source.train votes.jsonl"),
+        (["fit", "--model.policy", "a/model"], "To give a/model: --model.policy.model a/model"),
+        (["fit", "--model.loss", "dpo"], "There are: AOTLoss, AOTUnpairedLoss"),
+        (["fit", "--model.loss.bta", "1"], "python -m prlhf_lightning fit --help"),
+        (["train"], "There are also: adapt, export, generate"),
+        ([], "There are also: adapt, export, generate"),
+        (["users"], "python -m prlhf_lightning users --help"),
+        (["users", "list"], "python -m prlhf_lightning users list --help"),
+    ],
+)
+def test_a_mistake_is_answered_by_what_was_meant(capsys, words, says):
+    config = [f"--{name}={value}" for name, value in BASE.items()] if words[:1] == ["fit"] else []
+    with pytest.raises(SystemExit):
+        main([*words[:1], *config, *words[1:]])
+    assert says in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("prlhf_lightning 0.")
+
+
+@pytest.fixture
+def settings(model_path, votes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False},
+        "model": {
+            "user_model": "IndividualUserModel",
+            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
+            "loss": "DPOLoss",
+        },
+        "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    return ["fit", "-c", "config.yaml"]
+
+
+def test_a_trial_run_leaves_no_files(settings, tmp_path):
+    before = set(tmp_path.iterdir())
+    main([*settings, "--trainer.fast_dev_run", "true", "--baseline", "true"])
+    left = set(tmp_path.iterdir()) - before - {tmp_path / "cache"}
+    assert not [path for folder in left for path in (folder, *folder.rglob("*")) if path.is_file()]
+
+
+def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(settings, model_path, tmp_path, caplog):
+    main(settings)
+    assert "Checkpoints: runs/version_0/checkpoints/last.ckpt" in caplog.text
+    (tmp_path / "elsewhere").symlink_to(model_path)
+    with pytest.warns(UserWarning, match=r"trained on model\.policy\.model .*, and this is elsewhere"):
+        main([*settings, "--model.policy.model", "elsewhere", "--ckpt_path", "last", "--trainer.max_steps", "2"])
