@@ -114,7 +114,7 @@ class PRLHFCLI(LightningCLI):
             parser_kwargs={
                 "description": "Train and use language models that write differently for each user.",
                 "epilog": "tasks, each of which explains itself with --help:\n"
-                + "\n".join(f"  {name:<12}{_summary(task)}" for name, task in TASKS.items()),
+                + "\n".join(f"  {name}: {_summary(task)}" for name, task in TASKS.items()),
             },
             auto_configure_optimizers=False,
             args=args,
@@ -290,6 +290,9 @@ def _for_people(error: BaseException) -> str:
     if is_out_of_memory(error):
         return " ".join(getattr(error, "__notes__", []))
     # EarlyStopping answers a misspelt monitor with the names that there are, but with an error of no class of its own.
+    # A class that lacks a package, such as WandbLogger, says which; what has a name is a fault in somebody's own file.
+    if isinstance(error, ModuleNotFoundError) and error.name is None:
+        return str(error)
     is_early_stopping = str(error).startswith("Early stopping conditioned on metric")
     # An error of a process that loads batches comes with the stack trace of that process in its message.
     said = re.sub(r"(?s)\ACaught \w+ in DataLoader worker.*^[\w.]+Error: ", "", str(error), flags=re.MULTILINE).strip()

@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from inspect import isabstract, signature
+from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
@@ -81,10 +82,12 @@ def _hints(message: str, options: set[str], commands: set[str]) -> Iterator[str]
             yield f"{word!r}: did you mean {' or '.join(map(repr, close))}?"
     for key, value in re.findall(r'Parser key "([\w.]+)":\s+- Expected a path but (\S+)', message):
         component = COMPONENTS.get(key.rpartition(".")[2])
-        if re.search(r"[/.]", value) and key in _PATHS:
+        if re.search(r"/|\.(?:jsonl?|csv|tsv|parquet|gz)$", value) and key in _PATHS:
             yield f"To give {value}: --{key}.{_PATHS[key]} {value}"
         elif component and not re.search(r"[/.]", value):
             yield f"There are: {', '.join(_usable(component))}; one of your own is named as my_file.MyClass"
+    for module in re.findall(r"No module named '([\w.]+)'", message):
+        yield f"{module.replace('.', '/')}.py is looked for in {Path.cwd()}, and in what is installed"
 
 
 def _in_full(word: str, options: set[str]) -> list[str]:

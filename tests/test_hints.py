@@ -36,6 +36,7 @@ BASE = {
         (["fit", "--model.policy", "a/model"], "To give a/model: --model.policy.model a/model"),
         (["fit", "--model.loss", "dpo"], "There are: AOTLoss, AOTUnpairedLoss"),
         (["fit", "--model.loss.bta", "1"], "python -m prlhf_lightning fit --help"),
+        (["fit", "--model.loss", "my_losses.MyLoss"], "my_losses.py is looked for in "),
         (["train"], "There are also: adapt, export, generate"),
         ([], "There are also: adapt, export, generate"),
         (["users"], "python -m prlhf_lightning users --help"),
@@ -75,6 +76,15 @@ def test_a_trial_run_leaves_no_files(settings, tmp_path):
     main([*settings, "--trainer.fast_dev_run", "true", "--baseline", "true"])
     left = set(tmp_path.iterdir()) - before - {tmp_path / "cache"}
     assert not [path for folder in left for path in (folder, *folder.rglob("*")) if path.is_file()]
+
+
+def test_a_logger_that_is_not_installed_says_what_to_install(settings, monkeypatch):
+    def absent(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("Requirement 'wandb' not met. HINT: Try running `pip install -U 'wandb'`")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger.__init__", absent)
+    with pytest.raises(SystemExit, match=r"^error: Requirement 'wandb' not met"):
+        main([*settings, "--trainer.logger", "WandbLogger"])
 
 
 def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(settings, model_path, tmp_path, caplog):
