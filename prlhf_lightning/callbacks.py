@@ -168,7 +168,9 @@ class SaveOnInterrupt(Callback):
             else:
                 trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
         except Exception as error:  # must not take the place of the one that interrupted
-            rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {error}.")
+            rank_zero_warn(
+                f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {str(error).rstrip('.')}."
+            )
         else:
             rank_zero_info(
                 f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"

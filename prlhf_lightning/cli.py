@@ -135,6 +135,13 @@ class PRLHFCLI(LightningCLI):
             "vanilla DPO), and print the two side by side.",
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Name a model's folder from the root, so that what is done with a checkpoint may be done in any folder."""
+        settings = self.config[self.config.subcommand].model.policy.get("init_args") or {}
+        model = settings.get("model")
+        if model and Path(model).is_dir():
+            settings["model"] = str(Path(model).absolute())
+
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
 
@@ -218,7 +225,7 @@ def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
     trained = checkpoint.get("hyper_parameters", {}).get("policy")
     before = trained.get("init_args", {}).get("model") if isinstance(trained, dict) else None
     now = policy.get("init_args", {}).get("model") if policy else None
-    if before and now and before != now:
+    if before and now and Path(before).resolve() != Path(now).resolve():
         rank_zero_warn(
             f"The checkpoint was trained on model.policy.model {before}, and this is {now}. What was trained fits no "
             "other weights, even where it can be loaded: make sure that they are the same."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 
 import pytest
@@ -90,6 +91,14 @@ def test_a_logger_that_is_not_installed_says_what_to_install(settings, monkeypat
 def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(settings, model_path, tmp_path, caplog):
     main(settings)
     assert "Checkpoints: runs/version_0/checkpoints/last.ckpt" in caplog.text
-    (tmp_path / "elsewhere").symlink_to(model_path)
+    shutil.copytree(model_path, tmp_path / "elsewhere")
     with pytest.warns(UserWarning, match=r"trained on model\.policy\.model .*, and this is elsewhere"):
         main([*settings, "--model.policy.model", "elsewhere", "--ckpt_path", "last", "--trainer.max_steps", "2"])
+
+
+def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(model_path)
+    main([*settings, "--model.policy.model", "model"])
+    monkeypatch.chdir(tmp_path / "runs")
+    main(["export", "--checkpoint", "version_0/checkpoints/last.ckpt", "--folder", "exported"])
+    assert (tmp_path / "runs/exported/model.safetensors").exists()

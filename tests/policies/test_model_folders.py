@@ -32,9 +32,11 @@ def test_a_mistyped_folder_is_told_at_once_and_before_a_name_is_looked_for_on_th
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "models").mkdir()
-    monkeypatch.setattr(
-        AutoModelForCausalLM, "from_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("away"))
-    )
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("away")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
     with (
         pytest.warns(UserWarning, match="There is no folder models/mine: looking for it on the hub"),
         pytest.raises(ConfigurationError, match="Cause: away"),
