@@ -118,6 +118,13 @@ class BestAndLast(ModelCheckpoint):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
 
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Save the best, or say that nothing was validated yet to judge it by, where Lightning hints at a bug."""
+        if self.monitor in (None, *monitor_candidates) or trainer.fit_loop.epoch_loop.val_loop._has_run:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        else:
+            rank_zero_info(f"Nothing has been validated yet: no {self.monitor} to judge a best checkpoint by.")
+
     def _keep_last(self, trainer: Trainer) -> None:
         """Save the last where it is none of the best: Lightning then leaves the file as it was."""
         if not self._should_skip_saving_checkpoint(trainer):
@@ -168,9 +175,8 @@ class SaveOnInterrupt(Callback):
             else:
                 trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
         except Exception as error:  # must not take the place of the one that interrupted
-            rank_zero_warn(
-                f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {str(error).rstrip('.')}."
-            )
+            why = str(error).rstrip(".")
+            rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {why}.")
         else:
             rank_zero_info(
                 f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"

@@ -102,3 +102,26 @@ def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path
     monkeypatch.chdir(tmp_path / "runs")
     main(["export", "--checkpoint", "version_0/checkpoints/last.ckpt", "--folder", "exported"])
     assert (tmp_path / "runs/exported/model.safetensors").exists()
+
+
+def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, tmp_path, caplog, capsys, recwarn):
+    main([*settings, "--baseline", "true"])
+    assert "Nothing has been validated yet: no val/seen/loss" in caplog.text
+    assert not [warned for warned in recwarn if "could not find the monitored key" in str(warned.message)]
+    assert "Nothing was validated on, so there is nothing to compare." in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("runs/*/checkpoints/*")] == ["last.ckpt"]
+
+
+def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(settings, votes):
+    main([*settings, "--model.user_model", "UniformUserModel"])
+    with pytest.raises(SystemExit, match="was trained with UniformUserModel, which keeps nothing of a user"):
+        main(["adapt", "--checkpoint", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
+
+
+def test_a_folder_of_a_run_is_no_exported_model_but_has_a_checkpoint(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    with pytest.raises(
+        SystemExit, match=r"has no prlhf\.json; give the run's checkpoint, as .*/checkpoints/last\.ckpt"
+    ):
+        main(["generate", "--model", str(tmp_path), "--prompt", "Hi"])

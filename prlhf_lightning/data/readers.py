@@ -285,6 +285,7 @@ def _read_csv(path: Path) -> _Items:
         header = next((values for values in reader if values), [])
         start = reader.line_num + 1
         _refuse_twins(path, header)
+        _refuse_other_separators(path, header)
         for values in reader:
             where, start = f"{path}:{start}", reader.line_num + 1
             if not values:
@@ -312,6 +313,13 @@ def _refuse_twins(path: Path, columns: list[str]) -> None:
                 f"{path}: column {name!r} stands twice (columns {columns.index(name) + 1} and {number + 1}); "
                 "rename or remove one of them."
             )
+
+
+def _refuse_other_separators(path: Path, header: list[str]) -> None:
+    """Refuse a file of which commas make one column, and another usual separator several."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and header[0].count(mark) > 1:
+            raise FeedbackFormatError(f"{path}:1: the columns are separated by {name}; save it with commas instead.")
 
 
 def _read_parquet(path: Path) -> _Items:

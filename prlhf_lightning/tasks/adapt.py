@@ -62,6 +62,11 @@ def adapt(
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     model = load_module(checkpoint, "checkpoint")
+    if not model.user_model.row_tables():
+        raise ConfigurationError(
+            f"checkpoint: {checkpoint} was trained with {type(model.user_model).__name__}, which keeps nothing of a "
+            "user, so that there is nothing to learn of a new one. Train a model that does, such as IndividualUserModel."
+        )
     settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)

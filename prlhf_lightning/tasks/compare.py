@@ -121,7 +121,7 @@ def compare(
             cells = [f"{values[key]:.3f}" if key in values else "" for values in results.values()]
             table.add_row(label, *cells, *([f"{limits[key]:.3f}" if key in limits else ""] if source else []))
     console = Console(quiet=quiet)
-    console.print(table)
+    console.print(table if table.row_count else "Nothing was validated on, so there is nothing to compare.")
     if source:
         _show_answers(console, contenders, data, source)
     if folder and not quiet:

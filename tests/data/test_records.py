@@ -191,3 +191,9 @@ def test_whole_numbers_for_ids_are_read_written_out_whatever_reads_the_file(tmp_
     assert count(source, "train").rows == {"7": 2, str(10**20): 1}
     assert [row["user_id"] for _, row in source.scan("train")] == ["7", "7", str(10**20)]
     assert count(PseudonymousSource(source, hidden), "train").rows == {hidden("7"): 2, hidden(str(10**20)): 1}
+
+
+def test_a_file_by_another_path_is_another_source_since_rows_are_named_by_it(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row()))
+    monkeypatch.chdir(tmp_path)
+    assert FileSource("a.jsonl").fingerprint("train") != FileSource(tmp_path / "a.jsonl").fingerprint("train")

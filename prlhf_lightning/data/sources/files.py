@@ -59,7 +59,10 @@ class FileSource(DataSource):
                 yield where, row if isinstance(row, Unreadable) else spell_user_id(row, self._id_column)
 
     def fingerprint(self, split: Split) -> str:
-        """Return path, size and modification time of each file."""
+        """Return path, size and modification time of each file.
+
+        The path also as it was given, since what is kept of rows says where they stand in these words.
+        """
         parts = []
         for path in self._paths[split]:
             try:
@@ -70,5 +73,5 @@ class FileSource(DataSource):
                 ) from None
             except OSError as error:
                 raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the path and its rights.") from None
-            parts.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+            parts.append(f"{path} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
         return "\n".join(parts)
