@@ -121,7 +121,5 @@ def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(setti
 def test_a_folder_of_a_run_is_no_exported_model_but_has_a_checkpoint(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    with pytest.raises(
-        SystemExit, match=r"has no prlhf\.json; give the run's checkpoint, as .*/checkpoints/last\.ckpt"
-    ):
+    with pytest.raises(SystemExit, match=r"no prlhf\.json; give the run's checkpoint, as .*/checkpoints/last\.ckpt"):
         main(["generate", "--model", str(tmp_path), "--prompt", "Hi"])

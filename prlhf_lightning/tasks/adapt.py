@@ -65,7 +65,7 @@ def adapt(
     if not model.user_model.row_tables():
         raise ConfigurationError(
             f"checkpoint: {checkpoint} was trained with {type(model.user_model).__name__}, which keeps nothing of a "
-            "user, so that there is nothing to learn of a new one. Train a model that does, such as IndividualUserModel."
+            "user, so that there is nothing to learn of new ones. Train one that does, such as IndividualUserModel."
         )
     settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     from_log = "://" in feedback
