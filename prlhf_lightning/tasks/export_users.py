@@ -31,7 +31,7 @@ _BATCH = 1024
 def user_vectors(user_model: UserModel, rows: Sequence[int]) -> list[Tensor]:
     """Return the vectors `[T, d]` of some rows of the user table, without any text about the users."""
     prompt = user_model(Users(torch.tensor(rows, dtype=torch.long)))
-    return [vectors[mask].contiguous() for vectors, mask in zip(prompt.vectors, prompt.mask, strict=True)]
+    return [vectors.contiguous() for vectors in prompt.unpadded()]
 
 
 def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVocabulary, shard: int = _SHARD) -> None:
