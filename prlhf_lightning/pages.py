@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from prlhf_lightning.checkpoint_files import replacing
+from prlhf_lightning.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

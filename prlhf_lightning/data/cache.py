@@ -16,7 +16,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
@@ -40,6 +40,7 @@ from prlhf_lightning.data.tokenization import (
     tokenizer_identity,
 )
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import sync
 from prlhf_lightning.types import Feedback
 
 Ties: TypeAlias = Literal["error", "drop"]
@@ -212,7 +213,7 @@ class FeedbackCache:
             report = self._write(source, split, building / "rows.arrow")
             with (building / "report.json").open("w") as file:
                 json.dump(asdict(report), file)
-                flush(file)
+                sync(file)
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -242,7 +243,7 @@ class FeedbackCache:
                 writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()
-            flush(file)
+            sync(file)
         report.source = source.counts(split)
         if not report.kept:
             raise FeedbackFormatError(
@@ -282,12 +283,6 @@ class FeedbackCache:
                 "%d of %d %s rows have completions that are equal once tokenised and cut to max_completion_length=%d, "
                 "and were left out.", report.token_ties, report.read, split, self.settings.max_completion_length,
             )  # fmt: skip
-
-
-def flush(file: IO[Any]) -> None:
-    """See that what was written is on disk before it is renamed to what later starts trust."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.files import replacing
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
 
@@ -153,7 +153,5 @@ def _show_answers(
 
 
 def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")

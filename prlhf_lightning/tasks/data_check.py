@@ -6,13 +6,13 @@ import sys
 from json import dumps
 from pathlib import Path
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.cache import Ties
 from prlhf_lightning.data.inspection import Inspector, Report
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import replacing
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.types import Feedback
@@ -77,7 +77,7 @@ def check(
     )
     report = inspector()
     if json is not None:
-        with checkpoint_files.replacing(json) as file:
+        with replacing(json) as file:
             file.write(dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(described(report))
     sys.exit(0 if report.ok else 1)

@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import replacing
 from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -126,7 +126,7 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
 def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
     content = read_checkpoint(checkpoint, "checkpoint")
     weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
-    with checkpoint_files.replacing(folder / WEIGHTS) as file:
+    with replacing(folder / WEIGHTS) as file:
         file.write(safetensors_bytes(weights))
     ids = list(module.vocabulary.ids) if module.vocabulary else []
     _write(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False) + "\n")
@@ -141,5 +141,5 @@ def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM,
 
 
 def _write(path: Path, text: str) -> None:
-    with checkpoint_files.replacing(path) as file:
+    with replacing(path) as file:
         file.write(text.encode())

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import replacing
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
 from prlhf_lightning.tasks.checkpoints import open_writer, pick_device
@@ -207,7 +207,7 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
 
 
 def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
-    with checkpoint_files.replacing(path) as file:
+    with replacing(path) as file:
         for one, answer in zip(requests, written, strict=True):
             row = {
                 "id": one.id,

@@ -13,6 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.files import replacing
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
 from prlhf_lightning.tasks.user_rows import UserRows
@@ -151,7 +152,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         "users.json": json.dumps(about, indent=2).encode(),
     }
     for name, raw in files.items():
-        with checkpoint_files.replacing(folder / name) as file:
+        with replacing(folder / name) as file:
             file.write(raw)
     print(f"{len(users)} users are in {folder}")
 
