@@ -319,7 +319,7 @@ def test_every_pair_of_accumulated_batches_weighs_the_same(model_path, votes, tm
     trainer.fit(module, data)
     assert len(watch.of_steps) == -(-len(steps) // 3)
     assert len(steps) % 3  # so the last step is of fewer batches
-    pairs = data._division.train
+    pairs = data._prepared.division.train
     for number, accumulated in enumerate(watch.of_steps):
         together = [int(position) for step in steps[3 * number : 3 * number + 3] for position in step]
         module.zero_grad()
