@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
@@ -28,7 +27,7 @@ from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import DataSource
-from prlhf_lightning.data.splits import SplitBy
+from prlhf_lightning.data.splits import SplitBy, spread
 from prlhf_lightning.data.stream import FeedbackStream, StreamBatchSampler, StreamedRows
 from prlhf_lightning.data.summary import summary
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
@@ -247,8 +246,8 @@ class PreferenceDataModule(LightningDataModule):
         pairs = next(iter(self._prepared.division.evaluation.get("validate", {}).values()), None)
         if pairs is None:
             return collate([])
-        places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
-        return collate([row for row in pairs.__getitems__(places.tolist()) if row["chosen_ids"]])
+        rows = pairs.__getitems__(spread(len(pairs), count).tolist())
+        return collate([row for row in rows if row["chosen_ids"]])
 
     def describe(self) -> str:
         """Return a summary of what is trained and evaluated on, in one paragraph."""

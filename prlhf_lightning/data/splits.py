@@ -35,6 +35,11 @@ class TrainValidation:
     orphans: int
 
 
+def spread(length: int, most: int) -> Positions:
+    """Return up to `most` positions, spread evenly over `length`."""
+    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)
+
+
 def text_key(text: str) -> int:
     """Return a 64-bit hash of a text."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")

@@ -9,11 +9,11 @@ from urllib.parse import quote
 
 import torch
 from peft import PromptTuningConfig
-from rich.progress import track
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
 from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.data.progress import tracked
 from prlhf_lightning.data.tokenization import writes_bos
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import replacing
@@ -54,7 +54,7 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
     size = max(1, min(_KEYS, shard // each))
     starts = range(0, len(ids), size)
     weight_map: dict[str, str] = {}
-    for number, start in enumerate(track(starts, "User vectors", disable=len(starts) < 2), start=1):
+    for number, start in enumerate(tracked(starts, "User vectors", show=len(starts) > 1), start=1):
         suffix = "" if len(starts) == 1 else f"-{number:05d}-of-{len(starts):05d}"
         path = folder / f"user_vectors{suffix}.safetensors"
         content: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def write_peft_users(
     embed = policy.lm.get_input_embeddings()
     bos = [tokenizer.bos_token_id] if writes_bos(tokenizer) else []
     before = embed(torch.tensor(bos, dtype=torch.long)).float()
-    for user_id in track((GENERIC, *(only or vocabulary.ids)), "PEFT folders", disable=len(vocabulary) < 1000):
+    for user_id in tracked((GENERIC, *(only or vocabulary.ids)), "PEFT folders", show=len(vocabulary) >= 1000):
         (vectors,) = user_vectors(user_model, vocabulary.rows([user_id]).tolist())
         vectors = torch.cat([before, vectors.float()])
         if not len(vectors):

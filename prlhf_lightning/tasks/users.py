@@ -15,6 +15,7 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import replacing
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.terminal import printable as printable  # tasks/adapt has it from here
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
 from prlhf_lightning.tasks.user_rows import UserRows
 
@@ -263,8 +264,3 @@ def _files_of_run(folder: Path) -> Iterator[Path]:
 
 def _listed(user_ids: Sequence[str]) -> str:
     return ", ".join(map(printable, user_ids[:_NEAREST])) + (", ..." if len(user_ids) > _NEAREST else "")
-
-
-def printable(text: str) -> str:
-    """Return a text for a terminal, which control characters in it must not steer."""
-    return text if text.isprintable() else json.dumps(text)
