@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO, TextIO
 from uuid import uuid4
 
@@ -32,6 +33,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointWriteError(
             f"{path} could not be written: {cause.strerror or cause}. {kept} Make room, or choose another folder."
         ) from error
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file as `replacing` does."""
+    with replacing(path) as file:
+        file.write(content)
 
 
 @contextmanager
@@ -70,6 +77,16 @@ def as_text(file: BinaryIO) -> Iterator[TextIO]:
         yield text
     finally:
         text.detach()
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder where there is none, and see, before anything is computed, that files can be written to it.
+
+    Raises:
+        OSError: They can't.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    TemporaryFile(dir=folder).close()
 
 
 def partial_of(path: Path) -> Path:

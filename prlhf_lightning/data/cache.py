@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.progress import counting
-from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
+from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import SplitBy, text_key
 from prlhf_lightning.data.tokenization import (
@@ -288,7 +288,7 @@ class FeedbackCache:
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:
     prompts, pairs = [], []
     for _, record, _ in rows:
-        prompt, completions = _key(record.prompt), _key(record.chosen or "") + _key(record.rejected or "")
+        prompt, completions = text_key(record.prompt), text_key(record.chosen or "") + text_key(record.rejected or "")
         prompts.append(prompt)
         # The same comparison has the same key whoever won, so that it never stands on both sides of a split.
         pairs.append((31 * prompt + completions) % 2**64)
@@ -306,10 +306,6 @@ def _lists(arrays: list[Ids]) -> Any:
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
     return pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, np.int32), *arrays]))
-
-
-def _key(text: Text) -> int:
-    return text_key(text if isinstance(text, str) else json.dumps(text, sort_keys=True))
 
 
 def _batches(items: Iterable[_T]) -> Iterator[list[_T]]:

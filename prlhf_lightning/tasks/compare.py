@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
-from prlhf_lightning.files import replacing
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
 
@@ -123,7 +123,8 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     if source:
         _show_answers(console, contenders, data, source)
     if not quiet:
-        _write_json(folder / "comparison.json", {**results, **({"best possible": limits} if source else {})})
+        content = {**results, **({"best possible": limits} if source else {})}
+        write_whole(folder / "comparison.json", json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _limits(source: SimulatedSource) -> dict[str, float]:
@@ -150,8 +151,3 @@ def _show_answers(
         for name, texts in answers.items():
             utility = source.judge(user.user_id, prompt, texts[i]).utility
             console.print(f"  [cyan]{name}[/cyan] [dim](utility {utility:+.2f})[/dim] {texts[i]}")
-
-
-def _write_json(path: Path, content: object) -> None:
-    with replacing(path) as file:
-        file.write(json.dumps(content, indent=2).encode() + b"\n")

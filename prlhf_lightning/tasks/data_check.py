@@ -12,7 +12,7 @@ from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import replacing
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.tasks.terminal import printable
@@ -78,8 +78,7 @@ def check(
     )
     report = inspector()
     if json is not None:
-        with replacing(json) as file:
-            file.write(dumps(report.as_dict(), indent=1).encode() + b"\n")
+        write_whole(json, dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(described(report))
     sys.exit(0 if report.ok else 1)
 

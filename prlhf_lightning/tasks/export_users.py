@@ -16,7 +16,7 @@ from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.data.progress import tracked
 from prlhf_lightning.data.tokenization import writes_bos
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import replacing
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.types import Users
 from prlhf_lightning.user_models import UserModel
@@ -66,8 +66,7 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
         weight_map |= dict.fromkeys(content, path.name)
     if len(starts) > 1:
         index = {"metadata": {"users": len(ids) - 1}, "weight_map": weight_map}
-        with replacing(folder / "user_vectors.safetensors.index.json") as file:
-            file.write(json.dumps(index, ensure_ascii=False).encode())
+        write_whole(folder / "user_vectors.safetensors.index.json", json.dumps(index, ensure_ascii=False).encode())
 
 
 def write_token_embeddings(folder: Path, policy: CausalLMPolicy) -> None:
@@ -133,5 +132,4 @@ def peft_name(user_id: str) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with replacing(path) as file:
-        file.write(safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))
+    write_whole(path, safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))

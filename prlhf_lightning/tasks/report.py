@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.progress import bars
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_writable
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -137,8 +137,7 @@ def _check_writable(out: Path) -> None:
     if out.is_dir():
         raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out.parent).close()
+        check_writable(out.parent)
     except OSError as error:
         raise ConfigurationError(f"out: {out} cannot be written ({error.strerror}); name another file.") from error
 

@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.files import replacing
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.terminal import printable as printable  # tasks/adapt has it from here
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
@@ -153,8 +153,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         "users.json": json.dumps(about, indent=2).encode(),
     }
     for name, raw in files.items():
-        with replacing(folder / name) as file:
-            file.write(raw)
+        write_whole(folder / name, raw)
     print(f"{len(users)} users are in {folder}")
 
 
