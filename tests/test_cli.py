@@ -19,11 +19,6 @@ from prlhf_lightning.losses import MarginLoss
 from prlhf_lightning.modules import PersonalizedLM
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
-
-
 @pytest.fixture
 def config(model_path, votes, tmp_path):
     content = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,8 +44,7 @@ OVERRIDES = sorted((CONFIGS / "overrides").glob("*.yaml"))  # of other configura
 @pytest.mark.parametrize(
     "path", sorted({*CONFIGS.rglob("*.yaml")} - {*OVERRIDES}), ids=lambda p: str(p.relative_to(CONFIGS))
 )
-def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path):
     content = yaml.safe_load(path.read_text())
     overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
                  "cpu", "--trainer.default_root_dir", tmp_path, "--baseline", "false", "--collapse.prompts", 1,

@@ -84,7 +84,6 @@ def run_two(folder: Path, command: str, *args: str) -> None:
 def run_one(folder: Path, command: str, *args: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRLHF_CACHE", str(folder / "cache_of_one"))
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
         main([command, "-c", str(folder / "config.yaml"), *ONE, *args])
 
 

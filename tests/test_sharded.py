@@ -98,7 +98,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRLHF_CACHE", str(folder / "cache_of_one"))
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
         run(folder, "one", "fit")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
