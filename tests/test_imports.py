@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
-    "pages": LEAVES | STORE,
+    "pages": LEAVES,
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
     "inference": LEAVES | {"data", "user_models", "policies"},
