@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from test_distributed import evaluations, rows_of, write_config
 from transformers import AutoModelForCausalLM
-from two_processes import start_two
 
 from prlhf_lightning.cli import main
 from prlhf_lightning.policies import Sampling
@@ -103,7 +102,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        both = start_two(start, folder, port, join=False)
+        both = torch.multiprocessing.spawn(start, args=(folder, port), nprocs=2, join=False)
         end = time.monotonic() + SECONDS
         try:
             while not both.join(timeout=1):

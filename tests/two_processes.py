@@ -11,6 +11,6 @@ import torch
 multiprocessing.set_forkserver_preload(["prlhf_lightning.cli"])
 
 
-def start_two(worker: Callable[..., None], *args: Any, join: bool = True) -> Any:
+def start_two(worker: Callable[..., None], *args: Any) -> None:
     """Run `worker(rank, *args)` in two processes; an error of one is raised here. Their environment is the server's."""
-    return torch.multiprocessing.start_processes(worker, args, nprocs=2, join=join, start_method="forkserver")
+    torch.multiprocessing.start_processes(worker, args, nprocs=2, start_method="forkserver")
