@@ -2,7 +2,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from loss_batches import one_token_pairs
-from two_processes import start_two
 
 from prlhf_lightning.losses import BCOLoss, PreferenceLoss
 
@@ -99,5 +98,5 @@ def distributed_worker(rank: int, path: str) -> None:
 
 @pytest.mark.slow
 def test_processes_share_one_threshold_that_weighs_pairs_alike(tmp_path):
-    start_two(distributed_worker, str(tmp_path))
+    torch.multiprocessing.spawn(distributed_worker, args=(str(tmp_path),), nprocs=2)
     assert [torch.load(tmp_path / f"{rank}.pt").item() for rank in (0, 1)] == pytest.approx([-3.0, -3.0])

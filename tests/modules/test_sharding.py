@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from two_processes import start_two
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.errors import ConfigurationError
@@ -114,7 +113,7 @@ def worker(rank: int, folder: str, model: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory, model_path: str) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    start_two(worker, str(folder), model_path)
+    torch.multiprocessing.spawn(worker, args=(str(folder), model_path), nprocs=2)
     return [torch.load(Path(folder) / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from two_processes import start_two
 
 from prlhf_lightning.modules.table_sync import average_sparse_gradients, exclude_from_ddp, sparse_tables
 from prlhf_lightning.user_models import ClusterUserModel, CompositeUserModel, IndividualUserModel, UserModel
@@ -86,7 +85,7 @@ def worker(rank: int, path: str) -> None:
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     path = tmp_path_factory.mktemp("ranks")
-    start_two(worker, str(path))
+    torch.multiprocessing.spawn(worker, args=(str(path),), nprocs=2)
     return [torch.load(path / f"{rank}.pt") for rank in (0, 1)]
 
 
