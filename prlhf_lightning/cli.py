@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from inspect import getdoc
 from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any
 
 from jsonargparse import Namespace, auto_cli
@@ -34,6 +33,7 @@ from prlhf_lightning.callbacks import (
 )
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.files import check_writable
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
@@ -237,8 +237,7 @@ def _check_writable(folder: str) -> None:
     if "://" in folder:
         return
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        check_writable(Path(folder))
     except OSError as error:
         raise ConfigurationError(
             f"trainer.default_root_dir: files can't be written to {folder} ({error.strerror}); give another folder."
