@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 import transformers
 from contenders import MODELS, save_model
+from reporting import tell
 
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
 from prlhf_lightning.policies.scoring import Shortcuts
@@ -108,7 +109,7 @@ def cpu_name() -> str:
 
 
 def main() -> None:
-    """Measure every model, mode and shape asked for, and write the table as it grows."""
+    """Measure every model, mode and shape asked for, and print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["20m"], choices=MODELS)
     parser.add_argument("--modes", nargs="+", default=["lora", "checkpointing"], choices=MODES)
@@ -136,9 +137,8 @@ def main() -> None:
                 lines += [*title, "|---|---:|---:|---:|---:|"]
                 for shape in args.shapes:
                     lines.append(row(policy, shape, args))
-                    print("\n".join(lines[-6 if shape == args.shapes[0] else -1 :]), flush=True)
-                    if args.out:
-                        args.out.write_text("\n".join(lines) + "\n")
+                    print(lines[-1], file=sys.stderr, flush=True)
+    tell("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":
