@@ -24,6 +24,7 @@ from prlhf_lightning.adaptation import (
     trained_rows,
 )
 from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
+from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms
 from prlhf_lightning.data.tokenization import TokenizationSettings
@@ -189,11 +190,18 @@ def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
     assert _under_each_kind(prior, layout, margins_of)[1].tolist() == [[1.0, 0.0]]
 
 
-def test_pairs_go_to_the_device_of_the_model(model_path, pairs):
+def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def of(pairs, uses_text):
+        raise Asked(pairs.chosen.ids.device.type)
+
+    monkeypatch.setattr(DistinctTexts, "of", of)
     users = IndividualUserModel(1)
     users.build(3, torch.randn(4, 8))
-    module = PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta")
-    assert Margins(module, pairs)._pairs.chosen.ids.device.type == "meta"
+    with pytest.raises(Asked, match="meta"):
+        Margins(PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta"), pairs)
 
 
 @pytest.fixture(scope="module")
