@@ -21,8 +21,9 @@ import torch
 
 from prlhf_lightning.adaptation import cold_start, fit_prior, select_pairs, trained_rows
 from prlhf_lightning.adaptation.margins import Margins
-from prlhf_lightning.data.tokenization import TokenizationSettings
-from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
+from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.types import PreferenceBatch
 
@@ -47,8 +48,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = load_module(args.checkpoint, "checkpoint").eval()
-    settings = TokenizationSettings(96, 96, 96)
-    train, validation = (read_pairs(model, path, settings)[0] for path in (args.train, args.validation))
+    settings = tokenization_of(read_checkpoint(args.checkpoint, "checkpoint"))
+    train, validation = (read_pairs(model, FileSource(path), settings)[0] for path in (args.train, args.validation))
     known = set(model.vocabulary.ids) if model.vocabulary else set()
     new = set(train.user_ids) - known
     pairs, held_out = of_users(train, new, 30), of_users(validation, new, 100)
