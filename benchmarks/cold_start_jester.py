@@ -59,7 +59,7 @@ def main() -> None:
     margins_of = Margins(model, own)
     trained = (margins_of(rows[[place[user_id] for user_id in own.user_ids]])[0] > 0).float().mean()
     by_generic = (margins_of(generic)[0] > 0).float().mean()
-    prior = fit_prior(model, pairs, args.kinds)
+    prior = None if model.user_model.history_size else fit_prior(model, pairs, args.kinds)
     points = cold_start(model, pairs, held_out, prior=prior, steps=args.steps)
     lines = ["| pairs | new users | accuracy | generic user | gain (95%) |", "|---|---|---|---|---|"]
     lines += [
