@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
+from prlhf_lightning.files import as_text, replacing
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
@@ -202,14 +202,11 @@ class UserTable(Callback):
             table = module.user_table(name)
             if trainer.is_global_zero and table:
                 path = folder / f"users_{name}.csv"
-                path.parent.mkdir(parents=True, exist_ok=True)
                 columns = ["user_id", *(field.name for field in fields(table[0][1]) if field.name != "user")]
-                partial = path.with_suffix(".partial")
-                with partial.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.writer(file)
+                with replacing(path) as file, as_text(file) as text:
+                    writer = csv.writer(text)
                     writer.writerow(columns)
                     writer.writerows([user_id, *astuple(row)[1:]] for user_id, row in table)
-                os.replace(partial, path)
 
 
 class PredictionWriter(BasePredictionWriter):

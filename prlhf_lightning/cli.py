@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from inspect import getdoc, signature
 from pathlib import Path
-from tempfile import TemporaryFile
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli
@@ -32,6 +31,7 @@ from prlhf_lightning.callbacks import (
 )
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.files import check_writable
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
 from prlhf_lightning.judges import Judge
 from prlhf_lightning.losses import PreferenceLoss
@@ -258,8 +258,7 @@ def _check_writable(folder: str) -> None:
     if "://" in folder:
         return
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        check_writable(Path(folder))
     except OSError as error:
         raise ConfigurationError(
             f"trainer.default_root_dir: files can't be written to {folder} ({error.strerror}); give another folder."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
 
@@ -123,7 +123,8 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     if source:
         _show_answers(console, contenders, data, source)
     if not quiet:
-        _write_json(folder / "comparison.json", {**results, **({"best possible": limits} if source else {})})
+        content = {**results, **({"best possible": limits} if source else {})}
+        write_whole(folder / "comparison.json", json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _limits(source: SimulatedSource) -> dict[str, float]:
@@ -150,10 +151,3 @@ def _show_answers(
         for name, texts in answers.items():
             utility = source.judge(user.user_id, prompt, texts[i]).utility
             console.print(f"  [cyan]{name}[/cyan] [dim](utility {utility:+.2f})[/dim] {texts[i]}")
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
