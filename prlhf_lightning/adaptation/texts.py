@@ -79,8 +79,7 @@ def trimmed(tokens: Tokens) -> Tokens:
 
 
 def _contents(tokens: Tokens) -> list[bytes]:
-    ids, mask = tokens.ids.cpu().numpy(), tokens.mask.cpu().numpy()
-    return [row[kept].tobytes() for row, kept in zip(ids, mask, strict=True)]
+    return [ids.numpy().tobytes() for ids in tokens.to("cpu").unpadded()]
 
 
 def _distinct(*parts: Sequence[bytes | int]) -> tuple[list[int], list[int]]:
