@@ -181,7 +181,7 @@ def test_a_mistake_is_named_in_a_few_lines(config, capsys, args, says):
         ('{"user": "ann", "prompt": "a", "chosen": "b", "rejected": "c"}', "user_id"),
         ('{"user_id": "ann", "prompt": "a", "chosen": " ", "rejected": "c"}', "'chosen'"),
         ('{"user_id": "ann", "prompt": "a", "chosen": "b", "rejected": "b"}', "'rejected'"),
-        ('{"user_id": 7, "prompt": "a", "chosen": "b", "rejected": "c"}', "'user_id'"),
+        ('{"user_id": 7.5, "prompt": "a", "chosen": "b", "rejected": "c"}', "'user_id'"),
         ('{"user_id": "ann", "prompt": "a", "chosen": "b", "rejected": "c", "user_text": 3}', "'user_text'"),
         ('{"user_id": "ann", "prompt": "a", "chosen": "b"', "votes.jsonl:49"),
     ],

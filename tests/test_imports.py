@@ -33,7 +33,8 @@ MAY_IMPORT = {
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
     "tasks": LEAVES | STORE | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
-    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "judges", "tasks"},
+    "parser": SIBLINGS | {"judges"},
+    "cli": LEAVES | {"__version__", "parser", "data", "modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.data.records import Columns, parse_user_id
+from prlhf_lightning.data.records import Columns, parse_user_id, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.files import as_text, atomically
@@ -95,7 +95,7 @@ def read_census(path: Path) -> Census:
     rows: dict[str, int] = {}
     texts = 0
     for where, row in read_rows(path):
-        user_id = parse_user_id(row, where)
+        user_id = parse_user_id(spell_user_id(row, "user_id"), where)
         if user_id in rows:
             raise FeedbackFormatError(f"{where}: this user stands in the file twice; give each user one row.")
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)

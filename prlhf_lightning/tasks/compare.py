@@ -72,7 +72,9 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
     }
 
 
-def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path, quiet: bool = False) -> None:
+def compare(
+    contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path | None, quiet: bool = False
+) -> None:
     """Print the models' metrics side by side, and write them to `comparison.json`.
 
     Where the users are simulated, they also judge what each model writes for them, and a prompt is answered for
@@ -81,7 +83,7 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     Args:
         contenders: The models by name.
         data: The data module that they were trained with.
-        folder: Where the file goes.
+        folder: Where the file goes; None writes none.
         quiet: Print and write nothing, for a process that only takes part because the models are sharded.
     """
     rows = {
@@ -119,10 +121,10 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
             cells = [f"{values[key]:.3f}" if key in values else "" for values in results.values()]
             table.add_row(label, *cells, *([f"{limits[key]:.3f}" if key in limits else ""] if source else []))
     console = Console(quiet=quiet)
-    console.print(table)
+    console.print(table if table.row_count else "Nothing was validated on, so there is nothing to compare.")
     if source:
         _show_answers(console, contenders, data, source)
-    if not quiet:
+    if folder and not quiet:
         content = {**results, **({"best possible": limits} if source else {})}
         write_whole(folder / "comparison.json", json.dumps(content, indent=2).encode() + b"\n")
 

@@ -138,6 +138,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise FeedbackFormatError(f"{where}: this is no JSON object; write one a line, with a 'prompt'.")
         user = row.get("user_id", row.get("user"))
+        if type(user) is int:  # as in the files that training reads
+            user = str(user)
         if not _is_prompt(row.get("prompt")):
             raise FeedbackFormatError(
                 f"{where}: field 'prompt' must be a string, or a list of messages with 'role' and 'content'."

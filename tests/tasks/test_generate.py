@@ -93,7 +93,7 @@ def test_checkpoints_remember_how_text_became_ids(checkpoint):
         ("{", r"in.jsonl:2: this is no JSON"),
         ("[]", r"in.jsonl:2: this is no JSON object"),
         ('{"prompt": 3}', r"in.jsonl:2: field 'prompt' must be a string, or a list of messages"),
-        ('{"prompt": "a", "user_id": 7}', r"in.jsonl:2: field 'user_id' is of type int; ids are strings"),
+        ('{"prompt": "a", "user_id": 7.5}', r"in.jsonl:2: field 'user_id' is of type float; ids are strings"),
     ],
 )
 def test_rows_that_are_no_prompts_are_named(checkpoint, tmp_path, line, says):

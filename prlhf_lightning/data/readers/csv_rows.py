@@ -19,6 +19,7 @@ def read_csv(path: Path) -> Items:
         header = next((values for values in reader if values), [])
         start = reader.line_num + 1
         refuse_twins(path, header)
+        _refuse_other_separators(path, header)
         for values in reader:
             where, start = f"{path}:{start}", reader.line_num + 1
             if not values:
@@ -36,3 +37,10 @@ def read_csv(path: Path) -> Items:
         raise FeedbackFormatError(
             f'{path}:{start}: broken CSV ({broken}); put values in double quotes, with " inside them doubled.'
         ) from None
+
+
+def _refuse_other_separators(path: Path, header: list[str]) -> None:
+    """Refuse a file of which commas make one column, and another usual separator several."""
+    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
+        if len(header) == 1 and header[0].count(mark) > 1:
+            raise FeedbackFormatError(f"{path}:1: the columns are separated by {name}; save it with commas instead.")
