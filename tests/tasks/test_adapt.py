@@ -19,6 +19,7 @@ from prlhf_lightning.adaptation import (
     adapt_users,
     cold_start,
     fit_prior,
+    fit_shrinkage,
     select_pairs,
     suggest,
     trained_rows,
@@ -37,6 +38,7 @@ from prlhf_lightning.tasks.adapt import write_users
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
     ClusterUserModel,
     CompositeUserModel,
@@ -204,6 +206,29 @@ def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
         Margins(PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta"), pairs)
 
 
+def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder):
+    users = {f"user{i}": 3 for i in range(8)}
+    pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)), SETTINGS)[0]
+    with torch.no_grad():
+        own, generic = (term.margins for term in model.objective(pairs, every_term=True)[1])
+    turned = (own < generic)[:, None]
+    blocks = Tokens.concat([pairs.chosen, pairs.rejected])
+    (first, second), (is_first, is_second) = blocks.ids.chunk(2), blocks.mask.chunk(2)
+
+    def labelled(swap):
+        chosen = Tokens(torch.where(swap, second, first), torch.where(swap, is_second, is_first))
+        rejected = Tokens(torch.where(swap, first, second), torch.where(swap, is_first, is_second))
+        return replace(pairs, chosen=chosen, rejected=rejected)
+
+    found = fit_shrinkage(model, pairs, factors=(0.0, 1.0))
+    for place, margins in enumerate((generic, own)):
+        assert float(found.log_likelihoods[place]) == pytest.approx(float(F.logsigmoid(margins).mean()), abs=1e-4)
+    assert fit_shrinkage(model, labelled(turned)).best == 1.0  # judged as the rows say
+    assert fit_shrinkage(model, labelled(~turned)).best == 0.0
+    with pytest.raises(ConfigurationError, match="none of these pairs is of a user in the checkpoint"):
+        fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
+
+
 @pytest.fixture(scope="module")
 def trained_file(model_path, folder):
     """A checkpoint that the command line wrote."""
@@ -244,6 +269,19 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
+    output = folder / "shrunk.ckpt"
+    main(["shrink", "--checkpoint", str(trained_file), "--validation", str(turned), "--output", str(output)])
+    assert "with rows 0 times as far" in " ".join(capsys.readouterr().out.split())
+    old, new = (read_checkpoint(path, "x") for path in (trained_file, output))
+    rows = UserRows(new)
+    assert torch.equal(rows.vectors()[1:], torch.stack([torch.cat([r.flatten() for r in rows.new_rows()])] * 4))
+    assert not torch.equal(UserRows(old).vectors(), rows.vectors())
+    assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
 
 
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):
