@@ -96,7 +96,8 @@ class FeedbackLog:
     """Feedback in a database. Safe to use from several threads and processes at once.
 
     SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
-    process and of the machine; so it does in PostgreSQL with its default settings. A new SQLite file is its owner's alone.
+    process and of the machine; so it does in PostgreSQL with its default settings. A new SQLite file is its owner's
+    alone.
 
     Args:
         url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file.

@@ -19,39 +19,36 @@ class PatientProtocol(H11Protocol):
     """
 
     seconds = 30.0
-    _late: asyncio.TimerHandle | None = None
-    _stuck: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give a client its time, from now on, for the head of a request."""
         super().connection_made(transport)  # type: ignore[arg-type]  # narrower there than in asyncio
-        self._late = self._after(self._give_up)
+        self._late, self._stuck = _Timer(self._give_up), _Timer(self.transport.abort)
+        self._late.start(self.seconds)
 
     def data_received(self, data: bytes) -> None:
         """Read on; the first part of a head says when all of it must be there."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:  # there is a request
-            self._late = _stopped(self._late)
-        elif self._late is None:
-            self._late = self._after(self._give_up)
+            self._late.stop()
+        else:
+            self._late.start(self.seconds)
 
     def pause_writing(self) -> None:
         """Stop writing until the client reads, which it must in time."""
         super().pause_writing()
-        self._stuck = _stopped(self._stuck) or self._after(self.transport.abort)
+        self._stuck.start(self.seconds)
 
     def resume_writing(self) -> None:
         """Write on."""
         super().resume_writing()
-        self._stuck = _stopped(self._stuck)
+        self._stuck.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait for nothing more."""
         super().connection_lost(exc)
-        self._late, self._stuck = _stopped(self._late), _stopped(self._stuck)
-
-    def _after(self, function: Callable[[], None]) -> asyncio.TimerHandle:
-        return self.loop.call_later(self.seconds, function)
+        self._late.stop()
+        self._stuck.stop()
 
     def _give_up(self) -> None:
         if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:  # a part of a head
@@ -66,6 +63,18 @@ class PatientProtocol(H11Protocol):
         self.transport.close()
 
 
-def _stopped(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+class _Timer:
+    """Calls a function when it has run down, if nobody stops it; one that runs is not started anew."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        if self._handle is None:
+            self._handle = asyncio.get_running_loop().call_later(seconds, self._function)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = None

@@ -237,7 +237,7 @@ class Scheduler:
                 self._waiting.discard(order.ticket)
 
     def _feed(self) -> None:
-        """Hand the engine the next few requests. Those that wait here are text, and take no tokenising or memory yet."""
+        """Hand the engine the next few requests; those that wait here are text still, nothing tokenised or embedded."""
         for _ in range(_AHEAD - self._engine.waiting):
             if not self._waiting:
                 return

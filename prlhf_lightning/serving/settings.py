@@ -13,8 +13,8 @@ class Limits:
 
     Attributes:
         max_tokens: Most tokens of an answer.
-        max_open: Most requests for text that are waiting or being written at once; the next ones get 429. When there are
-            so many, a newcomer takes the place of a waiting request of whoever has the most.
+        max_open: Most requests for text that are waiting or being written at once; the next ones get 429. When there
+            are so many, a newcomer takes the place of a waiting request of whoever has the most.
         max_batch: Most texts that are written at once.
         max_batch_tokens: Most positions for which the model keeps keys and values: texts written at once by the length
             of the longest, its answer included.

@@ -279,5 +279,20 @@ def test_users_are_learned_from_their_own_pairs(tmp_path):
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
 
 
+def test_only_so_many_users_are_learned(tmp_path):
+    log, served = FeedbackLog(str(tmp_path / "feedback.db")), writer()
+
+    def learn(user, rows):
+        served.vocabulary = served.vocabulary.plus(user) if user not in served.vocabulary else served.vocabulary
+
+    services = Services(served, EchoEngine, log, limits=Limits(max_learned=2), learner=learn)
+    with serving(services) as url, httpx.Client(base_url=url) as client:
+        for user in ("eve", "max", "ida"):
+            client.post("/v1/feedback", json=PAIR | {"user": user})
+        answers = [client.post("/v1/adapt", json={"user": user}) for user in ("eve", "max", "ida", "eve")]
+    assert [answer.status_code for answer in answers] == [200, 200, 409, 200]
+    assert "max_learned" in answers[2].json()["error"]["message"]
+
+
 def test_without_a_learner_there_is_no_route_for_it(client):
     assert client.post("/v1/adapt", json={"user": "eve"}).status_code == 404
