@@ -104,8 +104,11 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(errors: Any) -> APIError:
-    """Name what is wrong, without repeating what was sent. Of the forms that a field may have, the nearest counts."""
-    worst = max(errors, key=lambda error: len(error["loc"]))
+    """Name what is wrong, without repeating what was sent.
+
+    Of the forms that a field may have, the nearest counts: where the fault is deepest, and then is not the type.
+    """
+    worst = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     if worst["type"] == "json_invalid":
         return APIError(400, "The body is not valid JSON.", "invalid_json")
     param = ".".join(str(part) for part in worst["loc"][1:] if not _is_label(part)) or None

@@ -129,7 +129,7 @@ def test_a_client_who_leaves_the_queue_frees_a_place_at_once():
 
 
 def test_what_waits_is_not_tokenised_yet():
-    engine = EchoEngine(0.02, room=1)
+    engine = EchoEngine(0.01, room=1)
     with serving(Services(writer(), lambda: engine)) as url:
         seen = []
 
@@ -137,7 +137,7 @@ def test_what_waits_is_not_tokenised_yet():
             await asyncio.sleep(0.2)
             seen.append((engine.waiting, (await client.get("/metrics")).text))
 
-        together(url, look, *[ask_as("any", "word " * 20)] * 30)
+        together(url, look, *[ask_as("any", "a b c d")] * 30)
     ((held, said),) = seen
     assert "prlhf_open_requests 30\n" in said
     assert held <= 8
