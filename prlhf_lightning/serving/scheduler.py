@@ -84,7 +84,7 @@ class Scheduler:
         self._writing: dict[int, Ticket] = {}
         self._ending = False
         self._failures = 0  # since the last step that went well
-        self._calls = 0  # that have not been answered
+        self._calling: set[str] = set()  # whose calls have not been answered
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         metrics.gauge("prlhf_open_requests", lambda: len(self._open))
 
@@ -134,27 +134,28 @@ class Scheduler:
             raise Overloaded
         self._dismiss(waiting[-1], Overloaded())
 
-    async def call(self, function: Callable[[], T]) -> T:
+    async def call(self, function: Callable[[], T], caller: str = "") -> T:
         """Have the thread call something between two steps, and return what it returns; writing waits meanwhile.
 
+        Args:
+            function: What to call.
+            caller: Who asks. Each has one call at a time.
+
         Raises:
-            Overloaded: Too many calls are waiting.
+            Overloaded: Too many calls are waiting, or one of this caller's.
             Closing: The server is shutting down.
             EngineFailed: Something unforeseen went wrong.
             PRLHFError: As the function raises it.
         """
         if self._closing or not self._thread.is_alive():
             raise Closing
-        if self._calls >= _MOST_CALLS:
+        if caller in self._calling or len(self._calling) >= _MOST_CALLS:
             raise Overloaded
         done: asyncio.Future[T] = self._loop.create_future()
-        self._calls += 1
-        done.add_done_callback(self._called)
+        self._calling.add(caller)
+        done.add_done_callback(lambda _: self._calling.discard(caller))
         self._inbox.put(_Call(function, done))
         return await done
-
-    def _called(self, _: object) -> None:
-        self._calls -= 1
 
     def end_within(self, seconds: float) -> None:
         """Take in nothing more, and give up what has not been written by then."""
