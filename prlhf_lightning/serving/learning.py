@@ -29,7 +29,7 @@ def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
         known, most = services.writer.vocabulary, services.limits.max_learned
         if user not in known and len(known) - trained >= most:
             raise ConfigurationError(
-                f"This server has learned {most} users, as many as it keeps (max_learned); add users to the model "
+                f"This server has learned as many users as it keeps (max_learned is {most}); add users to the model "
                 "itself with the command adapt."
             )
         learner(user, rows)
