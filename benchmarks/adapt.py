@@ -9,13 +9,13 @@ what is written for held-out ones. Prints a Markdown table and, with `--out`, wr
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from itertools import islice
 from pathlib import Path
 
 import torch
+from reporting import about, tell
 from torch import Tensor
 
 from prlhf_lightning import PersonalizedLM, PreferenceBatch, SimulatedSource, UserVocabulary
@@ -151,11 +151,7 @@ def main() -> None:
     lines.append(
         f"{args.crowd} users, 10 pairs each, all different: {seconds:.1f} s, {args.crowd / seconds:.1f} users a second."
     )
-    about = f"`python benchmarks/adapt.py {' '.join(sys.argv[1:])}`; {torch.get_num_threads()} threads"
-    text = f"{about}, {platform.machine()}, torch {torch.__version__}; {args.users} new users.\n\n" + "\n".join(lines)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    tell(f"{about()}; {args.users} new users.\n\n" + "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

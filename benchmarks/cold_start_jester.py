@@ -12,12 +12,11 @@ from, and their validation pairs, about other jokes, are what is measured.
 from __future__ import annotations
 
 import argparse
-import platform
-import sys
 from collections import defaultdict
 from pathlib import Path
 
 import torch
+from reporting import about, tell
 
 from prlhf_lightning.adaptation import cold_start, fit_prior, select_pairs, trained_rows
 from prlhf_lightning.adaptation.margins import Margins
@@ -68,11 +67,7 @@ def main() -> None:
     lines.append(
         f"\nTrained users, up to 5 validation pairs each ({len(own)}): own row {trained:.4f}, generic {by_generic:.4f}."
     )
-    about = f"`python benchmarks/cold_start_jester.py {' '.join(sys.argv[1:])}`; {torch.get_num_threads()} threads"
-    text = f"{about}, {platform.machine()}, torch {torch.__version__}.\n\n" + "\n".join(lines)
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    tell(f"{about()}.\n\n" + "\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from lightning.fabric.utilities.seed import seed_everything
+from reporting import tell
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 
@@ -72,10 +73,7 @@ def main() -> None:
         "|---:|---:|---:|---:|",
         f"| {args.rows:,} | {first:.1f} s | {second:.2f} s | {rate:,.0f} |",
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    tell("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

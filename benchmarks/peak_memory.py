@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from contenders import MODELS, contenders, environment, make_batch, save_model
+from reporting import tell
 
 
 def resident() -> int:
@@ -83,10 +84,7 @@ def main() -> None:
         "|---|---:|---:|",
         *(f"| {name} | {peak:,.0f} | {peak / base:.2f} |" for name, peak in peaks.items()),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    tell("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

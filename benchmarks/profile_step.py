@@ -18,7 +18,7 @@ from pathlib import Path
 
 import transformers
 from contenders import MODELS, contenders, environment, make_batch, save_model
-from rich.console import Console
+from reporting import tell
 from step_time import SHAPES
 from torch.profiler import ProfilerActivity, profile
 
@@ -69,9 +69,9 @@ def main() -> None:
     lines = [
         "# Where the time of a step goes",
         "",
-        f"`python benchmarks/profile_step.py {' '.join(sys.argv[1:])}`".replace(" `", "`")
-        + f" on {environment(args)}; {args.model}, {args.mode}, prompt/chosen/rejected "
-        f"{'/'.join(map(str, SHAPES[args.shape]))}, {args.pairs} pairs in a batch, mean of {args.repeats} steps.",
+        f"`python benchmarks/profile_step.py {' '.join(sys.argv[1:])}` on {environment(args)}; {args.model}, "
+        f"{args.mode}, prompt/chosen/rejected {'/'.join(map(str, SHAPES[args.shape]))}, {args.pairs} pairs in a batch, "
+        f"mean of {args.repeats} steps.",
         "",
         "Milliseconds a step, self time, summed over threads that call operations.",
         "",
@@ -81,9 +81,7 @@ def main() -> None:
         "| together | " + " | ".join(f"{sum(times[name].values()):.0f}" for name in CONTENDERS) + " |",
         "",
     ]
-    Console().print("\n".join(lines))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text("\n".join(lines))
+    tell("\n".join(lines), args.output)
 
 
 if __name__ == "__main__":

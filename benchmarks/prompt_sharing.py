@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from reporting import tell
 from transformers import AutoTokenizer, LlamaConfig
 
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
@@ -124,11 +125,7 @@ def main() -> None:
         "|---:|---:|---:|---:|---:|---:|",
         *(row(policy, shape, args.pairs, args.repeats) for shape in args.shapes),
     ]
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
+    tell("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

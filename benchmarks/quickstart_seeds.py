@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
+from reporting import about, tell
 
 CONFIGS = {"individual": "configs/quickstart.yaml", "cluster, K = 4": "configs/quickstart_cluster.yaml"}
 ROWS = {
@@ -74,14 +73,8 @@ def main() -> None:
             for seed in args.seeds
         }
     results = {name: [runs[name, seed].result() for seed in args.seeds] for name in args.configs}
-    text = (
-        f"Mean over seeds {', '.join(map(str, args.seeds))} (and range); "
-        f"`python benchmarks/quickstart_seeds.py {' '.join(sys.argv[1:])}`; "
-        f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}.\n\n{table(results)}\n"
-    )
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    text = f"Mean over seeds {', '.join(map(str, args.seeds))} (and range); {about()}.\n\n{table(results)}"
+    tell(text, args.out)
 
 
 if __name__ == "__main__":

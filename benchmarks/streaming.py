@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 from lightning.fabric.utilities.seed import seed_everything
+from reporting import tell
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 
@@ -118,9 +119,7 @@ def main() -> None:
             *lines,
         ]
     )
-    print(text)
-    if args.out:
-        args.out.write_text(text + "\n")
+    tell(text, args.out)
 
 
 if __name__ == "__main__":

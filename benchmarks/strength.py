@@ -10,14 +10,12 @@ The intervals are 95% bootstrap intervals over users, paired where strengths are
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
-import sys
 import time
 from pathlib import Path
 from random import Random
 
-import torch
+from reporting import about, tell
 
 from prlhf_lightning import Generation, SimulatedSource
 from prlhf_lightning.tasks.checkpoints import open_writer
@@ -77,15 +75,10 @@ def main() -> None:
         cells += [f"{len(formed) / len(verdicts):.3f}", f"{statistics.fmean(formed):+.3f}" if formed else ""]
         lines.append("| " + " | ".join(cells) + " |")
     text = (
-        f"{len(users)} users, {len(prompts)} held-out prompts each, temperature {args.temperature:g}; "
-        f"`python benchmarks/strength.py {' '.join(sys.argv[1:])}`; {time.perf_counter() - start:.0f} s, "
-        f"{torch.get_num_threads()} threads, {platform.machine()}, torch {torch.__version__}.\n\n"
-        + "\n".join(lines)
-        + "\n"
+        f"{len(users)} users, {len(prompts)} held-out prompts each, temperature {args.temperature:g}; {about()}; "
+        f"{time.perf_counter() - start:.0f} s.\n\n" + "\n".join(lines)
     )
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    tell(text, args.out)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 import transformers
 from contenders import MODELS, RANK, descend, environment, make_batch, save_model
+from reporting import tell
 
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.losses import DPOLoss
@@ -93,10 +94,7 @@ def main() -> None:
     for users, (_, memory) in runs.items():
         low, middle, high = statistics.quantiles(times[users], n=4)
         lines.append(f"| {users:,} | {middle:.0f} ({low:.0f} to {high:.0f}) | {middle / base:.2f} | {memory():,.1f} |")
-    text = "\n".join(lines) + "\n"
-    print(text)
-    if args.out:
-        args.out.write_text(text)
+    tell("\n".join(lines), args.out)
 
 
 if __name__ == "__main__":

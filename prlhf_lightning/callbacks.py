@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import astuple, fields
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
+from prlhf_lightning.files import as_text, replacing
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
@@ -26,6 +26,14 @@ from prlhf_lightning.modules.sharding import is_sharded
 def run_folder(trainer: Trainer) -> Path:
     """Return the folder that this run's files go to: the logger's, or the trainer's root where there is none."""
     return Path(trainer.log_dir or trainer.default_root_dir)
+
+
+def kept_by(trainer: Trainer) -> list[str]:
+    """Return the paths of the best and the last checkpoint of a run, as far as there are any."""
+    found = [path for one in trainer.checkpoint_callbacks for path in (one.best_model_path, one.last_model_path)]  # type: ignore[attr-defined]
+    here = Path.cwd()
+    paths = [Path(path) for path in dict.fromkeys(found) if path and Path(path).exists()]
+    return [str(path.relative_to(here) if path.is_relative_to(here) else path) for path in paths]
 
 
 class BestAndLast(ModelCheckpoint):
@@ -105,6 +113,18 @@ class BestAndLast(ModelCheckpoint):
         if self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last where nothing did, but not in a trial run (`fast_dev_run`), in which Lightning would."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            super().on_train_end(trainer, pl_module)
+
+    def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Save the best, or say that nothing was validated yet to judge it by, where Lightning hints at a bug."""
+        if self.monitor in (None, *monitor_candidates) or trainer.fit_loop.epoch_loop.val_loop._has_run:
+            super()._save_topk_checkpoint(trainer, monitor_candidates)
+        else:
+            rank_zero_info(f"Nothing has been validated yet: no {self.monitor} to judge a best checkpoint by.")
+
     def _keep_last(self, trainer: Trainer) -> None:
         """Save the last where it is none of the best: Lightning then leaves the file as it was."""
         if not self._should_skip_saving_checkpoint(trainer):
@@ -155,7 +175,8 @@ class SaveOnInterrupt(Callback):
             else:
                 trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
         except Exception as error:  # must not take the place of the one that interrupted
-            rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {error}.")
+            why = str(error).rstrip(".")
+            rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {why}.")
         else:
             rank_zero_info(
                 f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"
@@ -197,19 +218,18 @@ class UserTable(Callback):
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
         if not isinstance(module, PersonalizedLM) or module.loss.feedback == "demonstrations":
             return
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         folder = run_folder(trainer)  # on every process, as the table: both gather
         for name in module.eval_sets:
             table = module.user_table(name)
             if trainer.is_global_zero and table:
                 path = folder / f"users_{name}.csv"
-                path.parent.mkdir(parents=True, exist_ok=True)
                 columns = ["user_id", *(field.name for field in fields(table[0][1]) if field.name != "user")]
-                partial = path.with_suffix(".partial")
-                with partial.open("w", newline="", encoding="utf-8") as file:
-                    writer = csv.writer(file)
+                with replacing(path) as file, as_text(file) as text:
+                    writer = csv.writer(text)
                     writer.writerow(columns)
                     writer.writerows([user_id, *astuple(row)[1:]] for user_id, row in table)
-                os.replace(partial, path)
 
 
 class PredictionWriter(BasePredictionWriter):

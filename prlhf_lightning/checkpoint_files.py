@@ -10,57 +10,21 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
 
-from prlhf_lightning.errors import CheckpointWriteError, DamagedCheckpointError
+from prlhf_lightning.errors import DamagedCheckpointError
+from prlhf_lightning.files import replacing
 
 _MARK = b"prlhf_lightning sha256 "
 _DIGEST = 64  # hexadecimal digits
 _COMMENT = len(_MARK) + _DIGEST
 # A zip ends with a record of 22 bytes, the last two of which say how long the comment after it is.
 _END, _END_SIZE = b"PK\x05\x06", 22
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, complete and on the disk.
-
-    Where the block or the disk fails, `path` is what it was before.
-
-    Raises:
-        CheckpointWriteError: The system refused a write.
-    """
-    path = Path(os.path.realpath(path))  # a link goes on pointing at the file
-    partial = partial_of(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync_folder(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-        cause = _refusal(error)
-        if cause is None:
-            raise
-        kept = "What was there before is untouched." if path.exists() else "Nothing is left of it."
-        raise CheckpointWriteError(
-            f"{path} could not be written: {cause.strerror or cause}. {kept} Make room, or choose another folder."
-        ) from error
-
-
-def partial_of(path: Path) -> Path:
-    """Return the name under which a file is written before it is complete; a killed process may leave it behind."""
-    return path.with_name(f".{path.name}.partial")
 
 
 def save(content: Any, path: Path) -> None:
@@ -177,22 +141,3 @@ def _digest(file: BinaryIO, size: int) -> bytes:
         digest.update(block)
         size -= len(block)
     return digest.hexdigest().encode()
-
-
-def _sync_folder(folder: Path) -> None:
-    """Have a new name in a folder outlast a loss of power."""
-    with suppress(OSError):  # some file systems can't
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-def _refusal(error: BaseException | None) -> OSError | None:
-    """Return the system's error behind one of torch's, which wraps it."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None

@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterator
-from inspect import getdoc, signature
+from inspect import getdoc
+from itertools import takewhile
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import Any, NoReturn
+from typing import Any
 
-from jsonargparse import ArgumentParser, Namespace, auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from prlhf_lightning import __version__
 from prlhf_lightning.callbacks import (
     BestAndLast,
     LogShortRuns,
     PredictionWriter,
     SaveOnInterrupt,
     UserTable,
+    kept_by,
     run_folder,
 )
-from prlhf_lightning.data import DataSource, PreferenceDataModule
+from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.files import check_writable
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal, is_out_of_memory
-from prlhf_lightning.judges import Judge
-from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
-from prlhf_lightning.policies import Policy
+from prlhf_lightning.parser import Parser
 from prlhf_lightning.tasks import users
 from prlhf_lightning.tasks.adapt import adapt
 from prlhf_lightning.tasks.checkpoints import last_checkpoint, read_checkpoint
@@ -49,7 +49,6 @@ from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
 from prlhf_lightning.tasks.report import report
 from prlhf_lightning.tasks.serve import api_key, serve
-from prlhf_lightning.user_models import UserModel
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
 TASKS: dict[str, Any] = {
@@ -83,48 +82,6 @@ def _summary(task: Any) -> str:
     return str(task["_help"]) if isinstance(task, dict) else (getdoc(task) or "").partition("\n")[0]
 
 
-class _Parser(LightningArgumentParser):
-    """Says what is wrong and what may have been meant, without a hundred lines of usage."""
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        known = {
-            name for component in (UserModel, Policy, PreferenceLoss, DataSource, Judge) for name in _names(component)
-        }
-        known |= {action.dest for action in (getattr(ex, "subcommand_parser", None) or self)._actions}
-        known |= {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"], *TASKS["data"]}
-        known |= {dest.rpartition(".")[2] for dest in known}
-        meant = [
-            f"{word!r}: did you mean {' or '.join(map(repr, close))}?"
-            for word in re.findall(r"(?:string: |[oO]ption '|attribute '|choice: '|arguments: --)([\w.]+)", message)
-            if (close := difflib.get_close_matches(word, known - {word}, n=2, cutoff=0.75))
-        ]
-        asked = getattr(ex, "subcommand_parser", None) or self
-        if message.startswith("Option ") and (options := _options_of_component(ex)):
-            meant.append(f"Here there are: {', '.join(options)}")
-        hints = [*meant, f"All options: {asked.prog.replace(' [options]', '')} --help"]
-        sys.stderr.write("error: " + "\n".join([message, *hints]) + "\n")
-        self.exit(2)
-
-
-def _options_of_component(error: Exception | None) -> list[str]:
-    """Return the options of the component whose parser raised an error, which itself names neither."""
-    trace = error.__traceback__ if error else None
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    parser = trace.tb_frame.f_locals.get("self") if trace else None
-    if not isinstance(parser, ArgumentParser) or parser._subcommands_action:
-        return []
-    return sorted(action.dest for action in parser._actions if action.dest != "help")
-
-
-def _names(component: type) -> Iterator[str]:
-    subclasses: list[type] = component.__subclasses__()
-    for subclass in subclasses:
-        yield subclass.__name__
-        yield from signature(subclass).parameters
-        yield from _names(subclass)
-
-
 class PRLHFCLI(LightningCLI):
     """LightningCLI for a `PersonalizedLM` and a `PreferenceDataModule`, with what they share linked.
 
@@ -153,12 +110,11 @@ class PRLHFCLI(LightningCLI):
             },
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            parser_class=_Parser,
+            parser_class=Parser,
             parser_kwargs={
                 "description": "Train and use language models that write differently for each user.",
-                "epilog": "Tasks: "
-                + " ".join(f"{name}: {_summary(task)}" for name, task in TASKS.items())
-                + " Each explains itself with --help.",
+                "epilog": "tasks, each of which explains itself with --help:\n"
+                + "\n".join(f"  {name}: {_summary(task)}" for name, task in TASKS.items()),
             },
             auto_configure_optimizers=False,
             args=args,
@@ -179,6 +135,13 @@ class PRLHFCLI(LightningCLI):
             "vanilla DPO), and print the two side by side.",
         )
 
+    def before_instantiate_classes(self) -> None:
+        """Name a model's folder from the root, so that what is done with a checkpoint may be done in any folder."""
+        settings = self.config[self.config.subcommand].model.policy.get("init_args") or {}
+        model = settings.get("model")
+        if model and Path(model).is_dir():
+            settings["model"] = str(Path(model).absolute())
+
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
 
@@ -192,7 +155,8 @@ class PRLHFCLI(LightningCLI):
         # Lightning itself finds these, and what is on other file systems.
         is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
         if not is_found_later:
-            read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+            content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+            _warn_of_another_model(content, given.model.policy)
 
     def _last_checkpoint(self, root: str) -> str | None:
         """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
@@ -204,7 +168,9 @@ class PRLHFCLI(LightningCLI):
         return str(path) if path else None
 
     def after_fit(self) -> None:
-        """Compare with the vanilla counterpart, if asked to."""
+        """Say where the checkpoints are, and compare with the vanilla counterpart, if asked to."""
+        if checkpoints := kept_by(self.trainer):
+            rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
         if not self.config.fit.baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
@@ -228,7 +194,8 @@ class PRLHFCLI(LightningCLI):
                 "vanilla": Contender(fresh.model, trainer.callback_metrics),
                 "personalised": Contender(self.model, self.trainer.callback_metrics),
             }
-            compare(contenders, self.datamodule, folder, quiet=not self.trainer.is_global_zero)
+            written_to = None if config.trainer.fast_dev_run else folder
+            compare(contenders, self.datamodule, written_to, quiet=not self.trainer.is_global_zero)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         config["callbacks"] = list(config["callbacks"] or [])
@@ -253,13 +220,24 @@ class PRLHFCLI(LightningCLI):
             raise ConfigurationError(f"seed_everything: {error}") from error
 
 
+def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
+    """Warn where a checkpoint's adapters would be put on another model: of equal shape, it loads without an error."""
+    trained = checkpoint.get("hyper_parameters", {}).get("policy")
+    before = trained.get("init_args", {}).get("model") if isinstance(trained, dict) else None
+    now = policy.get("init_args", {}).get("model") if policy else None
+    if before and now and Path(before).resolve() != Path(now).resolve():
+        rank_zero_warn(
+            f"The checkpoint was trained on model.policy.model {before}, and this is {now}. What was trained fits no "
+            "other weights, even where it can be loaded: make sure that they are the same."
+        )
+
+
 def _check_writable(folder: str) -> None:
     """Refuse a folder for the run's files that can't be written to, before anything is computed."""
     if "://" in folder:
         return
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=folder).close()
+        check_writable(Path(folder))
     except OSError as error:
         raise ConfigurationError(
             f"trainer.default_root_dir: files can't be written to {folder} ({error.strerror}); give another folder."
@@ -291,9 +269,15 @@ def main(args: ArgsType = None) -> None:
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     words = sys.argv[1:] if args is None else args
+    if words == ["--version"]:
+        print(f"prlhf_lightning {__version__}")
+        return
+    Parser.tasks = TASKS
+    Parser.commands = {*PRLHFCLI.subcommands(), *TASKS, *TASKS["users"], *TASKS["data"]}
+    Parser.command = tuple(takewhile(Parser.commands.__contains__, words if isinstance(words, list) else ()))
     try:
         if isinstance(words, list) and words[:1] and words[0] in TASKS:
-            auto_cli(TASKS, args=_listed(words), as_positional=False, parser_class=_Parser)
+            auto_cli(TASKS, args=_listed(words), as_positional=False, parser_class=Parser)
         else:
             PRLHFCLI(args)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has
@@ -312,6 +296,9 @@ def _for_people(error: BaseException) -> str:
     if is_out_of_memory(error):
         return " ".join(getattr(error, "__notes__", []))
     # EarlyStopping answers a misspelt monitor with the names that there are, but with an error of no class of its own.
+    # A class that lacks a package, such as WandbLogger, says which; what has a name is a fault in somebody's own file.
+    if isinstance(error, ModuleNotFoundError) and error.name is None:
+        return str(error)
     is_early_stopping = str(error).startswith("Early stopping conditioned on metric")
     # An error of a process that loads batches comes with the stack trace of that process in its message.
     said = re.sub(r"(?s)\ACaught \w+ in DataLoader worker.*^[\w.]+Error: ", "", str(error), flags=re.MULTILINE).strip()

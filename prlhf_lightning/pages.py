@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from prlhf_lightning.checkpoint_files import replacing
+from prlhf_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,9 +171,7 @@ class Page:
         Raises:
             CheckpointWriteError: The file cannot be written; what was there before is untouched.
         """
-        text = self.render()
-        with replacing(Path(path)) as file:
-            file.write(text.encode())
+        write_whole(Path(path), self.render().encode())
 
 
 def _cell(value: Cell) -> str:

@@ -71,6 +71,10 @@ class Tokens(_TensorStruct):
             ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         return cls(ids, mask)
 
+    def unpadded(self) -> list[Tensor]:
+        """Return the ids of each row, `[its length]`."""
+        return [ids[mask] for ids, mask in zip(self.ids, self.mask, strict=True)]
+
     @classmethod
     def concat(cls, parts: Sequence[Tokens]) -> Tokens:
         """Stack batches of rows, padding each to the longest."""
@@ -93,6 +97,10 @@ class SoftPrompt(_TensorStruct):
 
     vectors: Tensor
     mask: Tensor
+
+    def unpadded(self) -> list[Tensor]:
+        """Return the vectors of each row that count, `[their number, d]`."""
+        return [vectors[mask] for vectors, mask in zip(self.vectors, self.mask, strict=True)]
 
     @classmethod
     def full(cls, vectors: Tensor) -> SoftPrompt:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,14 @@ def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def model_path(model_paths: dict[str, str]) -> str:
     return model_paths["llama"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_arguments_of_pytest() -> Iterator[None]:
+    """Keep from a command that is run in this process what pytest was told."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["prlhf_lightning"])
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.data import FileSource, PreferenceDataModule
@@ -22,11 +23,6 @@ def fit(model_path, votes, folder, *callbacks: Callback, checkpoint=None, **opti
         optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0),
     )
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = Trainer(
-        default_root_dir=folder,
-        callbacks=[SaveOnInterrupt(), *callbacks],
-        **{"max_epochs": 2, "accelerator": "cpu", **quiet, **options},
-    )
+    trainer = quiet_trainer(folder, callbacks=[SaveOnInterrupt(), *callbacks], **{"max_epochs": 2, **options})
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return module

@@ -165,7 +165,7 @@ KILLS = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from prlhf_lightning import checkpoint_files
+from prlhf_lightning import checkpoint_files, files
 
 torch.set_num_threads(1)
 path, content = Path(sys.argv[1]), {"weights": torch.ones(300_000)}
@@ -173,7 +173,7 @@ for _ in range(8):
     pid = os.fork()
     while not pid:
         checkpoint_files.save(content, path)
-    while not checkpoint_files.partial_of(path).exists():
+    while not files.partial_of(path).exists():
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

@@ -19,11 +19,6 @@ from prlhf_lightning.losses import MarginLoss
 from prlhf_lightning.modules import PersonalizedLM
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
-
-
 @pytest.fixture
 def config(model_path, votes, tmp_path):
     content = {
@@ -186,7 +181,7 @@ def test_a_mistake_is_named_in_a_few_lines(config, capsys, args, says):
         ('{"user": "ann", "prompt": "a", "chosen": "b", "rejected": "c"}', "user_id"),
         ('{"user_id": "ann", "prompt": "a", "chosen": " ", "rejected": "c"}', "'chosen'"),
         ('{"user_id": "ann", "prompt": "a", "chosen": "b", "rejected": "b"}', "'rejected'"),
-        ('{"user_id": 7, "prompt": "a", "chosen": "b", "rejected": "c"}', "'user_id'"),
+        ('{"user_id": 7.5, "prompt": "a", "chosen": "b", "rejected": "c"}', "'user_id'"),
         ('{"user_id": "ann", "prompt": "a", "chosen": "b", "rejected": "c", "user_text": 3}', "'user_text'"),
         ('{"user_id": "ann", "prompt": "a", "chosen": "b"', "votes.jsonl:49"),
     ],
@@ -279,7 +274,7 @@ def test_a_full_disk_is_told_in_one_line_and_a_damaged_file_names_an_intact_one(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(SystemExit, match=r"^error: [^\n]*ckpt could not be written: No space left on device[^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: [^\n]* could not be written: No space left on device[^\n]*$"):
         run("fit", "-c", config, "--model.cache_reference", "false")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,11 +44,11 @@ OVERRIDES = sorted((CONFIGS / "overrides").glob("*.yaml"))  # of other configura
 @pytest.mark.parametrize(
     "path", sorted({*CONFIGS.rglob("*.yaml")} - {*OVERRIDES}), ids=lambda p: str(p.relative_to(CONFIGS))
 )
-def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path):
     content = yaml.safe_load(path.read_text())
     overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
-                 "cpu", "--trainer.default_root_dir", tmp_path, "--baseline", "false"]  # fmt: skip
+                 "cpu", "--trainer.default_root_dir", tmp_path, "--baseline", "false", "--collapse.prompts", 1,
+                 "--data.eval_batch_size", 4]  # fmt: skip
     source = content["data"]["source"]
     if not content["model"]["policy"]["init_args"]["model"].startswith("builtin:"):
         model = chat_model_path if source["class_path"].endswith("PRISMSource") else model_path
@@ -61,6 +60,8 @@ def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, 
             overrides += [f"--data.source.{split}", thumbs if path.stem == "thumbs" else votes]
     if source["class_path"].endswith("StyleCorpus"):
         overrides += ["--data.source.num_rows", 200]
+    if source["class_path"].endswith("SimulatedSource"):  # it is drawing the pairs that takes time
+        overrides += ["--data.source.pairs_per_user", 15, "--data.source.validation_pairs_per_user", 5]
     if content["data"].get("chat_template"):
         overrides += ["--data.chat_template", "false"]  # the small model has none
     main(["fit", "--config", *map(str, [path, *overrides])])

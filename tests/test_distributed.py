@@ -1,4 +1,4 @@
-"""Two processes on the CPU train and evaluate as one does on the same global batches."""
+"""Two processes on the CPU train and evaluate as one does on the same global batches; see test_sharded.py for more."""
 
 from __future__ import annotations
 
@@ -84,7 +84,6 @@ def run_two(folder: Path, command: str, *args: str) -> None:
 def run_one(folder: Path, command: str, *args: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRLHF_CACHE", str(folder / "cache_of_one"))
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
         main([command, "-c", str(folder / "config.yaml"), *ONE, *args])
 
 
@@ -132,19 +131,6 @@ def test_they_log_the_same_validation(folder):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
-def test_they_share_a_stream_and_come_to_the_same_weights(folder):
-    given = ("--data.streaming", "true", "--data.shuffle_buffer", "8", "--trainer.limit_val_batches", "0")
-    given += ("--trainer.max_epochs", "1")
-    for run, name in ((run_two, "streamed_two"), (run_one, "streamed_one")):
-        run(folder, "fit", *given, "--trainer.default_root_dir", str(folder / name))
-    one, two = (
-        torch.load(folder / name / "version_0/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for name in ("streamed_one", "streamed_two")
-    )
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-5, msg=name)
-
-
 @pytest.mark.parametrize("name", ["seen", "unseen"])
 def test_they_write_the_same_table_of_users(folder, name):
     one, two = (rows_of(folder / run / f"version_0/users_{name}.csv") for run in ("one", "two"))
@@ -159,12 +145,3 @@ def test_neither_computes_of_the_reference_what_the_other_has_computed(folder):
         with safe_open(path, "np") as segment:
             keys += [entry[:16].tobytes() for entry in segment.get_tensor("index")]
     assert len(keys) == len(set(keys)) == 2 * (23 + 8)
-
-
-def test_a_validation_set_smaller_than_the_number_of_processes_is_evaluated(folder):
-    given = ("--data.source.validation", str(folder / "one_row.jsonl"))
-    given += ("--ckpt_path", str(folder / "one/version_0/checkpoints/last.ckpt"))
-    for run, processes in ((run_one, "one"), (run_two, "two")):
-        run(folder, "validate", *given, "--trainer.default_root_dir", str(folder / f"small_{processes}"))
-    (one,), (two,) = (evaluations(folder / f"small_{processes}") for processes in ("one", "two"))
-    assert two == pytest.approx(one, rel=1e-4, abs=1e-5)

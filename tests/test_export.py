@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
@@ -24,12 +23,6 @@ from prlhf_lightning.inference import Generation, PersonalizedWriter
 from prlhf_lightning.tasks.checkpoints import open_writer
 from prlhf_lightning.tasks.export_users import peft_name, write_user_vectors
 from prlhf_lightning.types import Tokens, Users
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
-
 
 INDIVIDUAL = {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}}
 
@@ -113,7 +106,6 @@ def trained(model_path, folder, user_model=INDIVIDUAL):
 def exported(request, model_paths, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
         patch.setenv("PRLHF_CACHE", str(folder / "cache"))
         checkpoint = trained(model_paths[request.param], folder)
         export(checkpoint, folder / "whole", "--prompt_embeds", "true", "--peft_users", "true")

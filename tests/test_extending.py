@@ -40,7 +40,6 @@ def my_modules(repo_root, tmp_path, monkeypatch):
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     return tmp_path
 
 

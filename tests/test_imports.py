@@ -12,7 +12,7 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths"}
+LEAVES = {"types", "errors", "paths", "files"}
 STORE = {"reference_cache", "checkpoint_files"}
 FEEDBACK = {"feedback_log"}
 PAGES = {"pages"}
@@ -20,9 +20,10 @@ SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
+    "files": {"errors"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
-    "pages": LEAVES | STORE,
+    "pages": LEAVES,
     "policies": LEAVES | STORE,
     "modules": LEAVES | STORE | SIBLINGS,
     "inference": LEAVES | {"data", "user_models", "policies"},
@@ -32,7 +33,8 @@ MAY_IMPORT = {
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
     "tasks": LEAVES | STORE | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
-    "cli": LEAVES | SIBLINGS | {"modules", "callbacks", "guards", "judges", "tasks"},
+    "parser": SIBLINGS | {"judges"},
+    "cli": LEAVES | {"__version__", "parser", "data", "modules", "callbacks", "guards", "tasks"},
     "__main__": {"cli"},
 }
 

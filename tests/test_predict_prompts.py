@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 
 from original_files import write_koala, write_psoups
 
 from prlhf_lightning.cli import main
 
 
-def test_each_koala_prompt_is_answered_for_each_of_the_six_users(model_path, repo_root, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+def test_each_koala_prompt_is_answered_for_each_of_the_six_users(model_path, repo_root, tmp_path):
     koala = write_koala(tmp_path / "koala_eval_50.json")
     options = ["--config", repo_root / "configs/paper/psoups_individual.yaml", "--data.source.folder",
                write_psoups(tmp_path), "--data.source.koala", koala, "--model.policy.model", model_path,

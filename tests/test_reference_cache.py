@@ -251,10 +251,15 @@ def _die(folder, where, nth):
         store(cache, number)
 
 
-# Every store calls each of these once. The 65th starts a compaction: a 66th file, then 65 that are set aside.
+# Every store syncs its file, names it, and syncs the folder. The 65th starts a compaction: a 66th file, then 65 that
+# are set aside.
 @pytest.mark.parametrize(
     ("where", "nth", "survive"),
-    [(where, nth, nth - 1) for where in ("fsync", "replace") for nth in (1, 4, 66)] + [("replace", 90, 65)],
+    [
+        *[("fsync", 2 * nth - 1, nth - 1) for nth in (1, 4, 66)],
+        *[("replace", nth, nth - 1) for nth in (1, 4, 66)],
+        ("replace", 90, 65),
+    ],
 )
 def test_a_killed_writer_loses_only_what_it_was_writing(tmp_path, where, nth, survive):
     assert run((_die, tmp_path, where, nth)) == [-signal.SIGKILL]
@@ -426,14 +431,14 @@ def test_what_compaction_set_aside_is_deleted_in_time(tmp_path, monkeypatch):
     cache = ReferenceCache(tmp_path, IDENTITY)
     for number in range(70):
         store(cache, number)
-    (cache.folder / "killed.tmp").touch()
+    (cache.folder / ".killed.partial").touch()
     size = len(list(tmp_path.rglob("*")))
     assert holds(ReferenceCache(tmp_path, IDENTITY), *range(70))
     assert len(list(tmp_path.rglob("*"))) == size
     later = time.time() + 8 * 24 * 3600
     monkeypatch.setattr(time, "time", lambda: later)
     assert holds(ReferenceCache(tmp_path, IDENTITY), *range(70))
-    assert not list(tmp_path.rglob("superseded/*")) + list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("superseded/*")) + list(tmp_path.rglob("*.partial"))
 
 
 def test_a_failed_compaction_harms_nothing_and_is_not_repeated(tmp_path, monkeypatch):
@@ -469,7 +474,7 @@ def test_a_full_disk_loses_nothing_stored_and_training_goes_on(tmp_path, monkeyp
             cache.flush()
     assert holds(cache, 1)
     assert cache.get([key(2)]) == [None]
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.partial"))
     store(cache, 2, 3)  # there is room again
     assert holds(ReferenceCache(tmp_path, IDENTITY), 1, 2, 3)
 
@@ -484,7 +489,7 @@ def test_an_interrupted_flush_can_be_repeated(tmp_path, monkeypatch):
         patch.setattr(os, "fsync", interrupt)
         with pytest.raises(KeyboardInterrupt):
             cache.flush()
-    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.partial"))
     cache.flush()
     assert holds(ReferenceCache(tmp_path, IDENTITY), 1)
 

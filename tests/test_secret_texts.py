@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,6 @@ SECRET, SALT = "Ann has a rare illness", "3f2a9c71d0b84e56a1c2"
 @pytest.fixture
 def study(tmp_path, repo_root, monkeypatch):
     """Options of a run on votes with secret texts, whose ids are hashed."""
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     monkeypatch.setenv("STUDY_SALT", SALT)
     monkeypatch.setattr("prlhf_lightning.cli._RUNS", str(tmp_path / "runs"))
     rows = [

@@ -1,4 +1,7 @@
-"""Two processes that share a model train, evaluate and write as one process does, and go on from its checkpoints."""
+"""Two processes that share a model train, evaluate and write as one process does, and go on from its checkpoints.
+
+So do two that each have the whole of it (DDP), in what test_distributed.py leaves out.
+"""
 
 from __future__ import annotations
 
@@ -31,6 +34,8 @@ WRITE = ("--model.sampling.temperature", "0", "--model.sampling.max_new_tokens",
 CLIP = ("--trainer.gradient_clip_val", "0.05")
 AMORTIZED = ("--model.user_model", "AmortizedUserModel", "--model.user_model.num_tokens", "2")
 FULL = ("--model.policy.lora", "null", "--model.policy.gradient_checkpointing", "true")
+STREAMED = ("--data.streaming", "true", "--data.shuffle_buffer", "8", "--trainer.limit_val_batches", "0")
+DDP = ("--trainer.strategy", "ddp")
 OVERRIDES = Path(__file__).parent.parent / "configs/overrides"
 ON_CPU = ("--trainer.accelerator", "cpu", "--trainer.precision", "32-true")
 FSDP1, FSDP2 = (("-c", str(OVERRIDES / name), *ON_CPU) for name in ("fsdp.yaml", "fsdp2.yaml"))
@@ -67,13 +72,15 @@ def two(folder: Path) -> None:
     run(folder, "two_predict", "predict", *FSDP2, *WRITE, "--ckpt_path", str(last(folder, "two")))
     one_row = ("--data.source.validation", str(folder / "one_row.jsonl"), "--ckpt_path", str(last(folder, "one")))
     run(folder, "two_small", "validate", *FSDP2, *one_row)
+    run(folder, "ddp_small", "validate", *DDP, *one_row)
     run(folder, "two_after_one", "fit", *FSDP2, "--ckpt_path", str(folder / "one/step-2.ckpt"))
     run(folder, "two_full", "fit", *FSDP2, *FULL, "--trainer.strategy.cpu_offload", "true")
     run(folder, "two_fsdp1", "fit", *FSDP1)
     for precision in ("bf16-mixed", "bf16-true"):
         run(folder, f"two_{precision}", "fit", *FSDP2, "--trainer.precision", precision)
     run(folder, "two_amortized", "fit", *FSDP2, *AMORTIZED)
-    run(folder, "ddp_amortized", "fit", "--trainer.strategy", "ddp", *AMORTIZED)
+    run(folder, "ddp_amortized", "fit", *DDP, *AMORTIZED)
+    run(folder, "ddp_streamed", "fit", *DDP, *STREAMED)
 
 
 def start(rank: int, folder: Path, port: int) -> None:
@@ -91,7 +98,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_config(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PRLHF_CACHE", str(folder / "cache_of_one"))
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
         run(folder, "one", "fit")
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -105,6 +111,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for process in both.processes:
                 process.kill()
         run(folder, "one_full", "fit", *FULL)
+        run(folder, "one_streamed", "fit", *STREAMED)
         run(folder, "one_after_two", "fit", "--ckpt_path", str(folder / "two/step-2.ckpt"))
         one_row = ("--data.source.validation", str(folder / "one_row.jsonl"), "--ckpt_path", str(last(folder, "one")))
         run(folder, "one_small", "validate", *one_row)
@@ -127,6 +134,7 @@ def checkpoint(path: Path) -> dict[str, Any]:
         ("one_after_two", "one", 2e-5),
         ("two_full", "one_full", 5e-4),
         ("two_amortized", "ddp_amortized", 5e-5),  # one process would draw other histories
+        ("ddp_streamed", "one_streamed", 2e-5),
     ],
 )
 def test_they_come_to_the_same_weights(folder, name, other, tolerance):
@@ -168,9 +176,10 @@ def test_they_write_the_same_table_of_users(folder):
     ]
 
 
-def test_a_process_without_a_row_takes_part_in_validation(folder):
-    (sharded,), (alone,) = (evaluations(folder / run) for run in ("two_small", "one_small"))
-    assert sharded == pytest.approx(alone, rel=1e-4, abs=1e-5)
+@pytest.mark.parametrize("name", ["two_small", "ddp_small"])
+def test_a_process_without_a_row_takes_part_in_validation(folder, name):
+    (together,), (alone,) = (evaluations(folder / run) for run in (name, "one_small"))
+    assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
 def test_a_checkpoint_holds_what_was_trained_whole_and_no_more(folder):

@@ -16,7 +16,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
@@ -28,7 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.progress import counting
-from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
+from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import SplitBy, text_key
 from prlhf_lightning.data.tokenization import (
@@ -40,6 +40,7 @@ from prlhf_lightning.data.tokenization import (
     tokenizer_identity,
 )
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import sync
 from prlhf_lightning.types import Feedback
 
 Ties: TypeAlias = Literal["error", "drop"]
@@ -212,7 +213,7 @@ class FeedbackCache:
             report = self._write(source, split, building / "rows.arrow")
             with (building / "report.json").open("w") as file:
                 json.dump(asdict(report), file)
-                flush(file)
+                sync(file)
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -242,7 +243,7 @@ class FeedbackCache:
                 writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()
-            flush(file)
+            sync(file)
         report.source = source.counts(split)
         if not report.kept:
             raise FeedbackFormatError(
@@ -284,16 +285,10 @@ class FeedbackCache:
             )  # fmt: skip
 
 
-def flush(file: IO[Any]) -> None:
-    """See that what was written is on disk before it is renamed to what later starts trust."""
-    file.flush()
-    os.fsync(file.fileno())
-
-
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:
     prompts, pairs = [], []
     for _, record, _ in rows:
-        prompt, completions = _key(record.prompt), _key(record.chosen or "") + _key(record.rejected or "")
+        prompt, completions = text_key(record.prompt), text_key(record.chosen or "") + text_key(record.rejected or "")
         prompts.append(prompt)
         # The same comparison has the same key whoever won, so that it never stands on both sides of a split.
         pairs.append((31 * prompt + completions) % 2**64)
@@ -311,10 +306,6 @@ def _lists(arrays: list[Ids]) -> Any:
     offsets = np.zeros(len(arrays) + 1, dtype=np.int32)
     np.cumsum([len(array) for array in arrays], out=offsets[1:])
     return pa.ListArray.from_arrays(offsets, np.concatenate([np.empty(0, np.int32), *arrays]))
-
-
-def _key(text: Text) -> int:
-    return text_key(text if isinstance(text, str) else json.dumps(text, sort_keys=True))
 
 
 def _batches(items: Iterable[_T]) -> Iterator[list[_T]]:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from uuid import uuid4
 
-from prlhf_lightning.data.cache import flush
 from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.data.records import Columns, parse_user_id
+from prlhf_lightning.data.records import Columns, parse_user_id, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import as_text, atomically
 
 _FORMAT = 1  # raise it when the meaning of what is stored changes, so that older counts are not read
 _SHOWN_EVERY = 10_000  # rows
@@ -97,7 +95,7 @@ def read_census(path: Path) -> Census:
     rows: dict[str, int] = {}
     texts = 0
     for where, row in read_rows(path):
-        user_id = parse_user_id(row, where)
+        user_id = parse_user_id(spell_user_id(row, "user_id"), where)
         if user_id in rows:
             raise FeedbackFormatError(f"{where}: this user stands in the file twice; give each user one row.")
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)
@@ -117,17 +115,10 @@ def _number(value: object, where: str, field: str, least: int) -> int:
 
 
 def _write(census: Census, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{uuid4().hex}")  # processes that count at once write the same
-    try:
-        with partial.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["user_id", "rows", "texts"])
-            writer.writerows(_lines(census))
-            flush(file)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with atomically(path, shared=True) as file, as_text(file) as text:  # processes that count at once write the same
+        writer = csv.writer(text)
+        writer.writerow(["user_id", "rows", "texts"])
+        writer.writerows(_lines(census))
 
 
 def _lines(census: Census) -> Iterable[tuple[str, int, int]]:

@@ -3,42 +3,38 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import Sampler
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
-from prlhf_lightning.data.census import Census, census_of, read_census
+from prlhf_lightning.data.cache import Ties
 from prlhf_lightning.data.collate import collate
-from prlhf_lightning.data.division import Division, HoldOut, Pairs
+from prlhf_lightning.data.division import HoldOut, Pairs
 from prlhf_lightning.data.history import PairsWithHistory
 from prlhf_lightning.data.loading import Loader, make_loader, refuse_injected_sampler, resume_point, share_of
 from prlhf_lightning.data.order import TrainingOrder
-from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
+from prlhf_lightning.data.prepared import PreparedFeedback, Stage
+from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
-from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
-from prlhf_lightning.data.splits import SplitBy
+from prlhf_lightning.data.sources.base import DataSource
+from prlhf_lightning.data.splits import SplitBy, spread
 from prlhf_lightning.data.stream import FeedbackStream, StreamBatchSampler, StreamedRows
 from prlhf_lightning.data.summary import summary
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, TokenizationSettings
+from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.types import Feedback, PairTokens, PreferenceBatch, Tokens
-
-Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -174,7 +170,7 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def vocabulary(self) -> UserVocabulary:
         """The users of the training rows, sorted, after the generic user."""
-        return self._division.vocabulary
+        return self._prepared.division.vocabulary
 
     @property
     def num_users(self) -> int:
@@ -184,7 +180,7 @@ class PreferenceDataModule(LightningDataModule):
     @property
     def num_training_rows(self) -> int:
         """Number of rows that are trained on."""
-        return len(self._division.train)
+        return len(self._prepared.division.train)
 
     @property
     def longest_row(self) -> int:
@@ -192,24 +188,18 @@ class PreferenceDataModule(LightningDataModule):
 
         Of streamed rows, which are not known, it is what the limits allow.
         """
-        lengths = [int(data.lengths.max()) for data in self._splits.values()]
-        if self.streaming:
-            limits = self.settings
-            text = limits.max_user_text_length if self._census.texts else 0
-            lengths.append(text + limits.max_prompt_length + limits.max_completion_length)
-        return max(lengths)
+        return self._prepared.longest_row()
 
     @property
     def has_user_text(self) -> bool:
         """Whether any row of any split has a text about its user."""
-        streamed = self.streaming and self._census.texts > 0
-        return streamed or any(data.report.user_texts for data in self._splits.values())
+        return self._prepared.has_user_text()
 
     @property
     def eval_sets(self) -> dict[Stage, tuple[str, ...]]:
         """For each stage that evaluates, the names of its dataloaders in order, such as `("seen", "unseen")`."""
         stages: tuple[Stage, ...] = ("validate", "test", "predict")
-        return {stage: tuple(self._evaluation(stage)) for stage in stages}
+        return {stage: tuple(self._prepared.evaluation(stage)) for stage in stages}
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Return the number of training batches of each process in one epoch."""
@@ -217,23 +207,19 @@ class PreferenceDataModule(LightningDataModule):
 
     def evaluation_pairs(self, name: str, stage: Literal["validate", "test"] = "validate") -> Pairs | None:
         """Return the rows of one of `eval_sets`, `seen` or `unseen`, or None where it is empty."""
-        return self._division.evaluation.get(stage, {}).get(name)
+        return self._prepared.division.evaluation.get(stage, {}).get(name)
 
     def votes_by_user(self) -> dict[str, int]:
         """Return how many training rows each user gave."""
-        train = self._division.train
-        if isinstance(train, StreamedRows):
-            return {user_id: self._census.rows[user_id] for user_id in train.vocabulary.ids}
-        counts = np.bincount(train.split.users[train.positions], minlength=len(train.split.user_ids))
-        return {user_id: count for user_id, count in zip(train.split.user_ids, counts.tolist(), strict=True) if count}
+        return self._prepared.votes_by_user()
 
     def known_as(self, user_id: str) -> str:
         """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
-        return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
+        return self._prepared.known_as(user_id)
 
     def histories(self) -> Iterator[tuple[list[str], PairTokens]]:
         """Yield all training users, some at a time, each with up to `history_size` of their pairs, always the same."""
-        pairs = self._with_history
+        pairs = self._prepared.with_history
         return iter(()) if pairs is None else pairs.of_users()
 
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
@@ -245,48 +231,49 @@ class PreferenceDataModule(LightningDataModule):
         Returns:
             `[B, L]` token ids, padded on the right.
         """
-        return Tokens.from_lists([ids.tolist() for ids in self._prompt_tokenizer.prompts(prompts)])
+        return Tokens.from_lists([ids.tolist() for ids in self._prepared.tokenize.prompts(prompts)])
 
     def where(self, record: int, stage: Stage = "train") -> str:
         """Return where a row stands in the source, given its number in `PreferenceBatch.records`."""
-        sets: list[Pairs | Requests] = list(self._evaluation(stage).values())
-        return (self._division.train if stage == "train" else sets[0]).where(record)
+        sets: list[Pairs | Requests] = list(self._prepared.evaluation(stage).values())
+        return (self._prepared.division.train if stage == "train" else sets[0]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
         """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`.
 
         Of thumbs, those of them that are up.
         """
-        pairs = next(iter(self._division.evaluation.get("validate", {}).values()), None)
+        pairs = next(iter(self._prepared.division.evaluation.get("validate", {}).values()), None)
         if pairs is None:
             return collate([])
-        places = np.linspace(0, len(pairs) - 1, min(count, len(pairs))).astype(np.int64)
-        return collate([row for row in pairs.__getitems__(places.tolist()) if row["chosen_ids"]])
+        rows = pairs.__getitems__(spread(len(pairs), count).tolist())
+        return collate([row for row in rows if row["chosen_ids"]])
 
     def describe(self) -> str:
         """Return a summary of what is trained and evaluated on, in one paragraph."""
         counts = self.source.counts("train") if self.streaming else {}
-        return summary(self._division, self._splits, self.order, self._sequences, self.settings.overlong, counts)
+        made = self._prepared
+        return summary(made.division, made.splits, self.order, self._sequences, self.settings.overlong, counts)
 
     def prepare_data(self) -> None:
         """Validate and tokenise every split of the source, or count its users, unless the cache has them."""
-        _ = self._splits
+        _ = self._prepared.splits
         if self.streaming:
-            _ = self._census
+            _ = self._prepared.census
 
     def setup(self, stage: str) -> None:
         """Open the caches, divide the rows, and say what there is."""
         if self.trainer is not None:
             refuse_injected_sampler(self.trainer)
         name: Any = TrainerFn(stage).value  # Lightning passes a member of this enum
-        if name != "fit" and not self._evaluation(name):
+        if name != "fit" and not self._prepared.evaluation(name):
             split = {"validate": "validation", "test": "test"}.get(name, "test or validation")
             raise ConfigurationError(f"There is nothing to {name} on; give the source a {split} split.")
         rank_zero_info(self.describe())
 
     def train_dataloader(self) -> Loader:
         """Return the batches of this process, in the order of the epoch that training has reached."""
-        pairs = self._with_history or self._division.train
+        pairs = self._prepared.with_history or self._prepared.division.train
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             if isinstance(pairs, StreamedRows):
                 raise ConfigurationError("trainer.overfit_batches needs stored rows: set data.streaming: false.")
@@ -295,7 +282,8 @@ class PreferenceDataModule(LightningDataModule):
         if self.trainer is not None:
             # Lightning sets the epoch of samplers too, but when it resumes only after it began to iterate.
             sampler.set_epoch(*resume_point(self.trainer))
-        return self._loader(self._stream(pairs, sampler) if isinstance(pairs, StreamedRows) else pairs, sampler)
+        rows = self._prepared.stream(pairs, sampler) if isinstance(pairs, StreamedRows) else pairs
+        return self._loader(rows, sampler)
 
     def val_dataloader(self) -> list[Loader]:
         """Return one dataloader for each of `eval_sets["validate"]`."""
@@ -314,67 +302,21 @@ class PreferenceDataModule(LightningDataModule):
         return self._evaluation_loaders("predict")
 
     @cached_property
-    def _splits(self) -> dict[Split, TokenizedSplit]:
-        available = self.source.splits()
-        if "train" not in available:
-            raise ConfigurationError(
-                f"{type(self.source).__name__} has no train split, which tells the users; give it one."
-            )
-        cache = FeedbackCache(
-            self.cache_dir, self._loaded_tokenizer, self.settings, self.feedback, self.ties, self.pseudonyms
+    def _prepared(self) -> PreparedFeedback:
+        """Made when it is first needed: until then what it is made of may be set."""
+        return PreparedFeedback(
+            source=self.source,
+            tokenizer=self.tokenizer,
+            settings=self.settings,
+            hold_out=self.hold_out,
+            feedback=self.feedback,
+            ties=self.ties,
+            streaming=self.streaming,
+            users_file=self.users_file,
+            pseudonyms=self.pseudonyms,
+            cache_dir=self.cache_dir,
+            history_size=self.history_size,
         )
-        stored = [split for split in SPLITS if split in available and not (self.streaming and split == "train")]
-        return {split: cache.open(self.source, split) for split in stored}
-
-    @cached_property
-    def _census(self) -> Census:
-        if self.users_file is None:
-            return census_of(self._stream_source, "train", self.cache_dir)
-        census = read_census(self.users_file)
-        return replace(census, rows={self.known_as(user_id): rows for user_id, rows in census.rows.items()})
-
-    @property
-    def _stream_source(self) -> DataSource:
-        """The source whose rows are streamed, by users' ids as they are known here."""
-        return self.source if self.pseudonyms is None else PseudonymousSource(self.source, self.pseudonyms)
-
-    @cached_property
-    def _loaded_tokenizer(self) -> PreTrainedTokenizerBase:
-        if self.tokenizer is None:
-            raise ConfigurationError("PreferenceDataModule has no tokenizer; pass the policy's, or its path or name.")
-        return AutoTokenizer.from_pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
-
-    @cached_property
-    def _prompt_tokenizer(self) -> FeedbackTokenizer:
-        return FeedbackTokenizer(self._loaded_tokenizer, self.settings)
-
-    @cached_property
-    def _division(self) -> Division:
-        if self.streaming:
-            splits = self._splits  # first, as it checks that there is a train split
-            return self.hold_out.divide_stream(self._stream_source, self._census, splits)
-        return self.hold_out.divide(self._splits)
-
-    @cached_property
-    def _with_history(self) -> PairsWithHistory | None:
-        pairs = self._division.train
-        if not self.history_size or not isinstance(pairs, Pairs):
-            return None
-        return PairsWithHistory(pairs, self.history_size, self.hold_out.seed)
-
-    @cached_property
-    def _requests(self) -> dict[str, Requests]:
-        prompts = list(self.source.prompts())
-        if not prompts:
-            return {}
-        places, texts = zip(*prompts, strict=True)
-        return {"prompts": Requests(places, self._prompt_tokenizer.prompts(texts), self.vocabulary.ids)}
-
-    def _evaluation(self, stage: Stage) -> Mapping[str, Pairs | Requests]:
-        evaluation = self._division.evaluation
-        if stage == "predict":
-            return self._requests or evaluation.get("test") or evaluation.get("validate", {})
-        return evaluation.get(stage, {}) if stage != "train" else {}
 
     def _evaluation_loaders(self, stage: Stage) -> list[Loader]:
         # That there may be nothing to validate on is said by `describe`.
@@ -382,7 +324,7 @@ class PreferenceDataModule(LightningDataModule):
         share = share_of(self.trainer)
         return [
             self._loader(pairs, SequentialBatchSampler(len(pairs), self.eval_batch_size, *share))
-            for pairs in self._evaluation(stage).values()
+            for pairs in self._prepared.evaluation(stage).values()
         ]
 
     @property
@@ -391,11 +333,7 @@ class PreferenceDataModule(LightningDataModule):
         return 2 if self.feedback == "pairs" else 1
 
     def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler | StreamBatchSampler:
-        return self.order.batches(self._division.train, self._sequences, rank, world_size)
-
-    def _stream(self, rows: StreamedRows, sampler: Any) -> FeedbackStream:
-        tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.settings)
-        return FeedbackStream(rows, sampler.order, tokenize, self.feedback, drop_ties=self.ties == "drop")
+        return self.order.batches(self._prepared.division.train, self._sequences, rank, world_size)
 
     def _loader(self, rows: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
         return make_loader(rows, batches, self.num_workers, self.pin_memory)

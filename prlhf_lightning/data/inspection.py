@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.cache import Ties
-from prlhf_lightning.data.judgements import Judgements, Pairs
+from prlhf_lightning.data.judgements import Judgements, Matches
 from prlhf_lightning.data.problems import Problem, Problems, Severity
 from prlhf_lightning.data.progress import counted
 from prlhf_lightning.data.readers import Unreadable
@@ -91,7 +91,7 @@ class _Finding(NamedTuple):
 
     kind: str
     split: Split
-    pairs: Pairs
+    matches: Matches
     partner_split: Split
     problem: str
     fix: str
@@ -191,8 +191,7 @@ class Inspector:
         settings = self.settings
         over = False
         for name, named, part in zip(ids._fields, ("user_text", "prompt", *item.record.fields), ids, strict=True):
-            setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
-            limit = getattr(settings, setting)
+            setting, limit = settings.limit(name)
             if len(part) > limit:
                 over = True
                 done = {"truncate": "cut", "drop": "left out", "error": "refused"}[settings.overlong]
@@ -237,17 +236,17 @@ class Inspector:
 
     def _place(self, findings: Iterable[_Finding]) -> None:
         """Read as much as is needed again, to say where the rows of findings stand: they were kept as numbers."""
-        findings = [finding for finding in findings if finding.pairs.count]
+        findings = [finding for finding in findings if finding.matches.count]
         numbers: dict[Split, set[int]] = {}
         for finding in findings:
-            numbers.setdefault(finding.split, set()).update(finding.pairs.rows.tolist())
-            numbers.setdefault(finding.partner_split, set()).update(finding.pairs.partners.tolist())
+            numbers.setdefault(finding.split, set()).update(finding.matches.rows.tolist())
+            numbers.setdefault(finding.partner_split, set()).update(finding.matches.partners.tolist())
         places = {(split, n): where for split, wanted in numbers.items() for n, where in self._places(split, wanted)}
-        for kind, split, pairs, partner_split, problem, fix in findings:
-            for row, partner in zip(pairs.rows.tolist(), pairs.partners.tolist(), strict=True):
+        for kind, split, matches, partner_split, problem, fix in findings:
+            for row, partner in zip(matches.rows.tolist(), matches.partners.tolist(), strict=True):
                 here, there = (places.get(key, "(gone since)") for key in ((split, row), (partner_split, partner)))
                 self._problems.add("warning", Problem.at(split, here, problem.format(there), fix), kind)
-            self._problems.add_unseen("warning", kind, pairs.count - len(pairs.rows))
+            self._problems.add_unseen("warning", kind, matches.count - len(matches.rows))
 
     def _places(self, split: Split, numbers: set[int]) -> Iterator[tuple[int, str]]:
         if numbers:

@@ -5,7 +5,6 @@ Two texts in ten million share a 64-bit hash with a probability of three in a mi
 
 from __future__ import annotations
 
-import json
 from array import array
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -21,8 +20,8 @@ _Keys = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
-class Pairs:
-    """Rows that belong together.
+class Matches:
+    """Rows that belong to earlier ones.
 
     Attributes:
         count: How many there are.
@@ -64,13 +63,13 @@ class Judgements:
         self._judged.append(_mixed(pair, text_key(record.user_id)))
         self._sides.append(chosen > rejected)
 
-    def duplicates(self, most: int) -> Pairs:
+    def duplicates(self, most: int) -> Matches:
         """Return judgements that their user has made before: the same prompt, chosen and rejected."""
         _, first, group = np.unique(self._ballots(), return_index=True, return_inverse=True)
         again = np.flatnonzero(first[group] != np.arange(len(self)))
         return self._found(again, first[group[again]], most)
 
-    def contradictions(self, most: int) -> Pairs:
+    def contradictions(self, most: int) -> Matches:
         """Return judgements whose opposite their user has made before; each user and pair once."""
         _, first = np.unique(self._ballots(), return_index=True)
         first.sort()
@@ -78,7 +77,7 @@ class Judgements:
         later = np.flatnonzero(earliest[group] != np.arange(len(first)))
         return self._found(first[later], first[earliest[group[later]]], most)
 
-    def leaked(self, training: Judgements, by: str, most: int) -> Pairs:
+    def leaked(self, training: Judgements, by: str, most: int) -> Matches:
         """Return judgements on what stands in training too, each with the first row of training that it stands in.
 
         Args:
@@ -89,11 +88,11 @@ class Judgements:
         there, first = np.unique(training._by(by), return_index=True)
         mine = self._by(by)
         if not len(there):
-            return Pairs(0, *2 * [np.empty(0, np.int64)])
+            return Matches(0, *2 * [np.empty(0, np.int64)])
         place = np.minimum(np.searchsorted(there, mine), len(there) - 1)
         found = np.flatnonzero(there[place] == mine)
         rows = training._found(first[place[found]], first[place[found]], most).rows
-        return Pairs(len(found), _array(self._rows)[found[:most]].astype(np.int64), rows)
+        return Matches(len(found), _array(self._rows)[found[:most]].astype(np.int64), rows)
 
     def distinct(self, by: str) -> int:
         """Return the number of different prompts, pairs or judgements."""
@@ -106,9 +105,9 @@ class Judgements:
         """`[n]` hash of user, pair and the side that was chosen."""
         return _array(self._judged) ^ (_array(self._sides).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15))
 
-    def _found(self, places: _Rows, partners: _Rows, most: int) -> Pairs:
+    def _found(self, places: _Rows, partners: _Rows, most: int) -> Matches:
         rows = _array(self._rows)
-        return Pairs(len(places), *(rows[which[:most]].astype(np.int64) for which in (places, partners)))
+        return Matches(len(places), *(rows[which[:most]].astype(np.int64) for which in (places, partners)))
 
 
 def _array(values: array[int]) -> _Keys:
@@ -116,7 +115,7 @@ def _array(values: array[int]) -> _Keys:
 
 
 def _key(text: Text | None) -> int:
-    return 0 if text is None else text_key(text if isinstance(text, str) else json.dumps(text, sort_keys=True))
+    return 0 if text is None else text_key(text)
 
 
 def _mixed(*keys: int) -> int:

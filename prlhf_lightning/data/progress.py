@@ -1,4 +1,4 @@
-"""Progress of work on rows of which the number is not known before they are read."""
+"""Progress of long work, on the terminal, if there is one."""
 
 from __future__ import annotations
 
@@ -6,25 +6,50 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 _T = TypeVar("_T")
 _STEP = 1000  # rows between two looks at the clock
 
 
+def bars(show: bool = True) -> Progress:
+    """Return bars of work of which the amount is known, to add tasks to."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return _progress(*columns, show=show)
+
+
+def tracked(items: Iterable[_T], description: str, total: float | None = None, show: bool = True) -> Iterator[_T]:
+    """Yield items while a bar tells how many are done of all; of those that have a length, that is the total."""
+    with bars(show) as progress:
+        yield from progress.track(items, total, description=description)
+
+
 def counting(description: str) -> Progress:
-    """Return a bar with one task, that counts rows on the terminal, if there is one."""
-    console = Console(stderr=True)
+    """Return one task that counts rows of which the number is not known before they are read."""
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
-    progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    progress = _progress(*columns)
     progress.add_task(description, total=None)
     return progress
 
 
 def counted(items: Iterable[_T], description: str) -> Iterator[_T]:
-    """Yield items while a bar counts them."""
+    """Yield items while they are counted."""
     with counting(description) as progress:
         for number, item in enumerate(items):
             if number % _STEP == 0:
                 progress.update(progress.task_ids[0], completed=number)
             yield item
+
+
+def _progress(*columns: ProgressColumn, show: bool = True) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=not (show and console.is_terminal))

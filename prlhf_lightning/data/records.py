@@ -69,7 +69,7 @@ class FeedbackRecord:
         return ("completion", "completion") if self.thumb else ("chosen", "rejected")
 
 
-_LABELS = {"true": True, "false": False}
+_LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 class TieError(FeedbackFormatError):
@@ -126,13 +126,14 @@ def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Colu
     prompt, completion = _split_prompt(row, where, columns, completion, "completion")
     _check_completion(completion, where, "completion")
     value = _required(row, where, "label", columns)
-    up = _LABELS.get(value.strip().lower()) if isinstance(value, str) else value  # CSV has texts only
-    if not isinstance(up, bool):
+    # CSV has texts only, and many tables have 1 and 0 for true and false.
+    up = _LABELS.get(str(value).strip().lower()) if isinstance(value, str | int) else None
+    if up is None:
         _fail(
             where,
             "label",
-            f"is {_shown(value)}, of type {type(value).__name__}; write true for a thumbs-up and false for a "
-            "thumbs-down",
+            f"is {_shown(value)}, of type {type(value).__name__}; write true (or 1) for a thumbs-up and "
+            "false (or 0) for a thumbs-down",
         )
     chosen, rejected = (completion, None) if up else (None, completion)
     return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns), thumb=True)
@@ -145,13 +146,23 @@ def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAUL
         _fail(
             where,
             "user_id",
-            f"is of type {type(user_id).__name__}; write it as a string: ids are never "
-            "converted, so that 7 and '007' cannot become one person by accident",
+            f"is of type {type(user_id).__name__}; write it as a string (in files, whole numbers are read as strings; "
+            "pandas makes numbers like 7.0 of a column with gaps: fill or drop these rows first)",
         )
     check_characters(user_id, where, "user_id")
     if not user_id.strip():
         _fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
     return user_id
+
+
+def spell_user_id(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
+    """Return a raw row with a whole number for an id, as databases have it, written out: `7` as `"7"`.
+
+    No two ids become one by it. Sources do it before anything is done with their rows, so that pseudonyms, counts and
+    messages are of the id as written out. All else is left for validation to refuse.
+    """
+    user_id = row.get(column)
+    return {**row, column: str(user_id)} if type(user_id) is int else row  # True is no id
 
 
 def _fail(where: str, field: str, problem: str) -> NoReturn:

@@ -6,12 +6,15 @@ no row from one side to the other.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from prlhf_lightning.data.records import Text
 
 SplitBy: TypeAlias = Literal["prompt", "pair"]
 Positions: TypeAlias = npt.NDArray[np.int64]
@@ -35,8 +38,14 @@ class TrainValidation:
     orphans: int
 
 
-def text_key(text: str) -> int:
+def spread(length: int, most: int) -> Positions:
+    """Return up to `most` positions, spread evenly over `length`."""
+    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)
+
+
+def text_key(text: Text) -> int:
     """Return a 64-bit hash of a text."""
+    text = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

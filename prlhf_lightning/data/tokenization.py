@@ -78,6 +78,11 @@ class TokenizationSettings:
         if self.overlong not in get_args(Overlong):
             raise ConfigurationError(f"overlong is {self.overlong!r}; it must be one of {get_args(Overlong)}.")
 
+    def limit(self, part: str) -> tuple[str, int]:
+        """Return the setting that limits a part of a record (a field of `TokenizedRecord`), and the limit."""
+        setting = f"max_{part}_length" if part in ("prompt", "user_text") else "max_completion_length"
+        return setting, getattr(self, setting)
+
 
 @dataclass
 class FeedbackTokenizer:
@@ -188,8 +193,7 @@ class FeedbackTokenizer:
         settings = self.settings
         over: dict[str, Ids] = {}
         for name, field_name, ids in zip(row._fields, ("user_text", "prompt", *fields), row, strict=True):
-            setting = f"max_{name}_length" if name in ("prompt", "user_text") else "max_completion_length"
-            limit = getattr(settings, setting)
+            setting, limit = settings.limit(name)
             if len(ids) <= limit:
                 continue
             message = f"{where}: field {field_name!r} has {len(ids)} tokens, limit {limit}"

@@ -56,7 +56,7 @@ def measure(module: PersonalizedLM, batch: PreferenceBatch, most: int) -> dict[s
 
 
 def _rows(tokens: Tokens) -> list[list[int]]:
-    return [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+    return [ids.tolist() for ids in tokens.unpadded()]
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -95,5 +95,4 @@ def _shares(user: str | Mapping[str, float] | None, vocabulary: UserVocabulary) 
 def _vectors(model: Callable[[Users], SoftPrompt], index: Tensor, text: SoftPrompt | None) -> list[Tensor]:
     """Return the vectors `[T_i, d]` of some rows of the user table, all with the same text."""
     texts = None if text is None else text.select(torch.zeros_like(index))
-    prompt = model(Users(index, texts))
-    return [vectors[mask] for vectors, mask in zip(prompt.vectors, prompt.mask, strict=True)]
+    return model(Users(index, texts)).unpadded()

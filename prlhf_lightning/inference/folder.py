@@ -120,7 +120,9 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise ConfigurationError(f"{path.parent} has no {path.name}; give a folder that `export` wrote.") from error
+        last = path.parent / "checkpoints/last.ckpt"
+        instead = f"the run's checkpoint, as {last}" if last.exists() else "a folder that `export` wrote"
+        raise ConfigurationError(f"{path.parent} has no {path.name}; give {instead}.") from error
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"{path} can't be read as JSON ({error}); export the folder again.") from error
     if not isinstance(content, dict):

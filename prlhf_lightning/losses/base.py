@@ -93,6 +93,11 @@ class PreferenceLoss(nn.Module, ABC):
                 "give data with a 'rejected' field, or train on the chosen ones with SFTLoss."
             )
         losses = self.pair_loss(policy, reference)
+        if losses.shape != (pairs := policy.chosen.sum.shape):  # a mean would be broadcast, and pass for a loss
+            raise ConfigurationError(
+                f"{name} returned a loss of shape {list(losses.shape)} for {pairs[0]} pairs; return one for each, "
+                f"{list(pairs)}, neither averaged nor summed."
+            )
         if self.sft_weight:
             # Where there is no chosen completion, as of a thumbs-down, there is none to imitate.
             losses = losses - self.sft_weight * policy.chosen.sum / policy.chosen.lengths.clamp(min=1)

@@ -35,45 +35,44 @@ def names_of(module: nn.Module, tables: Sequence[Tensor]) -> list[str]:
     return [names[id(table)] for table in tables if id(table) in names]
 
 
-def new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, by the table's name, the row of each table that a user gets who is added.
-
-    Args:
-        names: Those of the user model's tables.
-        user_model: What knows the rows.
-        weights: Those of the checkpoint. Tables that are frozen, or held by another process, are not among them.
-    """
-    if not weights.keys() >= set(names):
-        return {}
-    rows = user_model.new_rows([weights[name] for name in names])
-    return {name: row.detach().clone() for name, row in zip(names, rows, strict=True)}
-
-
-def entry(
+def fill(
+    checkpoint: dict[str, Any],
+    module: nn.Module,
+    user_model: UserModel,
     users: UserVocabulary | None,
-    rows: Mapping[str, Tensor],
-    shares: Sequence[str],
     seed: int,
-    tokenization: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return the entry.
+    tokenization: Mapping[str, Any],
+) -> None:
+    """Keep of a module's weights what was trained, and put the entry beside it.
 
     Args:
-        users: Those whose rows the tables hold.
-        rows: What `new_rows` returns; kept so that users can be added to and removed from a file without building its
-            model.
-        shares: Names of the tables whose rows are unnormalised weights.
+        checkpoint: As Lightning has made it, with all weights.
+        module: What they are of.
+        user_model: A part of it.
+        users: Those whose rows its tables hold.
         seed: What chance was drawn from.
         tokenization: How the data module made ids of text, so that prompts are written as in training.
     """
-    return {
+    kept = trained_names(module)
+    weights = {name: weight for name, weight in checkpoint["state_dict"].items() if name in kept}
+    checkpoint["state_dict"] = weights
+    checkpoint[KEY] = {
         "format": FORMAT,
         "users": list(users.ids) if users is not None else [],
-        "new_rows": dict(rows),
-        "shares": list(shares),
+        # So that users can be added to and removed from a file without building its model.
+        "new_rows": _new_rows(names_of(module, user_model.row_tables()), user_model, weights),
+        "shares": names_of(module, user_model.share_tables()),  # tables whose rows are unnormalised weights
         "seed": seed,
-        "tokenization": dict(tokenization or {}),
+        "tokenization": dict(tokenization),
     }
+
+
+def _new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return, by the table's name, the row of each table that a user gets who is added."""
+    if not weights.keys() >= set(names):  # frozen, or held by another process
+        return {}
+    rows = user_model.new_rows([weights[name] for name in names])
+    return {name: row.detach().clone() for name, row in zip(names, rows, strict=True)}
 
 
 def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from rich.progress import track
 from torch.nn.functional import embedding_bag
 
 from prlhf_lightning.data.history import USERS_AT_ONCE
+from prlhf_lightning.data.progress import tracked
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
@@ -57,7 +57,7 @@ def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabu
     device = tables[0].device
     is_short = len(vocabulary) < _WORTH_A_BAR or getattr(rank_zero_only, "rank", 0) != 0
     blocks = len(vocabulary) / USERS_AT_ONCE
-    for user_ids, pairs in track(data.histories(), "Users' histories", blocks, disable=is_short):
+    for user_ids, pairs in tracked(data.histories(), "Users' histories", blocks, show=not is_short):
         rows = vocabulary.rows(user_ids).to(device)
         known = rows > 0  # a checkpoint may not know all of the data's users
         for table, found in zip(tables, user_model.history_rows(pooled(policy, pairs.to(device))), strict=True):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -181,59 +180,6 @@ def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: La
         rate = settings["lr"] * scheduler.lr_lambdas[number](scheduler.last_epoch)
         group.update(settings, lr=rate, initial_lr=settings["lr"])
         scheduler.base_lrs[number] = settings["lr"]
-
-
-def gradient_norm(
-    params: Iterable[nn.Parameter],
-    sharded: Iterable[nn.Parameter] = (),
-    add_up: Callable[[Tensor], Tensor] = lambda part: part,
-    device: torch.device | None = None,
-) -> Tensor:
-    """Return the joint norm `[]` of all gradients, sparse ones included, which are coalesced.
-
-    Args:
-        params: Parameters that this process has all of, with gradients that are the same everywhere.
-        sharded: Parameters that this process has a part of.
-        add_up: Returns the sum of a number over the processes that have the parts.
-        device: Where numbers are that travel between processes; gradients may be kept on the host.
-    """
-    parts = _gradients(sharded)
-    norm: Tensor = nn.utils.get_total_norm(_gradients(params)).to(device)
-    if not parts:
-        return norm
-    of_parts = add_up(nn.utils.get_total_norm(parts).to(device).square()).sqrt()
-    joint: Tensor = torch.stack([norm, of_parts]).norm()
-    return joint
-
-
-def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, norm: Tensor | None = None) -> Tensor:
-    """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm.
-
-    Args:
-        params: Parameters with gradients, of which this process may have parts only.
-        max_norm: The limit.
-        norm: `[]` the norm as it is, if `gradient_norm` has computed it already.
-    """
-    grads = _gradients(params)
-    norm = nn.utils.get_total_norm(grads) if norm is None else norm
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for grad in grads:
-        grad.mul_(scale.to(grad.device))
-    return norm
-
-
-def _gradients(params: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Return this process's gradients as dense tensors that share their memory."""
-    grads = []
-    for param in params:
-        if param.grad is None:
-            continue
-        if param.grad.is_sparse:
-            param.grad = param.grad.coalesce()
-            grads.append(param.grad.values())
-        else:
-            grads.append(param.grad.to_local() if isinstance(param.grad, DTensor) else param.grad)
-    return grads
 
 
 def training_batches(trainer: Trainer) -> int:

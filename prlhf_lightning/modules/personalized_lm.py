@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,35 +21,23 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import UserAccuracy, UserAUC
 from prlhf_lightning.modules import checkpoint_content
-from prlhf_lightning.modules.checkpoint_content import names_of, new_rows, trained_names
+from prlhf_lightning.modules.checkpoint_content import names_of, trained_names
 from prlhf_lightning.modules.checkpoint_fit import check_names, check_shapes
 from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
 from prlhf_lightning.modules.evaluation import HEADLINE, Evaluation
 from prlhf_lightning.modules.finite import FiniteGuard, what_to_try
-from prlhf_lightning.modules.history import check_histories, keep_histories
+from prlhf_lightning.modules.gradients import StepParameters, clip_gradients
+from prlhf_lightning.modules.history import keep_histories
 from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, values_to_log
 from prlhf_lightning.modules.objective import Objective, Term
-from prlhf_lightning.modules.optim import (
-    Optim,
-    apply_settings,
-    clip_gradients,
-    gradient_norm,
-    make_optimizer,
-    make_schedule,
-    optimizer_steps,
-)
-from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model, sum_over_processes
+from prlhf_lightning.modules.optim import Optim, apply_settings, make_optimizer, make_schedule, optimizer_steps
+from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model
 from prlhf_lightning.modules.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.row_lengths import check_row_lengths
 from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
 from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
-from prlhf_lightning.modules.trainer_settings import (
-    check_batch_size,
-    check_feedback,
-    check_same_data,
-    check_trainer,
-)
+from prlhf_lightning.modules.trainer_settings import check_feedback, check_fit
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
@@ -132,10 +119,7 @@ class PersonalizedLM(LightningModule):
             self.vocabulary = datamodule.vocabulary
         check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
-            check_trainer(self.trainer)
-            check_histories(self.user_model, self.loss, datamodule)
-            check_same_data(self.trainer, self.vocabulary)
-            check_batch_size(self.loss, getattr(datamodule, "batch_size", 2))
+            check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
             settings = getattr(datamodule, "settings", None)
             self._tokenization = asdict(settings) if settings is not None else {}
         sets = getattr(datamodule, "eval_sets", {})
@@ -206,24 +190,18 @@ class PersonalizedLM(LightningModule):
         Lightning's own clipping does not know sparse gradients. It calls this before every step, clipping or not, and
         when all processes have the same gradients.
         """
-        parts = list(self.policy.parameters()) if is_sharded(self.policy) else []
-        ids = {id(param) for param in parts}
-        whole = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids]
-        params = [*whole, *parts]
-        norm = gradient_norm(whole, parts, partial(sum_over_processes, self.trainer), self.device)
+        moved = StepParameters.of(optimizer, self.policy)
+        norm = moved.norm(self.trainer, self.device)
         if not self._finite.may_step(norm, self.trainer):
             # One process alone can't compute a sharded policy's gradient.
             losses_of = None if is_sharded(self.policy) else lambda batch: self.objective(batch)[0]
             advice = what_to_try(self.trainer, self.policy, self.loss)
-            raise self._finite.error(self, params, losses_of, advice)
+            raise self._finite.error(self, moved.all, losses_of, advice)
         if gradient_clip_val and gradient_clip_algorithm == "value":
-            if parts or any(param.grad is not None and param.grad.is_sparse for param in params):
-                raise ConfigurationError(
-                    "trainer.gradient_clip_algorithm: user tables and sharded policies can be clipped by 'norm' only."
-                )
+            moved.refuse_clipping_by_value()
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
-            clip_gradients(params, gradient_clip_val, norm)
+            clip_gradients(moved.all, gradient_clip_val, norm)
 
     # ---- objective
 
@@ -393,7 +371,7 @@ class PersonalizedLM(LightningModule):
         return [{"user_id": user, "prompt": prompt, "completion": text} for user, prompt, text in rows]
 
     def _texts(self, tokens: Tokens) -> list[str]:
-        ids = [row[mask].tolist() for row, mask in zip(tokens.ids, tokens.mask, strict=True)]
+        ids = [row.tolist() for row in tokens.unpadded()]
         return [str(text) for text in self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     # ---- checkpoints
@@ -426,26 +404,18 @@ class PersonalizedLM(LightningModule):
             # A run that goes on from here must find what this one knows: computed anew, in another batch, the
             # reference's log-probs would differ in their last bits.
             self._reference_store.cache.flush()
-        kept = trained_names(self)
-        checkpoint["state_dict"] = weights = {k: v for k, v in checkpoint["state_dict"].items() if k in kept}
-        checkpoint[checkpoint_content.KEY] = checkpoint_content.entry(
-            self.vocabulary,
-            new_rows(names_of(self, self.user_model.row_tables()), self.user_model, weights),
-            names_of(self, self.user_model.share_tables()),
-            torch.initial_seed() if self._seed is None else self._seed,
-            self._tokenization,
-        )
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        checkpoint_content.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
-        users = checkpoint_content.users_of(checkpoint)
+        kept, users = checkpoint_content.entry_of(checkpoint), checkpoint_content.users_of(checkpoint)
         end_epoch(checkpoint)
-        self._seed = checkpoint[checkpoint_content.KEY].get("seed")
-        self._tokenization = self._tokenization or checkpoint[checkpoint_content.KEY].get("tokenization") or {}
-        if self.vocabulary is None:
-            self.vocabulary = users
-        elif self.vocabulary != users:
-            checkpoint_content.warn_of_other_users(users, self.vocabulary)
+        self._seed = kept.get("seed")
+        self._tokenization = self._tokenization or kept.get("tokenization") or {}
+        if self.vocabulary != users:
+            if self.vocabulary is not None:
+                checkpoint_content.warn_of_other_users(users, self.vocabulary)
             self.vocabulary = users
         self.configure_model()
 

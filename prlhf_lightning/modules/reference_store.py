@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import Trainer
 
@@ -32,7 +35,9 @@ class ReferenceStore:
         Args:
             batch: B pairs in the host's memory, so that reading their ids does not wait for a device.
         """
-        texts, prompts = _rows(batch.user_text) if self.sees_text else [()] * len(batch), _rows(batch.prompt)
+        nothing = np.empty(0, np.int64)
+        texts = _rows(batch.user_text) if self.sees_text else [nothing] * len(batch)
+        prompts = _rows(batch.prompt)
         keys = [
             [content_key(*parts) for parts in zip(texts, prompts, _rows(completion), strict=True)]
             for completion in (batch.chosen, batch.rejected)
@@ -91,8 +96,8 @@ def exchange(store: ReferenceStore | None, trainer: Trainer) -> None:
         store.cache.refresh()
 
 
-def _rows(tokens: Tokens) -> list[Sequence[int]]:
-    return [ids[mask].numpy() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)]
+def _rows(tokens: Tokens) -> list[npt.NDArray[Any]]:
+    return [ids.numpy() for ids in tokens.unpadded()]
 
 
 def _pad(values: Sequence[Values | None], completion: Tokens) -> LogProbs:

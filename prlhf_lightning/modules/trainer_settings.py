@@ -7,9 +7,11 @@ from lightning.pytorch import Trainer
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.modules.history import check_histories
 from prlhf_lightning.modules.optim import training_batches
 from prlhf_lightning.modules.processes import gather_objects
 from prlhf_lightning.types import Feedback
+from prlhf_lightning.user_models import UserModel
 
 _COLUMNS: dict[Feedback, str] = {
     "pairs": "pairs ('chosen' and 'rejected')",
@@ -30,6 +32,19 @@ def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
             f"it feedback={loss.feedback!r} and such rows, or choose another loss (KTOLoss for thumbs, DPOLoss for "
             "pairs, SFTLoss for demonstrations)."
         )
+
+
+def check_fit(trainer: Trainer, user_model: UserModel, loss: PreferenceLoss, vocabulary: UserVocabulary) -> None:
+    """Refuse what a fit would stumble over; all processes must call it.
+
+    Raises:
+        ConfigurationError: Names the setting.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    check_trainer(trainer)
+    check_histories(user_model, loss, datamodule)
+    check_same_data(trainer, vocabulary)
+    check_batch_size(loss, getattr(datamodule, "batch_size", 2))
 
 
 def check_batch_size(loss: PreferenceLoss, batch_size: int) -> None:

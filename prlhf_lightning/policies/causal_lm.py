@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,6 +29,8 @@ from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
 _ASSETS = files("prlhf_lightning") / "assets"
+#: What one of which is in a folder that `from_pretrained` reads.
+_FILES = {"weights": ["config.json", "adapter_config.json"], "tokenizer": ["*token*", "vocab*", "*.model"]}
 _WORDS = 8192  # words to start soft prompts from: the scale is what matters
 
 
@@ -84,7 +87,7 @@ class CausalLMPolicy(Policy):
     def path(self) -> str:
         """Where the weights and the tokenizer are: a folder, or a hub name."""
         if not self.name.startswith(_BUILTIN):
-            return self.name
+            return str(Path(self.name).expanduser()) if self.name.startswith("~") else self.name
         return str(_ASSETS / self.name.removeprefix(_BUILTIN))
 
     @cached_property
@@ -98,15 +101,24 @@ class CausalLMPolicy(Policy):
 
     @contextmanager
     def _loading(self, what: str) -> Iterator[None]:
+        folder, cause = Path(self.path), ""
+        if not folder.exists():
+            if self.path.startswith((".", "/")) or self.path.count("/") > 1:  # no name on the hub
+                cause = "there is no such folder"
+            elif folder.parent.is_dir() and folder.parent != Path():
+                warnings.warn(f"There is no folder {self.path}: looking for it on the hub.", stacklevel=2)
+        elif folder.is_dir() and not any(any(folder.glob(name)) for name in _FILES[what]):
+            cause = f"the folder holds no {what} ({' or '.join(_FILES[what])})"
+        told = (
+            f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that `save_pretrained` "
+            "wrote (the tokenizer's too), or a hub name that this machine can reach. Cause: "
+        )
+        if cause:
+            raise ConfigurationError(told + cause)
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError) as error:
-            missing = self.name.startswith((".", "/", "~")) and not Path(self.name).exists()
-            cause = "there is no such folder" if missing else str(error).partition("\n")[0]
-            raise ConfigurationError(
-                f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that "
-                f"`save_pretrained` wrote, or a hub name that this machine can reach. Cause: {cause}"
-            ) from error
+            raise ConfigurationError(told + str(error).partition("\n")[0]) from error
 
     def build(self, with_reference: bool = True) -> None:
         """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
@@ -123,6 +135,12 @@ class CausalLMPolicy(Policy):
                     )
             else:
                 lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
+        if getattr(lm, "_hf_peft_config_loaded", False):
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is an adapter, which the reference would be without. Merge it into its "
+                "base first: `m = peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`, "
+                "`m.save_pretrained(merged)`, save the tokenizer there too, and train on that folder."
+            )
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
         _switch_off_dropout(lm)
         lm.config.use_cache = False  # generate asks for its cache itself

@@ -36,6 +36,7 @@ def adapt(
     hash_user_ids_with: str | None = None,
     kinds: int = 4,
     steps: int = 0,
+    columns: dict[str, str] | None = None,
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
@@ -54,15 +55,21 @@ def adapt(
             their pseudonyms.
         kinds: Most kinds of trained users that a new one is compared with.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
+        columns: Names of the files' columns that differ from the fields', as in `{user_id: worker}`.
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     model = load_module(checkpoint, "checkpoint")
+    if not model.user_model.row_tables():
+        raise ConfigurationError(
+            f"checkpoint: {checkpoint} was trained with {type(model.user_model).__name__}, which keeps nothing of a "
+            "user, so that there is nothing to learn of new ones. Train one that does, such as IndividualUserModel."
+        )
     settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     from_log = "://" in feedback
-    source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback)
+    source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     if hash_user_ids_with is not None:
         source = PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))
     leave_out = model.vocabulary.ids if from_log and model.vocabulary else ()
@@ -83,7 +90,8 @@ def adapt(
     console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
     if pool is not None and suggest:
         with console.status("Choosing what to ask"):
-            _print_suggestions(model, adapted, *read_pairs(model, FileSource(pool), settings, anyone=True), suggest)
+            asked = read_pairs(model, FileSource(pool, columns=columns), settings, anyone=True)
+            _print_suggestions(model, adapted, *asked, suggest)
     if output is not None:
         write_users(checkpoint, output, adapted)
         console.print(f"Added to {output}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
 
@@ -72,7 +72,9 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
     }
 
 
-def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path, quiet: bool = False) -> None:
+def compare(
+    contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path | None, quiet: bool = False
+) -> None:
     """Print the models' metrics side by side, and write them to `comparison.json`.
 
     Where the users are simulated, they also judge what each model writes for them, and a prompt is answered for
@@ -81,7 +83,7 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
     Args:
         contenders: The models by name.
         data: The data module that they were trained with.
-        folder: Where the file goes.
+        folder: Where the file goes; None writes none.
         quiet: Print and write nothing, for a process that only takes part because the models are sharded.
     """
     rows = {
@@ -119,11 +121,12 @@ def compare(contenders: Mapping[str, Contender], data: PreferenceDataModule, fol
             cells = [f"{values[key]:.3f}" if key in values else "" for values in results.values()]
             table.add_row(label, *cells, *([f"{limits[key]:.3f}" if key in limits else ""] if source else []))
     console = Console(quiet=quiet)
-    console.print(table)
+    console.print(table if table.row_count else "Nothing was validated on, so there is nothing to compare.")
     if source:
         _show_answers(console, contenders, data, source)
-    if not quiet:
-        _write_json(folder / "comparison.json", {**results, **({"best possible": limits} if source else {})})
+    if folder and not quiet:
+        content = {**results, **({"best possible": limits} if source else {})}
+        write_whole(folder / "comparison.json", json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _limits(source: SimulatedSource) -> dict[str, float]:
@@ -150,10 +153,3 @@ def _show_answers(
         for name, texts in answers.items():
             utility = source.judge(user.user_id, prompt, texts[i]).utility
             console.print(f"  [cyan]{name}[/cyan] [dim](utility {utility:+.2f})[/dim] {texts[i]}")
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

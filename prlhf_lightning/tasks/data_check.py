@@ -6,15 +6,16 @@ import sys
 from json import dumps
 from pathlib import Path
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.cache import Ties
 from prlhf_lightning.data.inspection import Inspector, Report
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.data_source import the_source
+from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.types import Feedback
 
 
@@ -77,8 +78,7 @@ def check(
     )
     report = inspector()
     if json is not None:
-        with checkpoint_files.replacing(json) as file:
-            file.write(dumps(report.as_dict(), indent=1).encode() + b"\n")
+        write_whole(json, dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(described(report))
     sys.exit(0 if report.ok else 1)
 
@@ -96,15 +96,10 @@ def described(report: Report) -> str:
         lines += [f"  {count:,} {what}" for what, count in counts.left_out.items()]
         lines += [f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread]
     for group in report.problems:
-        lines.append(f"\n{group.severity}: {_printable(group.kind)} ({group.count:,})")
-        lines += [f"  {_printable(str(problem))}" for problem in group.examples]
+        lines.append(f"\n{group.severity}: {printable(group.kind)} ({group.count:,})")
+        lines += [f"  {printable(str(problem))}" for problem in group.examples]
         if len(group.examples) < group.count:
             lines.append(f"  ... and {group.count - len(group.examples):,} more")
     errors, warnings = (report.problems.count(severity) for severity in ("error", "warning"))
     lines.append(f"\nErrors: {errors:,}. Warnings: {warnings:,}.")
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    """Escape what could move a terminal's cursor, or cannot be encoded."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

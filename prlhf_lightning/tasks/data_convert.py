@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.problems import Problem
 from prlhf_lightning.data.progress import counted
 from prlhf_lightning.data.readers import Unreadable
@@ -21,6 +20,7 @@ from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_re
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import replacing
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.types import Feedback
 
@@ -117,10 +117,10 @@ def convert_source(
     done = {}
     with ExitStack() as files:
         for split in splits:
-            good = files.enter_context(checkpoint_files.replacing(folder / f"{split}.parquet"))
+            good = files.enter_context(replacing(folder / f"{split}.parquet"))
             bad = None
             if on_error == "report":
-                bad = files.enter_context(checkpoint_files.replacing(folder / f"{split}.rejected.jsonl"))
+                bad = files.enter_context(replacing(folder / f"{split}.rejected.jsonl"))
             done[split] = _converted(source, split, feedback, good, bad)
     for split, counts in done.items():
         if not counts.rejected and not counts.unread:

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import Progress
 
 from prlhf_lightning.data.feedback_table import FeedbackTable, read_table
+from prlhf_lightning.data.progress import bars
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError
@@ -110,8 +109,7 @@ def find_headroom(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0)
         # Between an eighth of a user's items there are few pairs, one in 64: these of all eighths are needed.
         parts = [(votes[train], votes[test]) for train, test in folds(votes, scheme, seed + 1, count=8)]
         parts = parts if scheme == "items" else parts[:2]
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+    with bars() as progress:
         task = progress.add_task("Fitting small models of tastes", total=len(parts) * number_of_fits(family))
         result = headroom(parts, family, scheme, seed, lambda: progress.advance(task))
     return Finding(result, "items" if shared_items else "features", held_out, remarks)

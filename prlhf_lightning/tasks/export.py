@@ -12,8 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -65,10 +65,10 @@ def export(
     if missing := [user_id for user_id in named if user_id not in module.vocabulary]:
         raise ConfigurationError(f"peft_users: {missing[0]!r} is not in this checkpoint; `users list` shows who is.")
     _clear(folder)
-    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users, user_vectors)
-    _write(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
+    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users, user_vectors).encode()
+    write_whole(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
     _write_lm(policy, folder, adapters)
-    _write(folder / "README.md", card)  # again, as PEFT writes a card of its own
+    write_whole(folder / "README.md", card)  # again, as PEFT writes a card of its own
     if users:
         with torch.no_grad():
             if user_vectors:
@@ -126,10 +126,9 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
 def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
     content = read_checkpoint(checkpoint, "checkpoint")
     weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
-    with checkpoint_files.replacing(folder / WEIGHTS) as file:
-        file.write(safetensors_bytes(weights))
+    write_whole(folder / WEIGHTS, safetensors_bytes(weights))
     ids = list(module.vocabulary.ids) if module.vocabulary else []
-    _write(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False) + "\n")
+    write_whole(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False).encode() + b"\n")
     settings = settings_json(
         policy.name.rpartition("/")[2].removeprefix("builtin:"),
         content["hyper_parameters"]["user_model"],
@@ -137,9 +136,4 @@ def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM,
         base=policy.name,
         base_dtype=str(policy.lm.dtype).removeprefix("torch."),
     )
-    _write(folder / SETTINGS, settings)
-
-
-def _write(path: Path, text: str) -> None:
-    with checkpoint_files.replacing(path) as file:
-        file.write(text.encode())
+    write_whole(folder / SETTINGS, settings.encode())

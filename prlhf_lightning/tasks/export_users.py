@@ -9,14 +9,14 @@ from urllib.parse import quote
 
 import torch
 from peft import PromptTuningConfig
-from rich.progress import track
 from safetensors.torch import save as safetensors_bytes
 from torch import Tensor
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.data.progress import tracked
 from prlhf_lightning.data.tokenization import writes_bos
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.types import Users
 from prlhf_lightning.user_models import UserModel
@@ -31,7 +31,7 @@ _BATCH = 1024
 def user_vectors(user_model: UserModel, rows: Sequence[int]) -> list[Tensor]:
     """Return the vectors `[T, d]` of some rows of the user table, without any text about the users."""
     prompt = user_model(Users(torch.tensor(rows, dtype=torch.long)))
-    return [vectors[mask].contiguous() for vectors, mask in zip(prompt.vectors, prompt.mask, strict=True)]
+    return [vectors.contiguous() for vectors in prompt.unpadded()]
 
 
 def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVocabulary, shard: int = _SHARD) -> None:
@@ -54,7 +54,7 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
     size = max(1, min(_KEYS, shard // each))
     starts = range(0, len(ids), size)
     weight_map: dict[str, str] = {}
-    for number, start in enumerate(track(starts, "User vectors", disable=len(starts) < 2), start=1):
+    for number, start in enumerate(tracked(starts, "User vectors", show=len(starts) > 1), start=1):
         suffix = "" if len(starts) == 1 else f"-{number:05d}-of-{len(starts):05d}"
         path = folder / f"user_vectors{suffix}.safetensors"
         content: dict[str, Tensor] = {}
@@ -66,8 +66,7 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
         weight_map |= dict.fromkeys(content, path.name)
     if len(starts) > 1:
         index = {"metadata": {"users": len(ids) - 1}, "weight_map": weight_map}
-        with checkpoint_files.replacing(folder / "user_vectors.safetensors.index.json") as file:
-            file.write(json.dumps(index, ensure_ascii=False).encode())
+        write_whole(folder / "user_vectors.safetensors.index.json", json.dumps(index, ensure_ascii=False).encode())
 
 
 def write_token_embeddings(folder: Path, policy: CausalLMPolicy) -> None:
@@ -101,7 +100,7 @@ def write_peft_users(
     embed = policy.lm.get_input_embeddings()
     bos = [tokenizer.bos_token_id] if writes_bos(tokenizer) else []
     before = embed(torch.tensor(bos, dtype=torch.long)).float()
-    for user_id in track((GENERIC, *(only or vocabulary.ids)), "PEFT folders", disable=len(vocabulary) < 1000):
+    for user_id in tracked((GENERIC, *(only or vocabulary.ids)), "PEFT folders", show=len(vocabulary) >= 1000):
         (vectors,) = user_vectors(user_model, vocabulary.rows([user_id]).tolist())
         vectors = torch.cat([before, vectors.float()])
         if not len(vectors):
@@ -133,5 +132,4 @@ def peft_name(user_id: str) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    with checkpoint_files.replacing(path) as file:
-        file.write(safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))
+    write_whole(path, safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))

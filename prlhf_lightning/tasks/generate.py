@@ -14,14 +14,16 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import replacing
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
 from prlhf_lightning.tasks.checkpoints import open_writer, pick_device
+from prlhf_lightning.tasks.terminal import printable
 
 _LISTED = 5
+_LAYOUT = "\n\t"  # what texts may have that steers a terminal
 _NARROWEST = 30  # columns of a panel
 
 
@@ -111,7 +113,7 @@ def generate(
         console.print(f"{len(written)} answers are in {output}", highlight=False, soft_wrap=True)
     elif len(requests) == 1:
         for piece in writer.stream(requests[0].generation):
-            sys.stdout.write(_printable(piece.text))
+            sys.stdout.write(printable(piece.text, _LAYOUT))
             sys.stdout.flush()
         sys.stdout.write("\n")
     else:
@@ -136,6 +138,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(row, dict):
             raise FeedbackFormatError(f"{where}: this is no JSON object; write one a line, with a 'prompt'.")
         user = row.get("user_id", row.get("user"))
+        if type(user) is int:  # as in the files that training reads
+            user = str(user)
         if not _is_prompt(row.get("prompt")):
             raise FeedbackFormatError(
                 f"{where}: field 'prompt' must be a string, or a list of messages with 'role' and 'content'."
@@ -177,7 +181,7 @@ def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) ->
     """Say who is not known, and is written for as the generic user."""
     users = [one.generation.user for one in requests if one.generation.user is not None]
     named = dict.fromkeys(name for user in users for name in ([user] if isinstance(user, str) else user))
-    if unknown := [_printable(name) for name in named if name not in writer.vocabulary]:
+    if unknown := [printable(name) for name in named if name not in writer.vocabulary]:
         more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
         sys.stderr.write(
             f"Not known to this model, and so written for as the generic user: {', '.join(unknown[:_LISTED])}{more}\n"
@@ -192,12 +196,12 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
         asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         groups.setdefault((one.id, asked), []).append((one, answer))
     for (_, asked), answers in groups.items():
-        console.print(Text(_printable(asked), style="bold"))
+        console.print(Text(printable(asked, _LAYOUT), style="bold"))
         width = max(_NARROWEST, console.width // len(answers) - 1)
         panels = [
             Panel(
-                Text(_printable(answer.text)),
-                title=Text(_printable(one.who)),
+                Text(printable(answer.text, _LAYOUT)),
+                title=Text(printable(one.who)),
                 subtitle=None if answer.finish_reason == "stop" else f"cut off after {answer.completion_tokens} tokens",
                 width=min(width, console.width),
             )
@@ -207,7 +211,7 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
 
 
 def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
-    with checkpoint_files.replacing(path) as file:
+    with replacing(path) as file:
         for one, answer in zip(requests, written, strict=True):
             row = {
                 "id": one.id,
@@ -222,8 +226,3 @@ def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completio
                 "completion_tokens": answer.completion_tokens,
             }
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
-
-
-def _printable(text: str) -> str:
-    """Return a text for a terminal, which control characters in it must not steer."""
-    return "".join(c if c.isprintable() or c in "\n\t" else json.dumps(c)[1:-1] for c in text)

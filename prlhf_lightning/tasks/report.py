@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
 from lightning.pytorch import seed_everything
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
+from prlhf_lightning.data.progress import bars
+from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_writable
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -32,7 +31,7 @@ from prlhf_lightning.tasks.report_answers import (
 )
 from prlhf_lightning.tasks.report_map import map_users, most_unlike
 from prlhf_lightning.tasks.report_page import Findings, in_words, page_of
-from prlhf_lightning.tasks.report_pairs import Scores, cold_start_of, score, spread
+from prlhf_lightning.tasks.report_pairs import Scores, cold_start_of, score
 from prlhf_lightning.tasks.report_run import data_of, open_run
 
 _ON_THE_MAP = 2000
@@ -115,7 +114,7 @@ def report(
         )
     if whose is not None:
         found.votes = whose.votes_by_user()  # now, as tokenising has a progress bar of its own
-    with _progress() as progress:
+    with bars() as progress:
         if whose is not None:
             if module.loss.feedback == "pairs":
                 _score_pairs(found, module, without, whose, max_pairs, batch_size, progress)
@@ -138,8 +137,7 @@ def _check_writable(out: Path) -> None:
     if out.is_dir():
         raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        TemporaryFile(dir=out.parent).close()
+        check_writable(out.parent)
     except OSError as error:
         raise ConfigurationError(f"out: {out} cannot be written ({error.strerror}); name another file.") from error
 
@@ -194,6 +192,9 @@ def _write_answers(
         return
     people, texts = find_people(data, pairs, some)
     asked = find_prompts(data, pairs, counts[1])
+    if not asked:
+        found.answers = found.win_rates = "The validation prompts do not stand in the data any more."
+        return
     task = progress.add_task("Writing answers", total=len(scribe.writers) * len(people) * len(asked))
     written = scribe.write(people, texts, asked, lambda count: progress.advance(task, count))
     answers = Answers(asked, people, written, {}, {})
@@ -259,11 +260,3 @@ def _described(module: PersonalizedLM) -> str:
         f"{type(module.user_model).__name__} of {users:,} users, {type(module.loss).__name__}, policy "
         f"{str(policy).rpartition('/')[2]}."
     )
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        yield progress

@@ -12,11 +12,12 @@ from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import Split, read
+from prlhf_lightning.data.splits import spread
 from prlhf_lightning.judges import Judge, Person, Question, Ruling, UtilityJudge, Vote, rule
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
-from prlhf_lightning.tasks.report_pairs import rows_of, spread
+from prlhf_lightning.tasks.report_pairs import rows_of
 from prlhf_lightning.types import Tokens
 
 OWN, GENERIC, BEFORE, BASELINE = "for this user", "generic user", "before training", "baseline without users"

@@ -6,18 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from prlhf_lightning.adaptation import ColdStartPoint, cold_start
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.division import Pairs
+from prlhf_lightning.data.splits import Positions, spread
 from prlhf_lightning.metrics import UserAccuracy, user_accuracies
 from prlhf_lightning.metrics.preference import pair_scores
 from prlhf_lightning.modules import PersonalizedLM
-
-Places = npt.NDArray[np.int64]
 
 LEARNED, TESTED = 30, 20
 """Most pairs of a new user to learn from, and to test on."""
@@ -50,14 +48,9 @@ class Scores:
         return [(str(names[row.user]), row) for row in rows]
 
 
-def spread(length: int, most: int) -> Places:
-    """Return up to `most` places, evenly over `length`."""
-    return np.linspace(0, length - 1, min(length, most)).astype(np.int64)
-
-
 @torch.no_grad()
 def score(
-    module: PersonalizedLM, pairs: Pairs, places: Places, batch_size: int, on_batch: Callable[[int], object]
+    module: PersonalizedLM, pairs: Pairs, places: Positions, batch_size: int, on_batch: Callable[[int], object]
 ) -> Scores:
     """Rank pairs, those of like length together.
 

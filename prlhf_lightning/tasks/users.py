@@ -13,7 +13,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.terminal import printable as printable  # tasks/adapt has it from here
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
 from prlhf_lightning.tasks.user_rows import UserRows
 
@@ -151,8 +153,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         "users.json": json.dumps(about, indent=2).encode(),
     }
     for name, raw in files.items():
-        with checkpoint_files.replacing(folder / name) as file:
-            file.write(raw)
+        write_whole(folder / name, raw)
     print(f"{len(users)} users are in {folder}")
 
 
@@ -262,8 +263,3 @@ def _files_of_run(folder: Path) -> Iterator[Path]:
 
 def _listed(user_ids: Sequence[str]) -> str:
     return ", ".join(map(printable, user_ids[:_NEAREST])) + (", ..." if len(user_ids) > _NEAREST else "")
-
-
-def printable(text: str) -> str:
-    """Return a text for a terminal, which control characters in it must not steer."""
-    return text if text.isprintable() else json.dumps(text)

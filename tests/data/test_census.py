@@ -26,8 +26,8 @@ def test_a_count_is_kept_until_the_data_change(tmp_path, monkeypatch):
 
 
 def test_a_row_without_a_user_is_named(tmp_path):
-    source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, user_id=7)]))
-    with pytest.raises(FeedbackFormatError, match=r"a.jsonl:2: field 'user_id' is of type int"):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, user_id=7.5)]))
+    with pytest.raises(FeedbackFormatError, match=r"a.jsonl:2: field 'user_id' is of type float"):
         count(source, "train")
 
 

@@ -24,9 +24,7 @@ def test_every_token_comes_back_and_nothing_else_counts(rows):
     assert batch.records.tolist() == [row["record"] for row in rows]
     for name in ("user_text", "prompt", "chosen", "rejected"):
         tokens = getattr(batch, name)
-        assert [ids[mask].tolist() for ids, mask in zip(tokens.ids, tokens.mask, strict=True)] == [
-            row[f"{name}_ids"] for row in rows
-        ]
+        assert [ids.tolist() for ids in tokens.unpadded()] == [row[f"{name}_ids"] for row in rows]
         assert tokens.ids.shape == (len(rows), max(len(row[f"{name}_ids"]) for row in rows))
         assert (tokens.mask[:, :-1] >= tokens.mask[:, 1:]).all()  # padded on the right
 

@@ -336,8 +336,8 @@ def test_a_missing_tokenizer_is_refused(votes, tmp_path):
 
 
 def test_a_bad_row_stops_training_by_name_before_it_starts(make, tmp_path):
-    path = write_jsonl(tmp_path / "bad.jsonl", [*ROWS[:16], row(0, user=7)])
-    with pytest.raises(FeedbackFormatError, match=r"bad\.jsonl:17: field 'user_id' is of type int"):
+    path = write_jsonl(tmp_path / "bad.jsonl", [*ROWS[:16], row(0, user=7.5)])
+    with pytest.raises(FeedbackFormatError, match=r"bad\.jsonl:17: field 'user_id' is of type float"):
         trainer().fit(Recorder(), datamodule=make(FileSource(path)))
 
 

@@ -32,11 +32,11 @@ def lines(report, kind):
 
 
 def test_all_faults_are_counted_and_the_first_of_each_kind_are_kept(tmp_path):
-    rows = [row(0), row(1, user=7), row(2, user=8), row(3, user=9), row(4, chosen=" "), row(5)]
+    rows = [row(0), row(1, user=7.5), row(2, user=8.5), row(3, user=9.5), row(4, chosen=" "), row(5)]
     report = inspect(tmp_path, rows, examples=2)
     assert not report.ok
-    assert kinds(report) == {"user_id: is of type int": 3, "chosen: is empty": 1}
-    assert lines(report, "user_id: is of type int") == [2, 3]
+    assert kinds(report) == {"user_id: is of type float": 3, "chosen: is empty": 1}
+    assert lines(report, "user_id: is of type float") == [2, 3]
     assert report.splits["train"].accepted == 2
 
 

@@ -192,3 +192,10 @@ def test_a_parquet_file_of_fewer_rows_than_it_says_is_refused(tmp_path, monkeypa
     monkeypatch.setattr(pq.ParquetFile, "iter_batches", lambda self, **_: (b.slice(0, 2) for b in whole(self)))
     with pytest.raises(FeedbackFormatError, match="is damaged after row 2: it should have 3 rows"):
         list(read_rows(tmp_path / "votes.parquet"))
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_a_csv_file_with_other_separators_is_told_as_such(tmp_path, mark, name):
+    (tmp_path / "a.csv").write_text(mark.join(["user_id", "prompt", "chosen", "rejected"]) + "\n")
+    with pytest.raises(FeedbackFormatError, match=rf"a\.csv:1: the columns are separated by {name}; save it"):
+        list(read_rows(tmp_path / "a.csv"))

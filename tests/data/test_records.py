@@ -1,8 +1,12 @@
+import json
 import re
 
 import pytest
 from feedback_helpers import row
 
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.census import count
+from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -32,7 +36,7 @@ def test_a_good_row_becomes_a_record():
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (row(user_id=7), "field 'user_id' is of type int; write it as a string"),
+        (row(user_id=7.5), "field 'user_id' is of type float; write it as a string"),
         (row(user_id=["a"]), "field 'user_id' is of type list"),
         (row(user_id=True), "field 'user_id' is of type bool"),
         (row(user_id=" "), "field 'user_id' is empty"),
@@ -135,7 +139,7 @@ def thumb(**changes):
     return {"user_id": "ann", "prompt": "w1", "completion": "one two", "label": True, **changes}
 
 
-@pytest.mark.parametrize("label", [True, "true", "True "])
+@pytest.mark.parametrize("label", [True, "true", "True ", 1, "1"])
 def test_a_thumb_up_has_a_chosen_completion_and_one_down_a_rejected_one(label):
     up = parse_record(thumb(label=label), "f:1", feedback="thumbs")
     down = parse_record(thumb(label=False, user_text="likes tea"), "f:1", feedback="thumbs")
@@ -154,7 +158,7 @@ def test_the_completion_of_a_thumb_may_be_a_whole_conversation():
     ("bad", "message"),
     [
         (thumb(label=None), "field 'label' is null (column 'label'); fill it or drop the row"),
-        (thumb(label=1), "field 'label' is 1, of type int; write true for a thumbs-up and false for a thumbs-down"),
+        (thumb(label=2), "field 'label' is 2, of type int; write true (or 1) for a thumbs-up and false (or 0) for"),
         (thumb(label="up"), "field 'label' is 'up', of type str; write true"),
         (thumb(completion=" "), "field 'completion' is empty"),
         (thumb(completion=5), "field 'completion' is of type int; write a string or a list of messages"),
@@ -176,3 +180,20 @@ def test_a_bad_thumb_is_refused_by_place_field_and_fix(bad, message):
 def test_a_thumb_among_pairs_is_called_one():
     with pytest.raises(FeedbackFormatError, match="'chosen' is missing: the row is a thumb up or down, which another"):
         parse_record(thumb(), "f:1")
+
+
+@pytest.mark.parametrize("ids", [[7, 7, 10**20], ["7", "7", str(10**20)]])
+def test_whole_numbers_for_ids_are_read_written_out_whatever_reads_the_file(tmp_path, ids):
+    rows = [row(user_id=user_id) for user_id in ids]
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    source, hidden = FileSource(path), Pseudonyms(b"0123456789abcdef")
+    assert count(source, "train").rows == {"7": 2, str(10**20): 1}
+    assert [row["user_id"] for _, row in source.scan("train")] == ["7", "7", str(10**20)]
+    assert count(PseudonymousSource(source, hidden), "train").rows == {hidden("7"): 2, hidden(str(10**20)): 1}
+
+
+def test_a_file_by_another_path_is_another_source_since_rows_are_named_by_it(tmp_path, monkeypatch):
+    (tmp_path / "a.jsonl").write_text(json.dumps(row()))
+    monkeypatch.chdir(tmp_path)
+    assert FileSource("a.jsonl").fingerprint("train") != FileSource(tmp_path / "a.jsonl").fingerprint("train")

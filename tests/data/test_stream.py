@@ -36,7 +36,7 @@ def batches_of(data, rank=0, world_size=1, epoch=0, start=0):
     """The batches that a rank is given, each as the numbers of its rows."""
     sampler = data._training_batches(rank, world_size)
     sampler.set_epoch(epoch, start)
-    loader = data._loader(data._stream(data._division.train, sampler), sampler)
+    loader = data._loader(data._prepared.stream(data._prepared.division.train, sampler), sampler)
     return [batch.records.tolist() for batch in loader]
 
 
@@ -86,7 +86,7 @@ def test_rows_that_were_read_already_are_not_tokenised_again(make, monkeypatch):
     data = make()
     sampler = data._training_batches(0, 1)
     sampler.set_epoch(0, 20)  # of 26
-    stream = data._stream(data._division.train, sampler)
+    stream = data._prepared.stream(data._prepared.division.train, sampler)
     tokenize = stream._tokenize
     monkeypatch.setattr(stream, "_tokenize", type("Spy", (), {"excess": {}, "settings": tokenize.settings, "__call__":
                         lambda _, records, wheres: seen.extend(wheres) or tokenize(records, wheres)})())  # fmt: skip

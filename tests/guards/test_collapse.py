@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
@@ -50,14 +50,8 @@ def fit(model_path, votes, tmp_path, *monitors, policy=CausalLMPolicy, loss=None
         optim=Optim(lr=lr, user_lr=lr, warmup_steps=0),
     )
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
-    options = {"max_epochs": 1, "log_every_n_steps": 1, "val_check_interval": 0.5, **kwargs}
-    quiet = {
-        "logger": False,
-        "enable_model_summary": False,
-        "enable_progress_bar": False,
-        "enable_checkpointing": False,
-    }
-    trainer = Trainer(default_root_dir=tmp_path, callbacks=list(monitors), accelerator="cpu", **quiet, **options)
+    options = {"max_epochs": 1, "log_every_n_steps": 1, "val_check_interval": 0.5, "enable_checkpointing": False}
+    trainer = quiet_trainer(tmp_path, callbacks=list(monitors), **{**options, **kwargs})
     trainer.fit(module, data)
     return module, data, trainer
 

@@ -53,7 +53,6 @@ class Hungry(DPOLoss):
 
 @pytest.fixture
 def config(model_path, votes, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     monkeypatch.setitem(sys.modules, "my_losses", sys.modules[__name__])
     monkeypatch.setattr(Hungry, "__module__", "my_losses")
     content = {

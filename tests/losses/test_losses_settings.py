@@ -99,3 +99,12 @@ def test_a_new_loss_is_one_method():
 
     policy, zero = one_token_pairs([-1.0], [-3.0]), one_token_pairs([0.0], [0.0])
     assert SquaredHingeLoss(beta=0.25)(policy, zero).losses.item() == 0.25
+
+
+def test_a_loss_that_averages_its_pairs_is_refused():
+    class Averaged(L.MarginLoss):
+        def margin_loss(self, margin):
+            return (1 - margin).clamp(min=0).mean()
+
+    with pytest.raises(ConfigurationError, match=r"Averaged returned a loss of shape \[\] for \d+ pairs; return one"):
+        Averaged()(*random_batch(4)[1:])

@@ -8,15 +8,15 @@ import json
 import os
 import pickle
 import shutil
-import sys
 import zipfile
 from itertools import pairwise
 
 import pytest
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.callbacks import SaveOnInterrupt
@@ -29,11 +29,6 @@ from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.user_models import IndividualUserModel
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
-
-
 def parts(model_path, **lora):
     policy = CausalLMPolicy(model_path, lora=LoRA(rank=2, **lora))
     return {"user_model": IndividualUserModel(2), "policy": policy, "loss": DPOLoss()}
@@ -41,10 +36,7 @@ def parts(model_path, **lora):
 
 def fit(model_path, votes, folder, *callbacks, ckpt_path=None, max_steps=2, lora=None, **kwargs) -> PersonalizedLM:
     torch.manual_seed(0)
-    trainer = Trainer(
-        default_root_dir=folder, max_steps=max_steps, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, limit_val_batches=0, callbacks=list(callbacks), **kwargs,
-    )  # fmt: skip
+    trainer = quiet_trainer(folder, max_steps=max_steps, limit_val_batches=0, callbacks=list(callbacks), **kwargs)
     module = PersonalizedLM(**parts(model_path, **(lora or {})), optim=Optim(lr=1e-2, user_lr=0.1, warmup_steps=0))
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4)
     trainer.fit(module, data, ckpt_path=ckpt_path)

@@ -47,7 +47,7 @@ def test_training_stops_before_the_step_and_names_the_rows(model_path, votes, tm
         fit(model_path, votes, tmp_path / "bad", loss, **kwargs)
     data = make_data(votes, model_path)
     order = data._training_batches(0, 1).order(0)[8 : 8 + 4 * accumulate]
-    rows = data._division.train.split.rows(data._division.train.positions[order].tolist())
+    rows = data._prepared.division.train.split.rows(data._prepared.division.train.positions[order].tolist())
     bad = {
         f"{row['where']} (user '{row['user_id']}')" for row in rows if len(row["rejected_ids"]) > len(row["chosen_ids"])
     }

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.modules.optim import Optim, RowwiseAdamW, clip_gradients
+from prlhf_lightning.modules.gradients import clip_gradients
+from prlhf_lightning.modules.optim import Optim, RowwiseAdamW
 
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.05}
 

@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from quiet_trainer import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
@@ -33,10 +33,8 @@ def fit(model_path, votes, tmp_path, user_model: UserModel | None = None, epochs
     policy = CountingPolicy(model_path, lora=LoRA(rank=2), **kwargs.pop("policy", {}))
     module = PersonalizedLM(user_model or IndividualUserModel(2), policy, loss or DPOLoss(), **kwargs)
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.25)
-    Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        enable_checkpointing=False, num_sanity_val_steps=0, default_root_dir=tmp_path,
-    ).fit(module, data)  # fmt: skip
+    trainer = quiet_trainer(tmp_path, max_epochs=epochs, enable_checkpointing=False, num_sanity_val_steps=0)
+    trainer.fit(module, data)
     return module
 
 

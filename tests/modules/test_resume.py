@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss
@@ -24,10 +24,7 @@ class Watched(PersonalizedLM):
 
 def fit(model_path, votes, folder, ckpt_path=None, **kwargs) -> Watched:
     keeps_all = ModelCheckpoint(folder, filename="{step}", save_top_k=-1, save_on_train_epoch_end=True)
-    trainer = Trainer(
-        default_root_dir=folder, max_epochs=3, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, callbacks=[keeps_all], **kwargs,
-    )  # fmt: skip
+    trainer = quiet_trainer(folder, max_epochs=3, callbacks=[keeps_all], **kwargs)
     torch.manual_seed(0)
     policy = CausalLMPolicy(model_path, lora=LoRA(rank=2))
     optim = Optim(lr=1e-2, user_lr=0.1, warmup_steps=0)

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.modules.optim import clip_gradients, gradient_norm
+from prlhf_lightning.modules.gradients import clip_gradients, gradient_norm
 from prlhf_lightning.modules.sharding import FSDP2Strategy, check_strategy, is_sharded, shard
 from prlhf_lightning.modules.sharding_fsdp1 import FSDP1Strategy
 from prlhf_lightning.modules.table_sync import average_dense_gradients

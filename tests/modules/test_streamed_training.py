@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_votes
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.cli import main
@@ -45,10 +45,7 @@ def fit(model_path, votes, folder, *callbacks, checkpoint=None, epochs=2, num_wo
     module = PersonalizedLM(IndividualUserModel(2), policy, DPOLoss(), optim=optim, **settings)
     data = PreferenceDataModule(FileSource(str(votes)), model_path, batch_size=4, pairs_per_user=2, streaming=True,
                                 shuffle_buffer=16, num_workers=num_workers)  # fmt: skip
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[SaveOnInterrupt(), *callbacks], default_root_dir=folder,
-    )  # fmt: skip
+    trainer = quiet_trainer(folder, max_epochs=epochs, callbacks=[SaveOnInterrupt(), *callbacks])
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     assert trainer.global_step == 12 * epochs
     return module
@@ -75,8 +72,7 @@ def test_the_reference_scores_each_completion_once_for_all_epochs_and_runs(model
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_command_line_trains_on_a_stream_and_validates_on_stored_rows(votes, model_path, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+def test_the_command_line_trains_on_a_stream_and_validates_on_stored_rows(votes, model_path, tmp_path):
     config = Path(__file__).parents[2] / "configs/p_dpo.yaml"
     validation = write_votes(tmp_path / "validation.jsonl", {"ann": 3, "stranger": 2}, seed=1)
     given = {

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
+from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.callbacks import SaveOnInterrupt, UserTable
 from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
@@ -114,10 +115,8 @@ class Crash(Callback):
 def fit(module, thumbs, folder, *callbacks, checkpoint=None, epochs=2, validation=None, **settings):
     options = {"batch_size": 4, "validation_fraction": 0.25, "feedback": "thumbs", **settings}
     data = PreferenceDataModule(FileSource(thumbs, validation), module.policy.tokenizer, **options)
-    trainer = Trainer(
-        max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        callbacks=[SaveOnInterrupt(), UserTable(), *callbacks], default_root_dir=folder, num_sanity_val_steps=0,
-    )  # fmt: skip
+    given = [SaveOnInterrupt(), UserTable(), *callbacks]
+    trainer = quiet_trainer(folder, max_epochs=epochs, callbacks=given, num_sanity_val_steps=0)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     return trainer
 

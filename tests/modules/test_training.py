@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
 from prlhf_lightning.callbacks import SaveOnInterrupt
@@ -54,9 +55,7 @@ def make_data(votes, model_path, **kwargs) -> PreferenceDataModule:
 
 
 def make_trainer(tmp_path, **kwargs) -> Trainer:
-    options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False,
-               "enable_model_summary": False, "gradient_clip_val": 1.0, "log_every_n_steps": 1, **kwargs}  # fmt: skip
-    return Trainer(default_root_dir=tmp_path, **options)
+    return quiet_trainer(tmp_path, **{"max_epochs": 1, "gradient_clip_val": 1.0, "log_every_n_steps": 1, **kwargs})
 
 
 @pytest.mark.parametrize("name", USER_MODELS)
@@ -319,7 +318,7 @@ def test_every_pair_of_accumulated_batches_weighs_the_same(model_path, votes, tm
     trainer.fit(module, data)
     assert len(watch.of_steps) == -(-len(steps) // 3)
     assert len(steps) % 3  # so the last step is of fewer batches
-    pairs = data._division.train
+    pairs = data._prepared.division.train
     for number, accumulated in enumerate(watch.of_steps):
         together = [int(position) for step in steps[3 * number : 3 * number + 3] for position in step]
         module.zero_grad()

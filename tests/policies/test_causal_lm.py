@@ -4,9 +4,10 @@ from functools import partialmethod
 
 import pytest
 import torch
+from conftest import make_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, BertConfig, MambaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MambaConfig
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
@@ -207,7 +208,10 @@ def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_pa
     assert find_shortcuts(policy.lm) == Shortcuts(head=False, shared_prompt=False)
 
 
-def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path, monkeypatch):
+def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path, tmp_path, monkeypatch):
+    config = AutoConfig.from_pretrained(model_path, num_hidden_layers=1)  # all layers are traced alike, and slowly
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
     compile_module = torch.nn.Module.compile
     # Traced and differentiated as ever, but without minutes of code generation.
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_module, backend="aot_eager"))
@@ -216,7 +220,7 @@ def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path,
     results = []
     for torch_compile in (False, True):
         torch.manual_seed(0)
-        policy = build(model_path, torch_compile=torch_compile)
+        policy = build(str(tmp_path), torch_compile=torch_compile)
         vectors = SoftPrompt.full(torch.randn(2, 2, 32)).to(torch.float32)
         scores = policy.log_probs(prompt, [chosen, rejected], vectors)
         (scores[0].sum - scores[1].sum).sum().backward()
@@ -226,7 +230,7 @@ def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path,
         results.append((scores[0].tokens, scores[1].tokens, reference[0].tokens, written.ids, grads))
         names = set(policy.state_dict())
         assert policy.merged().config.use_cache
-    assert names == set(build(model_path).state_dict())
+    assert names == set(build(str(tmp_path)).state_dict())
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 
 import pytest
 import yaml
@@ -13,11 +12,6 @@ from prlhf_lightning.cli import main
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.inference import Generation
 from prlhf_lightning.tasks.checkpoints import open_writer
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +34,7 @@ def checkpoint(model_path, tmp_path_factory):
         },
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
-        main(["fit", "-c", str(folder / "config.yaml")])
+    main(["fit", "-c", str(folder / "config.yaml")])
     (path,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
     return path
 
@@ -101,7 +93,7 @@ def test_checkpoints_remember_how_text_became_ids(checkpoint):
         ("{", r"in.jsonl:2: this is no JSON"),
         ("[]", r"in.jsonl:2: this is no JSON object"),
         ('{"prompt": 3}', r"in.jsonl:2: field 'prompt' must be a string, or a list of messages"),
-        ('{"prompt": "a", "user_id": 7}', r"in.jsonl:2: field 'user_id' is of type int; ids are strings"),
+        ('{"prompt": "a", "user_id": 7.5}', r"in.jsonl:2: field 'user_id' is of type float; ids are strings"),
     ],
 )
 def test_rows_that_are_no_prompts_are_named(checkpoint, tmp_path, line, says):

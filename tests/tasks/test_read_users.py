@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 
 import pytest
 import torch
@@ -61,7 +60,6 @@ def checkpoint(model_path, folder):
     args += ["--collapse.prompts", "0"]
     args += ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "3", "--trainer.enable_progress_bar", "false"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
         patch.setenv("PRLHF_CACHE", str(folder / "cache"))
         main([*args, "--trainer.default_root_dir", str(folder / "runs")])
     return folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
@@ -77,11 +75,6 @@ def pairs(model, folder):
     return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)), SETTINGS)[
         0
     ]
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
 
 
 def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, pairs):

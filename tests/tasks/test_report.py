@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import shutil
-import sys
 from html.parser import HTMLParser
 
 import pytest
@@ -20,11 +19,6 @@ from prlhf_lightning.tasks.checkpoints import load_module
 from prlhf_lightning.tasks.report_map import map_users, most_unlike
 
 TEXT = "user likes long answers"
-
-
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
 
 
 def fit(folder, user_model, source, model, **data):
@@ -46,9 +40,7 @@ def fit(folder, user_model, source, model, **data):
         "data": {"source": source, "cache_dir": str(folder / "cache"), **data},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
-        main(["fit", "-c", str(folder / "config.yaml"), "--collapse.prompts", "0"])
+    main(["fit", "-c", str(folder / "config.yaml"), "--collapse.prompts", "0"])
     (path,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
     return path
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 
 import pytest
 import torch
 from conftest import write_votes
-from lightning.pytorch import Trainer
+from quiet_trainer import quiet_trainer
 from safetensors.torch import load_file
 from torch import nn
 
@@ -60,11 +59,6 @@ USER_MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_arguments_of_pytest(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
-
-
 def make(model_path, user_model) -> PersonalizedLM:
     policy = CausalLMPolicy(model_path, lora=LoRA(rank=2))
     return PersonalizedLM(user_model, policy, DPOLoss(), optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0))
@@ -74,10 +68,8 @@ def fit(model_path, tmp_path, user_model, people=IDS, **kwargs):
     """Train on people's votes; return trainer and model."""
     votes = write_votes(tmp_path / "votes.jsonl", people)
     ckpt_path = kwargs.pop("ckpt_path", None)
-    trainer = Trainer(
-        default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, limit_val_batches=0, **{"max_epochs": 1, **kwargs},
-    )  # fmt: skip
+    options = {"max_epochs": 1, "enable_checkpointing": False, "limit_val_batches": 0, **kwargs}
+    trainer = quiet_trainer(tmp_path, **options)
     module = make(model_path, user_model)
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0)
     trainer.fit(module, data, ckpt_path=ckpt_path)

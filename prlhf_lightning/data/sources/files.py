@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prlhf_lightning.data.readers import Unreadable, read_rows, scan_rows
+from prlhf_lightning.data.records import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -16,7 +17,7 @@ Paths: TypeAlias = str | list[str] | Sequence[str | Path] | Path
 
 
 class FileSource(DataSource):
-    """JSON Lines, JSON, CSV (each also gzipped) and Parquet files.
+    """JSON Lines, JSON, CSV (each also gzipped) and Parquet files. Whole numbers for users' ids are read as strings.
 
     Args:
         train: Path of the training file, or a list of paths.
@@ -33,6 +34,7 @@ class FileSource(DataSource):
         columns: Mapping[str, str] | None = None,
     ) -> None:
         self.columns = dict(columns or {})
+        self._id_column = self.columns.get("user_id", "user_id")
         self._paths: dict[Split, list[Path]] = {}
         for split, paths in zip(SPLITS, (train, validation, test), strict=True):
             if paths is not None:
@@ -47,15 +49,20 @@ class FileSource(DataSource):
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the rows of a split's files in order, each after its file and line."""
         for path in self._paths[split]:
-            yield from read_rows(path)
+            for where, row in read_rows(path):
+                yield where, spell_user_id(row, self._id_column)
 
     def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
         """Yield what `rows` does, but go on after what cannot be read: with the next row, or with the next file."""
         for path in self._paths[split]:
-            yield from scan_rows(path)
+            for where, row in scan_rows(path):
+                yield where, row if isinstance(row, Unreadable) else spell_user_id(row, self._id_column)
 
     def fingerprint(self, split: Split) -> str:
-        """Return path, size and modification time of each file."""
+        """Return path, size and modification time of each file.
+
+        The path also as it was given, since what is kept of rows says where they stand in these words.
+        """
         parts = []
         for path in self._paths[split]:
             try:
@@ -66,5 +73,5 @@ class FileSource(DataSource):
                 ) from None
             except OSError as error:
                 raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the path and its rights.") from None
-            parts.append(f"{path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
+            parts.append(f"{path} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
         return "\n".join(parts)

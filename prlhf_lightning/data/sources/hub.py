@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from prlhf_lightning.data.records import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
 
@@ -40,6 +41,7 @@ class HubSource(DataSource):
         streaming: bool = False,
     ) -> None:
         self.columns = dict(columns or {})
+        self._id_column = self.columns.get("user_id", "user_id")
         self._path, self._name, self._revision, self._streaming = path, name, revision, streaming
         self._data_files = dict(data_files or {})
         named = zip(SPLITS, (train_split, validation_split, test_split), strict=True)
@@ -55,7 +57,7 @@ class HubSource(DataSource):
         files = self._data_files.get(self._names[split])
         place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):
-            yield f"{place}[{self._names[split]}]:{number}", row
+            yield f"{place}[{self._names[split]}]:{number}", spell_user_id(row, self._id_column)
 
     def fingerprint(self, split: Split) -> str:
         """Return the fingerprint that `datasets` derives from the data files, or the names of what is streamed."""

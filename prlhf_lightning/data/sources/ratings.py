@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from prlhf_lightning.data.records import Text
+from prlhf_lightning.data.records import Text, spell_user_id
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.derived import DerivedSource, Part
@@ -42,6 +42,7 @@ class _OfColumns(DerivedSource):
         super().__init__(parts, names=sorted(names.items()), pairing=pairing, **settings)
 
     def _judged(self, row: Mapping[str, Any], where: str) -> _Judged:
+        row = spell_user_id(row, self._names["user_id"])
         user_id = self.schema.get(row, where, self._names["user_id"], kind=str)
         prompt = self._text(row, where, "prompt")
         text: str | None = None

@@ -14,33 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import mmap
-import os
 import time
 import warnings
-from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
-from uuid import uuid4
 from zlib import crc32
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from filelock import FileLock, Timeout
-from torch import Tensor
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import atomically
+from prlhf_lightning.reference_cache.segments import ENTRY, Lookup, Segment, Values, write_segment
 
 Identity: TypeAlias = Mapping[str, str | int | float | bool | None]
-Values: TypeAlias = npt.NDArray[np.float32]
-_Entries: TypeAlias = npt.NDArray[np.void]
 
 _FORMAT = 1  # raise it when the meaning of what is stored changes, so that older caches are not read
-_ENTRY = np.dtype([("key", "S16"), ("start", "<i8"), ("length", "<i4"), ("checksum", "<u4")])
 _FLUSH_BYTES = 8 << 20
 _FLUSH_SECONDS = 60  # a slow policy would take hours to fill the buffer, all of them lost if it is killed
 _SMALL_BYTES = 64 << 20  # larger segments are never rewritten, which bounds the work of a compaction
@@ -86,7 +78,7 @@ class ReferenceCache:
         self._last_flush = time.monotonic()
         self._damaged: set[Path] = set()
         self._compacts = True
-        self._lookup = _Lookup([])
+        self._lookup = Lookup([])
         try:
             self._prepare_folder()
         except OSError as error:
@@ -128,7 +120,7 @@ class ReferenceCache:
             row = np.array(given, dtype=np.float32)  # a copy: the caller may use its block again
             row.flags.writeable = False
             self._pending[key] = row
-            self._pending_bytes += row.nbytes + _ENTRY.itemsize
+            self._pending_bytes += row.nbytes + ENTRY.itemsize
         if self._pending_bytes >= _FLUSH_BYTES or time.monotonic() - self._last_flush >= _FLUSH_SECONDS:
             self.flush()
 
@@ -140,7 +132,7 @@ class ReferenceCache:
             described = [(key, 0, row.size, crc32(row.data)) for key, row in zip(keys, rows, strict=True)]
             try:
                 self._prepare_folder()
-                _write_segment(self.folder, np.array(described, _ENTRY), rows)
+                write_segment(self.folder, np.array(described, ENTRY), rows)
             except OSError as error:
                 warnings.warn(
                     f"Reference log-probs could not be stored in {self.folder}: {error}. What is stored already is not "
@@ -159,20 +151,19 @@ class ReferenceCache:
             self._compact()
             segments = self._scan()
         if segments != self._lookup.segments:
-            self._lookup = _Lookup(segments)
+            self._lookup = Lookup(segments)
 
     def close(self) -> None:
         """Write what has been put and let go of the files; arrays that were handed out stay valid."""
         self.flush()
-        self._lookup = _Lookup([])
+        self._lookup = Lookup([])
 
     def _prepare_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "identity.json"
         if not path.exists():
-            temporary = path.with_suffix(f".{uuid4().hex}.tmp")
-            temporary.write_text(self._identity + "\n")
-            temporary.replace(path)
+            with atomically(path, shared=True) as file:
+                file.write(self._identity.encode() + b"\n")
 
     def _read(self, row: int) -> Values | None:
         segment, start, length, checksum = self._lookup.locate(row)
@@ -182,7 +173,7 @@ class ReferenceCache:
         self._warn_damaged(segment.path, "rows do not match their checksums; those are computed again")
         return None
 
-    def _scan(self) -> list[_Segment]:
+    def _scan(self) -> list[Segment]:
         """Map the segments on disk, newest first, so that a row written anew replaces a damaged one."""
         mapped = {segment.path: segment for segment in self._lookup.segments}
         for _ in range(20):
@@ -191,7 +182,7 @@ class ReferenceCache:
                 for path in listed:
                     if path not in mapped and path not in self._damaged:
                         try:
-                            mapped[path] = _Segment.open(path)
+                            mapped[path] = Segment.open(path)
                         except ValueError as error:
                             self._warn_damaged(path, f"{error}; it is left out and what it held is computed again")
                 break
@@ -210,13 +201,13 @@ class ReferenceCache:
             # A full disk, a folder or files that are not ours to change: it is for another process to do.
             self._compacts = False
 
-    def _merge(self, small: list[_Segment]) -> None:
+    def _merge(self, small: list[Segment]) -> None:
         superseded = self.folder / "superseded"
         superseded.mkdir(exist_ok=True)
-        merged = _Lookup(small)
+        merged = Lookup(small)
         entries = np.concatenate([segment.entries for segment in small])[merged.rows]
         places = (merged.locate(row) for row in merged.rows.tolist())
-        _write_segment(self.folder, entries, (s.values[start : start + length] for s, start, length, _ in places))
+        write_segment(self.folder, entries, (s.values[start : start + length] for s, start, length, _ in places))
         # Set aside, not deleted: on a network file system a process on another machine that still maps a file would be
         # killed when it touches a page of it.
         for segment in small:
@@ -224,7 +215,7 @@ class ReferenceCache:
 
     def _sweep(self) -> None:
         """Delete what compactions set aside and killed writers left behind, once nobody can be using it."""
-        for path in [*self.folder.glob("*.tmp"), *self.folder.glob("superseded/*.safetensors")]:
+        for path in [*self.folder.glob(".*.partial"), *self.folder.glob("superseded/*.safetensors")]:
             with suppress(OSError):  # another process was faster, or we may only read
                 if time.time() - path.stat().st_ctime > _KEEP_SECONDS:
                     path.unlink()
@@ -235,133 +226,5 @@ class ReferenceCache:
             warnings.warn(f"Damaged file in the reference cache, {path}: {what}. It is safe to delete.", stacklevel=3)
 
 
-@dataclass(frozen=True, eq=False)
-class _Segment:
-    """A segment as it lies on disk.
-
-    Attributes:
-        entries: `[N]` key, start, length and checksum of each row, sorted by key.
-        values: `[sum of lengths]` the rows end to end.
-    """
-
-    path: Path
-    entries: _Entries
-    values: Values
-
-    @classmethod
-    def open(cls, path: Path) -> _Segment:
-        """Map a segment and verify its index; rows are verified when they are read."""
-        try:
-            with path.open("rb") as file:
-                data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            begin = 8 + int.from_bytes(data[:8], "little")
-            header = json.loads(data[8:begin])
-            middle, end = (begin + int(header[name]["data_offsets"][1]) for name in ("index", "values"))
-            if end != len(data):
-                raise ValueError(f"it has {len(data)} bytes instead of {end}")
-            entries = np.frombuffer(data, _ENTRY, (middle - begin) // _ENTRY.itemsize, begin)
-            if crc32(entries.view(np.uint8).data) != int(header["__metadata__"]["index_crc32"]):
-                raise ValueError("its index does not match its checksum")
-            return cls(path, entries, np.frombuffer(data, "<f4", (end - middle) // 4, middle))
-        except FileNotFoundError:
-            raise
-        except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"it cannot be read ({error})") from error
-
-
-class _Lookup:
-    """Finds keys in several segments; of rows with the same key, the first segment's counts."""
-
-    def __init__(self, segments: list[_Segment]) -> None:
-        self.segments = segments
-        self._begins = np.cumsum([0, *(len(segment.entries) for segment in segments)]).tolist()
-        # As strings the keys compare exactly: all have 16 bytes, and numpy pads with the zeros that it strips.
-        keys = np.concatenate([np.empty(0, "S16"), *(segment.entries["key"] for segment in segments)])
-        rows = np.argsort(keys, kind="stable")  # merges the sorted runs in linear time
-        keys = keys[rows]
-        first = np.ones(len(keys), dtype=np.bool_)
-        first[1:] = keys[1:] != keys[:-1]
-        self.keys, self.rows = keys[first], rows[first]
-
-    def find(self, keys: Sequence[bytes]) -> list[int]:
-        """Return the row of each key, counted through all segments, or -1."""
-        if not len(self.keys):
-            return [-1] * len(keys)
-        wanted = np.array(keys, dtype="S16")
-        places = np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)
-        rows: list[int] = np.where(self.keys[places] == wanted, self.rows[places], -1).tolist()
-        return rows
-
-    def locate(self, row: int) -> tuple[_Segment, int, int, int]:
-        """Return the segment of a row, and its start, length and checksum there."""
-        number = bisect_right(self._begins, row) - 1
-        segment = self.segments[number]
-        _, start, length, checksum = segment.entries.item(row - self._begins[number])
-        return segment, start, length, checksum
-
-
-def _small(segments: Iterable[_Segment]) -> list[_Segment]:
+def _small(segments: Iterable[Segment]) -> list[Segment]:
     return [segment for segment in segments if segment.values.nbytes < _SMALL_BYTES]
-
-
-def _write_segment(folder: Path, entries: _Entries, rows: Iterable[Values]) -> None:
-    """Write rows in the order of their entries, whose starts are set here."""
-    ends = np.cumsum(entries["length"], dtype=np.int64)
-    entries["start"] = ends - entries["length"]
-    index = entries.tobytes()
-    middle, end = len(index), len(index) + 4 * int(ends[-1])
-    header = json.dumps(
-        {
-            "__metadata__": {"index_crc32": str(crc32(index))},
-            "index": {"dtype": "U8", "shape": [len(entries), _ENTRY.itemsize], "data_offsets": [0, middle]},
-            "values": {"dtype": "F32", "shape": [(end - middle) // 4], "data_offsets": [middle, end]},
-        }
-    ).encode()
-    header += b" " * (-len(header) % 8)  # safetensors aligns its data
-    path = folder / f"{time.time_ns()}-{uuid4().hex}.safetensors"  # sorts by age, unique to this process
-    temporary = path.with_suffix(".tmp")
-    try:
-        with temporary.open("wb", buffering=1 << 20) as file:
-            file.write(len(header).to_bytes(8, "little") + header + index)
-            file.writelines(row.data for row in rows)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-_BLOCK = 1 << 15  # 64-bit words summed together, few enough for a core's own cache; part of the digest
-
-
-def weights_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a checksum of the names, shapes, dtypes and exact bits of parameters, whatever their order.
-
-    Every block of words `w_i` is reduced to `Σ a_i w_i` and `Σ b_i (w_i >> 32)` modulo 2^64 with fixed odd random
-    multipliers. Integer sums come out the same on every device and in every order of summation. The second sum is for
-    the upper halves of the words, whose highest bits (signs) could cancel in the first. A difference goes unnoticed
-    with a probability of about 2^-32; this is no defence against someone who seeks one.
-
-    Args:
-        parameters: Names and tensors, as from `Module.named_parameters()`; on any device, not sharded.
-    """
-    multipliers = torch.from_numpy(np.random.PCG64(0).random_raw((2, _BLOCK)).view(np.int64)) | 1
-    rows = sorted([name, str(t.dtype), list(t.shape), _block_sums(t.detach(), multipliers)] for name, t in parameters)
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _block_sums(tensor: Tensor, multipliers: Tensor) -> str:
-    raw = tensor.flatten().view(torch.uint8)  # no copy unless the tensor is strided
-    starts = range(0, raw.numel(), 8 * _BLOCK)
-    low, high = multipliers.to(raw.device)
-    words, product = torch.zeros(2, _BLOCK, dtype=torch.int64, device=raw.device)
-    sums = torch.zeros(2, len(starts), dtype=torch.int64, device=raw.device)
-    for block, start in enumerate(starts):
-        data = raw[start : start + 8 * _BLOCK]
-        if len(data) < 8 * _BLOCK:
-            words.zero_()
-        words.view(torch.uint8)[: len(data)].copy_(data)  # the tensor itself may not be aligned to words
-        torch.sum(torch.mul(words, low, out=product), dim=0, out=sums[0, block])
-        torch.sum(words.bitwise_right_shift_(32).mul_(high), dim=0, out=sums[1, block])
-    return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()

@@ -1,0 +1,51 @@
+"""Parquet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from prlhf_lightning.data.readers.items import Items, Row, Unreadable, refuse_twins
+from prlhf_lightning.errors import FeedbackFormatError
+
+
+def read_parquet(path: Path) -> Items:
+    """Read rows, counted from 1."""
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            refuse_twins(path, file.schema_arrow.names)
+            for batch in file.iter_batches(batch_size=1024):
+                for row in _python_rows(batch):
+                    number += 1
+                    where = f"{path}:{number}"
+                    if isinstance(row, Exception):
+                        told = f"{where}: has a value that cannot be read ({row}); mend or drop it."
+                        yield where, Unreadable(FeedbackFormatError(told))
+                    else:
+                        yield where, row
+            if number != (told_of := file.metadata.num_rows):  # a damaged length reads as fewer rows
+                raise FeedbackFormatError(
+                    f"{path}: is damaged after row {number}: it should have {told_of} rows; write it again."
+                )
+    except FeedbackFormatError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
+        after = f" after row {number}" if number else ""
+        raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({error}); write it again.") from None
+
+
+def _python_rows(batch: Any) -> Iterator[Row | Exception]:
+    """Yield the rows of a record batch; an error stands for one with a value that Python cannot hold."""
+    try:
+        yield from batch.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:
+        if batch.num_rows == 1:
+            yield error
+        else:
+            for place in range(batch.num_rows):
+                yield from _python_rows(batch.slice(place, 1))

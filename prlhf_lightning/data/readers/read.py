@@ -1,0 +1,77 @@
+"""The rows of a file of any kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from prlhf_lightning.data.readers.csv_rows import read_csv
+from prlhf_lightning.data.readers.items import Items, Row, Unreadable
+from prlhf_lightning.data.readers.json_rows import read_json, read_jsonl
+from prlhf_lightning.data.readers.parquet_rows import read_parquet
+from prlhf_lightning.errors import FeedbackFormatError
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+    """Yield every row of a file after where it stands, such as `votes.jsonl.gz:17`.
+
+    Lines are counted from 1; in Parquet files, which have none, rows are. A row of a CSV file or of a JSON array that
+    spans several lines is named by its first. Blank lines are skipped.
+
+    Raises:
+        FeedbackFormatError: The file is missing, empty, of an unknown kind, damaged or not UTF-8.
+    """
+    return _refusing(_items(Path(path)))
+
+
+def scan_rows(path: str | Path) -> Items:
+    """Yield what `read_rows` does, but an `Unreadable` where that raises an error, and go on where the format allows.
+
+    Lines of JSON Lines stand alone, so reading goes on after any of them. In other formats it goes on after a row that
+    could be told from the next, and ends (`Unreadable.rest`) where damage leaves open where the next begins.
+    """
+    path = Path(path)
+    try:
+        yield from _items(path)
+    except FeedbackFormatError as error:
+        yield str(path), Unreadable(error, rest=True)
+
+
+def _refusing(items: Items) -> Iterator[tuple[str, Row]]:
+    for where, row in items:
+        if isinstance(row, Unreadable):
+            raise row.error
+        yield where, row
+
+
+def _items(path: Path) -> Items:
+    reader = _reader(path)
+    if not path.exists():
+        raise FeedbackFormatError(f"{path}: there is no such file; check the path (it is relative to {Path.cwd()}).")
+    if not path.is_file():
+        raise FeedbackFormatError(f"{path}: is a directory; name the files in it, as one path or a list of paths.")
+    return _not_empty(path, reader(path))
+
+
+def _reader(path: Path) -> Callable[[Path], Items]:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    readers = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv}
+    if suffixes and suffixes[-1] == ".parquet":
+        return read_parquet
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    if not suffixes or suffixes[-1] not in readers:
+        raise FeedbackFormatError(
+            f"{path}: unknown kind of file; the name must end in .jsonl, .json or .csv (each may have .gz after it) "
+            "or .parquet."
+        )
+    return readers[suffixes[-1]]
+
+
+def _not_empty(path: Path, rows: Items) -> Items:
+    empty = True
+    for item in rows:
+        empty = False
+        yield item
+    if empty:
+        raise FeedbackFormatError(f"{path}: has no rows; write at least one row of feedback, or leave the file out.")

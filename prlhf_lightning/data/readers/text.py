@@ -1,0 +1,68 @@
+"""UTF-8 text from files, gzipped or not, with the number of the line that each piece starts on."""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, NoReturn
+
+from prlhf_lightning.errors import FeedbackFormatError
+
+_CHUNK = 1 << 16  # bytes read at a time where lines mean nothing
+
+
+def pieces(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file, or pieces of a given size, after the number of the line that each starts on."""
+    line = 1
+    try:
+        with _open(path) as file:
+            for raw in file if size is None else iter(lambda: file.read(size), b""):
+                yield line, raw
+                line += raw.count(b"\n")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise FeedbackFormatError(
+            f"{path}:{line}: the gzip data is damaged or cut short here ({error}); copy or compress it again."
+        ) from None
+    except OSError as error:
+        raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the file and who may read it.") from None
+
+
+def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a file after their numbers."""
+    for number, raw in pieces(path):
+        yield number, decoded(path, number, raw)
+
+
+def decoded(path: Path, number: int, line: bytes) -> str:
+    """Return a line, without the byte order mark that the first may begin with."""
+    try:
+        return line.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        _not_utf8(path, number, error)
+
+
+def chunks(path: Path) -> Iterator[str]:
+    """Yield a file in pieces that do not end where its lines do."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    for line, raw in pieces(path, _CHUNK):
+        try:
+            text = decoder.decode(raw)
+        except UnicodeDecodeError as error:
+            _not_utf8(path, line + error.object[: error.start].count(b"\n"), error)
+        if text:
+            yield text
+    if decoder.getstate()[0]:
+        raise FeedbackFormatError(f"{path}: ends in the middle of a UTF-8 character; save the whole file as UTF-8.")
+
+
+def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
+    raise FeedbackFormatError(
+        f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8."
+    ) from None

@@ -1,0 +1,131 @@
+"""The command line's parser: says what is wrong and what may have been meant, without a hundred lines of usage."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from inspect import isabstract, signature
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public place
+from lightning.pytorch.cli import LightningArgumentParser
+
+from prlhf_lightning.data import DataSource
+from prlhf_lightning.judges import Judge
+from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.policies import Policy
+from prlhf_lightning.user_models import UserModel
+
+#: The settings that are a class, by what they end in.
+COMPONENTS: Mapping[str, type] = {
+    "user_model": UserModel,
+    "policy": Policy,
+    "loss": PreferenceLoss,
+    "source": DataSource,
+    "judge": Judge,
+}
+#: What is meant where a file or a model's name stands in the place of a class.
+_PATHS = {"data.source": "train", "model.policy": "model"}
+_PROGRAM = "python -m prlhf_lightning"
+_WORD = r"(?:string: |[oO]ption '|attribute '|choice: '|arguments: --)([\w.]+)"
+
+
+class _Formatter(DefaultHelpFormatter):
+    """Leaves a text as it stands that has lines of its own."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return text if "\n" in text else super()._fill_text(text, width, indent)
+
+
+class Parser(LightningArgumentParser):
+    """Explains mistakes in a few lines.
+
+    Attributes:
+        tasks: The commands that other parsers than this one read, for which somebody may ask.
+        commands: All commands, and those under them.
+        command: The one that was given, such as `("users", "list")`.
+    """
+
+    tasks: Iterable[str] = ()
+    commands: Iterable[str] = ()
+    command: Iterable[str] = ()
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        defaults = {"prog": _PROGRAM, "formatter_class": _Formatter}
+        super().__init__(*args, **{**defaults, **{key: value for key, value in kwargs.items() if value is not None}})
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Print what is wrong and what may have been meant, and exit."""
+        asked = getattr(ex, "subcommand_parser", None) or self
+        options = {str(action.dest) for action in asked._actions}
+        hints = list(_hints(message, options, set(self.commands)))
+        if message.startswith("Option ") and (known := _options_of_component(ex)):
+            hints.append(f"Here there are: {', '.join(known)}")
+        if '"subcommand"' in message or "argument subcommand" in message:
+            hints.append(f"There are also: {', '.join(self.tasks)}")
+        hints.append(f"All options: {' '.join([_PROGRAM, *self.command, '--help'])}")
+        sys.stderr.write("error: " + "\n".join([message, *hints]) + "\n")
+        self.exit(2)
+
+
+def _hints(message: str, options: set[str], commands: set[str]) -> Iterator[str]:
+    known = {name for component in COMPONENTS.values() for name in _names(component)} | options | commands
+    known |= {name.rpartition(".")[2] for name in known}
+    for word in re.findall(_WORD, message):
+        if full := _in_full(word, options):
+            yield f"{word!r}: did you mean {' or '.join(map(repr, full))}?"
+        elif close := difflib.get_close_matches(word, known - {word}, n=2, cutoff=0.75):
+            yield f"{word!r}: did you mean {' or '.join(map(repr, close))}?"
+    for key, value in re.findall(r'Parser key "([\w.]+)":\s+- Expected a path but (\S+)', message):
+        component = COMPONENTS.get(key.rpartition(".")[2])
+        if re.search(r"/|\.(?:jsonl?|csv|tsv|parquet|gz)$", value) and key in _PATHS:
+            yield f"To give {value}: --{key}.{_PATHS[key]} {value}"
+        elif component and not re.search(r"[/.]", value):
+            yield f"There are: {', '.join(_usable(component))}; one of your own is named as my_file.MyClass"
+    for module in re.findall(r"No module named '([\w.]+)'", message):
+        yield f"{module.replace('.', '/')}.py is looked for in {Path.cwd()}, and in what is installed"
+
+
+def _in_full(word: str, options: set[str]) -> list[str]:
+    """Return the options with the same last name as one that is not there, as `data.source.train` for `data.train`."""
+    name = word.rpartition(".")[2]
+    found = [option for option in options if option.rpartition(".")[2] == name and option != word]
+    for option in options:
+        component = COMPONENTS.get(option.rpartition(".")[2])
+        if component and any(name in signature(subclass).parameters for subclass in _subclasses(component)):
+            found.append(f"{option}.{name}")
+    return sorted(found)[:3]
+
+
+def _options_of_component(error: Exception | None) -> list[str]:
+    """Return the options of the component whose parser raised an error, which itself names neither."""
+    trace = error.__traceback__ if error else None
+    while trace and trace.tb_next:
+        trace = trace.tb_next
+    parser = trace.tb_frame.f_locals.get("self") if trace else None
+    if not isinstance(parser, ArgumentParser) or parser._subcommands_action:
+        return []
+    return sorted(action.dest for action in parser._actions if action.dest != "help")
+
+
+def _subclasses(component: type) -> Iterator[type]:
+    direct: list[type] = component.__subclasses__()
+    for subclass in direct:
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+def _usable(component: type) -> list[str]:
+    """Return the names of the classes of a kind that a configuration can name as they are."""
+    found = {subclass.__name__ for subclass in _subclasses(component) if not isabstract(subclass)}
+    return sorted(name for name in found if not name.startswith("_"))
+
+
+def _names(component: type) -> Iterator[str]:
+    for subclass in _subclasses(component):
+        yield subclass.__name__
+        yield from signature(subclass).parameters

@@ -1,0 +1,50 @@
+"""What the policy says to a folder that is not what it takes for a model."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from prlhf_lightning import CausalLMPolicy
+from prlhf_lightning.errors import ConfigurationError
+
+
+def test_a_folder_of_adapters_is_refused_since_the_reference_would_be_without_them(model_path, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers has renamed
+        get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig()).save_pretrained(tmp_path)
+        with pytest.raises(ConfigurationError, match="is an adapter, which the reference would be"):
+            CausalLMPolicy(str(tmp_path)).build()
+
+
+def test_a_folder_without_a_tokenizer_is_told_as_such(model_path, tmp_path):
+    AutoModelForCausalLM.from_pretrained(model_path).save_pretrained(tmp_path)
+    with pytest.raises(ConfigurationError, match=r"Cause: the folder holds no tokenizer \("):
+        _ = CausalLMPolicy(str(tmp_path)).tokenizer
+
+
+def test_a_mistyped_folder_is_told_at_once_and_before_a_name_is_looked_for_on_the_hub(tmp_path, monkeypatch):
+    with pytest.raises(ConfigurationError, match="Cause: there is no such folder"):
+        CausalLMPolicy("models/of/mine").build()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (tmp_path / "models").mkdir()
+
+    def offline(*_: object, **__: object) -> None:
+        raise OSError("away")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
+    with (
+        pytest.warns(UserWarning, match="There is no folder models/mine: looking for it on the hub"),
+        pytest.raises(ConfigurationError, match="Cause: away"),
+    ):
+        CausalLMPolicy("models/mine").build()
+
+
+def test_a_folder_in_the_home_folder_is_found(model_path, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "model").symlink_to(model_path)
+    assert CausalLMPolicy("~/model").tokenizer.eos_token

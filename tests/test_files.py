@@ -1,0 +1,43 @@
+"""A file takes its name when all of it is on the disk, and not before."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from prlhf_lightning.errors import CheckpointWriteError
+from prlhf_lightning.files import as_text, atomically, replacing
+
+
+def test_text_is_written_as_it_is_in_a_folder_that_is_made(tmp_path):
+    with replacing(tmp_path / "new" / "a.csv") as file, as_text(file) as text:
+        text.write("né\r\n")
+    assert (tmp_path / "new" / "a.csv").read_bytes() == "né\r\n".encode()
+
+
+def test_an_error_in_the_middle_leaves_what_was_there(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), atomically(path) as file, as_text(file) as text:
+        text.write(str(1 / 0))
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.csv"]
+
+
+def test_of_several_writers_at_once_the_last_counts(tmp_path):
+    path = tmp_path / "a.csv"
+    with atomically(path, shared=True) as last:
+        with atomically(path, shared=True) as first:
+            first.write(b"first")
+        assert path.read_bytes() == b"first"
+        last.write(b"last")
+    assert path.read_bytes() == b"last"
+    assert os.listdir(tmp_path) == ["a.csv"]
+
+
+def test_the_error_names_the_file_and_what_to_do(tmp_path):
+    (tmp_path / "file").touch()
+    says = r"file/a.csv could not be written: File exists. Nothing is left of it. Make room, or choose another"
+    with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / "file" / "a.csv"):
+        pass
