@@ -47,6 +47,7 @@ from prlhf_lightning.tasks.data_convert import convert
 from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
+from prlhf_lightning.tasks.rebase import rebase
 from prlhf_lightning.tasks.report import report
 from prlhf_lightning.tasks.serve import api_key, serve
 from prlhf_lightning.tasks.shrink import shrink
@@ -59,6 +60,7 @@ TASKS: dict[str, Any] = {
     "report": report,
     "serve": serve,
     "shrink": shrink,
+    "rebase": rebase,
     "api-key": api_key,
     "users": {
         "_help": "List, show, add, remove or export the users of a checkpoint.",

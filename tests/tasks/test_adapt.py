@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -35,7 +36,7 @@ from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks.adapt import write_users
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import Tokens
@@ -282,6 +283,17 @@ def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_
     assert torch.equal(rows.vectors()[1:], torch.stack([torch.cat([r.flatten() for r in rows.new_rows()])] * 4))
     assert not torch.equal(UserRows(old).vectors(), rows.vectors())
     assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
+
+
+def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    moved, output = shutil.copytree(model_path, folder / "moved model"), folder / "moved.ckpt"
+    main(["rebase", "--checkpoint", str(trained_file), "--model", str(moved), "--output", str(output)])
+    assert load_module(output, "x").policy.name == str(moved)
+    assert f"{moved} instead of {model_path}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"policy\.model"):
+        main(["rebase", "--checkpoint", str(trained_file), "--model", str(folder), "--output", str(folder / "no.ckpt")])
+    assert not (folder / "no.ckpt").exists()
 
 
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):
