@@ -18,7 +18,18 @@ from pathlib import Path
 
 from reporting import about, tell
 
-CONFIGS = {"individual": "configs/quickstart.yaml", "cluster, K = 4": "configs/quickstart_cluster.yaml"}
+_TEXT = ["--data.source.user_text", "true", "--model.user_model"]
+CONFIGS = {
+    "individual": ["--config", "configs/quickstart.yaml"],
+    "cluster, K = 4": ["--config", "configs/quickstart_cluster.yaml"],
+    # What a user says about themselves, alone and beside what they voted for.
+    "text": ["--config", "configs/quickstart.yaml", *_TEXT, "TextUserModel"],
+    "text and individual": [
+        *["--config", "configs/quickstart.yaml", *_TEXT],
+        '{"class_path": "CompositeUserModel", "init_args": {"parts": [{"class_path": "IndividualUserModel", '
+        '"init_args": {"num_tokens": 16}}, {"class_path": "TextUserModel"}]}}',
+    ],
+}
 ROWS = {
     "pair accuracy, seen users, of the noise ceiling": ("val/seen/accuracy", True),
     "pair accuracy, seen users": ("val/seen/accuracy", False),
@@ -29,9 +40,9 @@ ROWS = {
 }
 
 
-def run(config: str, seed: int, folder: Path) -> dict[str, dict[str, float]]:
+def run(config: list[str], seed: int, folder: Path) -> dict[str, dict[str, float]]:
     """Run the quickstart with a seed; return what it measured, with the seconds that it took."""
-    command = [sys.executable, "-m", "prlhf_lightning", "fit", "--config", config, "--seed_everything", str(seed)]
+    command = [sys.executable, "-m", "prlhf_lightning", "fit", *config, "--seed_everything", str(seed)]
     command += ["--data.source.seed", str(seed), "--trainer.enable_progress_bar", "false"]
     start = time.perf_counter()
     subprocess.run([*command, "--trainer.default_root_dir", str(folder)], check=True, stdout=subprocess.DEVNULL)
@@ -67,7 +78,7 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = {
             (name, seed): pool.submit(
-                run, CONFIGS[name], seed, args.folder / f"{Path(CONFIGS[name]).stem}-{seed}-{time.time_ns()}"
+                run, CONFIGS[name], seed, args.folder / f"{name.replace(' ', '_')}-{seed}-{time.time_ns()}"
             )
             for name in args.configs
             for seed in args.seeds

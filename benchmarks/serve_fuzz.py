@@ -10,11 +10,15 @@ as a check of its own: a prompt that is too long for the model, that has no toke
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from tempfile import TemporaryDirectory
 
+import httpx
 import schemathesis
 from schemathesis import CheckContext, Response
 from serve_processes import server
@@ -31,8 +35,16 @@ def right_requests_are_taken(ctx: CheckContext, response: Response, case: schema
         assert code in BEYOND_SCHEMAS, f"refused with {response.status_code} {code}"
 
 
+def statuses(metrics: str) -> dict[str, int]:
+    """Return how many requests the server answered with each status, and in all."""
+    counts: Counter[str] = Counter()
+    for status, number in re.findall(r'^prlhf_http_requests_total{.*status="(\d+)"} (\S+)$', metrics, re.MULTILINE):
+        counts[status] += round(float(number))
+    return {**dict(sorted(counts.items())), "requests": counts.total()}
+
+
 def main() -> None:
-    """Start a server and run schemathesis on it."""
+    """Start a server, run schemathesis on it, and print how many requests got which status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--examples", type=int, default=400, help="requests of each kind for each operation")
@@ -45,6 +57,7 @@ def main() -> None:
         command += ["--exclude-checks", "positive_data_acceptance", "--continue-on-failure", *more]
         environment = os.environ | {"SCHEMATHESIS_HOOKS": "serve_fuzz", "PYTHONPATH": _path()}
         code = subprocess.run(command, env=environment, check=False).returncode
+        print(json.dumps(statuses(httpx.get(f"{url}/metrics").text), indent=2))
     raise SystemExit(code)
 
 

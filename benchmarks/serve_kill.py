@@ -4,7 +4,7 @@
 
 Each server is killed at a random moment and the next one goes on with the same log. Every client hands in again, with
 the same id, what was not acknowledged, so each judgement must be there exactly once at the end. A last server is ended
-by SIGTERM while it writes an answer, which must come to its end.
+by SIGTERM while it writes an answer, which must come to its end, and while clients hand in feedback.
 """
 
 from __future__ import annotations
@@ -41,6 +41,14 @@ def hand_in(url: str, client: int, acknowledged: set[str], pending: dict[int, st
             del pending[client]
 
 
+def clients(url: str, acknowledged: set[str], pending: dict[int, str]) -> list[threading.Thread]:
+    """Start clients who hand in feedback."""
+    threads = [threading.Thread(target=hand_in, args=(url, client, acknowledged, pending)) for client in range(CLIENTS)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
 def main() -> None:
     """Kill servers; print the figures as JSON; exit with 1 if anything was lost or is there twice."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -54,12 +62,7 @@ def main() -> None:
         options = ("--feedback", f"sqlite:///{path}")
         for _ in track(range(args.kills), "Killing servers"):
             with server(args.model, *options) as (url, process):
-                threads = [
-                    threading.Thread(target=hand_in, args=(url, client, acknowledged, pending))
-                    for client in range(CLIENTS)
-                ]
-                for thread in threads:
-                    thread.start()
+                threads = clients(url, acknowledged, pending)
                 time.sleep(random.uniform(0.05, 2))
                 process.send_signal(signal.SIGKILL)
                 for thread in threads:
@@ -67,10 +70,13 @@ def main() -> None:
         with server(args.model, *options) as (url, process):
             model = httpx.get(f"{url}/v1/models").json()["data"][0]["id"]
             asked = {"model": model, "prompt": "What helps to sleep better?", "max_tokens": 60, "stream": True}
+            threads = clients(url, acknowledged, pending)
             with httpx.stream("POST", f"{url}/v1/completions", json=asked) as response:
                 process.terminate()
                 finished = response.read().endswith(b"data: [DONE]\n\n")
             code = process.wait()
+            for thread in threads:
+                thread.join()
         kept = [row["chosen"] for _, row in FeedbackLog(str(path)).pairs()]
     figures = {
         "kills": args.kills,

@@ -47,8 +47,10 @@ from prlhf_lightning.tasks.data_convert import convert
 from prlhf_lightning.tasks.data_describe import describe
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.generate import generate
+from prlhf_lightning.tasks.rebase import rebase
 from prlhf_lightning.tasks.report import report
 from prlhf_lightning.tasks.serve import api_key, serve
+from prlhf_lightning.tasks.shrink import shrink
 
 #: What there is to do with a trained model: each function is a command, its arguments are the options.
 TASKS: dict[str, Any] = {
@@ -57,6 +59,8 @@ TASKS: dict[str, Any] = {
     "generate": generate,
     "report": report,
     "serve": serve,
+    "shrink": shrink,
+    "rebase": rebase,
     "api-key": api_key,
     "users": {
         "_help": "List, show, add, remove or export the users of a checkpoint.",

@@ -7,8 +7,9 @@ Here and not in `serving`, because the server writes what `data.sources.Feedback
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -95,7 +96,8 @@ class FeedbackLog:
     """Feedback in a database. Safe to use from several threads and processes at once.
 
     SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
-    process and of the machine; so it does in PostgreSQL with its default settings.
+    process and of the machine; so it does in PostgreSQL with its default settings. A new SQLite file is its owner's
+    alone.
 
     Args:
         url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file.
@@ -127,6 +129,8 @@ class FeedbackLog:
                 f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
             ) from error
         if self._is_sqlite:
+            if create and "uri" not in address.query:
+                _make_private(Path(str(address.database)))
             sql.event.listen(self._engine, "connect", _make_durable)
         if create:
             with self._errors():
@@ -226,6 +230,15 @@ def _record(row: Any) -> dict[str, Any]:
     if row["liked"] is not None:
         record["label"] = row["liked"]
     return record
+
+
+def _make_private(path: Path) -> None:
+    """Make a file, if it is not there, that nobody else can read: SQLite's own would be as the umask says.
+
+    SQLite gives the files that it puts beside it the same permissions.
+    """
+    with suppress(OSError):  # it is there, or SQLite will say what is wrong
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _make_durable(connection: Any, _: Any) -> None:

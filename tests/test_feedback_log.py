@@ -43,6 +43,14 @@ def test_feedback_is_kept_once(url):
     assert FeedbackLog(url).extent() == (2, log.extent().last)
 
 
+def test_a_new_file_is_its_owners_alone(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.append(pair())
+    assert {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == dict.fromkeys(
+        ("feedback.db", "feedback.db-wal", "feedback.db-shm"), 0o600
+    )
+
+
 def test_pairs_come_as_training_reads_them(url):
     log = FeedbackLog(url)
     messages = [{"role": "user", "content": "a cat"}]

@@ -7,6 +7,7 @@ from prlhf_lightning.adaptation.laplace import Posterior, laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.adaptation.selection import information_gain, suggest
+from prlhf_lightning.adaptation.shrinkage import Shrinkage, fit_shrinkage
 
 __all__ = [
     "Adapted",
@@ -14,11 +15,13 @@ __all__ = [
     "Encoded",
     "Margins",
     "Posterior",
+    "Shrinkage",
     "UserPrior",
     "adapt_users",
     "cold_start",
     "encode_users",
     "fit_prior",
+    "fit_shrinkage",
     "information_gain",
     "laplace",
     "select_pairs",

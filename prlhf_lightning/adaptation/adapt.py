@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from prlhf_lightning.adaptation.laplace import laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs, table_rows
 from prlhf_lightning.adaptation.prior import UserPrior
+from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
@@ -103,15 +104,10 @@ def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, ran
     if kinds < 1 or rank < 1:
         raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
     rows, generic = trained_rows(model)
-    some = rows[_spread(len(rows), _USERS)]
-    margins_of = Margins(model, select_pairs(pairs, _spread(len(pairs), _PAIRS)))
+    some = rows[torch.from_numpy(spread(len(rows), _USERS))]
+    margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
     judgements = [margins_of(row)[0].sigmoid() for row in some] or [rows.new_zeros(0)]
     return UserPrior.fit(some, generic, torch.stack(judgements)[: len(some)], kinds, rank)
-
-
-def _spread(length: int, most: int) -> Tensor:
-    """Return up to `most` places, spread evenly over `length`."""
-    return torch.linspace(0, length - 1, min(length, most)).long()
 
 
 def adapt_users(

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prlhf_lightning.adaptation.adapt import adapt_users, fit_prior
+from prlhf_lightning.adaptation.adapt import adapt_users, fit_prior, trained_rows
+from prlhf_lightning.adaptation.encode import encode_users
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.modules import PersonalizedLM
@@ -47,31 +48,38 @@ def cold_start(
     prior: UserPrior | None = None,
     steps: int = 0,
 ) -> list[ColdStartPoint]:
-    """Adapt new users from their first pairs, and see how well their others are ranked.
+    """Learn new users from their first pairs, or read them off these, and see how well their others are ranked.
 
     Args:
         model: A trained model.
         pairs: Pairs of users that it does not know, of each in the order in which they are to be used.
         held_out: Other pairs of the same users.
         counts: Numbers of pairs a user.
-        prior: As in `adapt_users`.
-        steps: As in `adapt_users`.
+        prior: As in `adapt_users`; not used where the user model reads users off their pairs.
+        steps: Likewise.
     """
-    prior = fit_prior(model, pairs) if prior is None else prior
+    if not model.user_model.history_size:
+        prior = fit_prior(model, pairs) if prior is None else prior
     places = defaultdict(list)
     for place, user_id in enumerate(pairs.user_ids):
         places[user_id].append(place)
     tested = set(held_out.user_ids)
     margins_of = Margins(model, held_out)
-    without = _accuracies(held_out.user_ids, margins_of(prior.generic)[0])
+    generic_row = trained_rows(model)[1]
+    without = _accuracies(held_out.user_ids, margins_of(generic_row)[0])
     points = []
     for count in counts:
         users = tuple(user_id for user_id, own in places.items() if len(own) >= count and user_id in tested)
         if not users:
             continue
         first = torch.tensor([place for user_id in users for place in places[user_id][:count]], dtype=torch.long)
-        row_of = dict(zip(users, adapt_users(model, select_pairs(pairs, first), users, prior, steps).rows, strict=True))
-        rows = torch.stack([row_of.get(user_id, prior.generic) for user_id in held_out.user_ids])
+        known = select_pairs(pairs, first)
+        if model.user_model.history_size:
+            found_rows = encode_users(model, known, users).rows
+        else:
+            found_rows = adapt_users(model, known, users, prior, steps).rows
+        row_of = dict(zip(users, found_rows, strict=True))
+        rows = torch.stack([row_of.get(user_id, generic_row) for user_id in held_out.user_ids])
         counted = torch.tensor([user_id in row_of for user_id in held_out.user_ids], device=rows.device)
         found = _accuracies(held_out.user_ids, margins_of(rows, only=counted)[0])
         gains = torch.tensor([found[user_id] - without[user_id] for user_id in users])

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from prlhf_lightning.adaptation.texts import DistinctTexts, trimmed
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens, Users
+from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt
 
 
 class Margins:
     """Reward margins of pairs as a function of rows of the user table, whatever the user model.
 
-    Nothing of the model is changed. The reference's log-probs are computed once.
+    Nothing of the model is changed. Texts that come more than once, and the reference's log-probs, are computed once.
 
     Args:
         model: A trained model.
@@ -32,12 +34,12 @@ class Margins:
                 "that ranks pairs only."
             )
         self._tables = _row_tables(model)
-        pairs = pairs.to(next(iter(self._tables.values())).device)
-        self._model, self._pairs, self._batch_size = model, pairs, batch_size
-        # Pairs of like length side by side, which saves the padding.
-        lengths = pairs.prompt.mask.sum(1) + torch.maximum(pairs.chosen.mask.sum(1), pairs.rejected.mask.sum(1))
-        self._order = lengths.argsort(stable=True)
-        self._reference: PairLogProbs | None = self._score_reference() if model.loss.requires_reference else None
+        self._device = next(iter(self._tables.values())).device
+        self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
+        self._model, self._policy, self._batch_size = model, model.policy.settled(), batch_size
+        every = torch.ones(len(texts.completion), dtype=torch.bool, device=self._device)
+        with _evaluating(model):
+            self._reference = self._log_probs(every, None) if model.loss.requires_reference else None
 
     def __call__(
         self, rows: Tensor, gradients: bool = False, only: Tensor | None = None
@@ -45,96 +47,122 @@ class Margins:
         """Return the margin of each pair, and its gradient by its user's row.
 
         Args:
-            rows: `[N, p]` each pair's user as numbers of all tables side by side; `[p]` for the same user in all.
+            rows: `[N, p]` each pair's user as numbers of all tables side by side; `[p]` for the same user in all, which
+                takes the less time the more pairs have a prompt or a completion in common.
             gradients: Compute the gradients as well, at about the price of two more passes.
             only: `[N]` bool, the pairs that are wanted; the others' margins are 0.
 
         Returns:
             `[N]` margins, and `[N, p]` gradients or None.
         """
-        rows = rows.expand(len(self._pairs), -1)
-        margins, slopes = rows.new_zeros(len(rows)), torch.zeros_like(rows) if gradients else None
-        order = self._order if only is None else self._order[only.to(self._order.device)[self._order]]
-        was_training = self._model.training
-        self._model.eval()  # without dropout
-        try:
-            for index in torch.split(order, self._batch_size) if len(order) else ():
-                margins[index], slope = self._chunk(index, rows[index], gradients)
-                if slopes is not None and slope is not None:
-                    slopes[index] = slope
-        finally:
-            self._model.train(was_training)
+        with _evaluating(self._model):
+            return self._compute(rows, gradients, only)
+
+    def _compute(self, rows: Tensor, gradients: bool, only: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        texts = self._texts
+        count = len(texts.chosen)
+        wanted = torch.ones(count, dtype=torch.bool, device=self._device) if only is None else only.to(self._device)
+        index = wanted.nonzero().flatten()
+        margins = rows.new_zeros(count)
+        slopes = rows.new_zeros(count, rows.shape[-1]) if gradients else None
+        if not len(index):
+            return margins, slopes
+        if rows.dim() == 1 and slopes is None:
+            needed = torch.zeros(len(texts.completion), dtype=torch.bool, device=self._device)
+            needed[texts.chosen[index]] = needed[texts.rejected[index]] = True
+            scores = self._log_probs(needed, self._own_tables(rows[None]))
+            margins[index] = self._margins(self._pair(scores, index), index)
+            return margins, None
+        rows = rows.expand(count, -1)
+        # Pairs of like length side by side, which saves the padding.
+        lengths = texts.completion.mask.sum(1)
+        index = index[torch.maximum(lengths[texts.chosen[index]], lengths[texts.rejected[index]]).argsort(stable=True)]
+        for some in torch.split(index, self._batch_size):
+            margins[some], found = self._apart(some, rows[some], gradients)
+            if slopes is not None and found is not None:
+                slopes[some] = found
         return margins, slopes
 
-    def _chunk(self, index: Tensor, rows: Tensor, gradients: bool) -> tuple[Tensor, Tensor | None]:
-        model, n, chunk = self._model, len(index), trimmed(select_pairs(self._pairs, index))
-        # Each pair has a row of its own, after the generic user's, so that one backward pass gives the gradient of
-        # every margin apart.
-        parts = torch.split(rows.detach(), [table[0].numel() for table in self._tables.values()], dim=1)
-        own = {
-            name: torch.cat([table.detach()[:1], part.reshape(n, *table.shape[1:]).to(table.dtype)])
-            for part, (name, table) in zip(parts, self._tables.items(), strict=True)
-        }
+    def _apart(self, index: Tensor, rows: Tensor, gradients: bool) -> tuple[Tensor, Tensor | None]:
+        """Score pairs each under its own row."""
+        texts = self._texts
+        # Each pair has a row of its own, so that one backward pass gives the gradient of every margin apart.
+        own = self._own_tables(rows)
         for table in own.values():
             table.requires_grad_(gradients)
+        completions = [trimmed(texts.completion.select(part[index])) for part in (texts.chosen, texts.rejected)]
+        places = torch.arange(1, len(index) + 1, device=self._device)
         with torch.set_grad_enabled(gradients):
-            text = model.users(chunk.user_ids, chunk.user_text).text
-            users = Users(torch.arange(1, n + 1, device=rows.device), text)
-            prompt = functional_call(model.user_model, own, (users,))
-            scored = PairLogProbs(*model.policy.log_probs(chunk.prompt, [chunk.chosen, chunk.rejected], prompt))
-            chosen, rejected = model.loss.rewards(scored, self._reference_of(index, chunk))
-            margins = chosen - rejected
+            prompts = texts.prompt_of[texts.chosen[index]]
+            visible = self._soft_prompt(prompts, own, places)
+            scored = self._policy.log_probs(trimmed(texts.prompt.select(prompts)), completions, visible)
+            margins = self._margins(PairLogProbs(*scored), index)
         if not gradients:
             return margins, None
         found = torch.autograd.grad(margins.sum(), list(own.values()), allow_unused=True)
         dense = [torch.zeros_like(t) if g is None else g.to_dense() for g, t in zip(found, own.values(), strict=True)]
         return margins.detach(), torch.cat([part[1:].flatten(1).float() for part in dense], dim=1)
 
-    def _score_reference(self) -> PairLogProbs:
-        pairs = self._pairs
-        blocks = [pairs.chosen.mask.float() * 0, pairs.rejected.mask.float() * 0]
-        for index in torch.split(self._order, self._batch_size) if len(self._order) else ():
-            scored = self._model.reference_log_probs(trimmed(select_pairs(pairs, index)))
-            assert scored is not None  # a loss that requires a reference gets one
-            for block, part in zip(blocks, (scored.chosen, scored.rejected), strict=True):
-                # As wide as the longer completion of the pair, of which the other's part is padding.
-                width = min(block.shape[1], part.tokens.shape[1])
-                block[index, :width] = part.tokens[:, :width]
-        chosen, rejected = (LogProbs(b, t.mask) for b, t in zip(blocks, (pairs.chosen, pairs.rejected), strict=True))
-        return PairLogProbs(chosen, rejected)
+    @torch.no_grad()
+    def _log_probs(self, wanted: Tensor, own: dict[str, Tensor] | None) -> LogProbs:
+        """Score completions `[D]` under the only user of `own`, or under the reference; those not wanted get zeros."""
+        texts = self._texts
+        scores = torch.zeros(texts.completion.mask.shape, device=self._device)
+        for completions in texts.groups(wanted, self._batch_size):
+            prompts, prompt_of = torch.unique(texts.prompt_of[completions], return_inverse=True)
+            found = (self._policy if own else self._model.policy).log_probs_of_each(
+                trimmed(texts.prompt.select(prompts)),
+                trimmed(texts.completion.select(completions)),
+                prompt_of,
+                self._soft_prompt(prompts, own, torch.ones_like(prompts)),
+                reference=own is None,
+                batch_size=2 * self._batch_size,
+            )
+            scores[completions, : found.tokens.shape[1]] = found.tokens
+        return LogProbs(scores, texts.completion.mask)
 
-    def _reference_of(self, index: Tensor, chunk: PreferenceBatch) -> PairLogProbs | None:
-        if self._reference is None:
-            return None
-        found = self._reference.select(index)
-        widths = chunk.chosen.mask.shape[1], chunk.rejected.mask.shape[1]
-        chosen, rejected = (
-            LogProbs(part.tokens[:, :width], part.mask[:, :width])
-            for part, width in zip((found.chosen, found.rejected), widths, strict=True)
-        )
-        return PairLogProbs(chosen, rejected)
+    def _soft_prompt(self, prompts: Tensor, own: dict[str, Tensor] | None, places: Tensor) -> SoftPrompt | None:
+        """Return what U prompts are conditioned on: users at `places` `[U]` of own tables; the reference's without."""
+        text = trimmed(self._texts.user_text.select(prompts))
+        users = self._model.users([""] * len(prompts), text, reference=own is None)
+        if own is None:
+            return self._model.user_model.reference(users)
+        prompt: SoftPrompt = functional_call(self._model.user_model, own, (replace(users, rows=places),))
+        return prompt
+
+    def _own_tables(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return tables of the generic user's row and `rows` `[n, p]`, in which only the latter may be trained."""
+        parts = torch.split(rows.detach(), [table[0].numel() for table in self._tables.values()], dim=1)
+        return {
+            name: torch.cat([table.detach()[:1], part.reshape(len(rows), *table.shape[1:]).to(table.dtype)])
+            for part, (name, table) in zip(parts, self._tables.items(), strict=True)
+        }
+
+    def _pair(self, scores: LogProbs, index: Tensor) -> PairLogProbs:
+        return PairLogProbs(scores.select(self._texts.chosen[index]), scores.select(self._texts.rejected[index]))
+
+    def _margins(self, scored: PairLogProbs, index: Tensor) -> Tensor:
+        """Return the margins `[n]` of the pairs that `index` names."""
+        reference = self._pair(self._reference, index) if self._reference is not None else None
+        chosen, rejected = self._model.loss.rewards(scored, reference)
+        return chosen - rejected
+
+
+@contextmanager
+def _evaluating(model: PersonalizedLM) -> Iterator[None]:
+    """Without dropout."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
     """Return the pairs that `rows` `[n]` names, with their users."""
     users = tuple(pairs.user_ids[row] for row in rows.tolist())
     return replace(pairs.select(rows), user_ids=users, reference_keys=())
-
-
-def trimmed(batch: PreferenceBatch) -> PreferenceBatch:
-    """Cut padding that no row of a batch needs."""
-
-    def cut(tokens: Tokens) -> Tokens:
-        width = int(tokens.mask.sum(1).max())
-        return Tokens(tokens.ids[:, :width], tokens.mask[:, :width])
-
-    return replace(
-        batch,
-        user_text=cut(batch.user_text),
-        prompt=cut(batch.prompt),
-        chosen=cut(batch.chosen),
-        rejected=cut(batch.rejected),
-    )
 
 
 def table_rows(tables: Sequence[Tensor]) -> Tensor:

@@ -122,6 +122,8 @@ class PreferenceDataModule(LightningDataModule):
         history_size: int = 0,
     ) -> None:
         super().__init__()
+        if not isinstance(source, DataSource):
+            raise ConfigurationError(f"source is {source!r}; give a source of rows, such as FileSource({source!r}).")
         if eval_batch_size is not None and eval_batch_size < 1:
             raise ConfigurationError(f"eval_batch_size is {eval_batch_size}; it must be at least 1.")
         if num_workers < 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
@@ -35,7 +36,7 @@ def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
 
 
 def check_fit(trainer: Trainer, user_model: UserModel, loss: PreferenceLoss, vocabulary: UserVocabulary) -> None:
-    """Refuse what a fit would stumble over; all processes must call it.
+    """Refuse what a fit would stumble over, and warn of what it would do for nothing; all processes must call it.
 
     Raises:
         ConfigurationError: Names the setting.
@@ -45,6 +46,12 @@ def check_fit(trainer: Trainer, user_model: UserModel, loss: PreferenceLoss, voc
     check_histories(user_model, loss, datamodule)
     check_same_data(trainer, vocabulary)
     check_batch_size(loss, getattr(datamodule, "batch_size", 2))
+    if user_model.uses_text and not getattr(datamodule, "has_user_text", True):
+        rank_zero_warn(
+            f"{type(user_model).__name__} reads texts about users, and no row has one: name their column by "
+            "data.source.columns, as in {user_text: profile}, or choose a user model that goes by votes alone, such as "
+            "IndividualUserModel."
+        )
 
 
 def check_batch_size(loss: PreferenceLoss, batch_size: int) -> None:

@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -112,6 +113,44 @@ class Policy(nn.Module, ABC):
         The log-probs are kept on disk under it. None, for a policy that cannot tell, keeps nothing.
         """
         return None
+
+    def log_probs_of_each(
+        self,
+        prompt: Tokens,
+        completions: Tokens,
+        prompt_of: Tensor,
+        soft_prompt: SoftPrompt | None = None,
+        reference: bool = False,
+        batch_size: int = 64,
+    ) -> LogProbs:
+        """Score any number of completions of each prompt, without gradient; see `log_probs`.
+
+        Args:
+            prompt: U prompts.
+            completions: D completions.
+            prompt_of: `[D]` each one's prompt.
+            soft_prompt: U soft prompts, or None for none.
+            reference: Score as the policy did before training.
+            batch_size: Completions in a pass.
+
+        Returns:
+            Per-token log-probabilities `[D, L]`.
+        """
+        scores = torch.zeros(completions.mask.shape, device=completions.ids.device)
+        score = self.reference_log_probs if reference else self.log_probs
+        with torch.no_grad():
+            for some in torch.split(torch.arange(len(completions), device=scores.device), batch_size):
+                own = soft_prompt.select(prompt_of[some]) if soft_prompt is not None else None
+                (found,) = score(prompt.select(prompt_of[some]), [completions.select(some)], own)
+                scores[some] = found.tokens
+        return LogProbs(scores, completions.mask)
+
+    def settled(self) -> Policy:
+        """Return a policy that gives the same log-probs, for while this one is not trained; quicker where it can be.
+
+        It may be asked for log-probs under the policy only, not for those of the reference.
+        """
+        return self
 
     @abstractmethod
     def generate(

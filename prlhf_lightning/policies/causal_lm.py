@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,7 +24,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.packing import Packing
-from prlhf_lightning.policies.scoring import embed, score, segments
+from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
 from prlhf_lightning.reference_cache import weights_digest
@@ -31,6 +32,8 @@ from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
 _ASSETS = files("prlhf_lightning") / "assets"
+# Adapters of at least this share of the weights that they adapt are merged for scoring.
+_WORTH_MERGING = 0.05
 #: What one of which is in a folder that `from_pretrained` reads.
 _FILES = {"weights": ["config.json", "adapter_config.json"], "tokenizer": ["*token*", "vocab*", "*.model"]}
 _WORDS = 8192  # words to start soft prompts from: the scale is what matters
@@ -209,6 +212,22 @@ class CausalLMPolicy(Policy):
         lm.config.use_cache = True
         return lm
 
+    def settled(self) -> CausalLMPolicy:
+        """Return a copy with the adapters in the weights where they are small; see `Policy.settled`."""
+        adapted = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
+        own = sum(
+            part.weight.numel() for module in adapted for part in (*module.lora_A.values(), *module.lora_B.values())
+        )
+        weights = sum(module.get_base_layer().weight.numel() for module in adapted)
+        # Beside large weights adapters take little time, and a copy much memory; in 16 bits merging would round.
+        if own < _WORTH_MERGING * weights or self.lm.dtype != torch.float32 or not adapted:
+            return self
+        lm = self.merged().eval()
+        lm.config.use_cache = False
+        settled = copy.copy(self)
+        settled._modules = {"model": lm}
+        return settled
+
     @property
     def max_positions(self) -> int | None:
         """The positions of the model's configuration, if it limits them."""
@@ -245,6 +264,21 @@ class CausalLMPolicy(Policy):
         with self._reference_lm() as lm:
             return self._score(lm, prompt, completions, soft_prompt)
 
+    def log_probs_of_each(
+        self,
+        prompt: Tokens,
+        completions: Tokens,
+        prompt_of: Tensor,
+        soft_prompt: SoftPrompt | None = None,
+        reference: bool = False,
+        batch_size: int = 64,
+    ) -> LogProbs:
+        """Score any number of completions of each prompt; see `Policy.log_probs_of_each`."""
+        with self._reference_lm() if reference else nullcontext(self.lm) as lm:
+            before = self._segments(lm, prompt, soft_prompt)
+            self._check_completions(before, completions, prompt_of)
+            return score_each(lm, before, completions, prompt_of, self.shortcuts, batch_size)
+
     def reference_identity(self) -> dict[str, str]:
         """Return the digest of the weights that were loaded, and what else may change a number."""
         return {
@@ -268,14 +302,20 @@ class CausalLMPolicy(Policy):
         self, lm: PreTrainedModel, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None
     ) -> tuple[LogProbs, ...]:
         before = self._segments(lm, prompt, soft_prompt)
-        width = sum(part.mask.sum(1) for part in before)
-        longest = max(int((width + part.mask.sum(1)).max()) for part in completions)
-        self._check_length(longest, "data.max_completion_length")
+        for part in completions:
+            self._check_completions(before, part)
         packed = self._packing is not None and self._packing.applies(lm, prompt.ids.device)
         return score(lm, before, completions, self.shortcuts, as_trees=packed)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
         return segments(lm, self.tokenizer.bos_token_id, prompt, soft_prompt)
+
+    def _check_completions(
+        self, before: Sequence[SoftPrompt], completions: Tokens, prompt_of: Tensor | None = None
+    ) -> None:
+        width = torch.stack([part.mask.sum(1) for part in before]).sum(0)
+        lengths = completions.mask.sum(1) + (width if prompt_of is None else width[prompt_of])
+        self._check_length(int(lengths.max()), "data.max_completion_length")
 
     def _check_length(self, length: int, limit_of_completions: str) -> None:
         limit = self.max_positions

@@ -5,6 +5,7 @@ B prompts with n completions each; d the hidden width; N the completion tokens o
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from prlhf_lightning.policies.attention import takes_block_masks
 from prlhf_lightning.policies.sequences import join, token_log_probs
@@ -93,7 +95,8 @@ def score(
     if shortcuts.trees and (as_trees or pays_as_tree):
         hidden = _tree_states(lm, before, completions, rows, offsets)
     elif shortcuts.shared_prompt and n > 1 and spared >= _WORTH_SHARING:
-        hidden = _continued_states(lm, before, targets, n)[rows, offsets]
+        row_of = torch.arange(len(targets) // n, device=rows.device).repeat(n)
+        hidden = _Prefix.of(lm, before).continued(lm, targets, row_of)[rows, offsets]
     else:
         repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
         # The token at place i is predicted from place i - 1.
@@ -108,31 +111,88 @@ def score(
     return LogProbs(log_probs, targets.mask).chunk(n)
 
 
+@torch.no_grad()
+def score_each(
+    lm: PreTrainedModel,
+    before: Sequence[SoftPrompt],
+    completions: Tokens,
+    prompt_of: Tensor,
+    shortcuts: Shortcuts,
+    batch_size: int,
+) -> LogProbs:
+    """Score any number of completions of each of U prompts, without gradient.
+
+    Args:
+        lm: The model.
+        before: What precedes the completions, in segments of U rows.
+        completions: D completions.
+        prompt_of: `[D]` each one's prompt.
+        shortcuts: What may be skipped with this model.
+        batch_size: Completions in a pass, which are of about the same length.
+
+    Returns:
+        Per-token log-probabilities `[D, L]`, float32.
+    """
+    prefix = _Prefix.of(lm, before) if shortcuts.shared_prompt else None
+    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    log_probs = torch.zeros(completions.mask.shape, device=completions.ids.device)
+    lengths = completions.mask.sum(1)
+    for some in torch.split(lengths.argsort(stable=True), batch_size):
+        width = int(lengths[some].max())
+        ids, mask = completions.ids[some, :width], completions.mask[some, :width]
+        if prefix is not None:
+            hidden = prefix.continued(lm, Tokens(ids, mask), prompt_of[some])
+            scores = token_log_probs(hidden[mask], ids[mask], lm.get_output_embeddings(), vocab_size)
+            log_probs[some, :width] = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+        else:
+            own = [part.select(prompt_of[some]) for part in before]
+            log_probs[some, :width] = score(lm, own, [Tokens(ids, mask)], shortcuts)[0].tokens
+    return LogProbs(log_probs, completions.mask)
+
+
 def _spared(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> float:
     """Return the share of positions that computing each prompt once spares."""
     prompt, completion = sum(part.mask.shape[1] for part in before), targets.ids.shape[1]
     return (n - 1) * prompt / (n * (prompt + completion))
 
 
-def _continued_states(lm: PreTrainedModel, before: Sequence[SoftPrompt], targets: Tokens, n: int) -> Tensor:
-    """Return the hidden states `[n * B, L, d]` that predict the completions, each prompt computed once.
+@dataclass(frozen=True)
+class _Prefix:
+    """Prompts that have been read: U right-aligned rows.
 
-    The n completions of a prompt are continued from its keys and values, which carry the gradient of all n.
+    Attributes:
+        cache: Their keys and values.
+        last: `[U, 1, d]` hidden states of their last positions.
+        mask: `[U, P]` bool, true where there is a position.
     """
-    prompt = join(before, align="right")  # its last position is real in every row, and predicts the first token
-    prefix = lm.base_model(**model_inputs(lm, prompt), use_cache=True)
-    name = cache_name(lm)
-    cache = getattr(prefix, name)
-    every = torch.arange(len(prompt.mask), device=prompt.mask.device).repeat(n)
-    cache.batch_select_indices(every)
-    first: Tensor = prefix.last_hidden_state[:, -1:][every]
-    if targets.ids.shape[1] == 1:
-        return first
-    rest = embed(lm, Tokens(targets.ids[:, :-1], targets.mask[:, :-1]))
-    mask = torch.cat([prompt.mask[every], rest.mask], dim=1)
-    inputs = model_inputs(lm, SoftPrompt(rest.vectors, mask), past=prompt.mask.shape[1])
-    hidden = lm.base_model(**inputs, **{name: cache}, use_cache=True).last_hidden_state
-    return torch.cat([first, hidden], dim=1)
+
+    cache: DynamicCache
+    last: Tensor
+    mask: Tensor
+
+    @classmethod
+    def of(cls, lm: PreTrainedModel, before: Sequence[SoftPrompt]) -> _Prefix:
+        """Read what stands before completions."""
+        prompt = join(before, align="right")  # its last position is real in every row, and predicts the first token
+        output = lm.base_model(**model_inputs(lm, prompt), use_cache=True)
+        return cls(getattr(output, cache_name(lm)), output.last_hidden_state[:, -1:], prompt.mask)
+
+    def continued(self, lm: PreTrainedModel, targets: Tokens, row_of: Tensor) -> Tensor:
+        """Return the hidden states `[D, L, d]` that predict completions, each of the row of `row_of` `[D]`.
+
+        The completions of a prompt share its keys and values, which carry the gradient of all.
+        """
+        first = self.last[row_of]
+        if targets.ids.shape[1] == 1:
+            return first
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in cache.layers]
+        cache.batch_select_indices(row_of)
+        rest = embed(lm, Tokens(targets.ids[:, :-1], targets.mask[:, :-1]))
+        mask = torch.cat([self.mask[row_of], rest.mask], dim=1)
+        inputs = model_inputs(lm, SoftPrompt(rest.vectors, mask), past=self.mask.shape[1])
+        hidden = lm.base_model(**inputs, **{cache_name(lm): cache}, use_cache=True).last_hidden_state
+        return torch.cat([first, hidden], dim=1)
 
 
 def _tree_states(

@@ -19,6 +19,11 @@ def _caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, 
     return key
 
 
+def caller_of(request: Request) -> str:
+    """Return who asks, as far as rates and turns go: a key, or without keys an address."""
+    return str(request.scope["prlhf.caller"])
+
+
 Caller: TypeAlias = Annotated[APIKey, Depends(_caller)]
 
 

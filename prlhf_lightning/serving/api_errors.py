@@ -13,13 +13,14 @@ from starlette.responses import JSONResponse
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Of what the web framework finds wrong itself; 400 are bodies that can't be read.
-_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 413: "too_large"}
+_CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
 _MEANING = {
     400: "The request is not what it should be.",
     401: "The API key is missing or wrong.",
     403: "The API key is not for this user.",
     404: "There is no such thing.",
-    409: "The id stands for other feedback.",
+    408: "The request's body came too slowly.",
+    409: "The id stands for other feedback, or the user can't be learned.",
     413: "The request, or the prompt in it, is too large.",
     429: "Too many requests; see Retry-After.",
     500: "The server failed.",
@@ -103,8 +104,11 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(errors: Any) -> APIError:
-    """Name what is wrong, without repeating what was sent. Of the forms that a field may have, the nearest counts."""
-    worst = max(errors, key=lambda error: len(error["loc"]))
+    """Name what is wrong, without repeating what was sent.
+
+    Of the forms that a field may have, the nearest counts: where the fault is deepest, and then is not the type.
+    """
+    worst = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     if worst["type"] == "json_invalid":
         return APIError(400, "The body is not valid JSON.", "invalid_json")
     param = ".".join(str(part) for part in worst["loc"][1:] if not _is_label(part)) or None

@@ -46,7 +46,7 @@ def create_app(services: Services) -> FastAPI:
     app.include_router(demo.router())
     app.mount("/static", StaticFiles(directory=demo.FOLDER))
     # The last is the first to see a request.
-    app.add_middleware(BodyLimit, most=services.limits.max_body)
+    app.add_middleware(BodyLimit, most=services.limits.max_body, seconds=services.limits.read_seconds)
     limiter = RateLimiter(services.limits.requests_per_minute, services.limits.burst)
     app.add_middleware(Gate, keys=services.keys, limiter=limiter)
     app.add_middleware(AccessLog, metrics=services.metrics)

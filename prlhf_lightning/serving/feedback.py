@@ -24,7 +24,7 @@ def router(services: Services, log: FeedbackLog) -> APIRouter:
     @routes.post(
         "/v1/feedback",
         status_code=201,
-        responses={200: repeated, **documented(400, 401, 403, 409, 413, 429, 500, 503)},
+        responses={200: repeated, **documented(400, 401, 403, 408, 409, 413, 429, 500, 503)},
     )
     async def give_feedback(body: schemas.AnyFeedback, response: Response, key: Caller) -> schemas.FeedbackReceipt:
         """Write down which of two answers a user found better, or whether one was good.

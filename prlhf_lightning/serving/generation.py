@@ -6,9 +6,9 @@ import asyncio
 import json
 import math
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 from uuid import uuid4
 
 from fastapi import APIRouter, Request
@@ -19,12 +19,13 @@ from starlette.types import Receive, Scope, Send
 from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.inference import Generation, Piece
 from prlhf_lightning.serving import schemas
-from prlhf_lightning.serving.access import Caller, check_users
+from prlhf_lightning.serving.access import Caller, caller_of, check_users
 from prlhf_lightning.serving.api_errors import APIError, documented
 from prlhf_lightning.serving.keys import APIKey
-from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded, Ticket
 from prlhf_lightning.serving.services import Prompt, Services
+from prlhf_lightning.serving.tickets import Closing, EngineFailed, Overloaded, Ticket
 
+T = TypeVar("T")
 Body: TypeAlias = schemas.ChatRequest | schemas.CompletionRequest
 
 _HEADER = "x-personalization"
@@ -37,28 +38,28 @@ def router(services: Services) -> APIRouter:
 
     def answers(whole: type[BaseModel], piece: type[BaseModel]) -> dict[int | str, dict[str, Any]]:
         found = {"model": whole, "content": schemas.event_stream(piece), "headers": _headers}
-        return {200: found, **documented(400, 401, 403, 404, 413, 429, 500, 503)}
+        return {200: found, **documented(400, 401, 403, 404, 408, 413, 429, 500, 503)}
 
     @routes.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.ChatCompletionChunk))
     async def chat_completions(body: schemas.ChatRequest, request: Request, key: Caller) -> Response:
         """Write the next turn of a conversation, for a user."""
         prompt = services.prompt([message.plain() for message in body.messages])
-        answer = await _begin(services, body, prompt, body.max_completion_tokens or body.max_tokens, key, "chatcmpl")
+        answer = await _begin(services, body, prompt, request, key, "chatcmpl")
         if body.stream:
             return _EventStream(
                 answer, body, "chat.completion.chunk", _delta, opening={"role": "assistant", "content": ""}
             )
-        text, finish, usage = await _unless_gone(request, answer)
+        text, finish, usage = await _whole(request, answer)
         choice = {"index": 0, "message": {"role": "assistant", "content": text}, "logprobs": None}
         return answer.response({"object": "chat.completion", "choices": [choice | {"finish_reason": finish}]}, usage)
 
     @routes.post("/v1/completions", responses=answers(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request, key: Caller) -> Response:
         """Go on with a text, for a user."""
-        answer = await _begin(services, body, services.prompt(body.prompt), body.max_tokens, key, "cmpl")
+        answer = await _begin(services, body, services.prompt(body.prompt), request, key, "cmpl")
         if body.stream:
             return _EventStream(answer, body, "text_completion", _text)
-        text, finish, usage = await _unless_gone(request, answer)
+        text, finish, usage = await _whole(request, answer)
         return answer.response({"object": "text_completion", "choices": [_text(text, finish)]}, usage)
 
     return routes
@@ -113,10 +114,8 @@ class _Answer:
         return "".join(texts), finish, usage.told()
 
 
-async def _begin(
-    services: Services, body: Body, prompt: Prompt, max_tokens: int | None, key: APIKey, kind: str
-) -> _Answer:
-    """Hand a request to the engine, or say why not."""
+async def _begin(services: Services, body: Body, prompt: Prompt, request: Request, key: APIKey, kind: str) -> _Answer:
+    """Wait until the engine has accepted a request, or say why not."""
     if body.model != services.writer.name:
         message = "There is no such model here; /v1/models names the one that there is."
         raise APIError(404, message, "model_not_found", "model")
@@ -127,27 +126,24 @@ async def _begin(
     if unknown:
         services.metrics.count("prlhf_unknown_users_total", len(unknown))
     status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
-    started = time.monotonic()
+    started, most = time.monotonic(), services.limits.max_tokens
     try:
-        ticket = await services.scheduler.submit(
-            Generation(
-                prompt=prompt,
-                user=_named(body, services.rename),
-                user_text=body.user_text or "",
-                strength=body.strength,
-                max_new_tokens=min(max_tokens or services.limits.max_tokens, services.limits.max_tokens),
-                temperature=1.0 if body.temperature is None else body.temperature,
-                top_p=1.0 if body.top_p is None else body.top_p,
-                seed=body.seed,
-                stop=body.stops(),
-            )
+        generation = Generation(
+            prompt=prompt,
+            user=_named(body, services.rename),
+            user_text=body.user_text or "",
+            strength=body.strength,
+            max_new_tokens=min([most, *body.limits()]),
+            temperature=1.0 if body.temperature is None else body.temperature,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed,
+            stop=body.stops(),
         )
+        ticket = await _unless_gone(request, services.scheduler.submit(generation, caller_of(request)))
     except Overloaded:
         raise APIError(429, "The server is busy; try again later.", "overloaded", retry_after=2) from None
-    except Closing:
-        raise APIError(503, "The server is shutting down.", "closing", retry_after=5) from None
-    except EngineFailed:
-        raise _failed() from None
+    except (Closing, EngineFailed) as error:
+        raise _cut_off(error) from None
     except PRLHFError as error:
         raise APIError(400, str(error), "refused") from error
     base = {
@@ -168,21 +164,28 @@ def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] |
     return {rename(user): share / total for user, share in body.blend.items()}
 
 
-async def _unless_gone(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:
+async def _whole(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:
     """Wait for the whole answer, or stop writing it when the client leaves."""
-    writing, leaving = asyncio.create_task(answer.whole()), asyncio.create_task(_gone(request))
     try:
-        await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if not writing.done():
-            raise APIError(400, "The client has left.", "client_left")  # nobody reads this
-        return writing.result()
-    except EngineFailed:
-        raise _failed() from None
+        return await _unless_gone(request, answer.whole())
+    except (Closing, EngineFailed) as error:
+        raise _cut_off(error) from None
     finally:
         answer.ticket.cancel()
-        for task in (writing, leaving):
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return what some work comes to, or end it when the client leaves."""
+    working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise APIError(400, "The client has left.", "client_left")  # nobody reads this
+        return working.result()
+    finally:
+        for task in (working, leaving):
             task.cancel()
-        await asyncio.gather(writing, leaving, return_exceptions=True)
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 async def _gone(request: Request) -> None:
@@ -190,7 +193,9 @@ async def _gone(request: Request) -> None:
         pass
 
 
-def _failed() -> APIError:
+def _cut_off(error: Closing | EngineFailed) -> APIError:
+    if isinstance(error, Closing):
+        return APIError(503, "The server is shutting down.", "closing", retry_after=5)
     return APIError(500, "The model failed while it wrote this answer; try again.", "engine_failed")
 
 
@@ -237,8 +242,8 @@ class _EventStream(StreamingResponse):
                 usage.add(piece)
                 if piece.text or piece.finish_reason:
                     yield self._event(choices=[self._choice(piece.text, piece.finish_reason)])
-        except EngineFailed:
-            yield f"data: {_failed().body.model_dump_json()}\n\n"
+        except (Closing, EngineFailed) as error:
+            yield f"data: {_cut_off(error).body.model_dump_json()}\n\n"
             return
         if self._with_usage:
             yield self._event(choices=[], usage=usage.told())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 import re
 import secrets
 import time
@@ -17,6 +19,7 @@ from typing import Any
 
 from prlhf_lightning.errors import ConfigurationError
 
+_log = logging.getLogger("prlhf_lightning.serving")
 _MOST_CALLERS = 10_000  # of which a limiter remembers how much they have asked
 
 
@@ -96,9 +99,27 @@ def new_key(name: str, users: str = "*") -> tuple[str, str]:
     return key, f'[{json.dumps(name)}]\nsha256 = "{digest}"\nusers = {json.dumps(users)}\n'
 
 
+def add_entry(path: Path, entry: str) -> None:
+    """Write a new key's lines at the end of a file of keys; a new file is its owner's alone.
+
+    Raises:
+        ConfigurationError: The file can't be written, or has a key of this name already.
+    """
+    try:
+        before = path.read_text() if path.exists() else ""
+        if set(tomllib.loads(before)) & set(tomllib.loads(entry)):
+            raise ConfigurationError(f"name: {path} has a key of this name already; give the new one another.")
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "a") as file:
+            file.write(f"\n{entry}" if before else entry)
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"keys: {path} can't be added to ({error}); it must be a TOML file.") from error
+
+
 def _read(path: Path) -> Iterable[APIKey]:
     try:
         tables = tomllib.loads(path.read_text())
+        if path.stat().st_mode & 0o022:
+            _log.warning("Others than its owner may write to %s, and so let themselves in: chmod 600 it.", path)
     except (OSError, ValueError) as error:
         raise ConfigurationError(f"keys: {path} can't be read ({error}); it must be a TOML file.") from error
     if not tables:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 
-from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.feedback_log import FeedbackLog, FeedbackLogError
 from prlhf_lightning.serving import schemas
-from prlhf_lightning.serving.access import Caller, check_users
+from prlhf_lightning.serving.access import Caller, caller_of, check_users
 from prlhf_lightning.serving.api_errors import APIError, documented
-from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded
 from prlhf_lightning.serving.services import Learner, Services
+from prlhf_lightning.serving.tickets import Closing, EngineFailed, Overloaded
 
 _MOST_PAIRS = 200  # the newest; writing waits while a user is learned
 
@@ -21,16 +22,28 @@ _MOST_PAIRS = 200  # the newest; writing waits while a user is learned
 def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
     """Return the route."""
     routes = APIRouter(tags=["feedback"])
+    trained = len(services.writer.vocabulary)
 
-    @routes.post("/v1/adapt", responses=documented(400, 401, 403, 409, 413, 429, 500, 503))
-    async def adapt(body: schemas.LearnRequest, key: Caller) -> schemas.Learned:
+    def learn(user: str, rows: list[dict[str, Any]]) -> None:
+        """Learn a user, in the engine's thread, where nobody else is learned meanwhile."""
+        known, most = services.writer.vocabulary, services.limits.max_learned
+        if user not in known and len(known) - trained >= most:
+            raise ConfigurationError(
+                f"This server has learned as many users as it keeps (max_learned is {most}); add users to the model "
+                "itself with the command adapt."
+            )
+        learner(user, rows)
+
+    @routes.post("/v1/adapt", responses=documented(400, 401, 403, 408, 409, 413, 429, 500, 503))
+    async def adapt(body: schemas.LearnRequest, request: Request, key: Caller) -> schemas.Learned:
         """Learn a user whom the model was not trained on from the pairs in the feedback log, again with every call."""
         check_users(key, [body.user], "user")
         try:
             rows = await run_in_threadpool(log.newest_pairs, body.user, _MOST_PAIRS)
             if not rows:
                 raise APIError(409, "There are no pairs of this user yet.", "no_pairs", "user")
-            await services.scheduler.call(partial(learner, services.rename(body.user), rows))
+            learning = partial(learn, services.rename(body.user), rows)
+            await services.scheduler.call(learning, caller_of(request))
         except FeedbackLogError as error:
             raise APIError(503, "The feedback log can't be read now.", "log_unavailable", retry_after=5) from error
         except PRLHFError as error:

@@ -56,14 +56,14 @@ class Metrics:
             counters, histograms = dict(self._counters), {k: (list(c), t) for k, (c, t) in self._histograms.items()}
         for name in sorted({name for name, _ in counters}):
             lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} counter"]
-            lines += [f"{n}{_labels(labels)} {value:g}" for (n, labels), value in counters.items() if n == name]
+            lines += [f"{n}{_labels(labels)} {value:.15g}" for (n, labels), value in counters.items() if n == name]
         for name in sorted({name for name, _ in histograms}):
             lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} histogram"]
             for (n, labels), (counts, total) in histograms.items():
                 if n == name:
                     lines += _histogram(name, labels, counts, total)
         for name, read in self._gauges.items():
-            lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} gauge", f"{name} {read():g}"]
+            lines += [f"# HELP {name} {_HELP[name]}", f"# TYPE {name} gauge", f"{name} {read():.15g}"]
         return "\n".join(lines) + "\n"
 
 

@@ -1,10 +1,11 @@
-"""What stands before every route: the access log, keys and rates, and the limit of a body's size.
+"""What stands before every route: the access log, keys and rates, and the limits of a body's size and time.
 
 Plain ASGI, so that streams pass through piece by piece.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import time
@@ -86,13 +87,13 @@ class Gate:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             try:
-                scope["prlhf.key"] = self._let_in(scope)
+                scope["prlhf.key"], scope["prlhf.caller"] = self._let_in(scope)
             except APIError as error:
                 await error.response()(scope, receive, send)
                 return
         await self.app(scope, receive, send)
 
-    def _let_in(self, scope: Scope) -> APIKey:
+    def _let_in(self, scope: Scope) -> tuple[APIKey, str]:
         key = ANYONE
         caller = (scope.get("client") or ("",))[0]
         if self.keys:
@@ -104,14 +105,14 @@ class Gate:
             key, caller = found, f"key {found.name}"
         if wait := self.limiter.wait(caller):
             raise APIError(429, "Too many requests; try again later.", "rate_limit_exceeded", retry_after=wait)
-        return key
+        return key, caller
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, at the latest when so much of them has been read."""
+    """Refuses bodies that are too large, at the latest when so much of them has been read, or that come too slowly."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
+    def __init__(self, app: ASGIApp, most: int, seconds: float) -> None:
+        self.app, self.most, self.seconds = app, most, seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
@@ -122,11 +123,18 @@ class BodyLimit:
         if told.isdigit() and int(told[:20]) > self.most:
             await self._error().response()(scope, receive, send)
             return
-        read = 0
+        read, deadline = 0, asyncio.get_running_loop().time() + self.seconds
+        complete = False
 
         async def counted() -> Message:
-            nonlocal read
-            message = await receive()
+            nonlocal read, complete
+            try:
+                async with asyncio.timeout_at(None if complete else deadline):
+                    message = await receive()
+            except TimeoutError:
+                late = f"The request was not there after {self.seconds:g} seconds; send it faster."
+                raise HTTPException(408, late, {"connection": "close"}) from None
+            complete = not message.get("more_body", False)
             read += len(message.get("body", b""))
             if read > self.most:
                 raise HTTPException(413, self._error().args[0])  # FastAPI passes on no other kind while it reads

@@ -6,20 +6,24 @@ import asyncio
 import logging
 import time
 import traceback
-from collections.abc import AsyncIterator, Callable
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol, TypeAlias, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.inference import Generation, Piece
 from prlhf_lightning.serving.metrics import Metrics
+from prlhf_lightning.serving.tickets import Closing, EngineFailed, Event, FairQueue, Overloaded, Ticket
 
 T = TypeVar("T")
 _log = logging.getLogger("prlhf_lightning.serving")
 _FAILURES_UNTIL_UNWELL = 3
 _MOST_CALLS = 4  # that wait; each holds up all that is being written
+# Requests that the engine holds, tokenised and embedded, before there is room for them, and that join it in one step.
+_AHEAD = 8
 
 
 class WritingEngine(Protocol):
@@ -38,63 +42,14 @@ class WritingEngine(Protocol):
     def idle(self) -> bool:
         """Whether there is nothing to write."""
 
-
-class Overloaded(Exception):
-    """As many requests are open as the server takes."""
-
-
-class Closing(Exception):
-    """The server is shutting down."""
-
-
-class EngineFailed(Exception):
-    """The engine failed while it wrote this and other requests; the next ones are written by a new one."""
-
-
-class Ticket:
-    """A request that the engine has taken in: iterate over the pieces of its answer.
-
-    Iterating raises EngineFailed where the engine fails.
-    """
-
-    def __init__(self, close: Callable[[Ticket], None]) -> None:
-        self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self.number = -1  # of the engine's thread, which alone uses it
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
-        self._close = close
-
-    async def __aiter__(self) -> AsyncIterator[Piece]:
-        """Yield pieces until one has a finish reason."""
-        while True:
-            piece = await self._pieces.get()
-            if isinstance(piece, Exception):
-                raise piece
-            yield piece
-            if piece.finish_reason is not None:
-                return
-
-    def cancel(self) -> None:
-        """Stop writing. Does nothing where the answer is complete."""
-        self._close(self)
-
-    def put(self, event: _Event) -> bool:
-        """Take in what the engine has to say; return whether it was the last."""
-        if event is None or (isinstance(event, Exception) and not self.accepted.done()):
-            if not self.accepted.done():
-                self.accepted.set_exception(event) if event else self.accepted.set_result(None)
-            return event is not None
-        self._pieces.put_nowait(event)
-        return isinstance(event, Exception) or event.finish_reason is not None
-
-
-_Event: TypeAlias = Piece | Exception | None
-"""A piece, an error, or nothing: the request was taken in."""
+    @property
+    def waiting(self) -> int:
+        """Number of requests that it has taken in and not begun."""
 
 
 @dataclass(frozen=True)
 class _Add:
     ticket: Ticket
-    generation: Generation
 
 
 @dataclass(frozen=True)
@@ -122,13 +77,14 @@ class Scheduler:
     def __init__(self, make_engine: Callable[[], WritingEngine], max_open: int, metrics: Metrics) -> None:
         self._make_engine, self._max_open, self._metrics = make_engine, max_open, metrics
         self._inbox: SimpleQueue[_Add | _Cancel | _Call | None] = SimpleQueue()
-        self._open: set[Ticket] = set()
+        self._open: dict[Ticket, None] = {}  # in the order of their arrival
         self._closing = False
         self._engine = make_engine()
+        self._waiting = FairQueue()
         self._writing: dict[int, Ticket] = {}
         self._ending = False
         self._failures = 0  # since the last step that went well
-        self._calls = 0  # that have not been answered
+        self._calling: set[str] = set()  # whose calls have not been answered
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         metrics.gauge("prlhf_open_requests", lambda: len(self._open))
 
@@ -142,8 +98,12 @@ class Scheduler:
         """Whether the engine can be expected to write."""
         return self._thread.is_alive() and not self._closing and self._failures < _FAILURES_UNTIL_UNWELL
 
-    async def submit(self, generation: Generation) -> Ticket:
-        """Hand a request to the engine and wait until it has taken it in.
+    async def submit(self, generation: Generation, caller: str = "") -> Ticket:
+        """Line a request up and wait until the engine has accepted it, which is when there is nearly room for it.
+
+        Args:
+            generation: What is asked.
+            caller: Who asks. Callers take turns, however many requests each has.
 
         Raises:
             Overloaded: Too many requests are open.
@@ -154,10 +114,10 @@ class Scheduler:
         if self._closing or not self._thread.is_alive():
             raise Closing
         if len(self._open) >= self._max_open:
-            raise Overloaded
-        ticket = Ticket(self._close)
-        self._open.add(ticket)
-        self._inbox.put(_Add(ticket, generation))
+            self._make_room(caller)
+        ticket = Ticket(generation, caller, self._close)
+        self._open[ticket] = None
+        self._inbox.put(_Add(ticket))
         try:
             await ticket.accepted
         except BaseException:
@@ -165,27 +125,46 @@ class Scheduler:
             raise
         return ticket
 
-    async def call(self, function: Callable[[], T]) -> T:
+    def _make_room(self, caller: str) -> None:
+        """Send away the newest waiting request of whoever has the most, if that is more than the caller would have."""
+        counts = Counter(ticket.caller for ticket in self._open)
+        greediest, most = counts.most_common(1)[0]
+        waiting = [ticket for ticket in self._open if ticket.caller == greediest and not ticket.accepted.done()]
+        if most <= counts[caller] + 1 or not waiting:
+            raise Overloaded
+        self._dismiss(waiting[-1], Overloaded())
+
+    async def call(self, function: Callable[[], T], caller: str = "") -> T:
         """Have the thread call something between two steps, and return what it returns; writing waits meanwhile.
 
+        Args:
+            function: What to call.
+            caller: Who asks. Each has one call at a time.
+
         Raises:
-            Overloaded: Too many calls are waiting.
+            Overloaded: Too many calls are waiting, or one of this caller's.
             Closing: The server is shutting down.
             EngineFailed: Something unforeseen went wrong.
             PRLHFError: As the function raises it.
         """
         if self._closing or not self._thread.is_alive():
             raise Closing
-        if self._calls >= _MOST_CALLS:
+        if caller in self._calling or len(self._calling) >= _MOST_CALLS:
             raise Overloaded
         done: asyncio.Future[T] = self._loop.create_future()
-        self._calls += 1
-        done.add_done_callback(self._called)
+        self._calling.add(caller)
+        done.add_done_callback(lambda _: self._calling.discard(caller))
         self._inbox.put(_Call(function, done))
         return await done
 
-    def _called(self, _: object) -> None:
-        self._calls -= 1
+    def end_within(self, seconds: float) -> None:
+        """Take in nothing more, and give up what has not been written by then."""
+        self._closing = True
+        self._loop.call_later(seconds, self._give_up)
+
+    def _give_up(self) -> None:
+        for ticket in list(self._open):
+            self._dismiss(ticket, Closing())
 
     async def drain(self) -> None:
         """Take in nothing more, let the engine finish what it writes, and end the thread."""
@@ -195,15 +174,19 @@ class Scheduler:
 
     def _close(self, ticket: Ticket) -> None:
         if ticket in self._open:
-            self._open.discard(ticket)
+            del self._open[ticket]
             self._inbox.put(_Cancel(ticket))
 
-    def _deliver(self, events: list[tuple[Ticket, _Event]]) -> None:
+    def _dismiss(self, ticket: Ticket, why: Exception) -> None:
+        ticket.put(why)
+        self._close(ticket)
+
+    def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
         for ticket, event in events:
             if ticket in self._open and ticket.put(event):
-                self._open.discard(ticket)
+                del self._open[ticket]
 
-    def _send(self, events: list[tuple[Ticket, _Event]]) -> None:
+    def _send(self, events: list[tuple[Ticket, Event]]) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -211,15 +194,18 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            while not (self._ending and self._engine.idle):
+            while not (self._ending and self._idle):
                 try:
                     self._obey()
+                    self._feed()
                     if not self._engine.idle:
                         self._step()
                 except Exception as error:
                     self._recover(error)
         finally:
             self._ending = True
+            while self._waiting:
+                self._send([(self._waiting.pop(), EngineFailed())])
             while not self._inbox.empty():
                 order = self._inbox.get()
                 if isinstance(order, _Add):
@@ -227,35 +213,48 @@ class Scheduler:
                 elif isinstance(order, _Call):
                     self._answer(order.done, EngineFailed())
 
+    @property
+    def _idle(self) -> bool:
+        return self._engine.idle and not self._waiting
+
     def _obey(self) -> None:
-        """Take in and cancel requests; where there is nothing to write, wait for one.
+        """Line requests up and cancel them; where there is nothing to write, wait for one.
 
         At most one call, so that any number of them can't stop the writing.
         """
-        while not self._inbox.empty() or (self._engine.idle and not self._ending):
+        while not self._inbox.empty() or (self._idle and not self._ending):
             order = self._inbox.get()
             if order is None:
                 self._ending = True
             elif isinstance(order, _Add):
-                self._add(order)
+                self._waiting.push(order.ticket)
             elif isinstance(order, _Call):
                 self._do(order)
                 return
             elif self._writing.get(order.ticket.number) is order.ticket:  # not of an engine that has failed since
                 del self._writing[order.ticket.number]
                 self._engine.cancel(order.ticket.number)
+            else:
+                self._waiting.discard(order.ticket)
 
-    def _add(self, order: _Add) -> None:
+    def _feed(self) -> None:
+        """Hand the engine the next few requests; those that wait here are text still, nothing tokenised or embedded."""
+        for _ in range(_AHEAD - self._engine.waiting):
+            if not self._waiting:
+                return
+            self._add(self._waiting.pop())
+
+    def _add(self, ticket: Ticket) -> None:
         try:
-            order.ticket.number = self._engine.add(order.generation)
+            ticket.number = self._engine.add(ticket.generation)
         except PRLHFError as error:
-            self._send([(order.ticket, error)])
+            self._send([(ticket, error)])
         except Exception as error:  # of this request alone: nothing else has been touched
             self._report(error)
-            self._send([(order.ticket, EngineFailed())])
+            self._send([(ticket, EngineFailed())])
         else:
-            self._writing[order.ticket.number] = order.ticket
-            self._send([(order.ticket, None)])
+            self._writing[ticket.number] = ticket
+            self._send([(ticket, None)])
 
     def _do(self, order: _Call) -> None:
         try:

@@ -97,6 +97,10 @@ class _Generate(_Request):
         """Return the texts before which to stop."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
+    def limits(self) -> list[int]:
+        """Return the limits of the answer's length, in tokens."""
+        return [self.max_tokens] if self.max_tokens else []
+
 
 class ChatRequest(_Generate):
     """A conversation to go on with."""
@@ -106,6 +110,10 @@ class ChatRequest(_Generate):
     logprobs: Literal[False] | None = None
     response_format: TextFormat | None = None
     store: Literal[False] | None = None
+
+    def limits(self) -> list[int]:
+        """Return the limits of the answer's length, in tokens."""
+        return [*super().limits(), *([self.max_completion_tokens] if self.max_completion_tokens else [])]
 
 
 class CompletionRequest(_Generate):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import logging
+import math
 import os
 import signal
 import socket
@@ -19,11 +20,13 @@ from prlhf_lightning.inference import Engine, PersonalizedWriter
 from prlhf_lightning.serving.app import create_app
 from prlhf_lightning.serving.keys import KeyRing
 from prlhf_lightning.serving.middleware import access_log
+from prlhf_lightning.serving.protocol import PatientProtocol
 from prlhf_lightning.serving.services import Learner, Services
 from prlhf_lightning.serving.settings import Limits
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they never write to a closed one
+_LAST_WORDS = 5  # seconds after draining in which to send what it comes to
 
 
 def run(
@@ -58,14 +61,7 @@ def run(
             return Engine(writer, limits.max_batch, limits.max_batch_tokens)
 
         services = Services(writer, engine, log, ring, limits, rename=rename, learner=learner)
-        config = uvicorn.Config(
-            create_app(services),
-            access_log=False,  # ours says more, and less of what people wrote
-            log_config=None,
-            server_header=False,
-            timeout_keep_alive=_KEEP_ALIVE,
-            timeout_graceful_shutdown=drain_seconds,
-        )
+        server = make_server(services, drain_seconds)
         if not ring and not _is_loopback(host):
             _log.warning("There are no API keys: whoever reaches %s may use this server. Give --keys.", host)
         address, at = listener.getsockname()[:2]
@@ -74,9 +70,43 @@ def run(
         # uvicorn drains, then sends itself the signal that it was stopped by; by then there is nothing left to do.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
         except KeyboardInterrupt:
             return
+
+
+def make_server(services: Services, drain_seconds: float) -> uvicorn.Server:
+    """Return a web server that is ready to run.
+
+    Args:
+        services: What it serves.
+        drain_seconds: How long answers may still be written once it is told to end.
+    """
+    protocol = type("Protocol", (PatientProtocol,), {"seconds": services.limits.read_seconds})
+    config = uvicorn.Config(
+        create_app(services),
+        http=protocol,
+        ws="none",
+        access_log=False,  # ours says more, and less of what people wrote
+        log_config=None,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE,
+        timeout_graceful_shutdown=math.ceil(drain_seconds) + _LAST_WORDS,
+    )
+    return _DrainingServer(config, services, drain_seconds)
+
+
+class _DrainingServer(uvicorn.Server):
+    """A server that ends what can't be finished in time with an error, where uvicorn would cut it off."""
+
+    def __init__(self, config: uvicorn.Config, services: Services, drain_seconds: float) -> None:
+        super().__init__(config)
+        self._services, self._drain_seconds = services, drain_seconds
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take in nothing more, and wait for what is being written."""
+        self._services.scheduler.end_within(self._drain_seconds)
+        await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:

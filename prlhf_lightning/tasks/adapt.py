@@ -19,8 +19,8 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
+from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.user_rows import UserRows
-from prlhf_lightning.tasks.users import printable
 from prlhf_lightning.types import PreferenceBatch
 
 _SHOWN = 20

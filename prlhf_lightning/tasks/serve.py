@@ -8,7 +8,7 @@ from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
-from prlhf_lightning.serving.keys import new_key
+from prlhf_lightning.serving.keys import add_entry, new_key
 from prlhf_lightning.serving.settings import Limits
 from prlhf_lightning.tasks.checkpoints import load_module, open_writer, pick_device, read_checkpoint, writer_of
 from prlhf_lightning.tasks.new_users import NewUsers
@@ -29,6 +29,8 @@ def serve(
     max_batch_tokens: int = 131_072,
     max_prompt: int = 65_536,
     max_body: int = 1_048_576,
+    max_learned: int = 1000,
+    read_seconds: float = 30,
     requests_per_minute: float | None = None,
     burst: int = 20,
     drain_seconds: int = 30,
@@ -48,12 +50,15 @@ def serve(
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
         max_tokens: Most tokens of an answer.
-        max_open: Most requests for text that are waiting or being written; the next ones get 429.
+        max_open: Most requests for text that are waiting or being written; the next ones get 429. When there are so
+            many, a newcomer takes the place of a waiting request of whichever key (without keys: address) has the most.
         max_batch: Most texts that are written at once.
         max_batch_tokens: Most positions for which the model keeps keys and values: texts written at once by the length
             of the longest, its answer included. Lower it where memory runs out.
         max_prompt: Most characters of a prompt; a longer one gets 413.
         max_body: Most bytes of a request; a larger one gets 413.
+        max_learned: Most users that are learned while the server runs; the next ones get 409.
+        read_seconds: Seconds within which the head of a request, and then its body, must be there; else it gets 408.
         requests_per_minute: Requests of one key (without keys: of one address) in the long run; more get 429.
         burst: Requests of one key at once, where they are limited.
         drain_seconds: How long answers may still be written after SIGTERM.
@@ -80,17 +85,33 @@ def serve(
         writer.name = name or writer.name
         return writer, learner
 
-    limits = Limits(max_tokens, max_open, max_batch, max_batch_tokens, max_prompt, max_body, requests_per_minute, burst)
+    limits = Limits(
+        max_tokens=max_tokens,
+        max_open=max_open,
+        max_batch=max_batch,
+        max_batch_tokens=max_batch_tokens,
+        max_prompt=max_prompt,
+        max_body=max_body,
+        max_learned=max_learned,
+        read_seconds=read_seconds,
+        requests_per_minute=requests_per_minute,
+        burst=burst,
+    )
     rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
     run(load, host, port, feedback, keys, limits, drain_seconds, rename)
 
 
-def api_key(name: str, users: str = "*") -> None:
+def api_key(name: str, users: str = "*", keys: Path | None = None) -> None:
     """Make an API key: print it, and what to add to the file of keys that `serve` reads, which holds only its hash.
 
     Args:
         name: What the key is called in logs.
         users: Pattern of the users whom it may write and give feedback for, such as 'team-a-*'.
+        keys: File of keys to add it to; a new one can be read by its owner alone.
     """
     key, entry = new_key(name, users)
-    print(f"The key, which is not kept anywhere: {key}\n\nFor the file of keys:\n\n{entry}")
+    if keys is None:
+        print(f"The key, which is not kept anywhere: {key}\n\nFor the file of keys:\n\n{entry}")
+    else:
+        add_entry(keys, entry)
+        print(f"The key, which is not kept anywhere: {key}\n\nIts hash has been added to {keys}.")

@@ -109,6 +109,12 @@ class UserRows:
         for table, part in zip(self.tables.values(), parts, strict=True):
             table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table.dtype)
 
+    def shrink(self, factor: float) -> None:
+        """Draw every user's rows to those of a new user: to `factor` times the distance."""
+        new = dict(zip(self.tables, self.new_rows(), strict=True))
+        for name, table in self.tables.items():
+            table[1:] = new[name] + factor * (table[1:] - new[name])
+
     def _replace(self, of_table: Callable[[Tensor, str], Tensor], of_state: Callable[[Tensor], Tensor]) -> None:
         for name, table in self.tables.items():
             self._checkpoint["state_dict"][name] = of_table(table, name)

@@ -15,7 +15,7 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.terminal import printable as printable  # tasks/adapt has it from here
+from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
 from prlhf_lightning.tasks.user_rows import UserRows
 

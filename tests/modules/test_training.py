@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import pytest
@@ -286,6 +287,15 @@ def test_rows_too_long_for_the_policy_are_refused_before_training(model_path, vo
         with pytest.raises(ConfigurationError, match=says):
             trainer.fit(module, data)
         assert trainer.global_step == 0
+
+
+def test_a_user_model_that_reads_texts_says_so_where_there_are_none(model_path, votes, tmp_path):
+    without = tmp_path / "without.jsonl"
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    without.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "user_text"}) + "\n" for row in rows))
+    trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
+    with pytest.warns(UserWarning, match="TextUserModel reads texts about users, and no row has one"):
+        trainer.fit(make(model_path, TextUserModel()), make_data(without, model_path))
 
 
 def test_a_negative_limit_of_the_gradients_is_refused(model_path, votes, tmp_path):

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
-import uvicorn
 from conftest import make_tokenizer
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generation, Piece
-from prlhf_lightning.serving.app import create_app
+from prlhf_lightning.serving.server import make_server
 from prlhf_lightning.serving.services import Services
 
 USERS = ("ann", "bob", "team-a-1", "zoë 李")
@@ -37,10 +36,10 @@ def echo(generation: Generation) -> str:
 
 
 class EchoEngine:
-    """Says each prompt back, a word a step, to all at once. It breaks at the word `break`, and refuses `refuse`."""
+    """Says each prompt back, a word a step, to so many at once. It breaks at the word `break`, and refuses `refuse`."""
 
-    def __init__(self, seconds: float = 0.0) -> None:
-        self.seconds, self.waiting, self.count = seconds, dict[int, list[str]](), 0
+    def __init__(self, seconds: float = 0.0, room: int = 1000) -> None:
+        self.seconds, self.room, self.texts, self.count = seconds, room, dict[int, list[str]](), 0
 
     def add(self, generation: Generation) -> int:
         if "refuse" in echo(generation):
@@ -49,35 +48,38 @@ class EchoEngine:
         words = echo(generation).split(" ")
         kept = words[: generation.max_new_tokens]
         finish = "stop" if kept == words else "length"
-        self.waiting[self.count] = [word + " " for word in kept[:-1]] + [kept[-1] + "\0" + finish]
+        self.texts[self.count] = [word + " " for word in kept[:-1]] + [kept[-1] + "\0" + finish]
         return self.count
 
     def cancel(self, number: int) -> None:
-        self.waiting.pop(number, None)
+        self.texts.pop(number, None)
 
     def step(self) -> list[Piece]:
         time.sleep(self.seconds)
         pieces = []
-        for number, words in list(self.waiting.items()):
+        for number, words in list(self.texts.items())[: self.room]:
             text, _, finish = words.pop(0).partition("\0")
             if text.strip() == "break":
                 raise RuntimeError(f"broken by {text}")
             pieces.append(Piece(number, text, 1, finish or None, prompt_tokens=7))
             if finish:
-                del self.waiting[number]
+                del self.texts[number]
         return pieces
 
     @property
     def idle(self) -> bool:
-        return not self.waiting
+        return not self.texts
+
+    @property
+    def waiting(self) -> int:
+        return max(len(self.texts) - self.room, 0)
 
 
 @contextmanager
-def serving(services: Services) -> Iterator[str]:
+def serving(services: Services, drain_seconds: float = 5) -> Iterator[str]:
     """Serve until the block ends; give the address."""
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        config = uvicorn.Config(create_app(services), log_config=None, access_log=False, timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
+        server = make_server(services, drain_seconds)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

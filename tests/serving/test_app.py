@@ -15,6 +15,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import FeedbackLog
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.keys import APIKey, KeyRing
+from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.serving.settings import Limits
 
@@ -116,6 +117,44 @@ def test_the_official_client_works_unchanged(client):
         broken = official.completions.create(model="echo", prompt="x break y", stream=True)
         with pytest.raises(openai.APIError, match="model failed"):
             list(broken)
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+IMAGE = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"n": 2}, "n"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"response_format": {"type": "json_object"}}, "response_format.type"),
+        ({"tools": [TOOL]}, "tools"),
+        ({"tool_choice": "none"}, "tool_choice"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"frequency_penalty": -0.5}, "frequency_penalty"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"temperature": 2.5}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"store": True}, "store"),
+        ({"metadata": {"a": "b"}}, "metadata"),
+        ({"messages": [IMAGE]}, "messages.0.content.0.type"),
+        ({"extra_body": {"strenght": 1}}, "strenght"),
+    ],
+)  # fmt: skip
+def test_a_parameter_that_is_not_supported_is_refused_by_its_name(client, asked, param):
+    official = openai.OpenAI(base_url=f"{client.base_url}/v1", api_key="any", max_retries=0)
+    with official, pytest.raises(openai.BadRequestError, match=param) as refused:
+        official.chat.completions.create(**CHAT | asked)
+    assert (refused.value.param, refused.value.type) == (param, "invalid_request_error")
+
+
+def test_of_two_limits_the_lower_holds(client):
+    asked = CHAT | {"max_tokens": 3, "max_completion_tokens": 2}
+    assert client.post("/v1/chat/completions", json=asked).json()["usage"]["completion_tokens"] == 2
 
 
 @pytest.mark.parametrize(
@@ -226,6 +265,12 @@ def test_metrics_count_what_has_been_done(client):
     )
 
 
+def test_large_counts_are_told_to_the_last_digit():
+    metrics = Metrics()
+    metrics.count("prlhf_generated_tokens_total", 123_456_789)
+    assert "prlhf_generated_tokens_total 123456789\n" in metrics.render()
+
+
 def test_feedback_is_written_down_once(client, log):
     before = log.extent().rows
     sent = [client.post("/v1/feedback", json=PAIR | {"id": "a"}) for _ in range(2)]
@@ -277,6 +322,21 @@ def test_users_are_learned_from_their_own_pairs(tmp_path):
         assert [code(learned[user]) for user in ("trained", "nobody")] == ["cannot_learn", "no_pairs"]
         assert learner.taught == {"eve": ["eve's"]}
         assert client.post("/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_only_so_many_users_are_learned(tmp_path):
+    log, served = FeedbackLog(str(tmp_path / "feedback.db")), writer()
+
+    def learn(user, rows):
+        served.vocabulary = served.vocabulary.plus(user) if user not in served.vocabulary else served.vocabulary
+
+    services = Services(served, EchoEngine, log, limits=Limits(max_learned=2), learner=learn)
+    with serving(services) as url, httpx.Client(base_url=url) as client:
+        for user in ("eve", "max", "ida"):
+            client.post("/v1/feedback", json=PAIR | {"user": user})
+        answers = [client.post("/v1/adapt", json={"user": user}) for user in ("eve", "max", "ida", "eve")]
+    assert [answer.status_code for answer in answers] == [200, 200, 409, 200]
+    assert "max_learned" in answers[2].json()["error"]["message"]
 
 
 def test_without_a_learner_there_is_no_route_for_it(client):

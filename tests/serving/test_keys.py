@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from hashlib import sha256
 
 import pytest
 
+from prlhf_lightning.cli import main
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.serving.keys import KeyRing, RateLimiter, new_key
 
@@ -23,6 +25,21 @@ def test_a_new_key_opens_what_its_entry_says(tmp_path):
 def test_a_key_of_the_environment_is_one_more(tmp_path):
     assert not KeyRing.load(None, {})
     assert KeyRing.load(None, {"PRLHF_API_KEY": "secret"}).find("secret").name == "environment"
+
+
+def test_a_key_is_added_to_a_file_that_its_owner_alone_can_read(tmp_path, capsys, caplog):
+    path = tmp_path / "keys.toml"
+    for name in ("a", "b"):
+        main(["api-key", "--name", name, "--keys", str(path)])
+        key = re.search(r"sk-\S+", capsys.readouterr().out)[0]
+        assert KeyRing.load(path, {}).find(key).name == name
+    assert path.stat().st_mode & 0o777 == 0o600
+    with pytest.raises(SystemExit, match="a key of this name already"):
+        main(["api-key", "--name", "a", "--keys", str(path)])
+    assert not caplog.text
+    path.chmod(0o666)
+    KeyRing.load(path, {})
+    assert "chmod 600" in caplog.text
 
 
 @pytest.mark.parametrize(

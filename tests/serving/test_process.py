@@ -65,6 +65,31 @@ def test_64_streams_at_once_are_what_each_is_alone(writer):
         assert asyncio.run(ask_all(url)) == alone
 
 
+def test_a_stop_string_ends_a_stream_wherever_its_tokens_begin(writer):
+    whole = writer.generate([Generation(PROMPTS[0], USERS[0], max_new_tokens=24, temperature=1.0, seed=1)])[0]
+    ask = {"model": "style-lm", "prompt": PROMPTS[0], "user": USERS[0], "seed": 1, "max_tokens": 24, "stream": True}
+    with serving(Services(writer, lambda: Engine(writer))) as url, httpx.Client(base_url=url) as client:
+        for begin in range(2, len(whole.text) - 5, 5):
+            stop = whole.text[begin : begin + 5]
+            more = {"stop": ["not there", stop], "stream_options": {"include_usage": True}}
+            lines = client.post("/v1/completions", json=ask | more).text.split("\n\n")
+            events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+            pieces = [event["choices"][0] for event in events if event["choices"]]
+            assert "".join(piece["text"] for piece in pieces) == whole.text.split(stop)[0]
+            assert pieces[-1]["finish_reason"] == "stop"
+            written = writer.tokenizer.decode(whole.ids[: events[-1]["usage"]["completion_tokens"]])
+            assert stop in written
+
+
+def test_usage_counts_what_was_read_and_written(writer):
+    alone = writer.generate([Generation(PROMPTS[0], USERS[0], max_new_tokens=9)])[0]
+    ask = {"model": "style-lm", "prompt": PROMPTS[0], "user": USERS[0], "max_tokens": 9, "temperature": 0}
+    with serving(Services(writer, lambda: Engine(writer))) as url:
+        usage = httpx.post(f"{url}/v1/completions", json=ask).json()["usage"]
+    read, written = len(writer.tokenizer(PROMPTS[0])["input_ids"]), len(alone.ids)
+    assert usage == {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
+
+
 SERVER = """
 import sys
 from pathlib import Path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import sys
 from dataclasses import replace
 
@@ -19,11 +20,13 @@ from prlhf_lightning.adaptation import (
     adapt_users,
     cold_start,
     fit_prior,
+    fit_shrinkage,
     select_pairs,
     suggest,
     trained_rows,
 )
 from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
+from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms
 from prlhf_lightning.data.tokenization import TokenizationSettings
@@ -33,9 +36,10 @@ from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks.adapt import write_users
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
     ClusterUserModel,
     CompositeUserModel,
@@ -189,11 +193,41 @@ def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
     assert _under_each_kind(prior, layout, margins_of)[1].tolist() == [[1.0, 0.0]]
 
 
-def test_pairs_go_to_the_device_of_the_model(model_path, pairs):
+def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def of(pairs, uses_text):
+        raise Asked(pairs.chosen.ids.device.type)
+
+    monkeypatch.setattr(DistinctTexts, "of", of)
     users = IndividualUserModel(1)
     users.build(3, torch.randn(4, 8))
-    module = PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta")
-    assert Margins(module, pairs)._pairs.chosen.ids.device.type == "meta"
+    with pytest.raises(Asked, match="meta"):
+        Margins(PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta"), pairs)
+
+
+def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder):
+    users = {f"user{i}": 3 for i in range(8)}
+    pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)), SETTINGS)[0]
+    with torch.no_grad():
+        own, generic = (term.margins for term in model.objective(pairs, every_term=True)[1])
+    turned = (own < generic)[:, None]
+    blocks = Tokens.concat([pairs.chosen, pairs.rejected])
+    (first, second), (is_first, is_second) = blocks.ids.chunk(2), blocks.mask.chunk(2)
+
+    def labelled(swap):
+        chosen = Tokens(torch.where(swap, second, first), torch.where(swap, is_second, is_first))
+        rejected = Tokens(torch.where(swap, first, second), torch.where(swap, is_first, is_second))
+        return replace(pairs, chosen=chosen, rejected=rejected)
+
+    found = fit_shrinkage(model, pairs, factors=(0.0, 1.0))
+    for place, margins in enumerate((generic, own)):
+        assert float(found.log_likelihoods[place]) == pytest.approx(float(F.logsigmoid(margins).mean()), abs=1e-4)
+    assert fit_shrinkage(model, labelled(turned)).best == 1.0  # judged as the rows say
+    assert fit_shrinkage(model, labelled(~turned)).best == 0.0
+    with pytest.raises(ConfigurationError, match="none of these pairs is of a user in the checkpoint"):
+        fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
 
 
 @pytest.fixture(scope="module")
@@ -236,6 +270,30 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
+    output = folder / "shrunk.ckpt"
+    main(["shrink", "--checkpoint", str(trained_file), "--validation", str(turned), "--output", str(output)])
+    assert "with rows 0 times as far" in " ".join(capsys.readouterr().out.split())
+    old, new = (read_checkpoint(path, "x") for path in (trained_file, output))
+    rows = UserRows(new)
+    assert torch.equal(rows.vectors()[1:], torch.stack([torch.cat([r.flatten() for r in rows.new_rows()])] * 4))
+    assert not torch.equal(UserRows(old).vectors(), rows.vectors())
+    assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
+
+
+def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    moved, output = shutil.copytree(model_path, folder / "moved model"), folder / "moved.ckpt"
+    main(["rebase", "--checkpoint", str(trained_file), "--model", str(moved), "--output", str(output)])
+    assert load_module(output, "x").policy.name == str(moved)
+    assert f"{moved} instead of {model_path}" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=r"policy\.model"):
+        main(["rebase", "--checkpoint", str(trained_file), "--model", str(folder), "--output", str(folder / "no.ckpt")])
+    assert not (folder / "no.ckpt").exists()
 
 
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):

@@ -11,7 +11,7 @@ from conftest import WORDS
 from lightning.pytorch import Trainer
 
 from prlhf_lightning import checkpoint_files
-from prlhf_lightning.adaptation import Margins, encode_users, select_pairs, trained_rows
+from prlhf_lightning.adaptation import Margins, cold_start, encode_users, select_pairs, trained_rows
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.tokenization import TokenizationSettings
@@ -87,6 +87,14 @@ def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, 
     generic = (margins_of(trained_rows(model)[1])[0] > 0).float()[rest].mean()
     assert own > 0.9
     assert generic < 0.7
+
+
+def test_the_cold_start_curve_is_of_what_is_read(model, pairs):
+    first = torch.tensor([i for i in range(len(pairs)) if i % 12 < 4])
+    rest = torch.tensor([i for i in range(len(pairs)) if i % 12 >= 4])
+    none, four = cold_start(model, select_pairs(pairs, first), select_pairs(pairs, rest), counts=(0, 4))
+    assert (none.gain, none.accuracy) == (0.0, none.generic)
+    assert four.accuracy > 0.9 > four.generic
 
 
 def test_the_checkpoint_keeps_what_training_pairs_say_of_each_user(model, folder, model_path):

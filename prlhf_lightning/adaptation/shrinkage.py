@@ -1,0 +1,82 @@
+"""How far trained users' rows are to be believed.
+
+A row that was trained on a few dozen noisy judgements fits the noise as well, and predicts its user's other judgements
+worse than it could, or even worse than the generic user does. One factor for all users, by which rows are drawn to the
+generic user, is fitted to pairs that training did not see (James and Stein 1961; here by likelihood, as margins are not
+Gaussian).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from prlhf_lightning.adaptation.adapt import trained_rows
+from prlhf_lightning.adaptation.margins import Margins, select_pairs
+from prlhf_lightning.data.splits import spread
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.types import PreferenceBatch
+
+FACTORS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True)
+class Shrinkage:
+    """What pairs that training did not see say of each factor.
+
+    Attributes:
+        factors: The F factors; 0 makes everyone the generic user, 1 leaves rows as they are.
+        log_likelihoods: `[F]` mean over pairs of `log σ(margin)`.
+        accuracies: `[F]` share of the pairs that are ranked right.
+        pairs: Number of pairs.
+    """
+
+    factors: tuple[float, ...]
+    log_likelihoods: Tensor
+    accuracies: Tensor
+    pairs: int
+
+    @property
+    def place(self) -> int:
+        """Place of the likeliest factor."""
+        return int(self.log_likelihoods.argmax())
+
+    @property
+    def best(self) -> float:
+        """The likeliest factor."""
+        return self.factors[self.place]
+
+
+def fit_shrinkage(
+    model: PersonalizedLM, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = 4000
+) -> Shrinkage:
+    """Try factors on pairs of trained users that they were not trained on.
+
+    Args:
+        model: A trained model.
+        pairs: Such pairs; those of users whom the model does not know are left out.
+        factors: The factors to try.
+        most: Pairs to look at, spread over all.
+
+    Raises:
+        ConfigurationError: There is no pair of a user whom the model knows, or users have no trained rows.
+    """
+    if model.user_model.history_size:
+        raise ConfigurationError(
+            f"shrink: {type(model.user_model).__name__} reads users off their pairs; it has no trained rows to shrink."
+        )
+    known = model.vocabulary.rows(pairs.user_ids) if model.vocabulary else torch.zeros(len(pairs), dtype=torch.long)
+    places = known.nonzero().flatten()
+    if not len(places):
+        raise ConfigurationError("shrink: none of these pairs is of a user in the checkpoint; give pairs of its users.")
+    places = places[torch.from_numpy(spread(len(places), most))]
+    rows, generic = trained_rows(model)
+    own = rows[known[places].to(rows.device) - 1] - generic
+    margins_of = Margins(model, select_pairs(pairs, places))
+    margins = torch.stack([margins_of(generic + factor * own)[0] for factor in factors])
+    return Shrinkage(tuple(factors), F.logsigmoid(margins).mean(1), (margins > 0).float().mean(1), len(places))

@@ -1,0 +1,80 @@
+"""uvicorn's HTTP for clients who may be slow, or mean to be."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import h11
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from prlhf_lightning.serving.api_errors import APIError
+
+
+class PatientProtocol(H11Protocol):
+    """HTTP that does not wait for ever, as uvicorn's own does: for a request's head, or for a client to read.
+
+    A connection whose head is late gets 408 where some of it has come, and is closed; one that has left what was sent
+    to it unread for so long is cut off. `BodyLimit` sees to bodies.
+    """
+
+    seconds = 30.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Give a client its time, from now on, for the head of a request."""
+        super().connection_made(transport)  # type: ignore[arg-type]  # narrower there than in asyncio
+        self._late, self._stuck = _Timer(self._give_up), _Timer(self.transport.abort)
+        self._late.start(self.seconds)
+
+    def data_received(self, data: bytes) -> None:
+        """Read on; the first part of a head says when all of it must be there."""
+        super().data_received(data)
+        if self.cycle is not None and not self.cycle.response_complete:  # there is a request
+            self._late.stop()
+        else:
+            self._late.start(self.seconds)
+
+    def pause_writing(self) -> None:
+        """Stop writing until the client reads, which it must in time."""
+        super().pause_writing()
+        self._stuck.start(self.seconds)
+
+    def resume_writing(self) -> None:
+        """Write on."""
+        super().resume_writing()
+        self._stuck.stop()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        super().connection_lost(exc)
+        self._late.stop()
+        self._stuck.stop()
+
+    def _give_up(self) -> None:
+        if self.conn.our_state is h11.IDLE and self.conn.trailing_data[0]:  # a part of a head
+            late = APIError(408, f"The request was not there after {self.seconds:g} seconds.", "too_slow").response()
+            headers = [*late.raw_headers, (b"connection", b"close")]
+            events = (
+                h11.Response(status_code=408, headers=headers, reason=b"Request Timeout"),
+                h11.Data(data=bytes(late.body)),
+                h11.EndOfMessage(),
+            )
+            self.transport.write(b"".join(self.conn.send(event) or b"" for event in events))
+        self.transport.close()
+
+
+class _Timer:
+    """Calls a function when it has run down, if nobody stops it; one that runs is not started anew."""
+
+    def __init__(self, function: Callable[[], None]) -> None:
+        self._function = function
+        self._handle: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        if self._handle is None:
+            self._handle = asyncio.get_running_loop().call_later(seconds, self._function)
+
+    def stop(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = None

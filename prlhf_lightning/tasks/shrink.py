@@ -1,0 +1,64 @@
+"""Draw trained users' rows to the generic user, as far as pairs that training did not see say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from prlhf_lightning import checkpoint_files
+from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
+from prlhf_lightning.data import DataSource, FileSource
+from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
+from prlhf_lightning.modules.checkpoint_content import tokenization_of
+from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.pair_batches import read_pairs
+from prlhf_lightning.tasks.user_rows import UserRows
+
+
+def shrink(
+    checkpoint: Path,
+    validation: Path,
+    output: Path | None = None,
+    columns: dict[str, str] | None = None,
+    hash_user_ids_with: str | None = None,
+) -> None:
+    """Draw all users' rows to the generic user by the factor under which held-out pairs are likeliest.
+
+    Rows that were trained on few pairs, or for long, fit the noise in them too. The factor tells how much of them to
+    believe: 1 leaves them as they are, 0 makes everyone the generic user. New users whom `adapt` then adds start from
+    what is known of the trained ones, and gain by it too.
+
+    Args:
+        checkpoint: A checkpoint of `fit`.
+        validation: Pairs of its users that they were not trained on, in any format that training reads.
+        output: The checkpoint to write; nothing is written if none is given.
+        columns: Names of the file's columns that differ from the fields', as in `{user_id: worker}`.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training.
+    """
+    model = load_module(checkpoint, "checkpoint")
+    content = read_checkpoint(checkpoint, "checkpoint")
+    source: DataSource = FileSource(validation, columns=columns)
+    if hash_user_ids_with is not None:
+        source = PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))
+    pairs, _ = read_pairs(model, source, tokenization_of(content))
+    console = Console()
+    with console.status("Trying factors"):
+        found = fit_shrinkage(model, pairs)
+    console.print(_table(found))
+    if output is not None:
+        UserRows(content).shrink(found.best)
+        checkpoint_files.save(content, output)
+        console.print(f"Written to {output}, with rows {found.best:g} times as far from the generic user")
+
+
+def _table(found: Shrinkage) -> Table:
+    table = Table(title=f"{found.pairs} pairs", title_justify="left")
+    for name in ("factor", "log-likelihood a pair", "pair accuracy"):
+        table.add_column(name, justify="right")
+    for place, factor in enumerate(found.factors):
+        style = "bold" if place == found.place else ""
+        likelihood, accuracy = float(found.log_likelihoods[place]), float(found.accuracies[place])
+        table.add_row(f"{factor:g}", f"{likelihood:.4f}", f"{accuracy:.4f}", style=style)
+    return table
