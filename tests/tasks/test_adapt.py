@@ -272,6 +272,18 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main([*command, "--suggest", "1"])
 
 
+def test_known_users_of_a_file_are_left_out_where_that_is_asked_for(trained_file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    mixed = write_votes(folder / "mixed.jsonl", {"user0": 2, "user1": 1, "late": 2})
+    mixed.write_text(mixed.read_text().replace('"user_id"', '"worker"'))
+    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(mixed), "--columns", "{user_id: worker}"]
+    with pytest.raises(SystemExit, match=r"'user0' is in this checkpoint already\. .*`--skip_known true`"):
+        main(command)
+    main([*command, "--skip_known", "true", "--output", str(folder / "late.ckpt")])
+    assert "2 users left out" in capsys.readouterr().out
+    assert read_checkpoint(folder / "late.ckpt", "x")["prlhf_lightning"]["users"][4:] == ["late"]
+
+
 def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
