@@ -10,6 +10,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
@@ -153,6 +154,8 @@ class PersonalizedLM(LightningModule):
         """Give all processes the same user model, of which DDP looks after all but the tables."""
         self._finite.forget()  # what a fit that failed has left
         self._seed = torch.initial_seed() if self._seed is None else self._seed
+        if getattr(self.policy, "torch_compile", False):
+            rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
         ddp = ddp_wrapper(self.trainer)
         if ddp is not None or is_sharded(self.policy):
             begin_alike(self.user_model, alone=ddp is None)

@@ -230,6 +230,17 @@ def test_predict_writes_for_each_user(model_path, votes, tmp_path):
     assert first[0]["user_id"] in {"ann", "bob", "cy", "dee"}
 
 
+@pytest.mark.parametrize("torch_compile", [False, True])
+def test_that_compiling_takes_minutes_is_told_before_it_begins(
+    model_path, votes, tmp_path, caplog, monkeypatch, torch_compile
+):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # which would take minutes
+    module = make(model_path)
+    module.policy.torch_compile = torch_compile
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data(votes, model_path))
+    assert any("the first steps compile the model" in said for said in caplog.messages) == torch_compile
+
+
 def test_texts_are_answered_as_the_ids_that_the_data_makes_of_them(model_path, votes, tmp_path):
     module, data = make(model_path, TextUserModel()), make_data(votes, model_path, max_prompt_length=3)
     make_trainer(tmp_path).fit(module, data)
