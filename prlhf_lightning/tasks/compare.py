@@ -12,6 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.data.simulation.users import SimulatedUser
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
@@ -35,7 +36,8 @@ class Contender:
 def write(
     module: PersonalizedLM,
     data: PreferenceDataModule,
-    requests: Sequence[tuple[str, str]],
+    requests: Sequence[tuple[SimulatedUser, str]],
+    source: SimulatedSource,
     sampling: Sampling | None = None,
 ) -> list[str]:
     """Write an answer to each request.
@@ -43,7 +45,8 @@ def write(
     Args:
         module: A trained model.
         data: The data module that it was trained with, for its way of encoding prompts.
-        requests: User id, as the source has it, and prompt of each answer wanted.
+        requests: User and prompt of each answer wanted.
+        source: Where the users come from, who may say something about themselves.
         sampling: How to draw; the model's own settings by default.
     """
     was_training = module.training
@@ -51,8 +54,9 @@ def write(
     answers: list[str] = []
     for start in range(0, len(requests), _BATCH):
         users, prompts = zip(*requests[start : start + _BATCH], strict=True)
-        ids = [data.known_as(user) for user in users]
-        answers += module.generate(data.encode_prompts(prompts).to(module.device), ids, sampling=sampling)
+        ids = [data.known_as(user.user_id) for user in users]
+        texts = [user.stated_preference() for user in users] if source.user_text else None
+        answers += module.generate(data.encode_prompts(prompts).to(module.device), ids, texts, sampling)
     module.train(was_training)
     return answers
 
@@ -63,9 +67,11 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
     Returns:
         Share of well-formed answers, and mean true utility, over seen users and held-out prompts.
     """
-    requests = [(user.user_id, prompt) for user in source.seen_users for prompt in source.eval_prompts()]
-    answers = write(contender.module, data, requests)
-    verdicts = [source.judge(*request, answer) for request, answer in zip(requests, answers, strict=True)]
+    requests = [(user, prompt) for user in source.seen_users for prompt in source.eval_prompts()]
+    answers = write(contender.module, data, requests, source)
+    verdicts = [
+        source.judge(user.user_id, prompt, answer) for (user, prompt), answer in zip(requests, answers, strict=True)
+    ]
     return {
         "well_formed": sum(verdict.well_formed for verdict in verdicts) / len(verdicts),
         "utility": sum(verdict.utility for verdict in verdicts) / len(verdicts),
@@ -145,7 +151,7 @@ def _show_answers(
     console.print(f"\n[bold]{prompt}[/bold]")
     greedy = Sampling(max_new_tokens=64, temperature=0.0)
     answers = {
-        name: write(contender.module, data, [(user.user_id, prompt) for user in users], greedy)
+        name: write(contender.module, data, [(user, prompt) for user in users], source, greedy)
         for name, contender in contenders.items()
     }
     for i, user in enumerate(users):
