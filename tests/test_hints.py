@@ -37,7 +37,7 @@ BASE = {
         (["fit", "--model.policy", "a/model"], "To give a/model: --model.policy.model a/model"),
         (["fit", "--model.loss", "dpo"], "There are: AOTLoss, AOTUnpairedLoss"),
         (["fit", "--model.loss.bta", "1"], "python -m prlhf_lightning fit --help"),
-        (["fit", "--model.loss", "my_losses.MyLoss"], "my_losses.py is looked for in "),
+        (["fit", "--model.loss", "nobodys_losses.MyLoss"], "nobodys_losses.py is looked for in "),
         (["train"], "There are also: adapt, export, generate"),
         ([], "There are also: adapt, export, generate"),
         (["users"], "python -m prlhf_lightning users --help"),

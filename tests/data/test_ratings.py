@@ -111,7 +111,7 @@ def test_texts_about_users_are_passed_on(tmp_path):
         ({"rating": None}, "field 'rating' is null where a rating has a number; name the column"),
         ({"rating": "good"}, "field 'rating' is a string that is no number"),
         ({"rating": "inf"}, "field 'rating' is inf"),
-        ({"user_id": 7}, "field 'user_id' is a whole number where a rating has a string"),
+        ({"user_id": [7]}, "field 'user_id' is a list where a rating has a string"),
         ({"completion": {}}, "field 'completion' is an object where a rating has a string"),
         ({"user_text": ["SECRET"]}, "field 'user_text' is a list where a rating has a string"),
     ],
