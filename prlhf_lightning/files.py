@@ -11,7 +11,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO, TextIO
 from uuid import uuid4
 
-from prlhf_lightning.errors import CheckpointWriteError
+from prlhf_lightning.errors import CheckpointWriteError, PRLHFError
 
 
 @contextmanager
@@ -25,7 +25,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with atomically(path) as file:
             yield file
-    except BaseException as error:
+    except PRLHFError:  # says already what is wrong, for instance with what was read meanwhile
+        raise
+    except Exception as error:
         cause = _refusal(error)
         if cause is None:
             raise

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-from prlhf_lightning.errors import CheckpointWriteError
+from prlhf_lightning.data.readers import read_rows
+from prlhf_lightning.errors import CheckpointWriteError, FeedbackFormatError
 from prlhf_lightning.files import as_text, atomically, replacing
 
 
@@ -41,3 +42,10 @@ def test_the_error_names_the_file_and_what_to_do(tmp_path):
     says = r"file/a.csv could not be written: File exists. Nothing is left of it. Make room, or choose another"
     with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / "file" / "a.csv"):
         pass
+
+
+def test_what_is_wrong_with_a_file_that_is_read_meanwhile_is_not_blamed_on_the_one_that_is_written(tmp_path):
+    (damaged := tmp_path / "votes.jsonl.gz").write_bytes(b"no gzip data")
+    with pytest.raises(FeedbackFormatError, match="gzip data is damaged"), replacing(tmp_path / "a.csv"):
+        list(read_rows(damaged))
+    assert os.listdir(tmp_path) == ["votes.jsonl.gz"]
