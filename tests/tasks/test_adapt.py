@@ -180,6 +180,8 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     ):
         with pytest.raises(ConfigurationError, match=says):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
+    with pytest.raises(ConfigurationError, match="UniformUserModel has no rows of users"):
+        trained_rows(PersonalizedLM(UniformUserModel(1), CausalLMPolicy(model_path), DPOLoss()))
 
 
 def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
