@@ -7,7 +7,7 @@ from typing import Any
 
 from prlhf_lightning.data import DataSource
 from prlhf_lightning.data.collate import collate
-from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
@@ -33,16 +33,17 @@ def read_pairs(
     Returns:
         The pairs, and where each stands.
     """
-    blank: Mapping[str, Any] = {"user_id": "anyone"} if anyone else {}
+    columns = Columns.from_mapping(source.columns)
+    blank: Mapping[str, Any] = {columns.user_id: "anyone"} if anyone else {}
     unwanted = frozenset(leave_out)
     wheres, rows = [], []
     for where, row in source.rows("train"):
-        if row.get("user_id") not in unwanted:
+        if row.get(columns.user_id) not in unwanted:
             wheres.append(where)
             rows.append({**blank, **row})
     if not rows:
         raise ConfigurationError("feedback: there is no row of a new user in it; give one pair or more.")
-    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, settings), rows, wheres)
+    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, settings), rows, wheres, columns)
     if found is None:
         raise ConfigurationError(
             f"{wheres[0]} and all other rows: both completions are the same tokens once they are cut."
@@ -51,7 +52,10 @@ def read_pairs(
 
 
 def to_batch(
-    tokenize: FeedbackTokenizer, rows: Sequence[Mapping[str, Any]], wheres: Sequence[str]
+    tokenize: FeedbackTokenizer,
+    rows: Sequence[Mapping[str, Any]],
+    wheres: Sequence[str],
+    columns: Columns = Columns(),  # noqa: B008 - frozen, hence safe to share
 ) -> tuple[PreferenceBatch, list[str]] | None:
     """Tokenise rows as one batch.
 
@@ -59,11 +63,12 @@ def to_batch(
         tokenize: The model's.
         rows: Rows that `parse_record` reads.
         wheres: Where each stands.
+        columns: What the rows call the fields.
 
     Returns:
         The pairs and where each stands, without those that are dropped or ties; None where nothing is left.
     """
-    records = [parse_record(row, where) for row, where in zip(rows, wheres, strict=True)]
+    records = [parse_record(row, where, columns) for row, where in zip(rows, wheres, strict=True)]
     names = ("user_text", "prompt", "chosen", "rejected")
     kept = [
         (number, {"user_id": record.user_id, "record": number} | {f"{name}_ids": getattr(ids, name) for name in names})

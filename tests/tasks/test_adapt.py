@@ -302,6 +302,19 @@ def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, c
     assert output.read_bytes() == before
 
 
+def test_columns_of_other_names_are_mapped(model, folder):
+    votes = [json.loads(line) for line in write_votes(folder / "v.jsonl", {"a": 2, "b": 1}).read_text().splitlines()]
+    renamed = [{{"user_id": "worker", "chosen": "better"}.get(k, k): v for k, v in vote.items()} for vote in votes]
+    (folder / "renamed.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    source = FileSource(folder / "renamed.jsonl", columns={"user_id": "worker", "chosen": "better"})
+    assert set(read_pairs(model, source, SETTINGS)[0].user_ids) == {"a", "b"}
+    assert set(read_pairs(model, source, SETTINGS, leave_out=["a"])[0].user_ids) == {"b"}
+    for row in renamed:
+        del row["worker"]
+    (folder / "renamed.jsonl").write_text("\n".join(map(json.dumps, renamed)))
+    assert set(read_pairs(model, source, SETTINGS, anyone=True)[0].user_ids) == {"anyone"}
+
+
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     url = f"sqlite:///{folder}/feedback.db"
