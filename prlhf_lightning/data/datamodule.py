@@ -255,7 +255,8 @@ class PreferenceDataModule(LightningDataModule):
         """Return a summary of what is trained and evaluated on, in one paragraph."""
         counts = self.source.counts("train") if self.streaming else {}
         made = self._prepared
-        return summary(made.division, made.splits, self.order, self._sequences, self.settings.overlong, counts)
+        overlong = self.settings.overlong
+        return summary(made.division, made.splits, self.order, self._sequences, overlong, counts, self.feedback)
 
     def prepare_data(self) -> None:
         """Validate and tokenise every split of the source, or count its users, unless the cache has them."""

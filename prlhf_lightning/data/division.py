@@ -108,7 +108,7 @@ class HoldOut:
         if total > size:
             division.remarks.append(f"{total - size:,} train rows of {len(held_out):,} held-out users are not used")
         if "validation" not in splits:
-            division.remarks.append("no pairs to validate on, for a stream has none held out: name a validation split")
+            division.remarks.append("no rows to validate on, for a stream has none held out: name a validation split")
         return _evaluated(division, splits)
 
     def _with_own_validation(self, data: TokenizedSplit) -> Division:
@@ -131,22 +131,32 @@ class HoldOut:
         division = Division(self._train_pairs(data, parts.train), _vocabulary(data, parts.train))
         division.evaluation["validate"] = _non_empty(data, seen=parts.seen, unseen=parts.unseen)
         if parts.orphans:
-            division.remarks.append(f"{parts.orphans:,} users have all their pairs in validation and count as unseen")
+            division.remarks.append(f"{parts.orphans:,} users have all their rows in validation and count as unseen")
         if self.validation_fraction and not len(parts.seen):
-            kinds = len(np.unique(data.keys(self.split_by)))
-            division.remarks.append(
-                f"validation_fraction={self.validation_fraction} held out none of the {kinds:,} different "
-                f"{self.split_by}s of seen users: raise it, or set split_by: pair where prompts are few"
-            )
+            division.remarks.append(self._why_none_of_seen_users(data, parts.train))
         prompts = data.keys("prompt")
         if shared := int(np.isin(prompts[parts.unseen], prompts[parts.train]).sum()):
-            division.remarks.append(f"{shared:,} pairs of unseen users are on prompts that training meets too")
+            division.remarks.append(f"{shared:,} rows of unseen users are on prompts that training meets too")
         return division
+
+    def _why_none_of_seen_users(self, data: TokenizedSplit, train: Positions) -> str:
+        """Return why all rows of the users who are trained on are trained on, and what would change that."""
+        none = "no rows of seen users to validate on"
+        if np.bincount(data.users[train]).max() == 1:
+            return f"{none}, for each of them has one row only, which is trained on: gather more of each"
+        kinds = len(np.unique(data.keys(self.split_by)[train]))
+        if kinds == 1:
+            fix = "set split_by: pair" if self.split_by == "prompt" else "gather others"
+            return f"{none}, for there is one {self.split_by} only, which is trained on: {fix}"
+        return (
+            f"{none}, for validation_fraction={self.validation_fraction} held out none of their {kinds:,} different "
+            f"{self.split_by}s: raise it" + (", or set split_by: pair" if self.split_by == "prompt" else "")
+        )
 
     def _train_pairs(self, data: TokenizedSplit, positions: Positions) -> Pairs:
         if not len(positions):
             raise ConfigurationError(
-                f"No training pairs are left of {len(data):,}: all were held out. The data has "
+                f"No training rows are left of {len(data):,}: all were held out. The data has "
                 f"{len(np.unique(data.keys('prompt'))):,} different prompts and {len(data.user_ids):,} users; "
                 "set split_by: pair, or lower validation_fraction or unseen_user_fraction."
             )

@@ -14,6 +14,7 @@ _OTHER = "other"
 # Values and names that a message quotes, as `repr` writes them, or cut short with dots.
 _QUOTED = re.compile(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|['\"][^;]*?\.\.\.)", re.DOTALL)
 _NUMBER = re.compile(r"U\+[0-9A-F]+|(?<![\w-])-?\d[\w.+-]*")
+_PLACE = r":([0-9]{1,18})(?:, row ([0-9]{1,18}))?"
 _FIELD = re.compile(r"field '(?P<field>[^']*)':? (?P<problem>.*)", re.DOTALL)
 
 
@@ -28,6 +29,7 @@ class Problem:
         field: The field that is wrong, if it is one.
         problem: What is wrong.
         fix: What to do about it.
+        row_number: Which row of a JSON array it is, counted from 1, for several may stand on one line.
     """
 
     split: str
@@ -36,24 +38,27 @@ class Problem:
     field: str | None
     problem: str
     fix: str | None
+    row_number: int | None = None
 
     @classmethod
     def at(cls, split: str, where: str, problem: str, fix: str, field: str | None = None) -> Problem:
         """Build a problem of the row at `where`."""
-        return cls(split, *_file_and_line(where), field, problem, fix)
+        file, line, row_number = _parts(where)
+        return cls(split, file, line, field, problem, fix, row_number)
 
     @classmethod
     def of(cls, split: str, where: str, error: Exception) -> Problem:
         """Take apart an error about the row, or the file, at `where`, as in `where: field 'name' problem; fix`."""
         text = str(error)
         if text.startswith(where):  # an error about a file may go on with the line
-            line, text = re.match(r"((?::\d+)?):? ?(.*)", text[len(where) :], re.DOTALL).groups()  # type: ignore[union-attr]
-            where += line
+            rest = re.match(rf"(?:{_PLACE})?", text[len(where) :])[0]  # type: ignore[index]
+            where, text = where + rest, text[len(where + rest) :].removeprefix(":").removeprefix(" ")
         named = _FIELD.match(text)
         text = named["problem"] if named else text
         end = _QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text).find("; ")
         problem, fix = (text, None) if end < 0 else (text[:end], text[end + 2 :])
-        return cls(split, *_file_and_line(where), named["field"] if named else None, problem, fix)
+        file, line, row_number = _parts(where)
+        return cls(split, file, line, named["field"] if named else None, problem, fix, row_number)
 
     @property
     def kind(self) -> str:
@@ -64,8 +69,9 @@ class Problem:
 
     @property
     def place(self) -> str:
-        """The file and line, or what there is of them."""
-        return (self.file or self.split) + (f":{self.line}" if self.line is not None else "")
+        """The file, line and number of the row, or what there is of them."""
+        row = f", row {self.row_number}" if self.row_number is not None else ""
+        return (self.file or self.split) + (f":{self.line}{row}" if self.line is not None else "")
 
     def __str__(self) -> str:
         named = f" field {self.field!r}" if self.field else ""
@@ -129,6 +135,7 @@ class Problems:
         return [asdict(group) for group in self]
 
 
-def _file_and_line(where: str) -> tuple[str, int | None]:
-    file, _, line = where.rpartition(":")
-    return (file, int(line)) if file and line.isdecimal() and line.isascii() and len(line) < 19 else (where, None)
+def _parts(where: str) -> tuple[str, int | None, int | None]:
+    """Return the file, line and number of the row of a place, or the place where it has no such parts."""
+    parts = re.fullmatch(rf"(.+){_PLACE}", where, re.DOTALL)
+    return (parts[1], int(parts[2]), int(parts[3]) if parts[3] else None) if parts else (where, None, None)

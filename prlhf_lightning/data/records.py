@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, NoReturn, TypeAlias
 
+from prlhf_lightning.data.roles import problem_with_role
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.types import Feedback
 
@@ -219,6 +220,8 @@ def _text(value: Any, where: str, field: str) -> Text:
                 found = f"of type {type(message[key]).__name__}" if key in message else "missing"
                 _fail(where, field, f"message {number} has a {key!r} that is {found}; {_MESSAGE_FIX}")
             check_characters(message[key], where, field)
+        if (problem := problem_with_role(message["role"])) is not None:
+            _fail(where, field, f"message {number} has {problem}")
         messages.append({"role": message["role"], "content": message["content"]})
     return messages
 

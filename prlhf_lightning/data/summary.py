@@ -9,6 +9,7 @@ from prlhf_lightning.data.division import Division, Pairs
 from prlhf_lightning.data.order import TrainingOrder
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.tokenization import Overlong
+from prlhf_lightning.types import Feedback
 
 
 def summary(
@@ -18,6 +19,7 @@ def summary(
     sequences: int,
     overlong: Overlong,
     counts: Mapping[str, int],
+    feedback: Feedback,
 ) -> str:
     """Return the paragraph.
 
@@ -28,23 +30,26 @@ def summary(
         sequences: Sequences that a row is scored as.
         overlong: What was done with rows over a limit.
         counts: What the source counted of a stream.
+        feedback: What the rows are.
     """
-    parts = [*_training(division, order, sequences, counts)]
+    parts = [*_training(division, order, sequences, counts, feedback)]
     for stage, sets in division.evaluation.items():
         sizes = [f"{len(pairs):,} by {name} users" for name, pairs in sets.items()]
-        parts.append(f"pairs to {stage} on: {' and '.join(sizes) or 'none'}")
+        parts.append(f"{feedback} to {stage} on: {' and '.join(sizes) or 'none'}")
     for split, data in splits.items():
         parts += _kept(split, data.report, overlong)
     return "Data: " + "; ".join(parts + division.remarks) + "."
 
 
-def _training(division: Division, order: TrainingOrder, sequences: int, counts: Mapping[str, int]) -> Iterator[str]:
-    pairs = f"{len(division.train):,} training pairs by {len(division.vocabulary.ids):,} users"
+def _training(
+    division: Division, order: TrainingOrder, sequences: int, counts: Mapping[str, int], feedback: Feedback
+) -> Iterator[str]:
+    rows = f"{len(division.train):,} training {feedback} by {len(division.vocabulary.ids):,} users"
     if not isinstance(division.train, Pairs):
-        yield f"{pairs}, streamed in blocks of {order.shuffle_buffer:,}"
+        yield f"{rows}, streamed in blocks of {order.shuffle_buffer:,}"
         yield from (f"train: {count:,} {what}" for what, count in counts.items())
         return
-    yield pairs
+    yield rows
     if limit := order.max_row_tokens(sequences):
         alone = int((division.train.lengths > limit).sum())
         if alone:

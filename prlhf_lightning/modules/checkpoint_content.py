@@ -103,9 +103,13 @@ def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
 
 def tokenization_of(checkpoint: Mapping[str, Any]) -> TokenizationSettings:
     """Return how text became ids in training; the default settings where a checkpoint does not say."""
+    return settings_of(entry_of(checkpoint).get("tokenization") or {})
+
+
+def settings_of(kept: Mapping[str, Any]) -> TokenizationSettings:
+    """Return settings as a checkpoint keeps them, without those that this version does not know."""
     known = {field.name for field in fields(TokenizationSettings)}
-    settings = entry_of(checkpoint).get("tokenization") or {}
-    return TokenizationSettings(**{name: value for name, value in settings.items() if name in known})
+    return TokenizationSettings(**{name: value for name, value in kept.items() if name in known})
 
 
 def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:

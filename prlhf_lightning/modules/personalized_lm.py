@@ -10,12 +10,14 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from prlhf_lightning import checkpoint_files
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
@@ -32,6 +34,7 @@ from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, valu
 from prlhf_lightning.modules.objective import Objective, Term
 from prlhf_lightning.modules.optim import Optim, apply_settings, make_optimizer, make_schedule, optimizer_steps
 from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model
+from prlhf_lightning.modules.prompts import to_tokens
 from prlhf_lightning.modules.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.modules.resume import end_epoch
 from prlhf_lightning.modules.row_lengths import check_row_lengths
@@ -151,6 +154,8 @@ class PersonalizedLM(LightningModule):
         """Give all processes the same user model, of which DDP looks after all but the tables."""
         self._finite.forget()  # what a fit that failed has left
         self._seed = torch.initial_seed() if self._seed is None else self._seed
+        if getattr(self.policy, "torch_compile", False):
+            rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
         ddp = ddp_wrapper(self.trainer)
         if ddp is not None or is_sharded(self.policy):
             begin_alike(self.user_model, alone=ddp is None)
@@ -341,22 +346,27 @@ class PersonalizedLM(LightningModule):
     @torch.no_grad()
     def generate(
         self,
-        prompt: Tokens,
+        prompt: Tokens | Sequence[Text],
         user_ids: Sequence[str],
-        user_text: Tokens | None = None,
+        user_text: Tokens | Sequence[str] | None = None,
         sampling: Sampling | None = None,
     ) -> list[str]:
         """Write a completion of each prompt for its user.
 
         Args:
-            prompt: B prompts.
+            prompt: B prompts: strings, conversations, or their ids. Texts become ids as those of the data did, so that
+                of a prompt over `max_prompt_length` the end is kept.
             user_ids: B ids; an unknown one gets the generic user.
-            user_text: B texts about the users, or None.
+            user_text: B texts about the users (empty where there is none) or their ids, or None.
             sampling: How to draw; the module's own settings by default.
+
+        Raises:
+            ConfigurationError: There are not as many users, or texts about them, as prompts.
         """
-        nothing = Tokens(prompt.ids[:, :0], prompt.mask[:, :0])
-        soft_prompt = self.user_model(self.users(user_ids, user_text if user_text is not None else nothing))
-        written = self.policy.generate(prompt, soft_prompt, sampling or self.sampling)
+        settings = checkpoint_content.settings_of(self._tokenization)
+        tokens, texts = to_tokens(prompt, user_ids, user_text, self.policy.tokenizer, settings, self.device)
+        soft_prompt = self.user_model(self.users(user_ids, texts))
+        written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)
         return self._texts(written)
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:

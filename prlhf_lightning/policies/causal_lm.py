@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -24,6 +23,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.packing import Packing
+from prlhf_lightning.policies.places import problem_with
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
@@ -35,8 +35,6 @@ _ASSETS = files("prlhf_lightning") / "assets"
 # Adapters of at least this share of the weights that they adapt are merged for scoring, into a copy of up to 512 MB.
 _WORTH_MERGING = 0.05
 _MOST_COPIED = 1 << 27
-#: What one of which is in a folder that `from_pretrained` reads.
-_FILES = {"weights": ["config.json", "adapter_config.json"], "tokenizer": ["*token*", "vocab*", "*.model"]}
 _WORDS = 8192  # words to start soft prompts from: the scale is what matters
 
 
@@ -116,20 +114,12 @@ class CausalLMPolicy(Policy):
 
     @contextmanager
     def _loading(self, what: str) -> Iterator[None]:
-        folder, cause = Path(self.path), ""
-        if not folder.exists():
-            if self.path.startswith((".", "/")) or self.path.count("/") > 1:  # no name on the hub
-                cause = "there is no such folder"
-            elif folder.parent.is_dir() and folder.parent != Path():
-                warnings.warn(f"There is no folder {self.path}: looking for it on the hub.", stacklevel=2)
-        elif folder.is_dir() and not any(any(folder.glob(name)) for name in _FILES[what]):
-            cause = f"the folder holds no {what} ({' or '.join(_FILES[what])})"
         told = (
             f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that `save_pretrained` "
             "wrote (the tokenizer's too), or a hub name that this machine can reach. Cause: "
         )
-        if cause:
-            raise ConfigurationError(told + cause)
+        if (problem := problem_with(self.path, what)) is not None:
+            raise ConfigurationError(told + problem)
         try:
             yield
         except (OSError, ValueError, KeyError, ImportError) as error:

@@ -37,6 +37,7 @@ def adapt(
     kinds: int = 4,
     steps: int = 0,
     columns: dict[str, str] | None = None,
+    skip_known: bool = False,
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
@@ -56,6 +57,8 @@ def adapt(
         kinds: Most kinds of trained users that a new one is compared with.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
         columns: Names of the files' columns that differ from the fields', as in `{user_id: worker}`.
+        skip_known: Leave out users who are in the checkpoint already, as is always done of a server's log, instead of
+            stopping at the first.
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
@@ -72,15 +75,18 @@ def adapt(
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     if hash_user_ids_with is not None:
         source = PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))
-    leave_out = model.vocabulary.ids if from_log and model.vocabulary else ()
-    pairs, _ = read_pairs(model, source, settings, leave_out)
+    leave_out = model.vocabulary.ids if (from_log or skip_known) and model.vocabulary else ()
+    left_out: set[str] = set()
+    pairs, _ = read_pairs(model, source, settings, leave_out, left_out=left_out)
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
         raise ConfigurationError(
-            f"feedback: {known[0]!r} is in this checkpoint already. Leave known users' rows out, or remove the user "
-            "first (`users remove`)."
+            f"feedback: {known[0]!r} is in this checkpoint already. Leave known users' rows out with "
+            "`--skip_known true`, or remove the user first (`users remove`)."
         )
     console, start = Console(), time.perf_counter()
+    if left_out:
+        console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
     if model.user_model.history_size:
         _read_users(model, pairs, console, checkpoint, output, suggest or steps)
         return

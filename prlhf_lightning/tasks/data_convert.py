@@ -246,6 +246,7 @@ def _rejection(problem: Problem, row: Mapping[str, Any] | Unreadable) -> bytes:
     told = {
         "file": problem.file,
         "line": problem.line,
+        "row_number": problem.row_number,
         "kind": problem.kind,
         "field": problem.field,
         "problem": problem.problem,

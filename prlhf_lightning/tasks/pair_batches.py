@@ -20,6 +20,7 @@ def read_pairs(
     settings: TokenizationSettings,
     leave_out: Collection[str] = (),
     anyone: bool = False,
+    left_out: set[str] | None = None,
 ) -> tuple[PreferenceBatch, list[str]]:
     """Read and tokenise the pairs of a source.
 
@@ -29,16 +30,20 @@ def read_pairs(
         settings: How texts became ids in training.
         leave_out: Users whose rows are passed over.
         anyone: Whether rows may do without a user.
+        left_out: Takes up the users whose rows were passed over.
 
     Returns:
         The pairs, and where each stands.
     """
     columns = Columns.from_mapping(source.columns)
     blank: Mapping[str, Any] = {columns.user_id: "anyone"} if anyone else {}
-    unwanted = frozenset(leave_out)
+    unwanted, passed_over = frozenset(leave_out), set[str]() if left_out is None else left_out
     wheres, rows = [], []
     for where, row in source.rows("train"):
-        if row.get(columns.user_id) not in unwanted:
+        user_id = row.get(columns.user_id)
+        if isinstance(user_id, str) and user_id in unwanted:
+            passed_over.add(user_id)
+        else:
             wheres.append(where)
             rows.append({**blank, **row})
     if not rows:
@@ -63,7 +68,7 @@ def to_batch(
         tokenize: The model's.
         rows: Rows that `parse_record` reads.
         wheres: Where each stands.
-        columns: What the rows call the fields.
+        columns: The column of each field.
 
     Returns:
         The pairs and where each stands, without those that are dropped or ties; None where nothing is left.

@@ -281,14 +281,24 @@ def test_the_summary_counts_texts_about_users(make, tmp_path):
 def test_one_prompt_for_all_can_only_be_split_by_pair(make, tmp_path):
     rows = [row(user=f"u{i % 3}", prompt="two", chosen=f"w{i % 40}", rejected=f"w{i // 40} two") for i in range(80)]
     source = FileSource(write_jsonl(tmp_path / "jokes.jsonl", rows))
-    assert "set split_by: pair where prompts are few" in make(source, validation_fraction=0.1).describe()
+    told = make(source, validation_fraction=0.1).describe()
+    assert "no rows of seen users to validate on, for there is one prompt only, which is trained on: set split" in told
     data = make(source, validation_fraction=0.1, split_by="pair")
     assert data.eval_sets["validate"] == ("seen",)
 
 
+def test_that_nothing_is_held_out_of_seen_users_is_told_with_the_reason(make, tmp_path):
+    lone = FileSource(write_jsonl(tmp_path / "lone.jsonl", [row(i, user=f"u{i}") for i in range(40)]))
+    told = make(lone, validation_fraction=0.2).describe()
+    assert "no rows of seen users to validate on, for each of them has one row only" in told
+    assert "raise it" not in told
+    few = FileSource(write_jsonl(tmp_path / "few.jsonl", [row(i, user="ann") for i in range(3)]))
+    assert "held out none of their 3 different prompts" in make(few, validation_fraction=1e-6).describe()
+
+
 def test_holding_out_everything_is_refused(make, tmp_path):
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0)]))
-    with pytest.raises(ConfigurationError, match=r"No training pairs are left of 1.*1 different prompts and 1 users"):
+    with pytest.raises(ConfigurationError, match=r"No training rows are left of 1.*1 different prompts and 1 users"):
         make(source, validation_fraction=0.999999).setup("fit")
 
 
@@ -380,7 +390,9 @@ THUMBS = [
 def test_thumbs_are_batched_with_one_completion_a_row(make, tmp_path, streaming):
     source = FileSource(write_jsonl(tmp_path / "thumbs.jsonl", THUMBS))
     settings = {"feedback": "thumbs", "validation_fraction": 0.0, "batch_size": 12, "streaming": streaming}
-    (batch,) = make(source, **settings).train_dataloader()
+    data = make(source, **settings)
+    assert data.describe().startswith("Data: 12 training thumbs by ")
+    (batch,) = data.train_dataloader()
     lengths = torch.tensor([[2, 3, 4][record % 3] for record in batch.records.tolist()])
     assert batch.up.tolist() == [record % 2 == 0 for record in batch.records.tolist()]
     assert torch.equal(batch.judged.mask.sum(1), lengths)

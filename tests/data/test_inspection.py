@@ -62,11 +62,14 @@ def test_kinds_are_bounded():
         ("a.csv", "a.csv:3: broken CSV; quote it.", ("a.csv", 3, None, "broken CSV", "quote it.")),
         ("a.gz", "a.gz: ends early", ("a.gz", None, None, "ends early", None)),
         ("hub[train]:5", "hub[train]:5: field 'x' is null", ("hub[train]", 5, "x", "is null", None)),
+        ("a.json:1, row 37", "a.json:1, row 37: field 'x' is null", ("a.json", 1, "x", "is null", None)),
+        ("a.json", "a.json:1, row 37: broken JSON; mend it.", ("a.json", 1, None, "broken JSON", "mend it.")),
     ],
 )
 def test_an_error_is_taken_apart(where, text, parts):
     problem = Problem.of("train", where, FeedbackFormatError(text))
     assert (problem.file, problem.line, problem.field, problem.problem, problem.fix) == parts
+    assert problem.row_number == (37 if "row 37" in text else None)
     assert str(problem) == text
 
 

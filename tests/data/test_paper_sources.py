@@ -168,7 +168,7 @@ def test_psoups_koala_prompts_are_to_be_answered(tmp_path):
     places, prompts = zip(*source.prompts(), strict=True)
     assert prompts[1].startswith("Q: ")
     assert len(prompts) == 3
-    assert places[0] == f"{koala}:1"
+    assert places[0] == f"{koala}:1, row 1"
 
 
 # ---- PRISM
@@ -350,7 +350,7 @@ def test_a_person_who_stands_in_the_survey_twice_is_named(tmp_path):
 def test_a_malformed_soup_is_named_with_its_line(tmp_path):
     write_psoups(tmp_path)
     (tmp_path / "P2B.json").write_text('[{"user_input": "x", "completion_a": "a"}]')
-    with pytest.raises(FeedbackFormatError, match=r"P2B\.json:1: field 'completion_b' is missing"):
+    with pytest.raises(FeedbackFormatError, match=r"P2B\.json:1, row 1: field 'completion_b' is missing"):
         rows(PersonalizedSoupsSource(tmp_path))
 
 

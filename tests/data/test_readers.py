@@ -46,7 +46,8 @@ def test_parquet_gives_the_same_rows(tmp_path):
     ("name", "text", "lines"),
     [
         ("a.jsonl", '{"x": 1}\n\n{"x": 2}\n', [1, 3]),
-        ("a.json", '[\n {"x": 1},\n\n {\n  "x": 2\n } ]', [2, 4]),
+        ("a.json", '[\n {"x": 1},\n\n {\n  "x": 2\n } ]', ["2, row 1", "4, row 2"]),
+        ("a.json", '[{"x": 1}, {"x": 2},\n{"x": 3}]', ["1, row 1", "1, row 2", "2, row 3"]),
         ("a.json", '{"x": 1}\n{"x": 2}', [1, 2]),
         ("a.csv", 'x\n"1\n1"\n2\n', [2, 4]),
     ],
@@ -80,13 +81,17 @@ def test_an_empty_csv_cell_is_null(tmp_path):
         ("a.jsonl", b'{"x": 1}\n{"x": "\xff"}\n', r"a\.jsonl:2: byte 0xff is not UTF-8; save the file as UTF-8"),
         ("a.jsonl", b"\n\n", r"a\.jsonl: has no rows"),
         ("a.jsonl", b"", r"a\.jsonl: has no rows"),
-        ("a.json", b'[{"x": 1},\n{"x" 2}]', r"a\.json:2: broken JSON"),
-        ("a.json", b'[{"x": 1},\n\n{"x": 2}', r"a\.json:3: the JSON array is cut short here"),
+        ("a.json", b'[{"x": 1},\n{"x" 2}]', r"a\.json:2, row 2: broken JSON"),
+        ("a.json", b'[{"x": 1},\n\n{"x": 2}', r"a\.json:3, row 3: the JSON array is cut short here"),
         ("a.json", b'[{"x": 1},\n{"x": "\xff"}]', r"a\.json:2: byte 0xff is not UTF-8"),
         ("a.jsonl", b'{"x": 1}\n{"x": ' + b"9" * 5000 + b"}", r"a\.jsonl:2: the JSON holds a number too long to read"),
         ("a.jsonl", b'{"x": 1}\n{"x": ' + b"[" * 99999, r"a\.jsonl:2: the JSON is nested too deeply"),
-        ("a.json", b'[{"x": 1},\n{"x": ' + b"9" * 5000 + b"}]", r"a\.json:2: the JSON holds a number too long to read"),
-        ("a.json", b'[{"x": 1},\n{"x": ' + b"[" * 99999, r"a\.json:2: the JSON is nested too deeply"),
+        (
+            "a.json",
+            b'[{"x": 1},\n{"x": ' + b"9" * 5000 + b"}]",
+            r"a\.json:2, row 2: the JSON holds a number too long",
+        ),
+        ("a.json", b'[{"x": 1},\n{"x": ' + b"[" * 99999, r"a\.json:2, row 2: the JSON is nested too deeply"),
         ("a.json", b'[{"x": 1}\n] [{"x": 2}]', r"a\.json:2: the JSON array ends here, but the file goes on"),
         ("a.json", b'[{"x": 1}] \xc3', r"a\.json: ends in the middle of a UTF-8 character"),
         ("a.json", b"[]", r"a\.json: has no rows"),
@@ -158,7 +163,7 @@ def test_a_key_that_stands_twice_is_refused_and_reading_goes_on(tmp_path, name):
     lines = ['{"x": 1, "x": 2}', '{"x": [{"y": 1, "y": 1}]}', '{"x": 3}']
     path = tmp_path / name
     path.write_text("\n".join(lines) if name == "a.jsonl" else "[" + ",\n".join(lines) + "]")
-    with pytest.raises(FeedbackFormatError, match=f"{name}:1: key 'x' stands twice"):
+    with pytest.raises(FeedbackFormatError, match=f"{name}:1(, row 1)?: key 'x' stands twice"):
         list(read_rows(path))
     bad, nested, (_, good) = scan_rows(path)
     assert str(bad[1].error).endswith("remove one of the two.")

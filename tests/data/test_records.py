@@ -67,6 +67,11 @@ def test_a_bad_row_is_refused_by_place_field_and_fix(bad, message):
         ({"chosen": [{"role": "assistant"}]}, "field 'chosen' message 1 has a 'content' that is missing"),
         ({"chosen": [{"content": "x"}]}, "field 'chosen' message 1 has a 'role' that is missing"),
         ({"chosen": [turn("assistant", None)]}, "field 'chosen' message 1 has a 'content' that is of type NoneType"),
+        (
+            {"chosen": [turn("gpt", "x")]},
+            "field 'chosen' message 1 has the role 'gpt', which chat templates do not know; write 'assistant'.",
+        ),
+        ({"prompt": [turn("User", "x")]}, "field 'prompt' message 1 has the role 'User', which chat templates do not"),
         ({"chosen": [ASK]}, "field 'chosen' must be one assistant message after the prompt, not messages by: user"),
         ({"chosen": [turn("assistant", " ")]}, "field 'chosen' is empty"),
         ({"prompt": [ASK, GOOD]}, "field 'prompt' ends with an assistant message"),
@@ -77,6 +82,18 @@ def test_a_malformed_conversation_is_refused(changes, message):
     bad = {"user_id": "a", "prompt": [ASK], "chosen": [GOOD], "rejected": [BAD], **changes}
     with pytest.raises(FeedbackFormatError, match=re.escape(f"f:1: {message}")):
         parse_record(bad, "f:1")
+
+
+def test_roles_of_real_templates_pass_and_others_are_warned_of(recwarn):
+    def parse(role):
+        raw = {"user_id": "a", "prompt": [ASK, turn(role, "x"), ASK], "chosen": [GOOD], "rejected": [BAD]}
+        assert parse_record(raw, "f:1").prompt[1]["role"] == role
+
+    for role in ("system", "developer", "assistant", "tool", "function", "ipython"):
+        parse(role)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="the role 'narrator', which few chat templates know; usual ones are system,"):
+        parse("narrator")
 
 
 def test_a_misspelt_column_is_named_with_the_mapping_that_mends_it():

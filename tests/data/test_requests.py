@@ -40,7 +40,8 @@ def test_prompts_without_judgements_are_answered_for_every_seen_user(soups):
     batches = list(loader)
     assert [batch.user_ids for batch in batches] == [tuple("123456")] * 3
     assert all(batch.prompt.mask.any() and not batch.chosen.mask.any() for batch in batches)
-    assert [data.where(6 * i, "predict").rpartition("/")[2] for i in range(3)] == ["koala.json:1"] * 3
+    places = [data.where(6 * i, "predict").rpartition("/")[2] for i in range(3)]
+    assert places == ["koala.json:1, row 1", "koala.json:1, row 2", "koala.json:1, row 3"]
 
 
 def test_a_source_without_prompts_is_predicted_on_its_own_rows(tmp_path):

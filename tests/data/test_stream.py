@@ -193,7 +193,7 @@ def test_a_row_is_found_by_its_number(make):
 
 
 def test_nothing_to_validate_on_is_told(make):
-    assert "no pairs to validate on" in make(validation_fraction=0.1).describe()
+    assert "no rows to validate on" in make(validation_fraction=0.1).describe()
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from torch.utils.data import DataLoader
 from prlhf_lightning.callbacks import SaveOnInterrupt
 from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
 from prlhf_lightning.data.collate import collate
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOLoss, DPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
     AmortizedUserModel,
     ClusterUserModel,
@@ -226,6 +228,32 @@ def test_predict_writes_for_each_user(model_path, votes, tmp_path):
     (first, *_) = trainer.predict(module, data)
     assert {"user_id", "prompt", "completion"} == set(first[0])
     assert first[0]["user_id"] in {"ann", "bob", "cy", "dee"}
+
+
+@pytest.mark.parametrize("torch_compile", [False, True])
+def test_that_compiling_takes_minutes_is_told_before_it_begins(
+    model_path, votes, tmp_path, caplog, monkeypatch, torch_compile
+):
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)  # which would take minutes
+    module = make(model_path)
+    module.policy.torch_compile = torch_compile
+    make_trainer(tmp_path, max_steps=1).fit(module, make_data(votes, model_path))
+    assert any("the first steps compile the model" in said for said in caplog.messages) == torch_compile
+
+
+def test_texts_are_answered_as_the_ids_that_the_data_makes_of_them(model_path, votes, tmp_path):
+    module, data = make(model_path, TextUserModel()), make_data(votes, model_path, max_prompt_length=3)
+    make_trainer(tmp_path).fit(module, data)
+    asked, users = ["a cat ran fast", "the dog"], ["ann", "bob"]
+    ids = data.encode_prompts(asked)
+    assert ids.ids.shape[1] == 3
+    assert module.generate(asked, users) == module.generate(ids, users) != module.generate(["red", "blue"], users)
+    about = Tokens.from_lists(FeedbackTokenizer(module.policy.tokenizer, data.settings).user_texts(["user likes", ""]))
+    assert module.generate(asked, users, ["user likes", ""]) == module.generate(ids, users, about)
+    with pytest.raises(ConfigurationError, match=r"prompt is a string; .* such as \['the dog'\]"):
+        module.generate("the dog", ["bob"])
+    with pytest.raises(ConfigurationError, match="There are 2 prompts for 1 users"):
+        module.generate(asked, ["bob"])
 
 
 def test_metrics_are_logged_over_pairs_users_and_the_generic_user(model_path, votes, tmp_path):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from prlhf_lightning import CausalLMPolicy
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies import places
 
 
 def test_a_folder_of_adapters_is_refused_since_the_reference_would_be_without_them(model_path, tmp_path):
@@ -48,3 +49,25 @@ def test_a_folder_in_the_home_folder_is_found(model_path, tmp_path, monkeypatch)
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "model").symlink_to(model_path)
     assert CausalLMPolicy("~/model").tokenizer.eos_token
+
+
+def test_a_name_that_can_be_neither_folder_nor_hub_name_is_told_at_once_and_others_before_they_are_asked_for(
+    monkeypatch, caplog
+):
+    def offline(name: str, **_: object) -> None:
+        asked.append(name)
+        raise OSError("away")
+
+    asked: list[str] = []
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
+    monkeypatch.setattr(places.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(ConfigurationError, match="no such folder, and a name on the hub has an owner"):
+        CausalLMPolicy("qwen3-0.6b").build()
+    assert not asked
+    for name in ("nobody/nothing", "nobody/nothing", "gpt2"):
+        with pytest.raises(ConfigurationError, match="Cause: away"):
+            CausalLMPolicy(name).build()
+    assert asked == ["nobody/nothing", "nobody/nothing", "gpt2"]
+    assert [line.partition(",")[0] for line in caplog.messages] == [
+        "Asking the hub for nobody/nothing", "Asking the hub for gpt2",
+    ]  # fmt: skip

@@ -274,6 +274,18 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main([*command, "--suggest", "1"])
 
 
+def test_known_users_of_a_file_are_left_out_where_that_is_asked_for(trained_file, folder, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+    mixed = write_votes(folder / "mixed.jsonl", {"user0": 2, "user1": 1, "late": 2})
+    mixed.write_text(mixed.read_text().replace('"user_id"', '"worker"'))
+    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(mixed), "--columns", "{user_id: worker}"]
+    with pytest.raises(SystemExit, match=r"'user0' is in this checkpoint already\. .*`--skip_known true`"):
+        main(command)
+    main([*command, "--skip_known", "true", "--output", str(folder / "late.ckpt")])
+    assert "2 users left out" in capsys.readouterr().out
+    assert read_checkpoint(folder / "late.ckpt", "x")["prlhf_lightning"]["users"][4:] == ["late"]
+
+
 def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
@@ -300,19 +312,6 @@ def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, c
     with pytest.raises(SystemExit, match=r"policy\.model"):  # in place
         main(["rebase", "--checkpoint", str(output), "--model", str(folder), "--output", str(output)])
     assert output.read_bytes() == before
-
-
-def test_columns_of_other_names_are_mapped(model, folder):
-    votes = [json.loads(line) for line in write_votes(folder / "v.jsonl", {"a": 2, "b": 1}).read_text().splitlines()]
-    renamed = [{{"user_id": "worker", "chosen": "better"}.get(k, k): v for k, v in vote.items()} for vote in votes]
-    (folder / "renamed.jsonl").write_text("\n".join(map(json.dumps, renamed)))
-    source = FileSource(folder / "renamed.jsonl", columns={"user_id": "worker", "chosen": "better"})
-    assert set(read_pairs(model, source, SETTINGS)[0].user_ids) == {"a", "b"}
-    assert set(read_pairs(model, source, SETTINGS, leave_out=["a"])[0].user_ids) == {"b"}
-    for row in renamed:
-        del row["worker"]
-    (folder / "renamed.jsonl").write_text("\n".join(map(json.dumps, renamed)))
-    assert set(read_pairs(model, source, SETTINGS, anyone=True)[0].user_ids) == {"anyone"}
 
 
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):

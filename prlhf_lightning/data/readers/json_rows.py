@@ -67,13 +67,13 @@ def _parsed(decoder: _Decoder, path: Path, number: int, line: str) -> Any:
             "each line must be one whole JSON object."
         ) from None
     except (ValueError, RecursionError) as error:
-        _beyond_json(path, number, error)
+        _beyond_json(f"{path}:{number}", error)
 
 
-def _beyond_json(path: Path, line: int, error: Exception) -> NoReturn:
+def _beyond_json(where: str, error: Exception) -> NoReturn:
     """Refuse what is JSON by its grammar, but a number of thousands of digits or nested thousands deep."""
     what = "is nested too deeply" if isinstance(error, RecursionError) else f"holds a number too long to read ({error})"
-    raise FeedbackFormatError(f"{path}:{line}: the JSON {what}; mend the row or drop it.") from None
+    raise FeedbackFormatError(f"{where}: the JSON {what}; mend the row or drop it.") from None
 
 
 def read_json(path: Path) -> Items:
@@ -83,10 +83,13 @@ def read_json(path: Path) -> Items:
 
 
 def _read_array(path: Path) -> Items:
-    """Decode the objects of a JSON array one by one from a buffer that holds little more than one of them."""
+    """Decode the objects of a JSON array one by one from a buffer that holds little more than one of them.
+
+    Arrays often are one long line, so that a row is named by its number too.
+    """
     decoder = _Decoder()
     pieces = chunks(path)
-    buffer, position, line, opened = next(pieces, ""), 0, 1, False
+    buffer, position, line, opened, number = next(pieces, ""), 0, 1, False, 1
     while True:
         # Skip what stands between objects, counting lines.
         while position < len(buffer) and (buffer[position] in " \t\r\n" or buffer[position] in (",[", ",")[opened]):
@@ -96,7 +99,9 @@ def _read_array(path: Path) -> Items:
         if position == len(buffer):
             buffer, position = next(pieces, ""), 0
             if not buffer:
-                raise FeedbackFormatError(f"{path}:{line}: the JSON array is cut short here; it must end in ].")
+                raise FeedbackFormatError(
+                    f"{path}:{line}, row {number}: the JSON array is cut short here; it must end in ]."
+                )
             continue
         if buffer[position] == "]":
             if any(rest.strip() for rest in itertools.chain([buffer[position + 1 :]], pieces)):
@@ -105,6 +110,7 @@ def _read_array(path: Path) -> Items:
                     "line."
                 )
             return
+        where = f"{path}:{line}, row {number}"
         try:
             decoder.twins.clear()  # of an object that was not whole
             row, end = decoder.raw_decode(buffer, position)
@@ -115,16 +121,16 @@ def _read_array(path: Path) -> Items:
             if more:
                 buffer, position = buffer[position:] + more, 0
                 continue
-            number = line + buffer.count("\n", position, error.pos)
+            broken = line + buffer.count("\n", position, error.pos)
             raise FeedbackFormatError(
-                f"{path}:{number}: broken JSON ({error.msg}); the file must be an array of objects, [{{...}}, {{...}}]."
+                f"{path}:{broken}, row {number}: broken JSON ({error.msg}); the file must be an array of objects, "
+                "[{...}, {...}]."
             ) from None
         except (ValueError, RecursionError) as error:
-            _beyond_json(path, line, error)
-        where = f"{path}:{line}"
+            _beyond_json(where, error)
         try:
             yield where, decoder.row(row, where)
         except FeedbackFormatError as error:
             yield where, Unreadable(error, row)
         line += buffer.count("\n", position, end)
-        position = end
+        position, number = end, number + 1

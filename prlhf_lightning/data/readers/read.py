@@ -16,7 +16,8 @@ def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
     """Yield every row of a file after where it stands, such as `votes.jsonl.gz:17`.
 
     Lines are counted from 1; in Parquet files, which have none, rows are. A row of a CSV file or of a JSON array that
-    spans several lines is named by its first. Blank lines are skipped.
+    spans several lines is named by its first, and one of an array by its number too, as in `votes.json:1, row 17`.
+    Blank lines are skipped.
 
     Raises:
         FeedbackFormatError: The file is missing, empty, of an unknown kind, damaged or not UTF-8.
