@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import copymode
 from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO, TextIO
 from uuid import uuid4
@@ -63,6 +64,8 @@ def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
         with partial.open("w+b", buffering=1 << 20) as file:
             yield file
             sync(file)
+        with suppress(OSError):  # what was its owner's alone stays so, where there was a file
+            copymode(path, partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
     except BaseException:

@@ -26,6 +26,13 @@ def test_an_error_in_the_middle_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["a.csv"]
 
 
+def test_who_may_read_a_file_stays_as_it_was(tmp_path):
+    (path := tmp_path / "a.csv").touch(0o600)
+    with replacing(path) as file:
+        file.write(b"new")
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o600)
+
+
 def test_of_several_writers_at_once_the_last_counts(tmp_path):
     path = tmp_path / "a.csv"
     with atomically(path, shared=True) as last:
