@@ -21,19 +21,16 @@ def rebase(checkpoint: Path, model: str, output: Path) -> None:
         output: The checkpoint to write.
     """
     content = read_checkpoint(checkpoint, "checkpoint")
-    if output.is_dir():
-        raise ConfigurationError(f"output: {output} is a folder; name the file to write.")
-    output = output.resolve()  # a link goes on pointing at what it points at
     settings = content.get("hyper_parameters", {}).get("policy", {}).get("init_args", {})
     if "model" not in settings:
         raise ConfigurationError(f"checkpoint: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
     before = settings["model"]
     settings["model"] = str(Path(model).resolve()) if Path(model).is_dir() else model
-    tried = output.with_name(f"{output.name}.tried")
-    checkpoint_files.save(content, tried)
-    try:
-        load_module(tried, "output")  # before it takes the place of what is there, such as the checkpoint itself
-        tried.replace(output)
+    trial = output.with_name(f"{output.name}.trial")
+    try:  # before it takes the place of what is there, which may be the checkpoint itself
+        checkpoint_files.save(content, trial)
+        load_module(trial, "output")
     finally:
-        tried.unlink(missing_ok=True)
+        trial.unlink(missing_ok=True)
+    checkpoint_files.save(content, output)
     print(f"{output} takes its base model from {settings['model']} instead of {before}")
