@@ -7,11 +7,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from shutil import copymode
 from tempfile import TemporaryFile
 from typing import IO, Any, BinaryIO, TextIO
 from uuid import uuid4
 
-from prlhf_lightning.errors import CheckpointWriteError
+from prlhf_lightning.errors import CheckpointWriteError, PRLHFError
 
 
 @contextmanager
@@ -25,7 +26,9 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     try:
         with atomically(path) as file:
             yield file
-    except BaseException as error:
+    except PRLHFError:  # says already what is wrong, for instance with what was read meanwhile
+        raise
+    except Exception as error:
         cause = _refusal(error)
         if cause is None:
             raise
@@ -61,6 +64,8 @@ def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
         with partial.open("w+b", buffering=1 << 20) as file:
             yield file
             sync(file)
+        with suppress(OSError):  # what was its owner's alone stays so, where there was a file
+            copymode(path, partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
     except BaseException:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf_lightning.adaptation.laplace import laplace
-from prlhf_lightning.adaptation.margins import Margins, select_pairs, table_rows
+from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
@@ -87,7 +87,7 @@ class Adapted:
 
 def trained_rows(model: PersonalizedLM) -> tuple[Tensor, Tensor]:
     """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side."""
-    tables = [table.detach() for table in model.user_model.row_tables()]
+    tables = [table.detach() for table in row_tables(model).values()]
     new = [row.detach()[None] for row in model.user_model.new_rows(tables)]
     return table_rows(tables)[1:], table_rows(new)[0]
 

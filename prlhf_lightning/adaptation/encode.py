@@ -36,7 +36,7 @@ def encode_users(model: PersonalizedLM, pairs: PreferenceBatch, user_ids: Sequen
 
     Args:
         model: A trained model.
-        pairs: N pairs, in any order.
+        pairs: N pairs, in any order, on any device.
         user_ids: The users; those of the pairs by default. One without a pair gets the row of a new user.
 
     Raises:
@@ -50,10 +50,11 @@ def encode_users(model: PersonalizedLM, pairs: PreferenceBatch, user_ids: Sequen
     places: dict[str, list[int]] = {user_id: [] for user_id in user_ids}
     for place, user_id in enumerate(pairs.user_ids):
         places[user_id].append(place)
+    tables = [table.detach() for table in model.user_model.row_tables()]
+    pairs = pairs.to(tables[0].device)
     most = max(map(len, places.values()), default=0)
     index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places.values()], dtype=torch.long)
     history = pooled(model.policy, PairTokens(*(_block(part, index) for part in (pairs.chosen, pairs.rejected))))
-    tables = [table.detach() for table in model.user_model.row_tables()]
     new, read = model.user_model.new_rows(tables), model.user_model.history_rows(history)
     rows = [n.expand(len(user_ids), *n.shape) if r is None else r for n, r in zip(new, read, strict=True)]
     return Encoded(user_ids, table_rows(rows))

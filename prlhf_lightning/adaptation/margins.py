@@ -33,7 +33,7 @@ class Margins:
                 f"adapt: {type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned by a loss "
                 "that ranks pairs only."
             )
-        self._tables = _row_tables(model)
+        self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device
         self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
         self._model, self._policy, self._batch_size = model, model.policy.settled(), batch_size
@@ -170,11 +170,12 @@ def table_rows(tables: Sequence[Tensor]) -> Tensor:
     return torch.cat([table.detach().flatten(1).float() for table in tables], dim=1)
 
 
-def _row_tables(model: PersonalizedLM) -> dict[str, Tensor]:
+def row_tables(model: PersonalizedLM) -> dict[str, Tensor]:
+    """Return the tables of users' rows by their names in the user model, or raise where there are none."""
     by_id = {id(parameter): name for name, parameter in model.user_model.named_parameters()}
     tables = {by_id[id(table)]: table for table in model.user_model.row_tables()}
     if not tables:
         raise ConfigurationError(
-            f"adapt: {type(model.user_model).__name__} has no rows of users, so there is nothing to learn of one."
+            f"user_model: {type(model.user_model).__name__} has no rows of users, so there is nothing to learn of one."
         )
     return tables

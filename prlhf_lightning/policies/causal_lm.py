@@ -32,8 +32,9 @@ from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
 _ASSETS = files("prlhf_lightning") / "assets"
-# Adapters of at least this share of the weights that they adapt are merged for scoring.
+# Adapters of at least this share of the weights that they adapt are merged for scoring, into a copy of up to 512 MB.
 _WORTH_MERGING = 0.05
+_MOST_COPIED = 1 << 27
 _WORDS = 8192  # words to start soft prompts from: the scale is what matters
 
 
@@ -210,7 +211,8 @@ class CausalLMPolicy(Policy):
         )
         weights = sum(module.get_base_layer().weight.numel() for module in adapted)
         # Beside large weights adapters take little time, and a copy much memory; in 16 bits merging would round.
-        if own < _WORTH_MERGING * weights or self.lm.dtype != torch.float32 or not adapted:
+        is_large = self.lm.num_parameters() > _MOST_COPIED
+        if own < _WORTH_MERGING * weights or is_large or self.lm.dtype != torch.float32 or not adapted:
             return self
         lm = self.merged().eval()
         lm.config.use_cache = False

@@ -26,10 +26,11 @@ def rebase(checkpoint: Path, model: str, output: Path) -> None:
         raise ConfigurationError(f"checkpoint: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
     before = settings["model"]
     settings["model"] = str(Path(model).resolve()) if Path(model).is_dir() else model
+    trial = output.with_name(f"{output.name}.trial")
+    try:  # before it takes the place of what is there, which may be the checkpoint itself
+        checkpoint_files.save(content, trial)
+        load_module(trial, "output")
+    finally:
+        trial.unlink(missing_ok=True)
     checkpoint_files.save(content, output)
-    try:
-        load_module(output, "output")
-    except Exception:
-        output.unlink()
-        raise
     print(f"{output} takes its base model from {settings['model']} instead of {before}")

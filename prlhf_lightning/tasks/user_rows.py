@@ -113,7 +113,7 @@ class UserRows:
         """Draw every user's rows to those of a new user: to `factor` times the distance."""
         new = dict(zip(self.tables, self.new_rows(), strict=True))
         for name, table in self.tables.items():
-            table[1:] = new[name] + factor * (table[1:] - new[name])
+            table[1:] = torch.lerp(new[name].expand_as(table[1:]), table[1:], factor)  # exact at 0 and 1
 
     def _replace(self, of_table: Callable[[Tensor, str], Tensor], of_state: Callable[[Tensor], Tensor]) -> None:
         for name, table in self.tables.items():

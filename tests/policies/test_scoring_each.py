@@ -43,13 +43,15 @@ def test_each_completion_is_scored_as_alone_with_its_prompt(model_paths, name, d
     assert torch.equal(found.mask, completions.mask)
 
 
-def test_only_adapters_that_weigh_are_merged(model_path):
+def test_only_adapters_that_weigh_are_merged_and_into_no_large_copy(model_path, monkeypatch):
     policy = build(model_path, LoRA(rank=4))
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     assert not any("lora" in name for name, _ in policy.settled().named_parameters())
     assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())
     for kept in (build(model_path, None), build(model_path, LoRA(rank=4)).bfloat16()):
         assert kept.settled() is kept
+    monkeypatch.setattr("prlhf_lightning.policies.causal_lm._MOST_COPIED", 1000)
+    assert policy.settled() is policy
 
 
 def test_too_long_a_completion_names_the_settings(model_path):

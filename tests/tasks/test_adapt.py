@@ -180,6 +180,8 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     ):
         with pytest.raises(ConfigurationError, match=says):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
+    with pytest.raises(ConfigurationError, match="UniformUserModel has no rows of users"):
+        trained_rows(PersonalizedLM(UniformUserModel(1), CausalLMPolicy(model_path), DPOLoss()))
 
 
 def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
@@ -305,7 +307,11 @@ def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, c
     assert f"{moved} instead of {model_path}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"policy\.model"):
         main(["rebase", "--checkpoint", str(trained_file), "--model", str(folder), "--output", str(folder / "no.ckpt")])
-    assert not (folder / "no.ckpt").exists()
+    assert not list(folder.glob("no.ckpt*"))
+    before = output.read_bytes()
+    with pytest.raises(SystemExit, match=r"policy\.model"):  # in place
+        main(["rebase", "--checkpoint", str(output), "--model", str(folder), "--output", str(output)])
+    assert output.read_bytes() == before
 
 
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):

@@ -187,3 +187,17 @@ def test_models_that_read_no_pairs_say_so(model_path, pairs):
     module = PersonalizedLM(IndividualUserModel(1), CausalLMPolicy(model_path), DPOLoss())
     with pytest.raises(ConfigurationError, match="IndividualUserModel reads no pairs; learn users' rows with adapt_"):
         encode_users(module, pairs)
+
+
+def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def pooled(policy, pairs):
+        raise Asked(pairs.chosen.ids.device.type)
+
+    monkeypatch.setattr("prlhf_lightning.adaptation.encode.pooled", pooled)
+    users = AmortizedUserModel(1)
+    users.build(3, torch.randn(4, 8))
+    with pytest.raises(Asked, match="meta"):
+        encode_users(PersonalizedLM(users, CausalLMPolicy(model_path), DPOLoss()).to("meta"), pairs)
