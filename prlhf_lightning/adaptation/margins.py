@@ -15,6 +15,9 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt
 
+# In a pass of the policy, for either completion of its pairs: keys, values and gradients of more might not fit.
+_POSITIONS = 1 << 14
+
 
 class Margins:
     """Reward margins of pairs as a function of rows of the user table, whatever the user model.
@@ -24,7 +27,8 @@ class Margins:
     Args:
         model: A trained model.
         pairs: N pairs, on any device.
-        batch_size: Pairs in a pass of the policy; small ones keep a small model's activations in a CPU's cache.
+        batch_size: Pairs in a pass of the policy, fewer where they are long; small ones keep a small model's activations
+            in a CPU's cache.
     """
 
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
@@ -36,7 +40,9 @@ class Margins:
         self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device
         self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
-        self._model, self._policy, self._batch_size = model, model.policy.settled(), batch_size
+        self._model, self._policy = model, model.policy.settled()
+        longest = sum(part.mask.shape[1] for part in (texts.user_text, texts.prompt, texts.completion))
+        self._batch_size = max(1, min(batch_size, _POSITIONS // max(1, longest)))
         every = torch.ones(len(texts.completion), dtype=torch.bool, device=self._device)
         with _evaluating(model):
             self._reference = self._log_probs(every, None) if model.loss.requires_reference else None
