@@ -27,8 +27,8 @@ class Margins:
     Args:
         model: A trained model.
         pairs: N pairs, on any device.
-        batch_size: Pairs in a pass of the policy, fewer where they are long; small ones keep a small model's activations
-            in a CPU's cache.
+        batch_size: Pairs in a pass of the policy, fewer where they are long; few keep a small model's activations in a
+            CPU's cache.
     """
 
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
