@@ -71,6 +71,11 @@ class Tokens(_TensorStruct):
             ids[mask] = torch.from_numpy(np.concatenate([np.asarray(row, dtype=np.int64) for row in rows]))
         return cls(ids, mask)
 
+    def trimmed(self) -> Tokens:
+        """Cut padding that no row needs; there must be a row."""
+        width = int(self.mask.sum(1).max())
+        return Tokens(self.ids[:, :width], self.mask[:, :width])
+
     def unpadded(self) -> list[Tensor]:
         """Return the ids of each row, `[its length]`."""
         return [ids[mask] for ids, mask in zip(self.ids, self.mask, strict=True)]

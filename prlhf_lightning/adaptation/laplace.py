@@ -54,7 +54,7 @@ def laplace(offsets: Tensor, slopes: Tensor, mask: Tensor) -> Posterior:
         mask: `[B, n]` bool, true on real pairs.
     """
     batch, _, dims = slopes.shape
-    slopes = slopes * (mask > 0)[..., None]
+    slopes = slopes * mask[..., None]
     eye = torch.eye(dims, dtype=slopes.dtype, device=slopes.device)
     codes = slopes.new_zeros(batch, dims)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from prlhf_lightning.adaptation.texts import DistinctTexts, trimmed
+from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt
@@ -96,12 +96,12 @@ class Margins:
         own = self._own_tables(rows)
         for table in own.values():
             table.requires_grad_(gradients)
-        completions = [trimmed(texts.completion.select(part[index])) for part in (texts.chosen, texts.rejected)]
+        completions = [texts.completion.select(part[index]).trimmed() for part in (texts.chosen, texts.rejected)]
         places = torch.arange(1, len(index) + 1, device=self._device)
         with torch.set_grad_enabled(gradients):
             prompts = texts.prompt_of[texts.chosen[index]]
             visible = self._soft_prompt(prompts, own, places)
-            scored = self._policy.log_probs(trimmed(texts.prompt.select(prompts)), completions, visible)
+            scored = self._policy.log_probs(texts.prompt.select(prompts).trimmed(), completions, visible)
             margins = self._margins(PairLogProbs(*scored), index)
         if not gradients:
             return margins, None
@@ -117,8 +117,8 @@ class Margins:
         for completions in texts.groups(wanted, self._batch_size):
             prompts, prompt_of = torch.unique(texts.prompt_of[completions], return_inverse=True)
             found = (self._policy if own else self._model.policy).log_probs_of_each(
-                trimmed(texts.prompt.select(prompts)),
-                trimmed(texts.completion.select(completions)),
+                texts.prompt.select(prompts).trimmed(),
+                texts.completion.select(completions).trimmed(),
                 prompt_of,
                 self._soft_prompt(prompts, own, torch.ones_like(prompts)),
                 reference=own is None,
@@ -129,7 +129,7 @@ class Margins:
 
     def _soft_prompt(self, prompts: Tensor, own: dict[str, Tensor] | None, places: Tensor) -> SoftPrompt | None:
         """Return what U prompts are conditioned on: users at `places` `[U]` of own tables; the reference's without."""
-        text = trimmed(self._texts.user_text.select(prompts))
+        text = self._texts.user_text.select(prompts).trimmed()
         users = self._model.users([""] * len(prompts), text, reference=own is None)
         if own is None:
             return self._model.user_model.reference(users)

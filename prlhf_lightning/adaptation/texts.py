@@ -72,12 +72,6 @@ class DistinctTexts:
         yield from torch.split(places[order], torch.bincount(rank).tolist())
 
 
-def trimmed(tokens: Tokens) -> Tokens:
-    """Cut padding that no row needs."""
-    width = int(tokens.mask.sum(1).max())
-    return Tokens(tokens.ids[:, :width], tokens.mask[:, :width])
-
-
 def _contents(tokens: Tokens) -> list[bytes]:
     return [ids.numpy().tobytes() for ids in tokens.to("cpu").unpadded()]
 

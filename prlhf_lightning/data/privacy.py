@@ -101,3 +101,10 @@ class PseudonymousSource(DataSource):
         """Return the source's own, with what tells salts apart."""
         kind = f"{type(self._source).__module__}.{type(self._source).__qualname__}"
         return f"{kind} {self._source.fingerprint(split)} {self._pseudonyms.fingerprint()}"
+
+
+def hashed(source: DataSource, hash_user_ids_with: str | None) -> DataSource:
+    """Return a source with its users' ids hashed as `Pseudonyms.load` says, or as it is where nothing is named."""
+    if hash_user_ids_with is None:
+        return source
+    return PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))

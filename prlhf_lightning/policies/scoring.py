@@ -136,17 +136,16 @@ def score_each(
     prefix = _Prefix.of(lm, before) if shortcuts.shared_prompt else None
     vocab_size = lm.get_input_embeddings().weight.shape[0]
     log_probs = torch.zeros(completions.mask.shape, device=completions.ids.device)
-    lengths = completions.mask.sum(1)
-    for some in torch.split(lengths.argsort(stable=True), batch_size):
-        width = int(lengths[some].max())
-        ids, mask = completions.ids[some, :width], completions.mask[some, :width]
+    for some in torch.split(completions.mask.sum(1).argsort(stable=True), batch_size):
+        rows = completions.select(some).trimmed()
         if prefix is not None:
-            hidden = prefix.continued(lm, Tokens(ids, mask), prompt_of[some])
-            scores = token_log_probs(hidden[mask], ids[mask], lm.get_output_embeddings(), vocab_size)
-            log_probs[some, :width] = scores.new_zeros(mask.shape).masked_scatter(mask, scores)
+            hidden = prefix.continued(lm, rows, prompt_of[some])
+            scores = token_log_probs(hidden[rows.mask], rows.ids[rows.mask], lm.get_output_embeddings(), vocab_size)
+            found = scores.new_zeros(rows.mask.shape).masked_scatter(rows.mask, scores)
         else:
             own = [part.select(prompt_of[some]) for part in before]
-            log_probs[some, :width] = score(lm, own, [Tokens(ids, mask)], shortcuts)[0].tokens
+            found = score(lm, own, [rows], shortcuts)[0].tokens
+        log_probs[some, : found.shape[1]] = found
     return LogProbs(log_probs, completions.mask)
 
 

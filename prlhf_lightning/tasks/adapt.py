@@ -13,7 +13,7 @@ from rich.table import Table
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
-from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
+from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
@@ -73,8 +73,7 @@ def adapt(
     settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
-    if hash_user_ids_with is not None:
-        source = PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))
+    source = hashed(source, hash_user_ids_with)
     leave_out = model.vocabulary.ids if (from_log or skip_known) and model.vocabulary else ()
     left_out: set[str] = set()
     pairs, _ = read_pairs(model, source, settings, leave_out, left_out=left_out)

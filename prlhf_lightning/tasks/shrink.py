@@ -9,8 +9,8 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
-from prlhf_lightning.data import DataSource, FileSource
-from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
 from prlhf_lightning.tasks.pair_batches import read_pairs
@@ -39,9 +39,7 @@ def shrink(
     """
     model = load_module(checkpoint, "checkpoint")
     content = read_checkpoint(checkpoint, "checkpoint")
-    source: DataSource = FileSource(validation, columns=columns)
-    if hash_user_ids_with is not None:
-        source = PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))
+    source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
     pairs, _ = read_pairs(model, source, tokenization_of(content))
     console = Console()
     with console.status("Trying factors"):
