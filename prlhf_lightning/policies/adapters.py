@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies.adapted_linear import use_adapted_linears
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,8 @@ def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
         # peft reads an attribute that transformers has renamed; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
-            return get_peft_model(lm, config)
+            model = get_peft_model(lm, config)
         except ValueError as error:  # layers that peft can't adapt
             raise ConfigurationError(refused + f" peft says: {error}") from error
+    use_adapted_linears(model)
+    return model

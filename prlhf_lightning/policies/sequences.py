@@ -56,21 +56,20 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
             hidden, targets, head.weight, head.bias, rows
         )
         return scores
+
+    def score(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
+        return _of(head(hidden_n).float().log_softmax(-1), targets_n)
+
     if len(targets) <= rows:
-        return _score(head(hidden), targets)[0]
-
-    def recomputed(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
-        return _score(head(hidden_n), targets_n)[0]
-
+        return score(hidden, targets)
     chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
     # Recomputing a chunk's logits in backward is what keeps [N, V] from being stored.
-    return torch.cat([checkpoint(recomputed, h, t, use_reentrant=False) for h, t in chunks])
+    return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in chunks])
 
 
-def _score(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities of the targets `[n]` and of everything `[n, V]`, both float32."""
-    log_probs = logits.float().log_softmax(-1)
-    return log_probs.gather(-1, targets[:, None]).squeeze(-1), log_probs
+def _of(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the entries of the targets `[n]` in log-probabilities of everything `[n, V]`."""
+    return log_probs.gather(-1, targets[:, None]).squeeze(-1)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
@@ -90,8 +89,10 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
         with torch.autocast(device, enabled=False):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             for hidden_n, targets_n in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-                chosen, log_probs = _score(nn.functional.linear(hidden_n.to(dtype), weight, bias), targets_n)
-                scores.append(chosen)
+                logits = nn.functional.linear(hidden_n.to(dtype), weight, bias).float()
+                # In place, since a second buffer of this size takes a CPU longer to obtain than to fill.
+                log_probs = torch.log_softmax(logits, -1, out=logits)
+                scores.append(_of(log_probs, targets_n))
                 if wants_gradient:
                     mean = log_probs.exp_().to(dtype) @ weight
                     directions.append((weight[targets_n] - mean).to(hidden.dtype))

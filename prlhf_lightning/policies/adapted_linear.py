@@ -1,0 +1,75 @@
+"""A linear layer and its low-rank adapter as one operation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners import lora
+from torch import Tensor, nn
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # in float16 an adapter's gradients may vanish
+
+
+class AdaptedLinear(lora.Linear):  # type: ignore[misc]
+    """peft's layer `y = W x + b + s B A x` (Hu et al. 2021, section 4.1), whose adapter is added in place.
+
+    peft computes `B A x`, its product with s, and the sum one after the other, each as large as y, forward and
+    backward, and in float32 where the adapter is kept so. Here products with A and B add to what is there already,
+    in the data type of W. What this does not cover (several adapters, dropout, a trained W) is left to peft.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Apply the layer to `[..., in]`; return `[..., out]`."""
+        base, device = self.get_base_layer(), x.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        own = dtype == base.weight.dtype or torch.is_autocast_enabled(device)
+        if args or kwargs or not own or dtype not in _DTYPES or not self._is_plain():
+            result: Tensor = super().forward(x, *args, **kwargs)
+            return result
+        (name,) = self.active_adapters
+        matrices = (base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
+        y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
+            *(None if matrix is None else matrix.to(dtype) for matrix in (x, *matrices)), self.scaling[name]
+        )
+        return y
+
+    def _is_plain(self) -> bool:
+        """Tell whether there is one adapter and nothing about it but its two matrices."""
+        names = self.active_adapters
+        if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
+            return False
+        dropout = self.lora_dropout[names[0]]
+        drops = dropout.training and not isinstance(dropout, nn.Identity)
+        return not drops and names[0] not in self.lora_variant and not self.get_base_layer().weight.requires_grad
+
+
+def use_adapted_linears(model: PeftModel) -> None:
+    """Let the layers of a model that peft has adapted compute as `AdaptedLinear`, where they are plain ones."""
+    for module in model.modules():
+        if type(module) is lora.Linear and type(module.get_base_layer()) is nn.Linear:
+            module.__class__ = AdaptedLinear
+
+
+class _Product(torch.autograd.Function):
+    """`W x + b + s B A x`, of a frozen W and b."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        low = rows @ a.T
+        y = nn.functional.linear(rows, weight, bias).addmm_(low, b.T, alpha=scale)
+        ctx.save_for_backward(rows, weight, a, b, low)
+        ctx.scale = scale
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, low = ctx.saved_tensors
+        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        grad_low = (grad @ b).mul_(ctx.scale)
+        grad_x = None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ weight).addmm_(grad_low, a).view(*grads[0].shape[:-1], -1)
+        return grad_x, None, None, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scale), None
