@@ -132,12 +132,15 @@ class CausalLMPolicy(Policy):
             if self.random_init is not None:
                 config = AutoConfig.from_pretrained(self.path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-                # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference.
-                with torch.random.fork_rng():
-                    torch.manual_seed(self.random_init)
+                place = torch.get_default_device()  # which Lightning sets to where the model is trained
+                # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference. A GPU
+                # draws other numbers from a seed than a CPU does.
+                with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                    torch.default_generator.manual_seed(self.random_init)
                     lm = AutoModelForCausalLM.from_config(
                         config, trust_remote_code=self._hub_args["trust_remote_code"], **options
                     )
+                lm = lm.to(place)
             else:
                 lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
         if getattr(lm, "_hf_peft_config_loaded", False):
