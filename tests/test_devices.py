@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_votes
+from conftest import write_thumbs, write_votes
 from devices import GPU, OtherDeviceError, PretendedGPU, on_gpu
+from lightning.pytorch import Callback
 from quiet_trainer import quiet_trainer
 
 from prlhf_lightning import losses
@@ -20,7 +22,7 @@ from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.guards import CollapseMonitor
 from prlhf_lightning.inference import Generation, PersonalizedWriter
-from prlhf_lightning.losses import DPOLoss, PreferenceLoss
+from prlhf_lightning.losses import DPOLoss, KTOLoss, PreferenceLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.tasks.adapt import _table
@@ -196,6 +198,33 @@ def test_writing_for_users_blends_and_new_ones_on_a_gpu(model_path, votes, tmp_p
     ]
     assert len(writer.generate(asked, max_batch_rows=5)) == len(asked)
     module.generate(["the cat"], ["ann"], sampling=Sampling(max_new_tokens=2, top_p=0.9))
+
+
+class WaitsOfSteps(Callback):
+    """Tells the waits of each training step, its batch included, from those of the others."""
+
+    def __init__(self, gpu: PretendedGPU) -> None:
+        self._gpu, self._before = gpu, Counter()
+        self.steps: list[Counter[str]] = []
+
+    def on_train_batch_end(self, *args) -> None:
+        self.steps.append(self._gpu.waits - self._before)
+        self._before = Counter(self._gpu.waits)
+
+
+# Of these Lightning causes two, by reading what the progress bar shows, and transformers one in each pass.
+@pytest.mark.parametrize(
+    ("how", "most"), [({}, 13), ({"sample_terms": True}, 11), ({"loss": KTOLoss}, 25)], ids=["both", "drawn", "kto"]
+)
+def test_the_host_waits_for_the_gpu_no_oftener_than_it_must(model_path, votes, tmp_path, how, most):
+    file = write_thumbs(tmp_path / "thumbs.jsonl", votes) if "loss" in how else votes
+    with PretendedGPU() as gpu:
+        waits = WaitsOfSteps(gpu)
+        module = make(model_path, loss=how["loss"]() if "loss" in how else None, sample_terms="sample_terms" in how)
+        data = make_data(module, file, batch_size=13, unseen_user_fraction=0.0)
+        make_trainer(tmp_path, on_gpu(), max_epochs=2, limit_val_batches=0, callbacks=[waits]).fit(module, data)
+    assert len(waits.steps) == 6
+    assert waits.steps[4].total() <= most, waits.steps[4]  # in the second epoch, which the reference is cached for
 
 
 def test_the_pretended_gpu_refuses_what_a_gpu_does_and_counts_waits():
