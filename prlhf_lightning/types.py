@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,17 @@ class _TensorStruct:
     def pin_memory(self: _T) -> _T:
         """Return a copy whose tensors live in pinned host memory."""
         return self._map(lambda value: value.pin_memory())
+
+
+_Sent = TypeVar("_Sent", bound=Tensor | _TensorStruct)
+
+
+def sent(value: _Sent, device: torch.device) -> _Sent:
+    """Return tensors on a device, without having the host wait for the copy where that is safe.
+
+    CUDA holds or has copied what it is yet to read; other devices may read memory that is used for something else.
+    """
+    return cast(_Sent, value.to(device, non_blocking=device.type == "cuda"))
 
 
 @dataclass  # not frozen, as Lightning's precision plugins rebuild batches field by field

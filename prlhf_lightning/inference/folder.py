@@ -87,7 +87,8 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     user_model = instantiate(settings["user_model"], str(folder / SETTINGS))
-    with torch.random.fork_rng(), torch.no_grad():  # its random start is replaced, and nobody else's chance is touched
+    # Its random start is replaced, and nobody else's chance is touched. GPUs take no part, or torch would warn.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         words = torch.arange(min(2, lm.get_input_embeddings().weight.shape[0]))
         user_model.build(len(vocabulary), lm.get_input_embeddings()(words))
     try:

@@ -42,7 +42,7 @@ class RunningShiftLoss(PreferenceLoss):
 
     def update_shift(self, values: Tensor) -> None:
         """Move the running mean towards new values `[B]`, weighing each row alike."""
-        batch = torch.stack([values.sum(), values.new_tensor(len(values))]).to(torch.float32)
+        batch = torch.stack([values.sum(), values.new_full((), len(values))]).to(torch.float32)
         if distributed.is_available() and distributed.is_initialized():
             distributed.all_reduce(batch)
         total, rows = batch

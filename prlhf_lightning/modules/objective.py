@@ -14,7 +14,7 @@ from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modules.history import pooled
 from prlhf_lightning.modules.reference_store import ReferenceStore
 from prlhf_lightning.policies import Policy
-from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
+from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users, sent
 from prlhf_lightning.user_models import UserModel
 
 
@@ -64,7 +64,7 @@ class Objective:
         """Look up users and embed their texts; see `PersonalizedLM.users`."""
         if self.vocabulary is None:
             raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
-        rows = self.vocabulary.rows(user_ids).to(user_text.ids.device)
+        rows = sent(self.vocabulary.rows(user_ids), user_text.ids.device)
         with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
         return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
 
@@ -124,8 +124,7 @@ class Objective:
 
     def _compute(self, batch: PreferenceBatch, every_term: bool, sampled: bool) -> tuple[Tensor, list[Term]]:
         if sampled and self.user_model.personalizes:
-            generic = (torch.rand(len(batch)) >= self.alpha).to(batch.records.device)
-            drawn = self._sampled_log_probs(batch, generic)
+            drawn = self._sampled_log_probs(batch, torch.rand(len(batch)) >= self.alpha)
             reference = self.reference_log_probs(batch)
             output = self.loss(drawn, reference)
             return output.losses, [Term(False, drawn, output, reference)]
@@ -141,9 +140,14 @@ class Objective:
         return losses, terms
 
     def _sampled_log_probs(self, batch: PreferenceBatch, generic: Tensor) -> PairLogProbs:
-        """Score each pair once: under the generic user where `generic` `[B]` says so, else under its own user."""
+        """Score each pair once: under the generic user where `generic` `[B]` says so, else under its own user.
+
+        Args:
+            batch: B pairs.
+            generic: On the host, so that nobody waits for a device to count.
+        """
         users = self._users_of(batch)
-        order = torch.cat([(~generic).nonzero().flatten(), generic.nonzero().flatten()])
+        order = sent(generic.int().argsort(stable=True), users.rows.device)
         own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
         soft_prompt = SoftPrompt.stacked([self.user_model(own), self.user_model.generic(others)])
         return self._scored(batch, order, soft_prompt).select(order.argsort())

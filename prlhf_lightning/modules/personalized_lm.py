@@ -142,7 +142,7 @@ class PersonalizedLM(LightningModule):
             if self._built_for is None:
                 shard(self.policy, self._trainer.strategy if self._trainer is not None else None)
             self._built_for = self.vocabulary
-        check_row_lengths(self._trainer, self.policy, self.user_model, self.device)
+        check_row_lengths(self._trainer, self.policy, self.user_model)
 
     def teardown(self, stage: str) -> None:
         """Write out what the reference cache still holds in memory."""

@@ -14,7 +14,7 @@ from prlhf_lightning.user_models import UserModel
 
 
 @torch.no_grad()
-def check_row_lengths(trainer: Trainer | None, policy: Policy, user_model: UserModel, device: torch.device) -> None:
+def check_row_lengths(trainer: Trainer | None, policy: Policy, user_model: UserModel) -> None:
     """Refuse data with rows too long for the policy now, and not in the batch that has the longest one.
 
     Args:
@@ -22,7 +22,6 @@ def check_row_lengths(trainer: Trainer | None, policy: Policy, user_model: UserM
             trainer yet.
         policy: A policy that has been built.
         user_model: A user model that has been built.
-        device: Where the user model's parameters are.
 
     Raises:
         ConfigurationError: Names the lengths, and the settings that they follow from.
@@ -33,6 +32,8 @@ def check_row_lengths(trainer: Trainer | None, policy: Policy, user_model: UserM
         return
     if data.has_user_text and not user_model.uses_text:
         return  # it counts texts that this model leaves out
+    # Not the module's device: after a fit Lightning leaves the model on the host, and says where it is to go next.
+    device = next((param.device for param in user_model.parameters()), None)
     anyone = Users(torch.zeros(1, dtype=torch.long, device=device))
     vectors = user_model.generic(anyone).vectors.shape[1]
     if data.longest_row + vectors > limit:

@@ -132,12 +132,15 @@ class CausalLMPolicy(Policy):
             if self.random_init is not None:
                 config = AutoConfig.from_pretrained(self.path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-                # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference.
-                with torch.random.fork_rng():
-                    torch.manual_seed(self.random_init)
+                place = torch.get_default_device()  # which Lightning sets to where the model is trained
+                # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference. A GPU
+                # draws other numbers from a seed than a CPU does.
+                with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+                    torch.default_generator.manual_seed(self.random_init)
                     lm = AutoModelForCausalLM.from_config(
                         config, trust_remote_code=self._hub_args["trust_remote_code"], **options
                     )
+                lm = lm.to(place)
             else:
                 lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
         if getattr(lm, "_hf_peft_config_loaded", False):
@@ -305,6 +308,9 @@ class CausalLMPolicy(Policy):
     def _check_completions(
         self, before: Sequence[SoftPrompt], completions: Tokens, prompt_of: Tensor | None = None
     ) -> None:
+        limit, masks = self.max_positions, [*(part.mask for part in before), completions.mask]
+        if limit is None or sum(mask.shape[1] for mask in masks) <= limit:
+            return  # by their padding alone, without waiting for a device to count
         width = torch.stack([part.mask.sum(1) for part in before]).sum(0)
         lengths = completions.mask.sum(1) + (width if prompt_of is None else width[prompt_of])
         self._check_length(int(lengths.max()), "data.max_completion_length")

@@ -137,7 +137,7 @@ def _table(adapted: Adapted) -> Table:
     for name in ("user", "pairs", "accuracy, left out", "of the generic user", "uncertainty"):
         table.add_column(name, justify="left" if name == "user" else "right")
     hits, generic = (adapted.left_out() > 0.5).float(), (adapted.under[:, 0] > 0).float()
-    sums = torch.zeros(2, len(adapted.user_ids)).index_add(1, adapted.users, torch.stack([hits, generic]))
+    sums = hits.new_zeros(2, len(adapted.user_ids)).index_add(1, adapted.users, torch.stack([hits, generic]))
     for place, user_id in enumerate(adapted.user_ids[:_SHOWN]):
         count = int(adapted.counts[place])
         shown = [f"{value / count:.2f}" if count >= _LEAST_FOR_ACCURACY else "-" for value in sums[:, place].tolist()]
