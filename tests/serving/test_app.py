@@ -224,6 +224,13 @@ def test_keys_open_the_api_for_their_users_only(guarded):
     assert guarded.get("/healthz").status_code == 200
 
 
+def test_a_request_without_a_good_key_is_logged_with_its_address_and_without_the_key(guarded, caplog):
+    for headers in ({}, {"authorization": "Bearer nearly"}):
+        guarded.get("/v1/models", headers=headers)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == [f"A request from 127.0.0.1 came with {what} API key." for what in ("no", "a wrong")]
+
+
 def test_the_log_holds_nothing_that_people_wrote(client, caplog):
     caplog.set_level(logging.DEBUG)
     client.post("/v1/completions", json={"model": "echo", "prompt": "secret break", "user": "secret"})
