@@ -78,6 +78,7 @@ TASKS: dict[str, Any] = {
     },
 }
 
+_LISTS = {("generate", "--users"), ("serve", "--allowed_hosts")}  # options that take several words
 _RUNS = "runs"  # where runs go that were not told a folder
 
 
@@ -249,15 +250,15 @@ def _check_writable(folder: str) -> None:
 
 
 def _listed(words: list[str]) -> list[str]:
-    """Return a task's words with `--users ann bob` written as jsonargparse has it: `--users+ ann --users+ bob`."""
-    result, in_users = [], False
+    """Return a task's words with lists like `--users ann bob` in jsonargparse's form: `--users+ ann --users+ bob`."""
+    result, option = [], ""
     for word in words:
         if word.startswith("--"):
-            in_users = word == "--users" and words[0] == "generate"
-        if not in_users:
+            option = word if (words[0], word) in _LISTS else ""
+        if not option:
             result.append(word)
-        elif word != "--users":
-            result += ["--users" if word.startswith("[") else "--users+", word]
+        elif word != option:
+            result += [option if word.startswith("[") else f"{option}+", word]
     return result
 
 

@@ -23,6 +23,7 @@ def serve(
     feedback: str | None = "sqlite:///feedback.db",
     adapt: bool = False,
     keys: Path | None = None,
+    allowed_hosts: list[str] | None = None,
     max_tokens: int = 512,
     max_open: int = 256,
     max_batch: int = 64,
@@ -49,6 +50,9 @@ def serve(
             log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
+        allowed_hosts: Names, or patterns of them such as '*.example.org', by which the server may be called in the
+            header Host, besides localhost and addresses. Without any, names are checked only where there are no keys
+            and nobody but this machine can reach the server, which pages of other sites could use otherwise.
         max_tokens: Most tokens of an answer.
         max_open: Most requests for text that are waiting or being written; the next ones get 429. When there are so
             many, a newcomer takes the place of a waiting request of whichever key (without keys: address) has the most.
@@ -98,7 +102,7 @@ def serve(
         burst=burst,
     )
     rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
-    run(load, host, port, feedback, keys, limits, drain_seconds, rename)
+    run(load, host, port, feedback, keys, limits, drain_seconds, rename, allowed_hosts or ())
 
 
 def api_key(name: str, users: str = "*", keys: Path | None = None) -> None:
