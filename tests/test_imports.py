@@ -12,7 +12,7 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths", "files"}
+LEAVES = {"types", "errors", "paths", "files", "places"}
 STORE = {"reference_cache", "checkpoint_files"}
 FEEDBACK = {"feedback_log"}
 PAGES = {"pages"}
@@ -21,6 +21,7 @@ TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
+    "places": {"errors"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
     "pages": LEAVES,
