@@ -1,0 +1,40 @@
+"""Models that differ from most in what they keep, take or return; small ones with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from transformers import MambaConfig, PretrainedConfig
+
+from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.types import Tokens
+
+SMALL = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.2}
+MAMBA = MambaConfig(**SMALL, state_size=8)
+PROMPTS, ANSWERS = [[1, 5, 6], [1, 7, 8, 9, 10]], [[4, 20, 2], [11, 2]]
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(config: PretrainedConfig, **settings) -> CausalLMPolicy:
+        config.save_pretrained(tmp_path)
+        make_tokenizer().save_pretrained(tmp_path)
+        policy = CausalLMPolicy(str(tmp_path), random_init=0, **{"lora": None, **settings})
+        policy.build()
+        return policy
+
+    return build
+
+
+def plain(policy: CausalLMPolicy, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Score one row by the model's own logits."""
+    logits = policy.lm(torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(-1)
+    return logits[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def test_a_model_in_16_bits_may_return_states_of_32(build):
+    policy = build(MAMBA, dtype="bfloat16")
+    (scores,) = policy.log_probs(Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)])
+    expected = torch.cat([plain(policy, *row) for row in zip(PROMPTS, ANSWERS, strict=True)])
+    torch.testing.assert_close(scores.tokens[scores.mask], expected, rtol=0.02, atol=0.02)
