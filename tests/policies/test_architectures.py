@@ -5,13 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tokenizer
-from transformers import MambaConfig, PretrainedConfig
+from transformers import MambaConfig, MiniMaxConfig, PretrainedConfig
 
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.types import Tokens
 
 SMALL = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.2}
 MAMBA = MambaConfig(**SMALL, state_size=8)
+MINIMAX = MiniMaxConfig(
+    **SMALL, intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=8, num_local_experts=2
+)
 PROMPTS, ANSWERS = [[1, 5, 6], [1, 7, 8, 9, 10]], [[4, 20, 2], [11, 2]]
 
 
@@ -38,3 +41,14 @@ def test_a_model_in_16_bits_may_return_states_of_32(build):
     (scores,) = policy.log_probs(Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)])
     expected = torch.cat([plain(policy, *row) for row in zip(PROMPTS, ANSWERS, strict=True)])
     torch.testing.assert_close(scores.tokens[scores.mask], expected, rtol=0.02, atol=0.02)
+
+
+def test_a_model_with_states_beside_its_keys_is_not_continued_from_them(build):
+    policy = build(MINIMAX)
+    answers, prompt_of = [[4, 20, 2], [11, 2], [5, 6, 7, 2], [8, 9, 2]], [0, 1, 1, 0]
+    scores = policy.log_probs_of_each(
+        Tokens.from_lists(PROMPTS), Tokens.from_lists(answers), torch.tensor(prompt_of), batch_size=1
+    )
+    with torch.no_grad():
+        expected = [plain(policy, PROMPTS[row], answer) for row, answer in zip(prompt_of, answers, strict=True)]
+    torch.testing.assert_close(scores.tokens[scores.mask], torch.cat(expected), rtol=1e-4, atol=1e-4)
