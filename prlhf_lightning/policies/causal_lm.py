@@ -27,6 +27,7 @@ from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
+from prlhf_lightning.policies.targets import adaptable
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -161,7 +162,8 @@ class CausalLMPolicy(Policy):
         self.model: PreTrainedModel | PeftModel = lm
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
-            self.model = add_adapters(lm, self.lora)
+            targets = adaptable(lm, self.lora.target_modules)
+            self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
         if self.torch_compile:
