@@ -23,7 +23,7 @@ from prlhf_lightning.adaptation import Margins, adapt_users, fit_prior, trained_
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.types import Tokens
 
 COUNTS = (0, 2, 5, 10, 20, 30, 60)

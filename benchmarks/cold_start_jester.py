@@ -24,9 +24,10 @@ from rich.progress import track
 
 from prlhf_lightning.adaptation import cold_start, fit_prior, select_pairs, trained_rows
 from prlhf_lightning.adaptation.margins import Margins
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
-from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.types import PreferenceBatch
 

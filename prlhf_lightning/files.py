@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 from collections.abc import Iterator
@@ -9,33 +10,45 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shutil import copymode
 from tempfile import TemporaryFile
-from typing import IO, Any, BinaryIO, TextIO
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
 from uuid import uuid4
 
 from prlhf_lightning.errors import CheckpointWriteError, PRLHFError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """Do as `atomically`, for files that people ask for: the error says what has become of the file and what to do.
 
+    Only what is the file's own fault is put down to it: what else goes wrong in the block, such as reading something
+    else, is raised as it is.
+
     Raises:
-        CheckpointWriteError: The system refused a write.
+        CheckpointWriteError: The system refused a write, or there is something at `path` that is no file.
     """
     path = _target(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        kind = "a folder" if os.path.isdir(path) else "a device, or the like"
+        raise CheckpointWriteError(f"{path} is {kind}, and no file that can be written; give the name of a file.")
+    file: BinaryIO | None = None
+    of_block: Exception | None = None
     try:
         with atomically(path) as file:
-            yield file
+            try:
+                yield file
+            except Exception as error:
+                of_block = error
+                raise
     except PRLHFError:  # says already what is wrong, for instance with what was read meanwhile
         raise
     except Exception as error:
-        cause = _refusal(error)
-        if cause is None:
+        cause = _refusal_of(file) if error is of_block else error
+        if not isinstance(cause, OSError):
             raise
-        kept = "What was there before is untouched." if path.exists() else "Nothing is left of it."
-        raise CheckpointWriteError(
-            f"{path} could not be written: {cause.strerror or cause}. {kept} Make room, or choose another folder."
-        ) from error
+        raise CheckpointWriteError(_what_is_wrong(path, cause, begun=file is not None)) from error
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -61,7 +74,7 @@ def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     partial = partial_of(path.with_name(f"{path.name}.{uuid4().hex}") if shared else path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("w+b", buffering=1 << 20) as file:
+        with io.BufferedRandom(_Output(partial, "w+b"), buffer_size=1 << 20) as file:
             yield file
             sync(file)
         with suppress(OSError):  # what was its owner's alone stays so, where there was a file
@@ -119,10 +132,43 @@ def _sync_folder(folder: Path) -> None:
             os.close(handle)
 
 
-def _refusal(error: BaseException | None) -> OSError | None:
-    """Return the system's error behind one of torch's, which wraps it."""
-    while error is not None:
-        if isinstance(error, OSError):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
+class _Output(io.FileIO):
+    """A file that knows why the system refused a write: torch, for one, raises an error of its own."""
+
+    refusal: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.refusal = error
+            raise
+
+
+def _refusal_of(file: BinaryIO | None) -> OSError | None:
+    raw = getattr(file, "raw", None)
+    return raw.refusal if isinstance(raw, _Output) else None
+
+
+def _what_is_wrong(path: Path, error: OSError, begun: bool) -> str:
+    """Return why a file could not be written, what has become of it, and what to do."""
+    kept = "Nothing is left of it. " if begun else ""
+    if os.path.lexists(path):
+        kept = "What was there before is untouched. "
+    why, advice = error.strerror or str(error), "Choose another folder."
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT:
+            advice = "Make room, or choose another folder."
+        case errno.EFBIG:
+            advice = "Choose a folder where files may be as large (see `ulimit -f` too)."
+        case errno.EACCES | errno.EPERM:
+            why = f"there is no permission to write to the folder {path.parent} ({why})"
+            advice = "Have it given, or choose another folder."
+        case errno.EROFS:
+            advice = "Choose a folder that can be written to."
+        case errno.ENAMETOOLONG:
+            advice = "Choose a shorter name."
+        case errno.EEXIST | errno.ENOTDIR:
+            in_the_way = next((folder for folder in path.parents if os.path.isfile(folder)), path.parent)
+            why = f"{in_the_way} is a file, and no folder"
+    return f"{path} could not be written: {why}. {kept}{advice}"

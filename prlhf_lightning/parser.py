@@ -5,32 +5,26 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from inspect import isabstract, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, auto_cli
 from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public place
-from lightning.pytorch.cli import LightningArgumentParser
 
-from prlhf_lightning.data import DataSource
-from prlhf_lightning.judges import Judge
-from prlhf_lightning.losses import PreferenceLoss
-from prlhf_lightning.policies import Policy
-from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.commands import PROGRAM
 
 #: The settings that are a class, by what they end in.
-COMPONENTS: Mapping[str, type] = {
-    "user_model": UserModel,
-    "policy": Policy,
-    "loss": PreferenceLoss,
-    "source": DataSource,
-    "judge": Judge,
+_COMPONENTS = {
+    "user_model": ("prlhf_lightning.user_models", "UserModel"),
+    "policy": ("prlhf_lightning.policies", "Policy"),
+    "loss": ("prlhf_lightning.losses", "PreferenceLoss"),
+    "source": ("prlhf_lightning.data", "DataSource"),
+    "judge": ("prlhf_lightning.judges", "Judge"),
 }
 #: What is meant where a file or a model's name stands in the place of a class.
 _PATHS = {"data.source": "train", "model.policy": "model"}
-_PROGRAM = "python -m prlhf_lightning"
 _WORD = r"(?:string: |[oO]ption '|attribute '|choice: '|arguments: --)([\w.]+)"
 
 
@@ -41,39 +35,52 @@ class _Formatter(DefaultHelpFormatter):
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
-class Parser(LightningArgumentParser):
+class Explaining(ArgumentParser):
     """Explains mistakes in a few lines.
 
     Attributes:
-        tasks: The commands that other parsers than this one read, for which somebody may ask.
-        commands: All commands, and those under them.
-        command: The one that was given, such as `("users", "list")`.
+        called: How the command is called that is being read.
     """
 
-    tasks: Iterable[str] = ()
-    commands: Iterable[str] = ()
-    command: Iterable[str] = ()
+    called = PROGRAM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        defaults = {"prog": _PROGRAM, "formatter_class": _Formatter}
+        defaults = {"prog": PROGRAM, "formatter_class": _Formatter}
         super().__init__(*args, **{**defaults, **{key: value for key, value in kwargs.items() if value is not None}})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what may have been meant, and exit."""
         asked = getattr(ex, "subcommand_parser", None) or self
         options = {str(action.dest) for action in asked._actions}
-        hints = list(_hints(message, options, set(self.commands)))
+        hints = list(_hints(message, options))
         if message.startswith("Option ") and (known := _options_of_component(ex)):
             hints.append(f"Here there are: {', '.join(known)}")
-        if '"subcommand"' in message or "argument subcommand" in message:
-            hints.append(f"There are also: {', '.join(self.tasks)}")
-        hints.append(f"All options: {' '.join([_PROGRAM, *self.command, '--help'])}")
+        hints.append(f"All options: {self.called} --help")
         sys.stderr.write("error: " + "\n".join([message, *hints]) + "\n")
         self.exit(2)
 
 
-def _hints(message: str, options: set[str], commands: set[str]) -> Iterator[str]:
-    known = {name for component in COMPONENTS.values() for name in _names(component)} | options | commands
+def run_task(function: Callable[..., Any], path: Sequence[str], words: list[str]) -> None:
+    """Call a function with the arguments that the command line gives as options.
+
+    Args:
+        function: The function.
+        path: The words by which it is called.
+        words: Its options.
+    """
+    Explaining.called = " ".join([PROGRAM, *path])
+    auto_cli(function, args=words, as_positional=False, parser_class=Explaining, prog=Explaining.called)
+
+
+def _components() -> dict[str, type]:
+    """Return the kinds of components that are loaded: the command that was given knows no others."""
+    loaded = {setting: (sys.modules.get(module), name) for setting, (module, name) in _COMPONENTS.items()}
+    return {setting: getattr(module, name) for setting, (module, name) in loaded.items() if module is not None}
+
+
+def _hints(message: str, options: set[str]) -> Iterator[str]:
+    components = _components()
+    known = {name for component in components.values() for name in _names(component)} | options
     known |= {name.rpartition(".")[2] for name in known}
     for word in re.findall(_WORD, message):
         if full := _in_full(word, options):
@@ -81,7 +88,7 @@ def _hints(message: str, options: set[str], commands: set[str]) -> Iterator[str]
         elif close := difflib.get_close_matches(word, known - {word}, n=2, cutoff=0.75):
             yield f"{word!r}: did you mean {' or '.join(map(repr, close))}?"
     for key, value in re.findall(r'Parser key "([\w.]+)":\s+- Expected a path but (\S+)', message):
-        component = COMPONENTS.get(key.rpartition(".")[2])
+        component = components.get(key.rpartition(".")[2])
         if re.search(r"/|\.(?:jsonl?|csv|tsv|parquet|gz)$", value) and key in _PATHS:
             yield f"To give {value}: --{key}.{_PATHS[key]} {value}"
         elif component and not re.search(r"[/.]", value):
@@ -94,8 +101,9 @@ def _in_full(word: str, options: set[str]) -> list[str]:
     """Return the options with the same last name as one that is not there, as `data.source.train` for `data.train`."""
     name = word.rpartition(".")[2]
     found = [option for option in options if option.rpartition(".")[2] == name and option != word]
+    components = _components()
     for option in options:
-        component = COMPONENTS.get(option.rpartition(".")[2])
+        component = components.get(option.rpartition(".")[2])
         if component and any(name in signature(subclass).parameters for subclass in _subclasses(component)):
             found.append(f"{option}.{name}")
     return sorted(found)[:3]

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import os
-import resource
-import signal
 import subprocess
 import sys
 import zipfile
@@ -78,17 +76,6 @@ def test_the_newest_intact_checkpoint_is_named(good, tmp_path):
     good.write_bytes(good.read_bytes()[:-1])
     with pytest.raises(DamagedCheckpointError, match=r"newest intact checkpoint beside it is .*/old.ckpt"):
         checkpoint_files.load(good)
-
-
-@pytest.fixture
-def small_files():
-    """No file may be larger than 100 kB."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize(

@@ -20,8 +20,8 @@ from prlhf_lightning.cli import main
 from prlhf_lightning.data import PreferenceDataModule, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generation, PersonalizedWriter
-from prlhf_lightning.tasks.checkpoints import open_writer
 from prlhf_lightning.tasks.export_users import peft_name, write_user_vectors
+from prlhf_lightning.tasks.models import open_writer
 from prlhf_lightning.types import Tokens, Users
 
 INDIVIDUAL = {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}}

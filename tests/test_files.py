@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
 import pytest
@@ -44,11 +45,61 @@ def test_of_several_writers_at_once_the_last_counts(tmp_path):
     assert os.listdir(tmp_path) == ["a.csv"]
 
 
-def test_the_error_names_the_file_and_what_to_do(tmp_path):
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    says = r"file/a.csv could not be written: File exists. Nothing is left of it. Make room, or choose another"
-    with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / "file" / "a.csv"):
+    says = r"file/new/a.csv could not be written: \S+/file is a file, and no folder. Choose another folder."
+    with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / "file" / "new" / "a.csv"):
         pass
+
+
+@pytest.mark.parametrize(("path", "kind"), [("", "a folder"), (os.devnull, "a device")])
+def test_what_is_no_file_is_not_replaced(tmp_path, path, kind):
+    says = f"is {kind}.* and no file that can be written; give the name of a file"
+    with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / path):
+        pytest.fail("nothing should be computed")
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [
+        (errno.ENOSPC, "No space left on device. Nothing is left of it. Make room, or choose another folder."),
+        (errno.EDQUOT, "quota exceeded. .* Make room"),
+        (errno.EFBIG, "File too large. .* Choose a folder where files may be as large"),
+        (errno.EACCES, r"no permission to write to the folder \S+ \(Permission denied\). .* Have it given"),
+        (errno.EROFS, "Read-only file system. .* Choose a folder that can be written to."),
+        (errno.EIO, "Input/output error. .* Choose another folder."),
+    ],
+)
+def test_the_error_names_the_file_and_what_to_do(tmp_path, monkeypatch, number, says):
+    def fails(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "replace", fails)
+    with (
+        pytest.raises(CheckpointWriteError, match=f"a.csv could not be written: .*{says}"),
+        replacing(tmp_path / "a.csv"),
+    ):
+        pass
+    assert not os.listdir(tmp_path)
+
+
+def test_a_refused_write_is_told_though_a_library_raises_something_else(tmp_path, small_files):
+    def write(file):
+        try:
+            file.write(bytes(2 << 20))
+        except OSError:
+            raise RuntimeError("write failed") from None
+
+    with pytest.raises(CheckpointWriteError, match="File too large"), replacing(tmp_path / "a.csv") as file:
+        write(file)
+
+
+def test_an_input_that_cannot_be_read_meanwhile_is_not_blamed_on_the_file_that_is_written(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such input"), replacing(tmp_path / "a.csv"):
+        raise FileNotFoundError("no such input")
+    with pytest.raises(OSError, match="the network") as told, replacing(tmp_path / "a.csv"):
+        raise OSError("the network is down")
+    assert not isinstance(told.value, CheckpointWriteError)
 
 
 def test_what_is_wrong_with_a_file_that_is_read_meanwhile_is_not_blamed_on_the_one_that_is_written(tmp_path):

@@ -12,8 +12,9 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths", "files"}
+LEAVES = {"types", "errors", "paths", "files", "places"}
 STORE = {"reference_cache", "checkpoint_files"}
+ENTRY = {"checkpoint_entry"}
 FEEDBACK = {"feedback_log"}
 PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
@@ -21,20 +22,24 @@ TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
+    "places": {"errors"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
     "pages": LEAVES,
     "policies": LEAVES | STORE,
-    "modules": LEAVES | STORE | SIBLINGS,
+    "checkpoint_entry": LEAVES | {"data"},
+    "modules": LEAVES | STORE | ENTRY | SIBLINGS,
     "inference": LEAVES | {"data", "user_models", "policies"},
     "callbacks": LEAVES | SIBLINGS | {"modules"},
     "guards": LEAVES | SIBLINGS | {"modules"},
-    "judges": LEAVES | STORE | SIBLINGS | {"modules"},
+    "judges": LEAVES | STORE | ENTRY | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
     "serving": LEAVES | FEEDBACK | {"inference"},
-    "tasks": LEAVES | STORE | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
-    "parser": SIBLINGS | {"judges"},
-    "cli": LEAVES | {"__version__", "parser", "data", "modules", "callbacks", "guards", "tasks"},
+    "tasks": LEAVES | STORE | ENTRY | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
+    "commands": set(),
+    "parser": {"commands"},
+    "training": LEAVES | {"parser", "data", "modules", "callbacks", "guards", "tasks"},
+    "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},
     "__main__": {"cli"},
 }
 

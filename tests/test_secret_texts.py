@@ -21,7 +21,7 @@ SECRET, SALT = "Ann has a rare illness", "3f2a9c71d0b84e56a1c2"
 def study(tmp_path, repo_root, monkeypatch):
     """Options of a run on votes with secret texts, whose ids are hashed."""
     monkeypatch.setenv("STUDY_SALT", SALT)
-    monkeypatch.setattr("prlhf_lightning.cli._RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("prlhf_lightning.training._RUNS", str(tmp_path / "runs"))
     rows = [
         {"user_id": f"patient-{i % 3}", "prompt": f"Question {i}?", "chosen": f"Yes {i}", "rejected": f"No {i}",
          "user_text": SECRET} for i in range(30)

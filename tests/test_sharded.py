@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from prlhf_lightning.cli import main
 from prlhf_lightning.policies import Sampling
-from prlhf_lightning.tasks.checkpoints import load_module
 from prlhf_lightning.tasks.export import export
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.types import Tokens
 
 pytestmark = pytest.mark.slow

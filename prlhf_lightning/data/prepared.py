@@ -21,6 +21,7 @@ from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.stream import FeedbackStream, StreamedRows
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.places import loading
 from prlhf_lightning.types import Feedback
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
@@ -132,7 +133,12 @@ class PreparedFeedback:
     def _loaded_tokenizer(self) -> PreTrainedTokenizerBase:
         if self.tokenizer is None:
             raise ConfigurationError("PreferenceDataModule has no tokenizer; pass the policy's, or its path or name.")
-        return AutoTokenizer.from_pretrained(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer
+        if not isinstance(self.tokenizer, str):
+            return self.tokenizer
+        path = str(Path(self.tokenizer).expanduser())
+        told = f"tokenizer: {self.tokenizer!r} could not be loaded; give a folder that holds one, or a hub name."
+        with loading(path, "tokenizer", told):
+            return AutoTokenizer.from_pretrained(path)
 
     @cached_property
     def _requests(self) -> dict[str, Requests]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from prlhf_lightning import checkpoint_files
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import FeedbackRecord, Text
@@ -14,7 +15,6 @@ from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, JudgeError
 from prlhf_lightning.judges.base import Judge, Person, Verdict
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
 
 
 class RewardJudge(Judge):

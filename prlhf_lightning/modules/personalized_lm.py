@@ -17,6 +17,7 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from prlhf_lightning import checkpoint_files
+from prlhf_lightning.checkpoint_entry import entry_of, settings_of, users_of
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
@@ -363,7 +364,7 @@ class PersonalizedLM(LightningModule):
         Raises:
             ConfigurationError: There are not as many users, or texts about them, as prompts.
         """
-        settings = checkpoint_content.settings_of(self._tokenization)
+        settings = settings_of(self._tokenization)
         tokens, texts = to_tokens(prompt, user_ids, user_text, self.policy.tokenizer, settings, self.device)
         soft_prompt = self.user_model(self.users(user_ids, texts))
         written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)
@@ -419,7 +420,7 @@ class PersonalizedLM(LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
-        kept, users = checkpoint_content.entry_of(checkpoint), checkpoint_content.users_of(checkpoint)
+        kept, users = entry_of(checkpoint), users_of(checkpoint)
         end_epoch(checkpoint)
         self._seed = kept.get("seed")
         self._tokenization = self._tokenization or kept.get("tokenization") or {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
@@ -20,13 +20,14 @@ from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.packing import Packing
-from prlhf_lightning.policies.places import problem_with
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
+from prlhf_lightning.policies.targets import adaptable
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -112,18 +113,12 @@ class CausalLMPolicy(Policy):
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
 
-    @contextmanager
-    def _loading(self, what: str) -> Iterator[None]:
+    def _loading(self, what: Literal["weights", "tokenizer"]) -> AbstractContextManager[None]:
         told = (
             f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that `save_pretrained` "
-            "wrote (the tokenizer's too), or a hub name that this machine can reach. Cause: "
+            "wrote (the tokenizer's too), or a hub name that this machine can reach."
         )
-        if (problem := problem_with(self.path, what)) is not None:
-            raise ConfigurationError(told + problem)
-        try:
-            yield
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise ConfigurationError(told + str(error).partition("\n")[0]) from error
+        return loading(self.path, what, told)
 
     def build(self, with_reference: bool = True) -> None:
         """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
@@ -170,7 +165,8 @@ class CausalLMPolicy(Policy):
         self.model: PreTrainedModel | PeftModel = lm
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
-            self.model = add_adapters(lm, self.lora)
+            targets = adaptable(lm, self.lora.target_modules)
+            self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
         if self.torch_compile:

@@ -103,7 +103,8 @@ def score(
         places = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
         inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
         if shortcuts.head:
-            hidden = lm.base_model(**inputs).last_hidden_state[rows, places]
+            # Mamba returns float32 whatever its weights are, and its head is what takes it back.
+            hidden = lm.base_model(**inputs).last_hidden_state[rows, places].to(inputs["inputs_embeds"].dtype)
         else:
             hidden, head = lm(**inputs).logits[rows, places], nn.Identity()
     scores = token_log_probs(hidden, ids, head, lm.get_input_embeddings().weight.shape[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -93,5 +94,6 @@ def _takes_masks(lm: PreTrainedModel) -> bool:
 
 def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
     # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
-    cache = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+    cache: Any = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
+    # A cache of the model's own has other states beside them, which do not bear to be continued twice (MiniMax).
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)

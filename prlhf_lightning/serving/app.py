@@ -11,6 +11,7 @@ from starlette.staticfiles import StaticFiles
 
 import prlhf_lightning
 from prlhf_lightning.serving import api_errors, catalogue, demo, feedback, generation, learning, operations
+from prlhf_lightning.serving.hosts import HostCheck
 from prlhf_lightning.serving.keys import RateLimiter
 from prlhf_lightning.serving.middleware import AccessLog, BodyLimit, Gate
 from prlhf_lightning.serving.services import Services
@@ -49,6 +50,7 @@ def create_app(services: Services) -> FastAPI:
     app.add_middleware(BodyLimit, most=services.limits.max_body, seconds=services.limits.read_seconds)
     limiter = RateLimiter(services.limits.requests_per_minute, services.limits.burst)
     app.add_middleware(Gate, keys=services.keys, limiter=limiter)
+    app.add_middleware(HostCheck, names=services.hosts)
     app.add_middleware(AccessLog, metrics=services.metrics)
     return app
 

@@ -20,6 +20,7 @@ from typing import Any
 from prlhf_lightning.errors import ConfigurationError
 
 _log = logging.getLogger("prlhf_lightning.serving")
+_GUESSABLE = 16  # characters; wrong keys are not slowed, since those that are made here can't be guessed at any speed
 _MOST_CALLERS = 10_000  # of which a limiter remembers how much they have asked
 
 
@@ -87,6 +88,8 @@ class KeyRing:
         """
         keys = [] if path is None else list(_read(path))
         if secret := environment.get("PRLHF_API_KEY"):
+            if len(secret) < _GUESSABLE:
+                _log.warning("PRLHF_API_KEY is so short that it could be guessed; make one with the command api-key.")
             keys.append(APIKey("environment", sha256(secret.encode()).hexdigest()))
         return cls(keys)
 

@@ -101,6 +101,7 @@ class Gate:
             kind, _, secret = given.partition(" ")
             found = self.keys.find(secret.strip()) if kind.lower() == "bearer" else None
             if found is None:
+                _log.warning("A request from %s came with %s API key.", caller, "a wrong" if given else "no")
                 raise APIError(401, "Give a valid API key: `Authorization: Bearer KEY`.", "invalid_api_key")
             key, caller = found, f"key {found.name}"
         if wait := self.limiter.wait(caller):

@@ -79,12 +79,13 @@ class Scheduler:
         self._inbox: SimpleQueue[_Add | _Cancel | _Call | None] = SimpleQueue()
         self._open: dict[Ticket, None] = {}  # in the order of their arrival
         self._closing = False
+        self._ended = False  # the thread, as far as the event loop knows
         self._engine = make_engine()
         self._waiting = FairQueue()
         self._writing: dict[int, Ticket] = {}
         self._ending = False
         self._failures = 0  # since the last step that went well
-        self._calling: set[str] = set()  # whose calls have not been answered
+        self._calling: dict[str, asyncio.Future[Any]] = {}  # calls that have not been answered, by who asked
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         metrics.gauge("prlhf_open_requests", lambda: len(self._open))
 
@@ -111,7 +112,7 @@ class Scheduler:
             EngineFailed: The engine failed.
             PRLHFError: The engine refuses the request.
         """
-        if self._closing or not self._thread.is_alive():
+        if self._closing or self._ended:
             raise Closing
         if len(self._open) >= self._max_open:
             self._make_room(caller)
@@ -147,13 +148,13 @@ class Scheduler:
             EngineFailed: Something unforeseen went wrong.
             PRLHFError: As the function raises it.
         """
-        if self._closing or not self._thread.is_alive():
+        if self._closing or self._ended:
             raise Closing
         if caller in self._calling or len(self._calling) >= _MOST_CALLS:
             raise Overloaded
         done: asyncio.Future[T] = self._loop.create_future()
-        self._calling.add(caller)
-        done.add_done_callback(lambda _: self._calling.discard(caller))
+        self._calling[caller] = done
+        done.add_done_callback(lambda _: self._calling.pop(caller))
         self._inbox.put(_Call(function, done))
         return await done
 
@@ -186,6 +187,17 @@ class Scheduler:
             if ticket in self._open and ticket.put(event):
                 del self._open[ticket]
 
+    def _give_all_up(self) -> None:
+        """Answer whatever is still open, for the thread has ended.
+
+        What was asked for since then is among it, and nothing is asked for after this: both are of the event loop.
+        """
+        self._ended = True
+        for ticket in list(self._open):
+            self._dismiss(ticket, EngineFailed())
+        for done in list(self._calling.values()):
+            _settle(done, EngineFailed())
+
     def _send(self, events: list[tuple[Ticket, Event]]) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
@@ -203,15 +215,7 @@ class Scheduler:
                 except Exception as error:
                     self._recover(error)
         finally:
-            self._ending = True
-            while self._waiting:
-                self._send([(self._waiting.pop(), EngineFailed())])
-            while not self._inbox.empty():
-                order = self._inbox.get()
-                if isinstance(order, _Add):
-                    self._send([(order.ticket, EngineFailed())])
-                elif isinstance(order, _Call):
-                    self._answer(order.done, EngineFailed())
+            self._loop.call_soon_threadsafe(self._give_all_up)
 
     @property
     def _idle(self) -> bool:
@@ -266,11 +270,7 @@ class Scheduler:
             self._answer(order.done, EngineFailed())
 
     def _answer(self, done: asyncio.Future[Any], result: Any) -> None:
-        def settle() -> None:
-            if not done.done():  # whoever asked may have left
-                done.set_exception(result) if isinstance(result, Exception) else done.set_result(result)
-
-        self._loop.call_soon_threadsafe(settle)
+        self._loop.call_soon_threadsafe(_settle, done, result)
 
     def _step(self) -> None:
         started = time.monotonic()
@@ -296,3 +296,8 @@ class Scheduler:
         self._metrics.count("prlhf_engine_failures_total")
         frames = "".join(traceback.format_tb(error.__traceback__))
         _log.error("The engine failed: %s\n%s", type(error).__name__, frames)
+
+
+def _settle(done: asyncio.Future[Any], result: Any) -> None:
+    if not done.done():  # whoever asked may have left
+        done.set_exception(result) if isinstance(result, Exception) else done.set_result(result)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import math
 import os
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -18,6 +17,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import FeedbackLog
 from prlhf_lightning.inference import Engine, PersonalizedWriter
 from prlhf_lightning.serving.app import create_app
+from prlhf_lightning.serving.hosts import is_loopback
 from prlhf_lightning.serving.keys import KeyRing
 from prlhf_lightning.serving.middleware import access_log
 from prlhf_lightning.serving.protocol import PatientProtocol
@@ -38,6 +38,7 @@ def run(
     limits: Limits,
     drain_seconds: int,
     rename: Callable[[str], str] = str,
+    allowed_hosts: Sequence[str] = (),
 ) -> None:
     """Serve until SIGTERM or Ctrl+C, then finish what is being written.
 
@@ -50,6 +51,8 @@ def run(
         limits: How much is taken in.
         drain_seconds: How long answers may still be written at the end.
         rename: Returns the id that the model knows a user by.
+        allowed_hosts: Patterns of names, besides `localhost` and addresses, by which it may be called. Without any,
+            names are checked only where it has no keys and nobody but this machine can reach it.
     """
     _set_up_logs()
     ring = KeyRing.load(keys, os.environ)
@@ -60,11 +63,14 @@ def run(
         def engine() -> Engine:
             return Engine(writer, limits.max_batch, limits.max_batch_tokens)
 
-        services = Services(writer, engine, log, ring, limits, rename=rename, learner=learner)
-        server = make_server(services, drain_seconds)
-        if not ring and not _is_loopback(host):
-            _log.warning("There are no API keys: whoever reaches %s may use this server. Give --keys.", host)
         address, at = listener.getsockname()[:2]
+        is_local = is_loopback(address)
+        # Where there are keys, a page of another site has none to send, whatever it has its name point to.
+        hosts = [*allowed_hosts, host] if allowed_hosts or (is_local and not ring) else None
+        services = Services(writer, engine, log, ring, limits, rename=rename, learner=learner, hosts=hosts)
+        server = make_server(services, drain_seconds)
+        if not ring and not is_local:
+            _log.warning("There are no API keys: whoever reaches %s may use this server. Give --keys.", host)
         shown = f"[{address}]" if ":" in address else address
         _log.info("Serving %s at http://%s:%d", writer.name, shown, at)
         # uvicorn drains, then sends itself the signal that it was stopped by; by then there is nothing left to do.
@@ -119,13 +125,6 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         raise ConfigurationError(f"host, port: can't listen on {host} port {port} ({error}); give others.") from error
     return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _set_up_logs() -> None:

@@ -46,6 +46,7 @@ class Services:
         metrics: Counts and times.
         rename: Returns the id that the model knows a user by.
         learner: Learns new users from their pairs; without one there is no route for it.
+        hosts: Patterns of names, besides `localhost` and addresses, by which the server may be called; None for any.
     """
 
     writer: PersonalizedWriter
@@ -56,6 +57,7 @@ class Services:
     metrics: Metrics = field(default_factory=Metrics)
     rename: Callable[[str], str] = str
     learner: Learner | None = None
+    hosts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         self.started = int(time.time())

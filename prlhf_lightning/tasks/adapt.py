@@ -12,12 +12,13 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
-from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.user_rows import UserRows

@@ -6,6 +6,8 @@ import sys
 from json import dumps
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from prlhf_lightning.data.cache import Ties
 from prlhf_lightning.data.inspection import Inspector, Report
 from prlhf_lightning.data.sources.base import DataSource
@@ -13,7 +15,6 @@ from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import write_whole
-from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.types import Feedback
@@ -73,7 +74,7 @@ def check(
         ties,
         min_votes,
         examples,
-        None if tokenizer is None else CausalLMPolicy(tokenizer).tokenizer,
+        None if tokenizer is None else _tokenizer_of(tokenizer),
         TokenizationSettings(*limits, overlong, chat_template, user_text_format),
     )
     report = inspector()
@@ -81,6 +82,12 @@ def check(
         write_whole(json, dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(described(report))
     sys.exit(0 if report.ok else 1)
+
+
+def _tokenizer_of(model: str) -> PreTrainedTokenizerBase:
+    from prlhf_lightning.policies import CausalLMPolicy  # takes seconds, and nothing else here needs it
+
+    return CausalLMPolicy(model).tokenizer
 
 
 def described(report: Report) -> str:

@@ -12,15 +12,16 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
 from prlhf_lightning.tasks.model_card import is_card, model_card
+from prlhf_lightning.tasks.models import load_module
 
 # What an export may leave that the next one does not replace.
 _LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]

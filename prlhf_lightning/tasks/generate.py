@@ -19,7 +19,7 @@ from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.files import replacing
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
-from prlhf_lightning.tasks.checkpoints import open_writer, pick_device
+from prlhf_lightning.tasks.models import open_writer, pick_device
 from prlhf_lightning.tasks.terminal import printable
 
 _LISTED = 5

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prlhf_lightning.modules.checkpoint_content import users_of
+from prlhf_lightning.checkpoint_entry import users_of
 
 _TAG = "prlhf_lightning"
 _SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module
 
 
 def rebase(checkpoint: Path, model: str, output: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import seed_everything
 from rich.progress import Progress
 
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.progress import bars
@@ -18,8 +19,8 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import check_writable
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
-from prlhf_lightning.tasks.checkpoints import load_module, pick_device, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module, pick_device
 from prlhf_lightning.tasks.report_answers import (
     OWN,
     Answers,

@@ -1,16 +1,16 @@
-"""The commands `serve` and `api-key`."""
+"""The command `serve`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
-from prlhf_lightning.serving.keys import add_entry, new_key
 from prlhf_lightning.serving.settings import Limits
-from prlhf_lightning.tasks.checkpoints import load_module, open_writer, pick_device, read_checkpoint, writer_of
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module, open_writer, pick_device, writer_of
 from prlhf_lightning.tasks.new_users import NewUsers
 
 
@@ -23,6 +23,7 @@ def serve(
     feedback: str | None = "sqlite:///feedback.db",
     adapt: bool = False,
     keys: Path | None = None,
+    allowed_hosts: list[str] | None = None,
     max_tokens: int = 512,
     max_open: int = 256,
     max_batch: int = 64,
@@ -49,6 +50,9 @@ def serve(
             log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             any, everyone who reaches the server may use it.
+        allowed_hosts: Names, or patterns of them such as '*.example.org', by which the server may be called in the
+            header Host, besides localhost and addresses. Without any, names are checked only where there are no keys
+            and nobody but this machine can reach the server, which pages of other sites could use otherwise.
         max_tokens: Most tokens of an answer.
         max_open: Most requests for text that are waiting or being written; the next ones get 429. When there are so
             many, a newcomer takes the place of a waiting request of whichever key (without keys: address) has the most.
@@ -98,20 +102,4 @@ def serve(
         burst=burst,
     )
     rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
-    run(load, host, port, feedback, keys, limits, drain_seconds, rename)
-
-
-def api_key(name: str, users: str = "*", keys: Path | None = None) -> None:
-    """Make an API key: print it, and what to add to the file of keys that `serve` reads, which holds only its hash.
-
-    Args:
-        name: What the key is called in logs.
-        users: Pattern of the users whom it may write and give feedback for, such as 'team-a-*'.
-        keys: File of keys to add it to; a new one can be read by its owner alone.
-    """
-    key, entry = new_key(name, users)
-    if keys is None:
-        print(f"The key, which is not kept anywhere: {key}\n\nFor the file of keys:\n\n{entry}")
-    else:
-        add_entry(keys, entry)
-        print(f"The key, which is not kept anywhere: {key}\n\nIts hash has been added to {keys}.")
+    run(load, host, port, feedback, keys, limits, drain_seconds, rename, allowed_hosts or ())

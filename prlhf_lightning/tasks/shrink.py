@@ -9,10 +9,11 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
+from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.privacy import hashed
-from prlhf_lightning.modules.checkpoint_content import tokenization_of
-from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prlhf_lightning.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.modules.checkpoint_content import entry_of, users_of
 
 
 class UserRows:

@@ -63,6 +63,12 @@ def epochs(model):
     return [[position for e, _, batch in model.trained if e == epoch for position in batch] for epoch in range(3)]
 
 
+def test_a_mistyped_tokenizer_is_told_and_not_asked_for(make, tmp_path):
+    for name, says in (("modle", "there is no such folder, and a name on the hub"), (str(tmp_path), "no tokenizer")):
+        with pytest.raises(ConfigurationError, match=f"tokenizer: '{name}' could not be loaded; .*Cause: .*{says}"):
+            make(tokenizer=name).prepare_data()
+
+
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_every_epoch_shows_every_training_pair_in_a_new_order(make, num_workers):
     model = Recorder()

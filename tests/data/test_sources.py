@@ -96,6 +96,38 @@ def test_a_data_set_that_cannot_be_loaded_is_named_with_its_split(monkeypatch, e
     assert "check the name, split and revision, the network" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("./votes", "there is no such folder"),
+        ("data/of/mine", "there is no such folder"),
+        ("data/votes.jsonl", "there is no such file"),
+        ("a.jsonl", "that is a file, and no folder"),
+        ("empty", "the folder holds no data"),
+    ],
+)
+def test_the_hub_is_not_asked_for_what_can_only_be_a_mistyped_path(tmp_path, monkeypatch, name, says):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "a.jsonl", [row(0)])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigurationError, match=f"Data set '{name}', .*: {says}.* read by FileSource"):
+        HubSource(name).fingerprint("train")
+
+
+def test_a_path_beside_a_folder_is_looked_for_on_the_hub_with_a_warning(hub_folder, monkeypatch):
+    monkeypatch.chdir(hub_folder.parent.parent)
+    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("away")))
+    name = f"{hub_folder.parent.name}/votse"
+    with pytest.warns(UserWarning, match=f"no folder {name}"), pytest.raises(ConfigurationError, match="away"):
+        HubSource(name).fingerprint("train")
+
+
+def test_a_builder_is_no_place(tmp_path):
+    files = {"train": str(write_jsonl(tmp_path / "a.jsonl", [row(0)]))}
+    assert len(list(HubSource("json", data_files=files).rows("train"))) == 1
+
+
 def test_a_broken_file_of_a_data_set_is_no_stack_trace(hub_folder):
     (hub_folder / "train.jsonl").write_text('{"user_id": \n')
     with pytest.raises(ConfigurationError, match="split 'train': cannot be loaded"):

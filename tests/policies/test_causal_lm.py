@@ -316,8 +316,8 @@ def test_layers_can_be_named_in_every_way_that_peft_knows(model_path, target_mod
 
 def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
     MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=1, state_size=4).save_pretrained(tmp_path)
-    with pytest.raises(ConfigurationError, match=r"'all-linear'.* MambaForCausalLM.*out_proj"):
-        CausalLMPolicy(str(tmp_path), random_init=0).build()
+    with pytest.raises(ConfigurationError, match=r"'out_proj'.* MambaForCausalLM.*peft says: .*incompatible"):
+        CausalLMPolicy(str(tmp_path), lora=LoRA(target_modules="out_proj"), random_init=0).build()
     CausalLMPolicy(str(tmp_path), lora=LoRA(target_modules=["in_proj", "x_proj"]), random_init=0).build()
 
 

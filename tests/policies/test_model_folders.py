@@ -8,9 +8,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from prlhf_lightning import CausalLMPolicy
+from prlhf_lightning import CausalLMPolicy, places
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.policies import places
 
 
 def test_a_folder_of_adapters_is_refused_since_the_reference_would_be_without_them(model_path, tmp_path):

@@ -224,6 +224,34 @@ def test_keys_open_the_api_for_their_users_only(guarded):
     assert guarded.get("/healthz").status_code == 200
 
 
+@pytest.fixture(scope="module")
+def named():
+    """A server that knows its names."""
+    services = Services(writer(), EchoEngine, hosts=["box.lan", "*.example.org"])
+    with serving(services) as url, httpx.Client(base_url=url) as client:
+        yield client
+
+
+@pytest.mark.parametrize("host", ["localhost:1", "127.0.0.1:1", "[::1]:1", "Box.lan", "a.example.org:80", "localhost."])
+def test_a_server_answers_to_its_names(named, host):
+    assert named.get("/v1/models", headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["evil.com:1", "example.org", "127.0.0.1.evil.com", "[evil]", "localhost@evil.com"])
+@pytest.mark.parametrize("path", ["/v1/models", "/", "/metrics"])
+def test_a_server_answers_to_no_name_of_others(named, host, path):
+    answer = named.get(path, headers={"host": host})
+    assert (answer.status_code, code(answer)) == (403, "host_not_allowed")
+    assert "--allowed_hosts" in answer.json()["error"]["message"]
+
+
+def test_a_request_without_a_good_key_is_logged_with_its_address_and_without_the_key(guarded, caplog):
+    for headers in ({}, {"authorization": "Bearer nearly"}):
+        guarded.get("/v1/models", headers=headers)
+    warned = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert warned == [f"A request from 127.0.0.1 came with {what} API key." for what in ("no", "a wrong")]
+
+
 def test_the_log_holds_nothing_that_people_wrote(client, caplog):
     caplog.set_level(logging.DEBUG)
     client.post("/v1/completions", json={"model": "echo", "prompt": "secret break", "user": "secret"})

@@ -27,6 +27,13 @@ def test_a_key_of_the_environment_is_one_more(tmp_path):
     assert KeyRing.load(None, {"PRLHF_API_KEY": "secret"}).find("secret").name == "environment"
 
 
+def test_a_key_that_could_be_guessed_is_warned_of(caplog):
+    KeyRing.load(None, {"PRLHF_API_KEY": new_key("a")[0]})
+    assert not caplog.text
+    KeyRing.load(None, {"PRLHF_API_KEY": "secret"})
+    assert "make one with the command api-key" in caplog.text
+
+
 def test_a_key_is_added_to_a_file_that_its_owner_alone_can_read(tmp_path, capsys, caplog):
     path = tmp_path / "keys.toml"
     for name in ("a", "b"):

@@ -110,6 +110,7 @@ def test_sigterm_ends_a_server_after_what_it_is_writing(tmp_path, repo_root):
             assert process.poll() is None, log.read_text()
             time.sleep(0.1)
         address = log.read_text().split(" at ")[1].split()[0]
+        assert httpx.get(f"{address}/healthz", headers={"host": "evil.com"}).status_code == 403
         pair = {"user": "ann", "prompt": "secret", "chosen": "secret", "rejected": "no"}
         assert httpx.post(f"{address}/v1/feedback", json=pair).status_code == 201
         asked = {"model": "echo", "prompt": "secret " * 40, "stream": True}
@@ -119,7 +120,7 @@ def test_sigterm_ends_a_server_after_what_it_is_writing(tmp_path, repo_root):
     said = log.read_text()
     assert process.returncode == 0, said
     routes = [json.loads(line)["route"] for line in said.splitlines() if line.startswith("{")]
-    assert routes == ["/v1/feedback", "/v1/completions"]
+    assert routes == ["none", "/v1/feedback", "/v1/completions"]
     assert "POST" not in "".join(line for line in said.splitlines() if not line.startswith("{"))
     assert "secret" not in said
     assert FeedbackLog(url).extent().rows == 1
@@ -136,6 +137,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
     ("options", "says"),
     [
         (["--port", "99999"], "can't listen on 127.0.0.1 port 99999"),
+        (["--allowed_hosts", "a", "b", "--port", "99999"], "can't listen"),
         (["--max_open", "0"], "max_open is 0"),
         (["--keys", "nowhere.toml"], "keys: nowhere.toml can't be read"),
         (["--port", "0", "--feedback", "nowhere/x.db"], "can't be used now"),

@@ -36,7 +36,8 @@ from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks.adapt import write_users
-from prlhf_lightning.tasks.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import Tokens

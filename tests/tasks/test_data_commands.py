@@ -1,6 +1,7 @@
 import errno
 import gzip
 import json
+import os
 import sys
 from types import ModuleType
 
@@ -163,8 +164,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, recwarn):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data_convert, "_GROUP_ROWS", 2)
-    monkeypatch.setattr(data_convert.pq.ParquetWriter, "write_batch", full)
+    monkeypatch.setattr(os, "fsync", full)
     votes = write(tmp_path / "votes.jsonl", [row(i) for i in range(5)])
     said = run("data", "convert", "--output", tmp_path / "out", "--train", votes)
     assert "train.parquet could not be written: No space left on device" in said

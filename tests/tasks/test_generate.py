@@ -11,7 +11,7 @@ from conftest import write_votes
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.inference import Generation
-from prlhf_lightning.tasks.checkpoints import open_writer
+from prlhf_lightning.tasks.models import open_writer
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from prlhf_lightning.losses import DPOLoss, KTOLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.modules.history import check_histories, pooled
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import PairTokens, Tokens, Users

@@ -15,7 +15,7 @@ from conftest import write_votes
 from prlhf_lightning.cli import main
 from prlhf_lightning.errors import JudgeError
 from prlhf_lightning.judges import Judge, Person, RewardJudge
-from prlhf_lightning.tasks.checkpoints import load_module
+from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.report_map import map_users, most_unlike
 
 TEXT = "user likes long answers"

@@ -10,6 +10,9 @@ import datasets
 from prlhf_lightning.data.records import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.places import problem_with
+
+_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # what `datasets` reads `data_files` with, and no places
 
 
 class HubSource(DataSource):
@@ -68,6 +71,11 @@ class HubSource(DataSource):
 
     def _load(self, split: Split) -> datasets.Dataset | datasets.IterableDataset:
         if split not in self._loaded:
+            wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
+            told = f"Data set {self._path!r}, {wanted}: cannot be loaded"
+            own = "Files of your own are better read by FileSource, which names the line of an error."
+            if self._path not in _BUILDERS and (problem := problem_with(self._path, "data")) is not None:
+                raise ConfigurationError(f"{told}: {problem}. {own}")
             try:
                 self._loaded[split] = datasets.load_dataset(
                     self._path,
@@ -78,10 +86,8 @@ class HubSource(DataSource):
                     streaming=self._streaming,
                 )
             except Exception as error:  # of the file system, the network, the hub's client and each format's reader
-                wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
                 raise ConfigurationError(
-                    f"Data set {self._path!r}, {wanted}: cannot be loaded ({type(error).__name__}: {error}); check the "
-                    "name, split and revision, the network, and HF_TOKEN if the data set is private. Files of your own "
-                    "are better read by FileSource, which names the line of an error."
+                    f"{told} ({type(error).__name__}: {error}); check the name, split and revision, the network, and "
+                    f"HF_TOKEN if the data set is private. {own}"
                 ) from error
         return self._loaded[split]

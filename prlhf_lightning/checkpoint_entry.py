@@ -1,0 +1,52 @@
+"""The entry of this package in a checkpoint, beside Lightning's own: its format, the users, and how text became ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+
+KEY = "prlhf_lightning"
+#: Raised when files can no longer be read by versions that read the last one.
+FORMAT = 1
+
+
+def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entry of a checkpoint that this version can read.
+
+    Raises:
+        ConfigurationError: It has none, or one that only a newer version understands.
+    """
+    found = checkpoint.get(KEY) if isinstance(checkpoint, Mapping) else None
+    if not isinstance(found, dict):
+        raise ConfigurationError("This checkpoint was not written by prlhf_lightning: it holds no users.")
+    number = found.get("format")
+    if isinstance(number, int) and number > FORMAT:
+        raise ConfigurationError(
+            f"This checkpoint has format {number}, and this version of prlhf_lightning reads formats up to {FORMAT}. "
+            "Use the version that wrote it, or a later one."
+        )
+    users = found.get("users")
+    if not isinstance(number, int) or not isinstance(users, list) or not all(isinstance(user, str) for user in users):
+        raise ConfigurationError("This checkpoint's list of users is not one; use a checkpoint that `fit` wrote.")
+    return found
+
+
+def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
+    """Return the users of a checkpoint; raises as `entry_of`."""
+    return UserVocabulary(entry_of(checkpoint)["users"])
+
+
+def tokenization_of(checkpoint: Mapping[str, Any]) -> TokenizationSettings:
+    """Return how text became ids in training; the default settings where a checkpoint does not say."""
+    return settings_of(entry_of(checkpoint).get("tokenization") or {})
+
+
+def settings_of(kept: Mapping[str, Any]) -> TokenizationSettings:
+    """Return settings as a checkpoint keeps them, without those that this version does not know."""
+    known = {field.name for field in fields(TokenizationSettings)}
+    return TokenizationSettings(**{name: value for name, value in kept.items() if name in known})

@@ -1,0 +1,82 @@
+"""Models of checkpoints and exported folders, rebuilt."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from prlhf_lightning.checkpoint_entry import tokenization_of
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+
+
+def load_module(path: str | Path, option: str) -> PersonalizedLM:
+    """Rebuild the model of a checkpoint, with its weights and users, on the CPU.
+
+    Args:
+        path: A checkpoint that the command line trained.
+        option: What the user called the path, for messages.
+    """
+    if "policy" not in read_checkpoint(path, option).get("hyper_parameters", {}):
+        raise ConfigurationError(
+            f"{option}: {path} does not say which user model, policy and loss it holds, as checkpoints of `fit` do. Of "
+            "a module built in code, load it there: PersonalizedLM.load_from_checkpoint(path, user_model=..., "
+            "policy=..., loss=...)."
+        )
+    return PersonalizedLM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+
+
+def open_writer(path: str | Path, option: str = "model", device: str | torch.device = "cpu") -> PersonalizedWriter:
+    """Load a model to write with.
+
+    Args:
+        path: A folder that `export` wrote, or a checkpoint that the command line trained.
+        option: What the user called the path, for messages.
+        device: Where the model goes.
+
+    Raises:
+        ConfigurationError: It is neither, or its policy is no Hugging Face model.
+    """
+    path = Path(path)
+    if path.is_dir():
+        try:
+            return PersonalizedWriter.from_folder(path, device)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"{option}: {error}") from error
+    return writer_of(load_module(path, option).to(device), path, option)
+
+
+def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> PersonalizedWriter:
+    """Return a writer with the model of a checkpoint, which it shares.
+
+    Args:
+        module: The model.
+        path: The checkpoint that it was loaded from.
+        option: What the user called the path, for messages.
+
+    Raises:
+        ConfigurationError: Its policy is no Hugging Face model.
+    """
+    policy = module.policy
+    if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
+        raise ConfigurationError(
+            f"{option}: the policy of {path} is a {type(policy).__name__}; only CausalLMPolicy can be written with."
+        )
+    tokenization = tokenization_of(read_checkpoint(path, option))
+    name = policy.name.rpartition("/")[2].removeprefix("builtin:")
+    return PersonalizedWriter(policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, tokenization)
+
+
+def pick_device(device: str) -> str:
+    """Return a device that can be used; `auto` is a GPU where there is one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise ConfigurationError(f"device: {device!r} can't be used here: {error}") from error
+    return device

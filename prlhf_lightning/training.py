@@ -1,0 +1,208 @@
+"""`fit`, `validate`, `test` and `predict`: runs that Lightning's command line configures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from prlhf_lightning.callbacks import (
+    BestAndLast,
+    LogShortRuns,
+    PredictionWriter,
+    SaveOnInterrupt,
+    UserTable,
+    kept_by,
+    run_folder,
+)
+from prlhf_lightning.data import PreferenceDataModule
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_writable
+from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal
+from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.sharding import is_sharded
+from prlhf_lightning.parser import Explaining
+from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.compare import Contender, compare
+from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
+
+_RUNS = "runs"  # where runs go that were not told a folder
+
+
+class Parser(Explaining, LightningArgumentParser):
+    """Lightning's parser, which explains mistakes in a few lines."""
+
+
+class PRLHFCLI(LightningCLI):
+    """LightningCLI for a `PersonalizedLM` and a `PreferenceDataModule`, with what they share linked.
+
+    Args:
+        args: Command line, or the configuration itself; `sys.argv` by default.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        super().__init__(
+            PersonalizedLM,
+            PreferenceDataModule,
+            trainer_defaults={
+                "max_epochs": 1,
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "use_distributed_sampler": False,  # the data module's sampler divides batches among processes
+                "enable_model_summary": False,
+                "callbacks": [
+                    SaveOnInterrupt(),
+                    StopOnSignal(),
+                    ExplainOutOfMemory(),
+                    UserTable(),
+                    PredictionWriter(),
+                    LogShortRuns(),
+                ],
+            },
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of what is always there, and link what data and model share."""
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(CollapseMonitor, "collapse")
+        parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
+        parser.link_arguments("model.loss", "data.feedback", lambda loss: loss.feedback, "instantiate")
+        parser.link_arguments("model.user_model", "data.history_size", lambda users: users.history_size, "instantiate")
+        parser.add_argument(
+            "--baseline",
+            type=bool,
+            default=False,
+            help="After fit, train the same policy on the same data and steps without a user model (for a DPO loss: "
+            "vanilla DPO), and print the two side by side.",
+        )
+
+    def before_instantiate_classes(self) -> None:
+        """Name a model's folder from the root, so that what is done with a checkpoint may be done in any folder."""
+        settings = self.config[self.config.subcommand].model.policy.get("init_args") or {}
+        model = settings.get("model")
+        if model and Path(model).is_dir():
+            settings["model"] = str(Path(model).absolute())
+
+    def _parse_ckpt_path(self) -> None:
+        """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
+
+        Lightning would let a checkpoint's hyper-parameters replace, without a word, what the command line and the
+        configuration say of the model. They are not needed: the whole model is configured in every command.
+        """
+        given = self.config[self.config.subcommand]
+        if given.ckpt_path == "last":
+            given.ckpt_path = self._last_checkpoint(given.trainer.default_root_dir or _RUNS)
+        path = str(given.ckpt_path or "")
+        # Lightning itself finds these, and what is on other file systems.
+        is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
+        if not is_found_later:
+            content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+            _warn_of_another_model(content, given.model.policy)
+
+    def _last_checkpoint(self, root: str) -> str | None:
+        """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
+        path = last_checkpoint(root)
+        if path is None and self.config.subcommand != "fit":
+            raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
+        # Not an error, so that the same command begins a run and goes on with it.
+        rank_zero_info(f"Going on from {path}" if path else f"No run in {root} has a checkpoint yet: starting anew.")
+        return str(path) if path else None
+
+    def after_fit(self) -> None:
+        """Say where the checkpoints are, and compare with the vanilla counterpart, if asked to."""
+        if checkpoints := kept_by(self.trainer):
+            rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
+        if not self.config.fit.baseline or self.trainer.interrupted:
+            return
+        config = self.config.fit.clone()
+        without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args.num_tokens": 0}
+        config.model.user_model = Namespace(without)  # type: ignore[no-untyped-call]
+        seed_everything(config.seed_everything)
+        fresh = self._parser("fit").instantiate_classes(config)
+        folder = run_folder(self.trainer)
+        trainer = Trainer(
+            **{
+                **fresh.trainer.as_dict(),
+                "logger": CSVLogger(folder, name="baseline", version=""),
+                "callbacks": [] if fresh.trainer.enable_progress_bar is False else [RichProgressBar()],
+                "enable_checkpointing": False,
+            }
+        )
+        rank_zero_info("Training the same without a user model, to compare.")
+        trainer.fit(fresh.model, fresh.data)
+        if self.trainer.is_global_zero or is_sharded(self.model.policy):
+            contenders = {
+                "vanilla": Contender(fresh.model, trainer.callback_metrics),
+                "personalised": Contender(self.model, self.trainer.callback_metrics),
+            }
+            written_to = None if config.trainer.fast_dev_run else folder
+            compare(contenders, self.datamodule, written_to, quiet=not self.trainer.is_global_zero)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        config["callbacks"] = list(config["callbacks"] or [])
+        wanted = config["enable_progress_bar"] is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
+            config["callbacks"].append(RichProgressBar())
+        if config["logger"] is None:
+            config["logger"] = CSVLogger(config["default_root_dir"] or _RUNS, name="")
+        _check_writable(str(config["default_root_dir"] or _RUNS))
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            raise ConfigurationError(f"trainer: {error}") from error
+        if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
+            raise ConfigurationError("trainer.strategy: the command line can't be sent to spawned processes; use ddp.")
+        return trainer
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"seed_everything: {error}") from error
+
+
+def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
+    """Warn where a checkpoint's adapters would be put on another model: of equal shape, it loads without an error."""
+    trained = checkpoint.get("hyper_parameters", {}).get("policy")
+    before = trained.get("init_args", {}).get("model") if isinstance(trained, dict) else None
+    now = policy.get("init_args", {}).get("model") if policy else None
+    if before and now and Path(before).resolve() != Path(now).resolve():
+        rank_zero_warn(
+            f"The checkpoint was trained on model.policy.model {before}, and this is {now}. What was trained fits no "
+            "other weights, even where it can be loaded: make sure that they are the same."
+        )
+
+
+def _check_writable(folder: str) -> None:
+    """Refuse a folder for the run's files that can't be written to, before anything is computed."""
+    if "://" in folder:
+        return
+    try:
+        check_writable(Path(folder))
+    except OSError as error:
+        raise ConfigurationError(
+            f"trainer.default_root_dir: files can't be written to {folder} ({error.strerror}); give another folder."
+        ) from error
+
+
+def run_training(args: ArgsType, program: str) -> None:
+    """Run a command of Lightning's.
+
+    Args:
+        args: The words of the command line, or the configuration.
+        program: How the command is called, for messages.
+    """
+    Parser.called = program
+    PRLHFCLI(args)

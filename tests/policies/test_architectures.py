@@ -1,0 +1,72 @@
+"""Models that differ from most in what they keep, take or return; small ones with random weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tokenizer
+from transformers import JambaConfig, Llama4TextConfig, MambaConfig, MiniMaxConfig, PretrainedConfig
+
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.types import Tokens
+
+SMALL = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.2}
+MAMBA = MambaConfig(**SMALL, state_size=8)
+ATTENTION = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+MINIMAX = MiniMaxConfig(**ATTENTION, head_dim=8, num_local_experts=2)
+JAMBA = JambaConfig(**ATTENTION, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8)
+LLAMA4 = Llama4TextConfig(**ATTENTION, head_dim=8, num_local_experts=2, intermediate_size_mlp=64)
+PROMPTS, ANSWERS = [[1, 5, 6], [1, 7, 8, 9, 10]], [[4, 20, 2], [11, 2]]
+
+
+@pytest.fixture
+def build(tmp_path):
+    def build(config: PretrainedConfig, **settings) -> CausalLMPolicy:
+        config.save_pretrained(tmp_path)
+        make_tokenizer().save_pretrained(tmp_path)
+        policy = CausalLMPolicy(str(tmp_path), random_init=0, **{"lora": None, **settings})
+        policy.build()
+        return policy
+
+    return build
+
+
+def plain(policy: CausalLMPolicy, prompt: list[int], answer: list[int]) -> torch.Tensor:
+    """Score one row by the model's own logits."""
+    logits = policy.lm(torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(-1)
+    return logits[len(prompt) - 1 : -1].gather(-1, torch.tensor(answer)[:, None])[:, 0]
+
+
+def test_a_model_in_16_bits_may_return_states_of_32(build):
+    policy = build(MAMBA, dtype="bfloat16")
+    (scores,) = policy.log_probs(Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)])
+    expected = torch.cat([plain(policy, *row) for row in zip(PROMPTS, ANSWERS, strict=True)])
+    torch.testing.assert_close(scores.tokens[scores.mask], expected, rtol=0.02, atol=0.02)
+
+
+def test_a_model_with_states_beside_its_keys_is_not_continued_from_them(build):
+    policy = build(MINIMAX)
+    answers, prompt_of = [[4, 20, 2], [11, 2], [5, 6, 7, 2], [8, 9, 2]], [0, 1, 1, 0]
+    scores = policy.log_probs_of_each(
+        Tokens.from_lists(PROMPTS), Tokens.from_lists(answers), torch.tensor(prompt_of), batch_size=1
+    )
+    with torch.no_grad():
+        expected = [plain(policy, PROMPTS[row], answer) for row, answer in zip(prompt_of, answers, strict=True)]
+    torch.testing.assert_close(scores.tokens[scores.mask], torch.cat(expected), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [MAMBA, JAMBA, LLAMA4], ids=lambda config: config.model_type)
+def test_all_linear_layers_are_those_that_an_adapter_can_act_on(build, config):
+    policy = build(config, lora=LoRA(rank=2))
+    for name, param in policy.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(param, std=0.2)
+    (scores,) = policy.log_probs(Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)])
+    scores.tokens.sum().backward()
+    adapted = {name: param for name, param in policy.named_parameters() if param.requires_grad}
+    assert any("in_proj" in name or "q_proj" in name for name in adapted)
+    assert [name for name, param in adapted.items() if param.grad is None] == []
+    assert [name for name in adapted if "mamba.out_proj" in name or "router" in name or "lm_head" in name] == []
+    with torch.no_grad():
+        logits = policy.merged()(torch.tensor([[*PROMPTS[1], *ANSWERS[1]]])).logits[0, 4:-1].log_softmax(-1)
+    torch.testing.assert_close(scores.tokens[1, :2], logits.gather(-1, torch.tensor([[11], [2]]))[:, 0])

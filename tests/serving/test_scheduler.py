@@ -1,0 +1,42 @@
+"""The scheduler when its thread ends against all expectation."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from serving_helpers import EchoEngine
+
+from prlhf_lightning.inference import Generation
+from prlhf_lightning.serving.metrics import Metrics
+from prlhf_lightning.serving.scheduler import Scheduler
+from prlhf_lightning.serving.tickets import Closing, EngineFailed
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
+    engines = iter([EchoEngine()])  # there is no second one
+
+    async def ask(scheduler):
+        ticket = await scheduler.submit(Generation("break", "ann"))
+        async for _ in ticket:
+            pass
+
+    async def run():
+        scheduler = Scheduler(lambda: next(engines), 10, Metrics())
+        scheduler.start()
+
+        async def late(asking):
+            scheduler._thread.join()  # so that nothing else runs in the loop meanwhile
+            monkeypatch.setattr(scheduler._thread, "is_alive", lambda: True)  # as it was a moment ago
+            await asking
+
+        asked = ask(scheduler), late(ask(scheduler)), late(scheduler.call(lambda: 1, "ann"))
+        async with asyncio.timeout(5):
+            answers = await asyncio.gather(*asked, return_exceptions=True)
+        assert [type(answer) for answer in answers] == [EngineFailed] * 3
+        for too_late in (ask(scheduler), scheduler.call(lambda: 1)):
+            with pytest.raises(Closing):
+                await too_late
+
+    asyncio.run(run())
