@@ -31,7 +31,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
-        _run(sys.argv[1:] if args is None else args)
+        _run(args)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -43,8 +43,9 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         sys.exit(f"error: {told}")
 
 
-def _run(words: list[str] | dict[str, Any]) -> None:
+def _run(args: list[str] | dict[str, Any] | None) -> None:
     """Run a command; what it needs is imported here, and only here: it takes seconds."""
+    words = sys.argv[1:] if args is None else args
     if words == ["--version"]:
         print(f"prlhf_lightning {__version__}")
         return
@@ -62,7 +63,8 @@ def _run(words: list[str] | dict[str, Any]) -> None:
     else:  # a command of Lightning's, before which options may stand
         from prlhf_lightning.training import run_training
 
-        run_training(words, " ".join([PROGRAM, *path]))
+        # Not the words: Lightning would warn of some that it could have read itself.
+        run_training(args, " ".join([PROGRAM, *path]))
 
 
 def _listed(words: list[str], lists: tuple[str, ...]) -> list[str]:

@@ -8,6 +8,7 @@ from inspect import getdoc
 
 import pytest
 
+from prlhf_lightning.cli import main
 from prlhf_lightning.commands import COMMANDS, Group, Task, described, find
 from prlhf_lightning.training import PRLHFCLI
 
@@ -56,3 +57,13 @@ def test_nothing_is_loaded_that_a_command_does_not_need(words, not_loaded):
         f"atexit.register(lambda: print('loaded:', {not_loaded!r} in sys.modules)); main({words!r})"
     )
     assert "loaded: False" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+
+
+def test_lightning_reads_the_process_words_itself_and_does_not_warn_of_them(monkeypatch, recwarn, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["prlhf_lightning", "fit", "--print_config", "--config", "configs/quickstart.yaml"]
+    )
+    with pytest.raises(SystemExit):
+        main()
+    assert "user_model" in capsys.readouterr().out
+    assert not [warning for warning in recwarn if "args parameter" in str(warning.message)]
