@@ -23,9 +23,10 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `[..., in]`; return `[..., out]`."""
         base, device = self.get_base_layer(), x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        own = dtype == base.weight.dtype or torch.is_autocast_enabled(device)
-        if args or kwargs or not own or dtype not in _DTYPES or not self._is_plain():
+        autocast = torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else base.weight.dtype
+        known = dtype in _DTYPES and (autocast or x.dtype == dtype)
+        if args or kwargs or not known or not self._is_plain():
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
         (name,) = self.active_adapters
