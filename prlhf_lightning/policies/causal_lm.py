@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -163,7 +165,10 @@ class CausalLMPolicy(Policy):
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
             targets = adaptable(lm, self.lora.target_modules)
-            self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
+            with warnings.catch_warnings():
+                # peft looks for adapters of experts among those of layers, and says that it passed over what it used.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
         if self.torch_compile:
@@ -202,6 +207,8 @@ class CausalLMPolicy(Policy):
     def settled(self) -> CausalLMPolicy:
         """Return a copy with the adapters in the weights where they are small; see `Policy.settled`."""
         adapted = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
+        if any(isinstance(module, ParamWrapper) for module in adapted):  # of experts, of which each token uses few
+            return self
         own = sum(
             part.weight.numel() for module in adapted for part in (*module.lora_A.values(), *module.lora_B.values())
         )

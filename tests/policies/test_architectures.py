@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tokenizer
-from transformers import JambaConfig, Llama4TextConfig, MambaConfig, MiniMaxConfig, PretrainedConfig
+from transformers import JambaConfig, Llama4TextConfig, MambaConfig, MiniMaxConfig, MixtralConfig, PretrainedConfig
 
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.types import Tokens
@@ -14,6 +14,7 @@ SMALL = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 2, "pad_token
 MAMBA = MambaConfig(**SMALL, state_size=8)
 ATTENTION = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MINIMAX = MiniMaxConfig(**ATTENTION, head_dim=8, num_local_experts=2)
+MIXTRAL = MixtralConfig(**ATTENTION, num_local_experts=4)
 JAMBA = JambaConfig(**ATTENTION, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8)
 LLAMA4 = Llama4TextConfig(**ATTENTION, head_dim=8, num_local_experts=2, intermediate_size_mlp=64)
 PROMPTS, ANSWERS = [[1, 5, 6], [1, 7, 8, 9, 10]], [[4, 20, 2], [11, 2]]
@@ -70,3 +71,15 @@ def test_all_linear_layers_are_those_that_an_adapter_can_act_on(build, config):
     with torch.no_grad():
         logits = policy.merged()(torch.tensor([[*PROMPTS[1], *ANSWERS[1]]])).logits[0, 4:-1].log_softmax(-1)
     torch.testing.assert_close(scores.tokens[1, :2], logits.gather(-1, torch.tensor([[11], [2]]))[:, 0])
+
+
+def test_experts_are_adapted_without_a_warning_and_left_where_they_are_to_score_with(build, recwarn):
+    policy = build(MIXTRAL, lora=LoRA(rank=2))
+    assert not [warned for warned in recwarn if "_pattern keys" in str(warned.message)]
+    experts = [param for name, param in policy.named_parameters() if "experts" in name and "lora_B" in name]
+    for param in experts:
+        torch.nn.init.normal_(param, std=0.2)
+    before, answers = Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)]
+    (adapted,), (reference,) = policy.log_probs(before, answers), policy.reference_log_probs(before, answers)
+    assert (adapted.tokens - reference.tokens).abs().max() > 0.01
+    torch.testing.assert_close(policy.settled().log_probs(before, answers)[0].tokens, adapted.tokens)
