@@ -25,6 +25,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
+from prlhf_lightning.policies.continuation import write, writes_in_batches
 from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
@@ -157,6 +158,7 @@ class CausalLMPolicy(Policy):
                 "score or write text from left to right. Use a causal language model (an encoder becomes one with "
                 "`is_decoder: true` in its config.json, but has to be trained as one)."
             )
+        self._writes_in_batches = writes_in_batches(lm)
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
@@ -321,6 +323,14 @@ class CausalLMPolicy(Policy):
                 f"the user model's num_tokens."
             )
 
+    def _check_not_sharded(self, lm: PreTrainedModel) -> None:
+        if self._is_sharded:
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is a {type(lm).__name__}, which writes one text at a time, so that the "
+                "processes that share it would wait for one another. Set collapse.prompts to 0, and write with the "
+                "trained model in one process."
+            )
+
     @torch.no_grad()
     def generate(
         self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling, reference: bool = False
@@ -343,6 +353,9 @@ class CausalLMPolicy(Policy):
         was_training = self.training
         self.eval()  # a key-value cache and gradient checkpointing exclude one another
         try:
+            if not self._writes_in_batches:
+                self._check_not_sharded(lm)
+                return write(lm, sequence, sampling, eos)
             with torch.compiler.set_stance("force_eager"):
                 ids = lm.generate(
                     inputs_embeds=sequence.vectors,
