@@ -12,7 +12,6 @@ from torch import Tensor
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference.requests import FinishReason, Generation, Piece
-from prlhf_lightning.inference.rows import Rows
 from prlhf_lightning.inference.sampling import choose
 from prlhf_lightning.inference.text import TextStream
 
@@ -47,6 +46,7 @@ class Engine:
 
     Each text takes one row of the batch for each condition that it is written under: one at strengths 0 and 1, two at
     others. What is written does not depend on what else is in the batch, but for the rounding of float operations.
+    Of a model that keeps other states than keys and values (Mamba and the like) each row is computed by itself.
     Not thread-safe: one thread drives it. Where `step` fails, as for want of memory, what is running is lost: go on
     with a new engine.
 
@@ -65,7 +65,7 @@ class Engine:
             raise ConfigurationError(f"max_batch_rows is {max_batch_rows}; it must be 1 or more.")
         self._writer = writer
         self._max_batch_rows, self._max_batch_tokens = max_batch_rows, max_batch_tokens or math.inf
-        self._rows = Rows(writer.lm)
+        self._rows = writer.new_rows()
         self._waiting: deque[_Text] = deque()
         self._running: list[_Text] = []  # in the order of their rows
         self._next = 0

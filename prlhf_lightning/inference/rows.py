@@ -1,12 +1,13 @@
-"""Sequences being written, each a row of one batch that rows join and leave at any step.
+"""Sequences being written, which join and leave at any step: rows of one batch, or each by itself.
 
 R rows, S positions of the longest of them, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from inspect import signature
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies.continuation import Continuation, memory_of
 from prlhf_lightning.policies.scoring import cache_name, embed, model_inputs
 from prlhf_lightning.types import SoftPrompt, Tokens
 
@@ -26,7 +27,7 @@ class Rows:
     Positions are counted from a row's own first token, so that it does not matter how far it is padded.
 
     Args:
-        lm: The model, in evaluation mode, which `check_keeps_keys_and_values`.
+        lm: The model, in evaluation mode, which `keeps_keys_and_values`.
     """
 
     def __init__(self, lm: PreTrainedModel) -> None:
@@ -87,23 +88,53 @@ class Rows:
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
 
-@torch.no_grad()
-def check_keeps_keys_and_values(lm: PreTrainedModel) -> None:
-    """Try on two tokens whether rows of a model can join a running batch.
+class SeparateRows:
+    """R sequences of a model that keeps other states than keys and values (Mamba and the like), one after another.
 
-    Raises:
-        ConfigurationError: The model keeps other states than keys and values of all positions.
+    Args:
+        lm: The model, in evaluation mode.
+        memory: By which argument it goes on; see `memory_of`.
     """
+
+    def __init__(self, lm: PreTrainedModel, memory: str | None) -> None:
+        self._lm, self._memory = lm, memory
+        self._rows: list[Continuation] = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def append(self, sequences: SoftPrompt) -> Tensor:
+        """Add rows; see `Rows.append`."""
+        new = [Continuation(self._lm, self._memory) for _ in range(len(sequences.mask))]
+        self._rows += new
+        return torch.stack([row.read(vectors) for row, vectors in zip(new, sequences.unpadded(), strict=True)])
+
+    def advance(self, tokens: Tensor) -> Tensor:
+        """Add a token `[R]` to each row; see `Rows.advance`."""
+        steps = self._lm.get_input_embeddings()(tokens[:, None])
+        return torch.stack([row.read(vectors) for row, vectors in zip(self._rows, steps, strict=True)])
+
+    def keep(self, rows: Iterable[int]) -> None:
+        """Drop all other rows."""
+        self._rows = [self._rows[row] for row in rows]
+
+
+def rows_of(lm: PreTrainedModel) -> Callable[[], Rows | SeparateRows]:
+    """Find out by trial how sequences are to be written with a model; return what makes an empty set of rows."""
+    if keeps_keys_and_values(lm):
+        return partial(Rows, lm)
+    return partial(SeparateRows, lm, memory_of(lm))
+
+
+@torch.no_grad()
+def keeps_keys_and_values(lm: PreTrainedModel) -> bool:
+    """Try on two tokens whether a model keeps keys and values of all positions, so that rows can join a batch."""
     tokens = embed(lm, Tokens.from_lists([[0, 0]]).to(lm.device))
     cache = DynamicCache()
     with suppress(Exception):  # models with other states fail in ways of their own where they look for them
         lm(**model_inputs(lm, tokens), **{cache_name(lm): cache}, use_cache=True)
     kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
-    if not kept or not all(kept):
-        raise ConfigurationError(
-            f"{type(lm).__name__} does not keep the keys and values of all positions, so that rows can't join a "
-            "running batch; use PersonalizedLM.generate, which leaves writing to transformers."
-        )
+    return bool(kept) and all(kept)
 
 
 def _pad(states: Tensor, width: int) -> Tensor:

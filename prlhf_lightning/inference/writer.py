@@ -20,7 +20,7 @@ from prlhf_lightning.inference.conditions import Condition, conditions, knows
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.folder import read_folder
 from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
-from prlhf_lightning.inference.rows import check_keeps_keys_and_values
+from prlhf_lightning.inference.rows import rows_of
 from prlhf_lightning.policies.scoring import segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -68,9 +68,6 @@ class PersonalizedWriter:
         vocabulary: As above.
         name: As above.
         tokenization: As above.
-
-    Raises:
-        ConfigurationError: The model keeps other states than keys and values of all positions (Mamba and the like).
     """
 
     def __init__(
@@ -83,7 +80,7 @@ class PersonalizedWriter:
         tokenization: TokenizationSettings | None = None,
     ) -> None:
         self.lm = lm.eval()
-        check_keeps_keys_and_values(self.lm)
+        self.new_rows = rows_of(self.lm)
         self.tokenizer = tokenizer
         self.user_model = user_model.eval().to(lm.device)
         self.vocabulary = vocabulary

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +16,7 @@ import torch
 import transformers
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -23,6 +25,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
+from prlhf_lightning.policies.continuation import write, writes_in_batches
 from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
@@ -158,6 +161,7 @@ class CausalLMPolicy(Policy):
                 "score or write text from left to right. Use a causal language model (an encoder becomes one with "
                 "`is_decoder: true` in its config.json, but has to be trained as one)."
             )
+        self._writes_in_batches = writes_in_batches(lm)
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
@@ -166,7 +170,10 @@ class CausalLMPolicy(Policy):
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
             targets = adaptable(lm, self.lora.target_modules)
-            self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
+            with warnings.catch_warnings():
+                # peft looks for adapters of experts among those of layers, and says that it passed over what it used.
+                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
+                self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
         if self.torch_compile:
@@ -205,6 +212,8 @@ class CausalLMPolicy(Policy):
     def settled(self) -> CausalLMPolicy:
         """Return a copy with the adapters in the weights where they are small; see `Policy.settled`."""
         adapted = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
+        if any(isinstance(module, ParamWrapper) for module in adapted):  # of experts, of which each token uses few
+            return self
         own = sum(
             part.weight.numel() for module in adapted for part in (*module.lora_A.values(), *module.lora_B.values())
         )
@@ -320,6 +329,14 @@ class CausalLMPolicy(Policy):
                 f"the user model's num_tokens."
             )
 
+    def _check_not_sharded(self, lm: PreTrainedModel) -> None:
+        if self._is_sharded:
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is a {type(lm).__name__}, which writes one text at a time, so that the "
+                "processes that share it would wait for one another. Set collapse.prompts to 0, and write with the "
+                "trained model in one process."
+            )
+
     @torch.no_grad()
     def generate(
         self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling, reference: bool = False
@@ -342,6 +359,9 @@ class CausalLMPolicy(Policy):
         was_training = self.training
         self.eval()  # a key-value cache and gradient checkpointing exclude one another
         try:
+            if not self._writes_in_batches:
+                self._check_not_sharded(lm)
+                return write(lm, sequence, sampling, eos)
             with torch.compiler.set_stance("force_eager"):
                 ids = lm.generate(
                     inputs_embeds=sequence.vectors,

@@ -7,13 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import MambaConfig, MambaForCausalLM
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference import Engine, Generation, PersonalizedWriter
 from prlhf_lightning.inference.conditions import conditions
-from prlhf_lightning.inference.rows import Rows, check_keeps_keys_and_values
+from prlhf_lightning.inference.rows import Rows
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.types import SoftPrompt, Tokens, Users
 from prlhf_lightning.user_models import (
@@ -265,9 +264,3 @@ def test_what_can_not_be_asked_is_refused(how, says):
 def test_an_empty_conversation_template_is_refused_before_anything_is_written(llama):
     with pytest.raises(PRLHFError, match="the tokenizer has no chat template"):
         llama[0].generate([Generation("a"), Generation([{"role": "user", "content": "a"}])])
-
-
-def test_a_model_without_keys_and_values_is_refused():
-    lm = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, num_hidden_layers=1, state_size=2)).eval()
-    with pytest.raises(ConfigurationError, match="MambaForCausalLM does not keep the keys and values"):
-        check_keeps_keys_and_values(lm)

@@ -5,17 +5,35 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_tokenizer
-from transformers import JambaConfig, Llama4TextConfig, MambaConfig, MiniMaxConfig, PretrainedConfig
+from transformers import (
+    BambaConfig,
+    JambaConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    MiniMaxConfig,
+    MixtralConfig,
+    PretrainedConfig,
+    RecurrentGemmaConfig,
+    RwkvConfig,
+)
 
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.types import Tokens
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.types import Tokens, Users
+from prlhf_lightning.user_models import IndividualUserModel
 
 SMALL = {"vocab_size": 25, "hidden_size": 32, "num_hidden_layers": 2, "pad_token_id": 0, "initializer_range": 0.2}
 MAMBA = MambaConfig(**SMALL, state_size=8)
 ATTENTION = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MINIMAX = MiniMaxConfig(**ATTENTION, head_dim=8, num_local_experts=2)
+MIXTRAL = MixtralConfig(**ATTENTION, num_local_experts=4)
 JAMBA = JambaConfig(**ATTENTION, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8)
 LLAMA4 = Llama4TextConfig(**ATTENTION, head_dim=8, num_local_experts=2, intermediate_size_mlp=64)
+MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
+BAMBA = BambaConfig(**ATTENTION, attn_layer_indices=[1], **MAMBA2)
+RWKV = RwkvConfig(vocab_size=25, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=64)
+GRIFFIN = RecurrentGemmaConfig(**{**ATTENTION, "num_hidden_layers": 3}, head_dim=8, lru_width=32)
 PROMPTS, ANSWERS = [[1, 5, 6], [1, 7, 8, 9, 10]], [[4, 20, 2], [11, 2]]
 
 
@@ -70,3 +88,56 @@ def test_all_linear_layers_are_those_that_an_adapter_can_act_on(build, config):
     with torch.no_grad():
         logits = policy.merged()(torch.tensor([[*PROMPTS[1], *ANSWERS[1]]])).logits[0, 4:-1].log_softmax(-1)
     torch.testing.assert_close(scores.tokens[1, :2], logits.gather(-1, torch.tensor([[11], [2]]))[:, 0])
+
+
+def test_experts_are_adapted_without_a_warning_and_left_where_they_are_to_score_with(build, recwarn):
+    policy = build(MIXTRAL, lora=LoRA(rank=2))
+    assert not [warned for warned in recwarn if "_pattern keys" in str(warned.message)]
+    experts = [param for name, param in policy.named_parameters() if "experts" in name and "lora_B" in name]
+    for param in experts:
+        torch.nn.init.normal_(param, std=0.2)
+    before, answers = Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)]
+    (adapted,), (reference,) = policy.log_probs(before, answers), policy.reference_log_probs(before, answers)
+    assert (adapted.tokens - reference.tokens).abs().max() > 0.01
+    torch.testing.assert_close(policy.settled().log_probs(before, answers)[0].tokens, adapted.tokens)
+
+
+# With a memory that is not keys and values; that transformers' generate gives no vectors; that is padded wrongly; and
+# with a memory that can't be handed on.
+@pytest.mark.parametrize("config", [MAMBA, BAMBA, RWKV, GRIFFIN], ids=lambda config: config.model_type)
+def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(build, config):
+    torch.manual_seed(0)
+    policy = build(config)
+    users = IndividualUserModel(num_tokens=3)
+    users.build(3, policy.token_embeddings())
+    torch.nn.init.normal_(users.offsets.weight, std=0.5)
+    writer = PersonalizedWriter(policy.lm, policy.tokenizer, users, UserVocabulary(["ann", "bob"]))
+    asked = [("ann", "the cat sat"), ("bob", "a"), ("ann", "hello user likes long answers"), ("bob", "red sun")]
+    prompts = [policy.tokenizer(prompt)["input_ids"] for _, prompt in asked]
+    soft_prompt = users(Users(torch.tensor([1, 2, 1, 2])))
+    expected = []
+    for prompt, vectors in zip(prompts, soft_prompt.vectors, strict=True):
+        ids, table = [], policy.lm.get_input_embeddings()
+        while len(ids) < 8 and ids[-1:] != [policy.tokenizer.eos_token_id]:
+            words = table(torch.tensor([*prompt, *ids]))
+            with torch.no_grad():
+                logits = policy.lm(
+                    inputs_embeds=torch.cat([words[:1], vectors, words[1:]])[None], use_cache=False
+                ).logits
+            ids.append(int(logits[0, -1].argmax()))
+        expected.append(ids)
+    written = policy.generate(Tokens.from_lists(prompts), soft_prompt, Sampling(8, temperature=0.0))
+    assert [ids[mask].tolist() for ids, mask in zip(written.ids, written.mask, strict=True)] == expected
+    wanted = [Generation(prompt, user, max_new_tokens=8) for user, prompt in asked]
+    assert [list(one.ids) for one in writer.generate(wanted, max_batch_rows=3)] == expected
+    assert len({token for ids in expected for token in ids}) > 2
+
+
+def test_a_model_that_writes_one_text_at_a_time_draws_as_it_is_told(build):
+    policy = build(BAMBA)
+    prompts = Tokens.from_lists(PROMPTS * 20)
+    surely = policy.generate(prompts, None, Sampling(3, temperature=0.0))
+    nearly = policy.generate(prompts, None, Sampling(3, temperature=1.0, top_p=1e-6))
+    freely = policy.generate(prompts, None, Sampling(3, temperature=1.0))
+    assert torch.equal(surely.ids, nearly.ids)
+    assert len({tuple(ids) for ids in freely.ids.tolist()}) > 10
