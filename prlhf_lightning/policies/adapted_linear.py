@@ -31,10 +31,12 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
             return result
         (name,) = self.active_adapters
         matrices = (base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
+        # As rows here and not within, since models may change in place what they get, and no view of a function's.
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
-            *(None if matrix is None else matrix.to(dtype) for matrix in (x, *matrices)), self.scaling[name]
+            *(None if part is None else part.to(dtype) for part in (x.reshape(-1, x.shape[-1]), *matrices)),
+            self.scaling[name],
         )
-        return y
+        return y.view(*x.shape[:-1], -1)
 
     def _is_plain(self) -> bool:
         """Tell whether there is one adapter and nothing about it but its two matrices."""
@@ -54,23 +56,19 @@ def use_adapted_linears(model: PeftModel) -> None:
 
 
 class _Product(torch.autograd.Function):
-    """`W x + b + s B A x`, of a frozen W and b."""
+    """`W x + b + s B A x` for rows of x `[N, in]`, of a frozen W and b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        low = rows @ a.T
-        y = nn.functional.linear(rows, weight, bias).addmm_(low, b.T, alpha=scale)
-        ctx.save_for_backward(rows, weight, a, b, low)
+        low = x @ a.T
+        ctx.save_for_backward(x, weight, a, b, low)
         ctx.scale = scale
-        return y.view(*x.shape[:-1], -1)
+        return nn.functional.linear(x, weight, bias).addmm_(low, b.T, alpha=scale)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, a, b, low = ctx.saved_tensors
-        grad = grads[0].reshape(-1, grads[0].shape[-1])
+        (grad,) = grads
+        x, weight, a, b, low = ctx.saved_tensors
         grad_low = (grad @ b).mul_(ctx.scale)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = (grad @ weight).addmm_(grad_low, a).view(*grads[0].shape[:-1], -1)
-        return grad_x, None, None, grad_low.T @ rows, (grad.T @ low).mul_(ctx.scale), None
+        grad_x = (grad @ weight).addmm_(grad_low, a) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, grad_low.T @ x, (grad.T @ low).mul_(ctx.scale), None

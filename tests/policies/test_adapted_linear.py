@@ -40,7 +40,7 @@ def by_peft(model: nn.Module) -> nn.Module:
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_the_product_and_its_gradients_equal_the_formula(has_bias):
     torch.manual_seed(0)
-    x, weight, a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((2, 3, 5), (4, 5), (2, 5), (4, 2)))
+    x, weight, a, b = (torch.randn(shape, dtype=torch.float64) for shape in ((6, 5), (4, 5), (2, 5), (4, 2)))
     bias = torch.randn(4, dtype=torch.float64) if has_bias else None
     trained = [x.requires_grad_(), a.requires_grad_(), b.requires_grad_()]
     y = _Product.apply(x, weight, bias, a, b, 0.7)
@@ -88,3 +88,10 @@ def test_what_is_not_plain_is_left_to_peft(model_path, monkeypatch):
     with model.disable_adapter():
         model(ids)
     assert len(calls) == 2 * layers
+
+
+def test_what_it_returns_may_be_changed_in_place(model_path):
+    layer = next(module for module in adapted(model_path).modules() if type(module) is AdaptedLinear)
+    x = torch.randn(2, 3, layer.in_features)
+    layer(x).add_(1).sum().backward()
+    assert layer.lora_B["default"].weight.grad is not None
