@@ -47,7 +47,9 @@ class UserPrior:
             kinds: Most kinds.
             rank: Most directions; fewer where the users span fewer.
         """
-        users = len(rows)
+        like, users = rows, len(rows)
+        # On the host: many small steps, in float64, which not every device has.
+        rows, generic, judgements = rows.cpu(), generic.cpu(), judgements.cpu()
         spread = ((rows - generic) / max(1, users) ** 0.5).double()
         _, values, directions = torch.linalg.svd(spread, full_matrices=False)
         kept = min(rank, int((values > 1e-6 * values.amax()).sum())) if users else 0
@@ -60,10 +62,10 @@ class UserPrior:
         # Around a centre that is itself one of the n users of its kind, which spreads them a little too far apart.
         inside = (codes - codes[medoids][kind]).square().sum() / max(1, (users - len(medoids)) * kept)
         return cls(
-            generic,
-            directions.to(rows),
-            torch.cat([codes.new_zeros(1, kept), codes[medoids]]).to(rows),
-            torch.cat([codes.new_ones(1), sizes]).to(rows) / (1 + users),
+            generic.to(like),
+            directions.to(like),
+            torch.cat([codes.new_zeros(1, kept), codes[medoids]]).to(like),
+            torch.cat([codes.new_ones(1), sizes]).to(like) / (1 + users),
             float(inside) ** 0.5,
         )
 

@@ -18,7 +18,7 @@ from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module
+from prlhf_lightning.tasks.models import load_module, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.user_rows import UserRows
@@ -39,6 +39,7 @@ def adapt(
     steps: int = 0,
     columns: dict[str, str] | None = None,
     skip_known: bool = False,
+    device: str = "auto",
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
@@ -60,12 +61,13 @@ def adapt(
         columns: Names of the files' columns that differ from the fields', as in `{user_id: worker}`.
         skip_known: Leave out users who are in the checkpoint already, as is always done of a server's log, instead of
             stopping at the first.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
-    model = load_module(checkpoint, "checkpoint")
+    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
     if not model.user_model.row_tables():
         raise ConfigurationError(
             f"checkpoint: {checkpoint} was trained with {type(model.user_model).__name__}, which keeps nothing of a "

@@ -87,7 +87,7 @@ def generate(
         stop: String that ends an answer; of several, `--stop+ one --stop+ another`.
         output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
         max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
-        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the
             pseudonyms.
     """

@@ -72,9 +72,9 @@ def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -
 
 
 def pick_device(device: str) -> str:
-    """Return a device that can be used; `auto` is a GPU where there is one."""
+    """Return a device that can be used; `auto` is the accelerator (CUDA, MPS, ...) where there is one."""
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA

@@ -80,7 +80,7 @@ def report(
         show_answers: Whether prompts and answers stand on the page.
         show_user_text: Whether the users' texts do.
         show_user_ids: Whether users are called by their ids, and not by numbers.
-        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         seed: Draws answers, where they are sampled, and bootstrap samples.
     """
     least = {"users": users, "prompts": prompts, "max_pairs": max_pairs, "batch_size": batch_size}

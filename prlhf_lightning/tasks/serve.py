@@ -43,7 +43,7 @@ def serve(
         model: A folder that `export` wrote, or a checkpoint.
         host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
         port: Port to listen on; 0 takes any that is free.
-        device: `cpu`, `cuda`, `cuda:1`, ...; `auto` takes a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         name: What the model is called in the API; its own name if none is given.
         feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
         adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback

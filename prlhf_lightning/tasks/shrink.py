@@ -13,7 +13,7 @@ from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module
+from prlhf_lightning.tasks.models import load_module, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 
@@ -24,6 +24,7 @@ def shrink(
     output: Path | None = None,
     columns: dict[str, str] | None = None,
     hash_user_ids_with: str | None = None,
+    device: str = "auto",
 ) -> None:
     """Draw all users' rows to the generic user by the factor under which held-out pairs are likeliest.
 
@@ -37,8 +38,9 @@ def shrink(
         output: The checkpoint to write; nothing is written if none is given.
         columns: Names of the file's columns that differ from the fields', as in `{user_id: worker}`.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
     """
-    model = load_module(checkpoint, "checkpoint")
+    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
     content = read_checkpoint(checkpoint, "checkpoint")
     source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
     pairs, _ = read_pairs(model, source, tokenization_of(content))

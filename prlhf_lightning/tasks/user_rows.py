@@ -107,7 +107,7 @@ class UserRows:
         """
         parts = torch.split(vectors, [table[0].numel() for table in self.tables.values()], dim=1)
         for table, part in zip(self.tables.values(), parts, strict=True):
-            table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table.dtype)
+            table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table)
 
     def shrink(self, factor: float) -> None:
         """Draw every user's rows to those of a new user: to `factor` times the distance."""

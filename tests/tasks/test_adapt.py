@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import write_votes
+from devices import PretendedGPU
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
@@ -273,6 +274,22 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+@pytest.mark.parametrize("command", ["adapt", "shrink"])
+def test_the_commands_compute_on_the_device_that_is_named(trained_file, folder, monkeypatch, command):
+    users = {"eve": 6, "fay": 5} if command == "adapt" else {f"user{i}": 2 for i in range(4)}
+    file = write_votes(folder / f"{command}.jsonl", users)
+    args = [command, "--checkpoint", str(trained_file)]
+    args += ["--feedback", str(file), "--steps", "1"] if command == "adapt" else ["--validation", str(file)]
+    main([*args, "--output", str(folder / f"{command} there.ckpt"), "--device", "cpu"])
+    with PretendedGPU() as gpu:
+        main([*args, "--output", str(folder / f"{command} here.ckpt"), "--device", "cuda"])
+    assert any("margins.py" in where for where in gpu.waits)
+    there, here = (read_checkpoint(folder / f"{command} {where}.ckpt", "x") for where in ("there", "here"))
+    torch.testing.assert_close(UserRows(there).vectors(), UserRows(here).vectors())
+    with pytest.raises(SystemExit, match="device: 'nonsense' can't be used here"):
+        main([*args, "--device", "nonsense"])
 
 
 def test_known_users_of_a_file_are_left_out_where_that_is_asked_for(trained_file, folder, capsys, monkeypatch):
