@@ -22,13 +22,14 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Apply the layer to `[..., in]`; return `[..., out]`."""
-        base, device = self.get_base_layer(), x.device.type
+        device = x.device.type
         autocast = torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else base.weight.dtype
-        known = dtype in _DTYPES and (autocast or x.dtype == dtype)
-        if args or kwargs or not known or not self._is_plain():
+        dtype = torch.get_autocast_dtype(device) if autocast else x.dtype
+        plain = not (args or kwargs) and dtype in _DTYPES and self._is_plain()
+        if not plain or not (autocast or dtype == self.base_layer.weight.dtype):
             result: Tensor = super().forward(x, *args, **kwargs)
             return result
+        base = self.base_layer
         (name,) = self.active_adapters
         matrices = (base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
         # As rows here and not within, since models may change in place what they get, and no view of a function's.
@@ -43,9 +44,13 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         names = self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
             return False
-        dropout = self.lora_dropout[names[0]]
+        (name,) = names
+        # FSDP1 may wrap each, whose weights are then there only while it is called.
+        if any(type(part) is not nn.Linear for part in (self.base_layer, self.lora_A[name], self.lora_B[name])):
+            return False
+        dropout = self.lora_dropout[name]
         drops = dropout.training and not isinstance(dropout, nn.Identity)
-        return not drops and names[0] not in self.lora_variant and not self.get_base_layer().weight.requires_grad
+        return not drops and name not in self.lora_variant and not self.base_layer.weight.requires_grad
 
 
 def use_adapted_linears(model: PeftModel) -> None:
