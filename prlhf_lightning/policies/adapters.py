@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.adapted_linear import use_adapted_linears
+from prlhf_lightning.policies.targets import adaptable
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
         f"policy.lora.target_modules is {lora.target_modules!r}, which does not fit {type(lm).__name__}; its linear "
         f"layers are named {', '.join(linear)}."
     )
-    targets: str | list[str] = lora.target_modules
+    targets = adaptable(lm, lora.target_modules)
     if isinstance(targets, str) and targets in linear:
         targets = [targets]  # which peft would take for a regular expression of full names
     names = [] if isinstance(targets, str) else targets
@@ -75,6 +76,8 @@ def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
     with warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # peft looks for adapters of experts among those of layers, and says that it passed over what it used.
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         try:
             model = get_peft_model(lm, config)
         except ValueError as error:  # layers that peft can't adapt

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -30,7 +29,6 @@ from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
-from prlhf_lightning.policies.targets import adaptable
 from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -169,11 +167,7 @@ class CausalLMPolicy(Policy):
         self.model: PreTrainedModel | PeftModel = lm
         self.reference_model: PreTrainedModel | None = None
         if self.lora is not None:
-            targets = adaptable(lm, self.lora.target_modules)
-            with warnings.catch_warnings():
-                # peft looks for adapters of experts among those of layers, and says that it passed over what it used.
-                warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
-                self.model = add_adapters(lm, replace(self.lora, target_modules=targets))
+            self.model = add_adapters(lm, self.lora)
         elif with_reference:
             self.reference_model = copy.deepcopy(lm).requires_grad_(False)
         if self.torch_compile:
