@@ -62,8 +62,8 @@ def main() -> None:
     own = of_users(validation, known, 5)
     place = {user_id: number for number, user_id in enumerate(model.vocabulary.ids if model.vocabulary else ())}
     margins_of = Margins(model, own)
-    trained = (margins_of(rows[[place[user_id] for user_id in own.user_ids]])[0] > 0).float().mean()
-    by_generic = (margins_of(generic)[0] > 0).float().mean()
+    trained = (margins_of(rows, torch.tensor([place[user_id] for user_id in own.user_ids])) > 0).float().mean()
+    by_generic = (margins_of(generic) > 0).float().mean()
     prior = None if model.user_model.history_size else fit_prior(model, of_users(train, new, 30), args.kinds)
     curves = [
         cold_start(model, of_users(train, new, 30, draw), held_out, prior=prior, steps=args.steps)

@@ -85,11 +85,16 @@ class Adapted:
         return torch.einsum("kp,bkl,lp->bp", directions, self.covariance, directions).clamp(min=0).sqrt()
 
 
-def trained_rows(model: PersonalizedLM) -> tuple[Tensor, Tensor]:
-    """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side."""
+def trained_rows(model: PersonalizedLM, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side.
+
+    Args:
+        model: A trained model.
+        users: `[U]` rows of the tables, from 1 on; all by default.
+    """
     tables = [table.detach() for table in row_tables(model).values()]
     new = [row.detach()[None] for row in model.user_model.new_rows(tables)]
-    return table_rows(tables)[1:], table_rows(new)[0]
+    return table_rows([table[1:] if users is None else table[users] for table in tables]), table_rows(new)[0]
 
 
 def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8) -> UserPrior:
@@ -103,11 +108,11 @@ def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, ran
     """
     if kinds < 1 or rank < 1:
         raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
-    rows, generic = trained_rows(model)
-    some = rows[torch.from_numpy(spread(len(rows), _USERS))]
+    users = len(next(iter(row_tables(model).values()))) - 1
+    rows, generic = trained_rows(model, 1 + torch.from_numpy(spread(users, _USERS)))
     margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
-    judgements = [margins_of(row)[0].sigmoid() for row in some] or [rows.new_zeros(0)]
-    return UserPrior.fit(some, generic, torch.stack(judgements)[: len(some)], kinds, rank)
+    judgements = [margins_of(row).sigmoid() for row in rows] or [rows.new_zeros(0)]
+    return UserPrior.fit(rows, generic, torch.stack(judgements)[: len(rows)], kinds, rank)
 
 
 def adapt_users(
@@ -169,7 +174,7 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
         `[N, 1 + K]` margins, 0 where they were not computed, and `[B, 1 + K]` posterior weights.
     """
     first = layout.slot < _FIRST
-    under = torch.stack([margins_of(prior.rows(centre), only=first)[0] for centre in prior.centres], dim=1)
+    under = torch.stack([margins_of(prior.rows(centre), only=first) for centre in prior.centres], dim=1)
 
     def log_joint() -> Tensor:
         # A pair that was not scored has the margin 0 under every kind, which tells none from another.
@@ -178,7 +183,7 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
     likely = log_joint().softmax(1) > _RULED_OUT
     likely[:, 0] = True  # the generic user, to compare with
     for kind, centre in enumerate(prior.centres):
-        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])[0]
+        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])
     return under, log_joint().masked_fill(~likely, -torch.inf).softmax(1)
 
 
@@ -192,9 +197,7 @@ def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins
     centre, std = prior.centres[kind], prior.stds[kind]
     codes = centre
     for _ in range(steps):
-        found, gradients = margins_of(prior.rows(codes)[user], gradients=True)
-        assert gradients is not None
-        slopes = prior.slopes(gradients)
+        found, slopes = margins_of.along(prior.directions, prior.rows(codes), user)
         # As a function of the deviation from the kind's centre in units of its spread, which is N(0, I).
         offsets = found - (slopes * (codes - centre)[user]).sum(1)
         unit = slopes * std[user][:, None]

@@ -66,7 +66,7 @@ def cold_start(
     tested = set(held_out.user_ids)
     margins_of = Margins(model, held_out)
     generic_row = trained_rows(model)[1]
-    without = _accuracies(held_out.user_ids, margins_of(generic_row)[0])
+    without = _accuracies(held_out.user_ids, margins_of(generic_row))
     points = []
     for count in counts:
         users = tuple(user_id for user_id, own in places.items() if len(own) >= count and user_id in tested)
@@ -78,10 +78,9 @@ def cold_start(
             found_rows = encode_users(model, known, users).rows
         else:
             found_rows = adapt_users(model, known, users, prior, steps).rows
-        row_of = dict(zip(users, found_rows, strict=True))
-        rows = torch.stack([row_of.get(user_id, generic_row) for user_id in held_out.user_ids])
-        counted = torch.tensor([user_id in row_of for user_id in held_out.user_ids], device=rows.device)
-        found = _accuracies(held_out.user_ids, margins_of(rows, only=counted)[0])
+        number = {user_id: place for place, user_id in enumerate(users)}
+        of = torch.tensor([number.get(user_id, -1) for user_id in held_out.user_ids], device=found_rows.device)
+        found = _accuracies(held_out.user_ids, margins_of(found_rows, of, only=of >= 0))
         gains = torch.tensor([found[user_id] - without[user_id] for user_id in users])
         accuracy, generic = (sum(values[user_id] for user_id in users) / len(users) for values in (found, without))
         spread = float(gains.std()) if len(users) > 1 else float("nan")

@@ -75,8 +75,8 @@ def fit_shrinkage(
     if not len(places):
         raise ConfigurationError("shrink: none of these pairs is of a user in the checkpoint; give pairs of its users.")
     places = places[torch.from_numpy(spread(len(places), most))]
-    rows, generic = trained_rows(model)
-    own = rows[known[places].to(rows.device) - 1] - generic
+    users, of = torch.unique(known[places], return_inverse=True)
+    rows, generic = trained_rows(model, users)
     margins_of = Margins(model, select_pairs(pairs, places))
-    margins = torch.stack([margins_of(generic + factor * own)[0] for factor in factors])
+    margins = torch.stack([margins_of(torch.lerp(generic, rows, factor), of) for factor in factors])
     return Shrinkage(tuple(factors), F.logsigmoid(margins).mean(1), (margins > 0).float().mean(1), len(places))

@@ -117,11 +117,33 @@ def test_many_users_at_once_equal_one_by_one(model, pairs):
 def test_gradients_are_those_of_each_pair_alone(model, pairs):
     margins_of = Margins(model, pairs)
     rows, _ = trained_rows(model)
-    rows = rows[torch.arange(len(pairs)) % len(rows)]
-    _, slopes = margins_of(rows, gradients=True)
-    step = 1e-2 * torch.randn_like(rows)
-    change = (margins_of(rows + step)[0] - margins_of(rows - step)[0]) / 2
-    torch.testing.assert_close(change, (slopes * step).sum(1), atol=2e-4, rtol=0.05)
+    rows = rows[torch.arange(len(pairs)) % len(rows)]  # each pair's own
+    of, directions = torch.arange(len(pairs)), 1e-2 * torch.randn(3, rows.shape[1])
+    margins, slopes = margins_of.along(directions, rows, of)
+    torch.testing.assert_close(margins, margins_of(rows, of))
+    for direction, slope in zip(directions, slopes.T, strict=True):
+        change = (margins_of(rows + direction, of) - margins_of(rows - direction, of)) / 2
+        torch.testing.assert_close(change, slope, atol=2e-4, rtol=0.05)
+
+
+def test_passes_with_gradients_are_bounded_by_their_positions_and_give_the_same(model, pairs, monkeypatch):
+    directions, (rows, _) = torch.randn(2, trained_rows(model)[0].shape[1]), trained_rows(model)
+    of, passes = torch.arange(len(pairs)) % len(rows), []
+    log_probs = CausalLMPolicy.log_probs
+
+    def counting(policy, prompt, completions, soft_prompt):
+        longest = max(part.mask.shape[1] for part in completions)
+        passes.append(len(prompt) * (soft_prompt.mask.shape[1] + prompt.mask.shape[1] + longest))
+        return log_probs(policy, prompt, completions, soft_prompt)
+
+    margins_of = Margins(model, pairs)
+    together = margins_of.along(directions, rows, of)
+    monkeypatch.setattr("prlhf_lightning.adaptation.margins._POSITIONS_WITH_GRADIENT", 50)
+    monkeypatch.setattr(CausalLMPolicy, "log_probs", counting)
+    apart = margins_of.along(directions, rows, of)
+    assert len(passes) > 3
+    assert max(passes) <= 50
+    torch.testing.assert_close(apart, together)
 
 
 def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
@@ -130,13 +152,13 @@ def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model
     for batch in (pairs, likes_long, likes_short):
         with torch.no_grad():
             (_, generic) = model.objective(batch, every_term=True)[1]
-        found, _ = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
+        found = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
         torch.testing.assert_close(found, generic.margins, atol=1e-4, rtol=1e-4)
 
 
 def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
     found = adapt_users(model, pairs)
-    margins = torch.stack([Margins(model, pairs)(row)[0] for row in found.prior.rows(found.prior.centres)], 1).double()
+    margins = torch.stack([Margins(model, pairs)(row) for row in found.prior.rows(found.prior.centres)], 1).double()
     own = margins[[user_id == "long" for user_id in pairs.user_ids]]
     joint = found.prior.weights.double() * F.logsigmoid(own).sum(0).exp()
     torch.testing.assert_close(found.weights[0].double(), joint / joint.sum(), atol=2e-3, rtol=0)
@@ -191,7 +213,7 @@ def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
 
     def margins_of(row, only):  # under the kind all are wrong from the start, under the generic user from the fifth on
         wrong = torch.full((200,), -9.0) if row else torch.cat([torch.zeros(4), torch.full((196,), -3.0)])
-        return wrong * only, None
+        return wrong * only
 
     layout = _Layout(["ann"], ["ann"] * 200, torch.device("cpu"))
     assert _under_each_kind(prior, layout, margins_of)[1].tolist() == [[1.0, 0.0]]

@@ -83,8 +83,8 @@ def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, 
     assert found.user_ids == ("sun", "moon")
     margins_of = Margins(model, pairs)
     rest = torch.tensor([i for i in range(len(pairs)) if i % 12 >= 4])
-    own = (margins_of(found.rows[torch.arange(24) // 12])[0] > 0).float()[rest].mean()
-    generic = (margins_of(trained_rows(model)[1])[0] > 0).float()[rest].mean()
+    own = (margins_of(found.rows, torch.arange(24) // 12) > 0).float()[rest].mean()
+    generic = (margins_of(trained_rows(model)[1]) > 0).float()[rest].mean()
     assert own > 0.9
     assert generic < 0.7
 
