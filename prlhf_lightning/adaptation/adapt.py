@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf_lightning.adaptation.laplace import laplace
-from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows
+from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows, users_in
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
@@ -134,9 +134,10 @@ def adapt_users(
         batch_size: Pairs in a pass of the policy.
 
     Raises:
-        ConfigurationError: The user model has no rows of users, or the loss ranks no completions.
+        ConfigurationError: The user model has no rows of users, the loss ranks no completions, or a pair is of a user
+            who is not among those that are named.
     """
-    user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
+    user_ids = users_in(pairs, user_ids)
     margins_of = Margins(model, pairs, batch_size)
     prior = fit_prior(model, pairs) if prior is None else prior
     return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, prior.generic.device), margins_of, steps)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prlhf_lightning.adaptation.margins import table_rows
+from prlhf_lightning.adaptation.margins import table_rows, users_in
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.history import pooled
@@ -40,13 +40,13 @@ def encode_users(model: PersonalizedLM, pairs: PreferenceBatch, user_ids: Sequen
         user_ids: The users; those of the pairs by default. One without a pair gets the row of a new user.
 
     Raises:
-        ConfigurationError: The user model reads no pairs.
+        ConfigurationError: The user model reads no pairs, or a pair is of a user who is not among those that are named.
     """
     if not model.user_model.history_size:
         raise ConfigurationError(
             f"encode_users: {type(model.user_model).__name__} reads no pairs; learn users' rows with adapt_users."
         )
-    user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
+    user_ids = users_in(pairs, user_ids)
     places: dict[str, list[int]] = {user_id: [] for user_id in user_ids}
     for place, user_id in enumerate(pairs.user_ids):
         places[user_id].append(place)

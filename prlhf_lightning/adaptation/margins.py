@@ -179,6 +179,26 @@ def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
     return replace(pairs.select(rows), user_ids=users, reference_keys=())
 
 
+def users_in(pairs: PreferenceBatch, user_ids: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the users who are asked for, or else those of the pairs.
+
+    Raises:
+        ConfigurationError: There are pairs of others, or a user is named twice.
+    """
+    present = dict.fromkeys(pairs.user_ids)
+    if user_ids is None:
+        return tuple(present)
+    named = dict.fromkeys(user_ids)
+    if missing := [user_id for user_id in present if user_id not in named]:
+        raise ConfigurationError(
+            f"user_ids: {missing[0]!r} has pairs and is not among them (nor are {len(missing) - 1} others). Name all "
+            "who have pairs, or leave the others' pairs out (`select_pairs`)."
+        )
+    if len(named) < len(user_ids):
+        raise ConfigurationError("user_ids: one of them stands there twice; name each user once.")
+    return tuple(named)
+
+
 def table_rows(tables: Sequence[Tensor]) -> Tensor:
     """Return the rows of several tables side by side, `[n, p]` float32."""
     return torch.cat([table.detach().flatten(1).float() for table in tables], dim=1)

@@ -104,6 +104,13 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
     assert torch.equal(nobody.rows[0], trained_rows(model)[1])
 
 
+def test_pairs_of_users_who_are_not_named_are_refused_by_name(model, pairs):
+    with pytest.raises(ConfigurationError, match="user_ids: 'long' has pairs and is not among them"):
+        adapt_users(model, pairs, ("short", "nobody"))
+    with pytest.raises(ConfigurationError, match="stands there twice"):
+        adapt_users(model, pairs, ("short", "long", "short"))
+
+
 def test_many_users_at_once_equal_one_by_one(model, pairs):
     prior = fit_prior(model, pairs)
     together = adapt_users(model, pairs, prior=prior, steps=1, batch_size=4)

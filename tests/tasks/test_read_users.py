@@ -130,6 +130,8 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
     assert found.rows[[0, 2]].any(dim=1).all()
     none = encode_users(model, select_pairs(pairs, torch.tensor([], dtype=torch.long)), ("nobody",))
     assert not none.rows.any()
+    with pytest.raises(ConfigurationError, match="user_ids: 'sun' has pairs and is not among them"):
+        encode_users(model, pairs, ("moon",))
 
 
 def test_the_command_adds_users_whom_remove_erases(checkpoint, folder, capsys):
