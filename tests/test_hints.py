@@ -116,7 +116,7 @@ def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, 
 
 def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(settings, votes):
     main([*settings, "--model.user_model", "UniformUserModel"])
-    with pytest.raises(SystemExit, match="was trained with UniformUserModel, which keeps nothing of a user"):
+    with pytest.raises(SystemExit, match="holds no trained rows of users, so that there is nothing to learn"):
         main(["adapt", "--checkpoint", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
 
 

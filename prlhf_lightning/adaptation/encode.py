@@ -50,14 +50,15 @@ def encode_users(model: PersonalizedLM, pairs: PreferenceBatch, user_ids: Sequen
     places: dict[str, list[int]] = {user_id: [] for user_id in user_ids}
     for place, user_id in enumerate(pairs.user_ids):
         places[user_id].append(place)
-    tables = [table.detach() for table in model.user_model.row_tables()]
+    tables = model.user_model.row_tables()
     pairs = pairs.to(tables[0].device)
     most = max(map(len, places.values()), default=0)
     index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places.values()], dtype=torch.long)
     history = pooled(model.policy, PairTokens(*(_block(part, index) for part in (pairs.chosen, pairs.rejected))))
-    new, read = model.user_model.new_rows(tables), model.user_model.history_rows(history)
-    rows = [n.expand(len(user_ids), *n.shape) if r is None else r for n, r in zip(new, read, strict=True)]
-    return Encoded(user_ids, table_rows(rows))
+    new, found = model.user_model.new_rows(tables), model.user_model.history_rows(history)
+    rows = {id(table): row.expand(len(user_ids), *row.shape) for table, row in zip(tables, new, strict=True)}
+    rows |= {id(table): read for table, read in zip(model.user_model.history_tables(), found, strict=True)}
+    return Encoded(user_ids, table_rows(list(rows.values())))
 
 
 def _block(tokens: Tokens, index: Tensor) -> Tokens:

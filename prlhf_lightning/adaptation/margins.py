@@ -37,8 +37,8 @@ class Margins:
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
         if model.loss.feedback != "pairs":
             raise ConfigurationError(
-                f"adapt: {type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned by a loss "
-                "that ranks pairs only."
+                f"{type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned, or their rows "
+                "judged, by a loss that ranks pairs only."
             )
         self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device

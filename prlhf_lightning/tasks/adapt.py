@@ -67,13 +67,10 @@ def adapt(
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
+    content = read_checkpoint(checkpoint, "checkpoint")
+    UserRows(content).require_trained(checkpoint)
     model = load_module(checkpoint, "checkpoint").to(pick_device(device))
-    if not model.user_model.row_tables():
-        raise ConfigurationError(
-            f"checkpoint: {checkpoint} was trained with {type(model.user_model).__name__}, which keeps nothing of a "
-            "user, so that there is nothing to learn of new ones. Train one that does, such as IndividualUserModel."
-        )
-    settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
+    settings = tokenization_of(content)
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     source = hashed(source, hash_user_ids_with)
@@ -98,7 +95,7 @@ def adapt(
     console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
     if pool is not None and suggest:
         with console.status("Choosing what to ask"):
-            asked = read_pairs(model, FileSource(pool, columns=columns), settings, anyone=True)
+            asked = read_pairs(model, FileSource(pool, columns=columns), settings, anyone=True, option="pool")
             _print_suggestions(model, adapted, *asked, suggest)
     if output is not None:
         write_users(checkpoint, output, adapted)

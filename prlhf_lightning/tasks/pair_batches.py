@@ -21,6 +21,7 @@ def read_pairs(
     leave_out: Collection[str] = (),
     anyone: bool = False,
     left_out: set[str] | None = None,
+    option: str = "feedback",
 ) -> tuple[PreferenceBatch, list[str]]:
     """Read and tokenise the pairs of a source.
 
@@ -31,6 +32,7 @@ def read_pairs(
         leave_out: Users whose rows are passed over.
         anyone: Whether rows may do without a user.
         left_out: Takes up the users whose rows were passed over.
+        option: What the user called the source, for messages.
 
     Returns:
         The pairs, and where each stands.
@@ -47,7 +49,8 @@ def read_pairs(
             wheres.append(where)
             rows.append({**blank, **row})
     if not rows:
-        raise ConfigurationError("feedback: there is no row of a new user in it; give one pair or more.")
+        whose = " of a new user" if passed_over else ""
+        raise ConfigurationError(f"{option}: there is no row{whose} in it; give one pair or more.")
     found = to_batch(FeedbackTokenizer(model.policy.tokenizer, settings), rows, wheres, columns)
     if found is None:
         raise ConfigurationError(

@@ -40,18 +40,21 @@ def shrink(
         hash_user_ids_with: What `data.hash_user_ids_with` was in training.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
     """
-    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
     content = read_checkpoint(checkpoint, "checkpoint")
+    users = UserRows(content)
+    users.require_trained(checkpoint)
+    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
     source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
-    pairs, _ = read_pairs(model, source, tokenization_of(content))
+    pairs, _ = read_pairs(model, source, tokenization_of(content), option="validation")
     console = Console()
     with console.status("Trying factors"):
         found = fit_shrinkage(model, pairs)
     console.print(_table(found))
     if output is not None:
-        UserRows(content).shrink(found.best)
+        users.shrink(found.best, [f"user_model.{name}" for name in found.tables])
         checkpoint_files.save(content, output)
-        console.print(f"Written to {output}, with rows {found.best:g} times as far from the generic user")
+        how = f"rows {found.best:g} times as far from the generic user" if found.best < 1 else "rows as they were"
+        console.print(f"Written to {output}, with {how}")
 
 
 def _table(found: Shrinkage) -> Table:

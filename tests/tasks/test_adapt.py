@@ -15,8 +15,10 @@ from devices import PretendedGPU
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
+from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import (
     Margins,
+    Shrinkage,
     UserPrior,
     adapt_users,
     cold_start,
@@ -29,7 +31,7 @@ from prlhf_lightning.adaptation import (
 from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.cli import main
-from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms
+from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import Feedback, FeedbackLog
@@ -43,6 +45,7 @@ from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
+    AmortizedUserModel,
     ClusterUserModel,
     CompositeUserModel,
     IndividualUserModel,
@@ -263,6 +266,27 @@ def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder)
         fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
 
 
+def test_rows_that_are_read_off_pairs_stay_where_trained_ones_are_drawn(model_path, folder):
+    users = CompositeUserModel([IndividualUserModel(1), AmortizedUserModel(1)])
+    module = PersonalizedLM(users, CausalLMPolicy(model_path), DPOLoss())
+    module.vocabulary = UserVocabulary(["ann", "bob"])
+    module.configure_model()
+    votes = write_votes(folder / "both.jsonl", {"ann": 4, "bob": 4})
+    pairs = read_pairs(module.eval(), FileSource(votes), SETTINGS)[0]
+    with torch.no_grad():
+        trained, read = users.row_tables()
+        read[1:] = torch.randn_like(read[1:])
+        with pytest.raises(ConfigurationError, match="all users of these pairs have the row of a new user"):
+            fit_shrinkage(module, pairs)
+        trained[1:] = torch.randn_like(trained[1:])
+        found = fit_shrinkage(module, pairs, factors=(1.0, 0.0))
+        assert found.tables == ("parts.0.offsets.weight",)
+        for place, factor in enumerate(found.factors):
+            trained *= factor
+            margins = module.objective(pairs)[1][0].margins
+            assert float(found.log_likelihoods[place]) == pytest.approx(float(F.logsigmoid(margins).mean()), abs=1e-4)
+
+
 @pytest.fixture(scope="module")
 def trained_file(model_path, folder):
     """A checkpoint that the command line wrote."""
@@ -344,6 +368,28 @@ def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_
     assert torch.equal(rows.vectors()[1:], torch.stack([torch.cat([r.flatten() for r in rows.new_rows()])] * 4))
     assert not torch.equal(UserRows(old).vectors(), rows.vectors())
     assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
+
+
+def test_where_there_is_nothing_to_draw_shrink_says_so(trained_file, folder, capsys, monkeypatch):
+    votes, output, frozen = (
+        write_votes(folder / "any.jsonl", {"user0": 2}),
+        folder / "same.ckpt",
+        folder / "frozen.ckpt",
+    )
+    args = ["shrink", "--validation", str(votes), "--output", str(output), "--checkpoint"]
+    content = read_checkpoint(trained_file, "x")
+    before = UserRows(content).vectors()
+    found = Shrinkage((1.0,), torch.zeros(1), torch.ones(1), 2, ("codes.weight",))
+    monkeypatch.setattr("prlhf_lightning.tasks.shrink.fit_shrinkage", lambda *_: found)
+    main([*args, str(trained_file)])
+    assert "with rows as they were" in " ".join(capsys.readouterr().out.split())
+    assert torch.equal(UserRows(read_checkpoint(output, "x")).vectors(), before)
+    for name in UserRows(content).tables:
+        del content["state_dict"][name]
+    content["prlhf_lightning"]["new_rows"] = {}  # as where training leaves the tables alone
+    checkpoint_files.save(content, frozen)
+    with pytest.raises(SystemExit, match=r"frozen\.ckpt holds no trained rows of users, .* or to shrink"):
+        main([*args, str(frozen)])
 
 
 def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):
