@@ -97,19 +97,35 @@ def trained_rows(model: PersonalizedLM, users: Tensor | None = None) -> tuple[Te
     return table_rows([table[1:] if users is None else table[users] for table in tables]), table_rows(new)[0]
 
 
-def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8) -> UserPrior:
+def _told_apart(model: PersonalizedLM, first: int | None) -> Tensor:
+    """Return which rows `[U]` of the tables are not those of a new user, as theirs are who were added, not trained."""
+    tables = [table.detach() for table in row_tables(model).values()]
+    differs = [
+        # Some at a time: a table may be as large as the policy.
+        torch.cat([(some != new).flatten(1).any(1) for some in torch.split(table[1:], 1 << 12)])
+        for table, new in zip(tables, model.user_model.new_rows(tables), strict=True)
+    ]
+    return 1 + torch.stack(differs).any(0)[:first].nonzero().flatten()
+
+
+def fit_prior(
+    model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8, first: int | None = None
+) -> UserPrior:
     """Fit what is known of a new user to the trained ones; once for a model is enough.
+
+    Users who have the row of a new one, as they were added and not trained, are no evidence of what users are like.
 
     Args:
         model: A trained model.
         pairs: Some pairs like those that new users will judge; who preferred which is not looked at.
         kinds: As in `UserPrior.fit`; each costs every new user a pass over their pairs.
         rank: As in `UserPrior.fit`.
+        first: Go by so many users, who come first in the tables; by default by all.
     """
     if kinds < 1 or rank < 1:
         raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
-    users = len(next(iter(row_tables(model).values()))) - 1
-    rows, generic = trained_rows(model, 1 + torch.from_numpy(spread(users, _USERS)))
+    users = _told_apart(model, first)
+    rows, generic = trained_rows(model, users[torch.from_numpy(spread(len(users), _USERS))])
     margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
     judgements = [margins_of(row).sigmoid() for row in rows] or [rows.new_zeros(0)]
     return UserPrior.fit(rows, generic, torch.stack(judgements)[: len(rows)], kinds, rank)

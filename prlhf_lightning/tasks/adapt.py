@@ -90,7 +90,13 @@ def adapt(
         _read_users(model, pairs, console, checkpoint, output, suggest or steps)
         return
     with console.status("Learning the new users"):
-        adapted = adapt_users(model, pairs, prior=fit_prior(model, pairs, kinds), steps=steps)
+        prior = fit_prior(model, pairs, kinds)
+        if not prior.rank:
+            raise ConfigurationError(
+                f"checkpoint: no user of {checkpoint} has a row that differs from a new user's, so that nothing is "
+                "known of what users are like. Train on users' pairs first."
+            )
+        adapted = adapt_users(model, pairs, prior=prior, steps=steps)
     console.print(_table(adapted))
     console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
     if pool is not None and suggest:

@@ -54,15 +54,8 @@ class NewUsers:
     def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:
         """Return what is known of a new user, told by the pairs of whoever had the most so far, until they suffice."""
         if self._prior is None or self._fitted_on < min(len(pairs), _ENOUGH):
-            tables = self._model.user_model.row_tables()
-            whole = [table.data for table in tables]
-            for table in tables:
-                table.data = table.data[: len(self._trained)]  # those who were learned here are no evidence
-            try:
-                self._prior, self._fitted_on = fit_prior(self._model, pairs), len(pairs)
-            finally:
-                for table, data in zip(tables, whole, strict=True):
-                    table.data = data
+            trained = len(self._trained) - 1  # those who were learned here, and come after them, are no evidence
+            self._prior, self._fitted_on = fit_prior(self._model, pairs, first=trained), len(pairs)
         return self._prior
 
     def _pairs(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:

@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -164,6 +164,18 @@ def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model
             (_, generic) = model.objective(batch, every_term=True)[1]
         found = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
         torch.testing.assert_close(found, generic.margins, atol=1e-4, rtol=1e-4)
+
+
+def test_users_who_were_added_and_not_trained_say_nothing_of_what_users_are_like(model, pairs):
+    expected, tables = fit_prior(model, pairs), model.user_model.row_tables()
+    whole = [table.data for table in tables]
+    for table, new in zip(tables, model.user_model.new_rows(whole), strict=True):
+        table.data = torch.cat([table.data, new.expand(8, *new.shape)])
+    found = fit_prior(model, pairs)
+    for table, data in zip(tables, whole, strict=True):
+        table.data = data
+    torch.testing.assert_close(asdict(found), asdict(expected))
+    assert len(fit_prior(model, pairs, kinds=8, first=2).centres) == 3
 
 
 def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
@@ -370,7 +382,7 @@ def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_
     assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
 
 
-def test_where_there_is_nothing_to_draw_shrink_says_so(trained_file, folder, capsys, monkeypatch):
+def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(trained_file, folder, capsys, monkeypatch):
     votes, output, frozen = (
         write_votes(folder / "any.jsonl", {"user0": 2}),
         folder / "same.ckpt",
@@ -384,6 +396,11 @@ def test_where_there_is_nothing_to_draw_shrink_says_so(trained_file, folder, cap
     main([*args, str(trained_file)])
     assert "with rows as they were" in " ".join(capsys.readouterr().out.split())
     assert torch.equal(UserRows(read_checkpoint(output, "x")).vectors(), before)
+    for name in UserRows(content).tables:
+        content["state_dict"][name][1:] = 0.0
+    checkpoint_files.save(content, frozen)
+    with pytest.raises(SystemExit, match=r"no user of .*frozen\.ckpt has a row that differs from a new user's"):
+        main(["adapt", "--checkpoint", str(frozen), "--feedback", str(write_votes(folder / "eve.jsonl", {"eve": 1}))])
     for name in UserRows(content).tables:
         del content["state_dict"][name]
     content["prlhf_lightning"]["new_rows"] = {}  # as where training leaves the tables alone
