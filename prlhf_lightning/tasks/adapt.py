@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,13 +13,12 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module, pick_device
+from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.user_rows import UserRows
@@ -69,14 +69,13 @@ def adapt(
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     content = read_checkpoint(checkpoint, "checkpoint")
     UserRows(content).require_trained(checkpoint)
-    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
-    settings = tokenization_of(content)
+    model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     source = hashed(source, hash_user_ids_with)
     leave_out = model.vocabulary.ids if (from_log or skip_known) and model.vocabulary else ()
     left_out: set[str] = set()
-    pairs, _ = read_pairs(model, source, settings, leave_out, left_out=left_out)
+    pairs, _ = read_pairs(model, source, leave_out, left_out=left_out)
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
         raise ConfigurationError(
@@ -87,7 +86,7 @@ def adapt(
     if left_out:
         console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
     if model.user_model.history_size:
-        _read_users(model, pairs, console, checkpoint, output, suggest or steps)
+        _read_users(model, pairs, console, content, output, suggest or steps)
         return
     with console.status("Learning the new users"):
         prior = fit_prior(model, pairs, kinds)
@@ -101,15 +100,20 @@ def adapt(
     console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
     if pool is not None and suggest:
         with console.status("Choosing what to ask"):
-            asked = read_pairs(model, FileSource(pool, columns=columns), settings, anyone=True, option="pool")
+            asked = read_pairs(model, FileSource(pool, columns=columns), anyone=True, option="pool")
             _print_suggestions(model, adapted, *asked, suggest)
     if output is not None:
-        write_users(checkpoint, output, adapted)
+        write_users(content, output, adapted)
         console.print(f"Added to {output}")
 
 
 def _read_users(
-    model: PersonalizedLM, pairs: PreferenceBatch, console: Console, checkpoint: Path, output: Path | None, more: int
+    model: PersonalizedLM,
+    pairs: PreferenceBatch,
+    console: Console,
+    content: dict[str, Any],
+    output: Path | None,
+    more: int,
 ) -> None:
     if more:
         raise ConfigurationError(
@@ -119,19 +123,18 @@ def _read_users(
     encoded = encode_users(model, pairs)
     console.print(f"{len(encoded.user_ids)} users read off {len(pairs)} pairs")
     if output is not None:
-        write_users(checkpoint, output, encoded)
+        write_users(content, output, encoded)
         console.print(f"Added to {output}")
 
 
-def write_users(checkpoint: Path, output: Path, users: Adapted | Encoded) -> None:
-    """Write a copy of a checkpoint with new users in it; all that was there stays as it was, bit by bit.
+def write_users(content: dict[str, Any], output: Path, users: Adapted | Encoded) -> None:
+    """Write a checkpoint with new users in it; all that was there stays as it was, bit by bit.
 
     Args:
-        checkpoint: The checkpoint of the model by which the users were learned or read.
+        content: What the checkpoint holds of the model by which the users were learned or read; changed.
         output: The file to write.
         users: The new users.
     """
-    content = read_checkpoint(checkpoint, "checkpoint")
     rows = UserRows(content)
     rows.add(users.user_ids)
     rows.set_last(users.rows)

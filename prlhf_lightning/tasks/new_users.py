@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
@@ -24,12 +24,11 @@ class NewUsers:
     Args:
         model: A trained model.
         writer: Writes with the same policy and user model.
-        settings: How texts became ids in training.
     """
 
-    def __init__(self, model: PersonalizedLM, writer: PersonalizedWriter, settings: TokenizationSettings) -> None:
+    def __init__(self, model: PersonalizedLM, writer: PersonalizedWriter) -> None:
         self._model, self._writer = model, writer
-        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, settings)
+        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, model.tokenization)
         self._trained = writer.vocabulary
         self._prior: UserPrior | None = None
         self._fitted_on = 0

@@ -8,7 +8,7 @@ from typing import Any
 from prlhf_lightning.data import DataSource
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import Columns, parse_record
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
@@ -17,7 +17,6 @@ from prlhf_lightning.types import PreferenceBatch
 def read_pairs(
     model: PersonalizedLM,
     source: DataSource,
-    settings: TokenizationSettings,
     leave_out: Collection[str] = (),
     anyone: bool = False,
     left_out: set[str] | None = None,
@@ -26,9 +25,8 @@ def read_pairs(
     """Read and tokenise the pairs of a source.
 
     Args:
-        model: Whose tokenizer is used.
+        model: Texts become ids as they did in its training.
         source: Its rows of training are read.
-        settings: How texts became ids in training.
         leave_out: Users whose rows are passed over.
         anyone: Whether rows may do without a user.
         left_out: Takes up the users whose rows were passed over.
@@ -51,7 +49,7 @@ def read_pairs(
     if not rows:
         whose = " of a new user" if passed_over else ""
         raise ConfigurationError(f"{option}: there is no row{whose} in it; give one pair or more.")
-    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, settings), rows, wheres, columns)
+    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, model.tokenization), rows, wheres, columns)
     if found is None:
         raise ConfigurationError(
             f"{wheres[0]} and all other rows: both completions are the same tokens once they are cut."

@@ -10,7 +10,6 @@ import torch
 from lightning.pytorch import seed_everything
 from rich.progress import Progress
 
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.progress import bars
@@ -19,7 +18,6 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import check_writable
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module, pick_device
 from prlhf_lightning.tasks.report_answers import (
     OWN,
@@ -93,7 +91,7 @@ def report(
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
     module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
-    whose = data_of(left, data, module, tokenization_of(read_checkpoint(checkpoint, "checkpoint")))
+    whose = data_of(left, data, module)
     without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
     named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
     found = Findings(

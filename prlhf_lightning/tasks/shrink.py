@@ -9,11 +9,10 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module, pick_device
+from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 
@@ -43,9 +42,9 @@ def shrink(
     content = read_checkpoint(checkpoint, "checkpoint")
     users = UserRows(content)
     users.require_trained(checkpoint)
-    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
+    model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
     source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
-    pairs, _ = read_pairs(model, source, tokenization_of(content), option="validation")
+    pairs, _ = read_pairs(model, source, option="validation")
     console = Console()
     with console.status("Trying factors"):
         found = fit_shrinkage(model, pairs)

@@ -32,7 +32,6 @@ from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
@@ -40,7 +39,7 @@ from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks.adapt import write_users
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module
+from prlhf_lightning.tasks.models import load_module, module_of
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import Tokens
@@ -60,7 +59,6 @@ USER_MODELS = {
     "low rank": lambda: LowRankUserModel(2, 2),
     "composite": lambda: CompositeUserModel([IndividualUserModel(1), TextUserModel(), ClusterUserModel(2, 1)]),
 }
-SETTINGS = TokenizationSettings()
 
 
 @pytest.fixture(scope="module")
@@ -93,9 +91,7 @@ def model(request, model_path, folder):
 
 @pytest.fixture
 def pairs(model, folder):
-    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5)), SETTINGS)[
-        0
-    ]
+    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5)))[0]
 
 
 def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
@@ -157,7 +153,7 @@ def test_passes_with_gradients_are_bounded_by_their_positions_and_give_the_same(
 
 
 def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
-    likes_long = read_pairs(model, FileSource(write_votes(folder / "likes_long.jsonl", {"x": 4})), SETTINGS)[0]
+    likes_long = read_pairs(model, FileSource(write_votes(folder / "likes_long.jsonl", {"x": 4})))[0]
     likes_short = replace(likes_long, chosen=likes_long.rejected, rejected=likes_long.chosen)
     for batch in (pairs, likes_long, likes_short):
         with torch.no_grad():
@@ -193,7 +189,7 @@ def test_the_model_is_left_as_it_was_and_other_rows_are_bit_identical_in_the_fil
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = adapt_users(model, pairs, steps=1)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    write_users(folder / "model.ckpt", folder / "with.ckpt", found)
+    write_users(read_checkpoint(folder / "model.ckpt", "checkpoint"), folder / "with.ckpt", found)
     old, new = (read_checkpoint(folder / name, "checkpoint") for name in ("model.ckpt", "with.ckpt"))
     tables = UserRows(old).tables
     for name, weight in old["state_dict"].items():
@@ -257,7 +253,7 @@ def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
 
 def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder):
     users = {f"user{i}": 3 for i in range(8)}
-    pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)), SETTINGS)[0]
+    pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)))[0]
     with torch.no_grad():
         own, generic = (term.margins for term in model.objective(pairs, every_term=True)[1])
     turned = (own < generic)[:, None]
@@ -284,7 +280,7 @@ def test_rows_that_are_read_off_pairs_stay_where_trained_ones_are_drawn(model_pa
     module.vocabulary = UserVocabulary(["ann", "bob"])
     module.configure_model()
     votes = write_votes(folder / "both.jsonl", {"ann": 4, "bob": 4})
-    pairs = read_pairs(module.eval(), FileSource(votes), SETTINGS)[0]
+    pairs = read_pairs(module.eval(), FileSource(votes))[0]
     with torch.no_grad():
         trained, read = users.row_tables()
         read[1:] = torch.randn_like(read[1:])
@@ -339,6 +335,27 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+
+
+def test_the_model_is_rebuilt_of_what_is_read_once_and_left_as_it_is(trained_file, folder, monkeypatch):
+    content = read_checkpoint(trained_file, "x")
+    untouched = read_checkpoint(trained_file, "x")
+    module = module_of(content, trained_file, "x")
+    assert content.keys() == untouched.keys()
+    for name in content.keys() - {"state_dict", "optimizer_states"}:
+        assert str(content[name]) == str(untouched[name])
+    other = PersonalizedLM.load_from_checkpoint(trained_file)
+    assert module.vocabulary == other.vocabulary
+    assert module.tokenization == other.tokenization
+    for (name, weight), (other_name, expected) in zip(module.named_parameters(), other.named_parameters(), strict=True):
+        assert name == other_name
+        assert torch.equal(weight, expected)
+    checked = []
+    monkeypatch.setattr(checkpoint_files, "check", checked.append)
+    new, old = (write_votes(folder / f"{user}.jsonl", {user: 2}) for user in ("gus", "user0"))
+    for args in (["adapt", "--feedback", str(new)], ["shrink", "--validation", str(old)]):
+        main([*args, "--checkpoint", str(trained_file), "--output", str(folder / "once.ckpt")])
+    assert checked == [trained_file, trained_file]
 
 
 @pytest.mark.parametrize("command", ["adapt", "shrink"])

@@ -14,7 +14,6 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Margins, cold_start, encode_users, select_pairs, trained_rows
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.losses import DPOLoss, KTOLoss, SimPOLoss
@@ -26,8 +25,6 @@ from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
-
-SETTINGS = TokenizationSettings()
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +69,7 @@ def model(checkpoint):
 
 @pytest.fixture
 def pairs(model, folder):
-    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)), SETTINGS)[
-        0
-    ]
+    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)))[0]
 
 
 def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, pairs):
