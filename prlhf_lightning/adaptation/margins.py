@@ -35,11 +35,7 @@ class Margins:
     """
 
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
-        if model.loss.feedback != "pairs":
-            raise ConfigurationError(
-                f"{type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned, or their rows "
-                "judged, by a loss that ranks pairs only."
-            )
+        check_ranks_pairs(model)
         self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device
         self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
@@ -160,6 +156,16 @@ class Margins:
         reference = self._pair(self._reference, index) if self._reference is not None else None
         chosen, rejected = self._model.loss.rewards(scored, reference)
         return chosen - rejected
+
+
+def check_ranks_pairs(model: PersonalizedLM) -> None:
+    """Refuse a model whose loss says nothing of which of two completions somebody prefers."""
+    if model.loss.feedback != "pairs":
+        raise ConfigurationError(
+            f"This model was trained on {model.loss.feedback} ({type(model.loss).__name__}). New users are learned, "
+            "and trained ones' rows judged, from pairs and by a loss that ranks pairs, such as DPOLoss; to serve "
+            f"new users of this model, train it with their {model.loss.feedback} too."
+        )
 
 
 @contextmanager

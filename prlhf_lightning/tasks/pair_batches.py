@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from prlhf_lightning.adaptation.margins import check_ranks_pairs
 from prlhf_lightning.data import DataSource
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import Columns, parse_record
@@ -34,7 +35,12 @@ def read_pairs(
 
     Returns:
         The pairs, and where each stands.
+
+    Raises:
+        ConfigurationError: There is no pair, or the model was trained on feedback of another kind.
+        FeedbackFormatError: A row is no pair.
     """
+    check_ranks_pairs(model)  # before rows are said to lack what such a model has no use for
     columns = Columns.from_mapping(source.columns)
     blank: Mapping[str, Any] = {columns.user_id: "anyone"} if anyone else {}
     unwanted, passed_over = frozenset(leave_out), set[str]() if left_out is None else left_out

@@ -34,7 +34,7 @@ from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import Feedback, FeedbackLog
-from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
+from prlhf_lightning.losses import DPOLoss, KTOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks.adapt import write_users
@@ -218,10 +218,13 @@ def test_what_is_asked_next_tells_at_least_as_much_as_the_rest(model, pairs):
 def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     for user_model, loss, says in (
         (UniformUserModel(1), DPOLoss(), "UniformUserModel has no rows of users"),
-        (IndividualUserModel(1), SFTLoss(), "SFTLoss takes demonstrations"),
+        (IndividualUserModel(1), SFTLoss(), r"trained on demonstrations \(SFTLoss\)"),
     ):
         with pytest.raises(ConfigurationError, match=says):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
+    of_thumbs = PersonalizedLM(IndividualUserModel(1), CausalLMPolicy(model_path), KTOLoss())
+    with pytest.raises(ConfigurationError, match=r"trained on thumbs \(KTOLoss\).* train it with their thumbs too"):
+        read_pairs(of_thumbs, FileSource("nowhere.jsonl"))
     with pytest.raises(ConfigurationError, match="UniformUserModel has no rows of users"):
         trained_rows(PersonalizedLM(UniformUserModel(1), CausalLMPolicy(model_path), DPOLoss()))
 
