@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "tasks": LEAVES | STORE | ENTRY | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
     "commands": set(),
     "parser": {"commands"},
-    "training": LEAVES | {"parser", "data", "modules", "callbacks", "guards", "tasks"},
+    "training": LEAVES | {"parser", "data", "user_models", "modules", "callbacks", "guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},
     "__main__": {"cli"},
 }

@@ -22,6 +22,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
+MOST_PAIRS = 4000
 FACTORS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -55,7 +56,7 @@ class Shrinkage:
 
 
 def fit_shrinkage(
-    model: PersonalizedLM, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = 4000
+    model: PersonalizedLM, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = MOST_PAIRS
 ) -> Shrinkage:
     """Try factors on pairs of trained users that they were not trained on.
 
