@@ -189,7 +189,7 @@ def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Pa
     """
     own, generic = (metrics.get(f"val/seen/{name}") for name in ("accuracy", "generic_accuracy"))
     is_trained = len(user_model.row_tables()) > len(user_model.history_tables())
-    if own is None or generic is None or own > generic or not is_trained:
+    if own is None or generic is None or own > generic or not is_trained or last.is_dir():
         return None
     # Not among the run's checkpoints, where `--ckpt_path last` would take it for the newest.
     words = ["shrink", "--checkpoint", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]

@@ -16,6 +16,7 @@ from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_output
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
@@ -50,6 +51,8 @@ def shrink(
     """
     if validation is None and (columns or hash_user_ids_with):
         raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
+    if output is not None:
+        check_output(output, "output")
     content = read_checkpoint(checkpoint, "checkpoint")
     users = UserRows(content)
     users.require_trained(checkpoint)

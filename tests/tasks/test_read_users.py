@@ -129,6 +129,16 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
         encode_users(model, pairs, ("moon",))
 
 
+def test_users_are_read_in_blocks_that_depend_on_no_ones_number_of_pairs(model, pairs, monkeypatch):
+    uneven = select_pairs(pairs, torch.tensor([0, 12, 13, 14, 15]))
+    together = encode_users(model, uneven, ("moon", "nobody", "sun"))
+    blocks, encode = [], "prlhf_lightning.adaptation.encode"
+    monkeypatch.setattr(f"{encode}._PAIRS_AT_ONCE", 4)
+    monkeypatch.setattr(f"{encode}.pooled", lambda policy, block: blocks.append(block) or pooled(policy, block))
+    torch.testing.assert_close(encode_users(model, uneven, ("moon", "nobody", "sun")).rows, together.rows)
+    assert [tuple(block.chosen.ids.shape[:2]) for block in blocks] == [(2, 1), (1, 4)]
+
+
 def test_the_command_adds_users_whom_remove_erases(checkpoint, folder, capsys):
     new = write_votes(folder / "two.jsonl", {"new-1": 6, "new-2": 2})
     command = ["adapt", "--checkpoint", str(checkpoint), "--feedback", str(new)]
