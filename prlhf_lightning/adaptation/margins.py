@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,6 +11,7 @@ from torch.func import functional_call
 
 from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt, Users
 
@@ -46,7 +46,7 @@ class Margins:
         self._batch_size, self._longest = batch_size, vectors + sum(part.mask.shape[1] for part in parts)
         self._every = torch.arange(len(texts.chosen), device=self._device)
         every = torch.ones(len(texts.completion), dtype=torch.bool, device=self._device)
-        with _evaluating(model):
+        with evaluating(model):
             self._reference = self._log_probs(every, None) if model.loss.requires_reference else None
 
     def __call__(self, rows: Tensor, of: Tensor | None = None, only: Tensor | None = None) -> Tensor:
@@ -60,7 +60,7 @@ class Margins:
         """
         margins = rows.new_zeros(len(self._texts.chosen))
         wanted = self._every if only is None else only.to(self._device).nonzero().flatten()
-        with _evaluating(self._model), torch.no_grad():
+        with evaluating(self._model), torch.no_grad():
             if of is not None:
                 of = of.to(self._device)
                 for some in self._batches(wanted, _POSITIONS):
@@ -84,7 +84,7 @@ class Margins:
         """
         of, margins = of.to(self._device), rows.new_zeros(len(self._texts.chosen))
         slopes = rows.new_zeros(len(margins), len(directions))
-        with _evaluating(self._model), torch.enable_grad():
+        with evaluating(self._model), torch.enable_grad():
             for some in self._batches(self._every, _POSITIONS_WITH_GRADIENT):
                 own = {name: table.requires_grad_() for name, table in self._own_tables(rows[of[some]]).items()}
                 found = self._apart(some, own)
@@ -166,17 +166,6 @@ def check_ranks_pairs(model: PersonalizedLM) -> None:
             "and trained ones' rows judged, from pairs and by a loss that ranks pairs, such as DPOLoss; to serve "
             f"new users of this model, train it with their {model.loss.feedback} too."
         )
-
-
-@contextmanager
-def _evaluating(model: PersonalizedLM) -> Iterator[None]:
-    """Without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
