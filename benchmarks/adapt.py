@@ -81,9 +81,9 @@ def gradient_descent(model: PersonalizedLM, pairs: PreferenceBatch, users: int, 
     rows = generic.repeat(users, 1).requires_grad_()
     optimizer = torch.optim.AdamW([rows], lr=3e-2, weight_decay=0.0)
     of_pair = torch.arange(users).repeat_interleave(len(pairs) // users)
-    margins_of = Margins(model, pairs)
+    margins_of, every = Margins(model, pairs), torch.eye(len(generic))
     for _ in range(steps):
-        margins, slopes = margins_of(rows.detach()[of_pair], gradients=True)
+        margins, slopes = margins_of.along(every, rows.detach(), of_pair)
         rows.grad = torch.zeros_like(rows).index_add(0, of_pair, -(-margins).sigmoid()[:, None] * slopes)
         rows.grad /= len(pairs) / users
         optimizer.step()
@@ -117,7 +117,7 @@ def main() -> None:
         found = adapt_users(model, world.pairs(count), new, prior) if count else None
         own = found.rows if found else generic.repeat(args.users, 1)
         utility, well_formed = world.utilities(new, own)
-        accuracy = (margins_of(own[of_held_out])[0] > 0).float().mean()
+        accuracy = (margins_of(own, of_held_out) > 0).float().mean()
         gain = utility - without
         by_count[count] = utility
         print(f"{count} pairs: utility {utility.mean():.3f}, accuracy {accuracy:.3f}", file=sys.stderr, flush=True)

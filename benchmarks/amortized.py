@@ -43,7 +43,7 @@ def main() -> None:
         start = time.perf_counter()
         rows = generic.repeat(args.users, 1) if pairs is None else encode_users(model, pairs, new).rows
         took = (time.perf_counter() - start) / args.users * 1e3
-        accuracy = (margins_of(rows[of_held_out])[0] > 0).float().mean()
+        accuracy = (margins_of(rows, of_held_out) > 0).float().mean()
         utility, well_formed = world.utilities(new, rows)
         gain = utility - without
         print(

@@ -24,9 +24,7 @@ from rich.progress import track
 
 from prlhf_lightning.adaptation import cold_start, fit_prior, select_pairs, trained_rows
 from prlhf_lightning.adaptation.margins import Margins
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.types import PreferenceBatch
@@ -53,8 +51,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     model = load_module(args.checkpoint, "checkpoint").eval()
-    settings = tokenization_of(read_checkpoint(args.checkpoint, "checkpoint"))
-    train, validation = (read_pairs(model, FileSource(path), settings)[0] for path in (args.train, args.validation))
+    train, validation = (read_pairs(model, FileSource(path))[0] for path in (args.train, args.validation))
     known = set(model.vocabulary.ids) if model.vocabulary else set()
     new = set(train.user_ids) - known
     held_out = of_users(validation, new, 100)
@@ -62,8 +59,8 @@ def main() -> None:
     own = of_users(validation, known, 5)
     place = {user_id: number for number, user_id in enumerate(model.vocabulary.ids if model.vocabulary else ())}
     margins_of = Margins(model, own)
-    trained = (margins_of(rows[[place[user_id] for user_id in own.user_ids]])[0] > 0).float().mean()
-    by_generic = (margins_of(generic)[0] > 0).float().mean()
+    trained = (margins_of(rows, torch.tensor([place[user_id] for user_id in own.user_ids])) > 0).float().mean()
+    by_generic = (margins_of(generic) > 0).float().mean()
     prior = None if model.user_model.history_size else fit_prior(model, of_users(train, new, 30), args.kinds)
     curves = [
         cold_start(model, of_users(train, new, 30, draw), held_out, prior=prior, steps=args.steps)

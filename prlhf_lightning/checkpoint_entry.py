@@ -41,11 +41,6 @@ def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
     return UserVocabulary(entry_of(checkpoint)["users"])
 
 
-def tokenization_of(checkpoint: Mapping[str, Any]) -> TokenizationSettings:
-    """Return how text became ids in training; the default settings where a checkpoint does not say."""
-    return settings_of(entry_of(checkpoint).get("tokenization") or {})
-
-
 def settings_of(kept: Mapping[str, Any]) -> TokenizationSettings:
     """Return settings as a checkpoint keeps them, without those that this version does not know."""
     known = {field.name for field in fields(TokenizationSettings)}

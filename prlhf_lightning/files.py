@@ -13,7 +13,7 @@ from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
 from uuid import uuid4
 
-from prlhf_lightning.errors import CheckpointWriteError, PRLHFError
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, PRLHFError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -105,6 +105,26 @@ def check_writable(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=folder).close()
+
+
+def check_output(path: Path, option: str) -> None:
+    """See, before anything is computed, that a file can be written.
+
+    Args:
+        path: The file.
+        option: What the user called it, for messages.
+
+    Raises:
+        ConfigurationError: It can't.
+    """
+    if path.is_dir():
+        raise ConfigurationError(f"{option}: {path} is a folder; name a file.")
+    try:
+        check_writable(path.parent)
+    except OSError as error:
+        raise ConfigurationError(
+            f"{option}: {path} cannot be written ({error.strerror}); name another file."
+        ) from error
 
 
 def partial_of(path: Path) -> Path:

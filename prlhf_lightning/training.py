@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
 
 from prlhf_lightning.callbacks import (
     BestAndLast,
@@ -32,6 +35,7 @@ from prlhf_lightning.parser import Explaining
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
+from prlhf_lightning.user_models import UserModel
 
 _RUNS = "runs"  # where runs go that were not told a folder
 
@@ -124,6 +128,8 @@ class PRLHFCLI(LightningCLI):
         """Say where the checkpoints are, and compare with the vanilla counterpart, if asked to."""
         if checkpoints := kept_by(self.trainer):
             rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
+            if advice := how_to_shrink(self.trainer.callback_metrics, self.model.user_model, Path(checkpoints[-1])):
+                rank_zero_info(advice)
         if not self.config.fit.baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
@@ -171,6 +177,27 @@ class PRLHFCLI(LightningCLI):
             super()._set_seed()
         except ValueError as error:
             raise ConfigurationError(f"seed_everything: {error}") from error
+
+
+def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:
+    """Return what to do where users' own rows rank their held-out pairs no better than the generic user does.
+
+    Args:
+        metrics: What the last validation found.
+        user_model: A user model that was trained.
+        last: The checkpoint that was validated last, in its run's folder of checkpoints.
+    """
+    own, generic = (metrics.get(f"val/seen/{name}") for name in ("accuracy", "generic_accuracy"))
+    is_trained = len(user_model.row_tables()) > len(user_model.history_tables())
+    if own is None or generic is None or own > generic or not is_trained or last.is_dir():
+        return None
+    # Not among the run's checkpoints, where `--ckpt_path last` would take it for the newest.
+    words = ["shrink", "--checkpoint", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]
+    return (
+        f"Of the held-out pairs users' own rows rank {own:.3f} right, and the generic user {generic:.3f}: the rows "
+        "have learned nothing yet, or noise. See how far they are to be believed, and draw them to the generic user: "
+        f"python -m prlhf_lightning {shlex.join(words)}"
+    )
 
 
 def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:

@@ -19,7 +19,6 @@ from prlhf_lightning.adaptation import adapt_users, cold_start, encode_users, fi
 from prlhf_lightning.callbacks import UserTable
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.collate import collate
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.guards import CollapseMonitor
 from prlhf_lightning.inference import Generation, PersonalizedWriter
 from prlhf_lightning.losses import DPOLoss, KTOLoss, PreferenceLoss
@@ -170,7 +169,7 @@ def test_random_weights_are_the_same_on_a_gpu_as_on_the_host(model_path, place):
 def test_users_are_learned_on_a_gpu_from_pairs_wherever_they_are(model_path, votes, tmp_path, place):
     module = trained(model_path, votes, tmp_path, place)
     new = FileSource(str(write_votes(tmp_path / "new.jsonl", {"eve": 5, "fay": 4}, seed=5)))
-    pairs = read_pairs(module, new, TokenizationSettings())[0]
+    pairs = read_pairs(module, new)[0]
     for here in (pairs, pairs.to(GPU)):
         adapted = adapt_users(module, here, ["eve", "fay", "nobody"], steps=1)
         assert adapted.std.device == adapted.left_out().device == GPU
@@ -182,14 +181,14 @@ def test_users_are_learned_on_a_gpu_from_pairs_wherever_they_are(model_path, vot
 
 def test_users_are_read_off_their_pairs_on_a_gpu(model_path, votes, tmp_path, place):
     module = trained(model_path, votes, tmp_path, place, AmortizedUserModel(2, 2, 3))
-    pairs = read_pairs(module, FileSource(str(votes)), TokenizationSettings())[0]
+    pairs = read_pairs(module, FileSource(str(votes)))[0]
     assert encode_users(module, pairs).rows.device == GPU
 
 
 def test_writing_for_users_blends_and_new_ones_on_a_gpu(model_path, votes, tmp_path, place):
     module = trained(model_path, votes, tmp_path, place)
     writer = PersonalizedWriter(module.policy.lm, module.policy.tokenizer, module.user_model, module.vocabulary)
-    NewUsers(module, writer, TokenizationSettings())("eve", [json.loads(line) for line in votes.open()][:6])
+    NewUsers(module, writer)("eve", [json.loads(line) for line in votes.open()][:6])
     users, how = ("eve", None, {"ann": 0.5, "bob": 0.5}), ({}, {"temperature": 1.0, "top_p": 0.8, "seed": 1})
     asked = [
         Generation("the cat", user, strength=strength, max_new_tokens=2 + len(more), **more)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from prlhf_lightning.cli import main
+from prlhf_lightning.training import how_to_shrink
+from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
 
 
 @pytest.fixture(autouse=True)
@@ -98,6 +103,32 @@ def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(set
         main([*settings, "--model.policy.model", "elsewhere", "--ckpt_path", "last", "--trainer.max_steps", "2"])
 
 
+def test_rows_that_are_no_better_than_the_generic_user_end_a_run_with_what_to_do(settings, tmp_path, caplog, capsys):
+    main([*settings, "--trainer.max_steps", "-1", "--model.optim.user_lr", "1e-12"])  # so that both rank alike
+    (advice,) = [line for line in caplog.messages if "prlhf_lightning shrink" in line]
+    main(shlex.split(advice.partition("prlhf_lightning ")[2]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Written to runs/version_0/shrunk.ckpt, with rows" in said
+    (tmp_path / "runs/version_0/config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"validation: no config\.yaml beside .* says what its run held out"):
+        main(["shrink", "--checkpoint", "runs/version_0/checkpoints/last.ckpt"])
+    with pytest.raises(SystemExit, match="columns, hash_user_ids_with: they are about a file"):
+        main(["shrink", "--checkpoint", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
+
+
+def test_shrinking_is_advised_where_trained_rows_gain_nothing_and_nowhere_else():
+    users, last = IndividualUserModel(1), Path("a run/checkpoints/last.ckpt")
+    users.build(3, torch.randn(4, 8))
+    found = {"val/seen/accuracy": torch.tensor(0.6), "val/seen/generic_accuracy": torch.tensor(0.62)}
+    words = "shrink --checkpoint 'a run/checkpoints/last.ckpt' --output 'a run/shrunk.ckpt'"
+    assert how_to_shrink(found, users, last).endswith(words)
+    assert how_to_shrink(found | {"val/seen/accuracy": torch.tensor(0.63)}, users, last) is None
+    assert how_to_shrink({"val/seen/accuracy": torch.tensor(0.6)}, users, last) is None  # thumbs, or nobody differs
+    read = AmortizedUserModel(1)
+    read.build(3, torch.randn(4, 8))
+    assert how_to_shrink(found, read, last) is None
+
+
 def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path, monkeypatch):
     (tmp_path / "model").symlink_to(model_path)
     main([*settings, "--model.policy.model", "model"])
@@ -116,7 +147,7 @@ def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, 
 
 def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(settings, votes):
     main([*settings, "--model.user_model", "UniformUserModel"])
-    with pytest.raises(SystemExit, match="was trained with UniformUserModel, which keeps nothing of a user"):
+    with pytest.raises(SystemExit, match="holds no trained rows of users, so that there is nothing to learn"):
         main(["adapt", "--checkpoint", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
 
 

@@ -12,7 +12,7 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths", "files", "places"}
+LEAVES = {"types", "errors", "paths", "files", "places", "modes"}
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
 FEEDBACK = {"feedback_log"}
@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "tasks": LEAVES | STORE | ENTRY | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
     "commands": set(),
     "parser": {"commands"},
-    "training": LEAVES | {"parser", "data", "modules", "callbacks", "guards", "tasks"},
+    "training": LEAVES | {"parser", "data", "user_models", "modules", "callbacks", "guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},
     "__main__": {"cli"},
 }

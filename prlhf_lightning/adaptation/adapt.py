@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf_lightning.adaptation.laplace import laplace
-from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows
+from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows, users_in
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
@@ -85,29 +85,50 @@ class Adapted:
         return torch.einsum("kp,bkl,lp->bp", directions, self.covariance, directions).clamp(min=0).sqrt()
 
 
-def trained_rows(model: PersonalizedLM) -> tuple[Tensor, Tensor]:
-    """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side."""
+def trained_rows(model: PersonalizedLM, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side.
+
+    Args:
+        model: A trained model.
+        users: `[U]` rows of the tables, from 1 on; all by default.
+    """
     tables = [table.detach() for table in row_tables(model).values()]
     new = [row.detach()[None] for row in model.user_model.new_rows(tables)]
-    return table_rows(tables)[1:], table_rows(new)[0]
+    return table_rows([table[1:] if users is None else table[users] for table in tables]), table_rows(new)[0]
 
 
-def fit_prior(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8) -> UserPrior:
+def _told_apart(model: PersonalizedLM, first: int | None) -> Tensor:
+    """Return which rows `[U]` of the tables are not those of a new user, as theirs are who were added, not trained."""
+    tables = [table.detach() for table in row_tables(model).values()]
+    differs = [
+        # Some at a time: a table may be as large as the policy.
+        torch.cat([(some != new).flatten(1).any(1) for some in torch.split(table[1:], 1 << 12)])
+        for table, new in zip(tables, model.user_model.new_rows(tables), strict=True)
+    ]
+    return 1 + torch.stack(differs).any(0)[:first].nonzero().flatten()
+
+
+def fit_prior(
+    model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8, first: int | None = None
+) -> UserPrior:
     """Fit what is known of a new user to the trained ones; once for a model is enough.
+
+    Users who have the row of a new one, as they were added and not trained, are no evidence of what users are like.
 
     Args:
         model: A trained model.
         pairs: Some pairs like those that new users will judge; who preferred which is not looked at.
         kinds: As in `UserPrior.fit`; each costs every new user a pass over their pairs.
         rank: As in `UserPrior.fit`.
+        first: Go by so many users, who come first in the tables; by default by all.
     """
     if kinds < 1 or rank < 1:
         raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
-    rows, generic = trained_rows(model)
-    some = rows[torch.from_numpy(spread(len(rows), _USERS))]
+    users = _told_apart(model, first)
+    rows, generic = trained_rows(model, users[torch.from_numpy(spread(len(users), _USERS))])
     margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
-    judgements = [margins_of(row)[0].sigmoid() for row in some] or [rows.new_zeros(0)]
-    return UserPrior.fit(some, generic, torch.stack(judgements)[: len(some)], kinds, rank)
+    judgements = [margins_of(row).sigmoid() for row in rows] or [rows.new_zeros(0)]
+    return UserPrior.fit(rows, generic, torch.stack(judgements)[: len(rows)], kinds, rank)
 
 
 def adapt_users(
@@ -129,9 +150,10 @@ def adapt_users(
         batch_size: Pairs in a pass of the policy.
 
     Raises:
-        ConfigurationError: The user model has no rows of users, or the loss ranks no completions.
+        ConfigurationError: The user model has no rows of users, the loss ranks no completions, or a pair is of a user
+            who is not among those that are named.
     """
-    user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
+    user_ids = users_in(pairs, user_ids)
     margins_of = Margins(model, pairs, batch_size)
     prior = fit_prior(model, pairs) if prior is None else prior
     return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, prior.generic.device), margins_of, steps)
@@ -169,7 +191,7 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
         `[N, 1 + K]` margins, 0 where they were not computed, and `[B, 1 + K]` posterior weights.
     """
     first = layout.slot < _FIRST
-    under = torch.stack([margins_of(prior.rows(centre), only=first)[0] for centre in prior.centres], dim=1)
+    under = torch.stack([margins_of(prior.rows(centre), only=first) for centre in prior.centres], dim=1)
 
     def log_joint() -> Tensor:
         # A pair that was not scored has the margin 0 under every kind, which tells none from another.
@@ -178,7 +200,7 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
     likely = log_joint().softmax(1) > _RULED_OUT
     likely[:, 0] = True  # the generic user, to compare with
     for kind, centre in enumerate(prior.centres):
-        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])[0]
+        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])
     return under, log_joint().masked_fill(~likely, -torch.inf).softmax(1)
 
 
@@ -192,9 +214,7 @@ def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins
     centre, std = prior.centres[kind], prior.stds[kind]
     codes = centre
     for _ in range(steps):
-        found, gradients = margins_of(prior.rows(codes)[user], gradients=True)
-        assert gradients is not None
-        slopes = prior.slopes(gradients)
+        found, slopes = margins_of.along(prior.directions, prior.rows(codes), user)
         # As a function of the deviation from the kind's centre in units of its spread, which is N(0, I).
         offsets = found - (slopes * (codes - centre)[user]).sum(1)
         unit = slopes * std[user][:, None]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from prlhf_lightning.adaptation.adapt import adapt_users, fit_prior, trained_rows
-from prlhf_lightning.adaptation.encode import encode_users
+from prlhf_lightning.adaptation.adapt import Adapted, adapt_users, fit_prior, trained_rows
+from prlhf_lightning.adaptation.encode import Encoded, encode_users
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.modules import PersonalizedLM
@@ -58,30 +59,27 @@ def cold_start(
         prior: As in `adapt_users`; not used where the user model reads users off their pairs.
         steps: Likewise.
     """
-    if not model.user_model.history_size:
-        prior = fit_prior(model, pairs) if prior is None else prior
+    if model.user_model.history_size:
+        learn: Callable[..., Encoded | Adapted] = partial(encode_users, model)
+    else:
+        learn = partial(adapt_users, model, prior=fit_prior(model, pairs) if prior is None else prior, steps=steps)
     places = defaultdict(list)
     for place, user_id in enumerate(pairs.user_ids):
         places[user_id].append(place)
     tested = set(held_out.user_ids)
     margins_of = Margins(model, held_out)
     generic_row = trained_rows(model)[1]
-    without = _accuracies(held_out.user_ids, margins_of(generic_row)[0])
+    without = _accuracies(held_out.user_ids, margins_of(generic_row))
     points = []
     for count in counts:
         users = tuple(user_id for user_id, own in places.items() if len(own) >= count and user_id in tested)
         if not users:
             continue
         first = torch.tensor([place for user_id in users for place in places[user_id][:count]], dtype=torch.long)
-        known = select_pairs(pairs, first)
-        if model.user_model.history_size:
-            found_rows = encode_users(model, known, users).rows
-        else:
-            found_rows = adapt_users(model, known, users, prior, steps).rows
-        row_of = dict(zip(users, found_rows, strict=True))
-        rows = torch.stack([row_of.get(user_id, generic_row) for user_id in held_out.user_ids])
-        counted = torch.tensor([user_id in row_of for user_id in held_out.user_ids], device=rows.device)
-        found = _accuracies(held_out.user_ids, margins_of(rows, only=counted)[0])
+        rows = learn(select_pairs(pairs, first), user_ids=users).rows
+        number = {user_id: place for place, user_id in enumerate(users)}
+        of = torch.tensor([number.get(user_id, -1) for user_id in held_out.user_ids], device=rows.device)
+        found = _accuracies(held_out.user_ids, margins_of(rows, of, only=of >= 0))
         gains = torch.tensor([found[user_id] - without[user_id] for user_id in users])
         accuracy, generic = (sum(values[user_id] for user_id in users) / len(users) for values in (found, without))
         spread = float(gains.std()) if len(users) > 1 else float("nan")

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prlhf_lightning.adaptation.margins import table_rows
+from prlhf_lightning.adaptation.margins import table_rows, users_in
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.history import pooled
 from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
+
+_PAIRS_AT_ONCE = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,45 @@ def encode_users(model: PersonalizedLM, pairs: PreferenceBatch, user_ids: Sequen
         user_ids: The users; those of the pairs by default. One without a pair gets the row of a new user.
 
     Raises:
-        ConfigurationError: The user model reads no pairs.
+        ConfigurationError: The user model reads no pairs, or a pair is of a user who is not among those that are named.
     """
     if not model.user_model.history_size:
         raise ConfigurationError(
             f"encode_users: {type(model.user_model).__name__} reads no pairs; learn users' rows with adapt_users."
         )
-    user_ids = tuple(dict.fromkeys(pairs.user_ids)) if user_ids is None else tuple(user_ids)
-    places: dict[str, list[int]] = {user_id: [] for user_id in user_ids}
+    user_ids = users_in(pairs, user_ids)
+    by_user: dict[str, list[int]] = {user_id: [] for user_id in user_ids}
     for place, user_id in enumerate(pairs.user_ids):
-        places[user_id].append(place)
-    tables = [table.detach() for table in model.user_model.row_tables()]
+        by_user[user_id].append(place)
+    places = list(by_user.values())
+    tables = model.user_model.row_tables()
     pairs = pairs.to(tables[0].device)
-    most = max(map(len, places.values()), default=0)
-    index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places.values()], dtype=torch.long)
+    groups = _groups(places)
+    found = [_read(model, pairs, [places[user] for user in group]) for group in groups]
+    back = torch.tensor([user for group in groups for user in group], dtype=torch.long).argsort()
+    new = model.user_model.new_rows(tables)
+    rows = {id(table): row.expand(len(user_ids), *row.shape) for table, row in zip(tables, new, strict=True)}
+    for table, *parts in zip(model.user_model.history_tables(), *found, strict=True):
+        rows[id(table)] = torch.cat(parts)[back]
+    return Encoded(user_ids, table_rows(list(rows.values())))
+
+
+def _groups(places: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Divide users for blocks that have as many pairs a user as the one who has most: those with about as many."""
+    groups: list[list[int]] = [[]]
+    for user in sorted(range(len(places)), key=lambda user: len(places[user])):
+        if groups[-1] and (len(groups[-1]) + 1) * len(places[user]) > _PAIRS_AT_ONCE:
+            groups.append([])
+        groups[-1].append(user)
+    return groups
+
+
+def _read(model: PersonalizedLM, pairs: PreferenceBatch, places: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Return the history rows of users whose pairs stand at `places`."""
+    most = max(map(len, places), default=0)
+    index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places], dtype=torch.long)
     history = pooled(model.policy, PairTokens(*(_block(part, index) for part in (pairs.chosen, pairs.rejected))))
-    new, read = model.user_model.new_rows(tables), model.user_model.history_rows(history)
-    rows = [n.expand(len(user_ids), *n.shape) if r is None else r for n, r in zip(new, read, strict=True)]
-    return Encoded(user_ids, table_rows(rows))
+    return model.user_model.history_rows(history)
 
 
 def _block(tokens: Tokens, index: Tensor) -> Tokens:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -12,11 +11,15 @@ from torch.func import functional_call
 
 from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt
+from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt, Users
 
-# In a pass of the policy, for either completion of its pairs: keys, values and gradients of more might not fit.
-_POSITIONS = 1 << 14
+# In a pass of the policy, for either completion of its pairs. In a model of 8B parameters in 16 bits the keys and
+# values of a position take up to 0.5 MB, and what a backward pass needs of it 6 MB (counted: 46 bytes a layer and
+# number of its width). Passes of so many positions keep a GPU busy all the same.
+_POSITIONS = 1 << 13
+_POSITIONS_WITH_GRADIENT = 1 << 10
 
 
 class Margins:
@@ -32,89 +35,90 @@ class Margins:
     """
 
     def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
-        if model.loss.feedback != "pairs":
-            raise ConfigurationError(
-                f"adapt: {type(model.loss).__name__} takes {model.loss.feedback}, and users can be learned by a loss "
-                "that ranks pairs only."
-            )
+        check_ranks_pairs(model)
         self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device
         self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
         self._model, self._policy = model, model.policy.settled()
-        longest = sum(part.mask.shape[1] for part in (texts.user_text, texts.prompt, texts.completion))
-        self._batch_size = max(1, min(batch_size, _POSITIONS // max(1, longest)))
+        anyone = Users(torch.zeros(1, dtype=torch.long, device=self._device))
+        vectors = model.user_model.generic(anyone).vectors.shape[1]
+        parts = (texts.user_text, texts.prompt, texts.completion)
+        self._batch_size, self._longest = batch_size, vectors + sum(part.mask.shape[1] for part in parts)
+        self._every = torch.arange(len(texts.chosen), device=self._device)
         every = torch.ones(len(texts.completion), dtype=torch.bool, device=self._device)
-        with _evaluating(model):
+        with evaluating(model):
             self._reference = self._log_probs(every, None) if model.loss.requires_reference else None
 
-    def __call__(
-        self, rows: Tensor, gradients: bool = False, only: Tensor | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """Return the margin of each pair, and its gradient by its user's row.
+    def __call__(self, rows: Tensor, of: Tensor | None = None, only: Tensor | None = None) -> Tensor:
+        """Return the margin of each pair, `[N]`.
 
         Args:
-            rows: `[N, p]` each pair's user as numbers of all tables side by side; `[p]` for the same user in all, which
-                takes the less time the more pairs have a prompt or a completion in common.
-            gradients: Compute the gradients as well, at about the price of two more passes.
+            rows: `[R, p]` users as numbers of all tables side by side; `[p]` for the same user in all pairs, which
+                takes the less time the more of them have a prompt or a completion in common.
+            of: `[N]` which of R rows is each pair's.
             only: `[N]` bool, the pairs that are wanted; the others' margins are 0.
-
-        Returns:
-            `[N]` margins, and `[N, p]` gradients or None.
         """
-        with _evaluating(self._model):
-            return self._compute(rows, gradients, only)
+        margins = rows.new_zeros(len(self._texts.chosen))
+        wanted = self._every if only is None else only.to(self._device).nonzero().flatten()
+        with evaluating(self._model), torch.no_grad():
+            if of is not None:
+                of = of.to(self._device)
+                for some in self._batches(wanted, _POSITIONS):
+                    margins[some] = self._apart(some, self._own_tables(rows[of[some]]))
+            elif len(wanted):
+                needed = torch.zeros(len(self._texts.completion), dtype=torch.bool, device=self._device)
+                needed[self._texts.chosen[wanted]] = needed[self._texts.rejected[wanted]] = True
+                scores = self._log_probs(needed, self._own_tables(rows[None]))
+                margins[wanted] = self._margins(self._pair(scores, wanted), wanted)
+        return margins
 
-    def _compute(self, rows: Tensor, gradients: bool, only: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        texts = self._texts
-        count = len(texts.chosen)
-        wanted = torch.ones(count, dtype=torch.bool, device=self._device) if only is None else only.to(self._device)
-        index = wanted.nonzero().flatten()
-        margins = rows.new_zeros(count)
-        slopes = rows.new_zeros(count, rows.shape[-1]) if gradients else None
-        if not len(index):
-            return margins, slopes
-        if rows.dim() == 1 and slopes is None:
-            needed = torch.zeros(len(texts.completion), dtype=torch.bool, device=self._device)
-            needed[texts.chosen[index]] = needed[texts.rejected[index]] = True
-            scores = self._log_probs(needed, self._own_tables(rows[None]))
-            margins[index] = self._margins(self._pair(scores, index), index)
-            return margins, None
-        rows = rows.expand(count, -1)
-        # Pairs of like length side by side, which saves the padding.
-        lengths = texts.completion.mask.sum(1)
-        index = index[torch.maximum(lengths[texts.chosen[index]], lengths[texts.rejected[index]]).argsort(stable=True)]
-        for some in torch.split(index, self._batch_size):
-            margins[some], found = self._apart(some, rows[some], gradients)
-            if slopes is not None and found is not None:
-                slopes[some] = found
+    def along(self, directions: Tensor, rows: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the margin of each pair, `[N]`, and its gradient `[N, k]` as its user's row moves in directions.
+
+        It takes about three times as long as the margins do.
+
+        Args:
+            directions: `[k, p]` by which a row is moved.
+            rows: `[R, p]` users, as above.
+            of: `[N]` which of R rows is each pair's.
+        """
+        of, margins = of.to(self._device), rows.new_zeros(len(self._texts.chosen))
+        slopes = rows.new_zeros(len(margins), len(directions))
+        with evaluating(self._model), torch.enable_grad():
+            for some in self._batches(self._every, _POSITIONS_WITH_GRADIENT):
+                own = {name: table.requires_grad_() for name, table in self._own_tables(rows[of[some]]).items()}
+                found = self._apart(some, own)
+                # Each pair has a row of its own, so that one backward pass gives the gradient of every margin apart.
+                grads = torch.autograd.grad(found.sum(), list(own.values()), allow_unused=True, materialize_grads=True)
+                dense = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
+                margins[some], slopes[some] = found.detach(), table_rows(dense)[1:] @ directions.T
         return margins, slopes
 
-    def _apart(self, index: Tensor, rows: Tensor, gradients: bool) -> tuple[Tensor, Tensor | None]:
-        """Score pairs each under its own row."""
+    def _batches(self, index: Tensor, positions: int) -> Sequence[Tensor]:
+        """Divide pairs for passes of the policy: those of like length side by side, which saves the padding."""
+        texts, lengths = self._texts, self._texts.completion.mask.sum(1)
+        longest = torch.maximum(lengths[texts.chosen[index]], lengths[texts.rejected[index]])
+        return torch.split(index[longest.argsort(stable=True)], self._most(positions)) if len(index) else ()
+
+    def _most(self, positions: int) -> int:
+        """Return how many pairs may be in a pass of so many positions."""
+        return max(1, min(self._batch_size, positions // max(1, self._longest)))
+
+    def _apart(self, index: Tensor, own: dict[str, Tensor]) -> Tensor:
+        """Score the pairs that `index` `[n]` names, each under its own row of tables as `_own_tables` makes them."""
         texts = self._texts
-        # Each pair has a row of its own, so that one backward pass gives the gradient of every margin apart.
-        own = self._own_tables(rows)
-        for table in own.values():
-            table.requires_grad_(gradients)
         completions = [texts.completion.select(part[index]).trimmed() for part in (texts.chosen, texts.rejected)]
-        places = torch.arange(1, len(index) + 1, device=self._device)
-        with torch.set_grad_enabled(gradients):
-            prompts = texts.prompt_of[texts.chosen[index]]
-            visible = self._soft_prompt(prompts, own, places)
-            scored = self._policy.log_probs(texts.prompt.select(prompts).trimmed(), completions, visible)
-            margins = self._margins(PairLogProbs(*scored), index)
-        if not gradients:
-            return margins, None
-        found = torch.autograd.grad(margins.sum(), list(own.values()), allow_unused=True)
-        dense = [torch.zeros_like(t) if g is None else g.to_dense() for g, t in zip(found, own.values(), strict=True)]
-        return margins.detach(), torch.cat([part[1:].flatten(1).float() for part in dense], dim=1)
+        prompts = texts.prompt_of[texts.chosen[index]]
+        visible = self._soft_prompt(prompts, own, torch.arange(1, len(index) + 1, device=self._device))
+        scored = self._policy.log_probs(texts.prompt.select(prompts).trimmed(), completions, visible)
+        return self._margins(PairLogProbs(*scored), index)
 
     @torch.no_grad()
     def _log_probs(self, wanted: Tensor, own: dict[str, Tensor] | None) -> LogProbs:
         """Score completions `[D]` under the only user of `own`, or under the reference; those not wanted get zeros."""
-        texts = self._texts
+        texts, most = self._texts, self._most(_POSITIONS)
         scores = torch.zeros(texts.completion.mask.shape, device=self._device)
-        for completions in texts.groups(wanted, self._batch_size):
+        for completions in texts.groups(wanted, most):
             prompts, prompt_of = torch.unique(texts.prompt_of[completions], return_inverse=True)
             found = (self._policy if own else self._model.policy).log_probs_of_each(
                 texts.prompt.select(prompts).trimmed(),
@@ -122,7 +126,7 @@ class Margins:
                 prompt_of,
                 self._soft_prompt(prompts, own, torch.ones_like(prompts)),
                 reference=own is None,
-                batch_size=2 * self._batch_size,
+                batch_size=2 * most,
             )
             scores[completions, : found.tokens.shape[1]] = found.tokens
         return LogProbs(scores, texts.completion.mask)
@@ -154,21 +158,40 @@ class Margins:
         return chosen - rejected
 
 
-@contextmanager
-def _evaluating(model: PersonalizedLM) -> Iterator[None]:
-    """Without dropout."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def check_ranks_pairs(model: PersonalizedLM) -> None:
+    """Refuse a model whose loss says nothing of which of two completions somebody prefers."""
+    if model.loss.feedback != "pairs":
+        raise ConfigurationError(
+            f"This model was trained on {model.loss.feedback} ({type(model.loss).__name__}). New users are learned, "
+            "and trained ones' rows judged, from pairs and by a loss that ranks pairs, such as DPOLoss; to serve "
+            f"new users of this model, train it with their {model.loss.feedback} too."
+        )
 
 
 def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
     """Return the pairs that `rows` `[n]` names, with their users."""
     users = tuple(pairs.user_ids[row] for row in rows.tolist())
     return replace(pairs.select(rows), user_ids=users, reference_keys=())
+
+
+def users_in(pairs: PreferenceBatch, user_ids: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the users who are asked for, or else those of the pairs.
+
+    Raises:
+        ConfigurationError: There are pairs of others, or a user is named twice.
+    """
+    present = dict.fromkeys(pairs.user_ids)
+    if user_ids is None:
+        return tuple(present)
+    named = dict.fromkeys(user_ids)
+    if missing := [user_id for user_id in present if user_id not in named]:
+        raise ConfigurationError(
+            f"user_ids: {missing[0]!r} has pairs and is not among them (nor are {len(missing) - 1} others). Name all "
+            "who have pairs, or leave the others' pairs out (`select_pairs`)."
+        )
+    if len(named) < len(user_ids):
+        raise ConfigurationError("user_ids: one of them stands there twice; name each user once.")
+    return tuple(named)
 
 
 def table_rows(tables: Sequence[Tensor]) -> Tensor:

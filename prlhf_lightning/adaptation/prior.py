@@ -85,10 +85,6 @@ class UserPrior:
         """Return the rows `[..., p]` of codes `[..., k]`; code 0 gives the generic row, bit by bit."""
         return self.generic + codes @ self.directions
 
-    def slopes(self, gradients: Tensor) -> Tensor:
-        """Return gradients by the code `[n, k]` of gradients by the row `[n, p]`."""
-        return gradients @ self.directions.T
-
 
 def _medoids(distances: Tensor, count: int) -> Tensor:
     """Choose users who stand for all: k-medoids, built greedily and improved by swaps (Kaufman and Rousseeuw 1990).

@@ -39,7 +39,7 @@ def suggest(model: PersonalizedLM, adapted: Adapted, pool: PreferenceBatch, coun
     """
     margins_of = Margins(model, pool)
     prior = adapted.prior
-    under = torch.stack([margins_of(prior.rows(centre))[0] for centre in prior.centres], dim=1)
+    under = torch.stack([margins_of(prior.rows(centre)) for centre in prior.centres], dim=1)
     found = information_gain(adapted.weights, under).topk(min(count, len(pool)), dim=1)
     return found.indices, found.values
 

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf_lightning.adaptation.adapt import trained_rows
-from prlhf_lightning.adaptation.margins import Margins, select_pairs
+from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
+MOST_PAIRS = 4000
 FACTORS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -34,12 +35,14 @@ class Shrinkage:
         log_likelihoods: `[F]` mean over pairs of `log σ(margin)`.
         accuracies: `[F]` share of the pairs that are ranked right.
         pairs: Number of pairs.
+        tables: Names, in the user model, of the tables whose rows are drawn; those that are read off pairs stay.
     """
 
     factors: tuple[float, ...]
     log_likelihoods: Tensor
     accuracies: Tensor
     pairs: int
+    tables: tuple[str, ...]
 
     @property
     def place(self) -> int:
@@ -53,7 +56,7 @@ class Shrinkage:
 
 
 def fit_shrinkage(
-    model: PersonalizedLM, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = 4000
+    model: PersonalizedLM, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = MOST_PAIRS
 ) -> Shrinkage:
     """Try factors on pairs of trained users that they were not trained on.
 
@@ -64,9 +67,11 @@ def fit_shrinkage(
         most: Pairs to look at, spread over all.
 
     Raises:
-        ConfigurationError: There is no pair of a user whom the model knows, or users have no trained rows.
+        ConfigurationError: There is no pair of a user whom the model knows, or these have no trained rows.
     """
-    if model.user_model.history_size:
+    read = {id(table) for table in model.user_model.history_tables()}
+    trained = {name: id(table) not in read for name, table in row_tables(model).items()}
+    if not any(trained.values()):
         raise ConfigurationError(
             f"shrink: {type(model.user_model).__name__} reads users off their pairs; it has no trained rows to shrink."
         )
@@ -75,8 +80,21 @@ def fit_shrinkage(
     if not len(places):
         raise ConfigurationError("shrink: none of these pairs is of a user in the checkpoint; give pairs of its users.")
     places = places[torch.from_numpy(spread(len(places), most))]
-    rows, generic = trained_rows(model)
-    own = rows[known[places].to(rows.device) - 1] - generic
+    users, of = torch.unique(known[places], return_inverse=True)
+    rows, generic = trained_rows(model, users)
+    widths = [table[0].numel() for table in row_tables(model).values()]
+    moves = torch.tensor(list(trained.values())).repeat_interleave(torch.tensor(widths)).to(rows.device)
+    if not (rows != generic)[:, moves].any():
+        raise ConfigurationError(
+            "shrink: all users of these pairs have the row of a new user, as those have who were added and not trained."
+        )
     margins_of = Margins(model, select_pairs(pairs, places))
-    margins = torch.stack([margins_of(generic + factor * own)[0] for factor in factors])
-    return Shrinkage(tuple(factors), F.logsigmoid(margins).mean(1), (margins > 0).float().mean(1), len(places))
+    drawn = (torch.where(moves, torch.lerp(generic, rows, factor), rows) for factor in factors)
+    margins = torch.stack([margins_of(some, of) for some in drawn])
+    return Shrinkage(
+        tuple(factors),
+        F.logsigmoid(margins).mean(1),
+        (margins > 0).float().mean(1),
+        len(places),
+        tuple(name for name, moved in trained.items() if moved),
+    )

@@ -193,7 +193,7 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
 def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | None:
     """Return what to do about a row that lacks a field because it is feedback of another kind."""
     if field in ("chosen", "rejected") and columns.completion in row and columns.label in row:
-        return "the row is a thumb up or down, which another loss takes, such as KTOLoss"
+        return "the row is a thumb up or down, where a pair is needed; to train on thumbs, take a loss such as KTOLoss"
     if field in ("completion", "label") and columns.chosen in row and columns.rejected in row:
         return (
             "the row is a pair, which another loss takes, such as DPOLoss; or write it as two rows, each with one "

@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from prlhf_lightning import checkpoint_files
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import FeedbackRecord, Text
@@ -40,8 +39,7 @@ class RewardJudge(Judge):
             raise ConfigurationError(f"judge: there is no checkpoint {self.checkpoint}; give one that `fit` wrote.")
         content = checkpoint_files.load(self.checkpoint, mmap=True)
         try:
-            settings = tokenization_of(content)
-            model = PersonalizedLM.load_from_checkpoint(self.checkpoint, map_location="cpu", weights_only=True)
+            model = PersonalizedLM.from_content(content)
         except (ConfigurationError, TypeError) as error:
             raise ConfigurationError(f"judge: {self.checkpoint} cannot be loaded: {error}") from error
         if model.loss.feedback != "pairs":
@@ -50,7 +48,7 @@ class RewardJudge(Judge):
                 "preference loss."
             )
         self._model = model.eval().to(self.device)
-        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, settings)
+        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, model.tokenization)
 
     @torch.no_grad()
     def margin(self, prompt: Text, user: Person, a: str, b: str) -> float:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from prlhf_lightning.errors import NonFiniteError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.modules.micro_batch import place_of
 from prlhf_lightning.modules.processes import gather_objects, mean_over_processes
 from prlhf_lightning.policies import Policy
@@ -80,11 +81,9 @@ class FiniteGuard:
             return _error(trainer.global_step, None, advice)
         records = self._of_losses()
         if not records and losses_of is not None:
-            was_training = module.training
-            module.eval()  # so that dropout, and losses that keep a running state, leave the search alone
-            with trainer.precision_plugin.train_step_context():
+            # Dropout, and losses that keep a running state, leave the search alone.
+            with evaluating(module), trainer.precision_plugin.train_step_context():
                 records = self._of_gradients(losses_of, params)
-            module.train(was_training)
         rows = [f"{place_of(trainer, record)} (user {user_id!r})" for record, user_id in records]
         named = [row for part in gather_objects(trainer, rows) for row in part]
         return _error(trainer.global_step, named, advice, searched=losses_of is not None)

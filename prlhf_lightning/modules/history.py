@@ -53,7 +53,7 @@ def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabu
         vocabulary: Whose rows the tables hold.
         data: The data module.
     """
-    tables = user_model.row_tables()
+    tables = user_model.history_tables()
     device = tables[0].device
     is_short = len(vocabulary) < _WORTH_A_BAR or getattr(rank_zero_only, "rank", 0) != 0
     blocks = len(vocabulary) / USERS_AT_ONCE
@@ -61,8 +61,7 @@ def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabu
         rows = vocabulary.rows(user_ids).to(device)
         known = rows > 0  # a checkpoint may not know all of the data's users
         for table, found in zip(tables, user_model.history_rows(pooled(policy, pairs.to(device))), strict=True):
-            if found is not None:
-                table[rows[known]] = found[known].to(table.dtype)
+            table[rows[known]] = found[known].to(table.dtype)
 
 
 def check_histories(user_model: UserModel, loss: PreferenceLoss, data: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,7 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -17,8 +19,9 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from prlhf_lightning import checkpoint_files
-from prlhf_lightning.checkpoint_entry import entry_of, settings_of, users_of
+from prlhf_lightning.checkpoint_entry import KEY, entry_of, settings_of, users_of
 from prlhf_lightning.data.records import Text
+from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
@@ -344,6 +347,11 @@ class PersonalizedLM(LightningModule):
 
     # ---- writing
 
+    @property
+    def tokenization(self) -> TokenizationSettings:
+        """How text became ids in training: as the checkpoint says, or the data module of a fit; the default before."""
+        return settings_of(self._tokenization)
+
     @torch.no_grad()
     def generate(
         self,
@@ -364,8 +372,8 @@ class PersonalizedLM(LightningModule):
         Raises:
             ConfigurationError: There are not as many users, or texts about them, as prompts.
         """
-        settings = settings_of(self._tokenization)
-        tokens, texts = to_tokens(prompt, user_ids, user_text, self.policy.tokenizer, settings, self.device)
+        how = self.policy.tokenizer, self.tokenization
+        tokens, texts = to_tokens(prompt, user_ids, user_text, *how, self.device)
         soft_prompt = self.user_model(self.users(user_ids, texts))
         written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)
         return self._texts(written)
@@ -408,6 +416,22 @@ class PersonalizedLM(LightningModule):
             checkpoint_files.check(Path(checkpoint_path))
         safely = weights_only is not False
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> Self:
+        """Rebuild a model on the CPU, as `load_from_checkpoint` does, of what a checkpoint holds.
+
+        Of tensors that were left on the disk (`checkpoint_files.load` with `mmap`) only the weights are read, and not
+        the optimiser's state, which may be larger.
+
+        Args:
+            content: It is left as it is.
+        """
+        needed = {name: content[name] for name in ("state_dict", KEY) if name in content}
+        parts = copy.deepcopy(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        # Lightning offers this for files only.
+        module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
+        return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and the users whose rows it holds; not the frozen backbone."""

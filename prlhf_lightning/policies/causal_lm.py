@@ -21,6 +21,7 @@ from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
@@ -350,9 +351,7 @@ class CausalLMPolicy(Policy):
         if sampling.temperature > 0:
             how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
-        was_training = self.training
-        self.eval()  # a key-value cache and gradient checkpointing exclude one another
-        try:
+        with evaluating(self):  # a key-value cache and gradient checkpointing exclude one another
             if not self._writes_in_batches:
                 self._check_not_sharded(lm)
                 return write(lm, sequence, sampling, eos)
@@ -367,8 +366,6 @@ class CausalLMPolicy(Policy):
                     synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
                     **how,
                 )
-        finally:
-            self.train(was_training)
         ended_before = (ids == eos).cumsum(1) - (ids == eos).long() > 0
         return Tokens(ids, ~ended_before)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import TopPLogitsWarper
 
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.policies.base import Sampling
 from prlhf_lightning.policies.scoring import arguments, embed, model_inputs
 from prlhf_lightning.policies.sequences import join
@@ -97,14 +98,12 @@ def writes_in_batches(lm: PreTrainedModel) -> bool:
     """Try whether transformers' `generate` takes vectors for a model, and padding at a row's start changes nothing."""
     if "inputs_embeds" not in signature(lm.prepare_inputs_for_generation).parameters:
         return False
-    was_training = lm.training
-    lm.eval()
     tokens = _some_tokens(lm, 2, _TRIED)
     tokens.mask[1, _TRIED // 2 :] = False
     rows = embed(lm, tokens)
-    together = lm(**model_inputs(lm, join([rows], align="right")), use_cache=False).logits[:, -1].float()
-    alone = [lm(inputs_embeds=row[None], use_cache=False).logits[0, -1].float() for row in rows.unpadded()]
-    lm.train(was_training)
+    with evaluating(lm):
+        together = lm(**model_inputs(lm, join([rows], align="right")), use_cache=False).logits[:, -1].float()
+        alone = [lm(inputs_embeds=row[None], use_cache=False).logits[0, -1].float() for row in rows.unpadded()]
     return _are_close(lm, together, torch.stack(alone))
 
 

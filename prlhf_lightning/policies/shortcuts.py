@@ -9,6 +9,7 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.policies.scoring import Shortcuts, arguments, cache_name, embed, model_inputs, score
 from prlhf_lightning.types import SoftPrompt, Tokens
 
@@ -18,10 +19,8 @@ def is_causal(lm: PreTrainedModel) -> bool:
     """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
     tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
-    was_training = lm.training
-    lm.eval()
-    logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
-    lm.train(was_training)
+    with evaluating(lm):
+        logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
     changes = (logits[0] - logits[1]).abs().amax(-1)
     # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
     tolerance = 1e-4 if lm.dtype == torch.float32 else 0.03
@@ -36,23 +35,21 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
     of all positions, or that attend otherwise than a mask tells them, are found out here, whatever they are called.
     """
     before, completions = _few_tokens(lm, lm.device)
-    was_training = lm.training
-    lm.eval()
-    truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
+    with evaluating(lm):
+        truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
 
-    def holds(shortcuts: Shortcuts) -> bool:
-        tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
-        tried = score(lm, before, completions, shortcuts)
-        pairs = zip(truth, tried, strict=True)
-        return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
+        def holds(shortcuts: Shortcuts) -> bool:
+            tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
+            tried = score(lm, before, completions, shortcuts)
+            pairs = zip(truth, tried, strict=True)
+            return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
 
-    # A cap on the logits shows only where they are large, which a few tokens need not be.
-    capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
-    plain = lm.get_output_embeddings() is not None and lm.base_model is not lm and not capped
-    head = plain and holds(Shortcuts(head=True, shared_prompt=False))
-    full = head and _keeps_keys_and_values(lm, before[0])
-    shared = full and holds(Shortcuts(head=True, shared_prompt=True))
-    lm.train(was_training)
+        # A cap on the logits shows only where they are large, which a few tokens need not be.
+        capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
+        plain = lm.get_output_embeddings() is not None and lm.base_model is not lm and not capped
+        head = plain and holds(Shortcuts(head=True, shared_prompt=False))
+        full = head and _keeps_keys_and_values(lm, before[0])
+        shared = full and holds(Shortcuts(head=True, shared_prompt=True))
     return Shortcuts(head, shared, trees=full and _takes_masks(lm) and trees_hold(lm, lm.device))
 
 
@@ -62,12 +59,10 @@ def trees_hold(lm: PreTrainedModel, device: torch.device) -> bool:
     before, completions = _few_tokens(lm, device)
     swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
     padded = Shortcuts(head=True, shared_prompt=False)
-    was_training = lm.training
-    lm.eval()
-    truth = score(lm, before, completions, padded)
-    others = score(lm, swapped, completions, padded)
-    tried = score(lm, before, completions, replace(padded, trees=True), as_trees=True)
-    lm.train(was_training)
+    with evaluating(lm):
+        truth = score(lm, before, completions, padded)
+        others = score(lm, swapped, completions, padded)
+        tried = score(lm, before, completions, replace(padded, trees=True), as_trees=True)
     error, change = (
         torch.stack([(a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True)]).max().item()
         for results in (tried, others)

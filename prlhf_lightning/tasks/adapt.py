@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,13 +13,13 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_output
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module, pick_device
+from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.user_rows import UserRows
@@ -65,70 +66,75 @@ def adapt(
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
+    if pool is not None and not suggest:
+        raise ConfigurationError("suggest: say how many pairs of the pool to name for each user, as `--suggest 5`.")
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
-    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
-    if not model.user_model.row_tables():
+    if output is not None:
+        check_output(output, "output")
+    content = read_checkpoint(checkpoint, "checkpoint")
+    UserRows(content).require_trained(checkpoint)
+    model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
+    if model.user_model.history_size and (suggest or steps):
         raise ConfigurationError(
-            f"checkpoint: {checkpoint} was trained with {type(model.user_model).__name__}, which keeps nothing of a "
-            "user, so that there is nothing to learn of new ones. Train one that does, such as IndividualUserModel."
+            f"suggest, steps: {type(model.user_model).__name__} reads users off their pairs, which takes no steps and "
+            "does not tell what to ask; leave both out."
         )
-    settings = tokenization_of(read_checkpoint(checkpoint, "checkpoint"))
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     source = hashed(source, hash_user_ids_with)
     leave_out = model.vocabulary.ids if (from_log or skip_known) and model.vocabulary else ()
     left_out: set[str] = set()
-    pairs, _ = read_pairs(model, source, settings, leave_out, left_out=left_out)
+    pairs, _ = read_pairs(model, source, leave_out, left_out=left_out)
     known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
     if known:
         raise ConfigurationError(
             f"feedback: {known[0]!r} is in this checkpoint already. Leave known users' rows out with "
             "`--skip_known true`, or remove the user first (`users remove`)."
         )
-    console, start = Console(), time.perf_counter()
+    console = Console()
     if left_out:
         console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
-    if model.user_model.history_size:
-        _read_users(model, pairs, console, checkpoint, output, suggest or steps)
-        return
-    with console.status("Learning the new users"):
-        adapted = adapt_users(model, pairs, prior=fit_prior(model, pairs, kinds), steps=steps)
-    console.print(_table(adapted))
-    console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
-    if pool is not None and suggest:
-        with console.status("Choosing what to ask"):
-            asked = read_pairs(model, FileSource(pool, columns=columns), settings, anyone=True)
-            _print_suggestions(model, adapted, *asked, suggest)
+    reads = model.user_model.history_size > 0
+    found = _read(model, pairs, console) if reads else _learn(model, pairs, kinds, steps, console)
     if output is not None:
-        write_users(checkpoint, output, adapted)
+        write_users(content, output, found)
         console.print(f"Added to {output}")
+    if pool is not None and isinstance(found, Adapted):
+        with console.status("Choosing what to ask"):
+            asked = read_pairs(model, FileSource(pool, columns=columns), anyone=True, option="pool")
+            _print_suggestions(model, found, *asked, suggest)
 
 
-def _read_users(
-    model: PersonalizedLM, pairs: PreferenceBatch, console: Console, checkpoint: Path, output: Path | None, more: int
-) -> None:
-    if more:
-        raise ConfigurationError(
-            f"suggest, steps: {type(model.user_model).__name__} reads users off their pairs, which takes no steps and "
-            "does not tell what to ask; leave both out."
-        )
+def _read(model: PersonalizedLM, pairs: PreferenceBatch, console: Console) -> Encoded:
     encoded = encode_users(model, pairs)
     console.print(f"{len(encoded.user_ids)} users read off {len(pairs)} pairs")
-    if output is not None:
-        write_users(checkpoint, output, encoded)
-        console.print(f"Added to {output}")
+    return encoded
 
 
-def write_users(checkpoint: Path, output: Path, users: Adapted | Encoded) -> None:
-    """Write a copy of a checkpoint with new users in it; all that was there stays as it was, bit by bit.
+def _learn(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int, steps: int, console: Console) -> Adapted:
+    start = time.perf_counter()
+    with console.status("Learning the new users"):
+        prior = fit_prior(model, pairs, kinds)
+        if not prior.rank:
+            raise ConfigurationError(
+                "checkpoint: none of its users has a row that differs from a new user's, so that nothing is known of "
+                "what users are like. Train on users' pairs first."
+            )
+        adapted = adapt_users(model, pairs, prior=prior, steps=steps)
+    console.print(_table(adapted))
+    console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
+    return adapted
+
+
+def write_users(content: dict[str, Any], output: Path, users: Adapted | Encoded) -> None:
+    """Write a checkpoint with new users in it; all that was there stays as it was, bit by bit.
 
     Args:
-        checkpoint: The checkpoint of the model by which the users were learned or read.
+        content: What the checkpoint holds of the model by which the users were learned or read; changed.
         output: The file to write.
         users: The new users.
     """
-    content = read_checkpoint(checkpoint, "checkpoint")
     rows = UserRows(content)
     rows.add(users.user_ids)
     rows.set_last(users.rows)
@@ -141,14 +147,15 @@ def _table(adapted: Adapted) -> Table:
         table.add_column(name, justify="left" if name == "user" else "right")
     hits, generic = (adapted.left_out() > 0.5).float(), (adapted.under[:, 0] > 0).float()
     sums = hits.new_zeros(2, len(adapted.user_ids)).index_add(1, adapted.users, torch.stack([hits, generic]))
+    uncertainty = adapted.uncertainty.tolist()
     for place, user_id in enumerate(adapted.user_ids[:_SHOWN]):
         count = int(adapted.counts[place])
         shown = [f"{value / count:.2f}" if count >= _LEAST_FOR_ACCURACY else "-" for value in sums[:, place].tolist()]
-        table.add_row(printable(user_id), str(count), *shown, f"{adapted.uncertainty[place]:.2f}")
+        table.add_row(printable(user_id), str(count), *shown, f"{uncertainty[place]:.2f}")
     if (total := int(adapted.counts.sum())) and len(adapted.user_ids) > 1:
         shown = [f"{value / total:.2f}" for value in sums.sum(1).tolist()]
         table.add_section()
-        table.add_row(f"all {len(adapted.user_ids)}", str(total), *shown, f"{adapted.uncertainty.mean():.2f}")
+        table.add_row(f"all {len(adapted.user_ids)}", str(total), *shown, f"{sum(uncertainty) / len(uncertainty):.2f}")
     return table
 
 

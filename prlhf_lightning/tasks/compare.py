@@ -14,6 +14,7 @@ from torch import Tensor
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.simulation.users import SimulatedUser
 from prlhf_lightning.files import write_whole
+from prlhf_lightning.modes import evaluating
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
 
@@ -49,15 +50,13 @@ def write(
         source: Where the users come from, who may say something about themselves.
         sampling: How to draw; the model's own settings by default.
     """
-    was_training = module.training
-    module.eval()
     answers: list[str] = []
-    for start in range(0, len(requests), _BATCH):
-        users, prompts = zip(*requests[start : start + _BATCH], strict=True)
-        ids = [data.known_as(user.user_id) for user in users]
-        texts = [user.stated_preference() for user in users] if source.user_text else None
-        answers += module.generate(data.encode_prompts(prompts).to(module.device), ids, texts, sampling)
-    module.train(was_training)
+    with evaluating(module):
+        for start in range(0, len(requests), _BATCH):
+            users, prompts = zip(*requests[start : start + _BATCH], strict=True)
+            ids = [data.known_as(user.user_id) for user in users]
+            texts = [user.stated_preference() for user in users] if source.user_text else None
+            answers += module.generate(data.encode_prompts(prompts).to(module.device), ids, texts, sampling)
     return answers
 
 

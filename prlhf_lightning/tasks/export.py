@@ -6,13 +6,13 @@ import copy
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
@@ -21,7 +21,7 @@ from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
 from prlhf_lightning.tasks.model_card import is_card, model_card
-from prlhf_lightning.tasks.models import load_module
+from prlhf_lightning.tasks.models import module_of
 
 # What an export may leave that the next one does not replace.
 _LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]
@@ -52,7 +52,8 @@ def export(
             made without loading the model.
         peft_users: Also write a PEFT prompt-tuning folder for each user (true), or for those whose ids are given.
     """
-    module = load_module(checkpoint, "checkpoint")
+    content = read_checkpoint(checkpoint, "checkpoint")
+    module = module_of(content, checkpoint, "checkpoint")
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(
@@ -66,7 +67,7 @@ def export(
     if missing := [user_id for user_id in named if user_id not in module.vocabulary]:
         raise ConfigurationError(f"peft_users: {missing[0]!r} is not in this checkpoint; `users list` shows who is.")
     _clear(folder)
-    card = model_card(checkpoint, read_checkpoint(checkpoint, "checkpoint"), adapters, users, user_vectors).encode()
+    card = model_card(checkpoint, content, adapters, users, user_vectors).encode()
     write_whole(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
     _write_lm(policy, folder, adapters)
     write_whole(folder / "README.md", card)  # again, as PEFT writes a card of its own
@@ -78,7 +79,7 @@ def export(
                 write_token_embeddings(folder, policy)
             if peft_users:
                 write_peft_users(folder, policy, module.user_model, module.vocabulary, named)
-        _write_personal_part(folder, checkpoint, module, policy)
+        _write_personal_part(folder, content["hyper_parameters"]["user_model"], module, policy)
     rank_zero_info(f"The model is in {folder}")
 
 
@@ -124,16 +125,15 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
     policy.tokenizer.save_pretrained(folder)
 
 
-def _write_personal_part(folder: Path, checkpoint: Path, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
-    content = read_checkpoint(checkpoint, "checkpoint")
+def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
     weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
     write_whole(folder / WEIGHTS, safetensors_bytes(weights))
     ids = list(module.vocabulary.ids) if module.vocabulary else []
     write_whole(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False).encode() + b"\n")
     settings = settings_json(
         policy.name.rpartition("/")[2].removeprefix("builtin:"),
-        content["hyper_parameters"]["user_model"],
-        tokenization_of(content),
+        user_model,
+        module.tokenization,
         base=policy.name,
         base_dtype=str(policy.lm.dtype).removeprefix("torch."),
     )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
@@ -21,13 +22,24 @@ def load_module(path: str | Path, option: str) -> PersonalizedLM:
         path: A checkpoint that the command line trained.
         option: What the user called the path, for messages.
     """
-    if "policy" not in read_checkpoint(path, option).get("hyper_parameters", {}):
+    return module_of(read_checkpoint(path, option), path, option)
+
+
+def module_of(content: Mapping[str, Any], path: str | Path, option: str) -> PersonalizedLM:
+    """Rebuild the model of a checkpoint that has been read.
+
+    Args:
+        content: What `read_checkpoint` returned; it is left as it is.
+        path: Where it was.
+        option: What the user called the path, for messages.
+    """
+    if "policy" not in content.get("hyper_parameters", {}):
         raise ConfigurationError(
             f"{option}: {path} does not say which user model, policy and loss it holds, as checkpoints of `fit` do. Of "
             "a module built in code, load it there: PersonalizedLM.load_from_checkpoint(path, user_model=..., "
             "policy=..., loss=...)."
         )
-    return PersonalizedLM.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+    return PersonalizedLM.from_content(content)
 
 
 def open_writer(path: str | Path, option: str = "model", device: str | torch.device = "cpu") -> PersonalizedWriter:
@@ -66,9 +78,10 @@ def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -
         raise ConfigurationError(
             f"{option}: the policy of {path} is a {type(policy).__name__}; only CausalLMPolicy can be written with."
         )
-    tokenization = tokenization_of(read_checkpoint(path, option))
     name = policy.name.rpartition("/")[2].removeprefix("builtin:")
-    return PersonalizedWriter(policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, tokenization)
+    return PersonalizedWriter(
+        policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, module.tokenization
+    )
 
 
 def pick_device(device: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
@@ -24,12 +24,11 @@ class NewUsers:
     Args:
         model: A trained model.
         writer: Writes with the same policy and user model.
-        settings: How texts became ids in training.
     """
 
-    def __init__(self, model: PersonalizedLM, writer: PersonalizedWriter, settings: TokenizationSettings) -> None:
+    def __init__(self, model: PersonalizedLM, writer: PersonalizedWriter) -> None:
         self._model, self._writer = model, writer
-        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, settings)
+        self._tokenize = FeedbackTokenizer(model.policy.tokenizer, model.tokenization)
         self._trained = writer.vocabulary
         self._prior: UserPrior | None = None
         self._fitted_on = 0
@@ -54,15 +53,8 @@ class NewUsers:
     def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:
         """Return what is known of a new user, told by the pairs of whoever had the most so far, until they suffice."""
         if self._prior is None or self._fitted_on < min(len(pairs), _ENOUGH):
-            tables = self._model.user_model.row_tables()
-            whole = [table.data for table in tables]
-            for table in tables:
-                table.data = table.data[: len(self._trained)]  # those who were learned here are no evidence
-            try:
-                self._prior, self._fitted_on = fit_prior(self._model, pairs), len(pairs)
-            finally:
-                for table, data in zip(tables, whole, strict=True):
-                    table.data = data
+            trained = len(self._trained) - 1  # those who were learned here, and come after them, are no evidence
+            self._prior, self._fitted_on = fit_prior(self._model, pairs, first=trained), len(pairs)
         return self._prior
 
     def _pairs(self, rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from prlhf_lightning.adaptation.margins import check_ranks_pairs
 from prlhf_lightning.data import DataSource
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.records import Columns, parse_record
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
@@ -17,24 +18,29 @@ from prlhf_lightning.types import PreferenceBatch
 def read_pairs(
     model: PersonalizedLM,
     source: DataSource,
-    settings: TokenizationSettings,
     leave_out: Collection[str] = (),
     anyone: bool = False,
     left_out: set[str] | None = None,
+    option: str = "feedback",
 ) -> tuple[PreferenceBatch, list[str]]:
     """Read and tokenise the pairs of a source.
 
     Args:
-        model: Whose tokenizer is used.
+        model: Texts become ids as they did in its training.
         source: Its rows of training are read.
-        settings: How texts became ids in training.
         leave_out: Users whose rows are passed over.
         anyone: Whether rows may do without a user.
         left_out: Takes up the users whose rows were passed over.
+        option: What the user called the source, for messages.
 
     Returns:
         The pairs, and where each stands.
+
+    Raises:
+        ConfigurationError: There is no pair, or the model was trained on feedback of another kind.
+        FeedbackFormatError: A row is no pair.
     """
+    check_ranks_pairs(model)  # before rows are said to lack what such a model has no use for
     columns = Columns.from_mapping(source.columns)
     blank: Mapping[str, Any] = {columns.user_id: "anyone"} if anyone else {}
     unwanted, passed_over = frozenset(leave_out), set[str]() if left_out is None else left_out
@@ -47,8 +53,9 @@ def read_pairs(
             wheres.append(where)
             rows.append({**blank, **row})
     if not rows:
-        raise ConfigurationError("feedback: there is no row of a new user in it; give one pair or more.")
-    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, settings), rows, wheres, columns)
+        whose = " of a new user" if passed_over else ""
+        raise ConfigurationError(f"{option}: there is no row{whose} in it; give one pair or more.")
+    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, model.tokenization), rows, wheres, columns)
     if found is None:
         raise ConfigurationError(
             f"{wheres[0]} and all other rows: both completions are the same tokens once they are cut."

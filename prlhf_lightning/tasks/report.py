@@ -10,16 +10,14 @@ import torch
 from lightning.pytorch import seed_everything
 from rich.progress import Progress
 
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.progress import bars
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import check_writable
+from prlhf_lightning.files import check_output
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module, pick_device
 from prlhf_lightning.tasks.report_answers import (
     OWN,
@@ -89,11 +87,11 @@ def report(
             raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
     if not 0 <= seed < 2**32:
         raise ConfigurationError(f"seed is {seed}; it must be at least 0 and below 2**32.")
-    _check_writable(out)
+    check_output(out, "out")
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
     module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
-    whose = data_of(left, data, module, tokenization_of(read_checkpoint(checkpoint, "checkpoint")))
+    whose = data_of(left, data, module)
     without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
     named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
     found = Findings(
@@ -131,16 +129,6 @@ def report(
     page_of(found).write(out)
     print(in_words(found))
     print(f"The page: {out}")
-
-
-def _check_writable(out: Path) -> None:
-    """Refuse a page that cannot be written, before anything is computed."""
-    if out.is_dir():
-        raise ConfigurationError(f"out: {out} is a folder; name a file, as {out / 'report.html'}.")
-    try:
-        check_writable(out.parent)
-    except OSError as error:
-        raise ConfigurationError(f"out: {out} cannot be written ({error.strerror}); name another file.") from error
 
 
 def _score_pairs(

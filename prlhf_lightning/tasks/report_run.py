@@ -13,7 +13,6 @@ import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
 
 from prlhf_lightning.data import DataSource, PreferenceDataModule
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.modules import PersonalizedLM
 
@@ -65,16 +64,13 @@ def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
     )
 
 
-def data_of(
-    run: Run, source: DataSource | None, module: PersonalizedLM, tokenization: TokenizationSettings
-) -> PreferenceDataModule | None:
+def data_of(run: Run, source: DataSource | None, module: PersonalizedLM) -> PreferenceDataModule | None:
     """Return the data that a model was trained on, or None where nobody says which.
 
     Args:
         run: Whose `config.yaml` says so.
         source: Other data, to be handled by the run's settings, or, without a run, by the checkpoint's.
         module: Whose tokenizer and kind of feedback they need.
-        tokenization: The checkpoint's.
 
     Raises:
         ConfigurationError: The settings cannot be read.
@@ -83,7 +79,7 @@ def data_of(
     if path and path.is_file():
         data = _configured(path, source, module)
     elif source is not None:
-        data = PreferenceDataModule(source, feedback=module.loss.feedback, **asdict(tokenization))
+        data = PreferenceDataModule(source, feedback=module.loss.feedback, **asdict(module.tokenization))
     else:
         return None
     data.tokenizer = module.policy.tokenizer

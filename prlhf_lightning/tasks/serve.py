@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prlhf_lightning.checkpoint_entry import tokenization_of
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.serving.settings import Limits
-from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module, open_writer, pick_device, writer_of
 from prlhf_lightning.tasks.new_users import NewUsers
 
@@ -83,7 +81,7 @@ def serve(
         if adapt:
             module = load_module(model, "model").to(place).eval()
             writer = writer_of(module, model)
-            learner = NewUsers(module, writer, tokenization_of(read_checkpoint(model, "model")))
+            learner = NewUsers(module, writer)
         else:
             writer, learner = open_writer(model, device=place), None
         writer.name = name or writer.name

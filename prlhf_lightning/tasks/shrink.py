@@ -9,18 +9,26 @@ from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
-from prlhf_lightning.checkpoint_entry import tokenization_of
+from prlhf_lightning.adaptation.margins import check_ranks_pairs
+from prlhf_lightning.adaptation.shrinkage import MOST_PAIRS
 from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.privacy import hashed
+from prlhf_lightning.data.splits import spread
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_output
+from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module, pick_device
+from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
+from prlhf_lightning.tasks.report_run import data_of, open_run
 from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.types import PreferenceBatch
 
 
 def shrink(
     checkpoint: Path,
-    validation: Path,
+    validation: Path | None = None,
     output: Path | None = None,
     columns: dict[str, str] | None = None,
     hash_user_ids_with: str | None = None,
@@ -34,24 +42,50 @@ def shrink(
 
     Args:
         checkpoint: A checkpoint of `fit`.
-        validation: Pairs of its users that they were not trained on, in any format that training reads.
+        validation: Pairs of its users that they were not trained on, in any format that training reads; by default
+            those that its run held out, as the run's `config.yaml` says.
         output: The checkpoint to write; nothing is written if none is given.
         columns: Names of the file's columns that differ from the fields', as in `{user_id: worker}`.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
     """
-    model = load_module(checkpoint, "checkpoint").to(pick_device(device))
+    if validation is None and (columns or hash_user_ids_with):
+        raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
+    if output is not None:
+        check_output(output, "output")
     content = read_checkpoint(checkpoint, "checkpoint")
-    source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
-    pairs, _ = read_pairs(model, source, tokenization_of(content))
+    users = UserRows(content)
+    users.require_trained(checkpoint)
+    model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
+    if validation is None:
+        pairs = _held_out(checkpoint, model)
+    else:
+        source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
+        pairs, _ = read_pairs(model, source, option="validation")
     console = Console()
     with console.status("Trying factors"):
         found = fit_shrinkage(model, pairs)
     console.print(_table(found))
     if output is not None:
-        UserRows(content).shrink(found.best)
+        users.shrink(found.best, [f"user_model.{name}" for name in found.tables])
         checkpoint_files.save(content, output)
-        console.print(f"Written to {output}, with rows {found.best:g} times as far from the generic user")
+        how = f"rows {found.best:g} times as far from the generic user" if found.best < 1 else "rows as they were"
+        console.print(f"Written to {output}, with {how}")
+
+
+def _held_out(checkpoint: Path, model: PersonalizedLM) -> PreferenceBatch:
+    """Return pairs that the run of a checkpoint was validated on, spread over all of those of trained users."""
+    check_ranks_pairs(model)
+    data = data_of(open_run(checkpoint), None, model)
+    if data is None:
+        raise ConfigurationError(
+            f"validation: no config.yaml beside {checkpoint} says what its run held out; name a file of pairs that it "
+            "was not trained on."
+        )
+    pairs = data.evaluation_pairs("seen")
+    if pairs is None:
+        raise ConfigurationError("validation: the run held out no pairs of its users; name a file of such pairs.")
+    return collate(pairs.__getitems__(spread(len(pairs), MOST_PAIRS).tolist()))
 
 
 def _table(found: Shrinkage) -> Table:

@@ -5,7 +5,8 @@ Works on what a checkpoint holds, without its model: the checkpoint names the ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -109,11 +110,25 @@ class UserRows:
         for table, part in zip(self.tables.values(), parts, strict=True):
             table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table)
 
-    def shrink(self, factor: float) -> None:
-        """Draw every user's rows to those of a new user: to `factor` times the distance."""
+    def shrink(self, factor: float, names: Collection[str]) -> None:
+        """Draw every user's rows to those of a new user: to `factor` times the distance.
+
+        Args:
+            factor: In [0, 1].
+            names: Of the tables that it is done in.
+        """
         new = dict(zip(self.tables, self.new_rows(), strict=True))
-        for name, table in self.tables.items():
+        for name in names:
+            table = self.tables[name]
             table[1:] = torch.lerp(new[name].expand_as(table[1:]), table[1:], factor)  # exact at 0 and 1
+
+    def require_trained(self, path: Path) -> None:
+        """Refuse a checkpoint without trained rows of users: its user model has none, or training left them alone."""
+        if not self.tables:
+            raise ConfigurationError(
+                f"checkpoint: {path} holds no trained rows of users, so that there is nothing to learn of new ones, or "
+                "to shrink. Train a user model that keeps something of a user, such as IndividualUserModel."
+            )
 
     def _replace(self, of_table: Callable[[Tensor, str], Tensor], of_state: Callable[[Tensor], Tensor]) -> None:
         for name, table in self.tables.items():

@@ -64,7 +64,11 @@ class AmortizedUserModel(UserModel):
         """Return `h`."""
         return [self.histories.weight]
 
-    def history_rows(self, history: History) -> list[Tensor | None]:
+    def history_tables(self) -> list[Tensor]:
+        """Return `h`."""
+        return self.row_tables()
+
+    def history_rows(self, history: History) -> list[Tensor]:
         """Return `h_u` of each history."""
         return [self._sums(history)]
 

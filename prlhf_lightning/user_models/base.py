@@ -66,16 +66,21 @@ class UserModel(nn.Module, ABC):
         """
         return [table[0] for table in tables]
 
-    def history_rows(self, history: History) -> list[Tensor | None]:
-        """Return, in the order of `row_tables`, what pairs say that users' rows are: `[B, ...]`, or None if nothing.
+    def history_tables(self) -> list[Tensor]:
+        """Return those of `row_tables` that are filled from the users' training pairs, instead of trained.
 
-        A model with a `history_size` has at least one such table. It is filled from the users' training pairs, and is
-        what the model goes by where `Users.history` is not given, as it is in training only.
+        A model with a `history_size` has one or more. They are what it goes by where `Users.history` is not given, as
+        it is in training only.
+        """
+        return []
+
+    def history_rows(self, history: History) -> list[Tensor]:
+        """Return what pairs say that users' rows of the `history_tables` are, `[B, ...]` each, in their order.
 
         Args:
             history: Pairs of B users.
         """
-        return [None for _ in self.row_tables()]
+        return []
 
     def share_tables(self) -> list[Tensor]:
         """Return those of `row_tables` whose rows are weights before a softmax, to be shown as shares."""

@@ -49,7 +49,11 @@ class CompositeUserModel(UserModel):
         left = iter(tables)
         return [row for part in self._models for row in part.new_rows(list(islice(left, len(part.row_tables()))))]
 
-    def history_rows(self, history: History) -> list[Tensor | None]:
+    def history_tables(self) -> list[Tensor]:
+        """Return those of all parts."""
+        return [table for part in self._models for table in part.history_tables()]
+
+    def history_rows(self, history: History) -> list[Tensor]:
         """Return each part's rows for its own tables."""
         return [rows for part in self._models for rows in part.history_rows(history)]
 

@@ -195,7 +195,7 @@ def test_a_bad_thumb_is_refused_by_place_field_and_fix(bad, message):
 
 
 def test_a_thumb_among_pairs_is_called_one():
-    with pytest.raises(FeedbackFormatError, match="'chosen' is missing: the row is a thumb up or down, which another"):
+    with pytest.raises(FeedbackFormatError, match="'chosen' is missing: the row is a thumb up or down, where a"):
         parse_record(thumb(), "f:1")
 
 

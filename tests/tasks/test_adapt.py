@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from devices import PretendedGPU
 from lightning.pytorch import Trainer
 from torch.nn import functional as F
 
+from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import (
     Margins,
+    Shrinkage,
     UserPrior,
     adapt_users,
     cold_start,
@@ -29,20 +31,20 @@ from prlhf_lightning.adaptation import (
 from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.cli import main
-from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms
-from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.feedback_log import Feedback, FeedbackLog
-from prlhf_lightning.losses import DPOLoss, SFTLoss, SimPOLoss
+from prlhf_lightning.losses import DPOLoss, KTOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks.adapt import write_users
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.models import load_module
+from prlhf_lightning.tasks.models import load_module, module_of
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
+    AmortizedUserModel,
     ClusterUserModel,
     CompositeUserModel,
     IndividualUserModel,
@@ -57,7 +59,6 @@ USER_MODELS = {
     "low rank": lambda: LowRankUserModel(2, 2),
     "composite": lambda: CompositeUserModel([IndividualUserModel(1), TextUserModel(), ClusterUserModel(2, 1)]),
 }
-SETTINGS = TokenizationSettings()
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +91,7 @@ def model(request, model_path, folder):
 
 @pytest.fixture
 def pairs(model, folder):
-    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5)), SETTINGS)[
-        0
-    ]
+    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"long": 9, "short": 6}, seed=5)))[0]
 
 
 def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
@@ -102,6 +101,13 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
     assert found.counts.tolist() == [6, 0, 9]
     nobody = adapt_users(model, select_pairs(pairs, torch.tensor([], dtype=torch.long)), ("nobody",), found.prior)
     assert torch.equal(nobody.rows[0], trained_rows(model)[1])
+
+
+def test_pairs_of_users_who_are_not_named_are_refused_by_name(model, pairs):
+    with pytest.raises(ConfigurationError, match="user_ids: 'long' has pairs and is not among them"):
+        adapt_users(model, pairs, ("short", "nobody"))
+    with pytest.raises(ConfigurationError, match="stands there twice"):
+        adapt_users(model, pairs, ("short", "long", "short"))
 
 
 def test_many_users_at_once_equal_one_by_one(model, pairs):
@@ -117,26 +123,60 @@ def test_many_users_at_once_equal_one_by_one(model, pairs):
 def test_gradients_are_those_of_each_pair_alone(model, pairs):
     margins_of = Margins(model, pairs)
     rows, _ = trained_rows(model)
-    rows = rows[torch.arange(len(pairs)) % len(rows)]
-    _, slopes = margins_of(rows, gradients=True)
-    step = 1e-2 * torch.randn_like(rows)
-    change = (margins_of(rows + step)[0] - margins_of(rows - step)[0]) / 2
-    torch.testing.assert_close(change, (slopes * step).sum(1), atol=2e-4, rtol=0.05)
+    rows = rows[torch.arange(len(pairs)) % len(rows)]  # each pair's own
+    of, directions = torch.arange(len(pairs)), 1e-2 * torch.randn(3, rows.shape[1])
+    margins, slopes = margins_of.along(directions, rows, of)
+    torch.testing.assert_close(margins, margins_of(rows, of))
+    for direction, slope in zip(directions, slopes.T, strict=True):
+        change = (margins_of(rows + direction, of) - margins_of(rows - direction, of)) / 2
+        torch.testing.assert_close(change, slope, atol=2e-4, rtol=0.05)
+
+
+def test_passes_with_gradients_are_bounded_by_their_positions_and_give_the_same(model, pairs, monkeypatch):
+    directions, (rows, _) = torch.randn(2, trained_rows(model)[0].shape[1]), trained_rows(model)
+    of, passes = torch.arange(len(pairs)) % len(rows), []
+    log_probs = CausalLMPolicy.log_probs
+
+    def counting(policy, prompt, completions, soft_prompt):
+        longest = max(part.mask.shape[1] for part in completions)
+        passes.append(len(prompt) * (soft_prompt.mask.shape[1] + prompt.mask.shape[1] + longest))
+        return log_probs(policy, prompt, completions, soft_prompt)
+
+    margins_of = Margins(model, pairs)
+    together = margins_of.along(directions, rows, of)
+    monkeypatch.setattr("prlhf_lightning.adaptation.margins._POSITIONS_WITH_GRADIENT", 50)
+    monkeypatch.setattr(CausalLMPolicy, "log_probs", counting)
+    apart = margins_of.along(directions, rows, of)
+    assert len(passes) > 3
+    assert max(passes) <= 50
+    torch.testing.assert_close(apart, together)
 
 
 def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
-    likes_long = read_pairs(model, FileSource(write_votes(folder / "likes_long.jsonl", {"x": 4})), SETTINGS)[0]
+    likes_long = read_pairs(model, FileSource(write_votes(folder / "likes_long.jsonl", {"x": 4})))[0]
     likes_short = replace(likes_long, chosen=likes_long.rejected, rejected=likes_long.chosen)
     for batch in (pairs, likes_long, likes_short):
         with torch.no_grad():
             (_, generic) = model.objective(batch, every_term=True)[1]
-        found, _ = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
+        found = Margins(model, batch, batch_size=3)(trained_rows(model)[1])
         torch.testing.assert_close(found, generic.margins, atol=1e-4, rtol=1e-4)
+
+
+def test_users_who_were_added_and_not_trained_say_nothing_of_what_users_are_like(model, pairs):
+    expected, tables = fit_prior(model, pairs), model.user_model.row_tables()
+    whole = [table.data for table in tables]
+    for table, new in zip(tables, model.user_model.new_rows(whole), strict=True):
+        table.data = torch.cat([table.data, new.expand(8, *new.shape)])
+    found = fit_prior(model, pairs)
+    for table, data in zip(tables, whole, strict=True):
+        table.data = data
+    torch.testing.assert_close(asdict(found), asdict(expected))
+    assert len(fit_prior(model, pairs, kinds=8, first=2).centres) == 3
 
 
 def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
     found = adapt_users(model, pairs)
-    margins = torch.stack([Margins(model, pairs)(row)[0] for row in found.prior.rows(found.prior.centres)], 1).double()
+    margins = torch.stack([Margins(model, pairs)(row) for row in found.prior.rows(found.prior.centres)], 1).double()
     own = margins[[user_id == "long" for user_id in pairs.user_ids]]
     joint = found.prior.weights.double() * F.logsigmoid(own).sum(0).exp()
     torch.testing.assert_close(found.weights[0].double(), joint / joint.sum(), atol=2e-3, rtol=0)
@@ -149,7 +189,7 @@ def test_the_model_is_left_as_it_was_and_other_rows_are_bit_identical_in_the_fil
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = adapt_users(model, pairs, steps=1)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
-    write_users(folder / "model.ckpt", folder / "with.ckpt", found)
+    write_users(read_checkpoint(folder / "model.ckpt", "checkpoint"), folder / "with.ckpt", found)
     old, new = (read_checkpoint(folder / name, "checkpoint") for name in ("model.ckpt", "with.ckpt"))
     tables = UserRows(old).tables
     for name, weight in old["state_dict"].items():
@@ -178,10 +218,13 @@ def test_what_is_asked_next_tells_at_least_as_much_as_the_rest(model, pairs):
 def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     for user_model, loss, says in (
         (UniformUserModel(1), DPOLoss(), "UniformUserModel has no rows of users"),
-        (IndividualUserModel(1), SFTLoss(), "SFTLoss takes demonstrations"),
+        (IndividualUserModel(1), SFTLoss(), r"trained on demonstrations \(SFTLoss\)"),
     ):
         with pytest.raises(ConfigurationError, match=says):
             Margins(PersonalizedLM(user_model, CausalLMPolicy(model_path), loss), pairs)
+    of_thumbs = PersonalizedLM(IndividualUserModel(1), CausalLMPolicy(model_path), KTOLoss())
+    with pytest.raises(ConfigurationError, match=r"trained on thumbs \(KTOLoss\).* train it with their thumbs too"):
+        read_pairs(of_thumbs, FileSource("nowhere.jsonl"))
     with pytest.raises(ConfigurationError, match="UniformUserModel has no rows of users"):
         trained_rows(PersonalizedLM(UniformUserModel(1), CausalLMPolicy(model_path), DPOLoss()))
 
@@ -191,7 +234,7 @@ def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
 
     def margins_of(row, only):  # under the kind all are wrong from the start, under the generic user from the fifth on
         wrong = torch.full((200,), -9.0) if row else torch.cat([torch.zeros(4), torch.full((196,), -3.0)])
-        return wrong * only, None
+        return wrong * only
 
     layout = _Layout(["ann"], ["ann"] * 200, torch.device("cpu"))
     assert _under_each_kind(prior, layout, margins_of)[1].tolist() == [[1.0, 0.0]]
@@ -213,7 +256,7 @@ def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
 
 def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder):
     users = {f"user{i}": 3 for i in range(8)}
-    pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)), SETTINGS)[0]
+    pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)))[0]
     with torch.no_grad():
         own, generic = (term.margins for term in model.objective(pairs, every_term=True)[1])
     turned = (own < generic)[:, None]
@@ -232,6 +275,27 @@ def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder)
     assert fit_shrinkage(model, labelled(~turned)).best == 0.0
     with pytest.raises(ConfigurationError, match="none of these pairs is of a user in the checkpoint"):
         fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
+
+
+def test_rows_that_are_read_off_pairs_stay_where_trained_ones_are_drawn(model_path, folder):
+    users = CompositeUserModel([IndividualUserModel(1), AmortizedUserModel(1)])
+    module = PersonalizedLM(users, CausalLMPolicy(model_path), DPOLoss())
+    module.vocabulary = UserVocabulary(["ann", "bob"])
+    module.configure_model()
+    votes = write_votes(folder / "both.jsonl", {"ann": 4, "bob": 4})
+    pairs = read_pairs(module.eval(), FileSource(votes))[0]
+    with torch.no_grad():
+        trained, read = users.row_tables()
+        read[1:] = torch.randn_like(read[1:])
+        with pytest.raises(ConfigurationError, match="all users of these pairs have the row of a new user"):
+            fit_shrinkage(module, pairs)
+        trained[1:] = torch.randn_like(trained[1:])
+        found = fit_shrinkage(module, pairs, factors=(1.0, 0.0))
+        assert found.tables == ("parts.0.offsets.weight",)
+        for place, factor in enumerate(found.factors):
+            trained *= factor
+            margins = module.objective(pairs)[1][0].margins
+            assert float(found.log_likelihoods[place]) == pytest.approx(float(F.logsigmoid(margins).mean()), abs=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -274,6 +338,31 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
+    with pytest.raises(SystemExit, match="suggest: say how many pairs of the pool"):
+        main([*command, "--pool", str(new)])
+    with pytest.raises(SystemExit, match=r"output: .* is a folder; name a file"):
+        main([*command, "--output", str(folder)])
+
+
+def test_the_model_is_rebuilt_of_what_is_read_once_and_left_as_it_is(trained_file, folder, monkeypatch):
+    content = read_checkpoint(trained_file, "x")
+    untouched = read_checkpoint(trained_file, "x")
+    module = module_of(content, trained_file, "x")
+    assert content.keys() == untouched.keys()
+    for name in content.keys() - {"state_dict", "optimizer_states"}:
+        assert str(content[name]) == str(untouched[name])
+    other = PersonalizedLM.load_from_checkpoint(trained_file)
+    assert module.vocabulary == other.vocabulary
+    assert module.tokenization == other.tokenization
+    for (name, weight), (other_name, expected) in zip(module.named_parameters(), other.named_parameters(), strict=True):
+        assert name == other_name
+        assert torch.equal(weight, expected)
+    checked = []
+    monkeypatch.setattr(checkpoint_files, "check", checked.append)
+    new, old = (write_votes(folder / f"{user}.jsonl", {user: 2}) for user in ("gus", "user0"))
+    for args in (["adapt", "--feedback", str(new)], ["shrink", "--validation", str(old)]):
+        main([*args, "--checkpoint", str(trained_file), "--output", str(folder / "once.ckpt")])
+    assert checked == [trained_file, trained_file]
 
 
 @pytest.mark.parametrize("command", ["adapt", "shrink"])
@@ -315,6 +404,33 @@ def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_
     assert torch.equal(rows.vectors()[1:], torch.stack([torch.cat([r.flatten() for r in rows.new_rows()])] * 4))
     assert not torch.equal(UserRows(old).vectors(), rows.vectors())
     assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
+
+
+def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(trained_file, folder, capsys, monkeypatch):
+    votes, output, frozen = (
+        write_votes(folder / "any.jsonl", {"user0": 2}),
+        folder / "same.ckpt",
+        folder / "frozen.ckpt",
+    )
+    args = ["shrink", "--validation", str(votes), "--output", str(output), "--checkpoint"]
+    content = read_checkpoint(trained_file, "x")
+    before = UserRows(content).vectors()
+    found = Shrinkage((1.0,), torch.zeros(1), torch.ones(1), 2, ("codes.weight",))
+    monkeypatch.setattr("prlhf_lightning.tasks.shrink.fit_shrinkage", lambda *_: found)
+    main([*args, str(trained_file)])
+    assert "with rows as they were" in " ".join(capsys.readouterr().out.split())
+    assert torch.equal(UserRows(read_checkpoint(output, "x")).vectors(), before)
+    for name in UserRows(content).tables:
+        content["state_dict"][name][1:] = 0.0
+    checkpoint_files.save(content, frozen)
+    with pytest.raises(SystemExit, match=r"none of its users has a row that differs from a new user's"):
+        main(["adapt", "--checkpoint", str(frozen), "--feedback", str(write_votes(folder / "eve.jsonl", {"eve": 1}))])
+    for name in UserRows(content).tables:
+        del content["state_dict"][name]
+    content["prlhf_lightning"]["new_rows"] = {}  # as where training leaves the tables alone
+    checkpoint_files.save(content, frozen)
+    with pytest.raises(SystemExit, match=r"frozen\.ckpt holds no trained rows of users, .* or to shrink"):
+        main([*args, str(frozen)])
 
 
 def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):

@@ -6,7 +6,6 @@ import pytest
 import torch
 from conftest import WORDS
 
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generation, PersonalizedWriter
@@ -37,7 +36,7 @@ def taught(request, model_path):
         for table in users.row_tables():
             table[1:] += torch.randn_like(table[1:])
     writer = PersonalizedWriter(policy.lm, policy.tokenizer, users, module.vocabulary)
-    return writer, NewUsers(module.eval(), writer, TokenizationSettings())
+    return writer, NewUsers(module.eval(), writer)
 
 
 def rows(writer):

@@ -14,7 +14,6 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Margins, cold_start, encode_users, select_pairs, trained_rows
 from prlhf_lightning.cli import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.losses import DPOLoss, KTOLoss, SimPOLoss
@@ -26,8 +25,6 @@ from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
-
-SETTINGS = TokenizationSettings()
 
 
 @pytest.fixture(scope="module")
@@ -72,9 +69,7 @@ def model(checkpoint):
 
 @pytest.fixture
 def pairs(model, folder):
-    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)), SETTINGS)[
-        0
-    ]
+    return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)))[0]
 
 
 def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, pairs):
@@ -83,8 +78,8 @@ def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, 
     assert found.user_ids == ("sun", "moon")
     margins_of = Margins(model, pairs)
     rest = torch.tensor([i for i in range(len(pairs)) if i % 12 >= 4])
-    own = (margins_of(found.rows[torch.arange(24) // 12])[0] > 0).float()[rest].mean()
-    generic = (margins_of(trained_rows(model)[1])[0] > 0).float()[rest].mean()
+    own = (margins_of(found.rows, torch.arange(24) // 12) > 0).float()[rest].mean()
+    generic = (margins_of(trained_rows(model)[1]) > 0).float()[rest].mean()
     assert own > 0.9
     assert generic < 0.7
 
@@ -130,6 +125,18 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
     assert found.rows[[0, 2]].any(dim=1).all()
     none = encode_users(model, select_pairs(pairs, torch.tensor([], dtype=torch.long)), ("nobody",))
     assert not none.rows.any()
+    with pytest.raises(ConfigurationError, match="user_ids: 'sun' has pairs and is not among them"):
+        encode_users(model, pairs, ("moon",))
+
+
+def test_users_are_read_in_blocks_that_depend_on_no_ones_number_of_pairs(model, pairs, monkeypatch):
+    uneven = select_pairs(pairs, torch.tensor([0, 12, 13, 14, 15]))
+    together = encode_users(model, uneven, ("moon", "nobody", "sun"))
+    blocks, encode = [], "prlhf_lightning.adaptation.encode"
+    monkeypatch.setattr(f"{encode}._PAIRS_AT_ONCE", 4)
+    monkeypatch.setattr(f"{encode}.pooled", lambda policy, block: blocks.append(block) or pooled(policy, block))
+    torch.testing.assert_close(encode_users(model, uneven, ("moon", "nobody", "sun")).rows, together.rows)
+    assert [tuple(block.chosen.ids.shape[:2]) for block in blocks] == [(2, 1), (1, 4)]
 
 
 def test_the_command_adds_users_whom_remove_erases(checkpoint, folder, capsys):
