@@ -23,7 +23,9 @@ from prlhf_lightning.types import SoftPrompt, Tokens
 #: What models call their memory, as an argument and in the output.
 _NAMES = ("cache", "past_key_values", "cache_params", "state")
 _TRIED = 6  # tokens
-_CLOSE = {torch.float32: 0.02}  # of a standard deviation of the logits; what is wrong is one or more apart
+# Of a standard deviation of the logits. What is wrong is about one apart; but Zamba2 (of transformers 5.24) reads with
+# a least time step and goes on without, which may show in the fourth digit.
+_CLOSE = {torch.float32: 0.0001}
 _CLOSE_IN_16_BITS = 0.2
 
 

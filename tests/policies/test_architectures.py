@@ -15,11 +15,13 @@ from transformers import (
     PretrainedConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
+    Zamba2Config,
 )
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.inference import Generation, PersonalizedWriter
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.policies.continuation import memory_of
 from prlhf_lightning.types import Tokens, Users
 from prlhf_lightning.user_models import IndividualUserModel
 
@@ -34,6 +36,12 @@ MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_gr
 BAMBA = BambaConfig(**ATTENTION, attn_layer_indices=[1], **MAMBA2)
 RWKV = RwkvConfig(vocab_size=25, hidden_size=32, num_hidden_layers=2, attention_hidden_size=32, context_length=64)
 GRIFFIN = RecurrentGemmaConfig(**{**ATTENTION, "num_hidden_layers": 3}, head_dim=8, lru_width=32)
+ZAMBA2 = Zamba2Config(
+    **{**SMALL, "num_hidden_layers": 4},
+    **{"intermediate_size": 64, "num_attention_heads": 4, "layers_block_type": ["mamba", "mamba", "hybrid", "mamba"]},
+    **{"mamba_d_state": 8, "mamba_headdim": 8, "n_mamba_heads": 8, "mamba_ngroups": 1, "chunk_size": 16},
+    **{"num_mem_blocks": 1, "adapter_rank": 4, "time_step_min": 0.05},  # below which it reads, but does not go on
+)
 PROMPTS, ANSWERS = [[1, 5, 6], [1, 7, 8, 9, 10]], [[4, 20, 2], [11, 2]]
 
 
@@ -103,8 +111,8 @@ def test_experts_are_adapted_without_a_warning_and_left_where_they_are_to_score_
 
 
 # With a memory that is not keys and values; that transformers' generate gives no vectors; that is padded wrongly; and
-# with a memory that can't be handed on.
-@pytest.mark.parametrize("config", [MAMBA, BAMBA, RWKV, GRIFFIN], ids=lambda config: config.model_type)
+# with a memory that can't be handed on, or gives other numbers.
+@pytest.mark.parametrize("config", [MAMBA, BAMBA, RWKV, GRIFFIN, ZAMBA2], ids=lambda config: config.model_type)
 def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(build, config):
     torch.manual_seed(0)
     policy = build(config)
@@ -141,3 +149,8 @@ def test_a_model_that_writes_one_text_at_a_time_draws_as_it_is_told(build):
     freely = policy.generate(prompts, None, Sampling(3, temperature=1.0))
     assert torch.equal(surely.ids, nearly.ids)
     assert len({tuple(ids) for ids in freely.ids.tolist()}) > 10
+
+
+@pytest.mark.parametrize(("config", "memory"), [(MAMBA, "cache"), (RWKV, "state"), (GRIFFIN, None), (ZAMBA2, None)])
+def test_a_memory_is_used_that_gives_the_numbers_of_the_whole_sequence(build, config, memory):
+    assert memory_of(build(config).lm.eval()) == memory
