@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.tasks.compare import write
 
 
-class Recorder:
+class Recorder(nn.Module):
     """Stands for a model, and keeps what it is asked."""
 
-    training, device = False, torch.device("cpu")
+    device = torch.device("cpu")
 
     def __init__(self) -> None:
+        super().__init__()
         self.asked = []
-
-    def eval(self):
-        """Do nothing."""
-
-    def train(self, mode):
-        """Do nothing."""
 
     def generate(self, prompt, user_ids, user_text, sampling):
         self.asked += zip(user_ids, user_text or [""] * len(user_ids), strict=True)
