@@ -22,7 +22,7 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.terminal import printable
-from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 from prlhf_lightning.types import PreferenceBatch
 
 _SHOWN = 20
@@ -73,7 +73,7 @@ def adapt(
     if output is not None:
         check_output(output, "output")
     content = read_checkpoint(checkpoint, "checkpoint")
-    UserRows(content).require_trained(checkpoint)
+    rows_of(content, checkpoint).require_trained(checkpoint)
     model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
     if model.user_model.history_size and (suggest or steps):
         raise ConfigurationError(

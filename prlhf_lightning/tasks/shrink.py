@@ -22,7 +22,7 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.report_run import data_of, open_run
-from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.tasks.user_rows import rows_of
 from prlhf_lightning.types import PreferenceBatch
 
 
@@ -54,7 +54,7 @@ def shrink(
     if output is not None:
         check_output(output, "output")
     content = read_checkpoint(checkpoint, "checkpoint")
-    users = UserRows(content)
+    users = rows_of(content, checkpoint)
     users.require_trained(checkpoint)
     model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
     if validation is None:

@@ -14,7 +14,24 @@ from torch import Tensor
 
 from prlhf_lightning.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.data import UserVocabulary
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
+
+
+def rows_of(content: dict[str, Any], path: Path) -> UserRows:
+    """Return the users of a checkpoint that has been read, or say why it can't be had.
+
+    Args:
+        content: What `read_checkpoint` returned.
+        path: Where it was.
+    """
+    if not content:
+        raise ConfigurationError(
+            f"checkpoint: {path} is a folder, written in shards; users can be had from a file only."
+        )
+    try:
+        return UserRows(content)
+    except PRLHFError as error:
+        raise ConfigurationError(f"checkpoint: {path}: {error}") from error
 
 
 class UserRows:

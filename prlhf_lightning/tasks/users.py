@@ -17,7 +17,7 @@ from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
-from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 
 _NEAREST = 5
 
@@ -135,7 +135,7 @@ def export(checkpoint: Path, folder: Path) -> None:
         folder: Where the files go; made if it is not there.
     """
     content = read_checkpoint(checkpoint, "checkpoint")
-    rows = UserRows(content)
+    rows = rows_of(content, checkpoint)
     vectors = rows.vectors()
     users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
     if "__metadata__" in users:
@@ -158,15 +158,7 @@ def export(checkpoint: Path, folder: Path) -> None:
 
 
 def _open(path: Path) -> UserRows:
-    content = read_checkpoint(path, "checkpoint")
-    if not content:
-        raise ConfigurationError(
-            f"checkpoint: {path} is a folder, written in shards; users can be had from a file only."
-        )
-    try:
-        return UserRows(content)
-    except PRLHFError as error:
-        raise ConfigurationError(f"checkpoint: {path}: {error}") from error
+    return rows_of(read_checkpoint(path, "checkpoint"), path)
 
 
 def _given(user: str | list[str] | None, file: Path | None) -> list[str]:
@@ -184,7 +176,7 @@ def _given(user: str | list[str] | None, file: Path | None) -> list[str]:
 
 def _rewrite(source: Path, target: Path, change: Callable[[UserRows], None]) -> None:
     content = read_checkpoint(source, "checkpoint")
-    change(UserRows(content))
+    change(rows_of(content, source))
     times = source.stat()
     checkpoint_files.save(content, target)
     if os.path.samefile(source, target):  # it is as old as its training, and so keeps its place among the run's others

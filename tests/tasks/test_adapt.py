@@ -431,6 +431,8 @@ def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(train
     checkpoint_files.save(content, frozen)
     with pytest.raises(SystemExit, match=r"frozen\.ckpt holds no trained rows of users, .* or to shrink"):
         main([*args, str(frozen)])
+    with pytest.raises(SystemExit, match=r"checkpoint: .* is a folder, written in shards"):
+        main([*args, str(folder)])
 
 
 def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):
