@@ -234,6 +234,11 @@ def contenders(
     return makers
 
 
+def size_of(args: argparse.Namespace) -> str:
+    """Say in words how large a batch was."""
+    return f"{args.pairs} {'pair' if args.pairs == 1 else 'pairs'} in a batch"
+
+
 def environment(args: argparse.Namespace) -> str:
     """Say in words what a measurement ran on."""
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 import transformers
-from contenders import MODELS, contenders, environment, make_batch, save_model
+from contenders import MODELS, contenders, environment, make_batch, save_model, size_of
 from reporting import tell
 from step_time import SHAPES
 from torch.profiler import ProfilerActivity, profile
@@ -70,7 +70,7 @@ def main() -> None:
         "# Where the time of a step goes",
         "",
         f"`python benchmarks/profile_step.py {' '.join(sys.argv[1:])}` on {environment(args)}; {args.model}, "
-        f"{args.mode}, prompt/chosen/rejected {'/'.join(map(str, SHAPES[args.shape]))}, {args.pairs} pairs in a batch, "
+        f"{args.mode}, prompt/chosen/rejected {'/'.join(map(str, SHAPES[args.shape]))}, {size_of(args)}, "
         f"mean of {args.repeats} steps.",
         "",
         "Milliseconds a step, self time, summed over threads that call operations.",

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from contenders import MODELS, Step, contenders, environment, make_batch, save_model
+from contenders import MODELS, Step, contenders, environment, make_batch, save_model, size_of
 from rich.console import Console
 
 SHAPES = [(300, 150, 150), (512, 100, 100), (1024, 64, 64), (100, 250, 250)]
@@ -66,8 +66,8 @@ def main() -> None:
     lines = [
         "# Time of a step",
         "",
-        f"`python benchmarks/step_time.py {' '.join(sys.argv[1:])}` on {environment(args)}; {args.pairs} pairs in a "
-        f"batch, {args.repeats} repeats.",
+        f"`python benchmarks/step_time.py {' '.join(sys.argv[1:])}` on {environment(args)}; {size_of(args)}, "
+        f"{args.repeats} repeats.",
         "",
         "Milliseconds a step, median (quartiles); ratio to TRL's DPO with its online reference.",
         "",

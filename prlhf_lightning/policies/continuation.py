@@ -123,6 +123,6 @@ def _some_tokens(lm: PreTrainedModel, rows: int, length: int) -> Tokens:
     return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
 
 
-def _are_close(lm: PreTrainedModel, tried: Tensor, truth: Tensor, exactly: float) -> bool:
-    tolerance = exactly if lm.dtype == torch.float32 else _CLOSE_IN_16_BITS
+def _are_close(lm: PreTrainedModel, tried: Tensor, truth: Tensor, in_float32: float) -> bool:
+    tolerance = in_float32 if lm.dtype == torch.float32 else _CLOSE_IN_16_BITS
     return bool((tried - truth).abs().max() <= tolerance * truth.std())
