@@ -12,7 +12,7 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths", "files", "places", "modes"}
+LEAVES = {"types", "errors", "paths", "files", "places", "modes", "end_tokens"}
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
 FEEDBACK = {"feedback_log"}

@@ -1,0 +1,87 @@
+"""The tokens that end an answer of a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+# Stand for a question and an answer in a conversation; no template has them in its own text, or changes them.
+_QUESTION, _ANSWER = "Qzquestion7", "Azanswer7"
+
+
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[int, ...]:
+    """Return every token that ends an answer, without duplicates: the tokenizer's EOS first.
+
+    These are the tokenizer's EOS, all end-of-sequence tokens of the generation config, and the special token that the
+    chat template writes after an assistant's message, such as `<|im_end|>` over a base model's `<|endoftext|>`,
+    `<end_of_turn>` or `<|eot_id|>`. A turn that ends in ordinary text adds nothing.
+
+    Args:
+        tokenizer: The model's tokenizer, with or without a chat template.
+        generation_config: The base model's; its `eos_token_id` may be one token or a list.
+    """
+    configured = getattr(generation_config, "eos_token_id", None)
+    listed = list(configured) if isinstance(configured, list | tuple) else [configured]
+    found = [tokenizer.eos_token_id, *listed]
+    known = [int(token) for token in found if token is not None]
+    return tuple(dict.fromkeys([*known, *_turn_end(tokenizer, known)]))
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, known: Sequence[int]) -> list[int]:
+    """Return the special token with which the chat template ends an assistant's message, where it is not known yet."""
+    if not tokenizer.chat_template:
+        return []
+    specials = _special_tokens(tokenizer)
+    # In a conversation that goes on, the tokens after an answer are those of its end and of the next turn's start.
+    going_on = list(_specials_after_answer(tokenizer, specials, goes_on=True))
+    if set(going_on) & set(known):
+        return []
+    last = list(_specials_after_answer(tokenizer, specials, goes_on=False))
+    # Templates may end the last message otherwise than earlier ones (`<|return|>` and `<|end|>` of gpt-oss): the last
+    # message is the one that the model writes.
+    found = (last or going_on)[:1]
+    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return [token for token in found if token not in others]
+
+
+def _specials_after_answer(
+    tokenizer: PreTrainedTokenizerBase, specials: dict[str, int], goes_on: bool
+) -> Iterator[int]:
+    """Yield the special tokens that directly follow an assistant's message; white space may stand before the first."""
+    text = _rendered(tokenizer, goes_on)
+    start = text.rfind(_ANSWER)
+    if start < 0 or not specials:
+        return
+    rest = text[start + len(_ANSWER) :].lstrip()
+    longest_first = sorted(specials, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    while match := pattern.match(rest):
+        yield specials[match[0]]
+        rest = rest[match.end() :]
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, goes_on: bool) -> str:
+    """Return a conversation as the chat template writes it; nothing where the template refuses it."""
+    turns = [("user", _QUESTION), ("assistant", _ANSWER), *([("user", _QUESTION)] if goes_on else [])]
+    as_text: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
+    as_parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
+    for messages in (as_text, as_parts):  # templates of multimodal models take parts only
+        try:
+            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
+        except Exception:  # templates raise whatever their authors chose
+            continue
+        if _ANSWER in text:
+            return text
+    return ""
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of the special tokens by their text."""
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {text: number for text, number in (named | added).items() if text}
