@@ -177,7 +177,7 @@ class Engine:
     def _piece(self, text: _Text, token: int) -> Piece:
         prepared = text.prepared
         text.last, text.written = token, text.written + 1
-        ended = token == self._writer.eos_id
+        ended = token in self._writer.end_token_ids
         shown = "" if ended else text.stream.push(token)
         reason: FinishReason | None = None
         if ended or text.stream.stopped:

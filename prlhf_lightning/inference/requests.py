@@ -12,7 +12,7 @@ from prlhf_lightning.errors import ConfigurationError
 Message: TypeAlias = dict[str, str]
 """`{"role": ..., "content": ...}`, one turn of a conversation."""
 FinishReason: TypeAlias = Literal["stop", "length"]
-"""`stop`: an EOS token or a stop string ended the text; `length`: `max_new_tokens`, or the
+"""`stop`: a token that ends answers or a stop string ended the text; `length`: `max_new_tokens`, or the
 model's last position, did."""
 
 
@@ -104,7 +104,7 @@ class Completion:
 
     Attributes:
         text: The text, without special tokens and without the stop string that ended it.
-        ids: Its tokens, EOS included where one was written.
+        ids: Its tokens, with the one that ended it where there was one.
         finish_reason: Why it ended.
         prompt_tokens: Tokens before it: BOS, the user's text, the prompt.
         completion_tokens: Number of `ids`.

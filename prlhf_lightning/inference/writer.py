@@ -15,12 +15,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference.conditions import Condition, conditions, knows
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.folder import read_folder
 from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
 from prlhf_lightning.inference.rows import rows_of
+from prlhf_lightning.policies.generation_settings import warn_of_not_applied
 from prlhf_lightning.policies.scoring import segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -60,6 +62,8 @@ class PersonalizedWriter:
         vocabulary: The users that the user model has a row for.
         name: What the model is called.
         tokenization: How prompts and users' texts become ids; its limits of length are not applied.
+        end_token_ids: The tokens that end an answer, as the tokenizer, its chat template and the model's generation
+            config say. Nothing else of that config is applied.
 
     Args:
         lm: As above.
@@ -85,6 +89,9 @@ class PersonalizedWriter:
         self.user_model = user_model.eval().to(lm.device)
         self.vocabulary = vocabulary
         self.name = name
+        generation_config = getattr(lm, "generation_config", None)
+        self.end_token_ids = frozenset(end_token_ids(tokenizer, generation_config))
+        warn_of_not_applied(generation_config, name)
         unlimited = {"max_prompt_length": _NO_LIMIT, "max_user_text_length": _NO_LIMIT}
         self.tokenization = replace(tokenization or TokenizationSettings(), **unlimited)  # type: ignore[arg-type]
         self._encode = FeedbackTokenizer(tokenizer, self.tokenization)
@@ -112,11 +119,6 @@ class PersonalizedWriter:
         """Most vectors and tokens that a sequence may have; None for no limit."""
         limit: int | None = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         return limit
-
-    @property
-    def eos_id(self) -> int:
-        """The token that ends a text, as in training."""
-        return int(self.tokenizer.eos_token_id)
 
     def generate(
         self, generations: Sequence[Generation], progress: bool = False, max_batch_rows: int = 64

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -52,6 +53,11 @@ class Policy(nn.Module, ABC):
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer that the data must be encoded with."""
+
+    @property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer; see `prlhf_lightning.end_tokens`."""
+        return end_token_ids(self.tokenizer)
 
     @abstractmethod
     def build(self, with_reference: bool = True) -> None:
@@ -165,5 +171,5 @@ class Policy(nn.Module, ABC):
             reference: Write as the policy did before training.
 
         Returns:
-            The completions, with EOS where one was written.
+            The completions, up to the first token that ends one, which is included.
         """

@@ -18,14 +18,28 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd as _Dropout
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.continuation import write, writes_in_batches
+from prlhf_lightning.policies.generation_settings import (
+    as_generation_config,
+    in_place_of_own,
+    load_generation_config,
+    warn_of_not_applied,
+)
 from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
@@ -97,7 +111,8 @@ class CausalLMPolicy(Policy):
         self.attn_implementation = attn_implementation
         self.revision = revision
         self._is_sharded = False
-        self._hub_args = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self._has_warned = False
+        self._hub_args: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
     @property
     def path(self) -> str:
@@ -114,6 +129,17 @@ class CausalLMPolicy(Policy):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
+
+    @cached_property
+    def generation_config(self) -> GenerationConfig:
+        """The base model's own generation config, which is read without the weights."""
+        with self._loading("weights"):
+            return load_generation_config(self.path, **self._hub_args)
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """The tokens that end an answer: those of the tokenizer, the generation config and the chat template."""
+        return end_token_ids(self.tokenizer, self.generation_config)
 
     def _loading(self, what: Literal["weights", "tokenizer"]) -> AbstractContextManager[None]:
         told = (
@@ -138,6 +164,7 @@ class CausalLMPolicy(Policy):
                         config, trust_remote_code=self._hub_args["trust_remote_code"], **options
                     )
                 lm = lm.to(place)
+                lm.generation_config = self.generation_config
             else:
                 lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
         if getattr(lm, "_hf_peft_config_loaded", False):
@@ -347,27 +374,26 @@ class CausalLMPolicy(Policy):
     ) -> Tokens:
         sequence = join(self._segments(lm, prompt, soft_prompt), align="right")
         self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens, "sampling.max_new_tokens")
-        how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-        if sampling.temperature > 0:
-            how = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-        eos, pad = self.tokenizer.eos_token_id, self.tokenizer.pad_token_id
+        self._warn_once()
         with evaluating(self):  # a key-value cache and gradient checkpointing exclude one another
             if not self._writes_in_batches:
                 self._check_not_sharded(lm)
-                return write(lm, sequence, sampling, eos)
-            with torch.compiler.set_stance("force_eager"):
+                return write(lm, sequence, sampling, self.end_token_ids)
+            how = as_generation_config(sampling, self.tokenizer, self.end_token_ids)
+            with torch.compiler.set_stance("force_eager"), in_place_of_own(lm, how):
                 ids = lm.generate(
                     inputs_embeds=sequence.vectors,
                     attention_mask=sequence.mask.long(),
-                    max_new_tokens=sampling.max_new_tokens,
-                    use_cache=True,
-                    pad_token_id=pad,
-                    eos_token_id=eos,
+                    generation_config=how,
                     synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
-                    **how,
                 )
-        ended_before = (ids == eos).cumsum(1) - (ids == eos).long() > 0
-        return Tokens(ids, ~ended_before)
+        ends = torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device)).long()
+        return Tokens(ids, ends.cumsum(1) - ends == 0)  # up to the first end, which is included
+
+    def _warn_once(self) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn_of_not_applied(self.generation_config, self.name)
 
 
 def _switch_off_dropout(model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ of their own, and those that transformers' `generate` gives no vectors, or pads 
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from inspect import signature
 from typing import Any
 
@@ -62,8 +63,8 @@ class Continuation:
 
 
 @torch.no_grad()
-def write(lm: PreTrainedModel, sequences: SoftPrompt, sampling: Sampling, eos_id: int) -> Tokens:
-    """Write a completion for each of B sequences, the token that ends it included."""
+def write(lm: PreTrainedModel, sequences: SoftPrompt, sampling: Sampling, ends: Collection[int]) -> Tokens:
+    """Write a completion for each of B sequences, up to the first of the tokens that end one, which is included."""
     memory = memory_of(lm)
     written: list[list[int]] = []
     for vectors in sequences.unpadded():
@@ -72,7 +73,7 @@ def write(lm: PreTrainedModel, sequences: SoftPrompt, sampling: Sampling, eos_id
         while True:
             token = _draw(logits, sampling)
             ids.append(int(token))
-            if ids[-1] == eos_id or len(ids) == sampling.max_new_tokens:
+            if ids[-1] in ends or len(ids) == sampling.max_new_tokens:
                 break
             logits = going_on.read(lm.get_input_embeddings()(token))
         written.append(ids)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +17,7 @@ from prlhf_lightning.files import write_whole
 from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
 from prlhf_lightning.tasks.model_card import is_card, model_card
@@ -117,10 +117,9 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
         policy.model.save_pretrained(folder, save_embedding_layers=False)  # which it would look up on the hub
     else:
         lm = policy.merged()
-        lm.generation_config = copy.deepcopy(lm.generation_config)
-        # A text ends with the token that ended those of training, in whatever program reads the folder.
-        lm.generation_config.eos_token_id = policy.tokenizer.eos_token_id
-        lm.generation_config.pad_token_id = policy.tokenizer.pad_token_id
+        warn_of_not_applied(policy.generation_config, policy.name)
+        # Answers end where they end in training, and are drawn as here, in whatever program reads the folder.
+        lm.generation_config = end_tokens_only(policy.tokenizer, policy.end_token_ids)
         lm.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 

@@ -1,0 +1,110 @@
+"""A base model's generation config: its end tokens are taken over, how it draws tokens is not.
+
+What is written follows `Sampling` alone, in every writer. The base's penalties, truncations and lists of suppressed
+tokens would make it another distribution than the one that was trained; and penalties count the prompt's tokens, of
+which a soft prompt has none, so that no two programs would agree on them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import MappingProxyType
+from typing import Any
+
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from prlhf_lightning.policies.base import Sampling
+
+#: Settings that change which tokens are written, with the value that changes nothing beside None.
+_NEUTRAL: Mapping[str, Any] = MappingProxyType(
+    {
+        "temperature": 1.0,
+        "top_k": 0,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "top_h": 1.0,
+        "typical_p": 1.0,
+        "epsilon_cutoff": 0.0,
+        "eta_cutoff": 0.0,
+        "repetition_penalty": 1.0,
+        "encoder_repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "no_repeat_ngram_size": 0,
+        "encoder_no_repeat_ngram_size": 0,
+        "exponential_decay_length_penalty": None,
+        "min_length": 0,
+        "min_new_tokens": 0,
+        "num_beams": 1,
+        "penalty_alpha": None,
+        "guidance_scale": 1.0,
+        "bad_words_ids": [],
+        "suppress_tokens": [],
+        "begin_suppress_tokens": [],
+        "sequence_bias": None,
+        "forced_bos_token_id": None,
+        "forced_eos_token_id": None,
+        "stop_strings": [],
+        "watermarking_config": None,
+    }
+)
+
+
+def load_generation_config(path: str, revision: str | None, trust_remote_code: bool) -> GenerationConfig:
+    """Return the generation config of a model folder or hub name, which is read without the weights."""
+    try:
+        return GenerationConfig.from_pretrained(path, revision=revision)
+    except OSError:  # older folders have none, and keep the ids in config.json
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        return GenerationConfig.from_model_config(config)
+
+
+def end_tokens_only(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> GenerationConfig:
+    """Return a generation config that says where answers end, and leaves everything else neutral."""
+    eos = ends[0] if len(ends) == 1 else list(ends)
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+
+
+def as_generation_config(
+    sampling: Sampling, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+) -> GenerationConfig:
+    """Return the generation config under which transformers' `generate` draws as `sampling` says, and no otherwise."""
+    config = end_tokens_only(tokenizer, ends)
+    config.update(max_new_tokens=sampling.max_new_tokens, use_cache=True, do_sample=sampling.temperature > 0)
+    if sampling.temperature > 0:
+        config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)
+    return config
+
+
+@contextmanager
+def in_place_of_own(lm: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """Give a model another generation config for a while; `generate` fills what it is not told from the model's own."""
+    own, lm.generation_config = lm.generation_config, config
+    try:
+        yield
+    finally:
+        lm.generation_config = own
+
+
+def not_applied(config: GenerationConfig | None) -> dict[str, Any]:
+    """Return the settings of a base's generation config that would change what is written, and are not applied."""
+    found = {name: getattr(config, name, None) for name in _NEUTRAL}
+    return {name: value for name, value in found.items() if value is not None and value != _NEUTRAL[name]}
+
+
+def warn_of_not_applied(config: GenerationConfig | None, model: str) -> None:
+    """Name in a warning the settings of a base's generation config that are not applied, if there are any."""
+    if settings := not_applied(config):
+        named = ", ".join(f"{name} {_short(value)}" for name, value in settings.items())
+        warnings.warn(
+            f"The generation config of {model} sets {named}. These are not applied: answers are drawn with the "
+            "temperature and top_p that you give, and nothing else (see docs/generate.md).",
+            stacklevel=2,
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
