@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import sqlalchemy as sql
 from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.sqlite_file import SQLiteFile
 
 Prompt: TypeAlias = str | list[dict[str, str]]
 
@@ -42,6 +44,7 @@ FEEDBACK = sql.Table(
 
 _IS_PAIR = FEEDBACK.c.chosen != FEEDBACK.c.rejected
 _ORDER = 0x7072_6C68  # of the PostgreSQL lock under which rows get their numbers
+_LOCKED_MS = 10_000  # how long a write waits while somebody else holds the log's lock
 
 
 class FeedbackLogError(PRLHFError, OSError):
@@ -96,8 +99,8 @@ class FeedbackLog:
     """Feedback in a database. Safe to use from several threads and processes at once.
 
     SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
-    process and of the machine; so it does in PostgreSQL with its default settings. A new SQLite file is its owner's
-    alone.
+    process and of the machine; so it does in PostgreSQL with its default settings. Only the owner can read a new
+    SQLite file. A SQLite file that is deleted, moved, replaced or damaged while it is open is noticed by `append`.
 
     Args:
         url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file.
@@ -114,6 +117,7 @@ class FeedbackLog:
             if address.drivername in ("postgres", "postgresql"):
                 address = address.set(drivername="postgresql+psycopg")
             self._is_sqlite = address.get_backend_name() == "sqlite"
+            self._file: SQLiteFile | None = None
             if self._is_sqlite and address.database in (None, "", ":memory:"):
                 raise ConfigurationError("url: a feedback log in memory would be lost; write sqlite:///file.db.")
             if self._is_sqlite and not create and not Path(str(address.database)).is_file():
@@ -129,9 +133,12 @@ class FeedbackLog:
                 f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
             ) from error
         if self._is_sqlite:
-            if create and "uri" not in address.query:
-                _make_private(Path(str(address.database)))
-            sql.event.listen(self._engine, "connect", _make_durable)
+            if "uri" not in address.query:
+                self._file = SQLiteFile(Path(str(address.database)))
+                if create:
+                    _make_private(self._file.path)
+                sql.event.listen(self._engine, "do_connect", self._before_connect)
+            sql.event.listen(self._engine, "connect", self._after_connect)
         if create:
             with self._errors():
                 try:
@@ -147,17 +154,21 @@ class FeedbackLog:
             FeedbackLogError: It could not be written.
         """
         row = feedback.row()
-        with self._errors():
+        with self._errors(), self._connection() as connection:
             try:
-                with self._engine.begin() as connection:
-                    if not self._is_sqlite:  # rows become visible in the order of their numbers, as `until` needs
-                        connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ORDER)))
-                    connection.execute(FEEDBACK.insert(), row)
+                if not self._is_sqlite:
+                    connection.execute(sql.text(f"SET LOCAL lock_timeout = {_LOCKED_MS}"))
+                    # Rows become visible in the order of their numbers, as `until` needs.
+                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ORDER)))
+                connection.execute(FEEDBACK.insert(), row)
+                connection.commit()
+                self._check_same_file(connection)
                 return True
             except IntegrityError:
+                connection.rollback()
                 same = (FEEDBACK.c.source == feedback.source) & (FEEDBACK.c.id == feedback.id)
-                with self._engine.connect() as connection:
-                    found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
+                found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
+                self._check_same_file(connection)
         if any(found[name] != value for name, value in row.items() if name != "received"):
             raise ConflictError(f"The id {feedback.id!r} stands for other feedback; give each judgement its own.")
         return False
@@ -202,22 +213,64 @@ class FeedbackLog:
                 yield row["number"], _record(row)
 
     def check(self) -> None:
-        """Raise FeedbackLogError where the log can't be read now."""
-        with self._errors(), self._engine.connect() as connection:
+        """Raise FeedbackLogError where the log can't be read and written now.
+
+        Of PostgreSQL only reading is tried.
+        """
+        with self._errors(), self._connection() as connection:
             connection.execute(sql.select(FEEDBACK.c.number).limit(1))
+            if self._file is not None:
+                self._file.try_writing()
+                self._check_same_file(connection)
 
     def close(self) -> None:
         """Close all connections."""
         self._engine.dispose()
 
     @contextmanager
+    def _connection(self) -> Iterator[sql.Connection]:
+        """Give a connection to the database as it is on disk now."""
+        if self._file is None:
+            with self._engine.connect() as connection:
+                yield connection
+            return
+        with self._engine.connect() as connection:
+            if connection.info["identity"] == self._file.identity():
+                self._file.check_pages()
+                yield connection
+                return
+        self._engine.dispose()  # another file is there now, as from a backup
+        with self._engine.connect() as connection:
+            self._file.check_pages()
+            yield connection
+
+    def _check_same_file(self, connection: sql.Connection) -> None:
+        if self._file is not None:
+            self._file.check_same(connection.info["identity"])
+
+    def _before_connect(self, *_: Any) -> None:
+        """Keep SQLite from making a new, empty file where the log was."""
+        if self._file is not None:
+            self._file.identity()
+
+    def _after_connect(self, connection: Any, record: Any) -> None:
+        for setting in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
+            connection.execute(f"PRAGMA {setting}")
+        if self._file is not None:
+            record.info["identity"] = self._file.identity()
+
+    @contextmanager
     def _errors(self) -> Iterator[None]:
         """Turn errors of the database, whose messages quote what was to be written, into ours, which do not."""
         try:
             yield
-        except SQLAlchemyError as error:
-            cause = type(getattr(error, "orig", None) or error).__name__
-            raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({cause}).") from None
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            if self._file is not None:
+                self._engine.dispose()  # whose connections may remember pages of a file that is damaged or gone
+            cause = getattr(error, "orig", None) or error
+            # What our own checks say of the file quotes nothing that was to be written.
+            detail = str(cause) if isinstance(error, sqlite3.Error) else type(cause).__name__
+            raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({detail}).") from None
 
 
 def _record(row: Any) -> dict[str, Any]:
@@ -239,8 +292,3 @@ def _make_private(path: Path) -> None:
     """
     with suppress(OSError):  # it is there, or SQLite will say what is wrong
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-
-
-def _make_durable(connection: Any, _: Any) -> None:
-    for setting in ("busy_timeout=10000", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
-        connection.execute(f"PRAGMA {setting}")

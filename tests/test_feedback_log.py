@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from threading import Thread
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sql
@@ -196,3 +199,98 @@ def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path):
 def _rows(url):
     with FeedbackLog(url)._engine.connect() as connection:
         return connection.exec_driver_sql("SELECT id FROM prlhf_feedback").mappings().all()
+
+
+def _delete(file):
+    for path in file.parent.glob("feedback.db*"):
+        path.unlink()
+
+
+def _move(file):
+    file.rename(file.with_name("moved.db"))
+
+
+def _damage(file):
+    content = bytearray(file.read_bytes())
+    content[4096:] = bytes(255 for _ in content[4096:])  # all pages but the first
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(("accident", "says"), [(_delete, "Operational|gone"), (_move, "gone"), (_damage, "damaged")])
+def test_a_file_that_is_not_what_it_was_takes_no_feedback(tmp_path, accident, says):
+    file = tmp_path / "feedback.db"
+    log = FeedbackLog(str(file))
+    log.append(pair())
+    log.close()  # which writes all pages to the file itself
+    log.check()
+    accident(file)
+    with pytest.raises(FeedbackLogError, match=says):
+        log.append(pair(1))
+    with pytest.raises(FeedbackLogError):
+        log.check()
+    assert accident is _damage or not file.exists()  # no empty one in its place
+
+
+def test_feedback_is_not_acknowledged_where_the_wal_is_gone(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.append(pair())
+    (tmp_path / "feedback.db-wal").unlink()
+    with pytest.raises(FeedbackLogError, match="wal"):
+        log.append(pair(1))
+    log.append(pair(1))
+    assert FeedbackLog(log.name).extent().rows == 2
+
+
+def test_a_file_that_was_put_back_is_written_to(tmp_path):
+    file, kept = tmp_path / "feedback.db", tmp_path / "kept.db"
+    log = FeedbackLog(str(file))
+    log.append(pair())
+    log.close()
+    kept.write_bytes(file.read_bytes())
+    log.append(pair(1))
+    _delete(file)
+    with pytest.raises(FeedbackLogError):
+        log.append(pair(2))
+    kept.rename(file)
+    assert log.append(pair(2))
+    log.check()
+    assert FeedbackLog(str(file)).extent().rows == 2
+
+
+def test_a_replaced_file_is_opened_anew(tmp_path):
+    file, other = tmp_path / "feedback.db", tmp_path / "other.db"
+    log = FeedbackLog(str(file))
+    log.append(pair())
+    FeedbackLog(str(other)).close()
+    other.replace(file)
+    assert log.append(pair(1, chosen="new"))
+    with closing(sqlite3.connect(file)) as found:
+        assert ("new",) in found.execute("SELECT chosen FROM prlhf_feedback").fetchall()
+
+
+def test_a_locked_file_is_not_ready(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    with closing(sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(FeedbackLogError, match="locked"):
+            log.check()
+        other.execute("ROLLBACK")
+    log.check()
+
+
+def test_a_full_disk_is_not_ready(tmp_path, monkeypatch):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.check()
+    full = SimpleNamespace(f_bavail=10, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda path: full)
+    with pytest.raises(FeedbackLogError, match="full"):
+        log.check()
+
+
+def test_a_trial_changes_nothing(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.append(pair())
+    for _ in range(3):
+        log.check()
+    assert list(log.pairs()) == list(FeedbackLog(log.name).pairs())
+    assert log.extent() == (1, 1)

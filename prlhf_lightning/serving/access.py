@@ -14,8 +14,9 @@ from prlhf_lightning.serving.keys import APIKey
 _documented = HTTPBearer(auto_error=False, description="An API key, where the server asks for one.")
 
 
-def _caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_documented)]) -> APIKey:
-    key: APIKey = request.scope["prlhf.key"]  # from the gate, which has checked it
+async def _caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | None, Depends(_documented)]) -> APIKey:
+    # From the gate, which has checked it. Not a plain function, which the framework would run in a thread.
+    key: APIKey = request.scope["prlhf.key"]
     return key
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from uuid import uuid4
 
 from fastapi import APIRouter, Response
-from starlette.concurrency import run_in_threadpool
 
 from prlhf_lightning.feedback_log import ConflictError, Feedback, FeedbackLog, FeedbackLogError
 from prlhf_lightning.serving import schemas
@@ -38,6 +37,10 @@ def router(services: Services, log: FeedbackLog) -> APIRouter:
             raise APIError(400, message, "prompt_ends_with_answer", "prompt")
         prompt = services.prompt(given)
         services.check_conversation(prompt, "prompt")  # training would stop at it
+        judgement = _judgement(body)
+        for name, text in judgement.items():
+            if isinstance(text, str):
+                services.check_size(name, text)
         feedback = Feedback(
             source=key.name,
             id=body.id or uuid4().hex,
@@ -45,10 +48,10 @@ def router(services: Services, log: FeedbackLog) -> APIRouter:
             user_id=body.user,
             prompt=prompt,
             user_text=body.user_text,
-            **_judgement(body),
+            **judgement,
         )
         try:
-            new = await run_in_threadpool(log.append, feedback)
+            new = await services.use_log(log.append, feedback)
         except ConflictError as error:
             raise APIError(409, str(error), "id_in_use", "id") from error
         except FeedbackLogError as error:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from fastapi import APIRouter, Request
-from starlette.concurrency import run_in_threadpool
 
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.feedback_log import FeedbackLog, FeedbackLogError
@@ -16,7 +17,8 @@ from prlhf_lightning.serving.api_errors import APIError, documented
 from prlhf_lightning.serving.services import Learner, Services
 from prlhf_lightning.serving.tickets import Closing, EngineFailed, Overloaded
 
-_MOST_PAIRS = 200  # the newest; writing waits while a user is learned
+# Of the newest pairs; writing waits while a user is learned.
+_MOST_PAIRS, _MOST_CHARACTERS = 200, 500_000
 
 
 def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
@@ -39,7 +41,7 @@ def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
         """Learn a user whom the model was not trained on from the pairs in the feedback log, again with every call."""
         check_users(key, [body.user], "user")
         try:
-            rows = await run_in_threadpool(log.newest_pairs, body.user, _MOST_PAIRS)
+            rows = _newest(await services.use_log(log.newest_pairs, body.user, _MOST_PAIRS))
             if not rows:
                 raise APIError(409, "There are no pairs of this user yet.", "no_pairs", "user")
             learning = partial(learn, services.rename(body.user), rows)
@@ -57,3 +59,9 @@ def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
         return schemas.Learned(user=body.user, pairs=len(rows))
 
     return routes
+
+
+def _newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the last rows, as many as have so many characters together; one at least."""
+    sizes = accumulate(len(json.dumps(row, ensure_ascii=False)) for row in reversed(rows))
+    return rows[-max(1, sum(size <= _MOST_CHARACTERS for size in sizes)) :] if rows else []

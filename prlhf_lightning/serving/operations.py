@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from fastapi import APIRouter
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import PlainTextResponse, Response
 
 from prlhf_lightning.feedback_log import FeedbackLogError
@@ -24,12 +23,12 @@ def router(services: Services) -> APIRouter:
 
     @routes.get("/readyz", responses=documented(500, 503))
     async def ready() -> schemas.Health:
-        """Say whether the model can write and feedback can be kept."""
+        """Say whether the model can write and feedback can be written down."""
         if not services.scheduler.well:
             raise APIError(503, "The model can't write now.", "engine_unwell", retry_after=5)
         if services.log is not None:
             try:
-                await run_in_threadpool(services.log.check)
+                await services.use_log(services.log.check)
             except FeedbackLogError as error:
                 raise APIError(503, "The feedback log can't be used now.", "log_unavailable", retry_after=5) from error
         return schemas.Health()

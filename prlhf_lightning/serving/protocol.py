@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 
 import h11
@@ -22,6 +23,9 @@ class PatientProtocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Give a client its time, from now on, for the head of a request."""
+        # Heads and bodies are sent one after the other, and with Nagle's algorithm the second would wait up to 40 ms
+        # for the client's acknowledgment. asyncio sets this only on sockets that were made with a protocol number.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         super().connection_made(transport)  # type: ignore[arg-type]  # narrower there than in asyncio
         self._late, self._stuck = _Timer(self._give_up), _Timer(self.transport.abort)
         self._late.start(self.seconds)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
-from prlhf_lightning.feedback_log import FeedbackLog
+from starlette.concurrency import run_in_threadpool
+
+from prlhf_lightning.feedback_log import FeedbackLog, FeedbackLogError
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.serving.api_errors import APIError
 from prlhf_lightning.serving.keys import KeyRing
@@ -15,7 +18,11 @@ from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
 from prlhf_lightning.serving.settings import Limits
 
+T = TypeVar("T")
 Prompt: TypeAlias = str | list[dict[str, str]]
+# Of the 40 threads that the web framework has, so that a slow log never takes all of them.
+_LOG_THREADS = 8
+_LOG_WAIT_SECONDS = 10.0
 
 
 class Learner(Protocol):
@@ -62,6 +69,22 @@ class Services:
     def __post_init__(self) -> None:
         self.started = int(time.time())
         self.scheduler = Scheduler(self.make_engine, self.limits.max_open, self.metrics)
+        self._log_threads = asyncio.Semaphore(_LOG_THREADS)
+
+    async def use_log(self, function: Callable[..., T], *args: Any) -> T:
+        """Call a function that reads or writes the feedback log in a thread, a few at a time.
+
+        Raises:
+            FeedbackLogError: The log is so slow that no thread became free in time; nothing was called.
+        """
+        try:
+            await asyncio.wait_for(self._log_threads.acquire(), _LOG_WAIT_SECONDS)
+        except TimeoutError:
+            raise FeedbackLogError("The feedback log is too slow now; too many calls are waiting for it.") from None
+        try:
+            return await run_in_threadpool(function, *args)
+        finally:
+            self._log_threads.release()
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """Return a prompt in the form that the model takes, after a look at its size.
@@ -69,11 +92,15 @@ class Services:
         Models without a chat template know no turns: a conversation of one message of the user's is its text.
         """
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        if sum(map(len, texts)) > self.limits.max_prompt:
-            message = f"The prompt has more than {self.limits.max_prompt} characters, the most that are taken."
-            raise APIError(413, message, "prompt_too_large")
+        self.check_size("prompt", *texts)
         is_one_turn = not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]
         return texts[0] if is_one_turn and not self.writer.tokenizer.chat_template else prompt
+
+    def check_size(self, name: str, *texts: str) -> None:
+        """Refuse texts that are longer together than `limits.max_prompt`."""
+        if sum(map(len, texts)) > self.limits.max_prompt:
+            message = f"The {name} has more than {self.limits.max_prompt} characters, the most that are taken."
+            raise APIError(413, message, f"{name}_too_large", name)
 
     def check_conversation(self, prompt: Prompt, param: str) -> None:
         """Refuse turns where the model knows none."""

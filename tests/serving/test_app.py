@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 
 import httpx
@@ -16,6 +20,7 @@ from prlhf_lightning.feedback_log import FeedbackLog
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.keys import APIKey, KeyRing
 from prlhf_lightning.serving.metrics import Metrics
+from prlhf_lightning.serving.protocol import PatientProtocol
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.serving.settings import Limits
 
@@ -321,6 +326,27 @@ def test_a_log_that_cannot_be_written_is_not_acknowledged(tmp_path):
             "log_unavailable",
             503,
         )
+
+
+def test_a_slow_log_does_not_hold_up_writing(tmp_path):
+    log, release = FeedbackLog(str(tmp_path / "feedback.db")), threading.Event()
+    log.append = lambda feedback: release.wait(30)
+    with serving(Services(writer(), EchoEngine, log)) as url, ThreadPoolExecutor(60) as pool:
+        waiting = [pool.submit(httpx.post, f"{url}/v1/feedback", json=PAIR, timeout=60) for _ in range(60)]
+        started = time.monotonic()
+        assert httpx.post(f"{url}/v1/chat/completions", json=CHAT).status_code == 200
+        assert time.monotonic() - started < 5
+        release.set()
+        assert {future.result().status_code for future in waiting} <= {201, 503}
+
+
+def test_answers_are_sent_without_waiting_for_acknowledgments(monkeypatch):
+    made, connected = PatientProtocol.connection_made, []
+    monkeypatch.setattr(PatientProtocol, "connection_made", lambda self, to: connected.append(to) or made(self, to))
+    with serving(Services(writer(), EchoEngine)) as url, httpx.Client() as kept_open:
+        kept_open.get(f"{url}/healthz")
+        (connection,) = connected
+        assert connection.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 class Learner:
