@@ -61,7 +61,7 @@ def write_whole(path: Path, content: bytes) -> None:
 def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends, complete and on the disk.
 
-    Where the block or the disk fails, `path` is what it was before.
+    A new file can be read by its owner only, since most of what is written names people. Where the block or the disk fails, `path` is what it was before.
 
     Args:
         path: The file. Its folder is made where there is none; a link goes on pointing at what it points at.
@@ -74,10 +74,10 @@ def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     partial = partial_of(path.with_name(f"{path.name}.{uuid4().hex}") if shared else path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with io.BufferedRandom(_Output(partial, "w+b"), buffer_size=1 << 20) as file:
+        with io.BufferedRandom(_Output(partial, "w+b", opener=_open_private), buffer_size=1 << 20) as file:
             yield file
             sync(file)
-        with suppress(OSError):  # what was its owner's alone stays so, where there was a file
+        with suppress(OSError):  # whoever could read a file that was there can read the new one
             copymode(path, partial)
         os.replace(partial, path)
         _sync_folder(path.parent)
@@ -136,6 +136,10 @@ def sync(file: IO[Any]) -> None:
     """See that what was written is on the disk, as before a rename to what later starts trust."""
     file.flush()
     os.fsync(file.fileno())
+
+
+def _open_private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _target(path: Path) -> Path:

@@ -27,6 +27,11 @@ def test_an_error_in_the_middle_leaves_what_was_there(tmp_path):
     assert os.listdir(tmp_path) == ["a.csv"]
 
 
+def test_a_new_file_is_its_owners_alone(tmp_path):
+    write_whole(tmp_path / "a.csv", b"ann")
+    assert (tmp_path / "a.csv").stat().st_mode & 0o777 == 0o600
+
+
 def test_who_may_read_a_file_stays_as_it_was(tmp_path):
     (path := tmp_path / "a.csv").touch(0o600)
     with replacing(path) as file:

@@ -1,7 +1,8 @@
 """The rows of a split, validated and tokenised once, then memory-mapped from disk at every later start.
 
 A cache is a folder named by a hash of all that its content depends on. It is built under another name and renamed when
-complete, so a build that was killed leaves nothing that could be taken for data. Deleting the folder is always safe.
+complete, so a build that was killed leaves nothing that could be taken for data. Its files are checked against their
+SHA-256 at every start; a damaged cache is built again. Deleting the folder is always safe.
 """
 
 from __future__ import annotations
@@ -10,10 +11,10 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, TypeVar
@@ -46,8 +47,9 @@ from prlhf_lightning.types import Feedback
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
-_FORMAT = 2  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 3  # raise it when the meaning of what is stored changes, so that older caches are not read
 _BATCH = 1000  # rows tokenised and written together
+_ROWS, _REPORT, _SUMS = "rows.arrow", "report.json", "sha256.json"
 _log = logging.getLogger(__name__)
 
 _IDS = pa.list_(pa.int32())
@@ -101,12 +103,10 @@ class TokenizedSplit:
     """
 
     def __init__(self, folder: Path) -> None:
-        self._rows = datasets.Dataset.from_file(str(folder / "rows.arrow")).with_format("arrow")
-        stored = json.loads((folder / "report.json").read_text())
+        self._rows = datasets.Dataset.from_file(str(folder / _ROWS)).with_format("arrow")
+        stored = json.loads((folder / _REPORT).read_text())
         excess = {name: Excess(**entry) for name, entry in stored.pop("excess").items()}
         self.report = BuildReport(**stored, excess=excess)
-        if len(self._rows) != self.report.kept:
-            raise ValueError(f"it has {len(self._rows)} rows where {self.report.kept} were written")
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -170,21 +170,21 @@ class FeedbackCache:
         """Return a split of a source, built first if it is not in the cache."""
         folder = self.root / self._key(source, split)
         try:
-            if not folder.exists():
+            if not _is_intact(folder):
                 self.root.mkdir(parents=True, exist_ok=True)
                 # Processes that start together wait for the first, and a lock dies with its process.
                 with FileLock(f"{folder}.lock"):
-                    if not folder.exists():
+                    if not _is_intact(folder):
+                        if folder.exists():
+                            _log.warning("The cache %s is damaged. It is built again.", folder)
+                            shutil.rmtree(folder)
                         self._build(source, split, folder)
         except OSError as error:  # no rights, a file in the way, a full disk; the source's own errors are others
             raise ConfigurationError(
                 f"cache_dir is {self.root}, where the tokenised data cannot be written ({error}); free space there, or "
                 "set cache_dir (or the variable PRLHF_CACHE) to a folder that can be written."
             ) from error
-        try:
-            return TokenizedSplit(folder)
-        except (OSError, ValueError, KeyError, TypeError, pa.ArrowException) as error:
-            raise ConfigurationError(f"The cache {folder} is damaged ({error}); delete that folder.") from error
+        return TokenizedSplit(folder)
 
     def _key(self, source: DataSource, split: Split) -> str:
         parts = {
@@ -208,12 +208,11 @@ class FeedbackCache:
     def _build(self, source: DataSource, split: Split, folder: Path) -> None:
         building = folder.with_suffix(".building")
         shutil.rmtree(building, ignore_errors=True)  # of a build that was killed: the lock says that none is running
-        building.mkdir()
+        building.mkdir(mode=0o700)  # its rows name people
         try:
-            report = self._write(source, split, building / "rows.arrow")
-            with (building / "report.json").open("w") as file:
-                json.dump(asdict(report), file)
-                sync(file)
+            report = self._write(source, split, building / _ROWS)
+            _write_json(building / _REPORT, asdict(report))
+            _write_json(building / _SUMS, {name: _sha256(building / name) for name in (_ROWS, _REPORT)})
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -283,6 +282,26 @@ class FeedbackCache:
                 "%d of %d %s rows have completions that are equal once tokenised and cut to max_completion_length=%d, "
                 "and were left out.", report.token_ties, report.read, split, self.settings.max_completion_length,
             )  # fmt: skip
+
+
+def _is_intact(folder: Path) -> bool:
+    """Return whether there is a cache in which every file is as it was written."""
+    try:
+        sums = json.loads((folder / _SUMS).read_text())
+        return bool(sums == {name: _sha256(folder / name) for name in (_ROWS, _REPORT)})
+    except (FileNotFoundError, ValueError):  # none, or a checksum file that is itself damaged
+        return False
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return file_digest(file, sha256).hexdigest()
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with path.open("w") as file:
+        json.dump(content, file)
+        sync(file)
 
 
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:

@@ -168,15 +168,34 @@ def test_a_disk_that_fills_up_while_rows_are_written_is_named(cache, monkeypatch
     assert [path.suffix for path in cache.root.iterdir()] in ([".lock"], [])
 
 
-@pytest.mark.parametrize("name", ["rows.arrow", "report.json"])
-@pytest.mark.parametrize("left", [0, 0.5])
-def test_a_damaged_cache_is_never_read(cache, name, left):
+def test_a_cache_is_its_owners_alone(cache):
+    cache.open(ListSource([row(0)]), "train")
+    assert {path.stat().st_mode & 0o077 for path in cache.root.iterdir() if path.is_dir()} == {0}
+
+
+def _cut_to(share):
+    return lambda content: content[: int(share * len(content))]
+
+
+def _flip_a_bit_at(share):
+    def flip(content):
+        place = int(share * len(content))
+        return content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :]
+
+    return flip
+
+
+@pytest.mark.parametrize("name", ["rows.arrow", "report.json", "sha256.json"])
+@pytest.mark.parametrize("damage", [_cut_to(0), _cut_to(0.5), _flip_a_bit_at(0.3), _flip_a_bit_at(0.9)])
+def test_a_damaged_cache_is_built_again(cache, caplog, name, damage):
     source = ListSource([row(i) for i in range(1500)])
-    cache.open(source, "train")
+    before = cache.open(source, "train").rows(range(1500))
     (path,) = cache.root.glob(f"*/{name}")
-    path.write_bytes(path.read_bytes()[: int(left * path.stat().st_size)])
-    with pytest.raises(ConfigurationError, match=r"The cache .* is damaged .*; delete that folder"):
-        cache.open(source, "train")
+    path.write_bytes(damage(path.read_bytes()))
+    assert cache.open(source, "train").rows(range(1500)) == before
+    assert "is damaged. It is built again" in caplog.text
+    cache.open(source, "train")
+    assert source.reads == 2
 
 
 def test_a_source_that_fails_is_not_taken_for_a_full_disk(cache):
