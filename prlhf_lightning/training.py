@@ -91,6 +91,14 @@ class PRLHFCLI(LightningCLI):
             help="After fit, train the same policy on the same data and steps without a user model (for a DPO loss: "
             "vanilla DPO), and print the two side by side.",
         )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Start fit from the weights and users of this checkpoint (or `last`, or an exported folder), with a "
+            "new optimizer and schedule: to train further on new votes, also of new users. To go on with a run that "
+            "was stopped, give --ckpt_path instead. See docs/checkpoints.md.",
+        )
 
     def before_instantiate_classes(self) -> None:
         """Name a model's folder from the root, so that what is done with a checkpoint may be done in any folder."""
@@ -106,8 +114,17 @@ class PRLHFCLI(LightningCLI):
         configuration say of the model. They are not needed: the whole model is configured in every command.
         """
         given = self.config[self.config.subcommand]
+        root = given.trainer.default_root_dir or _RUNS
         if given.ckpt_path == "last":
-            given.ckpt_path = self._last_checkpoint(given.trainer.default_root_dir or _RUNS)
+            given.ckpt_path = self._last_checkpoint(root)
+        if given.init_from == "last" and self.config.subcommand == "fit":
+            given.init_from = last_checkpoint(root)
+            if given.init_from is None:
+                raise ConfigurationError(
+                    f"init_from: there is no checkpoint of any run in {root}; name one by its path."
+                )
+        if given.init_from:  # whole, as the run's configuration is kept in another folder
+            given.init_from = str(Path(given.init_from).expanduser().absolute())
         path = str(given.ckpt_path or "")
         # Lightning itself finds these, and what is on other file systems.
         is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
@@ -123,6 +140,21 @@ class PRLHFCLI(LightningCLI):
         # Not an error, so that the same command begins a run and goes on with it.
         rank_zero_info(f"Going on from {path}" if path else f"No run in {root} has a checkpoint yet: starting anew.")
         return str(path) if path else None
+
+    def before_fit(self) -> None:
+        """Start from an earlier training, if asked to, unless there is a checkpoint of this one to go on from."""
+        given = self.config.fit
+        if not given.init_from:
+            return
+        if given.baseline:
+            raise ConfigurationError(
+                "init_from and baseline exclude one another: the baseline would be trained on these data alone, and "
+                "the model on earlier ones as well. Leave one of them out."
+            )
+        if given.ckpt_path:
+            rank_zero_info(f"init_from: {given.init_from} is where this run began; it goes on from {given.ckpt_path}.")
+            return
+        self.model.start_from(given.init_from)
 
     def after_fit(self) -> None:
         """Say where the checkpoints are, and compare with the vanilla counterpart, if asked to."""

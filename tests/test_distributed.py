@@ -145,3 +145,21 @@ def test_neither_computes_of_the_reference_what_the_other_has_computed(folder):
         with safe_open(path, "np") as segment:
             keys += [entry[:16].tobytes() for entry in segment.get_tensor("index")]
     assert len(keys) == len(set(keys)) == 2 * (23 + 8)
+
+
+def test_they_start_from_a_checkpoint_as_one_does(folder):
+    """Of the earlier users `bob` has no more votes, and `zoe` is new."""
+    votes = write_votes(folder / "later.jsonl", {"ann": 6, "cy": 6, "zoe": 6}, seed=2)
+    start = folder / "one/version_0/checkpoints/last.ckpt"
+    words = [f"--init_from={start}", f"--data.source.train={votes}", "--trainer.max_epochs=1"]
+    run_two(folder, "fit", *words, f"--trainer.default_root_dir={folder / 'later_two'}")
+    run_one(folder, "fit", *words, f"--trainer.default_root_dir={folder / 'later_one'}")
+    one, two = (
+        torch.load(folder / run / "version_0/checkpoints/last.ckpt", weights_only=True)
+        for run in ("later_one", "later_two")
+    )
+    assert two["prlhf_lightning"]["users"] == ["ann", "bob", "cy", "zoe"]
+    before = torch.load(start, weights_only=True)["state_dict"]["user_model.offsets.weight"]
+    assert torch.equal(two["state_dict"]["user_model.offsets.weight"][2], before[2])
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-4, atol=1e-5, msg=name)

@@ -69,7 +69,9 @@ def _new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str,
 def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:
     """Say what becomes of the data's training users where a checkpoint, whose rows are kept, has others."""
     new = sum(user_id not in users for user_id in of_data.ids)
-    rank_zero_warn(
-        f"The checkpoint knows {len(users) - 1} users, and its rows are kept. {new} of the data's "
-        f"{len(of_data) - 1} training users are not among them and are treated as the generic user."
-    )
+    if new:
+        rank_zero_warn(
+            f"The checkpoint knows {len(users) - 1} users, and its rows are kept. {new} of the data's "
+            f"{len(of_data) - 1} training users are not among them and are treated as the generic user. To train on "
+            "new users start from the checkpoint with --init_from (in Python, `module.start_from(path)`)."
+        )

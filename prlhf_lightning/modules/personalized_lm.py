@@ -45,6 +45,7 @@ from prlhf_lightning.modules.row_lengths import check_row_lengths
 from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
 from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
 from prlhf_lightning.modules.trainer_settings import check_feedback, check_fit
+from prlhf_lightning.modules.warm_start import WarmStart
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
@@ -105,12 +106,37 @@ class PersonalizedLM(LightningModule):
         #: The users that the table has a row for; taken from the data, or from a checkpoint.
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
+        self._warm_start: WarmStart | None = None
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
         self._seed: int | None = None
         self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
     # ---- set-up
+
+    def start_from(self, checkpoint: str | Path) -> None:
+        """Have the next fit start from the weights and users of an earlier training, and its optimizer anew.
+
+        The users of the checkpoint keep their rows, whether the new data have votes of theirs or not. Users who are new
+        get the row of a new user: as a rule, the generic user's. The reference stays what it was in the earlier
+        training: the base model, that is the policy with its adapters off, or, trained in full, as it was loaded. In
+        contrast to this, `trainer.fit(..., ckpt_path=...)` goes on with the same training, its optimizer and its data.
+
+        Args:
+            checkpoint: A file that `fit` wrote, or a folder that `export` wrote. If the folder holds a whole model,
+                that must be the policy's base model, and becomes the reference.
+
+        Raises:
+            ConfigurationError: There is no such checkpoint, or it was trained in another base model, with other
+                adapters, or with another user model.
+        """
+        if self.vocabulary is not None:
+            raise ConfigurationError(
+                "start_from: this module has users of a checkpoint or an earlier fit; make a new PersonalizedLM."
+            )
+        warm_start = WarmStart.read(checkpoint)
+        warm_start.check(self.policy, self.user_model)
+        self._warm_start = warm_start
 
     def setup(self, stage: str) -> None:
         """Take the users from the data, unless a checkpoint has brought its own."""
@@ -124,11 +150,15 @@ class PersonalizedLM(LightningModule):
                     "to a UserVocabulary first."
                 )
             self.vocabulary = datamodule.vocabulary
+            if self._warm_start is not None:
+                self.vocabulary = self._warm_start.users_with(datamodule.vocabulary)
         check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
             settings = getattr(datamodule, "settings", None)
             self._tokenization = asdict(settings) if settings is not None else {}
+            if self._warm_start is not None:
+                self._warm_start.check_rendering(self._tokenization)
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback)
@@ -142,6 +172,9 @@ class PersonalizedLM(LightningModule):
                 # Histories are embedded as the reference does, which training does not change.
                 self.policy.build(self.loss.requires_reference or self.user_model.history_size > 0)
             self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
+            if self._built_for is None and self._warm_start is not None:  # once: a checkpoint may be loaded over it
+                self._warm_start.load_into(self, self.user_model, self.vocabulary)
+                self._warm_start = None
             exclude_from_ddp(self, sparse_tables(self.user_model))
             if self._built_for is None:
                 shard(self.policy, self._trainer.strategy if self._trainer is not None else None)

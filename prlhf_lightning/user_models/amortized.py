@@ -33,7 +33,7 @@ class AmortizedUserModel(UserModel):
         super().__init__()
         self.num_tokens = check_count(self, "num_tokens", num_tokens)
         self.rank = check_count(self, "rank", rank)
-        self.history_size = check_count(self, "num_pairs", num_pairs)
+        self.num_pairs = self.history_size = check_count(self, "num_pairs", num_pairs)
 
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
         """Create `e_0 [T, d]`, the matrices `A [rank, d + 1]` and `B [T * d, rank]`, and `h [num_rows, d + 1]`."""
