@@ -61,7 +61,8 @@ def write_whole(path: Path, content: bytes) -> None:
 def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends, complete and on the disk.
 
-    A new file can be read by its owner only, since most of what is written names people. Where the block or the disk fails, `path` is what it was before.
+    A new file can be read by its owner only, since most of what is written names people. Where the block or the disk
+    fails, `path` is what it was before.
 
     Args:
         path: The file. Its folder is made where there is none; a link goes on pointing at what it points at.

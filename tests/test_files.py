@@ -28,7 +28,8 @@ def test_an_error_in_the_middle_leaves_what_was_there(tmp_path):
 
 
 def test_a_new_file_is_its_owners_alone(tmp_path):
-    write_whole(tmp_path / "a.csv", b"ann")
+    with replacing(tmp_path / "a.csv") as file:
+        file.write(b"ann")
     assert (tmp_path / "a.csv").stat().st_mode & 0o777 == 0o600
 
 
