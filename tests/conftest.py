@@ -7,11 +7,13 @@ import random
 import resource
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from chat_models import make_model
 from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM as AutoLM
@@ -85,6 +87,18 @@ def model_paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def model_path(model_paths: dict[str, str]) -> str:
     return model_paths["llama"]
+
+
+@pytest.fixture(scope="session")
+def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return the folder of a chat model of a family of `chat_models`, made when it is first asked for."""
+    root = tmp_path_factory.mktemp("chat_models")
+
+    @cache
+    def made(name: str) -> Path:
+        return make_model(name, root / name)
+
+    return made
 
 
 @pytest.fixture(scope="session", autouse=True)

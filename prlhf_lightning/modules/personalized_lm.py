@@ -424,7 +424,9 @@ class PersonalizedLM(LightningModule):
 
     def _texts(self, tokens: Tokens) -> list[str]:
         ids = [row.tolist() for row in tokens.unpadded()]
-        return [str(text) for text in self.policy.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        # As the model wrote it: some tokenizers would take out the space of " ." and " n't".
+        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return [str(text) for text in self.policy.tokenizer.batch_decode(ids, **how)]
 
     # ---- checkpoints
 

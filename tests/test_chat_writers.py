@@ -1,0 +1,149 @@
+"""All writers write what plain transformers writes with the base model, and stop where it stops."""
+
+from __future__ import annotations
+
+import json
+
+import httpx
+import pytest
+import torch
+import yaml
+from chat_models import ANSWERS, FAMILIES
+from serving.serving_helpers import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from prlhf_lightning import PersonalizedLM, Sampling
+from prlhf_lightning.cli import main
+from prlhf_lightning.inference import Engine, Generation
+from prlhf_lightning.serving.services import Services
+from prlhf_lightning.tasks.models import open_writer
+
+GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
+
+
+def ask(question: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}]
+
+
+def by_transformers(folder, question, config=None, **how) -> list[int]:
+    """Return the tokens that plain transformers writes."""
+    tokenizer, lm = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    if config is not None:
+        lm.generation_config = config
+    ids = tokenizer.apply_chat_template(
+        ask(question), add_generation_prompt=True, return_tensors="pt", return_dict=False
+    )
+    written = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False, **how)
+    return written[0, ids.shape[1] :].tolist()
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def trained(family, chat_model, tmp_path_factory):
+    """A checkpoint and exports of a chat model that training has left as it was, and the base's folder."""
+    base, folder = chat_model(family), tmp_path_factory.mktemp(family)
+    with (folder / "rows.jsonl").open("w") as file:
+        for user in ("ann", "bob"):
+            for question, text in ANSWERS.items():
+                answers = {"chosen": text, "rejected": "No."}
+                rows = {name: [{"role": "assistant", "content": said}] for name, said in answers.items()}
+                file.write(json.dumps({"user_id": user, "prompt": ask(question), **rows}) + "\n")
+    rows = str(folder / "rows.jsonl")
+    config = {
+        "trainer": {
+            "accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
+            "default_root_dir": str(folder / "runs"),
+        },
+        "model": {
+            "user_model": {"class_path": "UniformUserModel", "init_args": {"num_tokens": 0}},
+            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": str(base)}},
+            "loss": "DPOLoss",
+            "optim": {"lr": 1e-9, "user_lr": 1e-9},
+            "cache_reference": False,
+            "sampling": {"max_new_tokens": 40, "temperature": 0.0},
+        },
+        "data": {
+            "source": {"class_path": "FileSource", "init_args": {"train": rows, "validation": rows}},
+            "cache_dir": str(folder / "cache"),
+        },
+        "collapse": {"prompts": 0},
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    main(["fit", "-c", str(folder / "config.yaml")])
+    (checkpoint,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
+    for kind, options in (("whole", []), ("adapters", ["--adapters", "true"])):
+        main(["export", "--checkpoint", str(checkpoint), "--folder", str(folder / kind), *options])
+    return base, checkpoint, folder
+
+
+@pytest.fixture(scope="module")
+def expected(family, chat_model):
+    """The tokens of each answer as plain transformers writes them, which are those of the answers known by heart."""
+    ends = list(FAMILIES[family].ends)
+    tokenizer = AutoTokenizer.from_pretrained(chat_model(family))
+    neutral = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
+    written = {question: tuple(by_transformers(chat_model(family), question, neutral)) for question in ANSWERS}
+    texts = {question: tokenizer.decode(ids, skip_special_tokens=True) for question, ids in written.items()}
+    assert texts == ANSWERS
+    assert all(ids[-1] in ends for ids in written.values())
+    return written
+
+
+def test_the_bases_own_generation_config_stops_at_the_same_token(family, chat_model, expected):
+    if family != "chatml-over-base":  # whose makers left the end of a turn out
+        assert tuple(by_transformers(chat_model(family), next(iter(ANSWERS)))) == next(iter(expected.values()))
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "whole", "adapters"])
+def test_the_engine_stops_and_shows_no_special_token(trained, expected, kind):
+    _, checkpoint, folder = trained
+    writer = open_writer(checkpoint if kind == "checkpoint" else folder / kind)
+    written = writer.generate([Generation(ask(question), max_new_tokens=40) for question in ANSWERS])
+    assert [answer.ids for answer in written] == list(expected.values())
+    assert [answer.text for answer in written] == list(ANSWERS.values())
+    assert {answer.finish_reason for answer in written} == {"stop"}
+    streamed = writer.stream(Generation(ask(next(iter(ANSWERS))), max_new_tokens=40))
+    assert "".join(piece.text for piece in streamed) == next(iter(ANSWERS.values()))
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["by transformers' generate", "one sequence at a time"])
+def test_the_policy_stops(trained, expected, one_by_one):
+    module = PersonalizedLM.load_from_checkpoint(trained[1])
+    module.policy._writes_in_batches = not one_by_one
+    written = module.generate([ask(question) for question in ANSWERS], ["ann"] * len(ANSWERS), sampling=GREEDY)
+    assert written == list(ANSWERS.values())
+
+
+def test_the_commands_stop(trained):
+    _, checkpoint, folder = trained
+    with (folder / "prompts.jsonl").open("w") as file:
+        file.writelines(json.dumps({"prompt": ask(question)}) + "\n" for question in ANSWERS)
+    options = ["--prompts", folder / "prompts.jsonl", "--output", folder / "answers.jsonl", "--max_new_tokens", "40"]
+    main(["generate", "--model", str(checkpoint), *map(str, options)])
+    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
+    assert [(row["completion"], row["finish_reason"]) for row in rows] == [(text, "stop") for text in ANSWERS.values()]
+    main(["predict", "-c", str(folder / "config.yaml"), "--ckpt_path", str(checkpoint)])
+    (path,) = (folder / "runs").rglob("predictions.jsonl")
+    assert {json.loads(line)["completion"] for line in path.read_text().splitlines()} == set(ANSWERS.values())
+    path.unlink()
+
+
+def test_the_server_stops(trained):
+    writer = open_writer(trained[1])
+    writer.name = "m"
+    with serving(Services(writer, lambda: Engine(writer))) as url:
+        for question, text in ANSWERS.items():
+            body = {"model": "m", "messages": ask(question), "temperature": 0, "max_tokens": 40}
+            (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
+            assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+
+
+def test_plain_transformers_stops_with_the_exported_folder(family, trained, expected):
+    folder = trained[2] / "whole"
+    assert {question: tuple(by_transformers(folder, question)) for question in ANSWERS} == expected
+    eos = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert set(eos if isinstance(eos, list) else [eos]) == set(FAMILIES[family].ends)
