@@ -10,6 +10,7 @@ from hashlib import blake2b
 import numpy as np
 import numpy.typing as npt
 
+from prlhf_lightning.data.conversations import plain_text
 from prlhf_lightning.data.progress import counted
 from prlhf_lightning.data.records import Columns, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split
@@ -71,7 +72,7 @@ def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
     votes = array("q")
 
     def item(prompt: str, prompt_key: bytes, response: Text) -> int:
-        text = _flat(response)
+        text = plain_text(response)
         key = _key(prompt_key, text)
         if key not in items:
             items[key] = len(items)
@@ -88,7 +89,7 @@ def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
             except TieError:
                 ties[split] += 1
                 continue
-            prompt = _flat(record.prompt)
+            prompt = plain_text(record.prompt)
             prompt_key = _key(b"", prompt)
             if prompt_key not in prompts:
                 prompts[prompt_key] = len(prompts)
@@ -112,10 +113,6 @@ def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
         features=by_item,
         num_users=len(users),
     )
-
-
-def _flat(text: Text) -> str:
-    return text if isinstance(text, str) else "\n".join(message["content"] for message in text)
 
 
 def _key(prefix: bytes, text: str) -> bytes:

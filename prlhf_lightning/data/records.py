@@ -5,21 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
-from typing import Any, NoReturn, TypeAlias
+from typing import Any
 
-from prlhf_lightning.data.roles import problem_with_role
+from prlhf_lightning.data.conversations import Message as Message
+from prlhf_lightning.data.conversations import Text as Text
+from prlhf_lightning.data.conversations import (
+    check_characters,
+    fail,
+    is_blank,
+    read_text,
+    read_tools,
+)
+from prlhf_lightning.data.implicit_prompts import REPEATED, Note, implicit_prompt, repeats_prompt
+from prlhf_lightning.data.missing_columns import advice, all_missing, near
+from prlhf_lightning.data.winners import only_turn, winner_of
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.types import Feedback
-
-Message: TypeAlias = dict[str, str]
-"""`{"role": ..., "content": ...}`, one turn of a conversation."""
-Text: TypeAlias = str | list[Message]
-"""A plain string, or a conversation."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The name of the column that holds each field."""
+    """The name of the column that holds each field.
+
+    Pairs have `chosen` and `rejected`, or `response_a`, `response_b` and `winner`. A `system` message is read from a
+    column of its own only where that is named.
+    """
 
     user_id: str = "user_id"
     prompt: str = "prompt"
@@ -28,6 +38,15 @@ class Columns:
     completion: str = "completion"
     label: str = "label"
     user_text: str = "user_text"
+    tools: str = "tools"
+    system: str = ""
+    response_a: str = "response_a"
+    response_b: str = "response_b"
+    winner: str = "winner"
+
+    def named(self) -> set[str]:
+        """Return the columns that hold something."""
+        return {getattr(self, field.name) for field in fields(self)} - {""}
 
     @classmethod
     def from_mapping(cls, columns: Mapping[str, str]) -> Columns:
@@ -55,6 +74,8 @@ class FeedbackRecord:
         rejected: The other completion; None in demonstrations, and for a thumbs-up.
         user_text: Text about the user, or None.
         thumb: Whether the row had one completion and a label, and not up to two completions.
+        tools: What the assistant may call, as the chat template takes it, or None.
+        notes: What is to be told about the row, with the number of such rows.
     """
 
     user_id: str
@@ -63,6 +84,8 @@ class FeedbackRecord:
     rejected: Text | None = None
     user_text: str | None = None
     thumb: bool = False
+    tools: list[dict[str, Any]] | None = None
+    notes: tuple[Note, ...] = ()
 
     @property
     def fields(self) -> tuple[str, str]:
@@ -70,11 +93,16 @@ class FeedbackRecord:
         return ("completion", "completion") if self.thumb else ("chosen", "rejected")
 
 
-_LABELS = {"true": True, "false": False, "1": True, "0": False}
+_UP = "true 1 1.0 +1 up thumbs_up thumbsup thumb_up like liked good yes positive upvote desirable accepted 👍"
+_DOWN = (
+    "false 0 0.0 -1 -1.0 down thumbs_down thumbsdown thumb_down dislike disliked bad no negative downvote undesirable "
+)
+_DOWN += "rejected 👎"
+_LABELS = {**dict.fromkeys(_UP.split(), True), **dict.fromkeys(_DOWN.split(), False)}
 
 
 class TieError(FeedbackFormatError):
-    """The two completions of a row are the same."""
+    """The two completions of a row are the same, or neither won."""
 
 
 _DEFAULT_COLUMNS = Columns()
@@ -85,66 +113,119 @@ def parse_record(
 ) -> FeedbackRecord:
     """Validate one raw row.
 
-    Conversational rows may leave `prompt` out: the messages that `chosen` and `rejected` share (or all but the last of
-    `completion`) are then the prompt, and the last message of each is the completion. Other columns are ignored.
+    Texts are strings or conversations, in any form that `read_text` knows. Conversational rows may leave `prompt` out:
+    the messages that `chosen` and `rejected` share (or all but the last of `completion`) are then the prompt, and the
+    last message of each is the completion. Where plain strings leave it out, it is what both answers begin with (see
+    `implicit_prompt`). Other columns are ignored.
 
     Args:
         row: Column name to value.
         where: Where the row stands, such as `votes.jsonl:17`; every message starts with it.
         columns: The column of each field.
-        feedback: What the row must have: `pairs` have `chosen` and `rejected`; `thumbs` have `completion` and `label`,
-            and give a record with one of the two; `demonstrations` have `chosen`, and may have `rejected`.
+        feedback: What the row must have: `pairs` have `chosen` and `rejected` (or two responses and a winner);
+            `thumbs` have `completion` and `label`, and give a record with one of the two; `demonstrations` have
+            `chosen`, and may have `rejected`.
 
     Raises:
         FeedbackFormatError: The row is not what it should be; the message names the place, the field and the fix.
-        TieError: The row is well formed, but both completions are the same.
+        TieError: The row is well formed, but both completions are the same, or neither won.
     """
+    tie = None
+    if feedback != "thumbs" and columns.chosen not in row:
+        row, tie = _with_winner(row, where, columns)
+    _refuse_missing(row, where, columns, feedback)
     user_id = parse_user_id(row, where, columns)
     if feedback == "thumbs":
         return _parse_thumb(user_id, row, where, columns)
-    chosen = _text(_required(row, where, "chosen", columns), where, "chosen")
+    chosen = read_text(_required(row, where, "chosen", columns), where, "chosen")
     rejected: Text | None = None
     if feedback == "pairs" or row.get(columns.rejected):
-        rejected = _text(_required(row, where, "rejected", columns), where, "rejected")
+        rejected = read_text(_required(row, where, "rejected", columns), where, "rejected")
         if isinstance(rejected, str) != isinstance(chosen, str):
-            _fail(where, "rejected", "and 'chosen' must both be strings or both be lists of messages")
-    prompt, chosen = _split_prompt(row, where, columns, chosen, "chosen")
-    if rejected is not None:
-        rejected = _split_rejected(row, where, columns, rejected, prompt)
-    _check_completion(chosen, where, "chosen")
-    if rejected is not None:
-        _check_completion(rejected, where, "rejected")
-        if chosen == rejected:
-            raise TieError(
-                f"{where}: field 'chosen' equals 'rejected', so the row says nothing about what the user prefers; "
-                "drop the row, or set ties: drop to leave such rows out."
-            )
-    return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns))
+            fail(where, "rejected", "and 'chosen' must both be strings or both be lists of messages")
+    prompt, completions, notes = _split_prompt(row, where, columns, {"chosen": chosen, "rejected": rejected})
+    for field, completion in completions.items():
+        _check_completion(completion, where, field)
+    if tie is not None:
+        raise TieError(
+            f"{where}: field 'winner' is a tie (column {tie!r}), so the row says nothing about what the user prefers; "
+            "drop the row, or set ties: drop to leave such rows out."
+        )
+    if completions.get("rejected") == completions["chosen"]:
+        raise TieError(
+            f"{where}: field 'chosen' equals 'rejected', so the row says nothing about what the user prefers; "
+            "drop the row, or set ties: drop to leave such rows out."
+        )
+    return FeedbackRecord(
+        user_id,
+        prompt,
+        completions["chosen"],
+        completions.get("rejected"),
+        _user_text(row, where, columns),
+        tools=read_tools(row.get(columns.tools), where),
+        notes=tuple(notes),
+    )
 
 
 def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Columns) -> FeedbackRecord:
-    completion = _text(_required(row, where, "completion", columns), where, "completion")
-    prompt, completion = _split_prompt(row, where, columns, completion, "completion")
+    completion = read_text(_required(row, where, "completion", columns), where, "completion")
+    prompt, completions, notes = _split_prompt(row, where, columns, {"completion": completion})
+    completion = completions["completion"]
     _check_completion(completion, where, "completion")
     value = _required(row, where, "label", columns)
     # CSV has texts only, and many tables have 1 and 0 for true and false.
-    up = _LABELS.get(str(value).strip().lower()) if isinstance(value, str | int) else None
+    up = None
+    if isinstance(value, str | int | float):
+        up = _LABELS.get("_".join(str(value).strip().lower().split()))
     if up is None:
-        _fail(
+        fail(
             where,
             "label",
             f"is {_shown(value)}, of type {type(value).__name__}; write true (or 1) for a thumbs-up and "
-            "false (or 0) for a thumbs-down",
+            "false (or 0) for a thumbs-down; for stars or other labels, read the rows with LabelSource",
         )
     chosen, rejected = (completion, None) if up else (None, completion)
-    return FeedbackRecord(user_id, prompt, chosen, rejected, _user_text(row, where, columns), thumb=True)
+    tools = read_tools(row.get(columns.tools), where)
+    text = _user_text(row, where, columns)
+    return FeedbackRecord(user_id, prompt, chosen, rejected, text, True, tools, tuple(notes))
+
+
+def _with_winner(row: Mapping[str, Any], where: str, columns: Columns) -> tuple[Mapping[str, Any], str | None]:
+    """Return a row of two responses and a winner as chosen and rejected, and the column that says it ties."""
+    names = (columns.response_a, columns.response_b)
+    if any(name not in row for name in names):
+        return row, None
+    won = winner_of(row, where, columns.winner, names)
+    if won is None:
+        return row, None
+    place, column = won
+    responses = [only_turn(row[name]) for name in names]
+    chosen, rejected = reversed(responses) if place == 1 else responses
+    pair = {columns.chosen: chosen, columns.rejected: rejected}
+    if columns.prompt in row:
+        pair[columns.prompt] = only_turn(row[columns.prompt])
+    return {**row, **pair}, column if place is None else None
+
+
+def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedback: Feedback) -> None:
+    """Refuse a row that lacks several columns, all of them at once."""
+    needed = {
+        "pairs": ("user_id", "chosen", "rejected"),
+        "thumbs": ("user_id", "completion", "label"),
+        "demonstrations": ("user_id", "chosen"),
+    }[feedback]
+    missing = [field for field in needed if getattr(columns, field) not in row]
+    if len(missing) > 1 and all(_other_kind(row, field, columns) is None for field in missing):
+        if columns.prompt not in row:
+            missing.append("prompt")
+        raise FeedbackFormatError(all_missing(where, {field: getattr(columns, field) for field in missing}, list(row)))
 
 
 def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAULT_COLUMNS) -> str:
     """Return the id of the user of a raw row, or raise a `FeedbackFormatError`; see `parse_record`."""
     user_id: Any = _required(row, where, "user_id", columns)
     if not isinstance(user_id, str):
-        _fail(
+        fail(
             where,
             "user_id",
             f"is of type {type(user_id).__name__}; write it as a string (in files, whole numbers are read as strings; "
@@ -152,7 +233,7 @@ def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAUL
         )
     check_characters(user_id, where, "user_id")
     if not user_id.strip():
-        _fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
+        fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
     return user_id
 
 
@@ -166,10 +247,6 @@ def spell_user_id(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
     return {**row, column: str(user_id)} if type(user_id) is int else row  # True is no id
 
 
-def _fail(where: str, field: str, problem: str) -> NoReturn:
-    raise FeedbackFormatError(f"{where}: field {field!r} {problem}.")
-
-
 def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) -> Any:
     """Return the value of a field, or say how to map or fill the column that should hold it."""
     column = getattr(columns, field)
@@ -177,17 +254,15 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
     if value is not None:
         return value
     if column in row:
-        _fail(where, field, f"is null (column {column!r}); fill it or drop the row")
+        fail(where, field, f"is null (column {column!r}); fill it or drop the row")
     if (kind := _other_kind(row, field, columns)) is not None:
-        _fail(where, field, f"is missing: {kind}")
-    names = [str(name) for name in row]
-    close = get_close_matches(column, names, n=1) or get_close_matches(field, names, n=1)
-    advice = (
-        f"if {close[0]!r} holds it, rename that column or set columns: {{{field}: {close[0]}}}"
-        if close
-        else f"name the column that holds it with columns: {{{field}: <its name>}}"
+        fail(where, field, f"is missing: {kind}")
+    fail(
+        where,
+        field,
+        f"is missing: there is no column {column!r} among {', '.join(repr(str(name)) for name in row)}; "
+        + advice(field, column, list(row)),
     )
-    _fail(where, field, f"is missing: there is no column {column!r} among {', '.join(map(repr, names))}; {advice}")
 
 
 def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | None:
@@ -202,30 +277,6 @@ def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | N
     return None
 
 
-def _text(value: Any, where: str, field: str) -> Text:
-    """Check that a value is a string or a list of well-formed messages."""
-    if isinstance(value, str):
-        check_characters(value, where, field)
-        return value
-    if not isinstance(value, list):
-        _fail(where, field, f"is of type {type(value).__name__}; write a string or a list of messages")
-    if not value:
-        _fail(where, field, "is an empty list; write at least one message")
-    messages = []
-    for number, message in enumerate(value, start=1):
-        if not isinstance(message, Mapping):
-            _fail(where, field, f"message {number} is of type {type(message).__name__}; {_MESSAGE_FIX}")
-        for key in ("role", "content"):
-            if not isinstance(message.get(key), str):
-                found = f"of type {type(message[key]).__name__}" if key in message else "missing"
-                _fail(where, field, f"message {number} has a {key!r} that is {found}; {_MESSAGE_FIX}")
-            check_characters(message[key], where, field)
-        if (problem := problem_with_role(message["role"])) is not None:
-            _fail(where, field, f"message {number} has {problem}")
-        messages.append({"role": message["role"], "content": message["content"]})
-    return messages
-
-
 def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
     """Return the text about the user, which may be absent unless its column was named on purpose."""
     value = row.get(columns.user_text)
@@ -234,79 +285,126 @@ def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | No
             _required(row, where, "user_text", columns)
         return None
     if not isinstance(value, str):
-        _fail(where, "user_text", f"is of type {type(value).__name__}; write a string, or null where there is none")
+        fail(where, "user_text", f"is of type {type(value).__name__}; write a string, or null where there is none")
     check_characters(value, where, "user_text")
     return value if value.strip() else None
 
 
-def check_characters(text: str, where: str, field: str) -> None:
-    """Refuse a text that cannot be encoded, without quoting it."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no text can hold
-        _fail(where, field, f"holds U+{ord(text[error.start]):X}, half of a surrogate pair; remove it or complete it")
-
-
-_MESSAGE_FIX = 'each message is {"role": "user" or "assistant" or "system", "content": "..."}, both strings'
-
-
 def _split_prompt(
-    row: Mapping[str, Any], where: str, columns: Columns, completion: Text, field: str
-) -> tuple[Text, Text]:
-    """Return prompt and completion, splitting off a prompt that stands inside a conversational completion."""
-    given = row.get(columns.prompt)
-    if isinstance(completion, str):
-        prompt = _text(_required(row, where, "prompt", columns), where, "prompt")
-        if not isinstance(prompt, str):
-            _fail(where, "prompt", f"is a list of messages but {field!r} is a string; write both in the same form")
-        return prompt, completion
-    if isinstance(given, list):
-        prompt = _text(given, where, "prompt")
-        if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-            _fail(where, "prompt", "ends with an assistant message; end it with what is to be answered")
-        return prompt, completion
-    if given is None and len(completion) == 1:
-        _required(row, where, "prompt", columns)
-    shared = completion[:-1]
-    if not shared:
-        whole = (
-            "'chosen' and 'rejected' be whole conversations that share all but their last message"
-            if field == "chosen"
-            else f"{field!r} be the whole conversation"
-        )
-        _fail(where, "prompt", f"must be a list of messages, as {field!r} is; or leave it out and let {whole}")
-    if given is not None and all(message["content"] != given for message in shared):
-        _fail(
+    row: Mapping[str, Any], where: str, columns: Columns, answers: Mapping[str, Text | None]
+) -> tuple[Text, dict[str, Text], list[Note]]:
+    """Return the prompt, the completions without it, and what is to be told.
+
+    A prompt may stand in its own column, inside the answers, or in both.
+    """
+    given = {field: answer for field, answer in answers.items() if answer is not None}
+    raw = row.get(columns.prompt)
+    prompt = None if raw is None else read_text(raw, where, "prompt")
+    if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
+        fail(where, "prompt", "ends with an assistant message; end it with what is to be answered")
+    texts = {field: answer for field, answer in given.items() if isinstance(answer, str)}
+    notes: list[Note] = []
+    if texts:
+        if prompt is None:
+            prompt, texts, notes = _without_shared_start(row, where, columns, texts)
+        elif isinstance(prompt, str) and len(texts) == 2 and repeats_prompt(prompt, *texts.values()):
+            texts, notes = {field: answer[len(prompt) :] for field, answer in texts.items()}, [REPEATED]
+        system = _system(row, where, columns)
+        if isinstance(prompt, str) and system is None and not row.get(columns.tools):
+            return prompt, dict(texts), notes
+        # What only a chat template can write makes a conversation of the row.
+        given = {field: [{"role": "assistant", "content": answer}] for field, answer in texts.items()}
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    conversations = {field: answer for field, answer in given.items() if isinstance(answer, list)}
+    prompt, completions = _split_conversations(row, where, columns, prompt, conversations)
+    return _with_system(prompt, row, where, columns), dict(completions), notes
+
+
+def _without_shared_start(
+    row: Mapping[str, Any], where: str, columns: Columns, answers: dict[str, str]
+) -> tuple[str, dict[str, str], list[Note]]:
+    """Return the prompt that plain answers begin with, the answers without it, and what is to be told."""
+    values = list(answers.values())
+    may_be_there = columns.prompt in row or near("prompt", columns.prompt, list(row)) is not None
+    found = None if may_be_there else implicit_prompt(values[0], values[1] if len(values) > 1 else None)
+    if found is None:
+        _required(row, where, "prompt", columns)  # which says what to do
+        raise AssertionError
+    prompt, notes = found
+    return prompt, {field: answer[len(prompt) :] for field, answer in answers.items()}, notes
+
+
+def _split_conversations(
+    row: Mapping[str, Any],
+    where: str,
+    columns: Columns,
+    prompt: Text | None,
+    answers: dict[str, list[Message]],
+) -> tuple[list[Message], dict[str, list[Message]]]:
+    """Return prompt and completions of a conversational row."""
+    if isinstance(prompt, list):
+        start = len(prompt)
+        if all(len(answer) > start and answer[:start] == prompt for answer in answers.values()):
+            return prompt, {field: answer[start:] for field, answer in answers.items()}
+        return prompt, answers
+    field, first = next(iter(answers.items()))
+    if len(first) == 1:
+        if prompt is None:
+            _required(row, where, "prompt", columns)
+        return [{"role": "user", "content": prompt}], answers
+    shared = first[:-1]
+    if prompt is not None and all((message["content"] or "").strip() != prompt.strip() for message in shared):
+        fail(
             where,
             "prompt",
-            f"is {_shown(given)}, which is no message of the conversation in {field!r}; "
+            f"is {_shown(prompt)}, which is no message of the conversation in {field!r}; "
             "write it as a list of messages, or drop the column",
         )
-    return shared, completion[-1:]
-
-
-def _split_rejected(row: Mapping[str, Any], where: str, columns: Columns, rejected: Text, prompt: Text) -> Text:
-    """Return the rejected completion, without the prompt that stood inside the chosen one."""
-    if isinstance(rejected, str) or isinstance(row.get(columns.prompt), list):
-        return rejected
-    if rejected[:-1] != prompt:
-        _fail(
+    if any(answer[:-1] != shared for answer in answers.values()):
+        fail(
             where,
             "rejected",
             "must share all but its last message with 'chosen' when the prompt stands inside them; "
             "or give the shared part as 'prompt' and one assistant message each as 'chosen' and 'rejected'",
         )
-    return rejected[-1:]
+    return shared, {field: answer[-1:] for field, answer in answers.items()}
+
+
+def _system(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
+    """Return what the column of system messages holds, where one is named."""
+    if not columns.system:
+        return None
+    if columns.system not in row:
+        _required(row, where, "system", columns)
+    value = row[columns.system]
+    if value is not None and not isinstance(value, str):
+        fail(where, "system", f"is of type {type(value).__name__}; write a string, or null where there is none")
+    return value if value and value.strip() else None
+
+
+def _with_system(prompt: list[Message], row: Mapping[str, Any], where: str, columns: Columns) -> list[Message]:
+    """Return a conversation after the system message of the column that is named for it."""
+    text = _system(row, where, columns)
+    if text is None:
+        return prompt
+    check_characters(text, where, "system")
+    if prompt[0]["role"] in ("system", "developer"):
+        if prompt[0]["content"] == text:
+            return prompt
+        fail(where, "system", "stands in its own column, and the conversation begins with another; remove one of them")
+    return [{"role": "system", "content": text}, *prompt]
 
 
 def _check_completion(text: Text, where: str, field: str) -> None:
     if isinstance(text, list):
         if len(text) != 1 or text[0]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in text)
-            _fail(where, field, f"must be one assistant message after the prompt, not messages by: {roles}")
-        text = text[0]["content"]
-    if not text.strip():
-        _fail(where, field, "is empty; a completion needs at least one visible character, so drop or fill this row")
+            fail(where, field, f"must be one assistant message after the prompt, not messages by: {roles}")
+        blank = is_blank(text[0])
+    else:
+        blank = not text.strip()
+    if blank:
+        fail(where, field, "is empty; a completion needs at least one visible character, so drop or fill this row")
 
 
 def _shown(value: Any, limit: int = 40) -> str:

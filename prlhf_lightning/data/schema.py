@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn, TypeVar
 
-from prlhf_lightning.data.records import check_characters
+from prlhf_lightning.data.conversations import check_characters
 from prlhf_lightning.errors import FeedbackFormatError
 
 _T = TypeVar("_T")

@@ -45,7 +45,7 @@ def spread(length: int, most: int) -> Positions:
 
 def text_key(text: Text) -> int:
     """Return a 64-bit hash of a text."""
-    text = text if isinstance(text, str) else json.dumps(text, sort_keys=True)
+    text = text if isinstance(text, str) else json.dumps(text, sort_keys=True, default=str)
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

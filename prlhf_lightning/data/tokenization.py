@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer
+from prlhf_lightning.data.template_coverage import Tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 Ids: TypeAlias = npt.NDArray[np.int32]
@@ -119,9 +120,17 @@ class FeedbackTokenizer:
             for row, where, record in zip(rendered, wheres, records, strict=True)
         ]
 
-    def prompts(self, prompts: Sequence[Text]) -> list[Ids]:
-        """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept."""
-        rendered = [(*self._render.prompt(prompt, f"prompt {i}"), f"prompt {i}") for i, prompt in enumerate(prompts)]
+    def prompts(self, prompts: Sequence[Text], tools: Tools = None) -> list[Ids]:
+        """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept.
+
+        Args:
+            prompts: The prompts.
+            tools: What may be called in answering any of them.
+        """
+        wheres = [f"prompt {i}" for i in range(len(prompts))]
+        rendered = [
+            (*self._render.prompt(prompt, where, tools), where) for prompt, where in zip(prompts, wheres, strict=True)
+        ]
         self._learn({text for text, _, _ in rendered})
         limit = self.settings.max_prompt_length
         rows = [self._prompt(*row) for row in rendered]

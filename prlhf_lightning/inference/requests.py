@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from prlhf_lightning.errors import ConfigurationError
 
-Message: TypeAlias = dict[str, str]
-"""`{"role": ..., "content": ...}`, one turn of a conversation."""
+Message: TypeAlias = dict[str, Any]
+"""`{"role": ..., "content": ...}`, one turn of a conversation; it may hold tool calls."""
 FinishReason: TypeAlias = Literal["stop", "length"]
 """`stop`: a token that ends answers or a stop string ended the text; `length`: `max_new_tokens`, or the
 model's last position, did."""
@@ -33,6 +33,7 @@ class Generation:
         seed: What chance is drawn from; None draws differently each time. What is written under a seed does not depend
             on what else is being written.
         stop: Strings that end the text; they are not a part of it.
+        tools: What the assistant may call, as JSON schemas for the chat template, or None.
 
     Raises:
         ConfigurationError: A value is out of its range.
@@ -47,6 +48,7 @@ class Generation:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    tools: list[dict[str, Any]] | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):

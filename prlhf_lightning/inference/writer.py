@@ -165,7 +165,7 @@ class PersonalizedWriter:
             ConfigurationError: It is too long for the model, or has a text about the user that nothing reads.
             FeedbackFormatError: The prompt is empty, or does not fit the chat template.
         """
-        prompt = self._encode.prompts([generation.prompt])[0].tolist()
+        prompt = self._encode.prompts([generation.prompt], generation.tools)[0].tolist()
         text, text_tokens = None, 0
         if generation.user_text:
             if not self.user_model.uses_text:

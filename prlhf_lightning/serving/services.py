@@ -91,7 +91,7 @@ class Services:
 
         Models without a chat template know no turns: a conversation of one message of the user's is its text.
         """
-        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] or "" for message in prompt]
         self.check_size("prompt", *texts)
         is_one_turn = not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]
         return texts[0] if is_one_turn and not self.writer.tokenizer.chat_template else prompt

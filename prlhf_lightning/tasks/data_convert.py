@@ -13,6 +13,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prlhf_lightning.data.conversations import EXTRAS, plain_text
 from prlhf_lightning.data.problems import Problem
 from prlhf_lightning.data.progress import counted
 from prlhf_lightning.data.readers import Unreadable
@@ -179,6 +180,7 @@ class _Writer:
         self.written = 0
 
     def add(self, record: FeedbackRecord, where: str) -> None:
+        _refuse_tools(record, where)
         is_text = isinstance(record.prompt, str)
         if self._parquet is None:
             self._first = (where, is_text)
@@ -236,8 +238,25 @@ def _values(record: FeedbackRecord) -> tuple[Any, ...]:
     return (record.user_id, record.prompt, *judged, record.user_text)
 
 
+def _refuse_tools(record: FeedbackRecord, where: str) -> None:
+    """Refuse what the columns have no place for, and would be lost."""
+    texts = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
+    held = [
+        (field_name, name)
+        for field_name, text in texts.items()
+        for message in (text if isinstance(text, list) else ())
+        for name in EXTRAS
+        if name in message
+    ]
+    for field_name, name in [("tools", "tools")] * bool(record.tools) + held:
+        raise FeedbackFormatError(
+            f"{where}: field {field_name!r} holds {name}, which these columns have no place for; train on the file as "
+            "it is, or drop the row here."
+        )
+
+
 def _length(text: Text | None) -> int:
-    return sum(len(message["content"]) for message in text) if isinstance(text, list) else len(text or "")
+    return len(plain_text(text))
 
 
 def _rejection(problem: Problem, row: Mapping[str, Any] | Unreadable) -> bytes:

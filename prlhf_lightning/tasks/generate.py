@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from prlhf_lightning.data import Pseudonyms
+from prlhf_lightning.data.conversations import message_text, read_text, read_tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.files import replacing
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
@@ -75,7 +76,7 @@ def generate(
         model: A checkpoint of `fit`, or a folder that `export` wrote.
         prompt: What to answer.
         prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`),
-            `id` and `user_text`. A row without a user is written for all that `users` and `blend` name.
+            `id`, `user_text` and `tools`. A row without a user is written for all that `users` and `blend` name.
         users: Ids, as in `--users ann bob`. Without any, the generic user.
         blend: Shares of several users that sum to 1, as in `{ann: 0.5, bob: 0.5}`: one more user to write for.
         user_text: Text about the user, for user models that read it.
@@ -140,7 +141,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         user = row.get("user_id", row.get("user"))
         if type(user) is int:  # as in the files that training reads
             user = str(user)
-        if not _is_prompt(row.get("prompt")):
+        if not isinstance(row.get("prompt"), str | list):
             raise FeedbackFormatError(
                 f"{where}: field 'prompt' must be a string, or a list of messages with 'role' and 'content'."
             )
@@ -152,16 +153,13 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise FeedbackFormatError(f"{where}: field 'user_text' must be a string.")
         if not isinstance(row.get("id", number), str | int):
             raise FeedbackFormatError(f"{where}: field 'id' must be a string or a whole number.")
-        yield {"prompt": row["prompt"], "user": user, "id": row.get("id", number), "user_text": row.get("user_text")}
-
-
-def _is_prompt(prompt: Any) -> bool:
-    if isinstance(prompt, list):
-        return bool(prompt) and all(
-            isinstance(turn, dict) and all(isinstance(turn.get(key), str) for key in ("role", "content"))
-            for turn in prompt
-        )
-    return isinstance(prompt, str)
+        yield {
+            "prompt": read_text(row["prompt"], where, "prompt"),
+            "user": user,
+            "id": row.get("id", number),
+            "user_text": row.get("user_text"),
+            "tools": read_tools(row.get("tools"), where),
+        }
 
 
 def _requests(
@@ -174,7 +172,8 @@ def _requests(
         prompt: str | list[Message] = row["prompt"]
         for user in named if row.get("user") is None else [row["user"]]:
             text = row.get("user_text") or user_text
-            yield _Request(Generation(prompt, user, user_text=text, **how), row.get("id", number))
+            tools = row.get("tools")
+            yield _Request(Generation(prompt, user, user_text=text, tools=tools, **how), row.get("id", number))
 
 
 def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) -> None:
@@ -193,7 +192,7 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
     groups: dict[tuple[str | int, str], list[tuple[_Request, Completion]]] = {}
     for one, answer in zip(requests, written, strict=True):
         prompt = one.generation.prompt
-        asked = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        asked = prompt if isinstance(prompt, str) else message_text(prompt[-1])
         groups.setdefault((one.id, asked), []).append((one, answer))
     for (_, asked), answers in groups.items():
         console.print(Text(printable(asked, _LAYOUT), style="bold"))

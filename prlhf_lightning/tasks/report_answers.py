@@ -93,7 +93,8 @@ def find_prompts(data: PreferenceDataModule, pairs: Pairs, count: int) -> list[T
     first = np.sort(np.unique(pairs.split.keys("prompt")[pairs.positions], return_index=True)[1])
     rows = pairs.__getitems__(first[spread(len(first), count)].tolist())
     records = _records(data, {row["where"] for row in rows})
-    return [records[row["where"]].prompt for row in rows if row["where"] in records]
+    found = [records[row["where"]] for row in rows if row["where"] in records]
+    return [record.prompt for record in found if not record.tools]  # answers are written without tools
 
 
 def _records(data: PreferenceDataModule, wheres: set[str]) -> dict[str, FeedbackRecord]:

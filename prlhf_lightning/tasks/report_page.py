@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prlhf_lightning.adaptation import ColdStartPoint
+from prlhf_lightning.data.conversations import message_text
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
@@ -351,7 +352,7 @@ def _answers(section: Section, found: Findings) -> None:
 def _shown(prompt: Text) -> str:
     if isinstance(prompt, str):
         return _cut(prompt)
-    return _cut(" / ".join(f"{turn['role']}: {turn['content']}" for turn in prompt))
+    return _cut(" / ".join(f"{turn['role']}: {message_text(turn)}" for turn in prompt))
 
 
 def _cut(text: str) -> str:

@@ -41,10 +41,10 @@ def test_all_faults_are_counted_and_the_first_of_each_kind_are_kept(tmp_path):
 
 
 def test_values_and_names_make_no_kinds(tmp_path):
-    rows = [{"user_id": "ann", "prompt": "p", f"name{i}": "x"} for i in range(5)]
-    rows += [row(0, prompt=[{"role": "user", "content": "it's; so"}])]
+    rows = [{"user_id": "ann", "prompt": "p", "chosen": "a", f"name{i}": "x"} for i in range(5)]
+    rows += [row(0, prompt=[{"role": "user", "content": "it's; so"}, {"role": "assistant", "content": "x"}])]
     found = kinds(inspect(tmp_path, rows))
-    assert found == {"chosen: is missing": 5, "prompt: is a list of messages but '…' is a string": 1}
+    assert found == {"rejected: is missing": 5, "prompt: ends with an assistant message": 1}
 
 
 def test_kinds_are_bounded():
@@ -164,7 +164,9 @@ def test_with_a_tokenizer_rows_are_judged_as_training_judges_them(rows, limit, o
         source = FileSource(write_jsonl(Path(folder) / "votes.jsonl", rows))
         report = Inspector(source, ties="drop", tokenizer=TOKENIZER, settings=limits)()
         try:
-            built = FeedbackCache(Path(folder) / "cache", TOKENIZER, limits, True, "drop").open(source, "train").report
+            built = (
+                FeedbackCache(Path(folder) / "cache", TOKENIZER, limits, "pairs", "drop").open(source, "train").report
+            )
         except FeedbackFormatError:  # no row is left
             return
     over = {group.kind.partition(":")[0]: group.count for group in report.problems if ": over " in group.kind}

@@ -43,7 +43,6 @@ def test_a_good_row_becomes_a_record():
         (row(user_id=None), "field 'user_id' is null (column 'user_id'); fill it or drop the row"),
         (row(prompt=None), "field 'prompt' is null"),
         (row(prompt=["Hi"]), "field 'prompt' message 1 is of type str; each message is"),
-        (row(prompt=[ASK]), "field 'prompt' is a list of messages but 'chosen' is a string"),
         (row(chosen=""), "field 'chosen' is empty"),
         (row(rejected=" \n"), "field 'rejected' is empty"),
         (row(rejected="one two"), "field 'chosen' equals 'rejected'"),
@@ -67,11 +66,6 @@ def test_a_bad_row_is_refused_by_place_field_and_fix(bad, message):
         ({"chosen": [{"role": "assistant"}]}, "field 'chosen' message 1 has a 'content' that is missing"),
         ({"chosen": [{"content": "x"}]}, "field 'chosen' message 1 has a 'role' that is missing"),
         ({"chosen": [turn("assistant", None)]}, "field 'chosen' message 1 has a 'content' that is of type NoneType"),
-        (
-            {"chosen": [turn("gpt", "x")]},
-            "field 'chosen' message 1 has the role 'gpt', which chat templates do not know; write 'assistant'.",
-        ),
-        ({"prompt": [turn("User", "x")]}, "field 'prompt' message 1 has the role 'User', which chat templates do not"),
         ({"chosen": [ASK]}, "field 'chosen' must be one assistant message after the prompt, not messages by: user"),
         ({"chosen": [turn("assistant", " ")]}, "field 'chosen' is empty"),
         ({"prompt": [ASK, GOOD]}, "field 'prompt' ends with an assistant message"),
@@ -156,7 +150,7 @@ def thumb(**changes):
     return {"user_id": "ann", "prompt": "w1", "completion": "one two", "label": True, **changes}
 
 
-@pytest.mark.parametrize("label", [True, "true", "True ", 1, "1"])
+@pytest.mark.parametrize("label", [True, "true", "True ", 1, "1", 1.0, "1.0", "+1", "up", "good", "Thumbs up", "👍"])
 def test_a_thumb_up_has_a_chosen_completion_and_one_down_a_rejected_one(label):
     up = parse_record(thumb(label=label), "f:1", feedback="thumbs")
     down = parse_record(thumb(label=False, user_text="likes tea"), "f:1", feedback="thumbs")
@@ -176,11 +170,9 @@ def test_the_completion_of_a_thumb_may_be_a_whole_conversation():
     [
         (thumb(label=None), "field 'label' is null (column 'label'); fill it or drop the row"),
         (thumb(label=2), "field 'label' is 2, of type int; write true (or 1) for a thumbs-up and false (or 0) for"),
-        (thumb(label="up"), "field 'label' is 'up', of type str; write true"),
+        (thumb(label="meh"), "field 'label' is 'meh', of type str; write true"),
         (thumb(completion=" "), "field 'completion' is empty"),
         (thumb(completion=5), "field 'completion' is of type int; write a string or a list of messages"),
-        (thumb(completion=[GOOD], prompt="w1"), "field 'prompt' must be a list of messages, as 'completion' is; or"),
-        (thumb(prompt=[ASK]), "field 'prompt' is a list of messages but 'completion' is a string"),
         (thumb(prompt=[ASK], completion=[ASK]), "field 'completion' must be one assistant message after the prompt"),
         ({"user_id": "ann", "prompt": "w1", "text": "a", "label": True}, "field 'completion' is missing: there is no"),
         (

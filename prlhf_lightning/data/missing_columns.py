@@ -1,0 +1,73 @@
+"""What to say where columns are missing: which of those that are there may hold the fields."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+
+#: Other names, in public data, of the columns that hold a field.
+_SYNONYMS = {
+    "user_id": "user userid uid worker workerid annotator annotatorid rater raterid judge judgeid labeler labelerid "
+    "person personid participant participantid account accountid customer customerid username evaluator evaluatorid",
+    "prompt": "question instruction query input context conversations conversation messages history post request",
+    "chosen": "preferred better accepted best winning chosenresponse responsechosen preferredresponse completion "
+    "messages conversations output response answer positive",
+    "rejected": "dispreferred worse rejectedresponse responserejected worst losing other negative",
+    "completion": "response answer output reply generation message messages conversations text content",
+    "label": "rating thumb thumbs feedback vote score liked reaction stars isgood helpful",
+    "user_text": "profile persona bio about userprofile description",
+    "system": "systemprompt systemmessage instruction",
+}
+
+
+def near(field: str, column: str, columns: Sequence[object]) -> str | None:
+    """Return the column that may be meant for a field, or None.
+
+    Args:
+        field: The field.
+        column: The column that should hold it, and is not there.
+        columns: Those that are.
+    """
+    names = [str(name) for name in columns]
+    plain = {_plain(name): name for name in reversed(names)}
+    for meant in (column, field, *_SYNONYMS.get(field, "").split()):
+        if _plain(meant) in plain:
+            return plain[_plain(meant)]
+        if meant in (column, field) and (close := get_close_matches(meant, names, n=1)):
+            return close[0]
+    return None
+
+
+def advice(field: str, column: str, columns: Sequence[object]) -> str:
+    """Return how to name the column of one field."""
+    close = near(field, column, columns)
+    if close is None:
+        return f"name the column that holds it with columns: {{{field}: <its name>}}"
+    return f"if {close!r} holds it, rename that column or set columns: {{{field}: {close}}}"
+
+
+def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object]) -> str:
+    """Return the message about several missing columns.
+
+    Args:
+        where: Where the row stands.
+        missing: Each field, and the column that should hold it.
+        columns: The columns that are there.
+    """
+    found: dict[str, str] = {}
+    for field, column in missing.items():
+        left = [name for name in columns if name not in found.values()]
+        if close := near(field, column, left):
+            found[field] = close
+    named = [f"{field!r}" + (f" (column {column!r})" if column != field else "") for field, column in missing.items()]
+    mapping = ", ".join(f"{field}: {found.get(field, '<its name>')}" for field in missing)
+    there = ", ".join(repr(str(name)) for name in columns)
+    return (
+        f"{where}: fields {', '.join(named[:-1])} and {named[-1]} are missing: there are the columns {there}; "
+        f"name those that hold them, as in columns: {{{mapping}}}."
+    )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^0-9a-z]", "", name.lower())

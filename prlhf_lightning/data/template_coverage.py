@@ -1,0 +1,79 @@
+"""Whether a chat template writes all that a conversation holds: many leave tools, tool calls or whole messages out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeAlias
+
+from prlhf_lightning.data.conversations import Message
+from prlhf_lightning.errors import FeedbackFormatError
+
+Tools: TypeAlias = list[dict[str, Any]] | None
+_CALLS = ("tool_calls", "function_call")
+
+
+@dataclass
+class TemplateCoverage:
+    """Refuses conversations of which a chat template would leave a part out without a word.
+
+    A part is left out where the template writes the same text without it. Conversations of one shape (their roles, and
+    which of their messages have content and calls) are tried once.
+
+    Attributes:
+        render: Writes messages and tools, or raises a `FeedbackFormatError`.
+    """
+
+    render: Callable[[list[Message], Tools], str]
+    _tried: set[tuple[Any, ...]] = field(default_factory=set)
+
+    def check(self, messages: Sequence[Message], tools: Tools, where: str, fields: Sequence[str]) -> None:
+        """Refuse a conversation that is not written whole.
+
+        Args:
+            messages: The conversation, which the template takes.
+            tools: What the assistant may call, or None.
+            where: Where it stands.
+            fields: The field that each message stands in.
+
+        Raises:
+            FeedbackFormatError: A part is left out; the message names it.
+        """
+        shape = (bool(tools), *((m["role"], bool(m["content"]), any(m.get(name) for name in _CALLS)) for m in messages))
+        if shape in self._tried:
+            return
+        try:
+            whole = self.render(list(messages), tools)
+        except FeedbackFormatError:  # it is the caller's to say why
+            return
+        if tools and self._same(whole, list(messages), None):
+            _refuse(where, "tools", "is left out", "write the tools into a system message, or drop the column")
+        for place, message in enumerate(messages):
+            told = f"message {place - list(fields).index(fields[place]) + 1}"
+            fix = "write what it says as a user or assistant message, or drop the row"
+            changed = list(messages)
+            if any(message.get(name) for name in _CALLS):
+                others = {name: value for name, value in message.items() if name not in _CALLS}
+                changed[place] = {**others, "content": message["content"] or ""}
+                if self._same(whole, changed, tools):
+                    fix = "write the call into the message's content, or drop the row"
+                    _refuse(where, fields[place], f"{told} has tool calls, which are left out", fix)
+            if message["content"]:
+                changed[place] = {**message, "content": message["content"] + "x"}
+                if self._same(whole, changed, tools):
+                    role = message["role"]
+                    _refuse(where, fields[place], f"{told}, of the role {role!r}, is left out", fix)
+        self._tried.add(shape)
+
+    def _same(self, whole: str, messages: list[Message], tools: Tools) -> bool:
+        try:
+            return self.render(messages, tools) == whole
+        except FeedbackFormatError:  # so the template does look at it
+            return False
+
+
+def _refuse(where: str, field_name: str, problem: str, fix: str) -> NoReturn:
+    raise FeedbackFormatError(
+        f"{where}: field {field_name!r}: {problem} by the tokenizer's chat template; use a model (or set a "
+        f"chat_template) that writes it, {fix}."
+    )

@@ -1,0 +1,188 @@
+"""Conversations in the forms in which strangers' data hold them, against what the data say and against TRL."""
+
+import copy
+import json
+
+import pytest
+from feedback_helpers import row
+from trl.data_utils import extract_prompt, maybe_convert_to_chatml
+
+from prlhf_lightning.data.records import Columns, TieError, parse_record
+from prlhf_lightning.errors import FeedbackFormatError
+
+
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ASK, GOOD, BAD = turn("user", "Hi"), turn("assistant", "one"), turn("assistant", "two")
+CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sun"}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+PLAIN = {"user_id": "ann", "prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}
+
+
+def read(**changes):
+    return parse_record({key: value for key, value in (PLAIN | changes).items() if value is not ...}, "f:1")
+
+
+@pytest.mark.parametrize("written", [json.dumps, repr, lambda messages: json.dumps(messages, indent=2)])
+def test_messages_written_as_text_are_read_as_messages(written):
+    record = read(prompt=written([ASK]), chosen=written([GOOD]), rejected=written([BAD]))
+    assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
+
+
+@pytest.mark.parametrize("text", ['[{"x": 1}]', '{"role": "admin"}', "[1, 2]", '["a"]', "{'role'} is a set", "[{"])
+def test_other_texts_in_brackets_stay_texts(text):
+    assert parse_record(row(chosen=text), "f:1").chosen == text
+
+
+def test_messages_as_numpy_prints_them_are_refused_with_the_fix():
+    text = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'one'}]"
+    with pytest.raises(FeedbackFormatError, match=r"f:1: field 'chosen' looks like a list .* json.dumps"):
+        read(chosen=text)
+
+
+def test_sharegpt_is_read_as_trl_converts_it():
+    example = {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "one"}]}
+    theirs = maybe_convert_to_chatml(copy.deepcopy(example))["messages"]
+    record = read(prompt=..., chosen=example["conversations"], rejected=[{"from": "human", "value": "Hi"}, BAD])
+    assert record.prompt + record.chosen == [{**turn, "role": standard} for turn, standard in zip(
+        theirs, ("user", "assistant"), strict=True)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("role", "meant"),
+    [("human", "user"), ("gpt", "assistant"), ("bot", "assistant"), ("model", "assistant"), ("User", "user")],
+)
+def test_other_names_of_roles_are_read_as_those_of_templates(role, meant):
+    assert read(prompt=[turn(role, "x"), turn("tool", "y")]).prompt[0] == turn(meant, "x")
+
+
+def test_content_in_text_parts_is_joined_and_other_parts_are_refused():
+    parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
+    assert read(prompt=[turn("user", parts)]).prompt == [ASK]
+    with pytest.raises(FeedbackFormatError, match="message 1 has a part of type 'image_url'; only text is supported"):
+        read(prompt=[turn("user", [{"type": "image_url", "image_url": {"url": "x"}}])])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"prompt": "Hi"},
+        {"chosen": "one", "rejected": "two"},
+        {"chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+        {"chosen": GOOD, "rejected": BAD},
+        {"prompt": {"messages": [ASK]}},
+        {"prompt": "Hi", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
+    ],
+)
+def test_rows_that_are_conversations_in_part_are_read_as_whole_ones(changes):
+    record = read(**changes)
+    assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
+
+
+def test_tools_and_calls_reach_the_record_unchanged():
+    calls = {"role": "assistant", "content": None, "tool_calls": [CALL]}
+    answer = {"role": "tool", "content": "21", "tool_call_id": "c1", "name": "look"}
+    record = read(prompt=[ASK, calls, answer], tools=TOOLS)
+    assert (record.prompt, record.tools) == ([ASK, calls, answer], TOOLS)
+    assert read(tools=json.dumps(TOOLS)).tools == TOOLS
+    assert read(chosen=[calls]).chosen == [calls]
+
+
+def test_tools_that_are_none_are_refused_by_name():
+    with pytest.raises(FeedbackFormatError, match="f:1: field 'tools' is no list of tools; write a list of JSON schem"):
+        read(tools="hammer")
+
+
+def test_a_system_message_of_a_column_stands_first_where_the_column_is_named():
+    columns = Columns.from_mapping({"system": "sys"})
+    system = turn("system", "Be brief.")
+    assert parse_record({**PLAIN, "sys": "Be brief."}, "f:1", columns).prompt == [system, ASK]
+    plain = parse_record(row(prompt="Hi", chosen="one", rejected="two", sys="Be brief."), "f:1", columns)
+    assert (plain.prompt, plain.chosen) == ([system, ASK], [GOOD])
+    assert parse_record(row(sys=None), "f:1", columns).prompt == "w0 w0"
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected"),
+    [
+        ("The sky is blue.", "The sky is green."),
+        ("\n\nHuman: Hi\n\nAssistant: one", "\n\nHuman: Hi\n\nAssistant: two"),
+        ("Question: why is it so? Because.", "Question: why is it so? No idea."),
+    ],
+)
+def test_a_prompt_inside_plain_answers_is_split_off_as_by_trl_and_told(chosen, rejected):
+    record = parse_record({"user_id": "a", "chosen": chosen, "rejected": rejected}, "f:1")
+    theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
+    assert (record.prompt, record.chosen, record.rejected) == tuple(theirs[k] for k in ("prompt", "chosen", "rejected"))
+    assert [note.field for note in record.notes] == ["prompt"]
+
+
+def test_no_word_is_cut_where_answers_part():
+    record = parse_record({"user_id": "a", "chosen": "The name of the river is Rhine", "rejected":
+                           "The name of the river is Rhone"}, "f:1")  # fmt: skip
+    assert (record.prompt, record.chosen) == ("The name of the river is", " Rhine")
+
+
+def test_answers_that_share_little_need_a_prompt():
+    with pytest.raises(FeedbackFormatError, match="f:1: field 'prompt' is missing"):
+        parse_record({"user_id": "a", "chosen": "The cat", "rejected": "The dog"}, "f:1")
+    with pytest.raises(FeedbackFormatError, match=r"columns: \{prompt: question\}"):
+        parse_record({"user_id": "a", "question": "q", "chosen": "I like this", "rejected": "I like that"}, "f:1")
+
+
+def test_a_prompt_repeated_in_both_answers_is_left_out_of_them_and_told():
+    prompt = "What helps to sleep well?"
+    record = parse_record(row(prompt=prompt, chosen=f"{prompt} Walks.", rejected=f"{prompt} Tea."), "f:1")
+    assert (record.chosen, record.rejected) == (" Walks.", " Tea.")
+    assert "stands again at the start of both answers" in record.notes[0].problem
+    short = parse_record(row(prompt="I", chosen="I do", rejected="I do not"), "f:1")
+    assert (short.chosen, short.notes) == ("I do", ())
+
+
+def arena(winner, **changes):
+    columns = {"user_id": "ann", "prompt": "Hi", "response_a": "one", "response_b": "two", "winner": winner}
+    return {**columns, **changes}
+
+
+@pytest.mark.parametrize(
+    ("winner", "chosen"),
+    [("a", "one"), ("model_a", "one"), ("A", "one"), ("response_b", "two"), ("B", "two"), (2, "two"), ("left", "one")],
+)
+def test_the_winner_of_two_responses_is_chosen(winner, chosen):
+    record = parse_record(arena(winner), "f:1")
+    assert (record.chosen, {record.chosen, record.rejected}) == (chosen, {"one", "two"})
+
+
+@pytest.mark.parametrize("winner", ["tie", "tie (bothbad)", "Both", "draw"])
+def test_two_responses_without_a_winner_are_a_tie(winner):
+    with pytest.raises(TieError, match=r"f:1: field 'winner' is a tie \(column 'winner'\)"):
+        parse_record(arena(winner), "f:1")
+
+
+@pytest.mark.parametrize("winner", ["0", "gpt-4", None, ""])
+def test_another_winner_is_refused_by_name(winner):
+    with pytest.raises(FeedbackFormatError, match="f:1: field 'winner' is "):
+        parse_record(arena(winner), "f:1")
+
+
+def test_rows_of_chatbot_arena_and_kaggle_are_read():
+    ours = Columns.from_mapping(
+        {"user_id": "judge", "response_a": "conversation_a", "response_b": "conversation_b"})  # fmt: skip
+    battle = {"judge": "arena_user_1", "model_a": "x", "model_b": "y", "winner": "model_b",
+              "conversation_a": [ASK, GOOD], "conversation_b": [ASK, BAD]}  # fmt: skip
+    record = parse_record(battle, "f:1", ours)
+    assert (record.user_id, record.prompt, record.chosen) == ("arena_user_1", [ASK], [BAD])
+    flags = {"winner_model_a": "0", "winner_model_b": "1", "winner_tie": "0"}
+    kaggle = arena(..., prompt='["Hi"]', response_a='["one"]', response_b='["two"]', **flags)
+    del kaggle["winner"]
+    record = parse_record(kaggle, "f:1")
+    assert (record.prompt, record.chosen, record.rejected) == ("Hi", "two", "one")
+
+
+def test_all_missing_columns_are_told_at_once_with_those_that_may_be_meant():
+    with pytest.raises(FeedbackFormatError) as error:
+        parse_record({"worker": "a", "question": "p", "choosen": "x", "worse": "y"}, "f:1")
+    assert "'user_id', 'chosen', 'rejected' and 'prompt' are missing" in str(error.value)
+    assert "columns: {user_id: worker, chosen: choosen, rejected: worse, prompt: question}" in str(error.value)

@@ -1,0 +1,102 @@
+"""Tools and tool calls: written by the chat template as by itself, or refused by name, and never left out."""
+
+import json
+
+import pytest
+from feedback_helpers import byte_tokenizer, write_jsonl
+
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.inspection import Inspector
+from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.errors import FeedbackFormatError
+
+CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {"at": "sun"}}}
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
+PLAIN = "{% for m in messages %}[{{ m.role }}]{{ m.content or '' }}<eos>{% endfor %}"
+CALLS = PLAIN.replace("<eos>", "{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %}<eos>")
+END = "{% if add_generation_prompt %}[assistant]{% endif %}"
+KNOWS_TOOLS = "{% if tools %}{{ tools | tojson }}{% endif %}" + CALLS + END
+# As Zephyr's: a role that it does not know is left out without a word.
+ONLY_THREE_ROLES = (
+    "{% for m in messages %}{% if m.role in ('system', 'user', 'assistant') %}[{{ m.role }}]{{ m.content or '' }}<eos>"
+    "{% endif %}{% endfor %}" + END
+)
+
+
+def row(content=None, **changes):
+    prompt = [
+        {"role": "user", "content": "How warm?"},
+        {"role": "assistant", "content": content, "tool_calls": [CALL]},
+        {"role": "tool", "content": "21", "tool_call_id": "c1", "name": "look"},
+    ]
+    answers = {name: [{"role": "assistant", "content": text}] for name, text in (("chosen", "Warm"), ("rejected", "?"))}
+    return {"user_id": "ann", "prompt": prompt, **answers, "tools": TOOLS, **changes}
+
+
+def with_template(template):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tokens(template, raw):
+    (record,) = FeedbackTokenizer(with_template(template), TokenizationSettings())([parse_record(raw, "f:1")], ["f:1"])
+    return record
+
+
+@pytest.mark.parametrize("raw", [row(), row(""), row("I look."), row(tools=json.dumps(TOOLS)), row(tools=None)])
+def test_tools_and_calls_are_written_as_the_template_writes_them(raw):
+    tools = TOOLS if raw["tools"] else None
+    text = with_template(KNOWS_TOOLS).apply_chat_template(
+        raw["prompt"], tools=tools, tokenize=False, add_generation_prompt=True
+    )
+    assert with_template(KNOWS_TOOLS).decode(tokens(KNOWS_TOOLS, raw).prompt) == text
+
+
+def test_an_answer_that_calls_a_tool_is_one():
+    chosen = [{"role": "assistant", "content": None, "tool_calls": [CALL]}]
+    ids = tokens(KNOWS_TOOLS, row(prompt=[{"role": "user", "content": "How warm?"}], chosen=chosen)).chosen
+    assert with_template(KNOWS_TOOLS).decode(ids) == json.dumps([CALL]) + "<eos>"
+
+
+@pytest.mark.parametrize(
+    ("template", "raw", "message"),
+    [
+        (CALLS + END, row(), "field 'tools': is left out by the tokenizer's chat template"),
+        (PLAIN + END, row(tools=None), "field 'prompt': message 2 has tool calls, which are left out"),
+        (
+            ONLY_THREE_ROLES,
+            row(tools=None, prompt=[{"role": "user", "content": "a"}, {"role": "tool", "content": "21"}]),
+            "field 'prompt': message 2, of the role 'tool', is left out",
+        ),
+        (
+            PLAIN + END,
+            row("", tools=None, prompt=[{"role": "user", "content": "a"}],
+                chosen=[{"role": "assistant", "content": "b", "tool_calls": [CALL]}]),
+            "field 'chosen': message 1 has tool calls, which are left out",
+        ),
+    ],
+)  # fmt: skip
+def test_what_a_template_leaves_out_is_refused_by_name(tmp_path, template, raw, message):
+    with pytest.raises(FeedbackFormatError, match=f"^f:1: {message}"):
+        tokens(template, raw)
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", [raw]))
+    report = Inspector(source, tokenizer=with_template(template))()
+    assert not report.ok
+
+
+def test_tools_of_a_plain_prompt_are_written_by_the_chat_template_too():
+    raw = row(prompt="How warm?", chosen="Warm", rejected="?")
+    text = with_template(KNOWS_TOOLS).apply_chat_template(
+        [{"role": "user", "content": "How warm?"}], tools=TOOLS, tokenize=False, add_generation_prompt=True
+    )
+    assert with_template(KNOWS_TOOLS).decode(tokens(KNOWS_TOOLS, raw).prompt) == text
+
+
+def test_prompts_to_be_answered_have_their_tools():
+    tokenizer = with_template(KNOWS_TOOLS)
+    messages = [{"role": "user", "content": "How warm?"}]
+    (ids,) = FeedbackTokenizer(tokenizer, TokenizationSettings()).prompts([messages], TOOLS)
+    text = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
+    assert tokenizer.decode(ids) == text
