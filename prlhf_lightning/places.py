@@ -13,11 +13,13 @@ from typing import Literal
 from huggingface_hub import constants
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.model_files import gguf_problem, problem_in
 
 _log = logging.getLogger(__name__)
 #: What one of which is in a folder that `from_pretrained` reads.
 _FILES = {
     "weights": ["config.json", "adapter_config.json"],
+    "config": ["config.json"],
     "tokenizer": ["*token*", "vocab*", "*.model"],
     "data": ["*"],
 }
@@ -26,7 +28,7 @@ _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt"}
 _WITHOUT_OWNER = ("gpt2", "distil", "openai-gpt", "ctrl", "bert-", "roberta-", "xlnet-", "xlm-")
 
 
-def problem_with(path: str, what: Literal["weights", "tokenizer", "data"]) -> str | None:
+def problem_with(path: str, what: Literal["weights", "config", "tokenizer", "data"]) -> str | None:
     """Return why nothing can be loaded from a path or hub name; else say so where the hub is going to be asked.
 
     Args:
@@ -36,9 +38,12 @@ def problem_with(path: str, what: Literal["weights", "tokenizer", "data"]) -> st
     folder = Path(path)
     if folder.exists():
         if not folder.is_dir():
-            return "that is a file, and no folder"
+            return gguf_problem(folder) if folder.suffix == ".gguf" else "that is a file, and no folder"
         if not any(any(folder.glob(name)) for name in _FILES[what]):
-            return f"the folder holds no {what} ({' or '.join(_FILES[what])})"
+            gguf = sorted(folder.glob("*.gguf"))
+            return f"the folder holds no {what} ({' or '.join(_FILES[what])})" + (
+                f"; {gguf_problem(gguf[0])}" if gguf else ""
+            )
         return None
     if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no name on the hub
         return "there is no such folder"
@@ -55,23 +60,43 @@ def problem_with(path: str, what: Literal["weights", "tokenizer", "data"]) -> st
 
 
 @contextmanager
-def loading(path: str, what: Literal["weights", "tokenizer"], told: str) -> Iterator[None]:
+def loading(path: str, what: Literal["weights", "config", "tokenizer"], name: str, fix: str) -> Iterator[None]:
     """Name the setting where what a block loads from a path or hub name is not there, or can't be read.
 
     Args:
         path: A folder, or a hub name.
         what: What is to be loaded.
-        told: The beginning of the error, to which the cause is added.
+        name: The setting and what it names, with which the error begins.
+        fix: What to do where it can't be read.
 
     Raises:
-        ConfigurationError: It can't be loaded.
+        ConfigurationError: It can't be loaded, or the block has found that it can't be used.
     """
+    told = f"{name} could not be loaded; {fix} Cause:"
     if (problem := problem_with(path, what)) is not None:
-        raise ConfigurationError(f"{told} Cause: {problem}")
+        raise ConfigurationError(f"{told} {problem}")
     try:
+        if Path(path).is_dir() and (problem := problem_in(Path(path), what)) is not None:
+            raise ConfigurationError(problem)
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ConfigurationError(f"{told} Cause: {str(error).partition(chr(10))[0]}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{name} can't be used: {error}") from error
+    except Exception as error:  # libraries fail in ways of their own over files that are not what they should be
+        if isinstance(error, MemoryError) or "memory" in str(error):  # about which others know more
+            raise
+        raise ConfigurationError(f"{told} {_cause(error)}") from error
+
+
+def _cause(error: Exception) -> str:
+    """Return what an error says, in a line."""
+    first, _, rest = str(error).strip().partition("\n")
+    if first.startswith("Weights only load failed"):
+        return "a .bin file is damaged, or holds code beside weights; take the model's .safetensors files"
+    if first.endswith(":"):  # what is wrong stands in the next line
+        first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    # A name alone, as of a key that is missing, says little.
+    is_said = " " in first or isinstance(error, OSError | ValueError)
+    return first if is_said else f"a file is damaged or of another format ({type(error).__name__}: {first})"
 
 
 @cache  # once for weights and tokenizer

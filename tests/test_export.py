@@ -11,7 +11,7 @@ import torch
 import yaml
 from conftest import write_votes
 from lightning.pytorch import Trainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -267,6 +267,12 @@ def test_composite_models_with_text_come_back(model_paths, tmp_path):
         ("prlhf.json", '{"format": 1}', "prlhf.json has no 'name'"),
         ("users.json", "{}", "users.json has no 'users'"),
         ("users.json", None, "has no users.json"),
+        (
+            "model.safetensors",
+            "version https://git-lfs.github.com/spec/v1",
+            "the model can't be used: .* git-lfs pointer",
+        ),
+        ("config.json", "<html>", "the tokenizer can't be used: config.json is an HTML page"),
         ("user_model.safetensors", "rubbish", "user_model.safetensors does not fit prlhf.json or can't be read"),
     ],
 )
@@ -276,6 +282,16 @@ def test_damaged_folders_are_explained(exported, tmp_path, name, content, says):
     if content is not None:
         (tmp_path / "e" / name).write_text(content)
     with pytest.raises(ConfigurationError, match=says):
+        open_writer(tmp_path / "e")
+
+
+def test_a_folder_that_lacks_a_weight_is_refused_and_does_not_get_a_random_one(exported, tmp_path):
+    shutil.copytree(exported[1], tmp_path / "e")
+    weights = load_file(tmp_path / "e" / "model.safetensors")
+    name = next(name for name in weights if name.endswith("weight") and "0" in name)
+    del weights[name]
+    save_file(weights, tmp_path / "e" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=f"the model can't be used: the files lack 1 weight .*: {name}"):
         open_writer(tmp_path / "e")
 
 

@@ -136,8 +136,7 @@ class PreparedFeedback:
         if not isinstance(self.tokenizer, str):
             return self.tokenizer
         path = str(Path(self.tokenizer).expanduser())
-        told = f"tokenizer: {self.tokenizer!r} could not be loaded; give a folder that holds one, or a hub name."
-        with loading(path, "tokenizer", told):
+        with loading(path, "tokenizer", f"tokenizer: {self.tokenizer!r}", "give a folder with one, or a hub name."):
             return AutoTokenizer.from_pretrained(path)
 
     @cached_property

@@ -159,6 +159,8 @@ class Engine:
 
     def _choose(self, logits: Tensor) -> list[int]:
         asked = [text.prepared.generation for text in self._running]
+        if len(self._writer.unused_ids):
+            logits = logits.index_fill(1, self._writer.unused_ids, -torch.inf)
         if logits.device.type == "mps":  # which has no float64
             logits = logits.cpu()
         # One number a step of each text's own generator, so that nothing else in the batch takes part in its chance.

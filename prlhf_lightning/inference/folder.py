@@ -21,12 +21,14 @@ import torch
 from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.places import loading
 from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.policies.loading import check_vocabulary, load_lm
 from prlhf_lightning.user_models import UserModel
 
 #: Raised when folders can no longer be read by versions that read the last one.
@@ -78,12 +80,11 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
     for field in ("name", "user_model", "tokenization"):
         _get(settings, field, folder / SETTINGS)
     vocabulary = UserVocabulary(_get(_json(folder / USERS), "users", folder / USERS))
-    try:
+    with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", "export the folder again."):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        lm = _load_lm(folder, settings, trust_remote_code)
-    except (OSError, ValueError) as error:
-        cause = str(error).partition("\n")[0]
-        raise ConfigurationError(f"{folder}: the model could not be loaded; export it again. Cause: {cause}") from error
+    lm = _load_lm(folder, settings, trust_remote_code)
+    with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", ""):
+        check_vocabulary(tokenizer, lm)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     user_model = instantiate(settings["user_model"], str(folder / SETTINGS))
@@ -102,19 +103,26 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
 
 def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
     options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    whole = loading(str(folder), "weights", f"{folder}: the model", "export the folder again.")
     if not (folder / "adapter_config.json").is_file():
-        return AutoModelForCausalLM.from_pretrained(folder, **options)
+        with whole:
+            return load_lm(str(folder), **options)
     adapter = _json(folder / "adapter_config.json")
     base = str(settings.get("base", ""))
     # Where a shipped model stands differs from machine to machine.
-    path = CausalLMPolicy(base).path if base.startswith("builtin:") else adapter["base_model_name_or_path"]
+    path = CausalLMPolicy(base).path if base.startswith("builtin:") else str(adapter.get("base_model_name_or_path"))
     options |= {"dtype": settings.get("base_dtype", "auto"), "revision": adapter.get("revision")}
-    with warnings.catch_warnings():
+    fix = (
+        "where it has moved, write its place into base_model_name_or_path of adapter_config.json, or export without "
+        "`--adapters true`, which needs no base model."
+    )
+    with loading(path, "weights", f"{folder}: its base model {path!r}", fix):
+        lm = load_lm(path, **options)
+    with whole, warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(path, **options), folder)
-    lm: PreTrainedModel = model.get_base_model()
-    return lm
+        adapted: PreTrainedModel = PeftModel.from_pretrained(lm, folder).get_base_model()
+        return adapted
 
 
 def _json(path: Path) -> dict[str, Any]:

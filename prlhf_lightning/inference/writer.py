@@ -23,6 +23,7 @@ from prlhf_lightning.inference.folder import read_folder
 from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
 from prlhf_lightning.inference.rows import rows_of
 from prlhf_lightning.policies.generation_settings import warn_of_not_applied
+from prlhf_lightning.policies.loading import unused_ids
 from prlhf_lightning.policies.scoring import segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -119,6 +120,11 @@ class PersonalizedWriter:
         """Most vectors and tokens that a sequence may have; None for no limit."""
         limit: int | None = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         return limit
+
+    @cached_property
+    def unused_ids(self) -> Tensor:
+        """`[n]` ids that the model can write and the tokenizer has no token for, as in padded vocabularies."""
+        return torch.tensor(unused_ids(self.tokenizer, self.lm), dtype=torch.long, device=self.lm.device)
 
     def generate(
         self, generations: Sequence[Generation], progress: bool = False, max_batch_rows: int = 64

@@ -40,6 +40,7 @@ from prlhf_lightning.policies.generation_settings import (
     load_generation_config,
     warn_of_not_applied,
 )
+from prlhf_lightning.policies.loading import check_vocabulary, load_lm, unused_ids
 from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
@@ -128,12 +129,14 @@ class CausalLMPolicy(Policy):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        if hasattr(self, "model"):
+            self._check_vocabulary(tokenizer, self.lm)
         return tokenizer
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
         """The base model's own generation config, which is read without the weights."""
-        with self._loading("weights"):
+        with self._loading("config"):
             return load_generation_config(self.path, **self._hub_args)
 
     @cached_property
@@ -141,16 +144,21 @@ class CausalLMPolicy(Policy):
         """The tokens that end an answer: those of the tokenizer, the generation config and the chat template."""
         return end_token_ids(self.tokenizer, self.generation_config)
 
-    def _loading(self, what: Literal["weights", "tokenizer"]) -> AbstractContextManager[None]:
-        told = (
-            f"policy.model: the {what} of {self.name!r} could not be loaded; give a folder that `save_pretrained` "
-            "wrote (the tokenizer's too), or a hub name that this machine can reach."
+    def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> None:
+        with self._loading("tokenizer"):
+            check_vocabulary(tokenizer, lm)
+
+    def _loading(self, what: Literal["weights", "config", "tokenizer"]) -> AbstractContextManager[None]:
+        fix = (
+            "give a folder that `save_pretrained` wrote (the tokenizer's too), or a hub name that this machine can "
+            "reach."
         )
-        return loading(self.path, what, told)
+        return loading(self.path, what, f"policy.model: the {what} of {self.name!r}", fix)
 
     def build(self, with_reference: bool = True) -> None:
         """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
-        with self._loading("weights"):
+        self._refuse_adapters((Path(self.path) / "adapter_config.json").is_file())
+        with self._loading("weights" if self.random_init is None else "config"):
             options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
             if self.random_init is not None:
                 config = AutoConfig.from_pretrained(self.path, **self._hub_args)
@@ -166,13 +174,10 @@ class CausalLMPolicy(Policy):
                 lm = lm.to(place)
                 lm.generation_config = self.generation_config
             else:
-                lm = AutoModelForCausalLM.from_pretrained(self.path, **self._hub_args, **options)
-        if getattr(lm, "_hf_peft_config_loaded", False):
-            raise ConfigurationError(
-                f"policy.model: {self.name!r} is an adapter, which the reference would be without. Merge it into its "
-                "base first: `m = peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`, "
-                "`m.save_pretrained(merged)`, save the tokenizer there too, and train on that folder."
-            )
+                lm = load_lm(self.path, **self._hub_args, **options)
+        self._refuse_adapters(getattr(lm, "_hf_peft_config_loaded", False))
+        if "tokenizer" in vars(self):  # else when it is asked for
+            self._check_vocabulary(self.tokenizer, lm)
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
         _switch_off_dropout(lm)
         lm.config.use_cache = False  # generate asks for its cache itself
@@ -203,6 +208,14 @@ class CausalLMPolicy(Policy):
                 if compiled is not None:
                     # In place, which keeps the names of the weights; dynamic, since each batch has other lengths.
                     compiled.base_model.compile(dynamic=True)
+
+    def _refuse_adapters(self, found: bool) -> None:
+        if found:
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is an adapter, which the reference would be without. Merge it into its "
+                "base first: `m = peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`, "
+                "`m.save_pretrained(merged)`, save the tokenizer there too, and train on that folder."
+            )
 
     @property
     def lm(self) -> PreTrainedModel:
@@ -351,6 +364,10 @@ class CausalLMPolicy(Policy):
                 f"the user model's num_tokens."
             )
 
+    @cached_property
+    def _unused_ids(self) -> list[int]:
+        return unused_ids(self.tokenizer, self.lm)
+
     def _check_not_sharded(self, lm: PreTrainedModel) -> None:
         if self._is_sharded:
             raise ConfigurationError(
@@ -378,13 +395,14 @@ class CausalLMPolicy(Policy):
         with evaluating(self):  # a key-value cache and gradient checkpointing exclude one another
             if not self._writes_in_batches:
                 self._check_not_sharded(lm)
-                return write(lm, sequence, sampling, self.end_token_ids)
+                return write(lm, sequence, sampling, self.end_token_ids, self._unused_ids)
             how = as_generation_config(sampling, self.tokenizer, self.end_token_ids)
             with torch.compiler.set_stance("force_eager"), in_place_of_own(lm, how):
                 ids = lm.generate(
                     inputs_embeds=sequence.vectors,
                     attention_mask=sequence.mask.long(),
                     generation_config=how,
+                    suppress_tokens=self._unused_ids or None,
                     synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
                 )
         ends = torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device)).long()

@@ -6,7 +6,7 @@ of their own, and those that transformers' `generate` gives no vectors, or pads 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from inspect import signature
 from typing import Any
 
@@ -63,14 +63,20 @@ class Continuation:
 
 
 @torch.no_grad()
-def write(lm: PreTrainedModel, sequences: SoftPrompt, sampling: Sampling, ends: Collection[int]) -> Tokens:
-    """Write a completion for each of B sequences, up to the first of the tokens that end one, which is included."""
+def write(
+    lm: PreTrainedModel, sequences: SoftPrompt, sampling: Sampling, ends: Collection[int], never: Sequence[int] = ()
+) -> Tokens:
+    """Write a completion for each of B sequences, up to the first of the tokens that end one, which is included.
+
+    None of the ids of `never` is written.
+    """
     memory = memory_of(lm)
     written: list[list[int]] = []
     for vectors in sequences.unpadded():
         going_on, ids = Continuation(lm, memory), list[int]()
         logits = going_on.read(vectors)
         while True:
+            logits[list(never)] = -torch.inf
             token = _draw(logits, sampling)
             ids.append(int(token))
             if ids[-1] in ends or len(ids) == sampling.max_new_tokens:

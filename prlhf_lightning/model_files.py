@@ -1,0 +1,144 @@
+"""What is wrong with the files of a model's folder, found before a library trips over them."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError, safe_open
+
+_AGAIN = "download it again"
+#: In the order in which transformers looks for them; the second of each pair lists the shards of large models.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
+_TOKENIZER = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+)
+_TOKENIZER_TEXTS = ("*.model", "merges.txt", "vocab.txt", "*.jinja", "*.tiktoken")
+
+
+def problem_in(folder: Path, what: Literal["weights", "config", "tokenizer"]) -> str | None:
+    """Return which file of a model's folder can't be what it is called, with what to do, or None.
+
+    Args:
+        folder: A folder that `from_pretrained` is to read.
+        what: What is to be read: weights with their configuration, the configuration alone, or the tokenizer.
+    """
+    if what == "tokenizer":
+        texts = [path for pattern in _TOKENIZER_TEXTS for path in sorted(folder.glob(pattern))]
+        problems = [*_problems_of_json(folder, _TOKENIZER), *(_stand_in(path) for path in texts)]
+    else:
+        problems = [*_problems_of_json(folder, _SETTINGS)]
+        problems += _problems_of_weights(folder) if what == "weights" else []
+    return next((problem for problem in problems if problem), None)
+
+
+def _problems_of_json(folder: Path, names: tuple[str, ...]) -> Iterator[str | None]:
+    for path in (folder / name for name in names):
+        if path.is_file():
+            found = _json(path)
+            yield found if isinstance(found, str) else None
+
+
+def _problems_of_weights(folder: Path) -> Iterator[str | None]:
+    if (folder / "adapter_config.json").is_file() or not (folder / "config.json").is_file():
+        return
+    named = _json(folder / "config.json")
+    own = named.get("transformers_weights") if isinstance(named, dict) else None
+    path = next((folder / name for name in (own, *_WEIGHTS) if name and (folder / name).is_file()), None)
+    if path is None:
+        yield f"the folder holds no weights ({' or '.join(_WEIGHTS)}){_in_another_form(folder)}"
+    elif path.suffix == ".json":
+        yield from _problems_of_shards(path)
+    else:
+        yield _problem_of_file(path)
+
+
+def _problems_of_shards(index: Path) -> Iterator[str | None]:
+    content = _json(index)
+    if isinstance(content, str):
+        yield content
+        return
+    places = content.get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        yield f"{index.name} has no 'weight_map' of weights to files; {_AGAIN}"
+        return
+    for name in sorted(set(places.values())):
+        path = index.parent / name
+        yield _problem_of_file(path) if path.is_file() else f"{index.name} names {name}, which is missing; {_AGAIN}"
+
+
+def _problem_of_file(path: Path) -> str | None:
+    if (problem := _stand_in(path)) is not None:
+        return problem
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "np"):
+                pass
+        elif _starts_with(path, b"PK"):
+            zipfile.ZipFile(path).close()
+        elif not _starts_with(path, b"\x80"):  # which `torch.save` began its files with before they were zip files
+            return f"{path.name} is no file of `torch.save`; {_AGAIN}"
+    except (SafetensorError, zipfile.BadZipFile, OSError) as error:
+        return f"{path.name} ({path.stat().st_size:,} bytes) is cut off or damaged ({error}); {_AGAIN}"
+    return None
+
+
+def _stand_in(path: Path) -> str | None:
+    """Return why a file holds something else than its content, by its first bytes."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(256).lstrip()
+    except OSError as error:
+        return f"{path.name} can't be read ({error.strerror})"
+    if not start:
+        return f"{path.name} is empty; {_AGAIN}"
+    if start.startswith(b"version https://git-lfs"):
+        return f"{path.name} is a git-lfs pointer and not the file itself; run `git lfs pull` in its folder"
+    if start[:14].lower().startswith((b"<!doctype html", b"<html")):
+        return f"{path.name} is an HTML page, such as a log-in or error page; {_AGAIN}"
+    return None
+
+
+def _json(path: Path) -> dict[str, Any] | str:
+    """Return the object that a file holds, or what is wrong with it."""
+    if (problem := _stand_in(path)) is not None:
+        return problem
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of the encoding, too
+        return f"{path.name} is no JSON ({error}); {_AGAIN}"
+    return content if isinstance(content, dict) else f"{path.name} holds no JSON object; {_AGAIN}"
+
+
+def _starts_with(path: Path, mark: bytes) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(mark)) == mark
+
+
+def _in_another_form(folder: Path) -> str:
+    """Return what to do with weights that are there in a form that is not read, if there are any."""
+    if gguf := sorted(folder.glob("*.gguf")):
+        return f"; {gguf_problem(gguf[0])}"
+    if any(folder.glob("consolidated*")):
+        return "; consolidated files are the original release's: download the ones in the Hugging Face format"
+    if any(any(folder.glob(pattern)) for pattern in ("*.h5", "*.msgpack", "*.onnx")):
+        return "; weights for TensorFlow, Flax or ONNX are not read"
+    return ""
+
+
+def gguf_problem(path: Path) -> str:
+    """Return what to do with a GGUF file, which holds a model for llama.cpp."""
+    return (
+        f"{path.name} is GGUF, made to run and not to train; use the model that it was made from, or convert it with "
+        f"`AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(...)`, "
+        "and the tokenizer likewise"
+    )

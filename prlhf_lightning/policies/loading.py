@@ -1,0 +1,177 @@
+"""Loading a language model that is whole: every weight there, none left over, all of them numbers."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from prlhf_lightning.errors import ConfigurationError
+
+_log = logging.getLogger(__name__)
+_LISTED = 3  # weights that a message names
+
+
+def load_lm(path: str, **options: Any) -> PreTrainedModel:
+    """Load a causal language model, and refuse one whose weights are not those of its configuration.
+
+    transformers replaces missing weights by random ones, which differ at each load, and goes on.
+
+    Args:
+        path: A folder, or a hub name.
+        options: For `from_pretrained`.
+
+    Raises:
+        ConfigurationError: Weights are missing, left over, of another shape, or not finite. The message says which and
+            what to do; it does not name the path.
+    """
+    try:
+        with _without_report():
+            lm, found = AutoModelForCausalLM.from_pretrained(
+                path, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+    except ValueError as error:
+        if not str(error).startswith("Unrecognized configuration class"):
+            raise
+        raise ConfigurationError(
+            "it is of a kind that transformers has no causal language model of, such as an encoder-decoder, or a model "
+            "of images or speech alone. Take a causal language model, which `AutoModelForCausalLM` loads."
+        ) from error
+    if not getattr(lm, "_hf_peft_config_loaded", False):  # of an adapter, these are the adapter's own
+        _check_names(lm, *(found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
+    _check_finite(lm)
+    _note_untied(lm)
+    return lm
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> None:
+    """Refuse a tokenizer that makes ids for which a model has no embedding.
+
+    More embeddings than tokens, as in padded vocabularies, are no error.
+
+    Raises:
+        ConfigurationError: Names both numbers and what to do; it does not name the path.
+    """
+    rows, ids = lm.get_input_embeddings().weight.shape[0], tokenizer.get_vocab()
+    beyond = sorted((id_, token) for token, id_ in ids.items() if id_ >= rows)
+    if not beyond:
+        return
+    raise ConfigurationError(
+        f"the tokenizer has ids up to {beyond[-1][0]:,} and the model {rows:,} embeddings, so that "
+        f"{_some([repr(token) for _, token in beyond])} would have none. Take the tokenizer that belongs to these "
+        "weights; or, where tokens were added on purpose, call `model.resize_token_embeddings(len(tokenizer))` and "
+        "save the model."
+    )
+
+
+def unused_ids(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> list[int]:
+    """Return the ids that a model can write and its tokenizer has no token for, as in padded vocabularies."""
+    head = lm.get_output_embeddings()
+    rows = (head if head is not None else lm.get_input_embeddings()).weight.shape[0]
+    return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+
+
+def _check_names(
+    lm: PreTrainedModel,
+    missing: Collection[str],
+    unexpected: Collection[str],
+    mismatched: Collection[tuple[str, Collection[int], Collection[int]]],
+) -> None:
+    here = type(lm).__name__
+    if mismatched:
+        shapes = [f"{name} is {list(saved)} in the file and {list(ours)} here" for name, saved, ours in mismatched]
+        raise ConfigurationError(
+            f"the weights have other shapes than its config.json says ({_some(shapes)}). Take weights and config.json "
+            "of the same model."
+        )
+    # What the file says of the class that wrote it.
+    written_by = " or ".join(getattr(lm.config, "architectures", None) or ()) or "another class"
+    instead = f" It has weights of {written_by} instead: {_some(unexpected)}." if unexpected else ""
+    if missing:
+        raise ConfigurationError(
+            f"the files lack {_count(missing)} of a {here}, which would be random, and others at each load: "
+            f"{_some(missing)}.{instead} Take a folder with the whole language model."
+        )
+    if not unexpected:
+        return
+    left_out = [name for name in unexpected if _is_within(name, lm)]
+    if left_out or here not in written_by:
+        raise ConfigurationError(
+            f"the files have {_count(unexpected)} that a {here} of this config.json lacks: "
+            f"{_some(left_out or unexpected)}; config.json names {written_by}. A model of another kind or size would "
+            "do something else without them: take the language model that it was made from, or the config.json that "
+            "belongs to it."
+        )
+    # Beside a whole language model, such as the value head of a PPO run.
+    _log.warning("%s that a %s lacks, left out: %s.", _count(unexpected), here, _some(unexpected))
+
+
+def _is_within(name: str, lm: PreTrainedModel) -> bool:
+    """Tell whether a weight would belong to a part of a model, and not beside its parts."""
+    parts = name.split(".")
+    tops = {"", lm.base_model_prefix}
+    known = {prefix for prefix, _ in lm.named_modules()}
+    return any(".".join(parts[:end]) in known - tops for end in range(1, len(parts)))
+
+
+@torch.no_grad()
+def _check_finite(lm: PreTrainedModel) -> None:
+    wide = {name: weight for name, weight in lm.named_parameters() if weight.is_floating_point() and weight.numel()}
+    extremes = {name: torch.stack(torch.aminmax(weight)) for name, weight in wide.items() if weight.itemsize > 1}
+    if wrong := [name for name, pair in extremes.items() if not _are_finite(pair)]:
+        dtype = str(lm.dtype).removeprefix("torch.")
+        hint = " bfloat16 and float32 hold larger numbers; set policy.dtype." if lm.dtype == torch.float16 else ""
+        raise ConfigurationError(
+            f"{_count(wrong)} with NaN or infinity in {dtype}: {_some(wrong)}.{hint} Take a model from before its "
+            "training went wrong, or download it again."
+        )
+
+
+def _note_untied(lm: PreTrainedModel) -> None:
+    """Say in the configuration what transformers has found: a head of its own, where one of the embeddings was named.
+
+    Programs that believe the configuration would else use the embeddings in an export.
+    """
+    head, words = lm.get_output_embeddings(), lm.get_input_embeddings()
+    config = lm.config.get_text_config()
+    if config.tie_word_embeddings and head is not None and head.weight is not words.weight:
+        config.tie_word_embeddings = lm.config.tie_word_embeddings = False
+
+
+def _count(names: Collection[str]) -> str:
+    return "1 weight" if len(names) == 1 else f"{len(names)} weights"
+
+
+def _are_finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
+
+
+def _some(names: Collection[str]) -> str:
+    shown = sorted(names, key=_natural)[:_LISTED]
+    return ", ".join(shown) + (f", and {len(names) - len(shown)} more" if len(names) > len(shown) else "")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort `layers.2` before `layers.10`."""
+    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Keep transformers from printing a table of what is said in one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def is_no_report(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    logger.addFilter(is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_no_report)
