@@ -159,12 +159,10 @@ def test_they_log_the_same_validation(folder, name, other):
         assert together == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("precision", "dtypes"), [("bf16-mixed", {torch.float32}), ("bf16-true", {torch.bfloat16})], ids=str
-)
-def test_sixteen_bits_come_close(folder, precision, dtypes):
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+def test_sixteen_bits_come_close(folder, precision):
     name = f"two_{precision}"
-    assert {weight.dtype for weight in checkpoint(last(folder, name))["state_dict"].values()} == dtypes
+    assert {weight.dtype for weight in checkpoint(last(folder, name))["state_dict"].values()} == {torch.float32}
     rough, exact = (evaluations(folder / run)[-1]["val/seen/loss"] for run in (name, "one"))
     assert rough == pytest.approx(exact, rel=0.05)
 

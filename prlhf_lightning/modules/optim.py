@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
@@ -17,6 +18,8 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.user_models import UserModel
 
 _Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
+_HALF = (torch.bfloat16, torch.float16)
+_OF_MASTER = ("master", "exp_avg", "exp_avg_sq")  # of a weight in half precision, kept in float32
 _WARMUPS = "a whole number of steps, or, below 1, a share of all steps"
 
 
@@ -82,6 +85,10 @@ class RowwiseAdamW(torch.optim.AdamW):
     if the steps in which it was absent did not exist (bias correction counts a row's own steps); other rows are not
     touched. Dense gradients are left to `torch.optim.AdamW`.
 
+    A dense weight in half precision has a copy in float32 here, its *master*, which is what moves; the weight is the
+    master, rounded. Without it a step below 1/256 of a bfloat16 weight would be lost. The averages of its gradients are
+    in float32 too. A checkpoint keeps masters with the optimizer's state.
+
     Attributes:
         is_stepping: True while weights change. If a step ends by an exception it stays so, for the weights are then
             neither those before the step nor those after it.
@@ -96,15 +103,21 @@ class RowwiseAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         self.is_stepping = True
-        row_grads: list[tuple[nn.Parameter, Tensor]] = []
+        done: list[tuple[nn.Parameter, Tensor]] = []
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None and param.grad.is_sparse:
-                    row_grads.append((param, param.grad))
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse:
                     self._step_rows(param, param.grad.coalesce(), group)
-                    param.grad = None  # AdamW refuses sparse gradients
+                elif param.dtype in _HALF:
+                    self._step_master(param, group)
+                else:
+                    continue
+                done.append((param, param.grad))
+                param.grad = None  # AdamW refuses sparse gradients, and has nothing left to do
         super().step()
-        for param, grad in row_grads:
+        for param, grad in done:
             param.grad = grad
         self.is_stepping = False
         return loss
@@ -112,12 +125,41 @@ class RowwiseAdamW(torch.optim.AdamW):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a state; see `torch.optim.Optimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
-        # torch casts a state to its parameter's dtype, in which (bfloat16) a count of steps stands still at 256.
+        # torch casts a state to its parameter's dtype, in which (bfloat16) a count of steps stands still at 256, and a
+        # master is no more than its weight.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, number in zip(group["params"], saved["params"], strict=True):
-                steps = state_dict["state"].get(number, {}).get("row_steps")
-                if steps is not None:
-                    self.state[param]["row_steps"] = steps.to(param.device, torch.float32, copy=True)
+                state = state_dict["state"].get(number, {})
+                for name in _OF_MASTER if "master" in state else ("row_steps",):
+                    if name in state:
+                        self.state[param][name] = state[name].to(param.device, torch.float32, copy=True)
+
+    @torch.no_grad()
+    def _step_master(self, param: nn.Parameter, group: dict[str, Any]) -> None:
+        state = self.state[param]
+        if "master" not in state:  # at first, or after a checkpoint of a version that had none
+            state["master"] = param.detach().float()
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].float() if name in state else torch.zeros_like(state["master"])
+            state.setdefault("step", torch.zeros(()))
+        beta1, beta2 = group["betas"]
+        # One by one, so that no more than one gradient at a time is there in float32.
+        adamw(
+            [state["master"]],
+            [param.grad.float()],  # type: ignore[union-attr]
+            [state["exp_avg"]],
+            [state["exp_avg_sq"]],
+            [],
+            [state["step"]],
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        param.copy_(state["master"])
 
     @torch.no_grad()
     def _step_rows(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:

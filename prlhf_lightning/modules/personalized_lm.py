@@ -37,6 +37,7 @@ from prlhf_lightning.modules.history import keep_histories
 from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, values_to_log
 from prlhf_lightning.modules.objective import Objective, Term
 from prlhf_lightning.modules.optim import Optim, apply_settings, make_optimizer, make_schedule, optimizer_steps
+from prlhf_lightning.modules.precision import cast_frozen, check_float16, described, keep_trained_in_float32
 from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model
 from prlhf_lightning.modules.prompts import to_tokens
 from prlhf_lightning.modules.reference_store import ReferenceStore, exchange, open_store
@@ -142,6 +143,7 @@ class PersonalizedLM(LightningModule):
         """Take the users from the data, unless a checkpoint has brought its own."""
         use_sealed_files(self.trainer)
         check_strategy(self.trainer.strategy)
+        keep_trained_in_float32(self.trainer)
         datamodule = getattr(self.trainer, "datamodule", None)
         if self.vocabulary is None:
             if datamodule is None:
@@ -177,8 +179,11 @@ class PersonalizedLM(LightningModule):
                 self._warm_start = None
             exclude_from_ddp(self, sparse_tables(self.user_model))
             if self._built_for is None:
+                cast_frozen(self.policy, self._trainer)
                 shard(self.policy, self._trainer.strategy if self._trainer is not None else None)
             self._built_for = self.vocabulary
+        if not is_sharded(self.policy):  # what was built in code, or for another trainer
+            cast_frozen(self.policy, self._trainer)
         check_row_lengths(self._trainer, self.policy, self.user_model)
 
     def teardown(self, stage: str) -> None:
@@ -189,6 +194,7 @@ class PersonalizedLM(LightningModule):
 
     def on_fit_start(self) -> None:
         """Give all processes the same user model, of which DDP looks after all but the tables."""
+        check_float16(self.policy, self.trainer)
         self._finite.forget()  # what a fit that failed has left
         self._seed = torch.initial_seed() if self._seed is None else self._seed
         if getattr(self.policy, "torch_compile", False):
@@ -300,8 +306,7 @@ class PersonalizedLM(LightningModule):
         if not (self._caches_reference and len(batch)) or self.trainer.predicting:
             return batch
         if self._reference_store is None:
-            sees_text, precision = self.user_model.uses_text, str(self.trainer.precision)
-            self._reference_store = open_store(self.policy, sees_text, precision)
+            self._reference_store = open_store(self.policy, self.user_model.uses_text, described(self.trainer))
         return batch if self._reference_store is None else self._reference_store.attach(batch)
 
     @property

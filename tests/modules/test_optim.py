@@ -91,6 +91,26 @@ def test_clipping_counts_sparse_and_dense_gradients_together():
     torch.testing.assert_close(clipped, linear.weight.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_in_half_precision_moves_as_its_copy_in_float32_would(dtype):
+    weight = nn.Parameter(torch.linspace(0.5, 2, 8).to(dtype))
+    twin = nn.Parameter(weight.detach().float())
+    how = {**SETTINGS, "lr": 1e-5}
+    ours, torchs = RowwiseAdamW([weight], **how), torch.optim.AdamW([twin], **how)
+    for step in range(400):
+        weight.grad = torch.linspace(-1, 1, 8).mul(1 + step % 3).to(dtype)
+        twin.grad = weight.grad.float()
+        ours.step()
+        torchs.step()
+        if step == 200:  # it goes on from its state
+            state = copy.deepcopy(ours.state_dict())
+            ours = RowwiseAdamW([weight], **how)
+            ours.load_state_dict(state)
+    assert torch.equal(ours.state[weight]["master"], twin)
+    assert torch.equal(weight, twin.to(dtype))
+    assert weight.grad is not None
+
+
 def test_a_restored_count_of_steps_goes_on_in_a_bfloat16_table():
     model = table().to(torch.bfloat16)
     optimizer = RowwiseAdamW(model.parameters(), **SETTINGS)
