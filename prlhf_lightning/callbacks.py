@@ -17,15 +17,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.files import as_text, replacing
+from prlhf_lightning.loggers import run_folder
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
 from prlhf_lightning.modules.sharding import is_sharded
-
-
-def run_folder(trainer: Trainer) -> Path:
-    """Return the folder that this run's files go to: the logger's, or the trainer's root where there is none."""
-    return Path(trainer.log_dir or trainer.default_root_dir)
 
 
 def kept_by(trainer: Trainer) -> list[str]:
@@ -155,7 +151,7 @@ class SaveOnInterrupt(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save `interrupted.ckpt` and say how to go on, unless the weights are in no state to go on from."""
-        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0:
+        if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         # Errors of one process find the others waiting for it in training, and not here.
         together = trainer.world_size == 1 or isinstance(exception, NonFiniteError | SIGTERMException)
@@ -241,7 +237,8 @@ class PredictionWriter(BasePredictionWriter):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Open the file of this process."""
         super().setup(trainer, pl_module, stage)
-        if stage == "predict":
+        self.path: Path | None = None
+        if stage == "predict" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
             self.path = run_folder(trainer) / f"predictions{suffix}.jsonl"
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -258,9 +255,12 @@ class PredictionWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         """Append a batch's rows."""
+        if self.path is None:
+            return
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the rows are."""
-        rank_zero_info(f"Predictions are in {self.path}")
+        if self.path is not None:
+            rank_zero_info(f"Predictions are in {self.path}")

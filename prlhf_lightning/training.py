@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -23,18 +25,18 @@ from prlhf_lightning.callbacks import (
     SaveOnInterrupt,
     UserTable,
     kept_by,
-    run_folder,
 )
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import check_writable
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal
+from prlhf_lightning.loggers import folders_of_runs, hyper_parameters, keep_under, run_folder, with_run_folder
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.parser import Explaining
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
+from prlhf_lightning.training_stats import TrainingStats
 from prlhf_lightning.user_models import UserModel
 
 _RUNS = "runs"  # where runs go that were not told a folder
@@ -42,6 +44,16 @@ _RUNS = "runs"  # where runs go that were not told a folder
 
 class Parser(Explaining, LightningArgumentParser):
     """Lightning's parser, which explains mistakes in a few lines."""
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder, and tells the other loggers the settings as hyper-parameters."""
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Log the settings, except to the first logger: that writes beside `config.yaml`."""
+        settings = hyper_parameters(self.config.as_dict())
+        for logger in trainer.loggers[1:]:
+            logger.log_hyperparams(settings)
 
 
 class PRLHFCLI(LightningCLI):
@@ -52,6 +64,15 @@ class PRLHFCLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None) -> None:
+        self._claimed: Path | None = None  # the run's folder
+        try:
+            self._run(args)
+        finally:
+            if self._claimed:  # of a run that failed before it wrote anything
+                with suppress(OSError):
+                    self._claimed.rmdir()
+
+    def _run(self, args: ArgsType) -> None:
         super().__init__(
             PersonalizedLM,
             PreferenceDataModule,
@@ -68,9 +89,11 @@ class PRLHFCLI(LightningCLI):
                     UserTable(),
                     PredictionWriter(),
                     LogShortRuns(),
+                    TrainingStats(),
                 ],
             },
             seed_everything_default=0,
+            save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_class=Parser,
             auto_configure_optimizers=False,
@@ -102,6 +125,8 @@ class PRLHFCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Name a model's folder from the root, so that what is done with a checkpoint may be done in any folder."""
+        trainer = self.config[self.config.subcommand].trainer
+        keep_under(trainer.default_root_dir or _RUNS, trainer.logger)
         settings = self.config[self.config.subcommand].model.policy.get("init_args") or {}
         model = settings.get("model")
         if model and Path(model).is_dir():
@@ -114,14 +139,14 @@ class PRLHFCLI(LightningCLI):
         configuration say of the model. They are not needed: the whole model is configured in every command.
         """
         given = self.config[self.config.subcommand]
-        root = given.trainer.default_root_dir or _RUNS
+        roots = folders_of_runs(given.trainer.default_root_dir or _RUNS, given.trainer.logger)
         if given.ckpt_path == "last":
-            given.ckpt_path = self._last_checkpoint(root)
+            given.ckpt_path = self._last_checkpoint(*roots)
         if given.init_from == "last" and self.config.subcommand == "fit":
-            given.init_from = last_checkpoint(root)
+            given.init_from = last_checkpoint(*roots)
             if given.init_from is None:
                 raise ConfigurationError(
-                    f"init_from: there is no checkpoint of any run in {root}; name one by its path."
+                    f"init_from: there is no checkpoint of any run in {_listed(roots)}; name one by its path."
                 )
         if given.init_from:  # whole, as the run's configuration is kept in another folder
             given.init_from = str(Path(given.init_from).expanduser().absolute())
@@ -132,9 +157,9 @@ class PRLHFCLI(LightningCLI):
             content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
             _warn_of_another_model(content, given.model.policy)
 
-    def _last_checkpoint(self, root: str) -> str | None:
+    def _last_checkpoint(self, *roots: Path) -> str | None:
         """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
-        path = last_checkpoint(root)
+        path, root = last_checkpoint(*roots), _listed(roots)
         if path is None and self.config.subcommand != "fit":
             raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
         # Not an error, so that the same command begins a run and goes on with it.
@@ -168,6 +193,7 @@ class PRLHFCLI(LightningCLI):
         without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args.num_tokens": 0}
         config.model.user_model = Namespace(without)  # type: ignore[no-untyped-call]
         seed_everything(config.seed_everything)
+        config.trainer.logger = None  # there is one for it below
         fresh = self._parser("fit").instantiate_classes(config)
         folder = run_folder(self.trainer)
         trainer = Trainer(
@@ -193,9 +219,11 @@ class PRLHFCLI(LightningCLI):
         wanted = config["enable_progress_bar"] is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
             config["callbacks"].append(RichProgressBar())
-        if config["logger"] is None:
-            config["logger"] = CSVLogger(config["default_root_dir"] or _RUNS, name="")
-        _check_writable(str(config["default_root_dir"] or _RUNS))
+        # Lightning's own place is the current directory.
+        root = str(config["default_root_dir"] or _RUNS)
+        root = config["default_root_dir"] = root if "://" in root else os.path.expanduser(root)
+        if not config["fast_dev_run"]:
+            config["logger"], self._claimed = _with_run_folder(config["logger"], root)
         try:
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
@@ -232,6 +260,10 @@ def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Pa
     )
 
 
+def _listed(folders: Iterable[Path]) -> str:
+    return " or ".join(map(str, folders))
+
+
 def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
     """Warn where a checkpoint's adapters would be put on another model: of equal shape, it loads without an error."""
     trained = checkpoint.get("hyper_parameters", {}).get("policy")
@@ -244,15 +276,15 @@ def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
         )
 
 
-def _check_writable(folder: str) -> None:
-    """Refuse a folder for the run's files that can't be written to, before anything is computed."""
-    if "://" in folder:
-        return
+def _with_run_folder(loggers: Any, root: str) -> tuple[list[Logger], Path | None]:
+    """Do as `with_run_folder`, and refuse a folder that can't be written to, before anything is computed."""
     try:
-        check_writable(Path(folder))
+        return with_run_folder(loggers, root)
     except OSError as error:
+        folder = str(error.filename or root)
+        setting = "trainer.default_root_dir" if folder.startswith(root) else "trainer.logger"
         raise ConfigurationError(
-            f"trainer.default_root_dir: files can't be written to {folder} ({error.strerror}); give another folder."
+            f"{setting}: files can't be written to {folder} ({error.strerror}); give another folder."
         ) from error
 
 

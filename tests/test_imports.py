@@ -30,7 +30,9 @@ MAY_IMPORT = {
     "checkpoint_entry": LEAVES | {"data"},
     "modules": LEAVES | STORE | ENTRY | SIBLINGS,
     "inference": LEAVES | {"data", "user_models", "policies"},
-    "callbacks": LEAVES | SIBLINGS | {"modules"},
+    "loggers": LEAVES,
+    "training_stats": LEAVES,
+    "callbacks": LEAVES | SIBLINGS | {"modules", "loggers"},
     "guards": LEAVES | SIBLINGS | {"modules"},
     "judges": LEAVES | STORE | ENTRY | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
@@ -38,7 +40,8 @@ MAY_IMPORT = {
     "tasks": LEAVES | STORE | ENTRY | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
     "commands": set(),
     "parser": {"commands"},
-    "training": LEAVES | {"parser", "data", "user_models", "modules", "callbacks", "guards", "tasks"},
+    "training": LEAVES
+    | {"parser", "data", "user_models", "modules", "loggers", "training_stats", "callbacks", "guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},
     "__main__": {"cli"},
 }

@@ -245,6 +245,7 @@ class PersonalizedLM(LightningModule):
             losses_of = None if is_sharded(self.policy) else lambda batch: self.objective(batch)[0]
             advice = what_to_try(self.trainer, self.policy, self.loss)
             raise self._finite.error(self, moved.all, losses_of, advice)
+        self.log("train/grad_norm", norm)
         if gradient_clip_val and gradient_clip_algorithm == "value":
             moved.refuse_clipping_by_value()
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)

@@ -10,19 +10,21 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.errors import DamagedCheckpointError
 
 
-def last_checkpoint(root: str | Path) -> Path | None:
+def last_checkpoint(*roots: str | Path) -> Path | None:
     """Return the newest intact checkpoint of the newest run that has any, or None where no run has.
 
     Where newer ones are damaged, a warning names them and the one that is returned. Those of earlier runs, which may
     have been about something else, do not stand in for them.
 
     Args:
-        root: The folder of all runs.
+        roots: Folders of runs.
 
     Raises:
         DamagedCheckpointError: The newest run has none that is intact.
     """
-    runs = {folder for depth in ("", "*/", "*/*/") for folder in Path(root).glob(f"{depth}checkpoints")}
+    runs = {
+        folder for root in roots for depth in ("", "*/", "*/*/") for folder in Path(root).glob(f"{depth}checkpoints")
+    }
     newest = {files[0]: folder for folder in runs if (files := checkpoint_files.in_order(folder))}
     if not newest:
         return None

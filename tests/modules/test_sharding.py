@@ -176,7 +176,9 @@ def test_lightnings_own_sharded_strategies_are_refused_with_what_to_use(strategy
 
 def test_an_error_of_one_process_does_not_save_what_all_must_save_together(monkeypatch):
     monkeypatch.setattr("prlhf_lightning.callbacks.is_sharded", lambda policy: True)
-    trainer = Mock(global_step=3, validating=False, log_dir="runs", world_size=2, optimizers=[])
+    trainer = Mock(
+        global_step=3, validating=False, fast_dev_run=False, loggers=[], log_dir="runs", world_size=2, optimizers=[]
+    )
     trainer.state.fn = TrainerFn.FITTING
     trainer.strategy.reduce = lambda tensor, reduce_op: tensor
     module = Mock(device=torch.device("cpu"))

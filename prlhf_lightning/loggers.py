@@ -1,0 +1,142 @@
+"""Where a run's files go, whatever its loggers are, and which settings the loggers are told."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.rank_zero import rank_zero_only
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from prlhf_lightning.files import check_writable
+
+#: Loggers that write into a folder of their own for each run: `save_dir/name/version_N`.
+_LOCAL = (CSVLogger, TensorBoardLogger)
+#: Folders in the current directory that loggers write to by default.
+_IN_CURRENT_DIRECTORY = {"WandbLogger": (".", ""), "MLFlowLogger": ("./mlruns", "mlruns")}
+#: Settings that may hold a password, or an address with one.
+_SECRET = ("url", "uri", "key", "password", "secret", "salt")
+
+
+def run_folder(trainer: Trainer) -> Path:
+    """Return the folder of a run: its checkpoints are in `checkpoints` there. All processes must call it.
+
+    It is the folder of the first logger, if that has one for each run, and `trainer.default_root_dir` without loggers.
+    """
+    first = trainer.loggers[0] if trainer.loggers else None
+    if first is None or isinstance(first, _LOCAL):
+        return Path(trainer.log_dir or trainer.default_root_dir)
+    # As ModelCheckpoint has it. `trainer.log_dir` is the folder of all runs for other loggers.
+    version = first.version if isinstance(first.version, str) else f"version_{first.version}"
+    folder = Path(first.save_dir or trainer.default_root_dir, str(first.name), version)
+    return trainer.strategy.broadcast(folder)
+
+
+def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -> tuple[list[Logger], Path | None]:
+    """Return a run's loggers, and its folder, which is new and which no other run gets.
+
+    The first logger is one that writes `metrics.csv` into that folder, where Lightning then puts checkpoints and
+    configuration as well. The folder is that of the first CSV logger that was given, or else of the first TensorBoard
+    logger, `save_dir/name/version_N`; without one of them it is `root/version_N`.
+
+    Args:
+        given: The loggers that were asked for. With a boolean or None there is none but that of `metrics.csv`.
+        root: Folder of all runs.
+
+    Returns:
+        The loggers, and the folder if it was made now: not by other processes than the first, not where the version
+        of a logger was named, and not on a remote file system.
+
+    Raises:
+        OSError: The folder cannot be made.
+    """
+    loggers = [] if given is None or isinstance(given, bool) else [given] if isinstance(given, Logger) else list(given)
+    metrics = next((logger for logger in loggers if isinstance(logger, CSVLogger)), None)
+    events = next((logger for logger in loggers if isinstance(logger, TensorBoardLogger)), None)
+    if metrics is None and events is not None:
+        save_dir = os.path.expanduser(os.path.expandvars(events.save_dir))  # as TensorBoardLogger does
+        metrics = CSVLogger(save_dir, name=events.name, version=events._version)
+    elif metrics is None:
+        metrics = CSVLogger(root, name="")
+    remote = "://" in metrics.root_dir
+    claimed = None
+    # Loggers themselves take the first number that is free when they look, as others may that look at the same time.
+    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    if is_first and metrics._version is not None and not remote:
+        check_writable(Path(metrics.log_dir))
+    elif is_first and not remote:
+        claimed = _claim(Path(metrics.root_dir))
+        for logger in (metrics, *loggers):
+            is_beside = isinstance(logger, _LOCAL) and Path(logger.root_dir).resolve() == claimed.parent.resolve()
+            if is_beside and logger._version is None:  # type: ignore[attr-defined]
+                logger._version = int(claimed.name.removeprefix("version_"))  # type: ignore[attr-defined]
+    return [metrics, *(logger for logger in loggers if logger is not metrics)], claimed
+
+
+def _claim(root: Path) -> Path:
+    """Make and return the next folder `version_N`. Making a folder fails if it exists, on shared disks as well."""
+    root.mkdir(parents=True, exist_ok=True)
+    numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
+    for number in itertools.count(max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1):
+        with suppress(FileExistsError):
+            (folder := root / f"version_{number}").mkdir()
+            return folder
+    raise AssertionError("numbers do not end")
+
+
+def keep_under(root: str, logger: Any) -> None:
+    """Have a configured logger write under a folder, where it would write to the current directory by default.
+
+    Args:
+        root: The folder.
+        logger: The value of `trainer.logger` before classes are made: it is changed.
+    """
+    for one in logger if isinstance(logger, list) else [logger]:
+        settings = getattr(one, "init_args", None)
+        default, name = _IN_CURRENT_DIRECTORY.get(str(getattr(one, "class_path", "")).rpartition(".")[2], (None, ""))
+        if settings and default is not None and settings.get("save_dir") == default:
+            settings["save_dir"] = str(Path(root, name))
+
+
+def folders_of_runs(root: str, logger: Any) -> list[Path]:
+    """Return the folders in which runs with these loggers have theirs.
+
+    Args:
+        root: `trainer.default_root_dir`.
+        logger: The value of `trainer.logger` before classes are made.
+    """
+    found = [Path(root).expanduser()]
+    for one in logger if isinstance(logger, list) else [logger]:
+        if str(getattr(one, "class_path", "")).rpartition(".")[2] in {kind.__name__ for kind in _LOCAL}:
+            found.append(Path(one.init_args.save_dir, one.init_args.get("name") or "").expanduser())
+    return found
+
+
+def hyper_parameters(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
+    """Return the settings of a run for its loggers, by dotted names, without those of loggers and what may be secret.
+
+    Args:
+        config: The configuration, nested.
+    """
+    found: dict[str, str | int | float | bool] = {}
+    for name, value in _flat("", config):
+        is_secret = any(part in name.rpartition(".")[2].lower() for part in _SECRET) or "://" in str(value)
+        if not (is_secret or name.startswith(("trainer.logger", "trainer.callbacks", "config"))):
+            found[name] = value if isinstance(value, str | int | float | bool) else str(value)
+    return found
+
+
+def _flat(name: str, value: Any) -> Iterable[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        for key, part in value.items():
+            yield from _flat(f"{name}.{key}" if name else str(key), part)
+    elif isinstance(value, list) and any(isinstance(part, Mapping) for part in value):
+        for number, part in enumerate(value):
+            yield from _flat(f"{name}.{number}", part)
+    else:
+        yield name, value
