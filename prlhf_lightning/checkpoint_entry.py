@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from prlhf_lightning.data.tokenization import TokenizationSettings
@@ -42,6 +41,5 @@ def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
 
 
 def settings_of(kept: Mapping[str, Any]) -> TokenizationSettings:
-    """Return settings as a checkpoint keeps them, without those that this version does not know."""
-    known = {field.name for field in fields(TokenizationSettings)}
-    return TokenizationSettings(**{name: value for name, value in kept.items() if name in known})
+    """Return settings as a checkpoint keeps them; see `TokenizationSettings.from_kept`."""
+    return TokenizationSettings.from_kept(kept)

@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import PersonalizedLM, Sampling
 from prlhf_lightning.cli import main
+from prlhf_lightning.data.records import FeedbackRecord
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.inference import Engine, Generation
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.tasks.models import open_writer
@@ -140,6 +142,58 @@ def test_the_server_stops(trained):
             body = {"model": "m", "messages": ask(question), "temperature": 0, "max_tokens": 40}
             (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
             assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+
+
+def test_a_plain_prompt_to_a_model_of_conversations_is_answered(trained, capsys):
+    _, checkpoint, folder = trained
+    for model in (checkpoint, folder / "whole"):
+        for question, text in ANSWERS.items():
+            main(["generate", "--model", str(model), "--prompt", question, "--max_new_tokens", "40"])
+            assert capsys.readouterr().out == text + "\n"
+    module = PersonalizedLM.load_from_checkpoint(checkpoint)
+    assert module.generate(list(ANSWERS), ["ann"] * 3, sampling=GREEDY) == list(ANSWERS.values())
+    writer = open_writer(folder / "adapters")
+    writer.name = "m"
+    with serving(Services(writer, lambda: Engine(writer))) as url:
+        for question, text in ANSWERS.items():
+            body = {"model": "m", "prompt": question, "temperature": 0, "max_tokens": 40}
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"] == text
+
+
+def test_plain_rows_of_new_users_become_the_ids_of_conversations(trained):
+    module = PersonalizedLM.load_from_checkpoint(trained[1])
+    encode = FeedbackTokenizer(module.policy.tokenizer, module.tokenization)
+    question, text = next(iter(ANSWERS.items()))
+    turns = [[{"role": "assistant", "content": said}] for said in (text, "No.")]
+    records = [FeedbackRecord("eve", question, text, "No."), FeedbackRecord("eve", ask(question), *turns)]
+    plain, conversation = (encode([record], ["row 1"])[0] for record in records)
+    assert [ids.tolist() for ids in plain] == [ids.tolist() for ids in conversation]
+
+
+@pytest.mark.parametrize("output", [False, True], ids=["streamed", "to a file"])
+def test_an_empty_answer_is_told_with_what_may_help(family, trained, tmp_path, capsys, monkeypatch, output):
+    end = FAMILIES[family].ends[0]
+    monkeypatch.setattr("prlhf_lightning.inference.engine.choose", lambda logits, *_: torch.full((len(logits),), end))
+    options = ["--output", str(tmp_path / "answers.jsonl")] if output else []
+    main(["generate", "--model", str(trained[1]), "--prompt", "What", "--chat_template", "false", *options])
+    assert "1 of 1 answers are empty: the model ended them at once." in (told := capsys.readouterr().err)
+    assert "`--chat_template true`" in told
+    main(["generate", "--model", str(trained[1]), "--prompt", "What", *options])
+    assert "`--chat_template true`" not in capsys.readouterr().err
+
+
+def test_a_plain_prompt_is_taken_as_it_stands_where_that_is_asked(trained):
+    base, checkpoint, _ = trained
+    tokenizer, lm = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.tensor([tokenizer("What helps")["input_ids"]])
+    expected = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0]
+    raw = Generation("What helps", max_new_tokens=4, chat_template=False)
+    (written,) = open_writer(checkpoint).generate([raw])
+    text = tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
+    assert written.text == text
+    module = PersonalizedLM.load_from_checkpoint(checkpoint)
+    how = {"sampling": Sampling(4, 0.0), "chat_template": False}
+    assert module.generate(["What helps"], ["ann"], **how) == [text]
 
 
 def test_plain_transformers_stops_with_the_exported_folder(family, trained, expected):

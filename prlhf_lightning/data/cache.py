@@ -47,7 +47,7 @@ from prlhf_lightning.types import Feedback
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
-_FORMAT = 3  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 4  # raise it when the meaning of what is stored changes, so that older caches are not read
 _BATCH = 1000  # rows tokenised and written together
 _ROWS, _REPORT, _SUMS = "rows.arrow", "report.json", "sha256.json"
 _log = logging.getLogger(__name__)
@@ -77,6 +77,7 @@ class BuildReport:
         token_ties: Rows left out because their completions became the same when they were tokenised or cut.
         too_long: Rows left out because a field was over its limit.
         user_texts: Rows kept that have a text about the user.
+        conversations: Rows kept whose prompt is a conversation, and not a plain string.
         excess: For each field, the rows in which it was over its limit; truncated or left out as the settings say.
         source: What the source itself counted on the way, such as raw rows that its protocol leaves out.
     """
@@ -86,6 +87,7 @@ class BuildReport:
     token_ties: int = 0
     too_long: int = 0
     user_texts: int = 0
+    conversations: int = 0
     excess: dict[str, Excess] = field(default_factory=dict)
     source: dict[str, int] = field(default_factory=dict)
 
@@ -239,6 +241,7 @@ class FeedbackCache:
                     else:
                         rows.append((where, record, ids))
                         report.user_texts += len(ids.user_text) > 0
+                        report.conversations += not isinstance(record.prompt, str)
                 writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()

@@ -203,6 +203,11 @@ class PreferenceDataModule(LightningDataModule):
         stages: tuple[Stage, ...] = ("validate", "test", "predict")
         return {stage: tuple(self._prepared.evaluation(stage)) for stage in stages}
 
+    @property
+    def conversational(self) -> bool:
+        """Whether the training rows are conversations, and not plain strings (in mixed data: most of them)."""
+        return self._prepared.conversational
+
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Return the number of training batches of each process in one epoch."""
         return len(self._training_batches(0, world_size))
@@ -228,7 +233,8 @@ class PreferenceDataModule(LightningDataModule):
         """Tokenise prompts to be answered exactly as those of the data are.
 
         Args:
-            prompts: B strings, or conversations that end with what is to be answered.
+            prompts: B strings, or conversations that end with what is to be answered. Where the training rows are
+                conversations, a string is one turn of the user.
 
         Returns:
             `[B, L]` token ids, padded on the right.

@@ -16,8 +16,9 @@ from prlhf_lightning.data.census import Census, census_of, read_census
 from prlhf_lightning.data.division import Division, HoldOut, Pairs
 from prlhf_lightning.data.history import PairsWithHistory
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.data.requests import Requests
-from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split, read
 from prlhf_lightning.data.stream import FeedbackStream, StreamedRows
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
@@ -83,8 +84,19 @@ class PreparedFeedback:
 
     @cached_property
     def tokenize(self) -> FeedbackTokenizer:
-        """What makes ids of prompts."""
-        return FeedbackTokenizer(self._loaded_tokenizer, self.settings)
+        """What makes ids of prompts: a plain one is wrapped in the chat template where the training rows are."""
+        wrapped = self.settings.chat_template or self.conversational
+        return FeedbackTokenizer(self._loaded_tokenizer, replace(self.settings, chat_template=wrapped))
+
+    @cached_property
+    def conversational(self) -> bool:
+        """Whether most training rows are conversations, and not strings; of a stream, whether the first one is."""
+        if not self.streaming:
+            report = self.splits["train"].report
+            return 2 * report.conversations > report.kept
+        columns = Columns.from_mapping(self.source.columns)
+        where, row = next(iter(read(self.source, "train")))
+        return not isinstance(parse_record(row, where, columns, self.feedback).prompt, str)
 
     def known_as(self, user_id: str) -> str:
         """Return the id by which a user is known here whom the source calls `user_id`."""

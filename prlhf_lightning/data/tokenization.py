@@ -9,10 +9,10 @@ what follows it, in training as in generation.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from hashlib import sha256
-from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -78,6 +78,19 @@ class TokenizationSettings:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
         if self.overlong not in get_args(Overlong):
             raise ConfigurationError(f"overlong is {self.overlong!r}; it must be one of {get_args(Overlong)}.")
+
+    @classmethod
+    def from_kept(cls, kept: Mapping[str, Any]) -> Self:
+        """Return settings as a checkpoint or an exported folder keeps them, without those of later versions.
+
+        Args:
+            kept: The settings by name, and in `conversations` whether the training rows were conversations, in which
+                case plain prompts are wrapped in the chat template too.
+        """
+        known = {field.name: kept[field.name] for field in fields(cls) if field.name in kept}
+        if kept.get("conversations"):
+            known["chat_template"] = True
+        return cls(**known)
 
     def limit(self, part: str) -> tuple[str, int]:
         """Return the setting that limits a part of a record (a field of `TokenizedRecord`), and the limit."""

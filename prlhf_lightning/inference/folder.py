@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -96,8 +96,7 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
         user_model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {error}") from error
-    known = {field.name for field in fields(TokenizationSettings)}
-    tokenization = TokenizationSettings(**{k: v for k, v in settings["tokenization"].items() if k in known})
+    tokenization = TokenizationSettings.from_kept(settings["tokenization"])
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
 
 

@@ -34,6 +34,8 @@ class Generation:
             on what else is being written.
         stop: Strings that end the text; they are not a part of it.
         tools: What the assistant may call, as JSON schemas for the chat template, or None.
+        chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; None
+            for as in training. Conversations always are.
 
     Raises:
         ConfigurationError: A value is out of its range.
@@ -49,6 +51,7 @@ class Generation:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     tools: list[dict[str, Any]] | None = None
+    chat_template: bool | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):

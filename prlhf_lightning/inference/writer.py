@@ -95,7 +95,7 @@ class PersonalizedWriter:
         warn_of_not_applied(generation_config, name)
         unlimited = {"max_prompt_length": _NO_LIMIT, "max_user_text_length": _NO_LIMIT}
         self.tokenization = replace(tokenization or TokenizationSettings(), **unlimited)  # type: ignore[arg-type]
-        self._encode = FeedbackTokenizer(tokenizer, self.tokenization)
+        self._encoders = {self.tokenization.chat_template: FeedbackTokenizer(tokenizer, self.tokenization)}
 
     @classmethod
     def from_folder(
@@ -171,17 +171,18 @@ class PersonalizedWriter:
             ConfigurationError: It is too long for the model, or has a text about the user that nothing reads.
             FeedbackFormatError: The prompt is empty, or does not fit the chat template.
         """
-        prompt = self._encode.prompts([generation.prompt], generation.tools)[0].tolist()
+        encode = self._encoder(generation.chat_template)
+        prompt = encode.prompts([generation.prompt], generation.tools)[0].tolist()
         text, text_tokens = None, 0
         if generation.user_text:
             if not self.user_model.uses_text:
                 raise ConfigurationError(
                     f"user_text: this model's {type(self.user_model).__name__} reads no text about users; leave it out."
                 )
-            ids = self._encode.user_texts([generation.user_text])[0].tolist()
+            ids = encode.user_texts([generation.user_text])[0].tolist()
             text_tokens = len(ids)
             text = segments(self.lm, None, self._tokens([ids]), None)[0]
-        self._encode.forget()  # what people write is not to be kept
+        encode.forget()  # what people write is not to be kept
         found = tuple(conditions(generation, self.user_model, self.vocabulary, text, self.lm.device))
         known = knows(self.vocabulary, generation.user)
         length = len(prompt) + max(len(condition.vectors) for condition in found)
@@ -193,6 +194,19 @@ class PersonalizedWriter:
             )
         limit = min(room, generation.max_new_tokens)
         return Prepared(generation, prompt, found, limit, len(prompt) + text_tokens, known)
+
+    def takes_as_it_stands(self, generation: Generation) -> bool:
+        """Return whether a generation's prompt is a string that the chat template does not wrap."""
+        wrapped = self.tokenization.chat_template if generation.chat_template is None else generation.chat_template
+        return isinstance(generation.prompt, str) and not wrapped
+
+    def _encoder(self, chat_template: bool | None) -> FeedbackTokenizer:
+        """Return what makes ids of prompts, plain ones wrapped in the chat template or not; None for as in training."""
+        wrapped = self.tokenization.chat_template if chat_template is None else chat_template
+        if wrapped not in self._encoders:
+            settings = replace(self.tokenization, chat_template=wrapped)
+            self._encoders[wrapped] = FeedbackTokenizer(self.tokenizer, settings)
+        return self._encoders[wrapped]
 
     @torch.no_grad()
     def sequences(self, generations: Sequence[Prepared]) -> SoftPrompt:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -159,6 +159,8 @@ class PersonalizedLM(LightningModule):
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
             settings = getattr(datamodule, "settings", None)
             self._tokenization = asdict(settings) if settings is not None else {}
+            # So that plain prompts too are then answered as conversations, where the model has learned these.
+            self._tokenization["conversations"] = getattr(datamodule, "conversational", False)
             if self._warm_start is not None:
                 self._warm_start.check_rendering(self._tokenization)
         sets = getattr(datamodule, "eval_sets", {})
@@ -398,6 +400,7 @@ class PersonalizedLM(LightningModule):
         user_ids: Sequence[str],
         user_text: Tokens | Sequence[str] | None = None,
         sampling: Sampling | None = None,
+        chat_template: bool | None = None,
     ) -> list[str]:
         """Write a completion of each prompt for its user.
 
@@ -407,11 +410,16 @@ class PersonalizedLM(LightningModule):
             user_ids: B ids; an unknown one gets the generic user.
             user_text: B texts about the users (empty where there is none) or their ids, or None.
             sampling: How to draw; the module's own settings by default.
+            chat_template: Whether a string is wrapped in the chat template as one turn of the user; by default as the
+                strings of the training rows were, and where those rows were conversations.
 
         Raises:
             ConfigurationError: There are not as many users, or texts about them, as prompts.
         """
-        how = self.policy.tokenizer, self.tokenization
+        settings = self.tokenization
+        if chat_template is not None:
+            settings = replace(settings, chat_template=chat_template)
+        how = self.policy.tokenizer, settings
         tokens, texts = to_tokens(prompt, user_ids, user_text, *how, self.device)
         soft_prompt = self.user_model(self.users(user_ids, texts))
         written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import entry_of, users_of
+from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.modules.checkpoint_content import names_of, trained_names
@@ -133,10 +134,13 @@ class WarmStart:
         Args:
             settings: How the new data become ids.
         """
+        # Files of earlier versions do not say whether their rows were conversations; theirs are taken to be as the new.
+        known = {"conversations": settings.get("conversations", False)} | dict(self.tokenization)
+        was, now = (asdict(TokenizationSettings.from_kept(kept)) for kept in (known, settings))
         other = [
-            f"data.{name} was {self.tokenization[name]!r} and is {settings[name]!r}"
+            f"data.{name} was {was[name]!r} and is {now[name]!r}"
             for name in _RENDERING
-            if name in self.tokenization and name in settings and self.tokenization[name] != settings[name]
+            if name in self.tokenization and name in settings and was[name] != now[name]
         ]
         if other:
             rank_zero_warn(f"init_from: {self.source} was trained on text rendered otherwise: {'; '.join(other)}.")

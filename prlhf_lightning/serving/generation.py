@@ -138,6 +138,7 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
             top_p=1.0 if body.top_p is None else body.top_p,
             seed=body.seed,
             stop=body.stops(),
+            chat_template=body.chat_template if isinstance(body, schemas.CompletionRequest) else None,
         )
         ticket = await _unless_gone(request, services.scheduler.submit(generation, caller_of(request)))
     except Overloaded:

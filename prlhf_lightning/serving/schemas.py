@@ -117,9 +117,12 @@ class ChatRequest(_Generate):
 
 
 class CompletionRequest(_Generate):
-    """A text to go on with, as it stands."""
+    """A text to go on with; of a model that was trained on conversations, one to answer."""
 
     prompt: Visible
+    chat_template: bool | None = Field(
+        None, description="Whether the prompt is answered as a turn of the user's; as in training if not given."
+    )
     best_of: One | None = None
     echo: Literal[False] | None = None
     logprobs: None = None

@@ -63,6 +63,7 @@ def generate(
     top_p: float = 1.0,
     seed: int | None = None,
     stop: str | list[str] | None = None,
+    chat_template: bool | None = None,
     output: Path | None = None,
     max_batch_rows: int = 64,
     device: str = "auto",
@@ -86,6 +87,8 @@ def generate(
         top_p: Share of the probability to sample from.
         seed: What chance is drawn from, the same for every answer.
         stop: String that ends an answer; of several, `--stop+ one --stop+ another`.
+        chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; by
+            default as in training. Conversations always are.
         output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
         max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
@@ -98,7 +101,7 @@ def generate(
     named += [blend] if blend else []
     how: dict[str, Any] = {
         "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
-        "seed": seed, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()),
+        "seed": seed, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()), "chat_template": chat_template,
     }  # fmt: skip
     rows = [{"prompt": prompt}] if prompts is None else list(_rows(prompts))
     requests = list(_requests(rows, named or [None], user_text, how))
@@ -113,13 +116,18 @@ def generate(
         _write(output, requests, written)
         console.print(f"{len(written)} answers are in {output}", highlight=False, soft_wrap=True)
     elif len(requests) == 1:
+        texts = []
         for piece in writer.stream(requests[0].generation):
+            texts.append(piece.text)
             sys.stdout.write(printable(piece.text, _LAYOUT))
             sys.stdout.flush()
         sys.stdout.write("\n")
+        _report_empty(writer, requests, ["".join(texts)])
+        return
     else:
         written = writer.generate([one.generation for one in requests], console.is_terminal, max_batch_rows)
         _show(console, requests, written)
+    _report_empty(writer, requests, [answer.text for answer in written])
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
@@ -185,6 +193,20 @@ def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) ->
         sys.stderr.write(
             f"Not known to this model, and so written for as the generic user: {', '.join(unknown[:_LISTED])}{more}\n"
         )
+
+
+def _report_empty(writer: PersonalizedWriter, requests: Sequence[_Request], texts: Sequence[str]) -> None:
+    """Say that answers are empty, and what may be the reason."""
+    empty = [one.generation for one, text in zip(requests, texts, strict=True) if not text.strip()]
+    if not empty:
+        return
+    advice = ""
+    if writer.tokenizer.chat_template and any(writer.takes_as_it_stands(one) for one in empty):
+        advice = (
+            " Their prompts were taken as they stand, without the chat template; if the model has learned "
+            "conversations, add `--chat_template true`."
+        )
+    sys.stderr.write(f"{len(empty)} of {len(texts)} answers are empty: the model ended them at once.{advice}\n")
 
 
 def _show(console: Console, requests: Sequence[_Request], written: Sequence[Completion]) -> None:

@@ -430,3 +430,25 @@ def test_a_sample_of_thumbs_has_liked_completions_only(make, tmp_path):
     sample = make(source, feedback="thumbs").sample(12)
     assert len(sample) == 6
     assert sample.up.all()
+
+
+TURNS = [
+    {**plain, "prompt": [{"role": "user", "content": plain["prompt"]}]}
+    | {name: [{"role": "assistant", "content": plain[name]}] for name in ("chosen", "rejected")}
+    for plain in ROWS
+]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "conversational"),
+    [(ROWS, False), (TURNS, True), (TURNS[:60] + ROWS[60:], True), (ROWS[:60] + TURNS[60:], False)],
+    ids=["strings", "conversations", "mostly conversations", "mostly strings"],
+)
+def test_a_plain_prompt_is_written_as_the_training_rows_are(make, tmp_path, rows, conversational, streaming):
+    tokenizer = word_tokenizer(template=CHATML)
+    data = make(FileSource(write_jsonl(tmp_path / "rows.jsonl", rows)), tokenizer, streaming=streaming)
+    assert data.conversational == conversational
+    turn = tokenizer.apply_chat_template(TURNS[0]["prompt"], add_generation_prompt=True, return_dict=False)
+    expected = turn if conversational else tokenizer(ROWS[0]["prompt"])["input_ids"]
+    assert data.encode_prompts([ROWS[0]["prompt"]]).ids.tolist() == [expected]
