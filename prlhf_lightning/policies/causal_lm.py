@@ -396,13 +396,12 @@ class CausalLMPolicy(Policy):
             if not self._writes_in_batches:
                 self._check_not_sharded(lm)
                 return write(lm, sequence, sampling, self.end_token_ids, self._unused_ids)
-            how = as_generation_config(sampling, self.tokenizer, self.end_token_ids)
+            how = as_generation_config(sampling, self.tokenizer, self.end_token_ids, self._unused_ids)
             with torch.compiler.set_stance("force_eager"), in_place_of_own(lm, how):
                 ids = lm.generate(
                     inputs_embeds=sequence.vectors,
                     attention_mask=sequence.mask.long(),
                     generation_config=how,
-                    suppress_tokens=self._unused_ids or None,
                     synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
                 )
         ends = torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device)).long()

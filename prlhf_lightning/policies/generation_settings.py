@@ -61,17 +61,30 @@ def load_generation_config(path: str, revision: str | None, trust_remote_code: b
         return GenerationConfig.from_model_config(config)
 
 
-def end_tokens_only(tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> GenerationConfig:
-    """Return a generation config that says where answers end, and leaves everything else neutral."""
+def end_tokens_only(
+    tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], never: Sequence[int] = ()
+) -> GenerationConfig:
+    """Return a generation config that says where answers end, and leaves everything else neutral.
+
+    Args:
+        tokenizer: Names BOS and padding.
+        ends: The tokens that end an answer.
+        never: Ids that are no tokens, as in padded vocabularies.
+    """
     eos = ends[0] if len(ends) == 1 else list(ends)
-    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id)
+    config = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=eos, pad_token_id=tokenizer.pad_token_id
+    )
+    if never:
+        config.update(suppress_tokens=list(never))
+    return config
 
 
 def as_generation_config(
-    sampling: Sampling, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]
+    sampling: Sampling, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], never: Sequence[int] = ()
 ) -> GenerationConfig:
     """Return the generation config under which transformers' `generate` draws as `sampling` says, and no otherwise."""
-    config = end_tokens_only(tokenizer, ends)
+    config = end_tokens_only(tokenizer, ends, never)
     config.update(max_new_tokens=sampling.max_new_tokens, use_cache=True, do_sample=sampling.temperature > 0)
     if sampling.temperature > 0:
         config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=0)

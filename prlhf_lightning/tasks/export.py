@@ -18,6 +18,7 @@ from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
+from prlhf_lightning.policies.loading import unused_ids
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
 from prlhf_lightning.tasks.model_card import is_card, model_card
@@ -119,7 +120,9 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
         lm = policy.merged()
         warn_of_not_applied(policy.generation_config, policy.name)
         # Answers end where they end in training, and are drawn as here, in whatever program reads the folder.
-        lm.generation_config = end_tokens_only(policy.tokenizer, policy.end_token_ids)
+        lm.generation_config = end_tokens_only(
+            policy.tokenizer, policy.end_token_ids, unused_ids(policy.tokenizer, policy.lm)
+        )
         lm.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
 
