@@ -82,7 +82,7 @@ COMMANDS = Group(
         "report": Task("report.report"),
         "serve": Task("serve.serve", lists=("--allowed_hosts",)),
         "shrink": Task("shrink.shrink"),
-        "rebase": Task("rebase.rebase"),
+        "relocate": Task("relocate.relocate"),
         "api-key": Task("api_key.api_key"),
         "users": Group(
             "List, show, add, remove or export the users of a checkpoint.",

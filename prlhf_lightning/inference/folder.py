@@ -28,7 +28,7 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.policies.loading import check_vocabulary, load_lm
+from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, warning_of_other_base
 from prlhf_lightning.user_models import UserModel
 
 #: Raised when folders can no longer be read by versions that read the last one.
@@ -117,6 +117,10 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
     )
     with loading(path, "weights", f"{folder}: its base model {path!r}", fix):
         lm = load_lm(path, **options)
+    if "base_identity" in settings and (
+        warning := warning_of_other_base(settings["base_identity"], base_identity(lm), path)
+    ):
+        warnings.warn(f"{folder}: {warning}", stacklevel=2)
     with whole, warnings.catch_warnings():
         # peft reads an attribute that transformers has renamed; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)

@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.saving import _load_state
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
@@ -48,6 +48,7 @@ from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, e
 from prlhf_lightning.modules.trainer_settings import check_feedback, check_fit
 from prlhf_lightning.modules.warm_start import WarmStart
 from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
 
@@ -490,6 +491,7 @@ class PersonalizedLM(LightningModule):
             self._reference_store.cache.flush()
         seed = torch.initial_seed() if self._seed is None else self._seed
         checkpoint_content.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
+        checkpoint[KEY]["base"] = self.policy.base_identity()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
@@ -502,6 +504,9 @@ class PersonalizedLM(LightningModule):
                 checkpoint_content.warn_of_other_users(users, self.vocabulary)
             self.vocabulary = users
         self.configure_model()
+        name = str(getattr(self.policy, "name", ""))
+        if warning := warning_of_other_base(kept.get("base"), self.policy.base_identity(), name):
+            rank_zero_warn(warning)
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.

@@ -186,7 +186,7 @@ class WarmStart:
         if base and here and Path(base).expanduser().resolve() != Path(here).expanduser().resolve():
             yield (
                 f"model.policy.model is {base!r} there and {here!r} here (if the same model has moved, write its new "
-                "place into the checkpoint with the `rebase` command)"
+                "place into the checkpoint with the `relocate` command)"
             )
         for name in _OF_POLICY:
             if name in before and hasattr(policy, name):

@@ -120,6 +120,14 @@ class Policy(nn.Module, ABC):
         """
         return None
 
+    def base_identity(self) -> dict[str, str] | None:
+        """Return what tells the weights that training starts from: `weights`, a digest, and the `transformers` version.
+
+        A checkpoint that does not hold these weights notes it, and warns where it is put on others. None, for a policy
+        that cannot tell.
+        """
+        return None
+
     def log_probs_of_each(
         self,
         prompt: Tokens,

@@ -40,12 +40,11 @@ from prlhf_lightning.policies.generation_settings import (
     load_generation_config,
     warn_of_not_applied,
 )
-from prlhf_lightning.policies.loading import check_vocabulary, load_lm, unused_ids
+from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, unused_ids
 from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
-from prlhf_lightning.reference_cache import weights_digest
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
@@ -185,7 +184,7 @@ class CausalLMPolicy(Policy):
             # transformers renamed it within version 5; both names are in the range that is supported.
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
-        self._reference_digest = weights_digest(lm.state_dict().items()) if with_reference else ""
+        self._base = base_identity(lm)
         if not is_causal(lm):
             raise ConfigurationError(
                 f"policy.model: {self.name!r} is a {type(lm).__name__} whose tokens see later ones, so that it can't "
@@ -317,11 +316,15 @@ class CausalLMPolicy(Policy):
     def reference_identity(self) -> dict[str, str]:
         """Return the digest of the weights that were loaded, and what else may change a number."""
         return {
-            "weights": self._reference_digest,
+            "weights": self._base["weights"],
             "config": self.lm.config.to_json_string(use_diff=False),
             "device": self.lm.device.type,
             "transformers": transformers.__version__,
         }
+
+    def base_identity(self) -> dict[str, str]:
+        """Return the digest of the weights that were loaded; see `Policy.base_identity`."""
+        return self._base
 
     @contextmanager
     def _reference_lm(self) -> Iterator[PreTrainedModel]:

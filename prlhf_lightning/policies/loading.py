@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.reference_cache import weights_digest
 
 _log = logging.getLogger(__name__)
 _LISTED = 3  # weights that a message names
@@ -75,6 +77,31 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> list[
     head = lm.get_output_embeddings()
     rows = (head if head is not None else lm.get_input_embeddings()).weight.shape[0]
     return sorted(set(range(rows)) - set(tokenizer.get_vocab().values()))
+
+
+def base_identity(lm: PreTrainedModel) -> dict[str, str]:
+    """Return what tells the weights that a model was loaded with; see `Policy.base_identity`."""
+    return {"weights": weights_digest(lm.state_dict().items()), "transformers": transformers.__version__}
+
+
+def warning_of_other_base(trained_on: Mapping[str, str] | None, now: Mapping[str, str] | None, name: str) -> str | None:
+    """Return what to warn of where a model's weights are not those that something was trained on.
+
+    Of equal shape, what was trained loads all the same, and writes nonsense.
+
+    Args:
+        trained_on: `Policy.base_identity` of that time; older checkpoints and folders have none.
+        now: The same of the model that was loaded.
+        name: What the model is called.
+    """
+    if not trained_on or not now or trained_on["weights"] == now["weights"]:
+        return None
+    versions = {base["transformers"] for base in (trained_on, now)}
+    perhaps = "" if len(versions) == 1 else f" (or transformers, {' and '.join(sorted(versions))}, arranges them anew)"
+    return (
+        f"The weights of the base model {name} are not those that were trained on{perhaps}. What was trained fits no "
+        "others: give the model of that time back its place, or name its new one with the `relocate` command."
+    )
 
 
 def _check_names(

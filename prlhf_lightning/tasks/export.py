@@ -138,5 +138,6 @@ def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, 
         module.tokenization,
         base=policy.name,
         base_dtype=str(policy.lm.dtype).removeprefix("torch."),
+        base_identity=policy.base_identity(),
     )
     write_whole(folder / SETTINGS, settings.encode())

@@ -39,6 +39,12 @@ def module_of(content: Mapping[str, Any], path: str | Path, option: str) -> Pers
             "a module built in code, load it there: PersonalizedLM.load_from_checkpoint(path, user_model=..., "
             "policy=..., loss=...)."
         )
+    base = str((content["hyper_parameters"]["policy"].get("init_args") or {}).get("model", ""))
+    if base.startswith(("/", ".", "~")) and not Path(base).expanduser().exists():
+        raise ConfigurationError(
+            f"{option}: {path} was trained on the base model {base}, which is not there. Tell it where the model is "
+            f"now: python -m prlhf_lightning relocate --checkpoint {path} --model NEW_PLACE --output moved.ckpt"
+        )
     return PersonalizedLM.from_content(content)
 
 

@@ -7,12 +7,14 @@ import math
 import shutil
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import write_votes
 from devices import PretendedGPU
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from prlhf_lightning import checkpoint_files
@@ -438,16 +440,49 @@ def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(train
 def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     moved, output = shutil.copytree(model_path, folder / "moved model"), folder / "moved.ckpt"
-    main(["rebase", "--checkpoint", str(trained_file), "--model", str(moved), "--output", str(output)])
+    main(["relocate", "--checkpoint", str(trained_file), "--model", str(moved), "--output", str(output)])
     assert load_module(output, "x").policy.name == str(moved)
     assert f"{moved} instead of {model_path}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"policy\.model"):
-        main(["rebase", "--checkpoint", str(trained_file), "--model", str(folder), "--output", str(folder / "no.ckpt")])
+        main(
+            ["relocate", "--checkpoint", str(trained_file), "--model", str(folder), "--output", str(folder / "no.ckpt")]
+        )
     assert not list(folder.glob("no.ckpt*"))
     before = output.read_bytes()
     with pytest.raises(SystemExit, match=r"policy\.model"):  # in place
-        main(["rebase", "--checkpoint", str(output), "--model", str(folder), "--output", str(output)])
+        main(["relocate", "--checkpoint", str(output), "--model", str(folder), "--output", str(output)])
     assert output.read_bytes() == before
+
+
+def test_a_base_model_that_is_gone_is_named_with_the_command_that_tells_where_it_is(trained_file, folder):
+    content = read_checkpoint(trained_file, "x")
+    content["hyper_parameters"]["policy"]["init_args"]["model"] = "/gone/base"
+    checkpoint_files.save(content, folder / "gone.ckpt")
+    says = r"trained on the base model /gone/base, which is not there\. .* relocate --checkpoint .*gone\.ckpt --model"
+    for command in (["generate", "--prompt", "a", "--model"], ["export", "--folder", "e", "--checkpoint"]):
+        with pytest.raises(SystemExit, match=says):
+            main([*command, str(folder / "gone.ckpt")])
+
+
+def test_a_base_model_with_other_weights_is_refused_as_its_new_place_and_warned_of_in_its_old_one(
+    trained_file, folder, model_path
+):
+    other, output = Path(shutil.copytree(model_path, folder / "other base")), folder / "other.ckpt"
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.warns(UserWarning, match=r"other base are not those that were trained on\. What was"),
+        pytest.raises(SystemExit, match=r"model: the weights of .*other base are not those of .*llama, which .*ckpt"),
+    ):
+        main(["relocate", "--checkpoint", str(trained_file), "--model", str(other), "--output", str(output)])
+    assert not output.exists()
+    content = read_checkpoint(trained_file, "x")
+    content["hyper_parameters"]["policy"]["init_args"]["model"] = str(other)
+    content["prlhf_lightning"]["base"]["transformers"] = "5.17.0"  # whose names of the weights may have been others
+    checkpoint_files.save(content, output)
+    with pytest.warns(UserWarning, match=r"trained on \(or transformers, 5\.17\.0 and .*, arranges them anew\)"):
+        load_module(output, "x")
 
 
 def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkeypatch):

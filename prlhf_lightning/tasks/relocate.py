@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from transformers import __version__
+
 from prlhf_lightning import checkpoint_files
+from prlhf_lightning.checkpoint_entry import entry_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 
 
-def rebase(checkpoint: Path, model: str, output: Path) -> None:
+def relocate(checkpoint: Path, model: str, output: Path) -> None:
     """Write a copy of a checkpoint that loads its base model, which a checkpoint does not hold, from another place.
 
-    For a checkpoint that came from another machine, or a model that was moved. It must be the same model: another one
-    of the same shape would load as well, and write nonsense.
+    For a checkpoint that came from another machine, or a base model that was moved. It must be the same model: one with
+    other weights is refused.
 
     Args:
         checkpoint: A checkpoint of `fit`.
@@ -22,6 +25,11 @@ def rebase(checkpoint: Path, model: str, output: Path) -> None:
         output: The checkpoint to write.
     """
     content = read_checkpoint(checkpoint, "checkpoint")
+    if not content:
+        raise ConfigurationError(
+            f"checkpoint: {checkpoint} is a folder; give a .ckpt file of `fit`. In a folder with exported adapters, "
+            "write the base model's place into base_model_name_or_path of adapter_config.json."
+        )
     settings = content.get("hyper_parameters", {}).get("policy", {}).get("init_args", {})
     if "model" not in settings:
         raise ConfigurationError(f"checkpoint: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
@@ -30,8 +38,15 @@ def rebase(checkpoint: Path, model: str, output: Path) -> None:
     trial = output.with_name(f"{output.name}.trial")
     try:  # before it takes the place of what is there, which may be the checkpoint itself
         checkpoint_files.save(content, trial)
-        load_module(trial, "output")
+        module = load_module(trial, "output")
     finally:
         trial.unlink(missing_ok=True)
+    trained_on, now = entry_of(content).get("base"), module.policy.base_identity()
+    # Another version of transformers may have other names for the same weights: `load_module` has warned.
+    if trained_on and now and trained_on["weights"] != now["weights"] and trained_on["transformers"] == __version__:
+        raise ConfigurationError(
+            f"model: the weights of {model} are not those of {before}, which {checkpoint} was trained on; what was "
+            "trained fits no others. Give the same model."
+        )
     checkpoint_files.save(content, output)
     print(f"{output} takes its base model from {settings['model']} instead of {before}")
