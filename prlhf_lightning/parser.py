@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, auto_cli
 from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public place
 
+from prlhf_lightning.class_arguments import begin_other_classes_anew
 from prlhf_lightning.commands import PROGRAM
 
 #: The settings that are a class, by what they end in.
@@ -26,6 +27,9 @@ _COMPONENTS = {
 #: What is meant where a file or a model's name stands in the place of a class.
 _PATHS = {"data.source": "train", "model.policy": "model"}
 _WORD = r"(?:string: |[oO]ption '|attribute '|choice: '|arguments: --)([\w.]+)"
+
+
+begin_other_classes_anew()
 
 
 class _Formatter(DefaultHelpFormatter):

@@ -39,7 +39,8 @@ MAY_IMPORT = {
     "serving": LEAVES | FEEDBACK | {"inference"},
     "tasks": LEAVES | STORE | ENTRY | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
     "commands": set(),
-    "parser": {"commands"},
+    "class_arguments": set(),
+    "parser": {"commands", "class_arguments"},
     "training": LEAVES
     | {"parser", "data", "user_models", "modules", "loggers", "training_stats", "callbacks", "guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},
