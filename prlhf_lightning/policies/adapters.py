@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -84,3 +86,20 @@ def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
             raise ConfigurationError(refused + f" peft says: {error}") from error
     use_adapted_linears(model)
     return model
+
+
+def merge(model: PeftModel) -> PreTrainedModel:
+    """Merge adapters into the weights of a model, which is changed, and return it without peft.
+
+    An adapted layer that shares its weight with another one (an LM head with the embeddings) gets one of its own, since
+    an adapter changes the one layer and not the other; the configuration then says that they are not tied.
+    """
+    lm: PreTrainedModel = model.get_base_model()
+    uses = Counter(id(weight) for module in lm.modules() for weight in module.parameters(recurse=False))
+    for module in lm.modules():
+        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else None
+        if layer is not None and uses[id(getattr(layer, "weight", None))] > 1:
+            layer.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+            lm.config.tie_word_embeddings = lm.config.get_text_config().tie_word_embeddings = False
+    merged: PreTrainedModel = model.merge_and_unload()
+    return merged

@@ -31,7 +31,7 @@ from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.places import loading
-from prlhf_lightning.policies.adapters import LoRA, add_adapters
+from prlhf_lightning.policies.adapters import LoRA, add_adapters, merge
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.continuation import write, writes_in_batches
 from prlhf_lightning.policies.generation_settings import (
@@ -238,7 +238,7 @@ class CausalLMPolicy(Policy):
         Adapters are merged into a copy. Without adapters the weights are this policy's own, and are not copied.
         """
         lora = isinstance(self.model, PeftModel)
-        lm = copy.deepcopy(self.model).merge_and_unload() if lora else copy.copy(self.model)
+        lm = merge(copy.deepcopy(self.model)) if lora else copy.copy(self.model)
         lm.config = copy.deepcopy(lm.config)  # where weights are shared, the policy's own must stay as it is
         lm.config.use_cache = True
         return lm
