@@ -27,6 +27,9 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.data.control_tokens import ControlTokens
+from prlhf_lightning.data.implicit_prompts import Note
+from prlhf_lightning.data.missing_columns import UnreadColumns
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
@@ -80,6 +83,8 @@ class BuildReport:
         conversations: Rows kept whose prompt is a conversation, and not a plain string.
         excess: For each field, the rows in which it was over its limit; truncated or left out as the settings say.
         source: What the source itself counted on the way, such as raw rows that its protocol leaves out.
+        notes: What there is to tell about rows that are used, with their number and the first of them.
+        unread_columns: Columns of the rows that no field is read from, the first few of them.
     """
 
     read: int = 0
@@ -90,6 +95,12 @@ class BuildReport:
     conversations: int = 0
     excess: dict[str, Excess] = field(default_factory=dict)
     source: dict[str, int] = field(default_factory=dict)
+    notes: dict[str, Excess] = field(default_factory=dict)
+    unread_columns: list[str] = field(default_factory=list)
+
+    def note(self, note: Note, where: str) -> None:
+        """Count a row that there is something to tell about."""
+        self.notes.setdefault(str(note), Excess(0, where)).count += 1
 
     @property
     def kept(self) -> int:
@@ -107,8 +118,10 @@ class TokenizedSplit:
     def __init__(self, folder: Path) -> None:
         self._rows = datasets.Dataset.from_file(str(folder / _ROWS)).with_format("arrow")
         stored = json.loads((folder / _REPORT).read_text())
-        excess = {name: Excess(**entry) for name, entry in stored.pop("excess").items()}
-        self.report = BuildReport(**stored, excess=excess)
+        excess, notes = (
+            {name: Excess(**entry) for name, entry in stored.pop(part).items()} for part in ("excess", "notes")
+        )
+        self.report = BuildReport(**stored, excess=excess, notes=notes)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -258,8 +271,11 @@ class FeedbackCache:
 
     def _records(self, source: DataSource, split: Split, report: BuildReport) -> Iterator[tuple[str, FeedbackRecord]]:
         columns = Columns.from_mapping(source.columns)
+        control = ControlTokens(self.tokenizer)
+        unread = UnreadColumns(columns.named())
         for where, row in read(source, split):
             report.read += 1
+            unread.add(row)
             try:
                 record = parse_record(row, where, columns, self.feedback)
             except TieError:
@@ -267,9 +283,12 @@ class FeedbackCache:
                     raise
                 report.ties += 1
             else:
+                for note in (*record.notes, *control.notes(record)):
+                    report.note(note, where)
                 if self.pseudonyms is not None:
                     record = replace(record, user_id=self.pseudonyms(record.user_id))
                 yield where, record
+        report.unread_columns = unread.names
 
     def _warn(self, report: BuildReport, split: Split) -> None:
         done = "left out" if self.settings.overlong == "drop" else "cut to the limit"
@@ -278,6 +297,8 @@ class FeedbackCache:
                 "%d of %d %s rows have a longer '%s' than allowed and were %s (first: %s).",
                 excess.count, report.read, split, name, done, excess.first,
             )  # fmt: skip
+        for note, found in report.notes.items():
+            _log.warning("%d of %d %s rows: %s (first: %s).", found.count, report.read, split, note, found.first)
         if report.ties:
             _log.warning("%d of %d %s rows have equal completions and were left out.", report.ties, report.read, split)
         if report.token_ties:

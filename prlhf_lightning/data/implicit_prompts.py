@@ -23,6 +23,9 @@ class Note(NamedTuple):
     problem: str
     fix: str
 
+    def __str__(self) -> str:
+        return f"field {self.field!r} {self.problem}; {self.fix}"
+
 
 TRANSCRIPT = Note(
     "prompt",

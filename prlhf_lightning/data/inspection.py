@@ -6,7 +6,7 @@ holds hashes of rows and the users' ids, never texts.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations, islice
 from typing import Any, NamedTuple
@@ -15,7 +15,10 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.cache import Ties
+from prlhf_lightning.data.control_tokens import ControlTokens
 from prlhf_lightning.data.judgements import Judgements, Matches
+from prlhf_lightning.data.look_alikes import from_pandas, has_hidden_characters, look_alikes, stands_for_nobody
+from prlhf_lightning.data.missing_columns import UnreadColumns
 from prlhf_lightning.data.problems import Problem, Problems, Severity
 from prlhf_lightning.data.progress import counted
 from prlhf_lightning.data.readers import Unreadable
@@ -28,6 +31,7 @@ from prlhf_lightning.types import Feedback
 _BATCH = 1000  # rows tokenised together
 _UNLIMITED = 1 << 60
 _TIE = "equal completions"
+_SHOWN = 4  # ids that look alike that are named together
 
 
 @dataclass
@@ -43,6 +47,7 @@ class SplitCounts:
         users: Users of the accepted rows.
         prompts: Different prompts of the accepted rows.
         left_out: What the source itself left out by its protocol, by reason (`DataSource.counts`).
+        unread_columns: Columns that no field is read from, the first few of them.
         unread: Where reading had to stop short of the end; what follows is not in the counts.
     """
 
@@ -54,6 +59,7 @@ class SplitCounts:
     users: int = 0
     prompts: int = 0
     left_out: dict[str, int] = field(default_factory=dict)
+    unread_columns: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
 
 
@@ -125,6 +131,7 @@ class Inspector:
         Raises:
             ConfigurationError: The source cannot be found, or its settings are wrong.
         """
+        self._control = ControlTokens(self.tokenizer)
         self._columns = Columns.from_mapping(self.source.columns)
         self._problems = Problems(self.examples)
         splits = [split for split in SPLITS if split in self.source.splits()]
@@ -132,6 +139,7 @@ class Inspector:
         judgements = {split: self._read(split, counts[split]) for split in splits}
         self._place([*self._within(judgements), *self._between(judgements)])
         self._count_users(judgements)
+        self._compare_ids(judgements)
         return Report(counts, self._problems)
 
     def _read(self, split: Split, counts: SplitCounts) -> Judgements:
@@ -145,6 +153,8 @@ class Inspector:
         return judgements
 
     def _records(self, split: Split, counts: SplitCounts) -> Iterator[_Item]:
+        unread = UnreadColumns(self._columns.named())
+        counts.unread_columns = unread.names
         for number, (where, row) in enumerate(counted(self.source.scan(split), f"Checking the {split} split")):
             if isinstance(row, Unreadable):
                 problem = Problem.of(split, where, row.error)
@@ -156,6 +166,7 @@ class Inspector:
                     counts.rejected += 1
                 continue
             counts.rows += 1
+            unread.add(row)
             try:
                 record = parse_record(row, where, self._columns, self.feedback)
             except TieError as error:
@@ -163,6 +174,8 @@ class Inspector:
             except PRLHFError as error:
                 self._reject(Problem.of(split, where, error), counts)
             else:
+                for note in (*record.notes, *self._control.notes(record)):
+                    self._problems.add("warning", Problem.at(split, where, note.problem, note.fix, note.field))
                 yield _Item(number, where, record)
 
     def _tie(self, problem: Problem, counts: SplitCounts) -> None:
@@ -273,6 +286,38 @@ class Inspector:
                     "only the generic user serves such users; nothing to do if that is meant",
                 )  # fmt: skip
                 self._problems.add("warning", problem, f"user of {split} who is not in train")
+
+    def _compare_ids(self, judgements: dict[Split, Judgements]) -> None:
+        """Tell ids that may be one person's, or nobody's, in any of the splits."""
+        of_id: dict[str, dict[Split, int]] = {}
+        for split, rows in judgements.items():
+            for user_id, votes in rows.users.items():
+                of_id.setdefault(user_id, {})[split] = votes
+
+        def tell(user_ids: Sequence[str], problem: str, fix: str, kind: str) -> None:
+            shown = [
+                f"{one!r} ({', '.join(f'{n:,} in {split}' for split, n in of_id[one].items())})" for one in user_ids
+            ]
+            split = next(iter(of_id[user_ids[0]]))
+            text = f"{' and '.join(shown[:_SHOWN])}{' and others' * (len(shown) > _SHOWN)} {problem}"
+            self._problems.add("warning", Problem(split, None, None, "user_id", text, fix), kind)
+
+        for group in look_alikes(of_id):
+            tell(group, "look alike", "spell them in one way if they are one person", "user ids that look alike")
+        for user_id in filter(stands_for_nobody, of_id):
+            fix = "drop or fill these rows, or else they count as one person's"
+            tell([user_id], "reads like a missing value", fix, "user id that reads like a missing value")
+        for user_id in filter(has_hidden_characters, of_id):
+            tell(
+                [user_id],
+                "has spaces around it or invisible characters",
+                "remove them",
+                "user id with hidden characters",
+            )
+        if from_pandas(of_id):
+            what = "and all other ids end in .0, as pandas writes whole numbers of a column with gaps"
+            fix = "read the column as strings, so that ids are those of other files"
+            tell(list(of_id)[:1], what, fix, "user ids that end in .0")
 
 
 def _tokenized(tokenize: FeedbackTokenizer, batch: list[_Item]) -> list[TokenizedRecord | PRLHFError]:

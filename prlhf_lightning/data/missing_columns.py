@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 
 #: Other names, in public data, of the columns that hold a field.
+_NAMED = 20  # columns that are named
 _SYNONYMS = {
     "user_id": "user userid uid worker workerid annotator annotatorid rater raterid judge judgeid labeler labelerid "
     "person personid participant participantid account accountid customer customerid username evaluator evaluatorid",
@@ -67,6 +68,28 @@ def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object
         f"{where}: fields {', '.join(named[:-1])} and {named[-1]} are missing: there are the columns {there}; "
         f"name those that hold them, as in columns: {{{mapping}}}."
     )
+
+
+class UnreadColumns:
+    """Columns of rows that no field is read from.
+
+    Args:
+        known: Columns that fields are read from.
+
+    Attributes:
+        names: The first few others, in order of appearance.
+    """
+
+    def __init__(self, known: Collection[str]) -> None:
+        self._seen = set(known)
+        self.names: list[str] = []
+
+    def add(self, row: Mapping[str, object]) -> None:
+        """Note the columns of a row."""
+        if len(self.names) < _NAMED and not self._seen.issuperset(row):
+            new = [str(name) for name in row if name not in self._seen]
+            self._seen.update(row)
+            self.names += new[: _NAMED - len(self.names)]
 
 
 def _plain(name: str) -> str:

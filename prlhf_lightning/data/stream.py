@@ -21,6 +21,7 @@ from weakref import finalize
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
+from prlhf_lightning.data.control_tokens import ControlTokens
 from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sampler import UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import DataSource, Split, read
@@ -229,6 +230,7 @@ class FeedbackStream(Dataset[dict[str, Any]]):
     ) -> None:
         self._rows, self._order, self._tokenize = rows, order, tokenize
         self._feedback, self._drop_ties = feedback, drop_ties
+        self._control = ControlTokens(tokenize.tokenizer)
         self._epoch = -1
         self._reader: Iterator[RawRow] = iter(())
         self._closing: finalize[Any, Any] | None = None
@@ -284,7 +286,10 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         records: list[tuple[int, str, FeedbackRecord]] = []
         for number, where, row in (self._block[place] for place in places):
             try:
-                records.append((number, where, parse_record(row, where, self._rows.columns, self._feedback)))
+                record = parse_record(row, where, self._rows.columns, self._feedback)
+                records.append((number, where, record))
+                for note in (*record.notes, *self._control.notes(record)):
+                    self._report(f"are worth a look: {note}", where)
             except TieError:
                 if not self._drop_ties:
                     raise

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 
 from prlhf_lightning.data.cache import BuildReport, TokenizedSplit
 from prlhf_lightning.data.division import Division, Pairs
+from prlhf_lightning.data.look_alikes import remark
 from prlhf_lightning.data.order import TrainingOrder
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.tokenization import Overlong
 from prlhf_lightning.types import Feedback
+
+_NAMED = 6  # columns that are named
 
 
 def summary(
@@ -38,6 +42,9 @@ def summary(
         parts.append(f"{feedback} to {stage} on: {' and '.join(sizes) or 'none'}")
     for split, data in splits.items():
         parts += _kept(split, data.report, overlong)
+    ids = chain(division.vocabulary.ids, *(data.user_ids for data in splits.values()))
+    if alike := remark(ids):
+        parts.append(alike)
     return "Data: " + "; ".join(parts + division.remarks) + "."
 
 
@@ -50,6 +57,8 @@ def _training(
         yield from (f"train: {count:,} {what}" for what, count in counts.items())
         return
     yield rows
+    if len(division.vocabulary.ids) == 1:
+        yield "one user only, so there is nothing to personalize"
     if limit := order.max_row_tokens(sequences):
         alone = int((division.train.lengths > limit).sum())
         if alone:
@@ -66,4 +75,9 @@ def _kept(split: Split, report: BuildReport, overlong: Overlong) -> Iterator[str
         yield f"{report.ties:,} {split} rows left out (equal completions)"
     if report.token_ties:
         yield f"{report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
+    for note, found in report.notes.items():
+        yield f"{found.count:,} {split} rows: {note.partition('; ')[0]}"
+    if unread := report.unread_columns:
+        more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
+        yield f"{split}: columns not read: {', '.join(map(repr, unread[:_NAMED]))}{more}"
     yield from (f"{split}: {count:,} {what}" for what, count in report.source.items())

@@ -101,6 +101,10 @@ def described(report: Report) -> str:
             f"{counts.prompts:,} prompts"
         )
         lines += [f"  {count:,} {what}" for what, count in counts.left_out.items()]
+        if split == "train" and counts.users == 1:
+            lines.append("  one user only, so there is nothing to personalize: gather judgements of others")
+        if counts.unread_columns:
+            lines.append(f"  columns not read: {printable(', '.join(map(repr, counts.unread_columns)))}")
         lines += [f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread]
     for group in report.problems:
         lines.append(f"\n{group.severity}: {printable(group.kind)} ({group.count:,})")
