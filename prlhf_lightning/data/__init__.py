@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.sources.base import DataSource
+from prlhf_lightning.data.sources.combined import CombinedSource
 from prlhf_lightning.data.sources.derived import DerivedSource
 from prlhf_lightning.data.sources.feedback_log import FeedbackLogSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.sources.hh_rlhf import HHRLHFSource
 from prlhf_lightning.data.sources.hub import HubSource
+from prlhf_lightning.data.sources.labels import LabelSource
 from prlhf_lightning.data.sources.personal_llm import PersonalLLMSource
 from prlhf_lightning.data.sources.personalized_soups import PersonalizedSoupsSource
 from prlhf_lightning.data.sources.pool import PoolSource
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from prlhf_lightning.data.datamodule import PreferenceDataModule
 
 __all__ = [
+    "CombinedSource",
     "DataSource",
     "DerivedSource",
     "FeedbackLogSource",
@@ -34,6 +37,7 @@ __all__ = [
     "FileSource",
     "HHRLHFSource",
     "HubSource",
+    "LabelSource",
     "PRISMSource",
     "PersonalLLMSource",
     "PersonalizedSoupsSource",

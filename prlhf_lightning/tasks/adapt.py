@@ -39,6 +39,7 @@ def adapt(
     kinds: int = 4,
     steps: int = 0,
     columns: dict[str, str] | None = None,
+    pool_columns: dict[str, str] | None = None,
     skip_known: bool = False,
     device: str = "auto",
 ) -> None:
@@ -59,7 +60,8 @@ def adapt(
             their pseudonyms.
         kinds: Most kinds of trained users that a new one is compared with.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
-        columns: Names of the files' columns that differ from the fields', as in `{user_id: worker}`.
+        columns: Names of columns of `feedback` that differ from the fields', as in `{user_id: worker}`.
+        pool_columns: The same for `pool`.
         skip_known: Leave out users who are in the checkpoint already, as is always done of a server's log, instead of
             stopping at the first.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
@@ -102,7 +104,7 @@ def adapt(
         console.print(f"Added to {output}")
     if pool is not None and isinstance(found, Adapted):
         with console.status("Choosing what to ask"):
-            asked = read_pairs(model, FileSource(pool, columns=columns), anyone=True, option="pool")
+            asked = read_pairs(model, FileSource(pool, columns=pool_columns), anyone=True, option="pool")
             _print_suggestions(model, found, *asked, suggest)
 
 

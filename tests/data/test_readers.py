@@ -1,3 +1,4 @@
+import csv
 import gzip
 import json
 from unittest.mock import Mock
@@ -199,8 +200,43 @@ def test_a_parquet_file_of_fewer_rows_than_it_says_is_refused(tmp_path, monkeypa
         list(read_rows(tmp_path / "votes.parquet"))
 
 
-@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
-def test_a_csv_file_with_other_separators_is_told_as_such(tmp_path, mark, name):
-    (tmp_path / "a.csv").write_text(mark.join(["user_id", "prompt", "chosen", "rejected"]) + "\n")
-    with pytest.raises(FeedbackFormatError, match=rf"a\.csv:1: the columns are separated by {name}; save it"):
-        list(read_rows(tmp_path / "a.csv"))
+IDS = ["007", "1e3", "null", "yes", "NA", "7.0", "#x"]
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("start", ["", "\ufeff", "\n"])
+def test_csv_files_are_read_whatever_separates_their_columns_and_all_cells_stay_texts(tmp_path, mark, start):
+    rows = [{"user_id": one, "prompt": f"a,b;c\td|e\n{one}", "chosen": 'say "hi"'} for one in IDS]
+    with (tmp_path / "a.csv").open("w", newline="") as file:
+        file.write(start)
+        writer = csv.DictWriter(file, ["user_id", "prompt", "chosen"], delimiter=mark)
+        writer.writeheader()
+        writer.writerows(rows)
+    assert [row for _, row in read_rows(tmp_path / "a.csv")] == rows
+
+
+def test_a_first_line_of_excel_names_the_separator_and_lines_are_counted_with_it(tmp_path):
+    (tmp_path / "a.csv").write_text("sep=;\nx,1;y\n1;2\n3;4\n")
+    assert list(read_rows(tmp_path / "a.csv"))[1] == (f"{tmp_path}/a.csv:4", {"x,1": "3", "y": "4"})
+
+
+def test_a_tsv_file_has_tabs_and_any_separator_can_be_named(tmp_path):
+    (tmp_path / "a.tsv").write_text("x,y,z\tw\n1\t2\n")
+    assert next(read_rows(tmp_path / "a.tsv"))[1] == {"x,y,z": "1", "w": "2"}
+    (tmp_path / "a.csv").write_text("x,y,z:w\n1:2\n")
+    assert next(read_rows(tmp_path / "a.csv", ":"))[1] == {"x,y,z": "1", "w": "2"}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_files_of_other_encodings_are_told_with_the_fix(tmp_path, name):
+    for encoding, fix in (("utf-16", "is UTF-16"), ("latin-1", "iconv -f WINDOWS-1252 -t UTF-8")):
+        (tmp_path / name).write_bytes('[{"x": "é"}]'.encode(encoding))
+        with pytest.raises(FeedbackFormatError, match=f"{name}:1: .*{fix}"):
+            list(read_rows(tmp_path / name))
+
+
+def test_keys_that_parquet_adds_to_messages_are_no_part_of_them(tmp_path):
+    messages = [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]},
+                {"role": "tool", "content": "1"}]  # fmt: skip
+    pq.write_table(pa.Table.from_pylist([{"prompt": messages, "note": None}]), tmp_path / "a.parquet")
+    assert next(read_rows(tmp_path / "a.parquet"))[1] == {"prompt": messages, "note": None}

@@ -1,33 +1,49 @@
-"""CSV with a header."""
+"""CSV with a header, its columns separated by commas, semicolons, tabs or bars."""
 
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from prlhf_lightning.data.readers.items import Items, Unreadable, refuse_twins
 from prlhf_lightning.data.readers.text import lines
 from prlhf_lightning.errors import FeedbackFormatError
 
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
-def read_csv(path: Path) -> Items:
-    """Read rows under a header; an empty cell is null."""
+
+def read_csv(path: Path, delimiter: str | None = None) -> Items:
+    """Read rows under a header; an empty cell is null.
+
+    Args:
+        path: The file.
+        delimiter: What separates columns; if none is given, that of the usual ones which makes most columns of the
+            header, or the one that a first line such as `sep=;` (Excel) names.
+    """
     csv.field_size_limit(1 << 30)  # the standard limit of 128 kB is shorter than a long conversation
-    reader = csv.reader((line for _, line in lines(path)), strict=True)
-    start = 1
+    rest = (line for _, line in lines(path))
+    skipped, top = _header(rest)
+    if len(told := top.strip()) == 5 and told.lower().startswith("sep="):
+        delimiter, (blank, top) = delimiter or told[-1], _header(rest)
+        skipped += 1 + blank
+    mark = delimiter or _delimiter_of(top)
+    reader = csv.reader(chain([top] * bool(top), rest), strict=True, delimiter=mark)
+    start = skipped + 1
     try:
         header = next((values for values in reader if values), [])
-        start = reader.line_num + 1
+        start = skipped + reader.line_num + 1
         refuse_twins(path, header)
-        _refuse_other_separators(path, header)
         for values in reader:
-            where, start = f"{path}:{start}", reader.line_num + 1
+            where, start = f"{path}:{start}", skipped + reader.line_num + 1
             if not values:
                 continue
             if len(values) != len(header):
                 error = FeedbackFormatError(
-                    f"{where}: has {len(values)} values but the header names {len(header)} columns; "
-                    'put values that hold commas, quotes or line breaks in double quotes (" inside them doubled).'
+                    f"{where}: has {len(values)} values but the header names {len(header)} columns; put values that "
+                    f'hold {_DELIMITERS.get(mark, repr(mark))}, quotes or line breaks in double quotes (" inside them '
+                    "doubled)."
                 )
                 yield where, Unreadable(error, values)
                 continue
@@ -39,8 +55,23 @@ def read_csv(path: Path) -> Items:
         ) from None
 
 
-def _refuse_other_separators(path: Path, header: list[str]) -> None:
-    """Refuse a file of which commas make one column, and another usual separator several."""
-    for mark, name in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars")):
-        if len(header) == 1 and header[0].count(mark) > 1:
-            raise FeedbackFormatError(f"{path}:1: the columns are separated by {name}; save it with commas instead.")
+def _header(rest: Iterator[str]) -> tuple[int, str]:
+    """Return how many blank lines come first, and the line after them, empty at the end of the file."""
+    skipped = 0
+    for line in rest:
+        if line.strip():
+            return skipped, line
+        skipped += 1
+    return skipped, ""
+
+
+def _delimiter_of(header: str) -> str:
+    """Return the mark that makes most columns of a header; the comma where none makes several."""
+
+    def columns(mark: str) -> int:
+        try:
+            return len(next(csv.reader([header], delimiter=mark), []))
+        except csv.Error:
+            return 0
+
+    return max(_DELIMITERS, key=columns)

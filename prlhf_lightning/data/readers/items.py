@@ -31,6 +31,16 @@ Items: TypeAlias = Iterator[tuple[str, Row | Unreadable]]
 """Where a row stands, such as `votes.jsonl:17`, and the row."""
 
 
+def without_gaps(value: Any) -> Any:
+    """Return a nested value of an Arrow table without the keys that are null in it.
+
+    Arrow gives all objects of a column the same keys, so that a message without tool calls has them as null.
+    """
+    if isinstance(value, dict):
+        return {key: without_gaps(inner) for key, inner in value.items() if inner is not None}
+    return [without_gaps(inner) for inner in value] if isinstance(value, list) else value
+
+
 def refuse_twins(path: Path, columns: list[str]) -> None:
     """Refuse two columns of one name, of which only one could be read. Columns without a name are nobody's."""
     for number, name in enumerate(columns):

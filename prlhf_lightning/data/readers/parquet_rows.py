@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from prlhf_lightning.data.readers.items import Items, Row, Unreadable, refuse_twins
+from prlhf_lightning.data.readers.items import Items, Row, Unreadable, refuse_twins, without_gaps
 from prlhf_lightning.errors import FeedbackFormatError
 
 
@@ -27,7 +27,7 @@ def read_parquet(path: Path) -> Items:
                         told = f"{where}: has a value that cannot be read ({row}); mend or drop it."
                         yield where, Unreadable(FeedbackFormatError(told))
                     else:
-                        yield where, row
+                        yield where, {name: without_gaps(value) for name, value in row.items()}
             if number != (told_of := file.metadata.num_rows):  # a damaged length reads as fewer rows
                 raise FeedbackFormatError(
                     f"{path}: is damaged after row {number}: it should have {told_of} rows; write it again."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 from prlhf_lightning.data.readers.csv_rows import read_csv
@@ -11,21 +12,28 @@ from prlhf_lightning.data.readers.json_rows import read_json, read_jsonl
 from prlhf_lightning.data.readers.parquet_rows import read_parquet
 from prlhf_lightning.errors import FeedbackFormatError
 
+#: How the names of files end that can be read; all but Parquet may have .gz after it.
+KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 
-def read_rows(path: str | Path) -> Iterator[tuple[str, Row]]:
+
+def read_rows(path: str | Path, delimiter: str | None = None) -> Iterator[tuple[str, Row]]:
     """Yield every row of a file after where it stands, such as `votes.jsonl.gz:17`.
 
     Lines are counted from 1; in Parquet files, which have none, rows are. A row of a CSV file or of a JSON array that
     spans several lines is named by its first, and one of an array by its number too, as in `votes.json:1, row 17`.
     Blank lines are skipped.
 
+    Args:
+        path: The file.
+        delimiter: What separates the columns of a CSV file; found out if none is given.
+
     Raises:
         FeedbackFormatError: The file is missing, empty, of an unknown kind, damaged or not UTF-8.
     """
-    return _refusing(_items(Path(path)))
+    return _refusing(_items(Path(path), delimiter))
 
 
-def scan_rows(path: str | Path) -> Items:
+def scan_rows(path: str | Path, delimiter: str | None = None) -> Items:
     """Yield what `read_rows` does, but an `Unreadable` where that raises an error, and go on where the format allows.
 
     Lines of JSON Lines stand alone, so reading goes on after any of them. In other formats it goes on after a row that
@@ -33,7 +41,7 @@ def scan_rows(path: str | Path) -> Items:
     """
     path = Path(path)
     try:
-        yield from _items(path)
+        yield from _items(path, delimiter)
     except FeedbackFormatError as error:
         yield str(path), Unreadable(error, rest=True)
 
@@ -45,8 +53,8 @@ def _refusing(items: Items) -> Iterator[tuple[str, Row]]:
         yield where, row
 
 
-def _items(path: Path) -> Items:
-    reader = _reader(path)
+def _items(path: Path, delimiter: str | None) -> Items:
+    reader = _reader(path, delimiter)
     if not path.exists():
         raise FeedbackFormatError(f"{path}: there is no such file; check the path (it is relative to {Path.cwd()}).")
     if not path.is_file():
@@ -54,17 +62,27 @@ def _items(path: Path) -> Items:
     return _not_empty(path, reader(path))
 
 
-def _reader(path: Path) -> Callable[[Path], Items]:
+def is_readable(path: Path) -> bool:
+    """Return whether the name of a file is that of a kind that can be read."""
+    return path.name.lower().removesuffix(".gz").endswith(KINDS) and not path.name.lower().endswith(".parquet.gz")
+
+
+def _reader(path: Path, delimiter: str | None) -> Callable[[Path], Items]:
     suffixes = [suffix.lower() for suffix in path.suffixes]
-    readers = {".jsonl": read_jsonl, ".json": read_json, ".csv": read_csv}
+    readers: dict[str, Callable[[Path], Items]] = {
+        ".jsonl": read_jsonl,
+        ".json": read_json,
+        ".csv": partial(read_csv, delimiter=delimiter),
+        ".tsv": partial(read_csv, delimiter=delimiter or "\t"),
+    }
     if suffixes and suffixes[-1] == ".parquet":
         return read_parquet
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
     if not suffixes or suffixes[-1] not in readers:
         raise FeedbackFormatError(
-            f"{path}: unknown kind of file; the name must end in .jsonl, .json or .csv (each may have .gz after it) "
-            "or .parquet."
+            f"{path}: unknown kind of file; the name must end in .jsonl, .json, .csv or .tsv (each may have .gz after "
+            "it) or .parquet."
         )
     return readers[suffixes[-1]]
 

@@ -42,6 +42,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
 
 def decoded(path: Path, number: int, line: bytes) -> str:
     """Return a line, without the byte order mark that the first may begin with."""
+    if number == 1:
+        _refuse_utf16(path, line)
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -52,6 +54,8 @@ def chunks(path: Path) -> Iterator[str]:
     """Yield a file in pieces that do not end where its lines do."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     for line, raw in pieces(path, _CHUNK):
+        if line == 1:
+            _refuse_utf16(path, raw)
         try:
             text = decoder.decode(raw)
         except UnicodeDecodeError as error:
@@ -62,7 +66,16 @@ def chunks(path: Path) -> Iterator[str]:
         raise FeedbackFormatError(f"{path}: ends in the middle of a UTF-8 character; save the whole file as UTF-8.")
 
 
+def _refuse_utf16(path: Path, start: bytes) -> None:
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise FeedbackFormatError(
+            f"{path}:1: is UTF-16, as 'Unicode Text' of Excel; save the file as UTF-8 (in Excel 'CSV UTF-8'), or "
+            "convert it, as by `iconv -f UTF-16 -t UTF-8`."
+        )
+
+
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
     raise FeedbackFormatError(
-        f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8."
+        f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8 (in Excel "
+        "'CSV UTF-8'), or convert it, as by `iconv -f WINDOWS-1252 -t UTF-8` for Latin-1 and Windows text."
     ) from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import datasets
 
+from prlhf_lightning.data.readers.items import without_gaps
 from prlhf_lightning.data.records import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
@@ -60,7 +61,8 @@ class HubSource(DataSource):
         files = self._data_files.get(self._names[split])
         place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):
-            yield f"{place}[{self._names[split]}]:{number}", spell_user_id(row, self._id_column)
+            whole = {name: without_gaps(value) for name, value in row.items()}
+            yield f"{place}[{self._names[split]}]:{number}", spell_user_id(whole, self._id_column)
 
     def fingerprint(self, split: Split) -> str:
         """Return the fingerprint that `datasets` derives from the data files, or the names of what is streamed."""
@@ -77,17 +79,26 @@ class HubSource(DataSource):
             if self._path not in _BUILDERS and (problem := problem_with(self._path, "data")) is not None:
                 raise ConfigurationError(f"{told}: {problem}. {own}")
             try:
-                self._loaded[split] = datasets.load_dataset(
-                    self._path,
-                    self._name,
-                    data_files=self._data_files or None,
-                    split=self._names[split],
-                    revision=self._revision,
-                    streaming=self._streaming,
-                )
+                loaded = self._load_as(split, self._path == "csv")
+                if loaded.info.builder_name == "csv" and self._path != "csv":
+                    loaded = self._load_as(split, True)
+                self._loaded[split] = loaded
             except Exception as error:  # of the file system, the network, the hub's client and each format's reader
                 raise ConfigurationError(
                     f"{told} ({type(error).__name__}: {error}); check the name, split and revision, the network, and "
                     f"HF_TOKEN if the data set is private. {own}"
                 ) from error
         return self._loaded[split]
+
+    def _load_as(self, split: Split, csv: bool) -> datasets.Dataset | datasets.IterableDataset:
+        """Load a split; CSV files so that ids and texts stay as they are written (pandas makes 7 of `007`)."""
+        as_written = {"converters": {self._id_column: str}, "keep_default_na": False, "na_values": [""]} if csv else {}
+        return datasets.load_dataset(
+            self._path,
+            self._name,
+            data_files=self._data_files or None,
+            split=self._names[split],
+            revision=self._revision,
+            streaming=self._streaming,
+            **as_written,
+        )

@@ -61,6 +61,7 @@ class PoolSource(DataSource):
         temperature: Noise of the choices, in standard deviations of utility; near 0 only the better is chosen.
         label_noise: Share of the labels that is turned round, whatever the utilities.
         seed: Draws the held-out prompts, users, votes, pairs and labels.
+        columns: Names of columns of the pool that differ from `prompt` and `responses`.
     """
 
     def __init__(
@@ -82,7 +83,11 @@ class PoolSource(DataSource):
         temperature: float = 0.2,
         label_noise: float = 0.0,
         seed: int = 0,
+        columns: Mapping[str, str] | None = None,
     ) -> None:
+        self._names_in_pool = {"prompt": "prompt", "responses": "responses", **(columns or {})}
+        if unknown := sorted(self._names_in_pool.keys() - {"prompt", "responses"}):
+            raise ConfigurationError(f"columns: there is no field {unknown[0]!r}; a pool has prompt and responses.")
         self.groups = [dict(group) for group in groups]
         self.shares = list(shares) if shares is not None else [1.0] * len(groups)
         self.spread = spread
@@ -198,7 +203,11 @@ class PoolSource(DataSource):
 
     @cached_property
     def _pool(self) -> Pool:
-        return Pool(self._file.rows("train"), self._names, self._functions)
+        rows = ((where, self._renamed(row)) for where, row in self._file.rows("train"))
+        return Pool(rows, self._names, self._functions)
+
+    def _renamed(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {**row, **{field: row[name] for field, name in self._names_in_pool.items() if name in row}}
 
     @cached_property
     def _asked(self) -> dict[Split, list[Candidates]]:
