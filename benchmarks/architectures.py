@@ -277,14 +277,14 @@ def try_all(base: Path, folder: Path, lora: LoRA | None, verdict: Verdict) -> No
     run("fit", *(word for name, value in settings.items() for word in (f"--{name}", value)))
     (last,) = folder.rglob("last.ckpt")
     adapted = folder / "adapted.ckpt"
-    run("adapt", "--checkpoint", last, "--feedback", new, "--output", adapted)
-    asked = ["--prompts", prompts, "--users", "ann", "bob", "eve", "--max_new_tokens", 16]
+    run("adapt", "--model", last, "--feedback", new, "--output", adapted)
+    asked = ["--prompts", prompts, "--user", "ann", "bob", "eve", "--max_new_tokens", 16]
     run("generate", "--model", adapted, *asked, "--output", folder / "answers.jsonl")
     answers = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    run("export", "--checkpoint", adapted, "--folder", folder / "exported")
+    run("export", "--model", adapted, "--output", folder / "exported")
     check_export(folder / "exported", answers)
     if lora is not None:
-        run("export", "--checkpoint", adapted, "--folder", folder / "adapters", "--adapters", "true")
+        run("export", "--model", adapted, "--output", folder / "adapters", "--adapters", "true")
         run("generate", "--model", folder / "adapters", *asked, "--output", folder / "again.jsonl")
         again = [json.loads(line) for line in (folder / "again.jsonl").read_text().splitlines()]
         if again != answers:

@@ -1,7 +1,7 @@
 r"""Cold-start curve on real people: users of Jester who were held out of training, adapted from their first pairs.
 
     python -m prlhf_lightning fit --config benchmarks/jester.yaml
-    python -m prlhf_lightning shrink --checkpoint runs/version_0/checkpoints/last.ckpt \
+    python -m prlhf_lightning shrink --model runs/version_0/checkpoints/last.ckpt \
         --validation validation.jsonl.gz --output shrunk.ckpt
     python benchmarks/cold_start_jester.py --checkpoint shrunk.ckpt \
         --train train.jsonl.gz --validation validation.jsonl.gz --kinds 16

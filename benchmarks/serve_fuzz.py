@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=400, help="requests of each kind for each operation")
     args, more = parser.parse_known_args()  # what else is given goes to schemathesis
     os.environ["PRLHF_API_KEY"] = KEY
-    options = ["--max_tokens", "4", "--adapt", str(args.model.endswith(".ckpt")).lower(), "--feedback"]
+    options = ["--max_new_tokens", "4", "--adapt", str(args.model.endswith(".ckpt")).lower(), "--feedback_log"]
     with TemporaryDirectory() as folder, server(args.model, *options, f"{folder}/feedback.db") as (url, _):
         command = [sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json"]
         command += ["-H", f"Authorization: Bearer {KEY}", "--max-examples", str(args.examples), "--checks", "all"]

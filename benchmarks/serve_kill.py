@@ -59,7 +59,7 @@ def main() -> None:
     pending: dict[int, str] = {}
     with TemporaryDirectory() as folder:
         path = Path(folder) / "feedback.db"
-        options = ("--feedback", f"sqlite:///{path}")
+        options = ("--feedback_log", f"sqlite:///{path}")
         for _ in track(range(args.kills), "Killing servers"):
             with server(args.model, *options) as (url, process):
                 threads = clients(url, acknowledged, pending)

@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--cases", type=int, default=8, help="different requests of each client")
     args = parser.parse_args()
-    with server(args.model, "--feedback", "null") as (url, _):
+    with server(args.model, "--feedback_log", "none") as (url, _):
         figures = asyncio.run(load(url, args.clients, 60 * args.minutes, args.cases))
     print(json.dumps(figures, indent=2))
     raise SystemExit(1 if figures["problems"] else 0)

@@ -1,6 +1,6 @@
 """How the strength of a user moves what is written: true utility of the quickstart's answers at several strengths.
 
-    python -m prlhf_lightning fit --config configs/quickstart.yaml --baseline false
+    python -m prlhf_lightning fit --config configs/quickstart.yaml --train_baseline false
     python benchmarks/strength.py --model runs/version_0/checkpoints/last.ckpt
 
 Every simulated user who was seen in training judges an answer to every held-out prompt: the likeliest, or one drawn.

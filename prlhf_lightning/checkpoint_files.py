@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from prlhf_lightning.errors import DamagedCheckpointError
+from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.files import replacing
 
 _MARK = b"prlhf_lightning sha256 "
@@ -105,6 +106,29 @@ def newest_intact(folder: Path, besides: Path | None = None) -> Path | None:
                     check(path)
                 return path
     return None
+
+
+def checkpoint_of(model: Path, option: str = "model") -> Path:
+    """Return the checkpoint that a trained model is in: the file itself, or the newest of a run's folder.
+
+    Args:
+        model: A checkpoint, or a run's folder, as runs/version_0.
+        option: What the user called it, for messages.
+
+    Raises:
+        ConfigurationError: The folder holds no checkpoint that is intact, or is an exported model.
+    """
+    if (model / "prlhf.json").is_file():
+        raise ConfigurationError(
+            f"{option}: {model} is a folder that `export` wrote; this needs the checkpoint, or the folder of its run."
+        )
+    if not (model / "checkpoints").is_dir():
+        return model
+    newest = newest_intact(model / "checkpoints")
+    if newest is None:
+        raise ConfigurationError(f"{option}: no checkpoint in {model / 'checkpoints'} is intact; name another.")
+    sys.stderr.write(f"The newest checkpoint of {model} is used: {newest}\n")
+    return newest
 
 
 def _age(path: Path) -> tuple[int, str]:

@@ -54,7 +54,7 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
     if isinstance(command, Task):
         from prlhf_lightning.parser import run_task
 
-        run_task(command.load(), [*path], _listed(rest, command.lists))
+        run_task(command.load(), [*path], rest)
     elif isinstance(command, Group) and rest[:1] in (["-h"], ["--help"]):
         print(described(command, path))
     elif isinstance(command, Group) and (path or not rest or not rest[0].startswith("-")):
@@ -65,19 +65,6 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
 
         # Not the words: Lightning would warn of some that it could have read itself.
         run_training(args, " ".join([PROGRAM, *path]))
-
-
-def _listed(words: list[str], lists: tuple[str, ...]) -> list[str]:
-    """Return a task's words with lists like `--users ann bob` in jsonargparse's form: `--users+ ann --users+ bob`."""
-    result, option = [], ""
-    for word in words:
-        if word.startswith("--"):
-            option = word if word in lists else ""
-        if not option:
-            result.append(word)
-        elif word != option:
-            result += [option if word.startswith("[") else f"{option}+", word]
-    return result
 
 
 def _for_people(error: BaseException) -> str:

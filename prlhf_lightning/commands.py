@@ -22,11 +22,9 @@ class Task:
 
     Attributes:
         place: Module and function.
-        lists: The options that take several words.
     """
 
     place: str
-    lists: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -78,9 +76,9 @@ COMMANDS = Group(
         "predict": Training("Write an answer to each held-out prompt."),
         "adapt": Task("adapt.adapt"),
         "export": Task("export.export"),
-        "generate": Task("generate.generate", lists=("--users",)),
+        "generate": Task("generate.generate"),
         "report": Task("report.report"),
-        "serve": Task("serve.serve", lists=("--allowed_hosts",)),
+        "serve": Task("serve.serve"),
         "shrink": Task("shrink.shrink"),
         "relocate": Task("relocate.relocate"),
         "api-key": Task("api_key.api_key"),

@@ -10,9 +10,10 @@ from inspect import isabstract, signature
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import ArgumentParser, Namespace, auto_cli
 from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public place
 
+from prlhf_lightning import literals
 from prlhf_lightning.class_arguments import begin_other_classes_anew
 from prlhf_lightning.commands import PROGRAM
 
@@ -49,7 +50,7 @@ class Explaining(ArgumentParser):
     called = PROGRAM
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        defaults = {"prog": PROGRAM, "formatter_class": _Formatter}
+        defaults = {"prog": PROGRAM, "formatter_class": _Formatter, "allow_abbrev": False}
         super().__init__(*args, **{**defaults, **{key: value for key, value in kwargs.items() if value is not None}})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -64,6 +65,30 @@ class Explaining(ArgumentParser):
         self.exit(2)
 
 
+class TaskParser(Explaining):
+    """Parser of one task: what is text in the function's signature is taken as it stands; see `literals`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "parser_mode": literals.MODE})
+        # Of a component's own parser, and of its groups of arguments, jsonargparse makes the values by itself.
+        self._kinds: dict[str, literals.Kind] | None = {} if "prog" in kwargs else None
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        """Add an argument; one that is text is read as `literals` says."""
+        annotation = kwargs.get("type", getattr(kwargs.get("action"), "_typehint", None))
+        kinds, kind = getattr(self, "_kinds", None), literals.kind_of(annotation)
+        if kind is not None and kinds is not None:
+            kwargs = {key: value for key, value in kwargs.items() if key != "action"} | {"type": kind}
+            args = args[:1]  # without the name by which jsonargparse appends to a list
+            kinds[args[0]] = kind
+        return super().add_argument(*args, **kwargs)
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse words, of which text keeps every sign."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args(literals.joined(words, self._kinds or {}), *others, **kwargs)
+
+
 def run_task(function: Callable[..., Any], path: Sequence[str], words: list[str]) -> None:
     """Call a function with the arguments that the command line gives as options.
 
@@ -73,7 +98,7 @@ def run_task(function: Callable[..., Any], path: Sequence[str], words: list[str]
         words: Its options.
     """
     Explaining.called = " ".join([PROGRAM, *path])
-    auto_cli(function, args=words, as_positional=False, parser_class=Explaining, prog=Explaining.called)
+    auto_cli(function, args=words, as_positional=False, parser_class=TaskParser, prog=Explaining.called)
 
 
 def _components() -> dict[str, type]:

@@ -108,7 +108,7 @@ class PRLHFCLI(LightningCLI):
         parser.link_arguments("model.loss", "data.feedback", lambda loss: loss.feedback, "instantiate")
         parser.link_arguments("model.user_model", "data.history_size", lambda users: users.history_size, "instantiate")
         parser.add_argument(
-            "--baseline",
+            "--train_baseline",
             type=bool,
             default=False,
             help="After fit, train the same policy on the same data and steps without a user model (for a DPO loss: "
@@ -187,7 +187,7 @@ class PRLHFCLI(LightningCLI):
             rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
             if advice := how_to_shrink(self.trainer.callback_metrics, self.model.user_model, Path(checkpoints[-1])):
                 rank_zero_info(advice)
-        if not self.config.fit.baseline or self.trainer.interrupted:
+        if not self.config.fit.train_baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
         without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args.num_tokens": 0}
@@ -206,6 +206,10 @@ class PRLHFCLI(LightningCLI):
         )
         rank_zero_info("Training the same without a user model, to compare.")
         trainer.fit(fresh.model, fresh.data)
+        if not config.trainer.fast_dev_run:
+            # Not in a folder `checkpoints`, where `--ckpt_path last` would take it for the newest of the run.
+            trainer.save_checkpoint(kept := folder / "baseline" / "last.ckpt")
+            rank_zero_info(f"The baseline's checkpoint: {kept}")
         if self.trainer.is_global_zero or is_sharded(self.model.policy):
             contenders = {
                 "vanilla": Contender(fresh.model, trainer.callback_metrics),
@@ -252,7 +256,7 @@ def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Pa
     if own is None or generic is None or own > generic or not is_trained or last.is_dir():
         return None
     # Not among the run's checkpoints, where `--ckpt_path last` would take it for the newest.
-    words = ["shrink", "--checkpoint", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]
+    words = ["shrink", "--model", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]
     return (
         f"Of the held-out pairs users' own rows rank {own:.3f} right, and the generic user {generic:.3f}: the rows "
         "have learned nothing yet, or noise. See how far they are to be believed, and draw them to the generic user: "

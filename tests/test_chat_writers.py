@@ -78,7 +78,7 @@ def trained(family, chat_model, tmp_path_factory):
     main(["fit", "-c", str(folder / "config.yaml")])
     (checkpoint,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
     for kind, options in (("whole", []), ("adapters", ["--adapters", "true"])):
-        main(["export", "--checkpoint", str(checkpoint), "--folder", str(folder / kind), *options])
+        main(["export", "--model", str(checkpoint), "--output", str(folder / kind), *options])
     return base, checkpoint, folder
 
 

@@ -97,7 +97,7 @@ def test_validate_and_predict_from_a_checkpoint(config, tmp_path):
 
 
 def test_with_a_baseline_both_models_are_compared(config, tmp_path, capsys):
-    run("fit", "-c", config, "--baseline", "true")
+    run("fit", "-c", config, "--train_baseline", "true")
     (path,) = (tmp_path / "runs").glob("*/comparison.json")
     results = json.loads(path.read_text())
     assert set(results) == {"vanilla", "personalised"}
@@ -281,14 +281,14 @@ def test_a_full_disk_is_told_in_one_line_and_a_damaged_file_names_an_intact_one(
 def test_users_are_removed_from_a_run_which_then_goes_on_validates_and_exports(config, tmp_path):
     run("fit", "-c", config)
     last = tmp_path / "runs/version_0/checkpoints/last.ckpt"
-    run("users", "remove", "--checkpoint", last, "--user", "bob", "--all", "true")
+    run("users", "remove", "--model", last, "--user", "bob", "--all", "true")
     assert all(b"bob" not in path.read_bytes() for path in last.parent.iterdir())
-    run("users", "add", "--checkpoint", last, "--user", "eve")
+    run("users", "add", "--model", last, "--user", "eve")
     run("validate", "-c", config, "--ckpt_path", last)
     run("fit", "-c", config, "--ckpt_path", last, "--trainer.max_epochs", 2)
     after = torch.load(tmp_path / "runs/version_2/checkpoints/last.ckpt", weights_only=True)
     assert after["prlhf_lightning"]["users"] == ["ann", "cy", "dee", "eve"]
-    run("export", "--checkpoint", last, "--folder", tmp_path / "exported")
+    run("export", "--model", last, "--output", tmp_path / "exported")
     assert (tmp_path / "exported/model.safetensors").exists()
 
 

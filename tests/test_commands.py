@@ -30,7 +30,7 @@ def test_all_of_lightnings_commands_are_there():
 
 def test_a_command_is_found_by_its_first_words():
     users = COMMANDS.members["users"]
-    assert find(["users", "list", "--checkpoint", "x"]) == (users.members["list"], ["users", "list"])
+    assert find(["users", "list", "--model", "x"]) == (users.members["list"], ["users", "list"])
     assert find(["users"]) == find(["users", "--help"]) == (users, ["users"])
     assert find(["--help", "fit"]) == (COMMANDS, [])
 

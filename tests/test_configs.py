@@ -47,7 +47,7 @@ OVERRIDES = sorted((CONFIGS / "overrides").glob("*.yaml"))  # of other configura
 def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path):
     content = yaml.safe_load(path.read_text())
     overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
-                 "cpu", "--trainer.default_root_dir", tmp_path, "--baseline", "false", "--collapse.prompts", 1,
+                 "cpu", "--trainer.default_root_dir", tmp_path, "--train_baseline", "false", "--collapse.prompts", 1,
                  "--data.eval_batch_size", 4]  # fmt: skip
     source = content["data"]["source"]
     if not content["model"]["policy"]["init_args"]["model"].startswith("builtin:"):

@@ -28,7 +28,7 @@ INDIVIDUAL = {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2
 
 
 def export(checkpoint, folder, *options):
-    main(["export", "--checkpoint", str(checkpoint), "--folder", str(folder), *options])
+    main(["export", "--model", str(checkpoint), "--output", str(folder), *options])
 
 
 def fit(model_path, votes, folder, lora, user_model=INDIVIDUAL):
@@ -73,7 +73,7 @@ def test_an_exported_model_is_the_trained_policy(model_paths, votes, tmp_path, n
 
 
 def test_a_missing_checkpoint_is_named(tmp_path):
-    with pytest.raises(SystemExit, match=r"^error: checkpoint: there is no checkpoint .*nothing.ckpt; [^\n]*$"):
+    with pytest.raises(SystemExit, match=r"^error: model: there is no checkpoint .*nothing.ckpt; [^\n]*$"):
         export(tmp_path / "nothing.ckpt", tmp_path / "exported")
 
 
@@ -182,7 +182,7 @@ def test_vectors_of_many_users_are_written_in_parts_with_an_index(tmp_path):
 def test_users_false_leaves_nothing_of_users_not_even_of_an_earlier_export(exported, tmp_path):
     checkpoint = exported[0]
     export(checkpoint, tmp_path / "e", "--peft_users", "true")
-    export(checkpoint, tmp_path / "e", "--users", "false")
+    export(checkpoint, tmp_path / "e", "--include_users", "false")
     files = [path for path in (tmp_path / "e").rglob("*") if path.is_file()]
     assert not [path for path in files if "user" in path.name or b"bob/.." in path.read_bytes()]
     with pytest.raises(ConfigurationError, match=r"has no prlhf.json; give a folder that `export` wrote"):
@@ -207,7 +207,7 @@ def test_a_folder_with_other_files_is_not_written_into(exported, tmp_path):
 
 def test_a_folder_can_not_be_a_file(exported, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(SystemExit, match=r"folder: .*file is a file"):
+    with pytest.raises(SystemExit, match=r"output: .*file is a file"):
         export(exported[0], tmp_path / "file")
 
 
@@ -222,8 +222,8 @@ def test_a_project_that_mentions_the_package_is_no_export(exported, tmp_path):
 def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path):
     export(exported[0], tmp_path / "e")
     (tmp_path / "e" / "chat_template.jinja").write_text("of another model")
-    with pytest.raises(SystemExit, match="'eve' is not in this checkpoint"):
-        export(exported[0], tmp_path / "e", "--peft_users", "[eve]")
+    with pytest.raises(SystemExit, match="'eve' is not in this model"):
+        export(exported[0], tmp_path / "e", "--peft_users", "true", "--user", "eve")
     assert (tmp_path / "e" / "prlhf.json").exists()  # what can't be done costs nothing
     export(exported[0], tmp_path / "e", "--user_vectors", "false")
     assert AutoTokenizer.from_pretrained(tmp_path / "e").chat_template is None
@@ -234,8 +234,12 @@ def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path):
     ("options", "says"),
     [
         (["--adapters", "true", "--peft_users", "true"], "peft_users: PEFT puts a user's vectors before a model"),
-        (["--users", "false", "--peft_users", "true"], "users: prompt_embeds and peft_users are about users"),
-        (["--peft_users", "[eve]"], "peft_users: 'eve' is not in this checkpoint"),
+        (
+            ["--include_users", "false", "--peft_users", "true"],
+            "include_users: prompt_embeds and peft_users are about users",
+        ),
+        (["--peft_users", "true", "--user", "[eve]"], "user: '\\[eve]' is not in this model"),
+        (["--user", "ann"], "user: it names who gets a PEFT folder"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(exported, tmp_path, options, says):

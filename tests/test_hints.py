@@ -81,7 +81,7 @@ def settings(model_path, votes, tmp_path, monkeypatch):
 
 def test_a_trial_run_leaves_no_files(settings, tmp_path):
     before = set(tmp_path.iterdir())
-    main([*settings, "--trainer.fast_dev_run", "true", "--baseline", "true"])
+    main([*settings, "--trainer.fast_dev_run", "true", "--train_baseline", "true"])
     left = set(tmp_path.iterdir()) - before - {tmp_path / "cache"}
     assert not [path for folder in left for path in (folder, *folder.rglob("*")) if path.is_file()]
 
@@ -111,16 +111,16 @@ def test_rows_that_are_no_better_than_the_generic_user_end_a_run_with_what_to_do
     assert "Written to runs/version_0/shrunk.ckpt, with rows" in said
     (tmp_path / "runs/version_0/config.yaml").unlink()
     with pytest.raises(SystemExit, match=r"validation: no config\.yaml beside .* says what its run held out"):
-        main(["shrink", "--checkpoint", "runs/version_0/checkpoints/last.ckpt"])
+        main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt"])
     with pytest.raises(SystemExit, match="columns, hash_user_ids_with: they are about a file"):
-        main(["shrink", "--checkpoint", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
+        main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
 
 
 def test_shrinking_is_advised_where_trained_rows_gain_nothing_and_nowhere_else():
     users, last = IndividualUserModel(1), Path("a run/checkpoints/last.ckpt")
     users.build(3, torch.randn(4, 8))
     found = {"val/seen/accuracy": torch.tensor(0.6), "val/seen/generic_accuracy": torch.tensor(0.62)}
-    words = "shrink --checkpoint 'a run/checkpoints/last.ckpt' --output 'a run/shrunk.ckpt'"
+    words = "shrink --model 'a run/checkpoints/last.ckpt' --output 'a run/shrunk.ckpt'"
     assert how_to_shrink(found, users, last).endswith(words)
     assert how_to_shrink(found | {"val/seen/accuracy": torch.tensor(0.63)}, users, last) is None
     assert how_to_shrink({"val/seen/accuracy": torch.tensor(0.6)}, users, last) is None  # thumbs, or nobody differs
@@ -133,12 +133,12 @@ def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path
     (tmp_path / "model").symlink_to(model_path)
     main([*settings, "--model.policy.model", "model"])
     monkeypatch.chdir(tmp_path / "runs")
-    main(["export", "--checkpoint", "version_0/checkpoints/last.ckpt", "--folder", "exported"])
+    main(["export", "--model", "version_0/checkpoints/last.ckpt", "--output", "exported"])
     assert (tmp_path / "runs/exported/model.safetensors").exists()
 
 
 def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, tmp_path, caplog, capsys, recwarn):
-    main([*settings, "--baseline", "true"])
+    main([*settings, "--train_baseline", "true"])
     assert "Nothing has been validated yet: no val/seen/loss" in caplog.text
     assert not [warned for warned in recwarn if "could not find the monitored key" in str(warned.message)]
     assert "Nothing was validated on, so there is nothing to compare." in capsys.readouterr().out
@@ -148,11 +148,12 @@ def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, 
 def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(settings, votes):
     main([*settings, "--model.user_model", "UniformUserModel"])
     with pytest.raises(SystemExit, match="holds no trained rows of users, so that there is nothing to learn"):
-        main(["adapt", "--checkpoint", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
+        main(["adapt", "--model", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
 
 
-def test_a_folder_of_a_run_is_no_exported_model_but_has_a_checkpoint(tmp_path):
+def test_a_folder_of_a_run_without_an_intact_checkpoint_is_no_model(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    with pytest.raises(SystemExit, match=r"no prlhf\.json; give the run's checkpoint, as .*/checkpoints/last\.ckpt"):
-        main(["generate", "--model", str(tmp_path), "--prompt", "Hi"])
+    for command in (["generate", "--prompt", "Hi"], ["users", "list"], ["report"]):
+        with pytest.raises(SystemExit, match=r"^error: model: no checkpoint in .*/checkpoints is intact"):
+            main([*command, "--model", str(tmp_path)])

@@ -40,7 +40,8 @@ MAY_IMPORT = {
     "tasks": LEAVES | STORE | ENTRY | PAGES | SIBLINGS | TOOLS | {"modules", "callbacks", "serving"},
     "commands": set(),
     "class_arguments": set(),
-    "parser": {"commands", "class_arguments"},
+    "literals": set(),
+    "parser": {"commands", "class_arguments", "literals"},
     "training": LEAVES
     | {"parser", "data", "user_models", "modules", "loggers", "training_stats", "callbacks", "guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},

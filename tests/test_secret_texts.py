@@ -33,7 +33,7 @@ def study(tmp_path, repo_root, monkeypatch):
                "--model.policy.random_init", 0, "--model.policy.lora", "null", "--model.policy.dtype", "float32",
                "--model.policy.gradient_checkpointing", "false", "--data.hash_user_ids_with", "STUDY_SALT",
                "--trainer.default_root_dir", tmp_path / "runs", "--trainer.max_epochs", 1, "--trainer.accelerator",
-               "cpu", "--trainer.enable_progress_bar", "false", "--baseline", "false",
+               "cpu", "--trainer.enable_progress_bar", "false", "--train_baseline", "false",
                "--model.sampling.max_new_tokens", 2]  # fmt: skip
     return tmp_path, votes, [str(option) for option in options]
 

@@ -23,28 +23,29 @@ class RewardJudge(Judge):
     same users, or with another seed.
 
     Args:
-        checkpoint: A checkpoint of `fit`, of a loss over pairs, that knows the users.
+        model: A checkpoint of `fit`, or the folder of its run: a model of a loss over pairs that knows the users.
         device: Where it computes.
     """
 
     minds_order = False
 
-    def __init__(self, checkpoint: Path, device: str = "cpu") -> None:
-        self.checkpoint, self.device = Path(checkpoint), device
-        self.caveat = f"The judge is a model that was trained itself ({self.checkpoint.name}), and can be gamed."
+    def __init__(self, model: Path, device: str = "cpu") -> None:
+        self.model, self.device = Path(model), device
+        self.caveat = f"The judge is a model that was trained itself ({self.model.name}), and can be gamed."
 
     def prepare(self, data: PreferenceDataModule) -> None:
         """Load the model."""
-        if not self.checkpoint.is_file():
-            raise ConfigurationError(f"judge: there is no checkpoint {self.checkpoint}; give one that `fit` wrote.")
-        content = checkpoint_files.load(self.checkpoint, mmap=True)
+        self.model = checkpoint_files.checkpoint_of(self.model, "judge")
+        if not self.model.is_file():
+            raise ConfigurationError(f"judge: there is no checkpoint {self.model}; give one that `fit` wrote.")
+        content = checkpoint_files.load(self.model, mmap=True)
         try:
             model = PersonalizedLM.from_content(content)
         except (ConfigurationError, TypeError) as error:
-            raise ConfigurationError(f"judge: {self.checkpoint} cannot be loaded: {error}") from error
+            raise ConfigurationError(f"judge: {self.model} cannot be loaded: {error}") from error
         if model.loss.feedback != "pairs":
             raise ConfigurationError(
-                f"judge: {type(model.loss).__name__} of {self.checkpoint} ranks no pairs; give a checkpoint of a "
+                f"judge: {type(model.loss).__name__} of {self.model} ranks no pairs; give a checkpoint of a "
                 "preference loss."
             )
         self._model = model.eval().to(self.device)

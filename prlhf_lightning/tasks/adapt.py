@@ -30,7 +30,7 @@ _LEAST_FOR_ACCURACY = 5
 
 
 def adapt(
-    checkpoint: Path,
+    model: Path,
     feedback: str,
     output: Path | None = None,
     suggest: int = 0,
@@ -50,7 +50,7 @@ def adapt(
     pairs (`AmortizedUserModel`) does so, and then there is nothing to learn or to print.
 
     Args:
-        checkpoint: A checkpoint of `fit`.
+        model: A checkpoint of `fit`, or the folder of its run.
         feedback: Pairs of the new users, in any format that training reads: user_id, prompt, chosen, rejected. Or the
             URL of a server's log, such as sqlite:///feedback.db, of which those of the checkpoint's users are left out.
         output: The checkpoint to write, with the new users in it; nothing is written if none is given.
@@ -74,21 +74,22 @@ def adapt(
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     if output is not None:
         check_output(output, "output")
-    content = read_checkpoint(checkpoint, "checkpoint")
+    checkpoint = checkpoint_files.checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
     rows_of(content, checkpoint).require_trained(checkpoint)
-    model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
-    if model.user_model.history_size and (suggest or steps):
+    module = module_of(content, checkpoint, "model").to(pick_device(device))
+    if module.user_model.history_size and (suggest or steps):
         raise ConfigurationError(
-            f"suggest, steps: {type(model.user_model).__name__} reads users off their pairs, which takes no steps and "
+            f"suggest, steps: {type(module.user_model).__name__} reads users off their pairs, which takes no steps and "
             "does not tell what to ask; leave both out."
         )
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     source = hashed(source, hash_user_ids_with)
-    leave_out = model.vocabulary.ids if (from_log or skip_known) and model.vocabulary else ()
+    leave_out = module.vocabulary.ids if (from_log or skip_known) and module.vocabulary else ()
     left_out: set[str] = set()
-    pairs, _ = read_pairs(model, source, leave_out, left_out=left_out)
-    known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if model.vocabulary and user_id in model.vocabulary]
+    pairs, _ = read_pairs(module, source, leave_out, left_out=left_out)
+    known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if module.vocabulary and user_id in module.vocabulary]
     if known:
         raise ConfigurationError(
             f"feedback: {known[0]!r} is in this checkpoint already. Leave known users' rows out with "
@@ -97,15 +98,15 @@ def adapt(
     console = Console()
     if left_out:
         console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
-    reads = model.user_model.history_size > 0
-    found = _read(model, pairs, console) if reads else _learn(model, pairs, kinds, steps, console)
+    reads = module.user_model.history_size > 0
+    found = _read(module, pairs, console) if reads else _learn(module, pairs, kinds, steps, console)
     if output is not None:
         write_users(content, output, found)
         console.print(f"Added to {output}")
     if pool is not None and isinstance(found, Adapted):
         with console.status("Choosing what to ask"):
-            asked = read_pairs(model, FileSource(pool, columns=pool_columns), anyone=True, option="pool")
-            _print_suggestions(model, found, *asked, suggest)
+            asked = read_pairs(module, FileSource(pool, columns=pool_columns), anyone=True, option="pool")
+            _print_suggestions(module, found, *asked, suggest)
 
 
 def _read(model: PersonalizedLM, pairs: PreferenceBatch, console: Console) -> Encoded:
@@ -120,7 +121,7 @@ def _learn(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int, steps: int
         prior = fit_prior(model, pairs, kinds)
         if not prior.rank:
             raise ConfigurationError(
-                "checkpoint: none of its users has a row that differs from a new user's, so that nothing is known of "
+                "model: none of its users has a row that differs from a new user's, so that nothing is known of "
                 "what users are like. Train on users' pairs first."
             )
         adapted = adapt_users(model, pairs, prior=prior, steps=steps)

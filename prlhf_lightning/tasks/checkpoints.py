@@ -22,7 +22,9 @@ def read_checkpoint(path: str | Path, option: str, weights_only: bool = True) ->
     if path.is_dir():
         return {}
     if not path.is_file():
-        raise ConfigurationError(f"{option}: there is no checkpoint {path}; give a .ckpt file of an earlier run.")
+        raise ConfigurationError(
+            f"{option}: there is no checkpoint {path}; give a .ckpt file, or the folder, of an earlier run."
+        )
     try:
         content: dict[str, Any] = checkpoint_files.load(path, weights_only=weights_only, mmap=True)
     except DamagedCheckpointError as error:

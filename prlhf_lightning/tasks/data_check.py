@@ -26,7 +26,7 @@ def check(
     test: Paths | None = None,
     columns: dict[str, str] | None = None,
     source: DataSource | None = None,
-    feedback: Feedback = "pairs",
+    feedback_type: Feedback = "pairs",
     ties: Ties = "error",
     min_votes: int = 5,
     tokenizer: str | None = None,
@@ -37,7 +37,7 @@ def check(
     chat_template: bool = False,
     user_text_format: str = "{user_text}\n",
     examples: int = 5,
-    json: Path | None = None,
+    output: Path | None = None,
 ) -> None:
     """Check every row of feedback and tell all that is wrong with it; exits with 1 if there is any error.
 
@@ -50,7 +50,7 @@ def check(
         test: Test file or files.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`.
-        feedback: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
+        feedback_type: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         ties: Whether rows with equal completions are an error, or dropped, as for `fit --data.ties`.
         min_votes: Users with fewer training rows are told.
         tokenizer: Model whose tokenizer measures the rows, as for `fit --model.policy.model`; without one, lengths are
@@ -62,7 +62,7 @@ def check(
         chat_template: Whether plain strings are wrapped in the tokenizer's chat template.
         user_text_format: How the text about a user is written before the prompt.
         examples: How many problems of each kind are shown and reported.
-        json: File for the report, for programs to read.
+        output: File for the report, for programs to read.
     """
     for name, value in (("examples", examples), ("min_votes", min_votes)):
         if value < 0:
@@ -70,7 +70,7 @@ def check(
     limits = (max_prompt_length, max_completion_length, max_user_text_length)
     inspector = Inspector(
         the_source(train, validation, test, columns, source),
-        feedback,
+        feedback_type,
         ties,
         min_votes,
         examples,
@@ -78,8 +78,8 @@ def check(
         TokenizationSettings(*limits, overlong, chat_template, user_text_format),
     )
     report = inspector()
-    if json is not None:
-        write_whole(json, dumps(report.as_dict(), indent=1).encode() + b"\n")
+    if output is not None:
+        write_whole(output, dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(described(report))
     sys.exit(0 if report.ok else 1)
 

@@ -38,7 +38,7 @@ def convert(
     test: Paths | None = None,
     columns: dict[str, str] | None = None,
     source: DataSource | None = None,
-    feedback: Feedback = "pairs",
+    feedback_type: Feedback = "pairs",
     on_error: Literal["stop", "report"] = "stop",
     overwrite: bool = False,
 ) -> None:
@@ -57,7 +57,7 @@ def convert(
         test: Test file or files.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`.
-        feedback: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
+        feedback_type: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         on_error: Whether the first bad row stops the conversion, or bad rows are reported.
         overwrite: Whether files of these names that are there already are replaced.
     """
@@ -67,7 +67,7 @@ def convert(
         for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
             if not overwrite and (output / name).exists():
                 raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
-    written = convert_source(chosen, output, feedback, on_error)
+    written = convert_source(chosen, output, feedback_type, on_error)
     for split, counts in written.items():
         print(counts.described(split, output))
     sys.exit(1 if any(counts.unread for counts in written.values()) else 0)

@@ -38,7 +38,7 @@ def describe(
     validation: Paths | None = None,
     columns: dict[str, str] | None = None,
     source: DataSource | None = None,
-    out: Path = Path("description.html"),
+    output: Path = Path("description.html"),
     title: str | None = None,
     max_votes: int = 200_000,
     seed: int = 0,
@@ -54,7 +54,7 @@ def describe(
         validation: Validation file or files; without them a part of the training votes is held out.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`. Its test split is not looked at.
-        out: The page to write, one HTML file that needs no other.
+        output: The page to write, one HTML file that needs no other.
         title: Its title.
         max_votes: Of more training votes than that, the models of how much there is to personalise are fitted to those
             of as many users, drawn at random; all else is of all votes.
@@ -74,9 +74,9 @@ def describe(
     finding = find_headroom(table, max_votes, seed)
     name = title or (Path(str(train)).name if isinstance(train, str | Path) else type(feedback).__name__)
     page = page_of(Description(name, table, votes_of(table, "train"), finding))
-    page.write(out)
+    page.write(output)
     print(in_words(finding))
-    print(f"The page: {out}")
+    print(f"The page: {output}")
 
 
 def votes_of(table: FeedbackTable, split: Split) -> Votes:

@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
 
+from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
@@ -21,6 +22,7 @@ from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_o
 from prlhf_lightning.policies.loading import unused_ids
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.export_users import write_peft_users, write_token_embeddings, write_user_vectors
+from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.model_card import is_card, model_card
 from prlhf_lightning.tasks.models import module_of
 
@@ -30,13 +32,14 @@ _LEFT += [USERS, "user_vectors*", "peft_users"]
 
 
 def export(
-    checkpoint: Path,
-    folder: Path,
+    model: Path,
+    output: Path,
     adapters: bool = False,
-    users: bool = True,
+    include_users: bool = True,
     user_vectors: bool = True,
     prompt_embeds: bool = False,
-    peft_users: bool | list[str] = False,
+    peft_users: bool = False,
+    user: str | list[str] | None = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face model folder, with its users.
 
@@ -44,53 +47,59 @@ def export(
     docs/export.md.
 
     Args:
-        checkpoint: A checkpoint of a model that the command line trained.
-        folder: Where the files go; made if it is not there.
+        model: A checkpoint of a model that the command line trained, or the folder of its run.
+        output: The folder to write; made if it is not there.
         adapters: Write the LoRA adapters, which refer to the base model, and not the whole model with them merged in.
-        users: Write the users. Without them the folder is an ordinary language model, which has learned nobody's id.
+        include_users: Write the users. Without them the folder is an ordinary language model, which has learned
+            nobody's id.
         user_vectors: Write each user's soft prompt, for programs that know nothing of user models.
         prompt_embeds: Also write the model's token embeddings, of which, with the vectors, vLLM's `prompt_embeds` are
             made without loading the model.
-        peft_users: Also write a PEFT prompt-tuning folder for each user (true), or for those whose ids are given.
+        peft_users: Also write a PEFT prompt-tuning folder for each user.
+        user: Ids of the users who get a PEFT folder, as in `--user ann bob`; all if none is given.
     """
-    content = read_checkpoint(checkpoint, "checkpoint")
-    module = module_of(content, checkpoint, "checkpoint")
+    checkpoint = checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
+    module = module_of(content, checkpoint, "model")
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(
-            f"checkpoint: its policy is a {type(policy).__name__}; only CausalLMPolicy has the format that this writes."
+            f"model: its policy is a {type(policy).__name__}; only CausalLMPolicy has the format that this writes."
         )
     if adapters:
-        _check_adapters(policy, bool(peft_users))
-    if not users and (prompt_embeds or peft_users):
-        raise ConfigurationError("users: prompt_embeds and peft_users are about users; leave out `--users false`.")
-    named = peft_users if isinstance(peft_users, list) else []
-    if missing := [user_id for user_id in named if user_id not in module.vocabulary]:
-        raise ConfigurationError(f"peft_users: {missing[0]!r} is not in this checkpoint; `users list` shows who is.")
-    _clear(folder)
-    card = model_card(checkpoint, content, adapters, users, user_vectors).encode()
-    write_whole(folder / "README.md", card)  # first, as it marks the folder as one that a later export may clear
-    _write_lm(policy, folder, adapters)
-    write_whole(folder / "README.md", card)  # again, as PEFT writes a card of its own
-    if users:
+        _check_adapters(policy, peft_users)
+    if not include_users and (prompt_embeds or peft_users):
+        raise ConfigurationError(
+            "include_users: prompt_embeds and peft_users are about users; leave out `--include_users false`."
+        )
+    only = [user] if isinstance(user, str) else user or []
+    if only and not peft_users:
+        raise ConfigurationError("user: it names who gets a PEFT folder; add `--peft_users true`.")
+    require_known(only, module.vocabulary, "user")
+    _clear(output)
+    card = model_card(checkpoint, content, adapters, include_users, user_vectors).encode()
+    write_whole(output / "README.md", card)  # first, as it marks the output as one that a later export may clear
+    _write_lm(policy, output, adapters)
+    write_whole(output / "README.md", card)  # again, as PEFT writes a card of its own
+    if include_users:
         with torch.no_grad():
             if user_vectors:
-                write_user_vectors(folder, module.user_model, module.vocabulary)
+                write_user_vectors(output, module.user_model, module.vocabulary)
             if prompt_embeds:
-                write_token_embeddings(folder, policy)
+                write_token_embeddings(output, policy)
             if peft_users:
-                write_peft_users(folder, policy, module.user_model, module.vocabulary, named)
-        _write_personal_part(folder, content["hyper_parameters"]["user_model"], module, policy)
-    rank_zero_info(f"The model is in {folder}")
+                write_peft_users(output, policy, module.user_model, module.vocabulary, only)
+        _write_personal_part(output, content["hyper_parameters"]["user_model"], module, policy)
+    rank_zero_info(f"The model is in {output}")
 
 
 def _clear(folder: Path) -> None:
     """Remove what an earlier export has left: another model, or users who are not to be in this one."""
     if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"folder: {folder} is a file; give a new folder.")
+        raise ConfigurationError(f"output: {folder} is a file; give a new folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()) and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
-        raise ConfigurationError(f"folder: {folder} has files in it that `export` did not write; give a new folder.")
+        raise ConfigurationError(f"output: {folder} has files in it that `export` did not write; give a new folder.")
     (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
     for path in {path for pattern in _LEFT for path in folder.glob(pattern)}:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -54,7 +54,7 @@ def generate(
     model: Path,
     prompt: str | None = None,
     prompts: Path | None = None,
-    users: str | list[str] | None = None,
+    user: str | list[str] | None = None,
     blend: dict[str, float] | None = None,
     user_text: str = "",
     strength: float = 1.0,
@@ -74,19 +74,20 @@ def generate(
     See docs/generate.md for examples.
 
     Args:
-        model: A checkpoint of `fit`, or a folder that `export` wrote.
+        model: A checkpoint of `fit`, the folder of its run, or a folder that `export` wrote.
         prompt: What to answer.
         prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`),
-            `id`, `user_text` and `tools`. A row without a user is written for all that `users` and `blend` name.
-        users: Ids, as in `--users ann bob`. Without any, the generic user.
-        blend: Shares of several users that sum to 1, as in `{ann: 0.5, bob: 0.5}`: one more user to write for.
+            `id`, `user_text` and `tools`. A row without a user is written for all that `user` and `blend` name.
+        user: Ids, as in `--user ann bob`. Without any, the generic user.
+        blend: Shares of several users that sum to 1, as in `{ann: 0.5, bob: 0.5}`: one more user to write for. Ids with
+            signs that YAML has a use for are put in quotes.
         user_text: Text about the user, for user models that read it.
         strength: How far users move what is written: 0 is the generic user, 1 as trained, above 1 exaggerates.
         max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
         temperature: Sampling temperature; 0 picks the likeliest token each time.
         top_p: Share of the probability to sample from.
         seed: What chance is drawn from, the same for every answer.
-        stop: String that ends an answer; of several, `--stop+ one --stop+ another`.
+        stop: Strings each of which ends an answer.
         chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; by
             default as in training. Conversations always are.
         output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
@@ -97,7 +98,7 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
-    named: list[str | Mapping[str, float] | None] = [users] if isinstance(users, str) else list(users or ())
+    named: list[str | Mapping[str, float] | None] = [user] if isinstance(user, str) else list(user or ())
     named += [blend] if blend else []
     how: dict[str, Any] = {
         "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.inference.folder import SETTINGS
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
@@ -52,7 +54,7 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
     """Load a model to write with.
 
     Args:
-        path: A folder that `export` wrote, or a checkpoint that the command line trained.
+        path: A folder that `export` wrote, a checkpoint that the command line trained, or the folder of its run.
         option: What the user called the path, for messages.
         device: Where the model goes.
 
@@ -60,6 +62,8 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
         ConfigurationError: It is neither, or its policy is no Hugging Face model.
     """
     path = Path(path)
+    if (path / "checkpoints").is_dir() and not (path / SETTINGS).is_file():
+        path = checkpoint_of(path, option)
     if path.is_dir():
         try:
             return PersonalizedWriter.from_folder(path, device)

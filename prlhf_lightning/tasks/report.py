@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import seed_everything
 from rich.progress import Progress
 
+from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.progress import bars
@@ -38,15 +39,15 @@ _SHOWN_USERS = 3
 
 
 def report(
-    checkpoint: Path,
-    out: Path = Path("report.html"),
+    model: Path,
+    output: Path = Path("report.html"),
     run: Path | None = None,
-    data: DataSource | None = None,
+    source: DataSource | None = None,
     judge: Judge | None = None,
     baseline: Path | None = None,
     title: str | None = None,
-    users: int = 20,
-    prompts: int = 8,
+    num_users: int = 20,
+    num_prompts: int = 8,
     max_pairs: int = 5000,
     batch_size: int = 32,
     max_new_tokens: int | None = None,
@@ -62,16 +63,16 @@ def report(
     personalisation costs; what the model writes for users, and how often a judge prefers that. See docs/report.md.
 
     Args:
-        checkpoint: A checkpoint of `fit`.
-        out: The page to write, one HTML file that needs no other.
+        model: A checkpoint of `fit`, or the folder of its run.
+        output: The page to write, one HTML file that needs no other.
         run: The folder of the run, for its `config.yaml` and `metrics.csv`; where the checkpoint lies if not given.
-        data: Other data than the run's configuration names, as for `fit --data.source`.
+        source: Other data than the run's configuration names, as for `fit --data.source`.
         judge: Who compares answers: UtilityJudge, RewardJudge, OpenAIJudge or a class of your own. Simulated users
             judge for themselves if none is given; others are not asked.
-        baseline: A checkpoint of the same without users, to compare with.
+        baseline: A model of the same without users, to compare with: a checkpoint, or the folder of its run.
         title: Title of the page.
-        users: Users whose answers are written and judged, spread evenly over those with validation pairs.
-        prompts: Prompts that each of them is answered.
+        num_users: Users whose answers are written and judged, spread evenly over those with validation pairs.
+        num_prompts: Prompts that each of them is answered.
         max_pairs: Most validation pairs scored of the seen, and of the unseen users.
         batch_size: Pairs in a pass of the model.
         max_new_tokens: Tokens of an answer at most; as the model was told to write if not given.
@@ -81,18 +82,23 @@ def report(
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         seed: Draws answers, where they are sampled, and bootstrap samples.
     """
-    least = {"users": users, "prompts": prompts, "max_pairs": max_pairs, "batch_size": batch_size}
+    least = {"num_users": num_users, "num_prompts": num_prompts, "max_pairs": max_pairs, "batch_size": batch_size}
     for name, value in least.items():
         if value < 1:
             raise ConfigurationError(f"{name} is {value}; it must be 1 or more.")
     if not 0 <= seed < 2**32:
         raise ConfigurationError(f"seed is {seed}; it must be at least 0 and below 2**32.")
-    check_output(out, "out")
+    check_output(output, "output")
+    checkpoint = checkpoint_of(model)
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
-    module = load_module(checkpoint, "checkpoint").eval().to(pick_device(device))
-    whose = data_of(left, data, module)
-    without = load_module(baseline, "baseline").eval().to(module.device) if baseline is not None else None
+    module = load_module(checkpoint, "model").eval().to(pick_device(device))
+    whose = data_of(left, source, module)
+    without = (
+        load_module(checkpoint_of(baseline, "baseline"), "baseline").eval().to(module.device)
+        if baseline is not None
+        else None
+    )
     named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
     found = Findings(
         title or f"Model: {named}",
@@ -105,7 +111,7 @@ def report(
     if whose is None:
         found.no_scores = found.cold_start = found.answers = found.win_rates = (
             "The data are not known: there is no config.yaml beside the checkpoint. Name the run's folder with --run, "
-            "or the data with --data."
+            "or the data with --source."
         )
     elif module.loss.feedback != "pairs":
         found.no_scores = found.cold_start = (
@@ -121,14 +127,14 @@ def report(
                 module.sampling, **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
             )
             scribe = Scribe(module, whose, sampling, without)
-            _write_answers(found, module, whose, scribe, (users, prompts), judge, seed, progress)
-            if isinstance(judge, RewardJudge) and judge.checkpoint.resolve() == checkpoint.resolve():
+            _write_answers(found, module, whose, scribe, (num_users, num_prompts), judge, seed, progress)
+            if isinstance(judge, RewardJudge) and judge.model.resolve() == checkpoint.resolve():
                 found.judge = (found.judge[0], "The judge is the very model that is judged: it likes what it writes.")
         _map(found, module, whose)
     _call_users(found, module, whose, show_user_ids, show_user_text)
-    page_of(found).write(out)
+    page_of(found).write(output)
     print(in_words(found))
-    print(f"The page: {out}")
+    print(f"The page: {output}")
 
 
 def _score_pairs(

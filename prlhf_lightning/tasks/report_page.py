@@ -278,7 +278,7 @@ def _tax_in_words(found: Findings, seen: Scores) -> str:
         f"{before:.3f}: a price of {100 * (before - generic):+.1f} points."
         if before == before
         else f"The generic user ranks {generic:.3f} of the seen users' pairs as they did. What a model without users "
-        "would have reached is not known: train one (fit --baseline true), or name its checkpoint with --baseline."
+        "would have reached is not known: train one (fit --train_baseline true), or name one with --baseline."
     )
     if "reference" in seen.log_probs:
         change = (seen.log_probs["generic"] - seen.log_probs["reference"]).double().numpy()

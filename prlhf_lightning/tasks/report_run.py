@@ -141,4 +141,4 @@ def _comparison(path: Path) -> dict[str, dict[str, float]]:
         content: Any = json.loads(path.read_text(encoding="utf-8"))
         return {name: {key: float(value) for key, value in values.items()} for name, values in content.items()}
     except (OSError, ValueError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"run: {path} is not what `fit --baseline true` writes: {error}") from error
+        raise ConfigurationError(f"run: {path} is not what `fit --train_baseline true` writes: {error}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
@@ -18,11 +19,11 @@ def serve(
     port: int = 8000,
     device: str = "auto",
     name: str | None = None,
-    feedback: str | None = "sqlite:///feedback.db",
+    feedback_log: str | None = "sqlite:///feedback.db",
     adapt: bool = False,
     keys: Path | None = None,
     allowed_hosts: list[str] | None = None,
-    max_tokens: int = 512,
+    max_new_tokens: int = 512,
     max_open: int = 256,
     max_batch: int = 64,
     max_batch_tokens: int = 131_072,
@@ -38,12 +39,12 @@ def serve(
     """Serve a model over HTTP: an OpenAI-compatible API that writes for each user, with a page to try it.
 
     Args:
-        model: A folder that `export` wrote, or a checkpoint.
+        model: A folder that `export` wrote, a checkpoint of `fit`, or the folder of its run.
         host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
         port: Port to listen on; 0 takes any that is free.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         name: What the model is called in the API; its own name if none is given.
-        feedback: Where feedback goes: a sqlite:/// or postgresql:// URL, or null for nowhere.
+        feedback_log: Where feedback goes: a sqlite:/// or postgresql:// URL, or `none` for nowhere.
         adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback
             log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
@@ -51,7 +52,7 @@ def serve(
         allowed_hosts: Names, or patterns of them such as '*.example.org', by which the server may be called in the
             header Host, besides localhost and addresses. Without any, names are checked only where there are no keys
             and nobody but this machine can reach the server, which pages of other sites could use otherwise.
-        max_tokens: Most tokens of an answer.
+        max_new_tokens: Most tokens of an answer.
         max_open: Most requests for text that are waiting or being written; the next ones get 429. When there are so
             many, a newcomer takes the place of a waiting request of whichever key (without keys: address) has the most.
         max_batch: Most texts that are written at once.
@@ -73,7 +74,10 @@ def serve(
             f"serve needs {error.name}, which is not installed: pip install 'prlhf-lightning[serve]'"
         ) from error
 
-    if adapt and (model.is_dir() or not feedback):
+    feedback_log = None if feedback_log == "none" else feedback_log
+    if adapt:
+        model = checkpoint_of(model)
+    if adapt and not feedback_log:
         raise ConfigurationError("adapt: users are learned by a model's checkpoint (.ckpt) from a feedback log.")
 
     def load() -> tuple[PersonalizedWriter, NewUsers | None]:
@@ -88,7 +92,7 @@ def serve(
         return writer, learner
 
     limits = Limits(
-        max_tokens=max_tokens,
+        max_tokens=max_new_tokens,
         max_open=max_open,
         max_batch=max_batch,
         max_batch_tokens=max_batch_tokens,
@@ -100,4 +104,4 @@ def serve(
         burst=burst,
     )
     rename = str if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
-    run(load, host, port, feedback, keys, limits, drain_seconds, rename, allowed_hosts or ())
+    run(load, host, port, feedback_log, keys, limits, drain_seconds, rename, allowed_hosts or ())

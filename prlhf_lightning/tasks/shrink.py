@@ -27,7 +27,7 @@ from prlhf_lightning.types import PreferenceBatch
 
 
 def shrink(
-    checkpoint: Path,
+    model: Path,
     validation: Path | None = None,
     output: Path | None = None,
     columns: dict[str, str] | None = None,
@@ -41,7 +41,7 @@ def shrink(
     what is known of the trained ones, and gain by it too.
 
     Args:
-        checkpoint: A checkpoint of `fit`.
+        model: A checkpoint of `fit`, or the folder of its run.
         validation: Pairs of its users that they were not trained on, in any format that training reads; by default
             those that its run held out, as the run's `config.yaml` says.
         output: The checkpoint to write; nothing is written if none is given.
@@ -53,18 +53,19 @@ def shrink(
         raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
     if output is not None:
         check_output(output, "output")
-    content = read_checkpoint(checkpoint, "checkpoint")
+    checkpoint = checkpoint_files.checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
     users = rows_of(content, checkpoint)
     users.require_trained(checkpoint)
-    model = module_of(content, checkpoint, "checkpoint").to(pick_device(device))
+    module = module_of(content, checkpoint, "model").to(pick_device(device))
     if validation is None:
-        pairs = _held_out(checkpoint, model)
+        pairs = _held_out(checkpoint, module)
     else:
         source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
-        pairs, _ = read_pairs(model, source, option="validation")
+        pairs, _ = read_pairs(module, source, option="validation")
     console = Console()
     with console.status("Trying factors"):
-        found = fit_shrinkage(model, pairs)
+        found = fit_shrinkage(module, pairs)
     console.print(_table(found))
     if output is not None:
         users.shrink(found.best, [f"user_model.{name}" for name in found.tables])

@@ -15,6 +15,7 @@ from torch import Tensor
 from prlhf_lightning.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.tasks.known_users import require_known
 
 
 def rows_of(content: dict[str, Any], path: Path) -> UserRows:
@@ -25,13 +26,11 @@ def rows_of(content: dict[str, Any], path: Path) -> UserRows:
         path: Where it was.
     """
     if not content:
-        raise ConfigurationError(
-            f"checkpoint: {path} is a folder, written in shards; users can be had from a file only."
-        )
+        raise ConfigurationError(f"model: {path} is a folder, written in shards; users can be had from a file only.")
     try:
         return UserRows(content)
     except PRLHFError as error:
-        raise ConfigurationError(f"checkpoint: {path}: {error}") from error
+        raise ConfigurationError(f"model: {path}: {error}") from error
 
 
 class UserRows:
@@ -70,8 +69,7 @@ class UserRows:
 
     def row(self, user_id: str) -> int:
         """Return the row of a user; an unknown one is an error."""
-        if user_id not in self.vocabulary:
-            raise ConfigurationError(f"user: {user_id!r} is not in this checkpoint; `users list` shows who is.")
+        require_known([user_id], self.vocabulary)
         return int(self.vocabulary.rows([user_id])[0])
 
     def vectors(self) -> Tensor:
@@ -143,7 +141,7 @@ class UserRows:
         """Refuse a checkpoint without trained rows of users: its user model has none, or training left them alone."""
         if not self.tables:
             raise ConfigurationError(
-                f"checkpoint: {path} holds no trained rows of users, so that there is nothing to learn of new ones, or "
+                f"model: {path} holds no trained rows of users, so that there is nothing to learn of new ones, or "
                 "to shrink. Train a user model that keeps something of a user, such as IndividualUserModel."
             )
 

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from prlhf_lightning import checkpoint_files
+from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
+from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
 from prlhf_lightning.tasks.user_rows import UserRows, rows_of
@@ -22,16 +24,16 @@ from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 _NEAREST = 5
 
 
-def list_users(checkpoint: Path) -> None:
+def list_users(model: Path) -> None:
     """List the users of a checkpoint, in the order of their rows.
 
     The columns: the length of a user's row, its distance from the generic user's, and the number of steps that the
     user was in (- where the checkpoint does not hold it).
 
     Args:
-        checkpoint: A checkpoint file of `fit`.
+        model: A checkpoint file of `fit`, or the folder of its run.
     """
-    rows = _open(checkpoint)
+    rows = _open(checkpoint_files.checkpoint_of(model))
     vectors, steps = rows.vectors(), rows.steps()
     norms, distances = vectors.norm(dim=1), (vectors - vectors[0]).norm(dim=1)
     print(f"{'norm':>10} {'from generic':>12} {'steps':>8}  user_id")
@@ -40,14 +42,14 @@ def list_users(checkpoint: Path) -> None:
         print(f"{norms[row]:10.4f} {distances[row]:12.4f} {count:>8}  {printable(user_id)}")
 
 
-def show(checkpoint: Path, user: str) -> None:
+def show(model: Path, user: str) -> None:
     """Show one user of a checkpoint: row, steps, distance from the generic user, nearest users, shares of clusters.
 
     Args:
-        checkpoint: A checkpoint file of `fit`.
+        model: A checkpoint file of `fit`, or the folder of its run.
         user: The user's id.
     """
-    rows = _open(checkpoint)
+    rows = _open(checkpoint_files.checkpoint_of(model))
     row = rows.row(user)
     vectors, steps = rows.vectors(), rows.steps()
     print(f"user_id       {printable(user)}")
@@ -70,71 +72,67 @@ def show(checkpoint: Path, user: str) -> None:
 
 
 def add(
-    checkpoint: Path, user: str | list[str] | None = None, file: Path | None = None, output: Path | None = None
+    model: Path, user: str | list[str] | None = None, user_file: Path | None = None, output: Path | None = None
 ) -> None:
     """Add users to a checkpoint: each is the generic user until trained further.
 
     Args:
-        checkpoint: A checkpoint file of `fit`.
-        user: The new user's id; of several, `--user+ one --user+ another`.
-        file: A text file with an id a line, in UTF-8.
+        model: A checkpoint file of `fit`, or the folder of its run, whose newest checkpoint is then meant.
+        user: Ids of the new users, as in `--user ann bob`.
+        user_file: A text file with an id a line, in UTF-8.
         output: The file to write; the checkpoint itself if none is given.
     """
-    user_ids = _given(user, file)
+    user_ids = _given(user, user_file)
+    checkpoint = checkpoint_files.checkpoint_of(model)
     _rewrite(checkpoint, output or checkpoint, lambda rows: rows.add(user_ids))
     print(f"{len(user_ids)} added: {output or checkpoint}")
 
 
 def remove(
-    checkpoint: Path,
+    model: Path,
     user: str | list[str] | None = None,
-    file: Path | None = None,
+    user_file: Path | None = None,
     output: Path | None = None,
     all: bool = False,
 ) -> None:
-    """Erase users from a checkpoint: ids, vectors, and what the optimiser remembers of them; then search the file.
+    """Erase users from a checkpoint: ids, vectors, and what the optimizer remembers of them; then search the file.
 
-    What the users' judgements taught the weights that all share stays; see docs/checkpoints.md.
+    Nothing is written unless every user who is named is there. What the users' judgments taught the weights that all
+    share stays; see docs/checkpoints.md.
 
     Args:
-        checkpoint: A checkpoint file of `fit`; with `--all true`, one of the run's, or the run's folder.
-        user: The user's id; of several, `--user+ one --user+ another`.
-        file: A text file with an id a line, in UTF-8.
+        model: A checkpoint file of `fit`; with `--all true`, one of the run's, or the run's folder.
+        user: Ids of the users, as in `--user ann bob`.
+        user_file: A text file with an id a line, in UTF-8.
         output: The file to write; the checkpoint itself if none is given.
         all: Erase them from every checkpoint in the folder, each in place.
     """
-    user_ids = _given(user, file)
+    user_ids = _given(user, user_file)
     if all and output:
         raise ConfigurationError("output: `--all true` changes each checkpoint of the folder in place; leave it out.")
-    if checkpoint.is_dir() and all:
-        checkpoint = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
-        folder, targets = checkpoint, [path for path in checkpoint_files.in_order(checkpoint) if path.is_file()]
-    else:
-        folder, targets = checkpoint.parent, [checkpoint]
-        if all:
-            targets += [path for path in checkpoint_files.in_order(folder) if path.is_file() and path != checkpoint]
-    found: set[str] = set()
-    for path in targets:
-        here = [user_id for user_id in user_ids if user_id in _open(path).vocabulary]
-        if here:
+    folder, targets = _targets(model, all)
+    known = {path: _open(path).vocabulary for path in targets}
+    require_known(
+        user_ids, UserVocabulary(dict.fromkeys(one for vocabulary in known.values() for one in vocabulary.ids))
+    )
+    for path, vocabulary in known.items():
+        if here := [user_id for user_id in user_ids if user_id in vocabulary]:
             _erase(path, output or path, here)
-            found |= set(here)
-    if missing := sorted(set(user_ids) - found):
-        raise ConfigurationError(f"user: {missing[0]!r} is in no checkpoint that was asked for; see `users list`.")
-    _report_elsewhere(folder, output or checkpoint, user_ids)
+    _report_elsewhere(folder, output or targets[0], user_ids)
 
 
-def export(checkpoint: Path, folder: Path) -> None:
+def export(model: Path, output: Path) -> None:
     """Write the users' vectors as safetensors, keyed by user id, with what a reader needs to know beside them.
 
     `users.safetensors` has a vector a user: the user's rows of all tables, one after another. `shared.safetensors` has
     the rest of the user model, and the generic user's rows. `users.json` tells which part of a vector is which table's.
 
     Args:
-        checkpoint: A checkpoint file of `fit`.
-        folder: Where the files go; made if it is not there.
+        model: A checkpoint file of `fit`, or the folder of its run.
+        output: The folder to write; made if it is not there.
     """
-    content = read_checkpoint(checkpoint, "checkpoint")
+    checkpoint = checkpoint_files.checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
     rows = rows_of(content, checkpoint)
     vectors = rows.vectors()
     users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
@@ -153,29 +151,53 @@ def export(checkpoint: Path, folder: Path) -> None:
         "users.json": json.dumps(about, indent=2).encode(),
     }
     for name, raw in files.items():
-        write_whole(folder / name, raw)
-    print(f"{len(users)} users are in {folder}")
+        write_whole(output / name, raw)
+    print(f"{len(users)} users are in {output}")
 
 
 def _open(path: Path) -> UserRows:
-    return rows_of(read_checkpoint(path, "checkpoint"), path)
+    return rows_of(read_checkpoint(path, "model"), path)
 
 
-def _given(user: str | list[str] | None, file: Path | None) -> list[str]:
+def _targets(model: Path, all: bool) -> tuple[Path, list[Path]]:
+    """Return the folder of a checkpoint, and which of its files users are to be erased from."""
+    if not model.is_dir():
+        folder = model.parent
+        beside = [path for path in (*checkpoint_files.in_order(folder), *_baseline(folder)) if path.is_file()]
+        return folder, [model, *(path for path in beside if all and path != model)]
+    if not all:
+        raise ConfigurationError(
+            f"model: {model} is a folder. Name one checkpoint, or erase the users from all of them with `--all true`."
+        )
+    folder = model / "checkpoints" if (model / "checkpoints").is_dir() else model
+    targets = [path for path in (*checkpoint_files.in_order(folder), *_baseline(folder)) if path.is_file()]
+    if not targets:
+        raise ConfigurationError(f"model: there is no checkpoint file in {folder}; name a run's folder.")
+    return folder, targets
+
+
+def _baseline(folder: Path) -> list[Path]:
+    """Return the checkpoints that `fit --train_baseline true` keeps beside those of a run, which name its users too."""
+    beside = folder.parent / "baseline"
+    return checkpoint_files.in_order(beside) if folder.name == "checkpoints" and beside.is_dir() else []
+
+
+def _given(user: str | list[str] | None, user_file: Path | None) -> list[str]:
     """Return the ids of the command line and of a file, each once."""
     user_ids = [user] if isinstance(user, str) else list(user or ())
-    if file is not None:
+    if user_file is not None:
         try:
-            user_ids += [line for line in file.read_text(encoding="utf-8").splitlines() if line]
+            lines = user_file.read_bytes().decode("utf-8-sig").split("\n")  # no other sign may end an id
         except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"file: {file} can't be read as lines of UTF-8: {error}") from error
+            raise ConfigurationError(f"user_file: {user_file} can't be read as lines of UTF-8: {error}") from error
+        user_ids += [line for raw in lines if (line := raw.removesuffix("\r"))]
     if not user_ids or not all(user_ids):
-        raise ConfigurationError("user: give an id, or a file of ids, none of them empty.")
+        raise ConfigurationError("user: give an id, or a file of ids with --user_file, none of them empty.")
     return list(dict.fromkeys(user_ids))
 
 
 def _rewrite(source: Path, target: Path, change: Callable[[UserRows], None]) -> None:
-    content = read_checkpoint(source, "checkpoint")
+    content = read_checkpoint(source, "model")
     change(rows_of(content, source))
     times = source.stat()
     checkpoint_files.save(content, target)
@@ -193,7 +215,7 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     others = after.remembered()
     for number, new in enumerate(after.new_rows()):  # what a user has who was added and never trained
         others[number] = torch.cat([others[number], new[None]])
-    written = list(texts(read_checkpoint(target, "checkpoint")))
+    written = list(texts(read_checkpoint(target, "model")))
     print(f"{target}: searched all {target.stat().st_size:,} bytes")
     left = []
     for user_id, row in rows_of.items():
@@ -210,9 +232,7 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
             said += "; its letters also occur, by chance, among the bytes of numbers"
         print(f"  {printable(user_id)} and {len(vectors)} vectors: {said}")
     if left:
-        raise ConfigurationError(
-            f"checkpoint: {target} still holds {_listed(left)}, in a place not known to this tool."
-        )
+        raise ConfigurationError(f"model: {target} still holds {_listed(left)}, in a place not known to this tool.")
 
 
 def _report_elsewhere(folder: Path, done: Path, user_ids: Sequence[str]) -> None:
@@ -240,9 +260,12 @@ def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
         print(f"{path} can't be read, and names {_listed(found)}: delete it.")
         return
     if still := [user_id for user_id in found if user_id in known]:
-        options = " ".join(f"--user+ {shlex.quote(user_id)}" for user_id in still)
         print(f"{path} still holds {_listed(still)}:")
-        print(f"  python -m prlhf_lightning users remove --checkpoint {shlex.quote(str(path))} {options}")
+        if all(map(str.isprintable, (str(path), *still))):
+            options = " ".join(shlex.quote(f"--user={user_id}") for user_id in still)
+        else:
+            options = "--user_file FILE"  # an id a line: a terminal can't show them as they are
+        print(f"  python -m prlhf_lightning users remove --model {shlex.quote(str(path))} {options}")
         print("  (or, for all checkpoints beside it as well, with --all true)")
 
 
@@ -250,6 +273,7 @@ def _files_of_run(folder: Path) -> Iterator[Path]:
     yield from checkpoint_files.in_order(folder)
     yield from sorted(folder.glob(".*.partial"))
     if folder.name == "checkpoints":
+        yield from _baseline(folder)
         yield from sorted(path for path in folder.parent.iterdir() if path.is_file())
 
 

@@ -103,9 +103,9 @@ def test_code_in_a_checkpoint_is_not_run_even_if_its_seal_is_right(checkpoint, m
     with pytest.raises(pickle.UnpicklingError):
         PersonalizedLM.load_from_checkpoint(checkpoint, **parts(model_path))
     with pytest.raises(SystemExit, match="could run code"):
-        main(["users", "list", "--checkpoint", str(checkpoint)])
+        main(["users", "list", "--model", str(checkpoint)])
     with pytest.raises(SystemExit, match="could run code"):
-        main(["export", "--checkpoint", str(checkpoint), "--folder", str(tmp_path / "out")])
+        main(["export", "--model", str(checkpoint), "--output", str(tmp_path / "out")])
     assert not (tmp_path / "ran").exists()
     torch.load(checkpoint, weights_only=False)
     assert (tmp_path / "ran").exists()  # so that it could have been
@@ -207,7 +207,7 @@ def test_a_run_of_format_1_goes_on(made, tmp_path):
 
 
 def test_the_users_of_format_1_are_listed(made, capsys):
-    main(["users", "list", "--checkpoint", str(made[0])])
+    main(["users", "list", "--model", str(made[0])])
     assert "user-04" in capsys.readouterr().out
 
 
@@ -227,8 +227,8 @@ def test_a_checkpoint_that_this_version_does_not_understand_is_named(made, entry
     checkpoint_files.save(content, path)
     for command in (
         [*make_checkpoint.COMMAND, "--ckpt_path", path, "--trainer.default_root_dir", tmp_path],
-        ["export", "--checkpoint", path, "--folder", tmp_path / "out"],
-        ["users", "list", "--checkpoint", path],
+        ["export", "--model", path, "--output", tmp_path / "out"],
+        ["users", "list", "--model", path],
     ):
         with pytest.raises(SystemExit, match=f"^error: .*format_1.ckpt: This checkpoint.*{says}"):
             main([*map(str, command)])

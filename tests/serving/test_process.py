@@ -140,7 +140,7 @@ def test_a_missing_extra_is_named(monkeypatch, capsys, tmp_path):
         (["--allowed_hosts", "a", "b", "--port", "99999"], "can't listen"),
         (["--max_open", "0"], "max_open is 0"),
         (["--keys", "nowhere.toml"], "keys: nowhere.toml can't be read"),
-        (["--port", "0", "--feedback", "nowhere/x.db"], "can't be used now"),
+        (["--port", "0", "--feedback_log", "nowhere/x.db"], "can't be used now"),
     ],
 )
 def test_what_keeps_a_server_from_starting_is_said(tmp_path, options, says):
@@ -149,7 +149,7 @@ def test_what_keeps_a_server_from_starting_is_said(tmp_path, options, says):
 
 
 def test_a_key_is_made_by_a_command(capsys):
-    main(["api-key", "--name", "team", "--users", "a-*"])
+    main(["api-key", "--name", "team", "--user_pattern", "a-*"])
     said = capsys.readouterr().out
     assert 'users = "a-*"' in said
     assert "sk-" in said

@@ -320,7 +320,7 @@ def test_new_users_of_a_study_with_pseudonyms_are_stored_by_theirs(trained_file,
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     monkeypatch.setenv("STUDY_SALT", "a secret of many bytes")
     new, output = write_votes(folder / "secret.jsonl", {"person-1": 2}), folder / "secret.ckpt"
-    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(new), "--output", str(output)]
+    command = ["adapt", "--model", str(trained_file), "--feedback", str(new), "--output", str(output)]
     main([*command, "--hash_user_ids_with", "STUDY_SALT"])
     assert Pseudonyms.load("STUDY_SALT")("person-1").encode() in output.read_bytes()
     assert b"person-1" not in output.read_bytes() + capsys.readouterr().out.encode()
@@ -329,7 +329,7 @@ def test_new_users_of_a_study_with_pseudonyms_are_stored_by_theirs(trained_file,
 def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     new = write_votes(folder / "two.jsonl", {"new-1": 6, "new-2": 2})
-    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(new)]
+    command = ["adapt", "--model", str(trained_file), "--feedback", str(new)]
     main([*command, "--output", str(folder / "more.ckpt"), "--suggest", "1", "--pool", str(new)])
     said = capsys.readouterr().out
     asked = [json.loads(line) for line in said.splitlines() if line.startswith("{")]
@@ -337,7 +337,7 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
     assert asked[0]["ask"].startswith(str(new))
     assert "all 2" in said
     with pytest.raises(SystemExit, match="'new-1' is in this checkpoint already"):
-        main(["adapt", "--checkpoint", str(folder / "more.ckpt"), "--feedback", str(new)])
+        main(["adapt", "--model", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
     with pytest.raises(SystemExit, match="suggest: say how many pairs of the pool"):
@@ -363,7 +363,7 @@ def test_the_model_is_rebuilt_of_what_is_read_once_and_left_as_it_is(trained_fil
     monkeypatch.setattr(checkpoint_files, "check", checked.append)
     new, old = (write_votes(folder / f"{user}.jsonl", {user: 2}) for user in ("gus", "user0"))
     for args in (["adapt", "--feedback", str(new)], ["shrink", "--validation", str(old)]):
-        main([*args, "--checkpoint", str(trained_file), "--output", str(folder / "once.ckpt")])
+        main([*args, "--model", str(trained_file), "--output", str(folder / "once.ckpt")])
     assert checked == [trained_file, trained_file]
 
 
@@ -371,7 +371,7 @@ def test_the_model_is_rebuilt_of_what_is_read_once_and_left_as_it_is(trained_fil
 def test_the_commands_compute_on_the_device_that_is_named(trained_file, folder, monkeypatch, command):
     users = {"eve": 6, "fay": 5} if command == "adapt" else {f"user{i}": 2 for i in range(4)}
     file = write_votes(folder / f"{command}.jsonl", users)
-    args = [command, "--checkpoint", str(trained_file)]
+    args = [command, "--model", str(trained_file)]
     args += ["--feedback", str(file), "--steps", "1"] if command == "adapt" else ["--validation", str(file)]
     main([*args, "--output", str(folder / f"{command} there.ckpt"), "--device", "cpu"])
     with PretendedGPU() as gpu:
@@ -387,7 +387,7 @@ def test_known_users_of_a_file_are_left_out_where_that_is_asked_for(trained_file
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     mixed = write_votes(folder / "mixed.jsonl", {"user0": 2, "user1": 1, "late": 2})
     mixed.write_text(mixed.read_text().replace('"user_id"', '"worker"'))
-    command = ["adapt", "--checkpoint", str(trained_file), "--feedback", str(mixed), "--columns", "{user_id: worker}"]
+    command = ["adapt", "--model", str(trained_file), "--feedback", str(mixed), "--columns", "{user_id: worker}"]
     with pytest.raises(SystemExit, match=r"'user0' is in this checkpoint already\. .*`--skip_known true`"):
         main(command)
     main([*command, "--skip_known", "true", "--output", str(folder / "late.ckpt")])
@@ -399,7 +399,7 @@ def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
     output = folder / "shrunk.ckpt"
-    main(["shrink", "--checkpoint", str(trained_file), "--validation", str(turned), "--output", str(output)])
+    main(["shrink", "--model", str(trained_file), "--validation", str(turned), "--output", str(output)])
     assert "with rows 0 times as far" in " ".join(capsys.readouterr().out.split())
     old, new = (read_checkpoint(path, "x") for path in (trained_file, output))
     rows = UserRows(new)
@@ -414,7 +414,7 @@ def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(train
         folder / "same.ckpt",
         folder / "frozen.ckpt",
     )
-    args = ["shrink", "--validation", str(votes), "--output", str(output), "--checkpoint"]
+    args = ["shrink", "--validation", str(votes), "--output", str(output), "--model"]
     content = read_checkpoint(trained_file, "x")
     before = UserRows(content).vectors()
     found = Shrinkage((1.0,), torch.zeros(1), torch.ones(1), 2, ("codes.weight",))
@@ -426,14 +426,14 @@ def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(train
         content["state_dict"][name][1:] = 0.0
     checkpoint_files.save(content, frozen)
     with pytest.raises(SystemExit, match=r"none of its users has a row that differs from a new user's"):
-        main(["adapt", "--checkpoint", str(frozen), "--feedback", str(write_votes(folder / "eve.jsonl", {"eve": 1}))])
+        main(["adapt", "--model", str(frozen), "--feedback", str(write_votes(folder / "eve.jsonl", {"eve": 1}))])
     for name in UserRows(content).tables:
         del content["state_dict"][name]
     content["prlhf_lightning"]["new_rows"] = {}  # as where training leaves the tables alone
     checkpoint_files.save(content, frozen)
     with pytest.raises(SystemExit, match=r"frozen\.ckpt holds no trained rows of users, .* or to shrink"):
         main([*args, str(frozen)])
-    with pytest.raises(SystemExit, match=r"checkpoint: .* is a folder, written in shards"):
+    with pytest.raises(SystemExit, match=r"model: .* is a folder, written in shards"):
         main([*args, str(folder)])
 
 
@@ -491,7 +491,7 @@ def test_of_a_servers_log_the_new_users_are_learned(trained_file, folder, monkey
     log = FeedbackLog(url)
     for number, user in enumerate(["user0", "new", "new"]):
         log.append(Feedback("", str(number), 0.0, user, "a cat", "yes", "no"))
-    main(["adapt", "--checkpoint", str(trained_file), "--feedback", url, "--output", str(folder / "logged.ckpt")])
+    main(["adapt", "--model", str(trained_file), "--feedback", url, "--output", str(folder / "logged.ckpt")])
     assert read_checkpoint(folder / "logged.ckpt", "x")["prlhf_lightning"]["users"][-1] == "new"
 
 
@@ -501,4 +501,4 @@ def test_texts_become_ids_as_in_training(trained_file, folder, monkeypatch):
     row = {"user_id": "new", "prompt": "a", "chosen": f"{alike} yes", "rejected": f"{alike} no"}
     (folder / "alike.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(SystemExit, match="are the same tokens once they are cut"):
-        main(["adapt", "--checkpoint", str(trained_file), "--feedback", str(folder / "alike.jsonl")])
+        main(["adapt", "--model", str(trained_file), "--feedback", str(folder / "alike.jsonl")])

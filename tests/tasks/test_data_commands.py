@@ -38,7 +38,7 @@ def records(path):
 
 def test_check_shows_what_is_wrong_writes_it_as_json_and_exits_with_1(tmp_path, capsys):
     votes = write(tmp_path / "votes.jsonl", [row(1), "{", row(2, user_id=None), row(3)])
-    assert run("data", "check", "--train", votes, "--json", tmp_path / "out" / "report.json") == 1
+    assert run("data", "check", "--train", votes, "--output", tmp_path / "out" / "report.json") == 1
     shown = capsys.readouterr().out
     assert "train: 4 rows = 2 accepted + 0 ties + 2 rejected" in shown
     assert f"{votes}:3: field 'user_id' is null (column 'user_id'); fill it or drop the row." in shown
@@ -132,7 +132,7 @@ def test_conversations_become_lists_of_messages_with_the_prompt_apart(tmp_path):
 def test_thumbs_keep_their_columns(tmp_path, capsys):
     thumbs = [{"user_id": "ann", "prompt": "p", "completion": "yes", "label": up} for up in (True, False, "maybe")]
     votes = write(tmp_path / "votes.jsonl", thumbs)
-    args = ("--feedback", "thumbs", "--train", votes)
+    args = ("--feedback_type", "thumbs", "--train", votes)
     assert run("data", "check", *args) == 1
     shown = capsys.readouterr().out
     assert "label: is '…', of type str (1)" in shown

@@ -46,7 +46,18 @@ def test_where_no_answer_is_shared_features_tell(tmp_path, taste, verdict):
 def test_a_page_is_written_that_shows_no_text_and_no_user(tmp_path, capsys):
     rows = [(f"secret-user-{n % 7}", "secret prompt", f"secret {a}", f"secret {b}") for n, (a, b) in enumerate(pairs())]
     out = tmp_path / "pages" / "page.html"
-    main(["data", "describe", "--train", written(tmp_path / "votes.jsonl", rows), "--out", str(out), "--title", "<b>&"])
+    main(
+        [
+            "data",
+            "describe",
+            "--train",
+            written(tmp_path / "votes.jsonl", rows),
+            "--output",
+            str(out),
+            "--title",
+            "<b>&",
+        ]
+    )
     page = out.read_text()
     assert "secret" not in page
     assert "Feedback: &lt;b&gt;&amp;" in page
@@ -65,7 +76,7 @@ def pairs():
 
 @pytest.mark.parametrize("rows", [[("u", "p", "x", "y")], [("u", "p", "x", "y"), ("v", "q", "a", "b")]])
 def test_a_few_votes_make_a_page_too(tmp_path, rows):
-    describe(train=written(tmp_path / "votes.jsonl", rows), out=tmp_path / "page.html")
+    describe(train=written(tmp_path / "votes.jsonl", rows), output=tmp_path / "page.html")
     assert "too few votes" in (tmp_path / "page.html").read_text()
 
 
@@ -85,11 +96,11 @@ def test_a_validation_file_of_ties_alone_is_as_good_as_none(tmp_path):
 def test_what_cannot_be_described_is_refused(tmp_path):
     path = written(tmp_path / "votes.jsonl", [("u", "p", "x", "x")])
     with pytest.raises(ConfigurationError, match="no votes"):
-        describe(train=path, out=tmp_path / "page.html")
+        describe(train=path, output=tmp_path / "page.html")
     with pytest.raises(ConfigurationError, match="max_votes"):
-        describe(train=path, out=tmp_path / "page.html", max_votes=0)
+        describe(train=path, output=tmp_path / "page.html", max_votes=0)
     with pytest.raises(ConfigurationError, match="seed"):
-        describe(train=path, out=tmp_path / "page.html", seed=-1)
+        describe(train=path, output=tmp_path / "page.html", seed=-1)
 
 
 @pytest.mark.slow

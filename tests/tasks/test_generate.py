@@ -48,13 +48,13 @@ def answer(checkpoint, prompt, user, **how) -> str:
 
 
 def test_one_answer_is_written_as_it_is(checkpoint, capsys):
-    generate(checkpoint, "--prompt", "the cat", "--users", "ann")
+    generate(checkpoint, "--prompt", "the cat", "--user", "ann")
     assert capsys.readouterr().out == answer(checkpoint, "the cat", "ann") + "\n"
 
 
 def test_several_answers_stand_side_by_side_and_strangers_are_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
-    generate(checkpoint, "--prompt", "the cat", "--users", "ann", "eve", "--blend", "{ann: 0.25, bob: 0.75}")
+    generate(checkpoint, "--prompt", "the cat", "--user", "ann", "eve", "--blend", "{ann: 0.25, bob: 0.75}")
     shown = capsys.readouterr()
     assert shown.err.strip().endswith("Not known to this model, and so written for as the generic user: eve")
     (titles,) = [line for line in shown.out.splitlines() if " ann " in line and " eve " in line]
@@ -66,7 +66,7 @@ def test_several_answers_stand_side_by_side_and_strangers_are_named(checkpoint, 
 def test_files_of_prompts_become_files_of_answers(checkpoint, tmp_path):
     rows = [{"prompt": "a dog", "user_id": "bob", "id": "x"}, {"prompt": "red sun"}]
     (tmp_path / "in.jsonl").write_text("\n\n".join(map(json.dumps, rows)) + "\n")
-    options = ["--users", "ann", "bob", "--strength", "0.5", "--output", str(tmp_path / "out.jsonl")]
+    options = ["--user", "ann", "bob", "--strength", "0.5", "--output", str(tmp_path / "out.jsonl")]
     generate(checkpoint, "--prompts", str(tmp_path / "in.jsonl"), *options)
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert [(row["id"], row["user_id"]) for row in written] == [("x", "bob"), (3, "ann"), (3, "bob")]
@@ -125,7 +125,7 @@ def test_what_is_neither_checkpoint_nor_export_is_named(tmp_path):
 def test_ids_that_were_hashed_in_training_are_hashed(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("STUDY_SALT", "0123456789abcdef")
     output = ["--output", str(tmp_path / "out.jsonl"), "--hash_user_ids_with", "STUDY_SALT"]
-    generate(checkpoint, "--prompt", "a", "--users", "ann", *output)
+    generate(checkpoint, "--prompt", "a", "--user", "ann", *output)
     (row,) = map(json.loads, (tmp_path / "out.jsonl").read_text().splitlines())
     assert (row["user_id"], row["known_user"]) == (Pseudonyms(b"0123456789abcdef")("ann"), False)
 
@@ -134,5 +134,5 @@ def test_control_characters_do_not_reach_the_terminal(checkpoint, capsys, monkey
     writer = open_writer(checkpoint)
     monkeypatch.setattr("prlhf_lightning.tasks.generate.open_writer", lambda *_: writer)
     monkeypatch.setattr(writer.tokenizer, "decode", lambda ids, **_: "\x1b[31mred" if len(ids) else "")
-    generate("unused", "--prompt", "the cat", "--users", "ann")
+    generate("unused", "--prompt", "the cat", "--user", "ann")
     assert capsys.readouterr().out.startswith("\\u001b[31mred")

@@ -141,22 +141,22 @@ def test_users_are_read_in_blocks_that_depend_on_no_ones_number_of_pairs(model, 
 
 def test_the_command_adds_users_whom_remove_erases(checkpoint, folder, capsys):
     new = write_votes(folder / "two.jsonl", {"new-1": 6, "new-2": 2})
-    command = ["adapt", "--checkpoint", str(checkpoint), "--feedback", str(new)]
+    command = ["adapt", "--model", str(checkpoint), "--feedback", str(new)]
     main([*command, "--output", str(folder / "more.ckpt")])
     assert "2 users read off 8 pairs" in capsys.readouterr().out
     row = UserRows(checkpoint_files.load(folder / "more.ckpt")).vectors()[-2]
     assert row.any()
-    main(["users", "remove", "--checkpoint", str(folder / "more.ckpt"), "--user", "new-1"])
+    main(["users", "remove", "--model", str(folder / "more.ckpt"), "--user", "new-1"])
     assert "new-1 and 1 vectors: nothing left" in capsys.readouterr().out
     assert row.numpy().tobytes() not in (folder / "more.ckpt").read_bytes()
-    main(["users", "add", "--checkpoint", str(folder / "more.ckpt"), "--user", "eve"])
+    main(["users", "add", "--model", str(folder / "more.ckpt"), "--user", "eve"])
     assert not UserRows(checkpoint_files.load(folder / "more.ckpt")).vectors()[-1].any()
     with pytest.raises(SystemExit, match="reads users off their pairs, which takes no steps"):
         main([*command, "--steps", "1"])
 
 
 def test_an_exported_folder_has_the_users_prompts_with_no_data_at_hand(checkpoint, model, folder):
-    main(["export", "--checkpoint", str(checkpoint), "--folder", str(folder / "exported")])
+    main(["export", "--model", str(checkpoint), "--output", str(folder / "exported")])
     writer = PersonalizedWriter.from_folder(folder / "exported")
     users = Users(torch.arange(9))
     assert torch.equal(writer.user_model(users).vectors, model.user_model(users).vectors)

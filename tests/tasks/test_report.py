@@ -81,8 +81,8 @@ class Page(HTMLParser):
 def report(checkpoint, *options, small=True):
     out = checkpoint.parent / "page.html"
     out.unlink(missing_ok=True)
-    few = ["--users", "3", "--prompts", "2", "--max_new_tokens", "8"] if small else []
-    main(["report", "--checkpoint", str(checkpoint), "--out", str(out), "--device", "cpu", *few, *options])
+    few = ["--num_users", "3", "--num_prompts", "2", "--max_new_tokens", "8"] if small else []
+    main(["report", "--model", str(checkpoint), "--output", str(out), "--device", "cpu", *few, *options])
     return Page(out)
 
 
@@ -105,7 +105,7 @@ class LongJudge(Judge):
 
 
 def test_a_run_of_simulated_users_gets_every_section_without_more(simulated, capsys):
-    page = report(simulated, "--users", "2", "--prompts", "2", small=False)
+    page = report(simulated, "--num_users", "2", "--num_prompts", "2", small=False)
     assert page.tags.count("figure") == 6
     assert "UtilityJudge" in page.text
     assert "hidden taste: I like" in page.text
@@ -149,7 +149,7 @@ def test_a_judge_of_ones_own_is_named_by_its_class(run):
 
 
 def test_the_model_itself_is_no_judge_to_be_trusted(run):
-    page = report(run, "--judge", "RewardJudge", "--judge.checkpoint", str(run))
+    page = report(run, "--judge", "RewardJudge", "--judge.model", str(run))
     assert "The judge is the very model that is judged" in page.text
 
 
@@ -180,7 +180,7 @@ def test_data_can_be_named_for_a_checkpoint_by_itself(run, tmp_path):
     ann, bob = known(run)[:2]
     votes = write_votes(tmp_path / "more.jsonl", {ann: 20, bob: 20, "new": 20}, seed=3)
     rest = write_votes(tmp_path / "rest.jsonl", {ann: 6, bob: 6}, seed=4)
-    page = report(alone, "--data", "FileSource", "--data.train", str(votes), "--data.validation", str(rest))
+    page = report(alone, "--source", "FileSource", "--source.train", str(votes), "--source.validation", str(rest))
     assert "No curve: There are no pairs of users" in page.text
     assert "Prompt:" in page.text
 
@@ -193,11 +193,11 @@ def test_a_baseline_is_ranked_beside_the_model(run):
     ("options", "said"),
     [
         (["--run", "no/such"], "there is no folder no/such"),
-        (["--users", "0"], "users is 0"),
+        (["--num_users", "0"], "num_users is 0"),
         (["--seed", "-1"], "seed is -1"),
-        (["--out", "/proc/no/page.html"], "/proc/no/page.html cannot be written"),
+        (["--output", "/proc/no/page.html"], "/proc/no/page.html cannot be written"),
         (["--judge", "UtilityJudge"], "UtilityJudge knows the users of SimulatedSource"),
-        (["--judge", "RewardJudge", "--judge.checkpoint", "no.ckpt"], "there is no checkpoint no.ckpt"),
+        (["--judge", "RewardJudge", "--judge.model", "no.ckpt"], "there is no checkpoint no.ckpt"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_a_line(run, options, said):

@@ -102,7 +102,7 @@ def test_a_removed_user_leaves_nothing_and_the_others_stay_as_they_are(checkpoin
     secrets = [CARLA.encode(), *(table[row].numpy().tobytes() for table in before.remembered())]
     assert len(secrets) >= 4  # the id; a vector, and the optimiser's two averages
     assert all(secret in raw for secret in secrets)
-    run("remove", "--checkpoint", checkpoint, "--user", CARLA)
+    run("remove", "--model", checkpoint, "--user", CARLA)
     raw = checkpoint.read_bytes()
     assert not any(secret in raw for secret in secrets)
     assert f"{CARLA} and {len(secrets) - 1} vectors: nothing left" in capsys.readouterr().out
@@ -116,7 +116,7 @@ def test_a_removed_user_leaves_nothing_and_the_others_stay_as_they_are(checkpoin
 
 
 def test_a_checkpoint_without_a_user_loads_and_goes_on(checkpoint, model_path, tmp_path, make_user_model):
-    run("remove", "--checkpoint", checkpoint, "--user", CARLA)
+    run("remove", "--model", checkpoint, "--user", CARLA)
     fewer = {user_id: count for user_id, count in IDS.items() if user_id != CARLA}
     _, module = fit(model_path, tmp_path, make_user_model(), fewer, max_epochs=2, ckpt_path=checkpoint)
     assert CARLA not in module.vocabulary
@@ -125,7 +125,7 @@ def test_a_checkpoint_without_a_user_loads_and_goes_on(checkpoint, model_path, t
 
 def test_users_are_added_as_the_generic_user_and_trained_from_there(checkpoint, model_path, tmp_path, make_user_model):
     before = of(checkpoint)
-    run("add", "--checkpoint", checkpoint, "--user+", "eve", "--user+", "7")
+    run("add", "--model", checkpoint, "--user+", "eve", "--user+", "7")
     after = of(checkpoint)
     assert after.vocabulary.ids == (*before.vocabulary.ids, "eve", "7")
     tables = list(before.tables.values())
@@ -145,15 +145,15 @@ def test_users_are_added_as_the_generic_user_and_trained_from_there(checkpoint, 
 
 
 def test_a_user_who_is_added_and_removed_again_leaves_the_same_checkpoint(checkpoint, tmp_path):
-    run("add", "--checkpoint", checkpoint, "--user", "eve", "--output", tmp_path / "b.ckpt")
-    run("remove", "--checkpoint", tmp_path / "b.ckpt", "--user", "eve")
+    run("add", "--model", checkpoint, "--user", "eve", "--output", tmp_path / "b.ckpt")
+    run("remove", "--model", tmp_path / "b.ckpt", "--user", "eve")
     a, b = of(checkpoint), of(tmp_path / "b.ckpt")
     assert a.vocabulary == b.vocabulary
     assert all(torch.equal(x, y) for x, y in zip(a.remembered(), b.remembered(), strict=True))
 
 
 def test_vectors_are_exported_by_user(checkpoint, tmp_path):
-    run("export", "--checkpoint", checkpoint, "--folder", tmp_path / "out")
+    run("export", "--model", checkpoint, "--output", tmp_path / "out")
     rows, vectors = of(checkpoint), load_file(tmp_path / "out/users.safetensors")
     assert set(vectors) == set(IDS)
     about = json.loads((tmp_path / "out/users.json").read_text())
@@ -172,14 +172,14 @@ def plain(model_path, tmp_path):
 
 
 def test_users_are_listed_and_shown(plain, capsys):
-    run("list", "--checkpoint", plain)
+    run("list", "--model", plain)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[-1].strip() for line in lines[2:]] == sorted(IDS)
     weights = of(plain).tables["user_model.weights.weight"]
     assert f"{weights[1].norm():.4f}" in lines[2]
     assert f"{(weights[1] - weights[0]).norm():.4f}" in lines[2]
     assert f" {int(of(plain).steps()[1])}  ann@example.org" in lines[2]
-    run("show", "--checkpoint", plain, "--user", CARLA)
+    run("show", "--model", plain, "--user", CARLA)
     shown = capsys.readouterr().out
     assert "row           3 of 4" in shown
     assert " ".join(f"{share:.3f}" for share in weights[3].softmax(0)) in shown
@@ -195,7 +195,7 @@ def test_removing_says_where_else_a_user_is(plain, tmp_path, capsys):
     (folder / "bad.ckpt").write_bytes((folder / "bad.ckpt").read_bytes()[:-1])
     (folder / ".best.ckpt.partial").write_bytes(plain.read_bytes()[:9000] + CARLA.encode())
     (folder.parent / "users_seen.csv").write_text(f"{CARLA},0.5")
-    run("remove", "--checkpoint", folder / "last.ckpt", "--user", CARLA)
+    run("remove", "--model", folder / "last.ckpt", "--user", CARLA)
     said = capsys.readouterr().out
     assert f"{folder / 'best.ckpt'} still holds {CARLA}" in said
     assert f"{folder / 'bad.ckpt'} can't be read, and names {CARLA}: delete it" in said
@@ -211,21 +211,21 @@ def test_a_user_is_removed_from_all_checkpoints_of_a_run(plain, tmp_path):
     for name in ("last.ckpt", "best.ckpt"):
         checkpoint_files.save(checkpoint_files.load(plain), folder / name)
     (tmp_path / "people.txt").write_text(f"{CARLA}\ndee dee\n", encoding="utf-8")
-    run("remove", "--checkpoint", tmp_path / "run", "--file", tmp_path / "people.txt", "--all", "true")
+    run("remove", "--model", tmp_path / "run", "--user_file", tmp_path / "people.txt", "--all", "true")
     for path in folder.iterdir():
         assert of(path).vocabulary.ids == ("ann@example.org", "bob-the-builder")
 
 
 def test_a_checkpoint_that_is_changed_in_place_keeps_its_age(plain):
     before = plain.stat()
-    run("remove", "--checkpoint", plain, "--user", CARLA)
+    run("remove", "--model", plain, "--user", CARLA)
     assert plain.stat().st_mtime_ns == before.st_mtime_ns
     assert plain.stat().st_ino != before.st_ino  # a new file took its place
 
 
 def test_letters_that_are_part_of_another_id_are_told_from_the_user(plain, capsys):
-    run("add", "--checkpoint", plain, "--user+", "eve", "--user+", "evelyn")
-    run("remove", "--checkpoint", plain, "--user", "eve")
+    run("add", "--model", plain, "--user+", "eve", "--user+", "evelyn")
+    run("remove", "--model", plain, "--user", "eve")
     assert "eve and 0 vectors: nothing left; its letters are also a part of evelyn" in capsys.readouterr().out
 
 
@@ -234,7 +234,7 @@ def test_a_trace_that_stays_is_an_error(plain, capsys):
     content["notes"] = {"favourites": [CARLA]}
     checkpoint_files.save(content, plain)
     with pytest.raises(SystemExit, match="still holds carla"):
-        run("remove", "--checkpoint", plain, "--user", CARLA)
+        run("remove", "--model", plain, "--user", CARLA)
     assert "STILL THERE" in capsys.readouterr().out
 
 
@@ -250,24 +250,24 @@ def test_a_slice_of_a_table_would_be_found_out(plain, monkeypatch, capsys):
 
     monkeypatch.setattr(UserRows, "keep", careless)
     with pytest.raises(SystemExit, match="still holds dee dee"):
-        run("remove", "--checkpoint", plain, "--user", "dee dee")
+        run("remove", "--model", plain, "--user", "dee dee")
 
 
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["show", "--user", "eve"], "user: 'eve' is not in this checkpoint"),
-        (["remove", "--user", "eve"], "user: 'eve' is in no checkpoint that was asked for"),
+        (["show", "--user", "eve"], "user: 'eve' is not in this model"),
+        (["remove", "--user", "eve"], "user: 'eve' is not in this model"),
         (["add", "--user", CARLA], "is in this checkpoint already"),
         (["add"], "user: give an id"),
-        (["add", "--file", "/no/such/file"], "file: /no/such/file can't be read"),
+        (["add", "--user_file", "/no/such/file"], "user_file: /no/such/file can't be read"),
         (["remove", "--user", CARLA, "--all", "true", "--output", "b.ckpt"], "output: `--all true` changes"),
     ],
 )
 def test_a_mistake_is_named_and_nothing_is_changed(plain, args, says):
     before = plain.read_bytes()
     with pytest.raises(SystemExit, match=f"^error: .*{says}"):
-        run(*args, "--checkpoint", plain)
+        run(*args, "--model", plain)
     assert plain.read_bytes() == before
 
 
@@ -276,7 +276,7 @@ def test_a_checkpoint_that_does_not_tell_its_tables_says_what_to_do(plain):
     del content["prlhf_lightning"]["new_rows"]
     checkpoint_files.save(content, plain)
     with pytest.raises(SystemExit, match=r"does not say which of its weights are users' rows.*fit --ckpt_path"):
-        run("list", "--checkpoint", plain)
+        run("list", "--model", plain)
 
 
 def test_a_foreign_optimiser_is_refused_and_not_guessed_at(plain):
@@ -284,7 +284,7 @@ def test_a_foreign_optimiser_is_refused_and_not_guessed_at(plain):
     content["optimizer_states"][0]["param_groups"][-1]["name"] = "mine"
     checkpoint_files.save(content, plain)
     with pytest.raises(SystemExit, match="no group `user_tables`"):
-        run("remove", "--checkpoint", plain, "--user", CARLA)
+        run("remove", "--model", plain, "--user", CARLA)
 
 
 def test_users_without_rows_are_removed_from_the_vocabulary(model_path, tmp_path):

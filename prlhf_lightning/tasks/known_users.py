@@ -1,0 +1,54 @@
+"""Users whom a command names and a model does not know: which id may have been meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+
+from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+
+_NEAREST = 3
+
+
+def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user") -> None:
+    """Refuse ids that are not in a vocabulary, with those in it that look alike.
+
+    Args:
+        user_ids: What was named.
+        vocabulary: The users of the model.
+        option: What the user called the ids, for messages.
+
+    Raises:
+        ConfigurationError: An id is not there.
+    """
+    missing = [user_id for user_id in user_ids if user_id not in vocabulary]
+    if not missing:
+        return
+    more = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
+    near = nearest(missing[0], vocabulary.ids)
+    meant = f"did you mean {' or '.join(near)}?" if near else "`users list` shows who is."
+    raise ConfigurationError(f"{option}: {missing[0]!r} is not in this model{more}; {meant}")
+
+
+def nearest(user_id: str, known: Sequence[str]) -> list[str]:
+    """Return the known ids that look most like one, as they are to be shown."""
+    plain = _plain(user_id)
+    alike = [one for one in known if _plain(one) == plain][:_NEAREST]
+    found = alike or difflib.get_close_matches(user_id, known, n=_NEAREST, cutoff=0.75)
+    return [repr(one) if repr(one) != repr(user_id) and not _same_glyphs(one, user_id) else ascii(one) for one in found]
+
+
+def _plain(user_id: str) -> str:
+    """Return what is left of an id without what a person may not see: case, spaces, quotes, forms of a letter."""
+    plain = re.sub(r"[\s'\"\[\]{}]", "", unicodedata.normalize("NFKC", user_id)).casefold()
+    with suppress(ValueError, OverflowError):
+        return f"{float(plain):g}" if len(plain) < 16 else plain  # 7, 007 and 7.0
+    return plain
+
+
+def _same_glyphs(one: str, other: str) -> bool:
+    return unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", other)
