@@ -171,10 +171,10 @@ class PRLHFCLI(LightningCLI):
         given = self.config.fit
         if not given.init_from:
             return
-        if given.baseline:
+        if given.train_baseline:
             raise ConfigurationError(
-                "init_from and baseline exclude one another: the baseline would be trained on these data alone, and "
-                "the model on earlier ones as well. Leave one of them out."
+                "init_from and train_baseline exclude one another: the baseline would be trained on these data "
+                "alone, and the model on earlier ones as well. Leave one of them out."
             )
         if given.ckpt_path:
             rank_zero_info(f"init_from: {given.init_from} is where this run began; it goes on from {given.ckpt_path}.")

@@ -69,8 +69,8 @@ def _users(number: int, vectors: bool) -> str:
         'writer = PersonalizedWriter.from_folder("path/to/this/folder")\n'
         'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
         "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "
-        "data. Give this folder to nobody whom the users have not agreed to; `export --users false` writes it without. "
-        "What users' judgements taught the weights that all share is in any copy."
+        "data. Give this folder to nobody whom the users have not agreed to; `export --include_users false` writes it "
+        "without. What users' judgements taught the weights that all share is in any copy."
     )
 
 

@@ -168,7 +168,7 @@ def test_new_users_are_added(run, tmp_path, caplog):
         (["--model.user_model.num_tokens=3"], ["model.user_model.num_tokens is 2 there and 3 here"]),
         (["--model.user_model=ClusterUserModel"], ["is IndividualUserModel there and ClusterUserModel here"]),
         (["--model.policy.model=builtin:byte-lm"], ["model.policy.model is ", "'builtin:byte-lm' here"]),
-        (["--baseline=true"], ["init_from and baseline exclude one another"]),
+        (["--train_baseline=true"], ["init_from and train_baseline exclude one another"]),
         (["--init_from=nothing.ckpt"], ["init_from: there is no checkpoint", "nothing.ckpt"]),
         (["--init_from=last"], ["there is no checkpoint of any run in"]),
     ],
