@@ -45,7 +45,7 @@ def module_of(content: Mapping[str, Any], path: str | Path, option: str) -> Pers
     if base.startswith(("/", ".", "~")) and not Path(base).expanduser().exists():
         raise ConfigurationError(
             f"{option}: {path} was trained on the base model {base}, which is not there. Tell it where the model is "
-            f"now: python -m prlhf_lightning relocate --checkpoint {path} --model NEW_PLACE --output moved.ckpt"
+            f"now: python -m prlhf_lightning relocate --model {path} --base NEW_PLACE --output moved.ckpt"
         )
     return PersonalizedLM.from_content(content)
 

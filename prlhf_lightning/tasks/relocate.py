@@ -13,28 +13,29 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 
 
-def relocate(checkpoint: Path, model: str, output: Path) -> None:
+def relocate(model: Path, base: str, output: Path) -> None:
     """Write a copy of a checkpoint that loads its base model, which a checkpoint does not hold, from another place.
 
     For a checkpoint that came from another machine, or a base model that was moved. It must be the same model: one with
     other weights is refused.
 
     Args:
-        checkpoint: A checkpoint of `fit`.
-        model: Folder or hub name of the base model.
+        model: A checkpoint of `fit`, or the folder of its run.
+        base: Folder or hub name of the base model.
         output: The checkpoint to write.
     """
-    content = read_checkpoint(checkpoint, "checkpoint")
+    checkpoint = checkpoint_files.checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
     if not content:
         raise ConfigurationError(
-            f"checkpoint: {checkpoint} is a folder; give a .ckpt file of `fit`. In a folder with exported adapters, "
+            f"model: {checkpoint} is a folder; give a .ckpt file of `fit`. In a folder with exported adapters, "
             "write the base model's place into base_model_name_or_path of adapter_config.json."
         )
     settings = content.get("hyper_parameters", {}).get("policy", {}).get("init_args", {})
     if "model" not in settings:
-        raise ConfigurationError(f"checkpoint: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
+        raise ConfigurationError(f"model: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
     before = settings["model"]
-    settings["model"] = str(Path(model).resolve()) if Path(model).is_dir() else model
+    settings["model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     trial = output.with_name(f"{output.name}.trial")
     try:  # before it takes the place of what is there, which may be the checkpoint itself
         checkpoint_files.save(content, trial)
@@ -45,7 +46,7 @@ def relocate(checkpoint: Path, model: str, output: Path) -> None:
     # Another version of transformers may have other names for the same weights: `load_module` has warned.
     if trained_on and now and trained_on["weights"] != now["weights"] and trained_on["transformers"] == __version__:
         raise ConfigurationError(
-            f"model: the weights of {model} are not those of {before}, which {checkpoint} was trained on; what was "
+            f"base: the weights of {base} are not those of {before}, which {checkpoint} was trained on; what was "
             "trained fits no others. Give the same model."
         )
     checkpoint_files.save(content, output)

@@ -440,17 +440,15 @@ def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(train
 def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     moved, output = shutil.copytree(model_path, folder / "moved model"), folder / "moved.ckpt"
-    main(["relocate", "--checkpoint", str(trained_file), "--model", str(moved), "--output", str(output)])
+    main(["relocate", "--model", str(trained_file), "--base", str(moved), "--output", str(output)])
     assert load_module(output, "x").policy.name == str(moved)
     assert f"{moved} instead of {model_path}" in capsys.readouterr().out
     with pytest.raises(SystemExit, match=r"policy\.model"):
-        main(
-            ["relocate", "--checkpoint", str(trained_file), "--model", str(folder), "--output", str(folder / "no.ckpt")]
-        )
+        main(["relocate", "--model", str(trained_file), "--base", str(folder), "--output", str(folder / "no.ckpt")])
     assert not list(folder.glob("no.ckpt*"))
     before = output.read_bytes()
     with pytest.raises(SystemExit, match=r"policy\.model"):  # in place
-        main(["relocate", "--checkpoint", str(output), "--model", str(folder), "--output", str(output)])
+        main(["relocate", "--model", str(output), "--base", str(folder), "--output", str(output)])
     assert output.read_bytes() == before
 
 
@@ -458,8 +456,8 @@ def test_a_base_model_that_is_gone_is_named_with_the_command_that_tells_where_it
     content = read_checkpoint(trained_file, "x")
     content["hyper_parameters"]["policy"]["init_args"]["model"] = "/gone/base"
     checkpoint_files.save(content, folder / "gone.ckpt")
-    says = r"trained on the base model /gone/base, which is not there\. .* relocate --checkpoint .*gone\.ckpt --model"
-    for command in (["generate", "--prompt", "a", "--model"], ["export", "--folder", "e", "--checkpoint"]):
+    says = r"trained on the base model /gone/base, which is not there\. .* relocate --model .*gone\.ckpt --base"
+    for command in (["generate", "--prompt", "a", "--model"], ["export", "--output", "e", "--model"]):
         with pytest.raises(SystemExit, match=says):
             main([*command, str(folder / "gone.ckpt")])
 
@@ -473,9 +471,9 @@ def test_a_base_model_with_other_weights_is_refused_as_its_new_place_and_warned_
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     with (
         pytest.warns(UserWarning, match=r"other base are not those that were trained on\. What was"),
-        pytest.raises(SystemExit, match=r"model: the weights of .*other base are not those of .*llama, which .*ckpt"),
+        pytest.raises(SystemExit, match=r"base: the weights of .*other base are not those of .*llama, which .*ckpt"),
     ):
-        main(["relocate", "--checkpoint", str(trained_file), "--model", str(other), "--output", str(output)])
+        main(["relocate", "--model", str(trained_file), "--base", str(other), "--output", str(output)])
     assert not output.exists()
     content = read_checkpoint(trained_file, "x")
     content["hyper_parameters"]["policy"]["init_args"]["model"] = str(other)
