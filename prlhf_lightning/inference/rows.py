@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from prlhf_lightning.policies.continuation import Continuation, memory_of
-from prlhf_lightning.policies.scoring import cache_name, embed, model_inputs
+from prlhf_lightning.policies.scoring import cache_name, embed, model_inputs, writing_inputs
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 
@@ -32,8 +32,9 @@ class Rows:
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._lm = lm
-        # Only the last position's logits: those of all would be [R, S, V].
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(lm.forward).parameters else {}
+        self._told = writing_inputs(lm)
+        if "logits_to_keep" in signature(lm.forward).parameters:
+            self._told["logits_to_keep"] = 1  # those of the last position: those of all would be [R, S, V]
         self._cache, self._mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
 
     def __len__(self) -> int:
@@ -84,7 +85,7 @@ class Rows:
         past = mask.shape[1] - vectors.vectors.shape[1]
         inputs = model_inputs(self._lm, SoftPrompt(vectors.vectors, mask), past=past)
         with torch.compiler.set_stance("force_eager"):  # lengths change with each step
-            output = self._lm(**inputs, **{cache_name(self._lm): cache}, use_cache=True, **self._last_only)
+            output = self._lm(**inputs, **{cache_name(self._lm): cache}, use_cache=True, **self._told)
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
 
@@ -132,7 +133,7 @@ def keeps_keys_and_values(lm: PreTrainedModel) -> bool:
     tokens = embed(lm, Tokens.from_lists([[0, 0]]).to(lm.device))
     cache = DynamicCache()
     with suppress(Exception):  # models with other states fail in ways of their own where they look for them
-        lm(**model_inputs(lm, tokens), **{cache_name(lm): cache}, use_cache=True)
+        lm(**model_inputs(lm, tokens), **{cache_name(lm): cache}, **writing_inputs(lm), use_cache=True)
     kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
     return bool(kept) and all(kept)
 

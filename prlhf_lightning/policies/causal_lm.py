@@ -42,7 +42,7 @@ from prlhf_lightning.policies.generation_settings import (
 )
 from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, unused_ids
 from prlhf_lightning.policies.packing import Packing
-from prlhf_lightning.policies.scoring import embed, score, score_each, segments
+from prlhf_lightning.policies.scoring import embed, score, score_each, segments, writing_inputs
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
@@ -405,6 +405,7 @@ class CausalLMPolicy(Policy):
                     inputs_embeds=sequence.vectors,
                     attention_mask=sequence.mask.long(),
                     generation_config=how,
+                    **writing_inputs(lm),
                     synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
                 )
         ends = torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device)).long()

@@ -17,7 +17,7 @@ from transformers.generation import TopPLogitsWarper
 
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.policies.base import Sampling
-from prlhf_lightning.policies.scoring import arguments, embed, model_inputs
+from prlhf_lightning.policies.scoring import arguments, embed, model_inputs, writing_inputs
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
 
@@ -56,7 +56,7 @@ class Continuation:
         if "position_ids" in arguments(self._lm):
             inputs["position_ids"] = torch.arange(self._length, end, device=vectors.device)[None]
         with torch.compiler.set_stance("force_eager"):  # lengths change with each step
-            output = self._lm(**inputs, use_cache=self._memory is not None)
+            output = self._lm(**inputs, **writing_inputs(self._lm), use_cache=self._memory is not None)
         if self._memory is not None:
             self._remembered, self._length = {self._memory: output[self._memory]}, end
         return output.logits[0, -1].float()  # type: ignore[no-any-return]

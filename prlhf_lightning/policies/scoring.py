@@ -227,6 +227,14 @@ def model_inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> di
     return inputs
 
 
+def writing_inputs(lm: PreTrainedModel) -> dict[str, Any]:
+    """Return what a model is told with every token that it writes.
+
+    Mixtures of experts are told to compute no auxiliary loss, which fails where the mask covers more than new tokens.
+    """
+    return {"output_router_logits": False} if "output_router_logits" in inspect.signature(lm.forward).parameters else {}
+
+
 def arguments(lm: PreTrainedModel) -> Collection[str]:
     """Return the names of a model's inputs."""
     return inspect.signature(lm.base_model.forward).parameters

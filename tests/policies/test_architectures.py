@@ -7,12 +7,16 @@ import torch
 from conftest import make_tokenizer
 from transformers import (
     BambaConfig,
+    GptOssConfig,
     JambaConfig,
     Llama4TextConfig,
     MambaConfig,
     MiniMaxConfig,
     MixtralConfig,
+    OlmoeConfig,
+    PhimoeConfig,
     PretrainedConfig,
+    Qwen3MoeConfig,
     RecurrentGemmaConfig,
     RwkvConfig,
     Zamba2Config,
@@ -30,6 +34,16 @@ MAMBA = MambaConfig(**SMALL, state_size=8)
 ATTENTION = {**SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 MINIMAX = MiniMaxConfig(**ATTENTION, head_dim=8, num_local_experts=2)
 MIXTRAL = MixtralConfig(**ATTENTION, num_local_experts=4)
+# With the auxiliary loss, as their makers train them.
+EXPERTS = [
+    MixtralConfig(**ATTENTION, num_local_experts=4, output_router_logits=True),
+    Qwen3MoeConfig(
+        **ATTENTION, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2, output_router_logits=True
+    ),
+    OlmoeConfig(**ATTENTION, num_experts=4, num_experts_per_tok=2, output_router_logits=True),
+    PhimoeConfig(**ATTENTION, num_local_experts=4, output_router_logits=True),
+    GptOssConfig(**ATTENTION, head_dim=8, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True),
+]
 JAMBA = JambaConfig(**ATTENTION, attn_layer_period=2, attn_layer_offset=1, num_experts=1, mamba_d_state=8)
 LLAMA4 = Llama4TextConfig(**ATTENTION, head_dim=8, num_local_experts=2, intermediate_size_mlp=64)
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 16}
@@ -111,8 +125,10 @@ def test_experts_are_adapted_without_a_warning_and_left_where_they_are_to_score_
 
 
 # With a memory that is not keys and values; that transformers' generate gives no vectors; that is padded wrongly; and
-# with a memory that can't be handed on, or gives other numbers.
-@pytest.mark.parametrize("config", [MAMBA, BAMBA, RWKV, GRIFFIN, ZAMBA2], ids=lambda config: config.model_type)
+# with a memory that can't be handed on, or gives other numbers; and mixtures of experts.
+@pytest.mark.parametrize(
+    "config", [MAMBA, BAMBA, RWKV, GRIFFIN, ZAMBA2, *EXPERTS], ids=lambda config: config.model_type
+)
 def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(build, config):
     torch.manual_seed(0)
     policy = build(config)
