@@ -113,6 +113,9 @@ class Objective:
         observes = self.loss.requires_mismatched and self.loss.training
         mismatched = self._mismatched_log_ratios(batch) if observes else None
         losses, terms = self._compute(batch, every_term, sampled)
+        auxiliary = self.policy.auxiliary_loss()
+        if auxiliary is not None:  # of all rows together, so that each pair bears it once
+            losses = losses + auxiliary
         if mismatched is not None:
             self.loss.observe(mismatched)
         return losses, terms

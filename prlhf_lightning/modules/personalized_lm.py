@@ -200,6 +200,8 @@ class PersonalizedLM(LightningModule):
         check_float16(self.policy, self.trainer)
         self._finite.forget()  # what a fit that failed has left
         self._seed = torch.initial_seed() if self._seed is None else self._seed
+        for note in self.policy.training_notes():
+            rank_zero_info(note)
         if getattr(self.policy, "torch_compile", False):
             rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
         ddp = ddp_wrapper(self.trainer)

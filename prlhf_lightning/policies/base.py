@@ -120,6 +120,17 @@ class Policy(nn.Module, ABC):
         """
         return None
 
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return what the policy itself adds to the loss of the last `log_probs`, `[]`, and forget it.
+
+        None, for a policy that adds nothing.
+        """
+        return None
+
+    def training_notes(self) -> Sequence[str]:
+        """Return what to tell once when the policy, which has been built, begins to be trained."""
+        return ()
+
     def base_identity(self) -> dict[str, str] | None:
         """Return what tells the weights that training starts from: `weights`, a digest, and the `transformers` version.
 

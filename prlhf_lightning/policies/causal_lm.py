@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
@@ -34,6 +35,7 @@ from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters, merge
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.continuation import write, writes_in_batches
+from prlhf_lightning.policies.experts import note_on_router_loss, router_loss_coef
 from prlhf_lightning.policies.generation_settings import (
     as_generation_config,
     in_place_of_own,
@@ -76,6 +78,9 @@ class CausalLMPolicy(Policy):
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
         revision: Branch, tag or commit of a hub model.
         trust_remote_code: Run code that comes with the model. Only for sources that you trust.
+        router_aux_loss_coef: Of a mixture of experts, the weight of its own load-balancing loss, which is added to the
+            preference loss; null takes that of `config.json` where it says `output_router_logits: true`, and 0 adds
+            none. Each row is then computed whole: a prompt is not shared by its completions.
     """
 
     def __init__(
@@ -90,6 +95,7 @@ class CausalLMPolicy(Policy):
         attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
         shipped = sorted(folder.name for folder in _ASSETS.iterdir() if folder.is_dir())
@@ -110,6 +116,10 @@ class CausalLMPolicy(Policy):
         self.packing = packing
         self.attn_implementation = attn_implementation
         self.revision = revision
+        self.router_aux_loss_coef = router_aux_loss_coef
+        if router_aux_loss_coef is not None and not 0 <= router_aux_loss_coef < math.inf:
+            raise ConfigurationError(f"policy.router_aux_loss_coef is {router_aux_loss_coef}; it must be 0 or more.")
+        self._auxiliary_loss: Tensor | None = None
         self._is_sharded = False
         self._has_warned = False
         self._hub_args: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
@@ -191,6 +201,8 @@ class CausalLMPolicy(Policy):
                 "score or write text from left to right. Use a causal language model (an encoder becomes one with "
                 "`is_decoder: true` in its config.json, but has to be trained as one)."
             )
+        self._router_coef = router_loss_coef(lm, self.router_aux_loss_coef)
+        self._notes = [note] if (note := note_on_router_loss(lm, self.router_aux_loss_coef)) else []
         self._writes_in_batches = writes_in_batches(lm)
         found = find_shortcuts(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
@@ -288,7 +300,21 @@ class CausalLMPolicy(Policy):
         self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
     ) -> tuple[LogProbs, ...]:
         """Score completions under the policy; see `Policy.log_probs`."""
-        return self._score(self.lm, prompt, completions, soft_prompt)
+        if not (self._router_coef and self.training and torch.is_grad_enabled()):
+            return self._score(self.lm, prompt, completions, soft_prompt)
+        losses: list[Tensor] = []
+        scores = self._score(self.lm, prompt, completions, soft_prompt, losses)
+        self._auxiliary_loss = self._router_coef * torch.stack(losses).sum()
+        return scores
+
+    def auxiliary_loss(self) -> Tensor | None:
+        """Return the weighted load-balancing loss of a mixture of experts; see `Policy.auxiliary_loss`."""
+        loss, self._auxiliary_loss = self._auxiliary_loss, None
+        return loss
+
+    def training_notes(self) -> Sequence[str]:
+        """Tell of a mixture of experts that is trained without its load-balancing loss; see `Policy.training_notes`."""
+        return self._notes
 
     @torch.no_grad()
     def reference_log_probs(
@@ -337,13 +363,18 @@ class CausalLMPolicy(Policy):
             raise ConfigurationError("The policy was built without a reference: call build(with_reference=True).")
 
     def _score(
-        self, lm: PreTrainedModel, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None
+        self,
+        lm: PreTrainedModel,
+        prompt: Tokens,
+        completions: Sequence[Tokens],
+        soft_prompt: SoftPrompt | None,
+        router_losses: list[Tensor] | None = None,
     ) -> tuple[LogProbs, ...]:
         before = self._segments(lm, prompt, soft_prompt)
         for part in completions:
             self._check_completions(before, part)
         packed = self._packing is not None and self._packing.applies(lm, prompt.ids.device)
-        return score(lm, before, completions, self.shortcuts, as_trees=packed)
+        return score(lm, before, completions, self.shortcuts, packed, router_losses)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
         return segments(lm, self.tokenizer.bos_token_id, prompt, soft_prompt)

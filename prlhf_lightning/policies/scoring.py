@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from prlhf_lightning.policies.attention import takes_block_masks
+from prlhf_lightning.policies.experts import states_and_router_loss
 from prlhf_lightning.policies.sequences import join, token_log_probs
 from prlhf_lightning.policies.trees import BLOCK, plant
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
@@ -71,6 +72,7 @@ def score(
     completions: Sequence[Tokens],
     shortcuts: Shortcuts,
     as_trees: bool = False,
+    router_losses: list[Tensor] | None = None,
 ) -> tuple[LogProbs, ...]:
     """Score n completions of the same B prompts.
 
@@ -80,6 +82,8 @@ def score(
         completions: n batches of B completions.
         shortcuts: What may be skipped with this model.
         as_trees: Score trees where they may be, however much that spares.
+        router_losses: A list to which a mixture of experts appends its load-balancing loss; each row is then computed
+            whole, as the loss is a mean over all tokens.
 
     Returns:
         For each batch of completions, its per-token log-probabilities, float32.
@@ -92,9 +96,10 @@ def score(
     spared = _spared(before, targets, n)
     # Attention under a dense mask goes over whole trees, n times the completions; only this has been measured.
     pays_as_tree = n == 2 and ids.device.type == "cpu" and not shortcuts.shared_prompt and spared >= _WORTH_A_TREE
-    if shortcuts.trees and (as_trees or pays_as_tree):
+    whole_rows = router_losses is not None
+    if shortcuts.trees and (as_trees or pays_as_tree) and not whole_rows:
         hidden = _tree_states(lm, before, completions, rows, offsets)
-    elif shortcuts.shared_prompt and n > 1 and spared >= _WORTH_SHARING:
+    elif shortcuts.shared_prompt and n > 1 and spared >= _WORTH_SHARING and not whole_rows:
         row_of = torch.arange(len(targets) // n, device=rows.device).repeat(n)
         hidden = _Prefix.of(lm, before).continued(lm, targets, row_of)[rows, offsets]
     else:
@@ -102,7 +107,11 @@ def score(
         # The token at place i is predicted from place i - 1.
         places = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
         inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
-        if shortcuts.head:
+        if router_losses is not None:
+            states, loss = states_and_router_loss(lm, inputs, shortcuts.head)
+            router_losses.append(loss)
+            hidden, head = states[rows, places], head if shortcuts.head else nn.Identity()
+        elif shortcuts.head:
             # Mamba returns float32 whatever its weights are, and its head is what takes it back.
             hidden = lm.base_model(**inputs).last_hidden_state[rows, places].to(inputs["inputs_embeds"].dtype)
         else:

@@ -7,7 +7,8 @@ import random
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from conftest import make_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.losses import DPOLoss, SFTLoss
@@ -299,3 +300,25 @@ def test_with_nobody_to_personalise_for_the_loss_and_gradients_are_trls_dpo(mode
     losses.mean().backward()
     for param, twin in zip(module.policy.lm.parameters(), trainer.model.parameters(), strict=True):
         torch.testing.assert_close(param.grad, twin.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_a_mixture_of_experts_adds_its_load_balancing_loss_to_each_pair(tmp_path):
+    config = MixtralConfig(
+        vocab_size=25, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    make_tokenizer().save_pretrained(tmp_path)
+    module, batch = make_module(str(tmp_path), UniformUserModel(num_tokens=0)), make_batch(make_pairs(4))
+    losses, (term,) = module.objective(batch)
+    rows = [
+        [*prompt, *answer]
+        for answers in (batch.chosen, batch.rejected)
+        for prompt, answer in zip(
+            *([row.tolist() for row in part.unpadded()] for part in (batch.prompt, answers)), strict=True
+        )
+    ]
+    tokens = Tokens.from_lists(rows)
+    output = module.policy.lm(input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_router_logits=True)
+    torch.testing.assert_close(losses - term.output.losses, (0.5 * output.aux_loss).expand(4))
+    torch.testing.assert_close(module.eval().objective(batch)[0], term.output.losses)
