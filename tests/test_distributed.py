@@ -131,6 +131,17 @@ def test_they_log_the_same_validation(folder):
         assert together == pytest.approx(alone, rel=1e-4, abs=1e-5)
 
 
+def test_they_log_the_same_means_of_training(folder):
+    one, two = (
+        [row for row in rows_of(folder / run / "version_0/metrics.csv") if row["train/loss"]] for run in ("one", "two")
+    )
+    assert one
+    for alone, together in zip(one, two, strict=True):
+        for name in ("loss", "accuracy", "margin", "chosen_log_probs", "chosen_log_ratio"):
+            expected = float(alone[f"train/{name}"])
+            assert float(together[f"train/{name}"]) == pytest.approx(expected, rel=1e-4, abs=1e-5), name
+
+
 @pytest.mark.parametrize("name", ["seen", "unseen"])
 def test_they_write_the_same_table_of_users(folder, name):
     one, two = (rows_of(folder / run / f"version_0/users_{name}.csv") for run in ("one", "two"))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from prlhf_lightning.data.sampler import UserGroupedBatchSampler
 from prlhf_lightning.data.stream import StreamBatchSampler
+from prlhf_lightning.metrics.preference import pair_scores
+from prlhf_lightning.modules.interval_means import Share
 from prlhf_lightning.modules.objective import Term
 from prlhf_lightning.modules.processes import stable_hash
 from prlhf_lightning.types import Feedback, LogProbs
@@ -49,30 +51,30 @@ def place_of(trainer: Trainer, record: int) -> str:
     return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
 
 
-def values_to_log(loss: Tensor, term: Term, feedback: Feedback) -> dict[str, Tensor]:
-    """Return the means over a batch that are worth a curve, each `[]`; NaN where it has nothing of the kind.
+def sums_to_log(losses: Tensor, term: Term, feedback: Feedback) -> dict[str, Share]:
+    """Return the sums over a batch of what is worth a curve, each with the number of rows that have such a value.
 
     Args:
-        loss: `[]` the mean loss.
+        losses: `[B]` the losses.
         term: The first term of the objective.
         feedback: What the rows say.
     """
     chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
-    values = {"loss": loss, "chosen_log_probs": _mean(chosen.sum, chosen)}
+    sums = {"loss": _sum(losses), "chosen_log_probs": _sum(chosen.sum, chosen)}
     if term.reference is not None:
-        values["chosen_log_ratio"] = _mean(chosen.mean - term.reference.chosen.mean, chosen)  # a token
+        sums["chosen_log_ratio"] = _sum(chosen.mean - term.reference.chosen.mean, chosen)  # a token
     if feedback != "demonstrations":
-        values["rejected_log_probs"] = _mean(rejected.sum, rejected)
+        sums["rejected_log_probs"] = _sum(rejected.sum, rejected)
     if feedback == "thumbs":
-        values["chosen_rewards"] = _mean(term.output.chosen_rewards, chosen)
-        values["rejected_rewards"] = _mean(term.output.rejected_rewards, rejected)
+        sums["chosen_rewards"] = _sum(term.output.chosen_rewards, chosen)
+        sums["rejected_rewards"] = _sum(term.output.rejected_rewards, rejected)
     if feedback == "pairs":
-        values["margin"] = term.margins.mean()
-        values["accuracy"] = (term.margins > 0).float().mean()
-    return values
+        sums["margin"] = _sum(term.margins)
+        sums["accuracy"] = _sum(pair_scores(term.output.chosen_rewards, term.output.rejected_rewards))
+    return sums
 
 
-def _mean(values: Tensor, of: LogProbs) -> Tensor:
-    """Return the mean of values `[B]` over the rows that have such a completion."""
-    present = of.mask.any(-1)
-    return torch.where(present, values.detach(), 0.0).sum() / present.sum()
+def _sum(values: Tensor, of: LogProbs | None = None) -> Share:
+    """Return the sum of values `[B]` over the rows that have such a completion, and the number of these rows."""
+    present = torch.ones_like(values, dtype=torch.bool) if of is None else of.mask.any(-1)
+    return torch.where(present, values.detach(), 0.0).sum(), present.sum()

@@ -34,7 +34,8 @@ from prlhf_lightning.modules.evaluation import HEADLINE, Evaluation
 from prlhf_lightning.modules.finite import FiniteGuard, what_to_try
 from prlhf_lightning.modules.gradients import StepParameters, clip_gradients
 from prlhf_lightning.modules.history import keep_histories
-from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, values_to_log
+from prlhf_lightning.modules.interval_means import IntervalMeans, is_logged_now
+from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, sums_to_log
 from prlhf_lightning.modules.objective import Objective, Term
 from prlhf_lightning.modules.optim import Optim, apply_settings, make_optimizer, make_schedule, optimizer_steps
 from prlhf_lightning.modules.precision import cast_frozen, check_float16, described, keep_trained_in_float32
@@ -111,6 +112,7 @@ class PersonalizedLM(LightningModule):
         self._warm_start: WarmStart | None = None
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
+        self._means = IntervalMeans()
         self._seed: int | None = None
         self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
@@ -212,6 +214,7 @@ class PersonalizedLM(LightningModule):
 
     def on_train_start(self) -> None:
         """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
+        self._means.reset()
         scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
@@ -332,10 +335,13 @@ class PersonalizedLM(LightningModule):
         """Return the mean loss of a batch's pairs, weighted so that every pair of an optimiser step counts the same."""
         losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
-        loss = losses.mean()
-        for name, value in values_to_log(loss, terms[0], self.loss.feedback).items():
+        self._means.add(sums_to_log(losses, terms[0], self.loss.feedback))
+        is_logged = is_logged_now(self.trainer)
+        for name, value in self._means.means(self.trainer if is_logged else None).items():
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch))
-        return loss * share_of_step(self.trainer, len(batch), batch_idx)
+        if is_logged:
+            self._means.reset()
+        return losses.mean() * share_of_step(self.trainer, len(batch), batch_idx)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the seen or unseen users' validation pairs."""
