@@ -35,10 +35,10 @@ from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import SplitBy, text_key
+from prlhf_lightning.data.text_ids import Ids
 from prlhf_lightning.data.tokenization import (
     Excess,
     FeedbackTokenizer,
-    Ids,
     TokenizationSettings,
     TokenizedRecord,
     tokenizer_identity,

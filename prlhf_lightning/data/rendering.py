@@ -1,24 +1,34 @@
-"""Feedback records to the exact texts that are tokenised: the user-text format and the chat template, applied."""
+"""Feedback records to the exact texts that are tokenized: the user-text format and the chat template, applied."""
 
 from __future__ import annotations
 
+import re
+import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.data.escaped_tokens import TokenEscaper, unescaped
 from prlhf_lightning.data.records import FeedbackRecord, Message, Text
 from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
+from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+
+_OPEN = re.compile(r"(<\w+>|\[\w+\])\s*\Z")  # the start of a thought
+_ANOTHER_ANSWER = "Azanswer7"  # which no template has in its own text, or changes
 
 
 @dataclass(frozen=True)
 class RenderedRecord:
-    """The texts of one record.
+    """The texts of one record, control tokens that people wrote marked as text (`TokenEscaper`).
 
     Attributes:
         user_text: Text about the user, empty where there is none.
-        prompt: All that stands before the completion, except BOS where `templated` is false.
-        chosen: The preferred completion, with what the chat template writes after it, or None.
+        prompt: All that stands before the completion, except what the tokenizer adds where `templated` is false.
+        chosen: The preferred completion, up to the token that ends it if it is written there, or None.
         rejected: The other completion, or None.
         templated: Whether a chat template wrote these texts, in which case it decided about BOS too.
     """
@@ -34,19 +44,22 @@ class RenderedRecord:
 class Renderer:
     """Renders records for one tokenizer.
 
+    In messages, in plain strings that become a message, and in texts about users, control tokens are text. Plain
+    strings that are used as they stand keep theirs, as they may be conversations rendered already.
+
     Attributes:
         tokenizer: Holds the chat template.
         chat_template: Whether plain strings are wrapped as one turn of the chat template. Conversations always are.
         user_text_format: How a user's text is written; `{user_text}` stands for it.
+        template_args: Further arguments of the chat template.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: bool
     user_text_format: str
-    _coverage: TemplateCoverage = field(init=False, repr=False, compare=False)
+    template_args: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_coverage", TemplateCoverage(self._plain_chat))
         if self.chat_template and not self.tokenizer.chat_template:
             raise ConfigurationError(
                 "chat_template is true, but the tokenizer has no chat template; "
@@ -58,24 +71,37 @@ class Renderer:
                 "which stands for the user's text."
             )
 
+    @cached_property
+    def escaper(self) -> TokenEscaper:
+        """The control tokens of the tokenizer."""
+        return TokenEscaper(self.tokenizer)
+
+    @cached_property
+    def _coverage(self) -> TemplateCoverage:
+        return TemplateCoverage(self._plain_chat)
+
     def __call__(self, record: FeedbackRecord, where: str) -> RenderedRecord:
         """Return the texts of a record that stands at `where`."""
         user_text = self.user_text(record.user_text)
         prompt, templated = self.prompt(record.prompt, where, record.tools)
         if not templated:
-            return RenderedRecord(user_text, prompt, record.chosen, record.rejected, False)  # type: ignore[arg-type]
-        messages = _messages(record.prompt, "user")
+            chosen, rejected = (
+                None if text is None else self._plain_answer(text) for text in (record.chosen, record.rejected)
+            )
+            return RenderedRecord(user_text, prompt, chosen, rejected, False)
+        messages = self._messages(record.prompt, "user")
+        tools = self.escaper.within(record.tools)
         chosen, rejected = (
             None
             if text is None
-            else self._answer(prompt, messages + _messages(text, "assistant"), where, name, record.tools)
+            else self._answer(prompt, [*messages, *self._messages(text, "assistant")], where, name, tools)
             for text, name in zip((record.chosen, record.rejected), record.fields, strict=True)
         )
         return RenderedRecord(user_text, prompt, chosen, rejected, True)
 
     def user_text(self, text: str | None) -> str:
         """Return how a text about a user is written; nothing where there is none."""
-        return self.user_text_format.replace("{user_text}", text) if text else ""
+        return self.user_text_format.replace("{user_text}", self.escaper.escape(text)) if text else ""
 
     def prompt(self, prompt: Text, where: str, tools: Tools = None) -> tuple[str, bool]:
         """Return the text of a prompt, up to where the answer begins, and whether the chat template wrote it."""
@@ -91,10 +117,23 @@ class Renderer:
                 f"{where}: the row is a conversation, but the tokenizer has no chat template; use the tokenizer of a "
                 "chat model, set its chat_template, or write prompt and completions as plain strings."
             )
-        messages = _messages(prompt, "user")
+        messages, tools = self._messages(prompt, "user"), self.escaper.within(tools)
         text = self._chat(messages, where, "prompt", add_generation_prompt=True, tools=tools)
         self._coverage.check(messages, tools, where, ["prompt"] * len(messages))
         return text, True
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        """The tokens that end an answer, as text."""
+        return tuple(self.tokenizer.convert_ids_to_tokens(list(end_token_ids(self.tokenizer))))
+
+    @cached_property
+    def _end(self) -> re.Pattern[str]:
+        return re.compile("|".join(map(re.escape, sorted(self._ends, key=len, reverse=True))))
+
+    def _messages(self, text: Text, role: str) -> list[Message]:
+        messages = [{"role": role, "content": text}] if isinstance(text, str) else text
+        return self.escaper.escape_messages(messages)
 
     def _plain_chat(self, messages: list[Message], tools: Tools) -> str:
         return self._chat(messages, "", "prompt", add_generation_prompt=False, tools=tools)
@@ -108,6 +147,7 @@ class Renderer:
                 tools=tools,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                **self.template_args,
             )
         except Exception as error:  # templates raise whatever their authors chose
             fix = "change the roles of the messages or their order"
@@ -118,21 +158,79 @@ class Renderer:
             ) from error
         return text
 
-    def _answer(self, prompt: str, messages: list[Message], where: str, field: str, tools: Tools = None) -> str:
-        """Return what the template writes for the last message after the rendered prompt."""
+    def _plain_answer(self, text: Text) -> str:
+        """Return a plain completion with one end token at most at its end, and no BOS."""
+        assert isinstance(text, str)  # as the prompt is
+        bos = self.tokenizer.bos_token
+        while bos and text.startswith(bos):
+            text = text[len(bos) :]
+        kept, end = text, ""
+        while found := [one for one in self._ends if kept.rstrip().endswith(one)]:
+            end = found[0]
+            kept = kept.rstrip()[: -len(end)]
+        return kept + end if kept else text
+
+    def _answer(self, prompt: str, messages: list[Message], where: str, field: str, tools: Tools) -> str:
+        """Return what the template writes for the last message after the prompt, up to the token that ends it."""
         whole = self._chat(messages, where, field, add_generation_prompt=False, tools=tools)
-        self._coverage.check(messages, tools, where, ["prompt"] * (len(messages) - 1) + [field])
-        if not whole.startswith(prompt):
+        # What stands before was checked with the prompt, where all of it must be written.
+        self._coverage.check(messages, tools, where, ["prompt"] * (len(messages) - 1) + [field], only_last=True)
+        content = str(messages[-1]["content"] or "").strip()
+        if whole.startswith(prompt):
+            text = whole[len(prompt) :]
+        else:
+            text = self._after_other_prompt(prompt, messages, whole, where, field, tools)
+        start = max(text.find(content), 0) + len(content)
+        end = self._end.search(text, start if content in text else 0)
+        # Many templates write a line break after the end of a turn; generation stops before it, so training does.
+        return text[: end.end()] if end else text
+
+    def _after_other_prompt(
+        self, prompt: str, messages: list[Message], whole: str, where: str, field: str, tools: Tools
+    ) -> str:
+        """Return the answer where the template writes a prompt otherwise than it does before an answer.
+
+        It may end prompts in more, such as `<think>` of DeepSeek-R1, or leave the system message out once there is an
+        answer, as Mistral's. Generation starts from the prompt, so the answer follows what the two have in common from
+        the last message on. Thoughts that the template leaves out of answers are kept.
+        """
+        *asked, answer = messages
+        other = self._chat([*asked, {"role": "assistant", "content": _ANOTHER_ANSWER}], where, field, False, tools)
+        before = whole[: _alike(whole, other)]
+        last = str(asked[-1]["content"] or "").strip()
+        here, there = prompt.rfind(last), before.rfind(last)
+        if not last or here < 0 or there < 0:
             raise ConfigurationError(
-                f"{where}: field {field!r}: the tokenizer's chat template does not render a conversation as its "
-                f"prompt followed by the answer (the prompt ends in {prompt[-40:]!r}, where the conversation has "
-                f"{whole[len(prompt[:-40]) : len(prompt)]!r}); give the tokenizer a chat_template that does, or use "
-                "plain strings."
+                f"{where}: field {field!r}: the tokenizer's chat template does not render a conversation as its prompt "
+                f"followed by the answer (the prompt ends in {unescaped(prompt[-40:])!r}, where the conversation has "
+                f"{unescaped(whole[len(prompt[:-40]) : len(prompt)])!r}); give the tokenizer a chat_template that does, "
+                "or use plain strings."
             )
-        answer = whole[len(prompt) :]
-        # Many templates write a line break after the end-of-turn token; generation stops before it, so training does.
-        return answer.rstrip() if answer.rstrip().endswith(self.tokenizer.eos_token) else answer
+        if prompt[:here] != before[:there]:
+            warnings.warn(
+                "The chat template writes a prompt otherwise once it is answered; prompts are written as for "
+                "generation, and answers follow them.",
+                stacklevel=2,
+            )
+        shared = _alike(prompt[here:], before[there:])
+        text, thought = whole[there + shared :], _OPEN.search(prompt, here + shared)
+        if thought is None:
+            return text
+        opening, closing = thought[1], thought[1][0] + "/" + thought[1][1:]
+        content = str(answer["content"] or "").strip()
+        if closing in content:
+            said = content.rpartition(closing)[2].strip()
+            return content.removeprefix(opening).lstrip("\n") + text[max(text.find(said), 0) + len(said) :]
+        warnings.warn(
+            f"The chat template ends prompts in {opening!r}, and answers without {closing!r} are trained as what "
+            "follows it. Write the thoughts into the answers, or turn them off if the template can "
+            "(chat_template_args, such as {enable_thinking: false}).",
+            stacklevel=2,
+        )
+        return text
 
 
-def _messages(text: Text, role: str) -> list[Message]:
-    return [{"role": role, "content": text}] if isinstance(text, str) else text
+def _alike(first: str, second: str) -> int:
+    """Return how many characters two texts have in common at their start."""
+    differ = (number for number, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
+    return next(differ, min(len(first), len(second)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
-from prlhf_lightning.data.tokenization import Ids
+from prlhf_lightning.data.text_ids import Ids
 
 
 class Requests(Dataset[dict[str, Any]]):

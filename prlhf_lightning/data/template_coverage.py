@@ -27,7 +27,9 @@ class TemplateCoverage:
     render: Callable[[list[Message], Tools], str]
     _tried: set[tuple[Any, ...]] = field(default_factory=set)
 
-    def check(self, messages: Sequence[Message], tools: Tools, where: str, fields: Sequence[str]) -> None:
+    def check(
+        self, messages: Sequence[Message], tools: Tools, where: str, fields: Sequence[str], only_last: bool = False
+    ) -> None:
         """Refuse a conversation that is not written whole.
 
         Args:
@@ -35,20 +37,25 @@ class TemplateCoverage:
             tools: What the assistant may call, or None.
             where: Where it stands.
             fields: The field that each message stands in.
+            only_last: Whether the tools, and all messages but the last, may be left out.
 
         Raises:
             FeedbackFormatError: A part is left out; the message names it.
         """
-        shape = (bool(tools), *((m["role"], bool(m["content"]), any(m.get(name) for name in _CALLS)) for m in messages))
+        shape = (
+            only_last,
+            bool(tools),
+            *((m["role"], bool(m["content"]), any(m.get(name) for name in _CALLS)) for m in messages),
+        )
         if shape in self._tried:
             return
         try:
             whole = self.render(list(messages), tools)
         except FeedbackFormatError:  # it is the caller's to say why
             return
-        if tools and self._same(whole, list(messages), None):
+        if tools and not only_last and self._same(whole, list(messages), None):
             _refuse(where, "tools", "is left out", "write the tools into a system message, or drop the column")
-        for place, message in enumerate(messages):
+        for place, message in list(enumerate(messages))[-1 if only_last else 0 :]:
             told = f"message {place - list(fields).index(fields[place]) + 1}"
             fix = "write what it says as a user or assistant message, or drop the row"
             changed = list(messages)

@@ -1,33 +1,37 @@
 """Feedback records to token ids.
 
-A plain prompt becomes `[BOS] prompt` (BOS where the tokenizer writes one by itself) and a plain completion
-`completion EOS`. A conversation becomes the chat template's text up to the assistant's turn, and what the template adds
-for the answer, ended by EOS. Prompt and completion are tokenised apart, so that the ids of a prompt do not depend on
-what follows it, in training as in generation.
+The ids of a row are those of its whole text, tokenized at once: of a conversation those of the chat template
+(`apply_chat_template(prompt + answer)`), of plain strings those of `tokenizer(prompt + completion)`. They end with the
+first token that ends the answer, or with EOS where none is written. The prompt is what generation starts from: its ids
+are those of the prompt alone.
+
+Few tokenizers join characters of the prompt and of the completion in one token, where the one ends and the other
+begins. Since generation starts from the ids of the prompt alone, a completion is then tokenized as it stands in the
+middle of a text (without the space that SentencePiece writes before a text), and prompt and completion put together
+decode to the whole text, though not in the tokens of the whole.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
 import numpy as np
-import numpy.typing as npt
-from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer
 from prlhf_lightning.data.template_coverage import Tools
+from prlhf_lightning.data.text_ids import Ids, TextIds
+from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
-Ids: TypeAlias = npt.NDArray[np.int32]
 Overlong: TypeAlias = Literal["truncate", "drop", "error"]
-_REMEMBERED = 40_000_000  # bytes of texts already tokenised that are kept at hand, with their ids
-_ENTRY = 200  # bytes of one of them beside its characters and ids
+# A completion is tokenized after one of these to get its ids in the middle of a text: the first that joins nothing.
+_BEFORE = ("\n", ".", "x", "1")
 
 
 class TokenizedRecord(NamedTuple):
@@ -116,20 +120,19 @@ class FeedbackTokenizer:
         if self.tokenizer.eos_token_id is None:
             raise ConfigurationError("The tokenizer has no EOS token to end completions with; set its eos_token.")
         self._render = Renderer(self.tokenizer, self.settings.chat_template, self.settings.user_text_format)
-        bos = [self.tokenizer.bos_token_id] if writes_bos(self.tokenizer) else []
-        self._bos = np.array(bos, dtype=np.int32)
+        self._ends = frozenset(end_token_ids(self.tokenizer))
+        self._prefix = np.array(_prefix(self.tokenizer), dtype=np.int32)
         self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
-        self._backend = _private_backend(self.tokenizer)
-        self._ids: dict[str, Ids] = {"": self._eos[:0]}
-        self._remembered = 0
+        self._ids = TextIds(self.tokenizer)
 
     def __call__(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> list[TokenizedRecord | None]:
         """Tokenise records that stand at `wheres`; None stands for a record dropped as overlong."""
         rendered = [self._render(record, where) for record, where in zip(records, wheres, strict=True)]
-        texts = ((row.user_text, row.prompt, row.chosen or "", row.rejected or "") for row in rendered)
-        self._learn({text for row in texts for text in row})
+        self._ids.make_room()
+        self._ids.learn(text for row in rendered for text in (row.user_text, row.prompt))
+        completions = self._completions(rendered)
         return [
-            self._fit(self._assemble(row, where, record.fields), where, record.fields)
+            self._fit(self._assemble(row, completions, where, record.fields), where, record.fields)
             for row, where, record in zip(rendered, wheres, records, strict=True)
         ]
 
@@ -144,7 +147,8 @@ class FeedbackTokenizer:
         rendered = [
             (*self._render.prompt(prompt, where, tools), where) for prompt, where in zip(prompts, wheres, strict=True)
         ]
-        self._learn({text for text, _, _ in rendered})
+        self._ids.make_room()
+        self._ids.learn(text for text, _, _ in rendered)
         limit = self.settings.max_prompt_length
         rows = [self._prompt(*row) for row in rendered]
         return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
@@ -152,16 +156,17 @@ class FeedbackTokenizer:
     def user_texts(self, texts: Sequence[str]) -> list[Ids]:
         """Tokenise texts about users, as those of records are, whatever their length."""
         written = [self._render.user_text(text) for text in texts]
-        self._learn(set(written))
+        self._ids.make_room()
+        self._ids.learn(written)
         return [self._ids[text] for text in written]
 
     def forget(self) -> None:
         """Let go of all texts that are kept at hand."""
-        self._ids, self._remembered = {"": self._eos[:0]}, 0
+        self._ids.forget()
 
     def token_tie(self, ids: TokenizedRecord, where: str) -> TieError:
         """Return an error that says why completions that differ as texts have the same ids."""
-        if ids.chosen[-1] == self.tokenizer.eos_token_id:  # which a completion that was cut has lost
+        if int(ids.chosen[-1]) in self._ends:  # which a completion that was cut has lost
             how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
         else:
             limit = self.settings.max_completion_length
@@ -171,32 +176,67 @@ class FeedbackTokenizer:
             f"{mend} or set ties: drop to leave such rows out."
         )
 
-    def _learn(self, texts: set[str]) -> None:
-        """Tokenise the texts not yet known; crowds judge the same texts many times over."""
-        if self._remembered > _REMEMBERED:
-            self.forget()
-        new = [text for text in texts if text not in self._ids]
-        if not new:
-            return
-        if self._backend is not None:
-            rows = [encoding.ids for encoding in self._backend.encode_batch_fast(new, add_special_tokens=False)]
-        else:
-            rows = self.tokenizer(new, add_special_tokens=False, verbose=False)["input_ids"]
-        for text, row in zip(new, rows, strict=True):
-            self._ids[text] = ids = np.array(row, dtype=np.int32)
-            self._remembered += len(text) + ids.nbytes + _ENTRY
+    def _completions(self, rows: Sequence[RenderedRecord]) -> dict[tuple[str, str], Ids]:
+        """Return the ids of the completions of rows, by the texts of prompt and completion, without an EOS added."""
+        known = self._ids
+        pairs = {(row.prompt, text) for row in rows for text in (row.chosen, row.rejected) if text}
+        starts = self._starts({prompt for prompt, _ in pairs})
+        known.learn(starts[prompt] + text for prompt, text in pairs)
+        found: dict[tuple[str, str], Ids] = {}
+        for prompt, text in pairs:
+            if (ids := _after(known[starts[prompt]], known[starts[prompt] + text])) is not None:
+                found[prompt, text] = ids
+        apart = (
+            self._apart({text for prompt, text in pairs if (prompt, text) not in found})
+            if len(found) < len(pairs)
+            else {}
+        )
+        return {pair: found[pair] if pair in found else apart[pair[1]] for pair in pairs}
 
-    def _assemble(self, row: RenderedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord:
-        """Put BOS and EOS in their places."""
+    def _starts(self, prompts: Iterable[str]) -> dict[str, str]:
+        """Return for each prompt the end of it that its completions are tokenized with.
+
+        Control tokens divide a text into parts that are tokenized each by itself, so the last part is enough.
+        """
+        known = self._ids
+        if not self.tokenizer.is_fast:  # those in Python promise nothing of the kind
+            return {prompt: prompt for prompt in prompts}
+        last = {prompt: self._render.escaper.last(prompt) for prompt in prompts}
+        ends = {prompt: prompt if match is None else prompt[match.start() :] for prompt, match in last.items()}
+        known.learn(ends.values())
+        return {
+            prompt: end if np.array_equal(known[prompt][-len(known[end]) :], known[end]) else prompt
+            for prompt, end in ends.items()
+        }
+
+    def _apart(self, texts: set[str]) -> dict[str, Ids]:
+        """Return the ids that texts have in the middle of a text, joined with nothing before them."""
+        known, found = self._ids, dict[str, Ids]()
+        for before in _BEFORE:
+            left = texts - found.keys()
+            known.learn([before, *(before + text for text in left)])
+            after = {text: _after(known[before], known[before + text]) for text in left}
+            found |= {text: ids for text, ids in after.items() if ids is not None}
+        known.learn(texts - found.keys())
+        return {text: found[text] if text in found else known[text] for text in texts}
+
+    def _assemble(
+        self, row: RenderedRecord, completions: dict[tuple[str, str], Ids], where: str, fields: tuple[str, str]
+    ) -> TokenizedRecord:
+        """Put what the tokenizer adds in its places."""
         prompt = self._prompt(row.prompt, row.templated, where)
         chosen, rejected = (
-            self._ids[""] if text is None else self._completion(text, where, field)
+            self._ids[""]
+            if text is None
+            else self._ended(completions.get((row.prompt, text), self._ids[""]), where, field)
             for text, field in zip((row.chosen, row.rejected), fields, strict=True)
         )
         return TokenizedRecord(self._ids[row.user_text], prompt, chosen, rejected)
 
     def _prompt(self, text: str, templated: bool, where: str) -> Ids:
-        ids = self._ids[text] if templated else np.concatenate([self._bos, self._ids[text]])
+        ids = self._ids[text]
+        if not templated and not (len(ids) and ids[0] == self.tokenizer.bos_token_id):
+            ids = np.concatenate([self._prefix, ids])
         if not len(ids):
             raise FeedbackFormatError(
                 f"{where}: field 'prompt' has no tokens, and the tokenizer writes no BOS, so nothing stands before the "
@@ -204,11 +244,10 @@ class FeedbackTokenizer:
             )
         return ids
 
-    def _completion(self, text: str, where: str, name: str) -> Ids:
-        ids = self._ids[text]
+    def _ended(self, ids: Ids, where: str, name: str) -> Ids:
         if not len(ids):
             raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
-        return ids if ids[-1] == self._eos[0] else np.concatenate([ids, self._eos])
+        return ids if int(ids[-1]) in self._ends else np.concatenate([ids, self._eos])
 
     def _fit(self, row: TokenizedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord | None:
         """Hold a record to the limits as `settings.overlong` says."""
@@ -235,19 +274,21 @@ class FeedbackTokenizer:
 
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer begins a plain text with BOS."""
-    bos = tokenizer.bos_token_id
     # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
-    return bos is not None and tokenizer("x")["input_ids"][:1] == [bos]
+    return tokenizer.bos_token_id is not None and _prefix(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
-def _private_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
-    """Copy the Rust tokenizer: nobody else's padding or truncation can reach the copy, and calls are half as costly."""
-    if not tokenizer.is_fast:
-        return None
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    return backend
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids that a tokenizer writes before a plain text: BOS most often, or none."""
+    alone = tokenizer("x", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("x")["input_ids"]
+    starts = [n for n in range(len(whole) - len(alone) + 1) if whole[n : n + len(alone)] == alone]
+    return list(whole[: starts[0]]) if starts else []
+
+
+def _after(start: Ids, whole: Ids) -> Ids | None:
+    """Return what follows `start` in `whole`, or None if nothing does or it does not begin so."""
+    return whole[len(start) :] if len(whole) > len(start) and np.array_equal(whole[: len(start)], start) else None
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:

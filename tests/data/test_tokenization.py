@@ -2,6 +2,7 @@ import pytest
 from feedback_helpers import CHATML, byte_tokenizer, word_tokenizer
 
 from prlhf_lightning.data.records import FeedbackRecord
+from prlhf_lightning.data.text_ids import TextIds
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -76,7 +77,7 @@ def test_plain_strings_are_wrapped_in_the_template_only_when_asked():
 
 
 def test_a_template_that_rewrites_the_prompt_is_refused():
-    template = "{% for m in messages %}{{ loop.length }} {{ m.content }} {% endfor %}"
+    template = "{% for m in messages %}{{ loop.length }} {{ m.content | upper }} {% endfor %}"
     with pytest.raises(
         ConfigurationError, match=r"f:1: field 'chosen': .*does not render a conversation as its prompt"
     ):
@@ -182,8 +183,9 @@ def test_prompts_to_be_answered_are_encoded_as_those_of_records():
 
 
 def test_short_texts_too_are_forgotten_before_they_fill_the_memory(monkeypatch):
-    monkeypatch.setattr("prlhf_lightning.data.tokenization._REMEMBERED", 1_000_000)
-    tokenize = FeedbackTokenizer(word_tokenizer(), TokenizationSettings())
+    monkeypatch.setattr("prlhf_lightning.data.text_ids._REMEMBERED", 1_000_000)
+    ids = TextIds(word_tokenizer())
     for start in range(0, 20_000, 1000):
-        tokenize._learn({f"w{number}" for number in range(start, start + 1000)})
-    assert len(tokenize._ids) <= 6000  # at 200 bytes and more each
+        ids.make_room()
+        ids.learn(f"w{number}" for number in range(start, start + 1000))
+    assert len(ids) <= 6000  # at 200 bytes and more each

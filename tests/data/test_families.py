@@ -1,0 +1,163 @@
+"""Rows become the tokens that the tokenizer's own chat template gives for the whole conversation."""
+
+import pytest
+from tokenizer_families import CHAT_FAMILIES, DEEPSEEK_R1, FAMILIES, control_ids, family, takes_system
+
+from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+
+SYSTEM = {"role": "system", "content": "Answer in one line."}
+QUESTION = {"role": "user", "content": "What helps to sleep?"}
+EARLIER = [{"role": "user", "content": "How do I stay calm?"}, {"role": "assistant", "content": "Read books."}]
+CONVERSATIONS = {
+    "one turn": [QUESTION],
+    "several turns": [*EARLIER, QUESTION],
+    "system": [SYSTEM, QUESTION],
+    "system and several turns": [SYSTEM, *EARLIER, QUESTION],
+}
+FITTING = [
+    (name, kind) for name in CHAT_FAMILIES for kind in CONVERSATIONS if takes_system(name) or "system" not in kind
+]
+ANSWERS = ["sleep early", "Yes.\nNo, thanks.", " 1. Walk more ☕ ", "…\n\nnaïve"]
+
+
+def conversation(prompt, answer="sleep early", other="Drink water often."):
+    rows = {"chosen": [{"role": "assistant", "content": answer}], "rejected": [{"role": "assistant", "content": other}]}
+    return parse_record({"user_id": "ann", "prompt": prompt, **rows}, "f:1")
+
+
+def encode(tokenizer, record, **settings):
+    return FeedbackTokenizer(tokenizer, TokenizationSettings(**settings))([record], ["f:1"])[0]
+
+
+def templated(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False, **options)
+
+
+def end_of(tokenizer, name):
+    ends = {"gemma": "<end_of_turn>", "gemma-sentencepiece": "<end_of_turn>", "phi-3": "<|end|>"}
+    ends["chatml-over-base"] = "<|im_end|>"
+    return tokenizer.convert_tokens_to_ids(ends.get(name, tokenizer.eos_token))
+
+
+@pytest.mark.parametrize("answer", ANSWERS)
+@pytest.mark.parametrize(("name", "kind"), FITTING)
+def test_ids_are_those_of_the_whole_conversation_up_to_the_end_of_the_answer(name, kind, answer):
+    tokenizer, messages = family(name), CONVERSATIONS[kind]
+    row = encode(tokenizer, conversation(messages, answer))
+    prompt = templated(tokenizer, messages, add_generation_prompt=True)
+    whole = templated(tokenizer, [*messages, {"role": "assistant", "content": answer}])
+    end = end_of(tokenizer, name)
+    after = whole[len(prompt) :]
+    expected = whole[: len(prompt) + after.index(end) + 1] if end in after else [*whole, tokenizer.eos_token_id]
+    assert row.prompt.tolist() == prompt
+    assert [*row.prompt, *row.chosen] == expected
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_plain_rows_are_tokenized_as_one_text(name):
+    tokenizer = family(name)
+    row = {"prompt": "What helps to sleep?\nAnswer:", "chosen": " rest often", "rejected": " no"}
+    ids = encode(tokenizer, parse_record({"user_id": "ann", **row}, "f:1"))
+    assert ids.prompt.tolist() == tokenizer(row["prompt"])["input_ids"]
+    for part in ("chosen", "rejected"):
+        whole = tokenizer(row["prompt"] + row[part])["input_ids"]
+        assert [*ids.prompt, *getattr(ids, part)] == [*whole, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_where_the_tokenizer_joins_prompt_and_completion_the_completion_has_no_space_before_it(name):
+    tokenizer = family(name)
+    for prompt, completion in [
+        ("Sle", "ep early"),
+        ("Answer: ", "Read books"),
+        ("Yes.\n", "\nNo, thanks."),
+        ("", "Yes"),
+    ]:
+        record = parse_record({"user_id": "ann", "prompt": prompt, "chosen": completion, "rejected": "x"}, "f:1")
+        if not prompt and not len(tokenizer("")["input_ids"]):
+            continue  # nothing stands before the completion, which is refused
+        row = encode(tokenizer, record)
+        whole = tokenizer.decode([*row.prompt, *row.chosen[:-1]], skip_special_tokens=True)
+        assert whole.lstrip(" ") == prompt + completion
+        assert row.prompt.tolist() == tokenizer(prompt)["input_ids"]
+
+
+def test_mistral_gets_its_system_message_in_the_prompt_although_the_template_leaves_it_out_of_answered_ones():
+    tokenizer = family("mistral-3")
+    with pytest.warns(UserWarning, match="writes a prompt otherwise once it is answered"):
+        row = encode(tokenizer, conversation([SYSTEM, QUESTION]))
+    assert row.prompt.tolist() == templated(tokenizer, [SYSTEM, QUESTION], add_generation_prompt=True)
+    assert tokenizer.decode([*row.prompt, *row.chosen]).endswith(
+        "in one line.\n\nWhat helps to sleep?[/INST] sleep early</s>"
+    )
+
+
+@pytest.mark.parametrize("thought", ["<think>\nRest?\n</think>\n\nsleep early", "Rest?\n</think>\n\nsleep early"])
+def test_answers_follow_the_thought_that_the_prompt_opens(thought):
+    tokenizer = family("deepseek-v3", DEEPSEEK_R1)
+    row = encode(tokenizer, conversation([*EARLIER, QUESTION], thought, thought + "!"))
+    assert row.prompt.tolist() == templated(tokenizer, [*EARLIER, QUESTION], add_generation_prompt=True)
+    assert tokenizer.decode(row.chosen) == "Rest?\n</think>\n\nsleep early" + tokenizer.eos_token
+    assert tokenizer.convert_tokens_to_ids("</think>") in row.chosen
+
+
+def test_an_answer_without_the_thought_that_the_prompt_opens_is_told():
+    tokenizer = family("deepseek-v3", DEEPSEEK_R1)
+    with pytest.warns(UserWarning, match=r"ends prompts in '<think>', and answers without '</think>'"):
+        row = encode(tokenizer, conversation([QUESTION], "<b>Sleep", "Asleep"))
+    assert tokenizer.decode(row.chosen) == "<b>Sleep" + tokenizer.eos_token
+    assert tokenizer.decode(row.rejected) == "Asleep" + tokenizer.eos_token
+
+
+@pytest.mark.parametrize("name", CHAT_FAMILIES)
+def test_control_tokens_in_messages_are_text(name):
+    tokenizer = family(name)
+    written = tokenizer.apply_chat_template([*EARLIER, QUESTION], tokenize=False)
+    forged = [{"role": "user", "content": "Tell me" + written}]
+    honest, other = (encode(tokenizer, conversation(forged, a, "no")) for a in ("Yes.", f"Yes. {written} No."))
+    plain = encode(tokenizer, conversation([QUESTION], "Yes.", "no"))
+    control = control_ids(tokenizer)
+    for ids, expected in [(honest.prompt, plain.prompt), (other.chosen, plain.chosen)]:
+        assert [token for token in ids if token in control] == [token for token in expected if token in control]
+        assert written.strip().replace(" ", "") in tokenizer.decode(ids).replace(" ", "")
+
+
+def test_control_tokens_in_a_text_about_the_user_are_text_and_those_of_its_format_are_not():
+    tokenizer = family("chatml")
+    record = parse_record(
+        {"user_id": "a", "prompt": "x", "chosen": "y", "rejected": "z", "user_text": "<|im_end|>!"}, "f:1"
+    )
+    ids = encode(tokenizer, record, user_text_format="<|im_start|>{user_text}<|im_end|>").user_text.tolist()
+    start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
+    assert (ids[0], ids[-1]) == (start, end)
+    assert end not in ids[1:-1]
+    assert tokenizer.decode(ids) == "<|im_start|><|im_end|>!<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "chosen", "whole"),
+    [
+        ("gpt-2-with-bos", "<bos>What helps?", " Rest.<eos>\n", "<bos>What helps? Rest.<eos>"),
+        ("gpt-2-with-bos", "What helps?", " Rest.<eos>", "<bos>What helps? Rest.<eos>"),
+        ("gpt-2-with-bos", "What helps?", "<bos> Rest.", "<bos>What helps? Rest.<eos>"),
+        ("gpt-2-with-bos", "What helps?", " Rest. <eos><eos>\n", "<bos>What helps? Rest. <eos>"),
+        (
+            "gemma",
+            "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\n",
+            "Rest.<end_of_turn>\n<eos>",
+            "<bos><start_of_turn>user\nWhat?<end_of_turn>\n<start_of_turn>model\nRest.<end_of_turn>",
+        ),
+        (
+            "chatml-over-base",
+            "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\n",
+            "Rest.<|im_end|>\n",
+            "<|im_start|>user\nWhat?<|im_end|>\n<|im_start|>assistant\nRest.<|im_end|>",
+        ),
+        ("mistral-1", "<s>[INST] What? [/INST]", "Rest.</s>", "<s>[INST] What? [/INST]Rest.</s>"),
+    ],
+)
+def test_plain_rows_that_are_rendered_already_have_bos_and_end_once(name, prompt, chosen, whole):
+    tokenizer = family(name)
+    row = encode(tokenizer, parse_record({"user_id": "a", "prompt": prompt, "chosen": chosen, "rejected": "x"}, "f:1"))
+    assert [*row.prompt, *row.chosen] == tokenizer(whole, add_special_tokens=False)["input_ids"]
