@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -71,6 +72,10 @@ class PreferenceDataModule(LightningDataModule):
         chat_template: Whether plain strings are wrapped in the tokenizer's chat template as one turn. Rows that are
             conversations always are.
         user_text_format: How the text about a user is written before the prompt; `{user_text}` stands for it.
+        chat_template_args: Further arguments of the tokenizer's chat template, such as `{enable_thinking: false}`.
+            They are kept in checkpoints and exports, for everything that writes with the model.
+        chat_template_date: The day, such as 2026-01-31, that a chat template writes which asks for today's date; today
+            if none is given, or the checkpoint's where one is gone on from. It is kept in checkpoints and exports.
         feedback: What the rows are: `pairs` (`chosen` and `rejected`), `thumbs` (`completion` and `label`) or
             `demonstrations` (`chosen`). The command line links it from the loss.
         streaming: Whether training rows are read, validated and tokenised as they are needed, and never stored, for
@@ -110,6 +115,8 @@ class PreferenceDataModule(LightningDataModule):
         ties: Ties = "error",
         chat_template: bool = False,
         user_text_format: str = "{user_text}\n",
+        chat_template_args: dict[str, Any] | None = None,
+        chat_template_date: str | None = None,
         feedback: Feedback = "pairs",
         streaming: bool = False,
         shuffle_buffer: int = 10_000,
@@ -154,8 +161,15 @@ class PreferenceDataModule(LightningDataModule):
             shuffle_buffer,
         )
         self.hold_out = HoldOut(validation_fraction, unseen_user_fraction, split_by, seed)
-        self.settings = TokenizationSettings(
-            max_prompt_length, max_completion_length, max_user_text_length, overlong, chat_template, user_text_format
+        self._settings = TokenizationSettings(
+            max_prompt_length,
+            max_completion_length,
+            max_user_text_length,
+            overlong,
+            chat_template,
+            user_text_format,
+            chat_template_args or {},
+            chat_template_date,
         )
         self.ties: Ties = ties
         self.feedback: Feedback = feedback
@@ -168,6 +182,11 @@ class PreferenceDataModule(LightningDataModule):
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         # Fewer rows than processes leave some without a batch, which is nothing to stop for.
         self.allow_zero_length_dataloader_with_multiple_devices = True
+
+    @property
+    def settings(self) -> TokenizationSettings:
+        """How text becomes ids. Once the tokenizer is known, a date that its chat template writes is part of it."""
+        return self._settings if self.tokenizer is None else self._prepared.dated_settings
 
     @property
     def vocabulary(self) -> UserVocabulary:
@@ -261,8 +280,15 @@ class PreferenceDataModule(LightningDataModule):
         """Return a summary of what is trained and evaluated on, in one paragraph."""
         counts = self.source.counts("train") if self.streaming else {}
         made = self._prepared
-        overlong = self.settings.overlong
+        overlong = self._settings.overlong
         return summary(made.division, made.splits, self.order, self._sequences, overlong, counts, self.feedback)
+
+    def use_template_date(self, day: str) -> None:
+        """Have the chat template write the day that a checkpoint's rows were written on, unless one is set."""
+        if self._settings.chat_template_date is None and self.settings.chat_template_date not in (None, day):
+            rank_zero_info(f"The chat template writes the checkpoint's date, {day}, and not today's.")
+            self._settings = replace(self._settings, chat_template_date=day)
+            self.__dict__.pop("_prepared", None)  # which is made anew
 
     def prepare_data(self) -> None:
         """Validate and tokenise every split of the source, or count its users, unless the cache has them."""
@@ -279,6 +305,11 @@ class PreferenceDataModule(LightningDataModule):
             split = {"validate": "validation", "test": "test"}.get(name, "test or validation")
             raise ConfigurationError(f"There is nothing to {name} on; give the source a {split} split.")
         rank_zero_info(self.describe())
+        if (day := self.settings.chat_template_date) is not None and self._settings.chat_template_date is None:
+            rank_zero_info(
+                f"The chat template writes a date: {day}, in training and in all that is written with the model later. "
+                "Set data.chat_template_date to choose another."
+            )
 
     def train_dataloader(self) -> Loader:
         """Return the batches of this process, in the order of the epoch that training has reached."""
@@ -322,7 +353,7 @@ class PreferenceDataModule(LightningDataModule):
         return PreparedFeedback(
             source=self.source,
             tokenizer=self.tokenizer,
-            settings=self.settings,
+            settings=self._settings,
             hold_out=self.hold_out,
             feedback=self.feedback,
             ties=self.ties,

@@ -7,7 +7,7 @@ holds hashes of rows and the users' ids, never texts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import combinations, islice
 from typing import Any, NamedTuple
 
@@ -191,7 +191,8 @@ class Inspector:
     ) -> Iterator[_Item]:
         """Yield the rows that can be tokenised, and tell those over a limit."""
         settings, free = self.settings, _UNLIMITED
-        whole = TokenizationSettings(free, free, free, "error", settings.chat_template, settings.user_text_format)
+        limits = {"max_prompt_length": free, "max_completion_length": free, "max_user_text_length": free}
+        whole = replace(settings, **limits, overlong="error")  # type: ignore[arg-type]
         tokenize = FeedbackTokenizer(tokenizer, whole)
         while batch := list(islice(items, _BATCH)):
             for item, ids in zip(batch, _tokenized(tokenize, batch), strict=True):

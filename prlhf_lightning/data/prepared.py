@@ -45,6 +45,11 @@ class PreparedFeedback:
     history_size: int
 
     @cached_property
+    def dated_settings(self) -> TokenizationSettings:
+        """The settings, with today's date where the chat template writes one and none is set."""
+        return self.settings.dated(self._loaded_tokenizer)
+
+    @cached_property
     def splits(self) -> dict[Split, TokenizedSplit]:
         """The splits that are stored: all but the training split of a stream."""
         available = self.source.splits()
@@ -53,7 +58,7 @@ class PreparedFeedback:
                 f"{type(self.source).__name__} has no train split, which tells the users; give it one."
             )
         cache = FeedbackCache(
-            self.cache_dir, self._loaded_tokenizer, self.settings, self.feedback, self.ties, self.pseudonyms
+            self.cache_dir, self._loaded_tokenizer, self.dated_settings, self.feedback, self.ties, self.pseudonyms
         )
         stored = [split for split in SPLITS if split in available and not (self.streaming and split == "train")]
         return {split: cache.open(self.source, split) for split in stored}
@@ -86,7 +91,7 @@ class PreparedFeedback:
     def tokenize(self) -> FeedbackTokenizer:
         """What makes ids of prompts: a plain one is wrapped in the chat template where the training rows are."""
         wrapped = self.settings.chat_template or self.conversational
-        return FeedbackTokenizer(self._loaded_tokenizer, replace(self.settings, chat_template=wrapped))
+        return FeedbackTokenizer(self._loaded_tokenizer, replace(self.dated_settings, chat_template=wrapped))
 
     @cached_property
     def conversational(self) -> bool:
@@ -111,7 +116,7 @@ class PreparedFeedback:
 
     def stream(self, rows: StreamedRows, sampler: Any) -> FeedbackStream:
         """Return streamed rows as they are read and tokenised, in a sampler's order."""
-        tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.settings)
+        tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.dated_settings)
         return FeedbackStream(rows, sampler.order, tokenize, self.feedback, drop_ties=self.ties == "drop")
 
     def longest_row(self) -> int:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.escaped_tokens import TokenEscaper, unescaped
 from prlhf_lightning.data.records import FeedbackRecord, Message, Text
+from prlhf_lightning.data.template_args import on_day
 from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
 from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
@@ -52,12 +53,14 @@ class Renderer:
         chat_template: Whether plain strings are wrapped as one turn of the chat template. Conversations always are.
         user_text_format: How a user's text is written; `{user_text}` stands for it.
         template_args: Further arguments of the chat template.
+        template_date: The day that a chat template writes which asks for today's date, or None for today.
     """
 
     tokenizer: PreTrainedTokenizerBase
     chat_template: bool
     user_text_format: str
     template_args: Mapping[str, Any] = field(default_factory=dict)
+    template_date: str | None = None
 
     def __post_init__(self) -> None:
         if self.chat_template and not self.tokenizer.chat_template:
@@ -141,10 +144,14 @@ class Renderer:
     def _chat(
         self, messages: list[Message], where: str, field: str, add_generation_prompt: bool, tools: Tools = None
     ) -> str:
+        day, template = self.template_date, None
         try:
+            if day is not None:
+                template = on_day(self.tokenizer.get_chat_template(tools=tools), day)
             text: str = self.tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
+                chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
                 **self.template_args,
@@ -200,11 +207,11 @@ class Renderer:
         last = str(asked[-1]["content"] or "").strip()
         here, there = prompt.rfind(last), before.rfind(last)
         if not last or here < 0 or there < 0:
+            prompt_end, answered = unescaped(prompt[-40:]), unescaped(whole[len(prompt[:-40]) : len(prompt)])
             raise ConfigurationError(
                 f"{where}: field {field!r}: the tokenizer's chat template does not render a conversation as its prompt "
-                f"followed by the answer (the prompt ends in {unescaped(prompt[-40:])!r}, where the conversation has "
-                f"{unescaped(whole[len(prompt[:-40]) : len(prompt)])!r}); give the tokenizer a chat_template that does, "
-                "or use plain strings."
+                f"followed by the answer (the prompt ends in {prompt_end!r}, where the conversation has {answered!r}); "
+                "give the tokenizer a chat_template that does, or use plain strings."
             )
         if prompt[:here] != before[:there]:
             warnings.warn(

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from datetime import date
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
 
@@ -24,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer
+from prlhf_lightning.data.template_args import check_names, check_values, writes_date
 from prlhf_lightning.data.template_coverage import Tools
 from prlhf_lightning.data.text_ids import Ids, TextIds
 from prlhf_lightning.end_tokens import end_token_ids
@@ -67,6 +69,9 @@ class TokenizationSettings:
         overlong: What is done with a record over a limit.
         chat_template: Whether plain strings are wrapped as one turn of the chat template. Conversations always are.
         user_text_format: How a user's text is written; `{user_text}` stands for it.
+        chat_template_args: Further arguments of the chat template, such as `{"enable_thinking": False}`.
+        chat_template_date: The day, such as `2026-01-31`, that a chat template which writes today's date writes
+            instead; None until the tokenizer is known (`dated`).
     """
 
     max_prompt_length: int = 512
@@ -75,8 +80,11 @@ class TokenizationSettings:
     overlong: Overlong = "truncate"
     chat_template: bool = False
     user_text_format: str = "{user_text}\n"
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
+    chat_template_date: str | None = None
 
     def __post_init__(self) -> None:
+        check_values(self.chat_template_args, self.chat_template_date)
         for name, least in (("max_prompt_length", 2), ("max_completion_length", 1), ("max_user_text_length", 1)):
             if getattr(self, name) < least:
                 raise ConfigurationError(f"{name} is {getattr(self, name)}; it must be at least {least}.")
@@ -95,6 +103,15 @@ class TokenizationSettings:
         if kept.get("conversations"):
             known["chat_template"] = True
         return cls(**known)
+
+    def dated(self, tokenizer: PreTrainedTokenizerBase) -> TokenizationSettings:
+        """Return settings with a date if the chat template writes one: today's, unless one is set.
+
+        Everything that is made with them writes this date, on whatever day.
+        """
+        if self.chat_template_date is not None or not writes_date(tokenizer):
+            return self
+        return replace(self, chat_template_date=date.today().isoformat())
 
     def limit(self, part: str) -> tuple[str, int]:
         """Return the setting that limits a part of a record (a field of `TokenizedRecord`), and the limit."""
@@ -119,7 +136,15 @@ class FeedbackTokenizer:
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
             raise ConfigurationError("The tokenizer has no EOS token to end completions with; set its eos_token.")
-        self._render = Renderer(self.tokenizer, self.settings.chat_template, self.settings.user_text_format)
+        self.settings = settings = self.settings.dated(self.tokenizer)
+        check_names(settings.chat_template_args, self.tokenizer)
+        self._render = Renderer(
+            self.tokenizer,
+            settings.chat_template,
+            settings.user_text_format,
+            settings.chat_template_args,
+            settings.chat_template_date if writes_date(self.tokenizer) else None,
+        )
         self._ends = frozenset(end_token_ids(self.tokenizer))
         self._prefix = np.array(_prefix(self.tokenizer), dtype=np.int32)
         self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
@@ -281,9 +306,13 @@ def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that a tokenizer writes before a plain text: BOS most often, or none."""
     alone = tokenizer("x", add_special_tokens=False)["input_ids"]
-    whole = tokenizer("x")["input_ids"]
+    whole = list(tokenizer("x")["input_ids"])
+    if not alone:  # a vocabulary of few words: what is left is added, and some add EOS too
+        while whole and whole[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+            whole.pop()
+        return whole
     starts = [n for n in range(len(whole) - len(alone) + 1) if whole[n : n + len(alone)] == alone]
-    return list(whole[: starts[0]]) if starts else []
+    return whole[: starts[0]] if starts else []
 
 
 def _after(start: Ids, whole: Ids) -> Ids | None:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 
 from prlhf_lightning.checkpoint_entry import FORMAT, KEY
+from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.modules.sharding import plain_name
 from prlhf_lightning.user_models import UserModel
+
+_RENDERING = ("chat_template", "user_text_format", "chat_template_args")  # a date is the checkpoint's unless it is set
 
 
 def trained_names(module: nn.Module) -> set[str]:
@@ -64,6 +68,26 @@ def _new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str,
         return {}
     rows = user_model.new_rows([weights[name] for name in names])
     return {name: row.detach().clone() for name, row in zip(names, rows, strict=True)}
+
+
+def warn_of_other_rendering(source: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Warn where rows are rendered as other text than weights were trained on.
+
+    Args:
+        source: Where the weights are from.
+        earlier: How the rows that they were trained on became ids; older versions told less of it.
+        now: How rows become ids.
+    """
+    # Files of earlier versions do not say whether their rows were conversations; theirs are taken to be as the new.
+    known = {"conversations": now.get("conversations", False)} | dict(earlier)
+    was, is_now = (asdict(TokenizationSettings.from_kept(kept)) for kept in (known, now))
+    other = [
+        f"data.{name} was {was[name]!r} and is {is_now[name]!r}"
+        for name in _RENDERING
+        if name in earlier and name in now and was[name] != is_now[name]
+    ]
+    if other:
+        rank_zero_warn(f"{source} was trained on text rendered otherwise: {'; '.join(other)}.")
 
 
 def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:

@@ -160,10 +160,7 @@ class PersonalizedLM(LightningModule):
         check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
-            settings = getattr(datamodule, "settings", None)
-            self._tokenization = asdict(settings) if settings is not None else {}
-            # So that plain prompts too are then answered as conversations, where the model has learned these.
-            self._tokenization["conversations"] = getattr(datamodule, "conversational", False)
+            self._tokenization = _rendering_of(datamodule)
             if self._warm_start is not None:
                 self._warm_start.check_rendering(self._tokenization)
         sets = getattr(datamodule, "eval_sets", {})
@@ -506,7 +503,7 @@ class PersonalizedLM(LightningModule):
         kept, users = entry_of(checkpoint), users_of(checkpoint)
         end_epoch(checkpoint)
         self._seed = kept.get("seed")
-        self._tokenization = self._tokenization or kept.get("tokenization") or {}
+        self._take_rendering(kept.get("tokenization") or {})
         if self.vocabulary != users:
             if self.vocabulary is not None:
                 checkpoint_content.warn_of_other_users(users, self.vocabulary)
@@ -515,6 +512,15 @@ class PersonalizedLM(LightningModule):
         name = str(getattr(self.policy, "name", ""))
         if warning := warning_of_other_base(kept.get("base"), self.policy.base_identity(), name):
             rank_zero_warn(warning)
+
+    def _take_rendering(self, kept: dict[str, Any]) -> None:
+        """Have data and writers render text as the checkpoint's was; warn where the data module is set otherwise."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if kept.get("chat_template_date") and hasattr(data, "use_template_date"):
+            data.use_template_date(kept["chat_template_date"])
+        now = _rendering_of(data)
+        checkpoint_content.warn_of_other_rendering("The checkpoint", kept, now)
+        self._tokenization = now if self._tokenization and now else kept
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.
@@ -527,3 +533,12 @@ class PersonalizedLM(LightningModule):
         if strict:
             check_names(trained_names(self) & set(result.missing_keys), result.unexpected_keys)
         return _IncompatibleKeys([], [])
+
+
+def _rendering_of(data: Any) -> dict[str, Any]:
+    """Return how the rows of a data module become ids, as checkpoints keep it; nothing for one of another kind."""
+    settings = getattr(data, "settings", None)
+    if settings is None:
+        return {}
+    # With `conversations`, plain prompts too are answered as conversations, where the model has learned these.
+    return {**asdict(settings), "conversations": getattr(data, "conversational", False)}

@@ -11,17 +11,16 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import entry_of, users_of
-from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
-from prlhf_lightning.modules.checkpoint_content import names_of, trained_names
+from prlhf_lightning.modules.checkpoint_content import names_of, trained_names, warn_of_other_rendering
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.user_models import UserModel
 
@@ -33,7 +32,6 @@ _ADAPTER = r"\.lora_([AB])\.weight$"  # a name in PEFT's file, which leaves out 
 _OF_POLICY = ("random_init", "lora")
 _OF_LORA = ("rank", "alpha", "target_modules")  # dropout acts in training alone
 #: How rows become text; the limits of their lengths may change.
-_RENDERING = ("chat_template", "user_text_format")
 
 
 @dataclass(frozen=True)
@@ -134,16 +132,7 @@ class WarmStart:
         Args:
             settings: How the new data become ids.
         """
-        # Files of earlier versions do not say whether their rows were conversations; theirs are taken to be as the new.
-        known = {"conversations": settings.get("conversations", False)} | dict(self.tokenization)
-        was, now = (asdict(TokenizationSettings.from_kept(kept)) for kept in (known, settings))
-        other = [
-            f"data.{name} was {was[name]!r} and is {now[name]!r}"
-            for name in _RENDERING
-            if name in self.tokenization and name in settings and was[name] != now[name]
-        ]
-        if other:
-            rank_zero_warn(f"init_from: {self.source} was trained on text rendered otherwise: {'; '.join(other)}.")
+        warn_of_other_rendering(f"init_from: {self.source}", self.tokenization, settings)
 
     @torch.no_grad()
     def load_into(self, module: nn.Module, user_model: UserModel, users: UserVocabulary) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from json import dumps
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -36,6 +37,7 @@ def check(
     overlong: Overlong = "truncate",
     chat_template: bool = False,
     user_text_format: str = "{user_text}\n",
+    chat_template_args: dict[str, Any] | None = None,
     examples: int = 5,
     output: Path | None = None,
 ) -> None:
@@ -61,6 +63,7 @@ def check(
         overlong: Whether rows over a limit are truncated, dropped, or an error.
         chat_template: Whether plain strings are wrapped in the tokenizer's chat template.
         user_text_format: How the text about a user is written before the prompt.
+        chat_template_args: Further arguments of the chat template, such as `{enable_thinking: false}`.
         examples: How many problems of each kind are shown and reported.
         output: File for the report, for programs to read.
     """
@@ -75,7 +78,7 @@ def check(
         min_votes,
         examples,
         None if tokenizer is None else _tokenizer_of(tokenizer),
-        TokenizationSettings(*limits, overlong, chat_template, user_text_format),
+        TokenizationSettings(*limits, overlong, chat_template, user_text_format, chat_template_args or {}),
     )
     report = inspector()
     if output is not None:

@@ -72,6 +72,7 @@ def test_a_second_start_reads_no_row(cache):
     "change",
     [
         {"settings": TokenizationSettings(max_prompt_length=7)},
+        {"settings": TokenizationSettings(chat_template_date="2026-01-31")},
         {"tokenizer": word_tokenizer(bos=False)},
         {"tokenizer": word_tokenizer(template=CHATML)},
         {"feedback": "demonstrations"},

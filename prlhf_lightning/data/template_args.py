@@ -1,0 +1,84 @@
+"""Arguments of chat templates: those of the settings, checked, and the date that templates write."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from datetime import date, datetime, time
+from functools import lru_cache
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.errors import ConfigurationError
+
+# What `apply_chat_template` takes for itself, or the rows give.
+_TAKEN = {
+    *(
+        "messages",
+        "conversation",
+        "tools",
+        "documents",
+        "chat_template",
+        "add_generation_prompt",
+        "tokenize",
+        "padding",
+    ),
+    *("continue_final_message", "truncation", "max_length", "return_tensors", "return_dict", "tokenizer_kwargs"),
+    *("return_assistant_tokens_mask", "sanitize_control_tokens", "strftime_now"),
+}
+
+
+def check_values(args: Mapping[str, Any], day: str | None) -> None:
+    """Refuse arguments that cannot be kept in a checkpoint, or are set elsewhere, and a day that is none."""
+    for name in args:
+        if not isinstance(name, str) or name in _TAKEN:
+            raise ConfigurationError(
+                f"chat_template_args: {name!r} is no argument that can be set here; give the chat template's own, such "
+                "as {enable_thinking: false}."
+            )
+    try:
+        json.dumps(args)
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(
+            f"chat_template_args is {args!r}; give numbers, strings, true, false, null, and lists and mappings of them."
+        ) from error
+    if day is not None:
+        try:
+            date.fromisoformat(day)
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(f"chat_template_date is {day!r}; write a day such as 2026-01-31.") from error
+
+
+def check_names(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse arguments that the chat template does not read, which would have no effect."""
+    template = _text(tokenizer)
+    for name in args:
+        if not re.search(rf"\b{re.escape(name)}\b", template):
+            has = "does not read it" if template else "is missing"
+            raise ConfigurationError(
+                f"chat_template_args: {name!r} has no effect, as the tokenizer's chat template {has}; leave it out, or "
+                "correct its name."
+            )
+
+
+def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether the chat template of a tokenizer asks for today's date."""
+    return "strftime_now" in _text(tokenizer)
+
+
+@lru_cache
+def on_day(template: str, day: str) -> str:
+    """Return a chat template for which it is always the first moment of a day, such as `2026-01-31`."""
+    then = datetime.combine(date.fromisoformat(day), time())
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
+    written = "".join(f".replace({json.dumps(code)}, {json.dumps(then.strftime(code))})" for code in codes)
+    # A macro stands in for the clock that transformers gives to templates, which takes no other from its callers.
+    clock = "{% macro strftime_now(format) %}{{ format" + written + ".replace('%%', '%') }}{% endmacro %}"
+    return clock + "{{ '' }}" + template  # without which a line break at the template's start would be lost
+
+
+def _text(tokenizer: PreTrainedTokenizerBase) -> str:
+    template: Any = tokenizer.chat_template
+    return "\n".join(template.values()) if isinstance(template, dict) else template or ""
