@@ -1,7 +1,7 @@
 """HTML pages that are one file: text, figures, plots and tables, with nothing to fetch when they are opened.
 
-Everything that is handed in is escaped. Plots are drawn by matplotlib as SVG that stands in the page itself and takes
-its colours from there, so that they follow light and dark mode.
+Everything that is handed in is escaped. Plots are drawn by matplotlib as inline SVG that takes its colors from the
+page, so that they follow light and dark mode.
 
     page = Page("Votes", "What is in votes.jsonl.")
     section = page.section("Votes a user")
@@ -28,17 +28,20 @@ from prlhf_lightning.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.axis import Axis
 
 Cell: TypeAlias = str | int | float
 Role: TypeAlias = Literal["", "verdict", "note"]
 
-#: Colours to draw with. Each stands for the page's colour of that name, which differs in light and dark mode.
-INK, MUTED, LINE, FIRST, SECOND, THIRD = (f"#00000{number}" for number in range(1, 7))
-_COLOURS = {INK: "ink", MUTED: "muted", LINE: "line", FIRST: "first", SECOND: "second", THIRD: "third"}
+_NAMES = ("ink", "muted", "line", "first", "second", "third", "fourth")
+#: Colors to draw with. Each stands for the page's color of that name, which differs in light and dark mode.
+INK, MUTED, LINE, FIRST, SECOND, THIRD, FOURTH = (f"#00000{number}" for number in range(1, 8))
+_COLORS = {f"#00000{number}": name for number, name in enumerate(_NAMES, start=1)}
 
 _STYLE: Any = {  # of keys whose type differs from one release of matplotlib to the next
     "svg.fonttype": "none",  # text stays text: it can be found, enlarged, and read in the page's own font
     "text.parse_math": False,  # a dollar sign in somebody's text is one
+    "axes.formatter.useoffset": False,
     "font.size": 11.5,
     "axes.titlesize": 11.5,
     "axes.spines.top": False,
@@ -60,6 +63,8 @@ _STYLE: Any = {  # of keys whose type differs from one release of matplotlib to 
 _TEMPLATE = Path(__file__).parent / "assets" / "page.html.jinja"
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _NUMBER = re.compile(r"[-+]?[\d.,]+ ?%?|-")
+_PHONE, _HALF_SCREEN = 42, 62  # characters of a table that fit
+_LONG_CELL = 24  # a longer text is broken into lines
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
@@ -95,10 +100,26 @@ class _Table:
         values = [row[column] for row in self.rows]
         return column > 0 and all(not isinstance(value, str) or _NUMBER.fullmatch(value) for value in values)
 
+    @property
+    def width(self) -> Literal["", "wide", "wide full"]:
+        """How much room it takes: "" fits on a phone, "wide" on half of a wide screen, "wide full" on all of it."""
+        words = [max(map(len, name.split()), default=0) for name in self.columns]
+        cells = [max((len(_cell(row[column])) for row in self.rows), default=0) for column in range(len(words))]
+        total = sum(min(_LONG_CELL, max(both)) + 2 for both in zip(words, cells, strict=True))
+        return "" if total <= _PHONE else "wide" if total <= _HALF_SCREEN else "wide full"
+
+
+@dataclass(frozen=True)
+class _Quotes:
+    kind: ClassVar[str] = "quotes"
+    title: str
+    prompt: str
+    quotes: Sequence[tuple[str, str]]
+
 
 @dataclass
 class Section:
-    """One part of a page, filled from top to bottom. On a wide screen, plots and tables stand side by side.
+    """One part of a page, filled from top to bottom. On a wide screen, plots and small tables stand side by side.
 
     Attributes:
         title: Its heading.
@@ -107,7 +128,7 @@ class Section:
 
     title: str
     number: int
-    blocks: list[_Text | _Facts | _Plot | _Table] = field(default_factory=list)
+    blocks: list[_Text | _Facts | _Plot | _Table | _Quotes] = field(default_factory=list)
 
     def text(self, text: str, role: Role = "") -> None:
         """Add a paragraph; a `verdict` stands out, a `note` stands back."""
@@ -127,11 +148,21 @@ class Section:
             raise ValueError(f"table {caption!r}: each row needs {len(columns)} cells, one a column.")
         self.blocks.append(_Table(columns, rows, caption))
 
+    def quotes(self, title: str, prompt: str, quotes: Sequence[tuple[str, str]]) -> None:
+        """Add texts side by side; their line breaks and their direction of writing are kept.
+
+        Args:
+            title: What they are.
+            prompt: The text that all of them answer.
+            quotes: Who wrote each, or for whom, and the text.
+        """
+        self.blocks.append(_Quotes(title, prompt, quotes))
+
     def plot(self, draw: Callable[[Axes], object], alt: str, caption: str, height: float = 2.6) -> None:
         """Add a plot.
 
         Args:
-            draw: Draws on the axes that it is given, in this module's colours.
+            draw: Draws on the axes that it is given, in this module's colors. Logarithmic axes get plain numbers.
             alt: What the plot shows, for those who do not see it.
             caption: Its title.
             height: Inches, of a width of 5.
@@ -189,13 +220,26 @@ def _drawn(draw: Callable[[Axes], object], height: float) -> str:
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings(), io.StringIO() as file:
         warnings.filterwarnings("ignore", message="Glyph .* missing")  # the reader's fonts have it
         figure = Figure(figsize=(5, height), layout="constrained")
-        draw(figure.subplots())
+        axes = figure.subplots()
+        draw(axes)
+        for axis in (axes.xaxis, axes.yaxis):
+            _write_plainly(axis)
         figure.savefig(file, format="svg")
         return file.getvalue()
 
 
+def _write_plainly(axis: Axis) -> None:
+    """Label a logarithmic axis with plain numbers: matplotlib's own labels are mathtext, which would stand as typed."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter, LogLocator, NullLocator
+
+    if isinstance(axis.get_major_formatter(), LogFormatter):
+        axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=9))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_locator(NullLocator())
+
+
 def _inline(svg: str, alt: str, prefix: str) -> Markup:
-    """Return an SVG document as an element of a page: with the page's colours and ids that no other plot has."""
+    """Return an SVG document as an element of a page: with the page's colors and ids that no other plot has."""
     root = ElementTree.fromstring(_NOT_IN_XML.sub("\ufffd", svg))
     for metadata in root.findall("{*}metadata"):
         root.remove(metadata)
@@ -207,7 +251,7 @@ def _inline(svg: str, alt: str, prefix: str) -> Markup:
                 element.set(name, value.replace("#", f"#{prefix}", 1))
             else:
                 value = value.replace("url(#", f"url(#{prefix}")
-                element.set(name, re.sub("#00000[1-6]", lambda found: f"var(--{_COLOURS[found[0]]})", value))
+                element.set(name, re.sub("#00000[1-7]", lambda found: f"var(--{_COLORS[found[0]]})", value))
     for name in ("width", "height"):
         root.attrib.pop(name, None)  # the page fits it in
     root.set("role", "img")

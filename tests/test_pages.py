@@ -36,6 +36,7 @@ def evil_page():
         section.text(EVIL, "verdict")
         section.facts({EVIL: EVIL})
         section.table([EVIL, "n"], [[EVIL, 1234], ["b", 0.25]], EVIL)
+        section.quotes(EVIL, EVIL, [(EVIL, EVIL)])
 
         def draw(axes):
             axes.plot([0, 1], [0, 1], color=FIRST, marker="o", label=EVIL)
@@ -67,19 +68,47 @@ def test_nothing_is_fetched_and_no_id_stands_twice(evil):
     assert len(set(reader.ids)) == len(reader.ids)
 
 
-def test_plots_have_a_text_and_the_colours_of_the_page(evil):
+def test_plots_have_a_text_and_the_colors_of_the_page(evil):
     plots = [attrs for tag, attrs in Reader(evil).tags if tag == "svg"]
     assert all(attrs["role"] == "img" and "alert(1)" in attrs["aria-label"] for attrs in plots)
     assert "var(--first)" in evil
-    assert not re.search("#00000[1-6]", evil)
+    assert not re.search("#00000[1-7]", evil)
 
 
 def test_numbers_are_written_for_people_and_stand_to_the_right():
     page = Page("t")
     page.section("s").table(["name", "n", "share", "word"], [["a", 12345, float("nan"), "x"], ["b", 1, 0.5, "y"]], "c")
     text = page.render()
-    assert '<td class="number">12,345</td><td class="number">-</td><td>x</td>' in text
-    assert '<th scope="col" class="number">share</th><th scope="col">word</th>' in text
+    cells = re.findall(r'<td role="cell" data-column="(\w+)" (\S+)>([^<]*)</td>', text)
+    assert cells[:3] == [
+        ("n", 'class="number"', "12,345"),
+        ("share", 'class="number"', "-"),
+        ("word", 'dir="auto"', "x"),
+    ]
+    assert '<th role="columnheader" scope="col" class="number">share</th>' in text
+
+
+@pytest.mark.parametrize("limits", [(1, 700), (23, 41), (0.02, 3), (1e-5, 1e7)])
+@pytest.mark.parametrize("axis", "xy")
+def test_logarithmic_axes_have_plain_numbers(limits, axis):
+    page = Page("t")
+
+    def draw(axes):
+        axes.plot(limits, limits)
+        axes.set(**{f"{axis}scale": "log", f"{axis}lim": limits})
+
+    page.section("s").plot(draw, alt="", caption="")
+    labels = re.findall(r"<text[^>]*>([^<]+)</text>", page.render())
+    values = [float(label.replace(",", "").replace("\N{MINUS SIGN}", "-")) for label in labels]
+    assert len(values) > 6
+
+
+def test_line_breaks_and_direction_of_what_people_wrote_are_kept():
+    text = "- one\n- two\n\n    code\n\u0634\u0643\u0631\u0627"
+    page = Page("t")
+    page.section("s").quotes("Prompt:", text, [("ann", text)])
+    assert page.render().count(f'dir="auto">{text}<') == 2
+    assert re.search(r"\.quotes > p, \.quotes dd \{ white-space: pre-wrap; \}", page.render())
 
 
 def test_a_ragged_table_is_refused():

@@ -18,6 +18,7 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
 COUNTS = (0, 2, 5, 10, 20, 30)
+_MOST_USERS = 2 / 3  # have as many pairs as the last point asks for
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ColdStartPoint:
 
     Attributes:
         pairs: Pairs that each user was adapted from.
-        users: Users who have so many; all others are left out.
+        users: Number of users, who are the same at each point of a curve.
         accuracy: Mean over these users of their accuracy.
         generic: The same under the generic user.
         gain: Mean over users of the difference.
@@ -51,11 +52,14 @@ def cold_start(
 ) -> list[ColdStartPoint]:
     """Learn new users from their first pairs, or read them off these, and see how well their others are ranked.
 
+    All points are of the same users, so that the curve shows what pairs are worth and not who has many of them: it ends
+    at the largest count that two thirds of the users have, and those with fewer pairs are left out.
+
     Args:
         model: A trained model.
         pairs: Pairs of users that it does not know, of each in the order in which they are to be used.
         held_out: Other pairs of the same users.
-        counts: Numbers of pairs a user.
+        counts: Numbers of pairs a user, of which those too large for most users are left out.
         prior: As in `adapt_users`; not used where the user model reads users off their pairs.
         steps: Likewise.
     """
@@ -70,11 +74,11 @@ def cold_start(
     margins_of = Margins(model, held_out)
     generic_row = trained_rows(model)[1]
     without = _accuracies(held_out.user_ids, margins_of(generic_row))
+    sizes = {user_id: len(own) for user_id, own in places.items() if user_id in tested}
+    most = _last_count(list(sizes.values()), counts)
+    users = tuple(user_id for user_id, size in sizes.items() if size >= most)
     points = []
-    for count in counts:
-        users = tuple(user_id for user_id, own in places.items() if len(own) >= count and user_id in tested)
-        if not users:
-            continue
+    for count in [count for count in counts if count <= most and users]:
         first = torch.tensor([place for user_id in users for place in places[user_id][:count]], dtype=torch.long)
         rows = learn(select_pairs(pairs, first), user_ids=users).rows
         number = {user_id: place for place, user_id in enumerate(users)}
@@ -87,6 +91,12 @@ def cold_start(
             ColdStartPoint(count, len(users), accuracy, generic, float(gains.mean()), 1.96 * spread / len(users) ** 0.5)
         )
     return points
+
+
+def _last_count(sizes: Sequence[int], counts: Sequence[int]) -> int:
+    """Return the largest count that most users reach; the smallest count if there is none."""
+    reached = [count for count in counts if sum(size >= count for size in sizes) >= _MOST_USERS * len(sizes)]
+    return max(reached, default=min(counts))
 
 
 def _accuracies(user_ids: Sequence[str], margins: Tensor) -> dict[str, float]:

@@ -34,7 +34,7 @@ class FeedbackTable:
         words: `[I]` words of each response.
         characters: `[I]` characters of each response.
         features: `[I, F]` float64, `SURFACE_FEATURES` of each response.
-        num_users: U.
+        user_ids: The U users, by index.
     """
 
     users: _Indices
@@ -47,7 +47,12 @@ class FeedbackTable:
     words: _Indices
     characters: _Indices
     features: npt.NDArray[np.float64]
-    num_users: int
+    user_ids: tuple[str, ...]
+
+    @property
+    def num_users(self) -> int:
+        """Number U of users."""
+        return len(self.user_ids)
 
     def of(self, split: Split) -> slice:
         """Return where the rows of a split stand; nowhere if there are none."""
@@ -111,7 +116,7 @@ def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
         words=np.rint(np.expm1(by_item[:, 0])).astype(np.int64),
         characters=np.array(characters, dtype=np.int64),
         features=by_item,
-        num_users=len(users),
+        user_ids=tuple(users),
     )
 
 

@@ -5,24 +5,33 @@ from __future__ import annotations
 import math
 import re
 
-#: What `surface_features` returns, in order.
-SURFACE_FEATURES = (
-    "words (log)",
-    "word length",
-    "sentences (log)",
-    "question marks (log)",
-    "exclamation marks (log)",
-    "line breaks (log)",
-    "digits (log)",
-    "share of its words in the prompt",
-)
+#: What `surface_features` returns, in order; and how to say to a reader that an answer has more of it.
+SURFACE_FEATURES = {
+    "words (log)": "longer",
+    "word length": "longer words (more formal)",
+    "sentences (log)": "more sentences",
+    "question marks (log)": "more questions",
+    "exclamation marks (log)": "more exclamation marks",
+    "line breaks (log)": "more lines",
+    "list items (log)": "more list items",
+    "emoji (log)": "more emoji",
+    "digits (log)": "more digits",
+    "share of its words in the prompt": "closer to the prompt's words",
+}
 
-_WORD = re.compile(r"\w+")
-_SENTENCE_END = re.compile(r"[.!?…]+(?=\s|$)")
+# Scripts that are written without spaces: a character counts as a word.
+_NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# Vowel signs and accents that stand apart from their letters, which are no word characters to `re`.
+_MARKS = "\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
+_WORD = re.compile(rf"[{_NO_SPACES}]|(?:[^\W{_NO_SPACES}]|[{_MARKS}])+")
+_SENTENCE_END = re.compile("[.!?\u2026\u061f\u06d4\u0964]+(?=\\s|$)|[\u3002\uff01\uff1f]+")
+_LIST_ITEM = re.compile(r"^[ \t]*(?:[-*+\u2022\u2023\u25e6\u2013]|\(?\d{1,3}[.)]|\(?[A-Za-z]\))[ \t]+\S", re.MULTILINE)
+_EMOJI = re.compile("[\u2600-\u27bf\U0001f000-\U0001faff]")
+_QUESTION, _EXCLAMATION = re.compile("[?\uff1f\u061f]"), re.compile("[!\uff01]")
 
 
 def count_words(text: str) -> int:
-    """Return the number of words of a text: of runs of letters, digits and underscores."""
+    """Return the number of words of a text: runs of letters, digits and underscores, or characters of Chinese etc."""
     return len(_WORD.findall(text))
 
 
@@ -33,9 +42,11 @@ def surface_features(prompt: str, response: str) -> tuple[float, ...]:
     in_prompt = len(distinct.intersection(_WORD.findall(prompt.lower())))
     counts = (
         len(_SENTENCE_END.findall(response)),
-        response.count("?"),
-        response.count("!"),
+        len(_QUESTION.findall(response)),
+        len(_EXCLAMATION.findall(response)),
         response.count("\n"),
+        len(_LIST_ITEM.findall(response)),
+        len(_EMOJI.findall(response)),
         sum(map(str.isdigit, response)),
     )
     return (

@@ -1,4 +1,4 @@
-"""Describe feedback on one page, above all how much there is to personalise in it."""
+"""Describe feedback on one page, above all how much there is to personalize in it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from prlhf_lightning.metrics.taste_models import FeatureTastes, ItemTastes, Tast
 from prlhf_lightning.metrics.votes import Votes
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.tasks.description_page import Description, Finding, in_words, page_of
+from prlhf_lightning.tasks.differences import find_differences, votes_of
 
 _FEW_PROMPTS = 20
 _HELD_OUT: dict[Scheme, str] = {
@@ -43,7 +44,7 @@ def describe(
     max_votes: int = 200_000,
     seed: int = 0,
 ) -> None:
-    """Write a page that describes feedback, and how much there is to personalise in it.
+    """Write a page that describes feedback, and how much there is to personalize in it.
 
     Votes a user, lengths, agreement between users, length bias, contradictions; and the held-out accuracy of small
     models that know what each user voted for, beside those that do not. No text of the feedback and no user's id stands
@@ -56,7 +57,7 @@ def describe(
         source: A source instead of files, as for `fit --data.source`. Its test split is not looked at.
         output: The page to write, one HTML file that needs no other.
         title: Its title.
-        max_votes: Of more training votes than that, the models of how much there is to personalise are fitted to those
+        max_votes: Of more training votes than that, the models of how much there is to personalize are fitted to those
             of as many users, drawn at random; all else is of all votes.
         seed: Draws what is held out, users, and bootstrap samples.
     """
@@ -72,17 +73,12 @@ def describe(
     if not table.rows["train"]:
         raise ConfigurationError("train: there are no votes in it, but for ties; name other files.")
     finding = find_headroom(table, max_votes, seed)
+    votes = votes_of(table, "train")
     name = title or (Path(str(train)).name if isinstance(train, str | Path) else type(feedback).__name__)
-    page = page_of(Description(name, table, votes_of(table, "train"), finding))
+    page = page_of(Description(name, table, votes, finding, find_differences(table, votes, seed)))
     page.write(output)
     print(in_words(finding))
     print(f"The page: {output}")
-
-
-def votes_of(table: FeedbackTable, split: Split) -> Votes:
-    """Return the votes of a split."""
-    part = table.of(split)
-    return Votes(table.users[part], table.chosen[part], table.rejected[part], table.num_users, len(table.prompts))
 
 
 def find_headroom(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0) -> Finding:

@@ -20,6 +20,7 @@ from prlhf_lightning.metrics.votes import (
     spread_between_users,
 )
 from prlhf_lightning.pages import FIRST, LINE, MUTED, SECOND, Cell, Page, Section
+from prlhf_lightning.tasks.differences import Differences, add_differences
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ _VOTES_FOR_A_RATE = 10  # with fewer, a user's rate is mostly chance
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of how much there is to personalise.
+    """What was found of how much there is to personalize.
 
     Attributes:
         headroom: The comparison, or None where there are too few votes for any.
@@ -54,41 +55,43 @@ class Description:
         name: Of the data.
         table: All rows.
         votes: Those of the training split.
-        finding: How much there is to personalise.
+        finding: How much there is to personalize.
+        differences: What users differ in, or why that cannot be told.
     """
 
     name: str
     table: FeedbackTable
     votes: Votes
     finding: Finding
+    differences: Differences | str
 
 
 def in_words(finding: Finding) -> str:
     """Return what was found in a few sentences."""
     found = finding.headroom
     if found is None:
-        return "Cannot tell whether there is something to personalise: there are too few votes to hold any out."
+        return "Cannot tell whether there is something to personalize: there are too few votes to hold any out."
     gain = found.by_user
     numbers = (
         f"Knowing the user changes a user's held-out pair accuracy by {_points(gain.gain)} points on average (95% "
         f"interval {_points(gain.low)} to {_points(gain.high)}), from {gain.shared:.3f} to {gain.personal:.3f}."
     )
     if found.verdict == "something":
-        return f"There is something to personalise. {numbers}"
+        return f"There is something to personalize. {numbers}"
     if found.by_vote.low > 0:
         numbers += (
             f" Over all votes the change is {_points(found.by_vote.gain)} points: {found.half_by:,} of the "
             f"{found.users:,} users make half of all that is gained."
         )
     if found.verdict == "next to nothing":
-        return f"There is next to nothing to personalise that these votes could teach. {numbers}"
+        return f"There is next to nothing to personalize that these votes could teach. {numbers}"
     reason = (
         f"the interval is too wide to rule out a gain of {100 * SMALL:.0f} point."
         if found.votes >= ENOUGH_VOTES and found.users >= ENOUGH_USERS
         else f"{found.votes:,} held-out votes of {found.users:,} users cannot rule out a small gain "
         f"({ENOUGH_VOTES:,} of {ENOUGH_USERS} would)."
     )
-    return f"Cannot tell whether there is something to personalise: {reason} {numbers}"
+    return f"Cannot tell whether there is something to personalize: {reason} {numbers}"
 
 
 def page_of(description: Description) -> Page:
@@ -102,7 +105,12 @@ def page_of(description: Description) -> Page:
         "unless it says otherwise.",
         footer="Written by python -m prlhf_lightning data describe.",
     )
-    _headroom(page.section("How much there is to personalise"), description.finding)
+    _headroom(page.section("How much there is to personalize"), description.finding)
+    section = page.section("What users differ in")
+    if isinstance(description.differences, str):
+        section.text(description.differences)
+    else:
+        add_differences(section, description.differences)
     _votes_a_user(page.section("Votes a user"), table, votes)
     _lengths(page.section("Lengths"), table, votes)
     _agreement(page.section("Agreement between users"), votes)
@@ -196,7 +204,6 @@ def _votes_a_user(section: Section, table: FeedbackTable, votes: Votes) -> None:
         edges = np.unique(np.rint(np.geomspace(1, counts[-1] + 1, 25))).tolist()
         axes.hist(counts, bins=edges, color=FIRST, histtype="stepfilled")
         axes.set(xscale="log", xlabel="votes of a user", ylabel="users")
-        _plain_ticks(axes, int(counts[-1]))
 
     section.plot(
         draw,
@@ -213,8 +220,8 @@ def _lengths(section: Section, table: FeedbackTable, votes: Votes) -> None:
     def draw(axes: Axes) -> None:
         top = max(1, np.quantile(np.concatenate([chosen, rejected]), 0.99))
         edges = np.linspace(0, top, min(30, int(top) + 1)).tolist()
-        for values, colour, label in ((chosen, FIRST, "chosen"), (rejected, SECOND, "rejected")):
-            axes.hist(np.minimum(values, top), bins=edges, histtype="step", color=colour, label=label, linewidth=1.8)
+        for values, color, label in ((chosen, FIRST, "chosen"), (rejected, SECOND, "rejected")):
+            axes.hist(np.minimum(values, top), bins=edges, histtype="step", color=color, label=label, linewidth=1.8)
         axes.set(xlabel="words", ylabel="votes")
         axes.legend()
 
@@ -242,7 +249,7 @@ def _agreement(section: Section, votes: Votes) -> None:
         f"the time (95% interval {_interval(rate)}); votes at random would agree 50% of the time. "
         f"Beyond chance that is {max(0.0, 2 * rate.value - 1):.2f} of what there can be (0 = chance, 1 = all agree). "
         "Users disagree because they differ, or because a vote is hasty: agreement cannot tell these apart, what there "
-        "is to personalise can."
+        "is to personalize can."
     )
     voters = np.unique(np.stack([votes.pairs, votes.users]), axis=1)[0]
     sizes = np.unique(voters, return_counts=True)[1]
@@ -350,11 +357,3 @@ def _quantile_rows(values: npt.NDArray[np.int64]) -> list[list[Cell]]:
 
 def _quantile_name(quantile: int) -> str:
     return {0: "least", 50: "median", 100: "most"}.get(quantile, f"{quantile}%")
-
-
-def _plain_ticks(axes: Axes, top: int) -> None:
-    """Write out the numbers of a logarithmic axis."""
-    ticks = [step * 10**power for power in range(7) for step in (1, 2, 5) if step * 10**power <= max(2, top)]
-    ticks = ticks if len(ticks) <= 8 else ticks[::3]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    axes.set_xticks([], minor=True)

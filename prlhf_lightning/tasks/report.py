@@ -13,23 +13,27 @@ from rich.progress import Progress
 from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.division import Pairs
+from prlhf_lightning.data.feedback_table import read_table
 from prlhf_lightning.data.progress import bars
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import check_output
+from prlhf_lightning.files import check_output, write_whole
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.tasks.differences import Differences, correlations, find_differences, votes_of
 from prlhf_lightning.tasks.models import load_module, pick_device
 from prlhf_lightning.tasks.report_answers import (
     OWN,
     Answers,
     Scribe,
+    features_written,
     find_people,
     find_prompts,
     win_rates,
     with_utility,
 )
-from prlhf_lightning.tasks.report_map import map_users, most_unlike
+from prlhf_lightning.tasks.report_json import json_path, to_json
+from prlhf_lightning.tasks.report_map import UserMap, map_users, most_unlike
 from prlhf_lightning.tasks.report_page import Findings, in_words, page_of
 from prlhf_lightning.tasks.report_pairs import Scores, cold_start_of, score
 from prlhf_lightning.tasks.report_run import data_of, open_run
@@ -57,14 +61,15 @@ def report(
     device: str = "auto",
     seed: int = 0,
 ) -> None:
-    """Write a page about a trained model, for a colleague.
+    """Write a page about a trained model, for a colleague, and its numbers as JSON beside it.
 
-    Learning curves; each user's accuracy against the votes given; how new users fare; a map of users; what
-    personalisation costs; what the model writes for users, and how often a judge prefers that. See docs/report.md.
+    Learning curves; each user's accuracy against the votes given; how new users fare; what users differ in; a map of
+    users; what personalization costs; what the model writes for users, and how often a judge prefers that. See
+    docs/report.md.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
-        output: The page to write, one HTML file that needs no other.
+        output: The page to write, one HTML file that needs no other. Its numbers go beside it, as `report.json`.
         run: The folder of the run, for its `config.yaml` and `metrics.csv`; where the checkpoint lies if not given.
         source: Other data than the run's configuration names, as for `fit --data.source`.
         judge: Who compares answers: UtilityJudge, RewardJudge, OpenAIJudge or a class of your own. Simulated users
@@ -109,16 +114,19 @@ def report(
         show_answers=show_answers,
     )
     if whose is None:
-        found.no_scores = found.cold_start = found.answers = found.win_rates = (
+        found.no_scores = found.cold_start = found.differences = found.answers = found.win_rates = (
             "The data are not known: there is no config.yaml beside the checkpoint. Name the run's folder with --run, "
             "or the data with --source."
         )
     elif module.loss.feedback != "pairs":
-        found.no_scores = found.cold_start = (
+        found.no_scores = found.cold_start = found.differences = (
             f"{type(module.loss).__name__} learns from {module.loss.feedback}; only losses over pairs rank pairs."
         )
     if whose is not None:
-        found.votes = whose.votes_by_user()  # now, as tokenising has a progress bar of its own
+        # Now, as reading and tokenizing have progress bars of their own.
+        found.votes = whose.votes_by_user()
+        if module.loss.feedback == "pairs":
+            found.differences = _differences(whose, seed)
     with bars() as progress:
         if whose is not None:
             if module.loss.feedback == "pairs":
@@ -130,11 +138,15 @@ def report(
             _write_answers(found, module, whose, scribe, (num_users, num_prompts), judge, seed, progress)
             if isinstance(judge, RewardJudge) and judge.model.resolve() == checkpoint.resolve():
                 found.judge = (found.judge[0], "The judge is the very model that is judged: it likes what it writes.")
+            if isinstance(found.differences, Differences) and isinstance(found.answers, Answers):
+                found.followed = correlations(found.differences, features_written(found.answers))
         _map(found, module, whose)
     _call_users(found, module, whose, show_user_ids, show_user_text)
     page_of(found).write(output)
+    write_whole(json_path(output), to_json(found))
     print(in_words(found))
     print(f"The page: {output}")
+    print(f"The same as numbers: {json_path(output)}")
 
 
 def _score_pairs(
@@ -213,6 +225,14 @@ def _write_answers(
     found.judge = (judge.name, judge.caveat)
 
 
+def _differences(data: PreferenceDataModule, seed: int) -> Differences | str:
+    table = read_table(data.source, ["train"])
+    differences = find_differences(table, votes_of(table, "train"), seed)
+    if isinstance(differences, str):
+        return differences
+    return replace(differences, user_ids=tuple(map(data.known_as, differences.user_ids)))
+
+
 def _map(found: Findings, module: PersonalizedLM, data: PreferenceDataModule | None) -> None:
     known = module.vocabulary
     size = len(known) - 1 if known else 0
@@ -232,6 +252,11 @@ def _map(found: Findings, module: PersonalizedLM, data: PreferenceDataModule | N
         group_of = {data.known_as(user.user_id): f"group {user.group + 1}" for user in data.source.seen_users}
         groups = [group_of.get(known.ids[row - 1], "other") for row in mapped.rows.tolist()]
         found.groups = (groups, "the simulated users' true groups of taste, which the model was not told")
+    elif isinstance(found.differences, Differences) and found.differences.is_told:
+        group_of = dict(zip(found.differences.user_ids, found.differences.groups(), strict=True))
+        groups = [group_of.get(known.ids[row - 1], "not known") for row in mapped.rows.tolist()]
+        what = f"how much a user likes an answer that is or has “{found.differences.features[0]}”, by their votes"
+        found.groups = (groups, what)
 
 
 def _call_users(
@@ -240,6 +265,8 @@ def _call_users(
     """Decide by what users are called, and what is said of them."""
     known = module.vocabulary.ids if module.vocabulary else ()
     found.names = {user_id: user_id if ids else f"user {number}" for number, user_id in enumerate(known, start=1)}
+    if isinstance(found.map, UserMap):
+        found.on_map = [found.names[known[row - 1]] for row in found.map.rows.tolist()]
     if texts and isinstance(found.answers, Answers):
         found.about = {person.user_id: person.text for person in found.answers.people}
     if data is not None and isinstance(data.source, SimulatedSource):  # nobody's secret

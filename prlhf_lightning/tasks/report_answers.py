@@ -9,11 +9,14 @@ import numpy as np
 import torch
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.data.conversations import message_text
 from prlhf_lightning.data.division import Pairs
 from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import Split, read
 from prlhf_lightning.data.splits import spread
+from prlhf_lightning.data.surface import surface_features
 from prlhf_lightning.judges import Judge, Person, Question, Ruling, UtilityJudge, Vote, rule
+from prlhf_lightning.metrics.votes import Floats
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
@@ -200,6 +203,18 @@ def with_utility(answers: Answers, judge: UtilityJudge, seed: int = 0) -> Answer
         utility[writer] = user_mean(ids, [one.utility for one in found], seed)
         well_formed[writer] = sum(one.well_formed for one in found) / len(found)
     return replace(answers, utility=utility, well_formed=well_formed)
+
+
+def features_written(answers: Answers) -> dict[str, Floats]:
+    """Return by user the mean `[F]` of the `SURFACE_FEATURES` of what is written for them."""
+    asked = [
+        prompt if isinstance(prompt, str) else "\n".join(message_text(turn) for turn in prompt)
+        for prompt in answers.prompts
+    ]
+    return {
+        person.user_id: np.mean([surface_features(*both) for both in zip(asked, texts, strict=True)], axis=0)
+        for person, texts in zip(answers.people, answers.texts[OWN], strict=True)
+    }
 
 
 def win_rates(answers: Answers, judge: Judge, seed: int, on_ruling: Callable[[], object]) -> list[WinRate]:

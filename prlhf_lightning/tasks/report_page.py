@@ -14,6 +14,7 @@ from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.metrics.win_rate import UserMean, user_mean
 from prlhf_lightning.pages import Cell, Page, Section
 from prlhf_lightning.tasks import report_plots
+from prlhf_lightning.tasks.differences import Differences, add_differences
 from prlhf_lightning.tasks.report_answers import BASELINE, BEFORE, GENERIC, OWN, Answers, WinRate
 from prlhf_lightning.tasks.report_map import UserMap
 from prlhf_lightning.tasks.report_pairs import Scores
@@ -44,8 +45,11 @@ class Findings:
         baseline: The seen users' pairs under a model without users.
         votes: Training votes of each user.
         cold_start: The curve for new users.
+        differences: What users differ in, by their votes.
+        followed: How closely what is written for users follows each difference.
         map: Users on a plane.
-        groups: What each user on the map is coloured by, and what that is.
+        groups: What each user on the map is colored by, and what that is.
+        on_map: What each user on the map is called.
         answers: What was written.
         shown: Which users' answers stand on the page.
         show_answers: Whether any do.
@@ -65,8 +69,11 @@ class Findings:
     baseline: Scores | None = None
     votes: Mapping[str, int] = field(default_factory=dict)
     cold_start: list[ColdStartPoint] | str = ""
+    differences: Differences | str = ""
+    followed: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     map: UserMap | str = ""
     groups: tuple[Sequence[str], str] = ((), "")
+    on_map: Sequence[str] = ()
     answers: Answers | str = ""
     shown: Sequence[int] = ()
     show_answers: bool = True
@@ -93,16 +100,38 @@ def page_of(found: Findings) -> Page:
         section.text(f"No curve: {found.cold_start}")
     else:
         report_plots.cold_start_curve(section, found.cold_start)
+        section.text(_same_users(found.cold_start), "note")
+    section = page.section("What users differ in")
+    if isinstance(found.differences, str):
+        section.text(f"Not known: {found.differences}")
+    else:
+        add_differences(section, found.differences, found.followed)
     _map(page.section("Map of users"), found)
-    _tax(page.section("What personalisation costs"), found)
+    _tax(page.section("What personalization costs"), found)
     _win_rates(page.section("Win rates"), found)
     _answers(page.section("What it writes"), found)
     return page
 
 
+def _same_users(points: Sequence[ColdStartPoint]) -> str:
+    last = points[-1]
+    return (
+        f"All points are of the same {last.users:,} users, those with {last.pairs:,} pairs to learn from; new users "
+        "with fewer are left out."
+    )
+
+
 def gain_of(scores: Scores) -> UserMean:
     """Return what knowing the user adds to a user's pair accuracy."""
     return user_mean(scores.user_ids, (scores.own - scores.generic).double().numpy())
+
+
+def price_of(found: Findings) -> UserMean | None:
+    """Return what the generic user's pair accuracy falls behind the baseline's on the same pairs; None if not known."""
+    seen, baseline = found.scores.get("seen"), found.baseline
+    if seen is None or baseline is None or baseline.user_ids != seen.user_ids:
+        return None
+    return user_mean(seen.user_ids, (baseline.own - seen.generic).double().numpy())
 
 
 def in_words(found: Findings) -> str:
@@ -126,7 +155,7 @@ def in_words(found: Findings) -> str:
     if isinstance(found.win_rates, list):
         said += [
             f"{found.judge[0]} prefers what it writes for a user to the answer of the {rate.against} in "
-            f"{rate.rate.value:.0%} of cases ({rate.rate.low:.0%} to {rate.rate.high:.0%}; ties count half)."
+            f"{rate.rate.value:.0%} of cases ({_interval(rate.rate, '.0%')}; ties count half)."
             for rate in found.win_rates
             if rate.against == GENERIC and rate.rate.count
         ]
@@ -219,10 +248,10 @@ def _map(section: Section, found: Findings) -> None:
         section.text(f"No map: {found.map}")
         return
     groups, what = found.groups
-    report_plots.user_map(section, found.map, groups)
+    report_plots.user_map(section, found.map, groups, found.on_map)
     section.text(
         "Users who stand close to one another have similar soft prompts. "
-        + (f"Colours and shapes: {what}. " if what else "")
+        + (f"Colors and shapes: {what}. " if what else "")
         + f"The two axes show {sum(found.map.explained):.0%} of how the prompts vary.",
         "note",
     )
@@ -243,21 +272,25 @@ def _tax(section: Section, found: Findings) -> None:
         if scores is None or key not in scores.log_probs:
             if writer == BASELINE and compared:
                 accuracy, well = compared.get("val/seen/accuracy_user_mean"), compared.get("well_formed")
-                cells = (accuracy, None, compared.get("utility"), well)
-                rows.append([f"{writer} (comparison.json)", *(np.nan if cell is None else cell for cell in cells)])
+                cells = (np.nan if cell is None else cell for cell in (None, compared.get("utility"), well))
+                rows.append([f"{writer} (comparison.json)", np.nan if accuracy is None else accuracy, "-", *cells])
             continue
-        accuracy = np.nan if writer == BEFORE else _mean(scores, "generic" if key == "generic" else "own").value
+        if writer == BEFORE:
+            accuracy, within = np.nan, "-"
+        else:
+            mean = _mean(scores, key)
+            accuracy, within = mean.value, _interval(mean, ".3f")
         likely = user_mean(scores.user_ids, scores.log_probs[key].double().numpy()).value
         utility = answers.utility[writer].value if answers and writer in answers.utility else np.nan
         well = answers.well_formed[writer] if answers and writer in answers.well_formed else np.nan
-        rows.append([writer, accuracy, likely, utility, well])
+        rows.append([writer, accuracy, within, likely, utility, well])
     section.text(_tax_in_words(found, seen))
-    columns = ["written", "pair accuracy", "log-prob", "utility", "well-formed"]
-    kept = [c for c in range(len(columns)) if c == 0 or any(row[c] == row[c] for row in rows)]
+    columns = ["written", "pair accuracy", "95% interval", "log-prob", "utility", "well-formed"]
+    kept = [c for c in range(len(columns)) if any(row[c] == row[c] and row[c] != "-" for row in rows)]
     section.table([columns[c] for c in kept], [[row[c] for c in kept] for row in rows], _TAX_CAPTION)
     section.text(
         "The generic user is what the model is to somebody whom it does not know. Where it falls behind a baseline "
-        "that was trained on the same votes without users (--baseline), personalisation has a price. A log-probability "
+        "that was trained on the same votes without users (--baseline), personalization has a price. A log-probability "
         "below that of the model before training means that even the chosen answers have become less likely: usual "
         "for DPO, a sign of decay where it is large.",
         "note",
@@ -272,10 +305,11 @@ def _tax_in_words(found: Findings, seen: Scores) -> str:
         before = _mean(found.baseline, "own").value
     else:
         before = found.run.comparison.get("vanilla", {}).get(f"val/seen/{key}", np.nan)
-    generic = _mean(seen, "generic").value
+    generic, price = _mean(seen, "generic").value, price_of(found)
     said = (
         f"The generic user ranks {generic:.3f} of the seen users' pairs as they did, the baseline without users "
-        f"{before:.3f}: a price of {100 * (before - generic):+.1f} points."
+        f"{before:.3f}: a price of {_points(price) if price else f'{100 * (before - generic):+.1f} points'}."
+        + ("" if price else " For its interval, name the baseline's checkpoint with --baseline.")
         if before == before
         else f"The generic user ranks {generic:.3f} of the seen users' pairs as they did. What a model without users "
         "would have reached is not known: train one (fit --train_baseline true), or name one with --baseline."
@@ -285,7 +319,7 @@ def _tax_in_words(found: Findings, seen: Scores) -> str:
         drift = user_mean(seen.user_ids, change)
         said += (
             f" The log-probability a token that it gives to the chosen answers is {drift.value:+.3f} away from where "
-            f"it was before training ({drift.low:+.3f} to {drift.high:+.3f})."
+            f"it was before training ({_interval(drift, '+.3f')})."
         )
     if isinstance(found.answers, Answers) and (well := found.answers.well_formed):
         said += (
@@ -307,6 +341,7 @@ def _win_rates(section: Section, found: Findings) -> None:
             section,
             [rate.against for rate in counted],
             [(r.wins / n, r.ties / n, r.losses / n) for r, n in zip(counted, totals, strict=True)],
+            [rate.rate for rate in counted],
         )
     section.table(
         ["against", "win rate", "low", "high", "won", "tie", "lost", "error"],
@@ -333,26 +368,27 @@ def _answers(section: Section, found: Findings) -> None:
         return
     answers = found.answers
     for p in range(min(_PROMPTS, len(answers.prompts))):
-        rows: list[list[Cell]] = []
+        quotes = []
         for u in found.shown:
             person = answers.people[u]
             label = found.names.get(person.user_id, person.user_id)
             about = found.about.get(person.user_id, "")
-            rows.append([f"{label} ({about})" if about else label, _cut(answers.texts[OWN][u][p])])
+            quotes.append((f"for {label} ({_cut(about)})" if about else f"for {label}", _cut(answers.texts[OWN][u][p])))
         if found.shown:
-            first = f" ({rows[0][0]})" if found.reads_text else ""  # who is read even where nobody is known
-            rows += [
-                [writer + first, _cut(texts[found.shown[0]][p])]
+            first = found.names.get(answers.people[found.shown[0]].user_id, "")
+            read = f" (told about {first})" if found.reads_text else ""  # who is read even where nobody is known
+            quotes += [
+                (f"{writer}{read}", _cut(texts[found.shown[0]][p]))
                 for writer, texts in answers.texts.items()
                 if writer != OWN
             ]
-        section.table(["for", "the model writes"], rows, f"Prompt: {_shown(answers.prompts[p])}")
+        section.quotes("Prompt:", _shown(answers.prompts[p]), quotes)
 
 
 def _shown(prompt: Text) -> str:
     if isinstance(prompt, str):
         return _cut(prompt)
-    return _cut(" / ".join(f"{turn['role']}: {message_text(turn)}" for turn in prompt))
+    return _cut("\n".join(f"{turn['role']}: {message_text(turn)}" for turn in prompt))
 
 
 def _cut(text: str) -> str:
@@ -373,4 +409,10 @@ def _three(mean: UserMean) -> list[Cell]:
 
 
 def _points(gain: UserMean) -> str:
-    return f"{100 * gain.value:+.1f} points ({100 * gain.low:+.1f} to {100 * gain.high:+.1f})"
+    return f"{100 * gain.value:+.1f} points ({_interval(gain, '+.1f', 100)})"
+
+
+def _interval(mean: UserMean, form: str, scale: float = 1) -> str:
+    if mean.low != mean.low:
+        return "one user, so no interval"
+    return f"{scale * mean.low:{form}} to {scale * mean.high:{form}}"

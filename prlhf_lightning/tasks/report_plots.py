@@ -7,10 +7,12 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from prlhf_lightning.adaptation import ColdStartPoint
 from prlhf_lightning.metrics import UserAccuracy, wilson_interval
-from prlhf_lightning.pages import FIRST, INK, LINE, MUTED, SECOND, THIRD, Section
+from prlhf_lightning.metrics.win_rate import UserMean
+from prlhf_lightning.pages import FIRST, FOURTH, INK, LINE, MUTED, SECOND, THIRD, Section
 from prlhf_lightning.tasks.report_map import UserMap
 from prlhf_lightning.tasks.report_run import Run
 
@@ -19,7 +21,10 @@ if TYPE_CHECKING:
 
 _FEW_USERS = 60  # so many intervals can be told apart
 _BINS = 8
-_COLOURS, _MARKERS = (FIRST, SECOND, THIRD), ("o", "s", "^", "D", "v", "P")
+# Each group has a shape of its own too, for those who do not tell the colors apart.
+_COLORS, _MARKERS = (FIRST, SECOND, THIRD, FOURTH, MUTED), ("o", "s", "^", "D", "v", "P", "X", "p")
+_LABELED = 25
+_LABEL_LENGTH = 18
 _LOSSES = {"train/loss": "training", "val/seen/loss": "seen users", "val/unseen/loss": "unseen users"}
 _RANKS = {
     "val/seen/{}": "seen users",
@@ -55,14 +60,14 @@ def learning_curves(section: Section, run: Run) -> None:
 def _draw_curves(
     axes: Axes, curves: Mapping[str, tuple[list[float], list[float]]], chance: float | None, what: str
 ) -> None:
-    colours = {"training": MUTED, "same pairs, generic user": MUTED, "worst tenth of them": THIRD}
+    colors = {"training": MUTED, "same pairs, generic user": MUTED, "worst tenth of them": THIRD}
     for label, (steps, values) in curves.items():
-        colour = colours.get(label, SECOND if label == "unseen users" else FIRST)
+        color = colors.get(label, SECOND if label == "unseen users" else FIRST)
         if label == "training":
             axes.plot(steps, values, color=LINE, linewidth=0.8)
             steps, values = _smooth(steps, values)
         marker = "o" if label != "training" and len(steps) <= 40 else None
-        axes.plot(steps, values, color=colour, linewidth=1.8, marker=marker, markersize=4.5, label=label)
+        axes.plot(steps, values, color=color, linewidth=1.8, marker=marker, markersize=4.5, label=label)
     if chance is not None:
         axes.axhline(chance, color=LINE, linewidth=1, linestyle="--")
     axes.set(xlabel="training steps", ylabel=what.lower() if what != "AUC" else what)
@@ -105,7 +110,6 @@ def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]]
             axes.locator_params(axis="x", integer=True)
         if x is given and given.min() > 0 and given.max() > 10 * given.min():
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set(xlabel=label, ylabel="pair accuracy", ylim=(min(0.45, accuracy.min() - 0.05), 1.02))
 
     squares = "" if len(rows) <= _FEW_USERS else "; squares: eighths of the users"
@@ -151,64 +155,113 @@ def cold_start_curve(section: Section, points: Sequence[ColdStartPoint]) -> None
     )
 
 
-def user_map(section: Section, found: UserMap, groups: Sequence[str]) -> None:
+def user_map(section: Section, found: UserMap, groups: Sequence[str], names: Sequence[str]) -> None:
     """Add the users' places.
 
     Args:
         section: Where it goes.
         found: The places.
-        groups: What each user is coloured by; empty where users are not told apart.
+        groups: What each user is colored by; empty where users are not told apart.
+        names: What each user is called; written beside the users where they are few.
     """
-    names = sorted(set(groups), key=lambda name: (len(name), name))
+    kinds = sorted(set(groups), key=lambda name: (len(name), name))
     points = found.points.numpy()
 
     def draw(axes: Axes) -> None:
         size = 6 if len(points) <= 200 else 3.5
-        for number, name in enumerate(names or [""]):
-            own = points[np.array([group == name for group in groups])] if names else points
-            colour, marker = _COLOURS[number % 3], _MARKERS[(number // 3) % len(_MARKERS)]
+        for number, kind in enumerate(kinds or [""]):
+            own = points[np.array([group == kind for group in groups])] if kinds else points
+            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
             axes.plot(
-                *own.T, marker, color=colour, markersize=size, alpha=0.75, markeredgewidth=0, label=name or "users"
+                *own.T, marker, color=color, markersize=size, alpha=0.75, markeredgewidth=0, label=kind or "users"
             )
         axes.plot(*found.generic.numpy(), "*", color=INK, markersize=13, label="generic user")
         axes.set(
             xlabel=f"first component ({found.explained[0]:.0%} of the variance)",
             ylabel=f"second component ({found.explained[1]:.0%})",
         )
-        axes.margins(0.08)
-        axes.figure.legend(loc="outside upper left", ncols=3)
+        axes.margins(0.12 if len(points) <= _LABELED else 0.08)
+        axes.figure.legend(loc="outside upper left", ncols=2)
+        if len(points) <= _LABELED:
+            _label(axes, points, names)
 
     section.plot(
         draw,
-        alt=f"{len(points):,} users on a plane" + (f", in {len(names)} groups." if names else "."),
+        alt=f"{len(points):,} users on a plane" + (f", in {len(kinds)} groups." if kinds else "."),
         caption="Users by the principal components of their soft prompts",
-        height=3.8,
+        height=4.2,
     )
 
 
-def win_bars(section: Section, names: Sequence[str], shares: Sequence[tuple[float, float, float]]) -> None:
-    """Add how often what is written for a user won, tied and lost."""
+def _label(axes: Axes, points: npt.NDArray[np.float32], names: Sequence[str]) -> None:
+    """Write names beside points, each on the side where it covers least of what is there already."""
+    axes.get_figure(root=True).draw_without_rendering()  # lays out the axes: places in the figure are known
+    places = axes.transData.transform(points)
+    middle = axes.bbox.x0 + axes.bbox.width / 2
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    for (x, y), name in sorted(zip(places, names, strict=True), key=lambda both: -float(both[0][1])):
+        shown = name if len(name) <= _LABEL_LENGTH else f"{name[: _LABEL_LENGTH - 1]}…"
+        width, sides = 6.0 * len(shown), (("left", 6, 0), ("right", -6, 0), ("left", 4, 9), ("right", -4, -9))
+        boxes = []
+        for side, right, up in sides if x < middle else (sides[1], sides[0], sides[3], sides[2]):
+            start = x + right - (width if side == "right" else 0)
+            box = (start, y + up - 5, start + width, y + up + 5)
+            outside = max(0.0, axes.bbox.x0 - box[0]) + max(0.0, box[2] - axes.bbox.x1)
+            boxes.append((sum(_overlap(box, other) for other in taken) + 10 * outside, side, right, up, box))
+        _, side, right, up, box = min(boxes, key=lambda found: found[0])
+        taken.append(box)
+        axes.annotate(
+            shown,
+            axes.transData.inverted().transform((x, y)),
+            (right, up),
+            textcoords="offset points",
+            ha=side,
+            va="center",
+            fontsize=8.5,
+            color=MUTED,
+        )
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    """Return the area that two boxes (left, bottom, right, top) share."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(0.0, width) * max(0.0, height)
+
+
+def win_bars(
+    section: Section, names: Sequence[str], shares: Sequence[tuple[float, float, float]], rates: Sequence[UserMean]
+) -> None:
+    """Add how often what is written for a user won, tied and lost, and the win rate with its interval."""
 
     def draw(axes: Axes) -> None:
         left = np.zeros(len(names))
         height = np.arange(len(names))[::-1]
-        for part, colour, label in zip(
+        for part, color, label in zip(
             zip(*shares, strict=True), (FIRST, LINE, SECOND), ("won", "tie", "lost"), strict=True
         ):
-            axes.barh(height, part, left=left, color=colour, label=label, height=0.6)
+            axes.barh(height + 0.12, part, left=left, color=color, label=label, height=0.45)
             left = left + np.array(part)
+        for place, rate in zip(height - 0.3, rates, strict=True):
+            if rate.low == rate.low:
+                axes.plot([rate.low, rate.high], [place, place], color=INK, linewidth=2, solid_capstyle="butt")
+        axes.plot(
+            [rate.value for rate in rates], height - 0.3, "D", color=INK, markersize=5.5, label="win rate, 95% interval"
+        )
+        axes.axvline(0.5, color=MUTED, linewidth=1, linestyle="--")
         axes.set_yticks(height, names)
-        axes.set(xlim=(0, 1), xlabel="share of the comparisons")
+        axes.set(xlim=(0, 1), ylim=(-0.6, len(names) - 0.4), xlabel="share of the comparisons")
         axes.spines["left"].set_visible(False)
         axes.tick_params(axis="y", left=False)
-        axes.figure.legend(loc="outside upper left", ncols=3)
+        axes.figure.legend(loc="outside upper left", ncols=2)
 
     section.plot(
         draw,
         alt="; ".join(
-            f"against {name}: won {won:.0%}, tie {tie:.0%}, lost {lost:.0%}"
-            for name, (won, tie, lost) in zip(names, shares, strict=True)
+            f"against {name}: won {won:.0%}, tie {tie:.0%}, lost {lost:.0%}, win rate {rate.value:.0%}"
+            + (f" ({rate.low:.0%} to {rate.high:.0%})" if rate.low == rate.low else "")
+            for name, (won, tie, lost), rate in zip(names, shares, rates, strict=True)
         ),
-        caption="What is written for a user, against",
-        height=1.2 + 0.45 * len(names),
+        caption="What is written for a user, against; in the win rate ties count half",
+        height=1.5 + 0.55 * len(names),
     )

@@ -7,7 +7,7 @@ import pytest
 
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.feedback_table import read_table
-from prlhf_lightning.data.surface import SURFACE_FEATURES, surface_features
+from prlhf_lightning.data.surface import SURFACE_FEATURES, count_words, surface_features
 from prlhf_lightning.errors import FeedbackFormatError
 
 
@@ -60,3 +60,26 @@ def test_surface_features_count_what_they_say():
     assert found["digits (log)"] == pytest.approx(math.log1p(2))
     assert found["share of its words in the prompt"] == pytest.approx(3 / 7)
     assert surface_features("", "...")[1] == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("Hello, you_2 wörld", 3), ("我喜欢茶", 4), ("안녕 세상", 2), ("नमस्ते दुनिया", 2), ("مَرحبا بكم", 2), ("", 0)],
+)
+def test_words_are_counted_in_any_script(text, words):
+    assert count_words(text) == words
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "count"),
+    [
+        ("- a\n* b\n 1. c\n(2) d\na) e\n• f", "list items (log)", 6),
+        ("I. am 5 - x\nNo. 5\n-5 degrees\n3.5 metres", "list items (log)", 0),
+        ("\u8336\u3002\u597d\u304d\uff1f\u306f\u3044\uff01", "sentences (log)", 3),
+        ("\u597d\u304d\uff1f \u0645\u0627 \u0647\u0630\u0627\u061f", "question marks (log)", 2),
+        ("fine 😀🎉", "emoji (log)", 2),
+    ],
+)
+def test_lists_and_marks_are_counted_in_any_script(text, name, count):
+    found = dict(zip(SURFACE_FEATURES, surface_features("", text), strict=True))
+    assert found[name] == pytest.approx(math.log1p(count))

@@ -203,11 +203,14 @@ def test_the_model_is_left_as_it_was_and_other_rows_are_bit_identical_in_the_fil
     torch.testing.assert_close(rows.vectors()[-2:], found.rows)
 
 
-def test_the_curve_starts_at_the_generic_user_and_counts_the_users_who_have_so_many(model, pairs):
-    none, some, many = cold_start(model, pairs, pairs, counts=(0, 6, 9))
-    assert (none.gain, none.interval, none.accuracy) == (0.0, 0.0, none.generic)
-    assert [point.users for point in (none, some, many)] == [2, 2, 1]
-    assert math.isnan(many.interval)
+def test_the_curve_starts_at_the_generic_user_and_is_of_the_same_users_throughout(model, pairs):
+    points = cold_start(model, pairs, pairs, counts=(0, 6, 9))  # "short" has six pairs
+    assert [(point.pairs, point.users) for point in points] == [(0, 2), (6, 2)]
+    assert (points[0].gain, points[0].interval, points[0].accuracy) == (0.0, 0.0, points[0].generic)
+    assert points[0].generic == points[1].generic
+    own = torch.tensor([i for i, user_id in enumerate(pairs.user_ids) if user_id == "long"])
+    (alone,) = cold_start(model, select_pairs(pairs, own), pairs, counts=(9,))
+    assert math.isnan(alone.interval)
 
 
 def test_what_is_asked_next_tells_at_least_as_much_as_the_rest(model, pairs):

@@ -1,4 +1,4 @@
-"""The page that `data describe` writes, and what it says there is to personalise."""
+"""The page that `data describe` writes, and what it says there is to personalize."""
 
 import json
 import os
@@ -61,7 +61,7 @@ def test_a_page_is_written_that_shows_no_text_and_no_user(tmp_path, capsys):
     page = out.read_text()
     assert "secret" not in page
     assert "Feedback: &lt;b&gt;&amp;" in page
-    for title in ("to personalise", "Votes a user", "Lengths", "Agreement", "Length bias", "Contradictions"):
+    for title in ("to personalize", "Votes a user", "Lengths", "Agreement", "Length bias", "Contradictions"):
         assert re.search(f"<h2>[^<]*{title}", page)
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("Cannot tell")

@@ -106,12 +106,28 @@ class LongJudge(Judge):
 
 def test_a_run_of_simulated_users_gets_every_section_without_more(simulated, capsys):
     page = report(simulated, "--num_users", "2", "--num_prompts", "2", small=False)
-    assert page.tags.count("figure") == 6
+    assert page.tags.count("figure") == 7
     assert "UtilityJudge" in page.text
     assert "hidden taste: I like" in page.text
     assert "No map" not in page.text
     assert "No curve" not in page.text
     assert "pair accuracy" in capsys.readouterr().out
+
+
+def test_the_numbers_of_the_page_stand_beside_it_as_json(run):
+    page = report(run, "--judge", f"{__name__}.LongJudge", "--baseline", str(run))
+    numbers = json.loads((run.parent / "page.json").read_text())
+    assert numbers["in_short"] in page.text
+    assert f"{numbers['pair_accuracy']['seen']['own']['value']:.3f}" in page.texts
+    price = numbers["price"]  # the baseline is the model itself, which knows its users
+    assert price["value"] == pytest.approx(numbers["gain"]["value"])
+    assert price["low"] <= price["value"] <= price["high"]
+    assert f"a price of {100 * price['value']:+.1f} points ({100 * price['low']:+.1f} to" in page.text
+    assert {rate["against"] for rate in numbers["win_rates"]["against"]} >= {"generic user", "before training"}
+    assert {user["user"] for user in numbers["map"]["users"]} == {
+        f"user {number}" for number in range(1, len(known(run)) + 1)
+    }
+    assert "<b>u" not in json.dumps(numbers)
 
 
 def test_accuracies_are_those_that_training_logged(simulated):
