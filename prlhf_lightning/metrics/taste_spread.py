@@ -134,7 +134,7 @@ class _Quadratic:
 
     def solved(self, variance: Floats) -> tuple[Floats, Floats, Floats]:
         """Return the likeliest mean `[F]`; mode `[U, F]` and covariance `[U, F, F]` of users' deviations."""
-        covariances: Floats = np.linalg.inv(self.hessian + np.diag(1 / variance))
+        covariances = np.linalg.inv(self.hessian + np.diag(1 / variance)).astype(np.float64)
         weighed = self.hessian @ covariances  # of the deviations the mean knows nothing: they are integrated out
         information = (self.hessian - weighed @ self.hessian).sum(0)
         target = (self.slope - np.einsum("ufg,ug->uf", weighed, self.slope)).sum(0)
