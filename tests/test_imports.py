@@ -12,7 +12,7 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths", "files", "places", "modes", "end_tokens", "model_files"}
+LEAVES = {"types", "errors", "paths", "files", "places", "modes", "end_tokens", "model_files", "sqlite_file"}
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
 FEEDBACK = {"feedback_log"}
@@ -22,6 +22,7 @@ TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
+    "sqlite_file": {"errors", "files"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
