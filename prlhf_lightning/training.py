@@ -28,7 +28,7 @@ from prlhf_lightning.callbacks import (
 )
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, StopOnSignal
+from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
 from prlhf_lightning.loggers import folders_of_runs, hyper_parameters, keep_under, run_folder, with_run_folder
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
@@ -90,6 +90,7 @@ class PRLHFCLI(LightningCLI):
                     PredictionWriter(),
                     LogShortRuns(),
                     TrainingStats(),
+                    LearningMonitor(),
                 ],
             },
             seed_everything_default=0,
@@ -182,11 +183,16 @@ class PRLHFCLI(LightningCLI):
         self.model.start_from(given.init_from)
 
     def after_fit(self) -> None:
-        """Say where the checkpoints are, and compare with the vanilla counterpart, if asked to."""
-        if checkpoints := kept_by(self.trainer):
+        """Say where the checkpoints are and what to change, and compare with the vanilla counterpart, if asked to."""
+        checkpoints = kept_by(self.trainer)
+        if checkpoints:
             rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
-            if advice := how_to_shrink(self.trainer.callback_metrics, self.model.user_model, Path(checkpoints[-1])):
-                rank_zero_info(advice)
+        (monitor,) = (one for one in self.trainer.callbacks if isinstance(one, LearningMonitor))  # type: ignore[attr-defined]
+        advice = monitor.advice(self.trainer, self.model)
+        if checkpoints and advice is None:
+            advice = how_to_shrink(self.trainer.callback_metrics, self.model.user_model, Path(checkpoints[-1]))
+        if advice:
+            rank_zero_info(advice)
         if not self.config.fit.train_baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
