@@ -185,6 +185,7 @@ class CausalLMPolicy(Policy):
             else:
                 lm = load_lm(self.path, **self._hub_args, **options)
         self._refuse_adapters(getattr(lm, "_hf_peft_config_loaded", False))
+        self._check_quantized(lm)
         if "tokenizer" in vars(self):  # else when it is asked for
             self._check_vocabulary(self.tokenizer, lm)
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
@@ -220,6 +221,23 @@ class CausalLMPolicy(Policy):
                     # In place, which keeps the names of the weights; dynamic, since each batch has other lengths.
                     compiled.base_model.compile(dynamic=True)
 
+    def _check_quantized(self, lm: PreTrainedModel) -> None:
+        """Refuse to train what is quantized, and what can't be trained beside it."""
+        if not getattr(lm, "is_quantized", False):
+            return
+        if self.lora is None:
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is quantized, and its weights can't be trained: with policy.lora null "
+                "only its embeddings and norms would be. Train adapters (policy.lora), or the model before quantization."
+            )
+        quantizer = getattr(lm, "hf_quantizer", None)
+        if quantizer is not None and not quantizer.is_trainable:
+            method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is quantized by {getattr(method, 'value', method)}, through which no "
+                "gradient comes back to adapters. Use the model before quantization, or one in 4 bits by bitsandbytes."
+            )
+
     def _refuse_adapters(self, found: bool) -> None:
         if found:
             raise ConfigurationError(
@@ -250,15 +268,31 @@ class CausalLMPolicy(Policy):
         Adapters are merged into a copy. Without adapters the weights are this policy's own, and are not copied.
         """
         lora = isinstance(self.model, PeftModel)
+        self.check_can_merge()
         lm = merge(copy.deepcopy(self.model)) if lora else copy.copy(self.model)
         lm.config = copy.deepcopy(lm.config)  # where weights are shared, the policy's own must stay as it is
         lm.config.use_cache = True
         return lm
 
+    def check_can_merge(self) -> None:
+        """Refuse to merge adapters into weights that would round them; see `merged`."""
+        if isinstance(self.model, PeftModel) and self.is_quantized:
+            raise ConfigurationError(
+                f"policy.model: {self.name!r} is quantized, and adapters merged into its weights would be rounded with "
+                "them, to another model than was trained. Export the adapters instead: `--adapters true`."
+            )
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weights are kept in 4 or 8 bits, once the policy is built."""
+        return bool(getattr(self.lm, "is_quantized", False))
+
     def settled(self) -> CausalLMPolicy:
         """Return a copy with the adapters in the weights where they are small; see `Policy.settled`."""
         adapted = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
         if any(isinstance(module, ParamWrapper) for module in adapted):  # of experts, of which each token uses few
+            return self
+        if self.is_quantized:
             return self
         own = sum(
             part.weight.numel() for module in adapted for part in (*module.lora_A.values(), *module.lora_B.values())

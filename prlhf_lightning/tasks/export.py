@@ -68,6 +68,8 @@ def export(
         )
     if adapters:
         _check_adapters(policy, peft_users)
+    else:
+        policy.check_can_merge()
     if not include_users and (prompt_embeds or peft_users):
         raise ConfigurationError(
             "include_users: prompt_embeds and peft_users are about users; leave out `--include_users false`."
