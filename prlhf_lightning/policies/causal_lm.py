@@ -228,7 +228,7 @@ class CausalLMPolicy(Policy):
         if self.lora is None:
             raise ConfigurationError(
                 f"policy.model: {self.name!r} is quantized, and its weights can't be trained: with policy.lora null "
-                "only its embeddings and norms would be. Train adapters (policy.lora), or the model before quantization."
+                "only its embeddings and norms would be. Train adapters (policy.lora), or the unquantized model."
             )
         quantizer = getattr(lm, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_trainable:
