@@ -13,6 +13,10 @@ class ConfigurationError(PRLHFError, ValueError):
     """Settings that contradict one another or the model in use."""
 
 
+class PromptTooLongError(ConfigurationError):
+    """A prompt that leaves no position of the model for an answer."""
+
+
 class NonFiniteError(PRLHFError, ArithmeticError):
     """Training came to a loss or a gradient that is infinite or NaN. All processes raise it in the same step."""
 

@@ -16,6 +16,7 @@ from prlhf_lightning import PersonalizedLM, Sampling
 from prlhf_lightning.cli import main
 from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.inference import Engine, Generation
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.tasks.models import open_writer
@@ -142,6 +143,54 @@ def test_the_server_stops(trained):
             body = {"model": "m", "messages": ask(question), "temperature": 0, "max_tokens": 40}
             (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
             assert (choice["message"]["content"], choice["finish_reason"]) == (text, "stop")
+
+
+def test_an_answer_is_continued_where_that_is_asked(trained, tmp_path, expected):
+    tokenizer = AutoTokenizer.from_pretrained(trained[0])
+    question = next(iter(expected))
+    whole = ANSWERS[question]
+    begun, rest = whole[:9], whole[9:]
+    assert (begun, rest[0]) == ("Go to bed", " ")
+    turns = [*ask(question), {"role": "assistant", "content": begun}]
+    writer = open_writer(trained[1])
+    (written,) = writer.generate([Generation(turns, max_new_tokens=40, continue_final_message=True)])
+    assert (written.text, written.finish_reason) == (rest, "stop")
+    prompt = tokenizer.apply_chat_template(turns, continue_final_message=True, return_dict=False)
+    assert writer.prepare(Generation(turns, continue_final_message=True)).prompt == prompt
+    writer.name = "m"
+    with serving(Services(writer, lambda: Engine(writer))) as url:
+        body = {"model": "m", "messages": turns, "temperature": 0, "add_generation_prompt": False}
+        body["continue_final_message"] = True
+        (choice,) = httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).json()["choices"]
+    assert choice["message"]["content"] == rest
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": turns}))
+    options = ["--prompts", tmp_path / "p.jsonl", "--output", tmp_path / "o.jsonl", "--continue_final_message", "true"]
+    main(["generate", "--model", str(trained[1]), *map(str, options)])
+    assert json.loads((tmp_path / "o.jsonl").read_text())["completion"] == rest
+
+
+def test_a_conversation_that_ends_with_an_answer_is_not_answered_again(trained):
+    turns = [*ask("What"), {"role": "assistant", "content": "Go"}]
+    writer = open_writer(trained[1])
+    with pytest.raises(FeedbackFormatError, match="the last message is the assistant's"):
+        writer.generate([Generation(turns)])
+    with pytest.raises(FeedbackFormatError, match="which must be the assistant's"):
+        writer.generate([Generation(ask("What"), continue_final_message=True)])
+    with pytest.raises(ConfigurationError, match="the last message is the assistant's"):
+        PersonalizedLM.load_from_checkpoint(trained[1]).generate([turns], ["ann"])
+
+
+def test_an_empty_answer_in_a_conversation_and_a_long_prompt_are_as_with_other_servers(trained):
+    writer = open_writer(trained[1])
+    writer.name = "m"
+    with serving(Services(writer, lambda: Engine(writer))) as url:
+        turns = [*ask("What"), {"role": "assistant", "content": ""}, *ask("What helps to sleep?")]
+        body = {"model": "m", "messages": turns, "max_tokens": 3}
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
+        error = httpx.post(f"{url}/v1/chat/completions", json=body | {"messages": ask("what " * 300)}).json()["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", "messages")
+        error = httpx.post(f"{url}/v1/chat/completions", json=body | {"user_text": "old"}).json()["error"]
+        assert (error["code"], error["param"]) == ("refused", "user_text")
 
 
 def test_a_plain_prompt_to_a_model_of_conversations_is_answered(trained, capsys):

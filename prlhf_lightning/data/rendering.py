@@ -106,8 +106,15 @@ class Renderer:
         """Return how a text about a user is written; nothing where there is none."""
         return self.user_text_format.replace("{user_text}", self.escaper.escape(text)) if text else ""
 
-    def prompt(self, prompt: Text, where: str, tools: Tools = None) -> tuple[str, bool]:
-        """Return the text of a prompt, up to where the answer begins, and whether the chat template wrote it."""
+    def prompt(self, prompt: Text, where: str, tools: Tools = None, continued: bool = False) -> tuple[str, bool]:
+        """Return the text of a prompt, up to where the answer begins, and whether the chat template wrote it.
+
+        Args:
+            prompt: A string or a conversation.
+            where: Where it stands.
+            tools: What may be called in answering it.
+            continued: Whether its last message is the beginning of the answer.
+        """
         if isinstance(prompt, str) and not self.chat_template:
             if tools:
                 raise FeedbackFormatError(
@@ -121,7 +128,7 @@ class Renderer:
                 "chat model, set its chat_template, or write prompt and completions as plain strings."
             )
         messages, tools = self._messages(prompt, "user"), self.escaper.within(tools)
-        text = self._chat(messages, where, "prompt", add_generation_prompt=True, tools=tools)
+        text = self._chat(messages, where, "prompt", not continued, tools, continued)
         self._coverage.check(messages, tools, where, ["prompt"] * len(messages))
         return text, True
 
@@ -142,7 +149,13 @@ class Renderer:
         return self._chat(messages, "", "prompt", add_generation_prompt=False, tools=tools)
 
     def _chat(
-        self, messages: list[Message], where: str, field: str, add_generation_prompt: bool, tools: Tools = None
+        self,
+        messages: list[Message],
+        where: str,
+        field: str,
+        add_generation_prompt: bool,
+        tools: Tools = None,
+        continue_final_message: bool = False,
     ) -> str:
         day, template = self.template_date, None
         try:
@@ -154,6 +167,7 @@ class Renderer:
                 chat_template=template,
                 tokenize=False,
                 add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
                 **self.template_args,
             )
         except Exception as error:  # templates raise whatever their authors chose

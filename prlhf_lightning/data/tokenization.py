@@ -161,16 +161,18 @@ class FeedbackTokenizer:
             for row, where, record in zip(rendered, wheres, records, strict=True)
         ]
 
-    def prompts(self, prompts: Sequence[Text], tools: Tools = None) -> list[Ids]:
+    def prompts(self, prompts: Sequence[Text], tools: Tools = None, continued: bool = False) -> list[Ids]:
         """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept.
 
         Args:
             prompts: The prompts.
             tools: What may be called in answering any of them.
+            continued: Whether the last message of each is the beginning of its answer.
         """
         wheres = [f"prompt {i}" for i in range(len(prompts))]
         rendered = [
-            (*self._render.prompt(prompt, where, tools), where) for prompt, where in zip(prompts, wheres, strict=True)
+            (*self._render.prompt(prompt, where, tools, continued), where)
+            for prompt, where in zip(prompts, wheres, strict=True)
         ]
         self._ids.make_room()
         self._ids.learn(text for text, _, _ in rendered)

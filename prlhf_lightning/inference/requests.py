@@ -36,6 +36,7 @@ class Generation:
         tools: What the assistant may call, as JSON schemas for the chat template, or None.
         chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; None
             for as in training. Conversations always are.
+        continue_final_message: Go on with the last message, which is the assistant's, instead of answering it.
 
     Raises:
         ConfigurationError: A value is out of its range.
@@ -52,6 +53,7 @@ class Generation:
     stop: tuple[str, ...] = ()
     tools: list[dict[str, Any]] | None = None
     chat_template: bool | None = None
+    continue_final_message: bool = False
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength):

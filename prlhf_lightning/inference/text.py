@@ -18,12 +18,15 @@ class TextStream:
     Args:
         tokenizer: Decodes; special tokens are left out.
         stop: Strings at the first of which the text ends. No part of one is ever returned.
+        before: Tokens that stand before the text and are no part of it.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = (), before: Sequence[int] = ()
+    ) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
-        self._ids: list[int] = []
-        self._context, self._read = 0, 0  # tokens from `context` to `read` are returned already
+        self._ids = list(before)
+        self._context, self._read = 0, len(before)  # tokens from `context` to `read` are returned already
         self._held = ""
         self.stopped = False
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.end_tokens import end_token_ids
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, PromptTooLongError
 from prlhf_lightning.inference.conditions import Condition, conditions, knows
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.folder import read_folder
@@ -168,11 +168,13 @@ class PersonalizedWriter:
         """Tokenise a generation and look up its users.
 
         Raises:
-            ConfigurationError: It is too long for the model, or has a text about the user that nothing reads.
-            FeedbackFormatError: The prompt is empty, or does not fit the chat template.
+            PromptTooLongError: It leaves no position of the model for an answer.
+            ConfigurationError: It has a text about the user that nothing reads.
+            FeedbackFormatError: The prompt is empty, ends with an answer, or does not fit the chat template.
         """
+        _check_last_message(generation)
         encode = self._encoder(generation.chat_template)
-        prompt = encode.prompts([generation.prompt], generation.tools)[0].tolist()
+        prompt = encode.prompts([generation.prompt], generation.tools, generation.continue_final_message)[0].tolist()
         text, text_tokens = None, 0
         if generation.user_text:
             if not self.user_model.uses_text:
@@ -188,7 +190,7 @@ class PersonalizedWriter:
         length = len(prompt) + max(len(condition.vectors) for condition in found)
         room = generation.max_new_tokens if self.max_positions is None else self.max_positions - length
         if room < 1:
-            raise ConfigurationError(
+            raise PromptTooLongError(
                 f"prompt: soft prompt, user text and prompt take {length} positions, and this model has "
                 f"{self.max_positions}, of which one at least is for the answer; shorten the prompt."
             )
@@ -222,6 +224,23 @@ class PersonalizedWriter:
 
     def _tokens(self, rows: Sequence[Sequence[int]]) -> Tokens:
         return Tokens.from_lists(rows).to(self.lm.device)
+
+
+def _check_last_message(generation: Generation) -> None:
+    prompt = generation.prompt
+    if prompt == []:
+        raise FeedbackFormatError("prompt: the conversation has no message; give it one of the user.")
+    ends_with_answer = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+    if ends_with_answer and not generation.continue_final_message:
+        raise FeedbackFormatError(
+            "prompt: the last message is the assistant's, which needs no answer; end with a message of the user, or "
+            "set continue_final_message to true to go on with it."
+        )
+    if generation.continue_final_message and not ends_with_answer:
+        raise FeedbackFormatError(
+            "prompt: continue_final_message goes on with the last message, which must be the assistant's; leave it out "
+            "to have the prompt answered."
+        )
 
 
 def _padded(vectors: Tensor, width: int) -> Tensor:

@@ -40,6 +40,11 @@ def to_tokens(
         return prompts, nothing if user_texts is None else user_texts
     encode = FeedbackTokenizer(tokenizer, settings)
     if not isinstance(prompts, Tokens):
+        if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in prompts if prompt):
+            raise ConfigurationError(
+                "prompt: the last message is the assistant's, which needs no answer; end with a message of the user, "
+                "or go on with it by PersonalizedWriter and Generation(..., continue_final_message=True)."
+            )
         prompts = Tokens.from_lists(encode.prompts(prompts)).to(device)
     if isinstance(user_texts, Sequence):
         limit = settings.max_user_text_length

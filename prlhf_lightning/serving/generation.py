@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.errors import PRLHFError, PromptTooLongError
 from prlhf_lightning.inference import Generation, Piece
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.access import Caller, caller_of, check_users
@@ -43,6 +43,7 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.ChatCompletionChunk))
     async def chat_completions(body: schemas.ChatRequest, request: Request, key: Caller) -> Response:
         """Write the next turn of a conversation, for a user."""
+        _check_last_message(body)
         prompt = services.prompt([message.plain() for message in body.messages])
         answer = await _begin(services, body, prompt, request, key, "chatcmpl")
         if body.stream:
@@ -56,7 +57,7 @@ def router(services: Services) -> APIRouter:
     @routes.post("/v1/completions", responses=answers(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request, key: Caller) -> Response:
         """Go on with a text, for a user."""
-        answer = await _begin(services, body, services.prompt(body.prompt), request, key, "cmpl")
+        answer = await _begin(services, body, services.prompt(body.text()), request, key, "cmpl")
         if body.stream:
             return _EventStream(answer, body, "text_completion", _text)
         text, finish, usage = await _whole(request, answer)
@@ -119,6 +120,9 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
     if body.model != services.writer.name:
         message = "There is no such model here; /v1/models names the one that there is."
         raise APIError(404, message, "model_not_found", "model")
+    if body.stream_options is not None and not body.stream:
+        message = "stream_options: it is for streams; leave it out, or set stream to true."
+        raise APIError(400, message, "contradictory_parameters", "stream_options")
     services.check_conversation(prompt, "messages")
     whom = list(body.blend or ([] if body.user is None else [body.user]))
     check_users(key, whom, "blend" if body.blend else "user")
@@ -139,14 +143,19 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
             seed=body.seed,
             stop=body.stops(),
             chat_template=body.chat_template if isinstance(body, schemas.CompletionRequest) else None,
+            continue_final_message=isinstance(body, schemas.ChatRequest) and bool(body.continue_final_message),
         )
         ticket = await _unless_gone(request, services.scheduler.submit(generation, caller_of(request)))
     except Overloaded:
         raise APIError(429, "The server is busy; try again later.", "overloaded", retry_after=2) from None
     except (Closing, EngineFailed) as error:
         raise _cut_off(error) from None
+    except PromptTooLongError as error:
+        param = "messages" if isinstance(body, schemas.ChatRequest) else "prompt"
+        raise APIError(400, str(error), "context_length_exceeded", param) from error
     except PRLHFError as error:
-        raise APIError(400, str(error), "refused") from error
+        field = str(error).partition(":")[0]
+        raise APIError(400, str(error), "refused", field if field in type(body).model_fields else None) from error
     base = {
         "id": f"{kind}-{uuid4().hex}",
         "created": int(time.time()),
@@ -155,6 +164,27 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
     }
     metrics = services.metrics
     return _Answer(ticket, base, lambda: metrics.observe("prlhf_first_token_seconds", time.monotonic() - started))
+
+
+def _check_last_message(body: schemas.ChatRequest) -> None:
+    """Refuse to write a second turn of the assistant's after one."""
+    ends_with_answer = body.messages[-1].role == "assistant"
+    goes_on = bool(body.continue_final_message)
+    if goes_on and body.add_generation_prompt:
+        message = "add_generation_prompt: it must be false, or left out, where continue_final_message is true."
+        raise APIError(400, message, "contradictory_parameters", "add_generation_prompt")
+    if body.add_generation_prompt is False and not goes_on:
+        message = "add_generation_prompt: false is for continue_final_message: true, which goes on with an answer."
+        raise APIError(400, message, "contradictory_parameters", "add_generation_prompt")
+    if ends_with_answer and not goes_on:
+        message = (
+            "messages: the last message is the assistant's; end with a message of the user, or set "
+            "continue_final_message to true to go on with it."
+        )
+        raise APIError(400, message, "prompt_ends_with_answer", "messages")
+    if goes_on and not ends_with_answer:
+        message = "continue_final_message: the last message must be the assistant's, which it goes on with."
+        raise APIError(400, message, "contradictory_parameters", "continue_final_message")
 
 
 def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] | None:

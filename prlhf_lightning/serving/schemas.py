@@ -18,7 +18,9 @@ UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
 Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
-Seed: TypeAlias = Annotated[int, Field(ge=0, le=2**53 - 1), _from_whole]  # all of which JSON's readers can tell apart
+Seed: TypeAlias = Annotated[
+    int, Field(ge=1 - 2**53, le=2**53 - 1), _from_whole
+]  # all of which JSON's readers can tell apart
 One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
 
@@ -46,7 +48,24 @@ class ChatMessage(_Request):
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
-Messages: TypeAlias = Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
+class AnswerTurn(ChatMessage):
+    """A turn of the assistant's, which may be empty, as answers sometimes are."""
+
+    role: Literal["assistant"]
+    content: (
+        Annotated[str, Field(pattern=r"^[^\u0000]*$")] | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
+    )
+
+
+def _turn(value: Any) -> str:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return "Answer" if role == "assistant" else "Message"
+
+
+Turn: TypeAlias = Annotated[
+    Annotated[ChatMessage, Tag("Message")] | Annotated[AnswerTurn, Tag("Answer")], Discriminator(_turn)
+]
+Messages: TypeAlias = Annotated[list[Turn], Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(_Request):
@@ -106,6 +125,12 @@ class ChatRequest(_Generate):
     """A conversation to go on with."""
 
     messages: Messages
+    continue_final_message: bool | None = Field(
+        None, description="Go on with the last message, which is then the assistant's, as vLLM does."
+    )
+    add_generation_prompt: bool | None = Field(
+        None, description="As in vLLM: not true together with continue_final_message, and false only with it."
+    )
     max_completion_tokens: Count | None = Field(None, description="The newer name of max_tokens.")
     logprobs: Literal[False] | None = None
     response_format: TextFormat | None = None
@@ -119,7 +144,7 @@ class ChatRequest(_Generate):
 class CompletionRequest(_Generate):
     """A text to go on with; of a model that was trained on conversations, one to answer."""
 
-    prompt: Visible
+    prompt: Visible | Annotated[list[Visible], Field(min_length=1, max_length=1)]
     chat_template: bool | None = Field(
         None, description="Whether the prompt is answered as a turn of the user's; as in training if not given."
     )
@@ -127,6 +152,10 @@ class CompletionRequest(_Generate):
     echo: Literal[False] | None = None
     logprobs: None = None
     suffix: None = None
+
+    def text(self) -> str:
+        """Return the prompt."""
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
 
 
 class TextFormat(_Request):

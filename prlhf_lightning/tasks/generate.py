@@ -64,6 +64,7 @@ def generate(
     seed: int | None = None,
     stop: str | list[str] | None = None,
     chat_template: bool | None = None,
+    continue_final_message: bool = False,
     output: Path | None = None,
     max_batch_rows: int = 64,
     device: str = "auto",
@@ -90,6 +91,7 @@ def generate(
         stop: Strings each of which ends an answer.
         chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; by
             default as in training. Conversations always are.
+        continue_final_message: Go on with the last message of each conversation, which is then the assistant's.
         output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
         max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
@@ -103,6 +105,7 @@ def generate(
     how: dict[str, Any] = {
         "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         "seed": seed, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()), "chat_template": chat_template,
+        "continue_final_message": continue_final_message,
     }  # fmt: skip
     rows = [{"prompt": prompt}] if prompts is None else list(_rows(prompts))
     requests = list(_requests(rows, named or [None], user_text, how))

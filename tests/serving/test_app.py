@@ -24,6 +24,7 @@ from prlhf_lightning.serving.protocol import PatientProtocol
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.serving.settings import Limits
 
+ANSWER = {"role": "assistant", "content": "four"}
 PAIR = {"user": "ann", "prompt": "which?", "chosen": "this", "rejected": "that"}
 
 
@@ -178,6 +179,10 @@ def test_of_two_limits_the_lower_holds(client):
         (json.dumps(CHAT | {"user": "\ud800"}), 400, "invalid_value"),
         (json.dumps(CHAT | {"user": "refuse"}), 400, "refused"),
         (json.dumps(CHAT | {"messages": [{"role": "system", "content": "be brief"}]}), 400, "no_chat_template"),
+        (json.dumps(CHAT | {"messages": [*CHAT["messages"], ANSWER]}), 400, "prompt_ends_with_answer"),
+        (json.dumps(CHAT | {"continue_final_message": True}), 400, "contradictory_parameters"),
+        (json.dumps(CHAT | {"add_generation_prompt": False}), 400, "contradictory_parameters"),
+        (json.dumps(CHAT | {"stream_options": {"include_usage": True}}), 400, "contradictory_parameters"),
         (json.dumps(CHAT | {"model": "gpt"}), 404, "model_not_found"),
         (json.dumps(CHAT | {"messages": [{"role": "user", "content": "x" * 501}]}), 413, "prompt_too_large"),
         ("x" * 5001, 413, "too_large"),
@@ -186,6 +191,19 @@ def test_of_two_limits_the_lower_holds(client):
 def test_what_is_wrong_with_a_request_is_said(client, body, status, expected):
     response = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
     assert (response.status_code, code(response)) == (status, expected)
+
+
+@pytest.mark.parametrize(
+    ("route", "asked"),
+    [
+        ("chat/completions", CHAT | {"seed": -1}),
+        ("chat/completions", CHAT | {"add_generation_prompt": True, "continue_final_message": False}),
+        ("completions", {"model": "echo", "prompt": ["one two three"]}),
+    ],
+    ids=["seed below zero", "vLLM's parameters with their usual values", "a list of one prompt"],
+)
+def test_what_openai_and_vllm_take_is_taken(client, route, asked):
+    assert client.post(f"/v1/{route}", json=asked).status_code == 200
 
 
 def test_a_body_of_unknown_length_has_the_same_limit(client):
