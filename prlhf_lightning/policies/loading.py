@@ -49,6 +49,11 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
         _check_names(lm, *(found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
     _check_finite(lm)
     _note_untied(lm)
+    for module in lm.modules():
+        # bitsandbytes 0.50 arranges 4-bit weights anew for some CPUs when they are first used, and `state_dict`, which
+        # would arrange them back, leaves others in their place.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     return lm
 
 
