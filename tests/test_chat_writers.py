@@ -237,9 +237,13 @@ def test_a_plain_prompt_is_taken_as_it_stands_where_that_is_asked(trained):
     ids = torch.tensor([tokenizer("What helps")["input_ids"]])
     expected = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0]
     raw = Generation("What helps", max_new_tokens=4, chat_template=False)
-    (written,) = open_writer(checkpoint).generate([raw])
-    text = tokenizer.decode(expected[ids.shape[1] :], skip_special_tokens=True)
+    writer = open_writer(checkpoint)
+    (written,) = writer.generate([raw])
+    whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (expected, ids[0]))
+    text = whole.removeprefix(start)
     assert written.text == text
+    assert text.startswith(" to")  # with the space that SentencePiece's tokenizers leave out at the start of a text
+    assert "".join(piece.text for piece in writer.stream(raw)) == text
     module = PersonalizedLM.load_from_checkpoint(checkpoint)
     how = {"sampling": Sampling(4, 0.0), "chat_template": False}
     assert module.generate(["What helps"], ["ann"], **how) == [text]

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from prlhf_lightning.inference.writer import PersonalizedWriter, Prepared
 
 
-_BEFORE = 8  # tokens; more than any character or word of which the last ones may be a part
-
-
 @dataclass
 class _Text:
     """One text being written, or waiting to be."""
@@ -92,9 +89,7 @@ class Engine:
         else:
             chance.manual_seed(generation.seed)
         number, self._next = self._next, self._next + 1
-        # What is continued stands before the text, which then begins with a space where the tokenizer means one.
-        before = prepared.prompt[-_BEFORE:] if generation.continue_final_message else ()
-        stream = TextStream(self._writer.tokenizer, generation.stop, before)
+        stream = TextStream(self._writer.tokenizer, generation.stop, self._writer.read_on_from(prepared))
         self._waiting.append(_Text(number, prepared, stream, chance))
         return number
 

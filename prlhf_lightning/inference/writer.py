@@ -13,6 +13,7 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from prlhf_lightning.data.decoding import loses_first_space, read_on_from
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.end_tokens import end_token_ids
@@ -86,6 +87,7 @@ class PersonalizedWriter:
     ) -> None:
         self.lm = lm.eval()
         self.new_rows = rows_of(self.lm)
+        self._loses_first_space = loses_first_space(tokenizer)
         self.tokenizer = tokenizer
         self.user_model = user_model.eval().to(lm.device)
         self.vocabulary = vocabulary
@@ -196,6 +198,12 @@ class PersonalizedWriter:
             )
         limit = min(room, generation.max_new_tokens)
         return Prepared(generation, prompt, found, limit, len(prompt) + text_tokens, known)
+
+    def read_on_from(self, prepared: Prepared) -> Sequence[int]:
+        """Return the tokens of a prompt that its answer must be decoded after; see `decoding.read_on_from`."""
+        generation = prepared.generation
+        goes_on = generation.continue_final_message or self.takes_as_it_stands(generation)
+        return read_on_from(prepared.prompt, goes_on, self._loses_first_space)
 
     def takes_as_it_stands(self, generation: Generation) -> bool:
         """Return whether a generation's prompt is a string that the chat template does not wrap."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from torch.optim import Optimizer
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import KEY, entry_of, settings_of, users_of
+from prlhf_lightning.data.decoding import decode, loses_first_space, read_on_from
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
@@ -429,7 +431,9 @@ class PersonalizedLM(LightningModule):
         tokens, texts = to_tokens(prompt, user_ids, user_text, *how, self.device)
         soft_prompt = self.user_model(self.users(user_ids, texts))
         written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)
-        return self._texts(written)
+        if isinstance(prompt, Tokens):
+            return self.texts_of(written, tokens)
+        return self.texts_of(written, tokens, [isinstance(one, str) and not settings.chat_template for one in prompt])
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
@@ -439,14 +443,26 @@ class PersonalizedLM(LightningModule):
                 self.generate(batch.prompt, batch.user_ids, batch.user_text)
             return []
         completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)
-        rows = zip(batch.user_ids, self._texts(batch.prompt), completions, strict=True)
+        prompts = [decode(self.policy.tokenizer, row.tolist()) for row in batch.prompt.unpadded()]
+        rows = zip(batch.user_ids, prompts, completions, strict=True)
         return [{"user_id": user, "prompt": prompt, "completion": text} for user, prompt, text in rows]
 
-    def _texts(self, tokens: Tokens) -> list[str]:
-        ids = [row.tolist() for row in tokens.unpadded()]
-        # As the model wrote it: some tokenizers would take out the space of " ." and " n't".
-        how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
-        return [str(text) for text in self.policy.tokenizer.batch_decode(ids, **how)]
+    def texts_of(self, written: Tokens, prompt: Tokens, as_they_stand: Sequence[bool] | None = None) -> list[str]:
+        """Return what is written as text, without special tokens.
+
+        Args:
+            written: B answers.
+            prompt: Their prompts.
+            as_they_stand: For each prompt, whether no chat template has written it; by default as in training.
+        """
+        tokenizer, lost = self.policy.tokenizer, self._loses_first_space
+        goes_on = [not self.tokenization.chat_template] * len(prompt) if as_they_stand is None else as_they_stand
+        rows = zip(written.unpadded(), prompt.unpadded(), goes_on, strict=True)
+        return [decode(tokenizer, ids.tolist(), read_on_from(before.tolist(), on, lost)) for ids, before, on in rows]
+
+    @cached_property
+    def _loses_first_space(self) -> bool:
+        return loses_first_space(self.policy.tokenizer)
 
     # ---- checkpoints
 

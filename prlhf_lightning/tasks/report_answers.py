@@ -184,7 +184,7 @@ class Scribe:
         users = module.users(user_ids, user_text, reference=writer == BEFORE)
         soft = module.user_model.reference(users) if writer == BEFORE else module.user_model.generic(users)
         tokens = module.policy.generate(prompt, soft, self._sampling, reference=writer == BEFORE)
-        return module._texts(tokens)
+        return module.texts_of(tokens, prompt)
 
 
 def _to(tokens: Tokens, module: PersonalizedLM) -> Tokens:

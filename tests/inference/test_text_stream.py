@@ -57,6 +57,15 @@ def test_spaces_that_depend_on_the_token_before_come_out_as_at_once(ids):
     assert "".join(written(tokenizer, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
+@given(st.lists(st.integers(0, 9), max_size=5), st.lists(st.integers(0, 9), max_size=12))
+def test_a_text_that_goes_on_from_others_begins_with_their_space(before, ids):
+    tokenizer = sentencepiece_like()
+    stream = TextStream(tokenizer, before=before)
+    text = "".join([*(stream.push(token) for token in ids), stream.finish()])
+    whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (before + ids, before))
+    assert start + text == whole
+
+
 @given(st.text("abé", max_size=14), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
 def test_a_text_ends_before_its_first_stop_string_of_which_nothing_is_shown(text, stop):
     pieces, stopped = written(BYTES, encode(text), stop)
