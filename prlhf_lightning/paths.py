@@ -1,9 +1,31 @@
-"""Where files that can be made again are kept."""
+"""Where files are: those that can be made again, and those that a configuration names."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from glob import glob, has_magic
 from pathlib import Path
 
 
 def cache_folder() -> Path:
     """Return `$PRLHF_CACHE`, or `~/.cache/prlhf_lightning`."""
     return Path(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf_lightning").expanduser()
+
+
+def located(path: str, folders: Sequence[Path]) -> str:
+    """Return a path (or a pattern of files, or the URL of a SQLite file) named from the root.
+
+    Args:
+        path: As it was given.
+        folders: Where it may be, in this order. Where it is in none of them it is returned as it is.
+    """
+    scheme = "sqlite:///" if path.startswith("sqlite:///") else ""
+    relative = Path(path.removeprefix(scheme)).expanduser()
+    if "://" in path and not scheme:
+        return path
+    for folder in folders:
+        found = (folder / relative).absolute()
+        if found.exists() or (has_magic(str(relative)) and glob(str(found), recursive=True)):
+            return f"{scheme}{found}"
+    return path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from prlhf_lightning.loggers import folders_of_runs, hyper_parameters, keep_unde
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.parser import Explaining
+from prlhf_lightning.paths import located
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
@@ -40,6 +41,14 @@ from prlhf_lightning.training_stats import TrainingStats
 from prlhf_lightning.user_models import UserModel
 
 _RUNS = "runs"  # where runs go that were not told a folder
+
+
+#: Settings of data, and of sources, that are paths.
+_PATHS = frozenset(
+    ("train", "validation", "test", "files", "folder", "koala", "pool", "url", "users_file", "train_file", "path")
+)
+
+_FORMATS = ("csv", "json", "parquet", "arrow", "text")  # what stands in the place of a path, for `datasets`
 
 
 class Parser(Explaining, LightningArgumentParser):
@@ -125,13 +134,19 @@ class PRLHFCLI(LightningCLI):
         )
 
     def before_instantiate_classes(self) -> None:
-        """Name a model's folder from the root, so that what is done with a checkpoint may be done in any folder."""
-        trainer = self.config[self.config.subcommand].trainer
+        """Name model and data from the root, so that what is done with a run may be done in any folder.
+
+        Paths are relative to the current folder, or else to that of the configuration file that names them.
+        """
+        config = self.config[self.config.subcommand]
+        folders = [Path.cwd(), *(Path(str(file.absolute)).parent for file in config.get("config") or ())]
+        _locate_data(config.data, folders)
+        trainer = config.trainer
         keep_under(trainer.default_root_dir or _RUNS, trainer.logger)
-        settings = self.config[self.config.subcommand].model.policy.get("init_args") or {}
+        settings = config.model.policy.get("init_args") or {}
         model = settings.get("model")
-        if model and Path(model).is_dir():
-            settings["model"] = str(Path(model).absolute())
+        if model and Path(found := located(model, folders)).is_dir():
+            settings["model"] = found
 
     def _parse_ckpt_path(self) -> None:
         """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
@@ -307,3 +322,20 @@ def run_training(args: ArgsType, program: str) -> None:
     """
     Parser.called = program
     PRLHFCLI(args)
+
+
+def _locate_data(settings: Any, folders: Sequence[Path]) -> None:
+    """Name the files of a source, and of the sources in it, from the root, in place."""
+    if isinstance(settings, list):
+        for one in settings:
+            _locate_data(one, folders)
+        return
+    if not isinstance(settings, Namespace):
+        return
+    for name, value in list(vars(settings).items()):
+        if isinstance(value, Namespace | list) and not (name in _PATHS and isinstance(value, list)):
+            _locate_data(value, folders)
+        elif name in _PATHS and isinstance(value, list):
+            settings[name] = [located(str(one), folders) for one in value]
+        elif name in _PATHS and isinstance(value, str | Path) and value not in _FORMATS:
+            settings[name] = located(str(value), folders)

@@ -324,3 +324,23 @@ def test_help_explains_the_fields(capsys):
     text = capsys.readouterr().out
     assert "Weight of the user's own term" in text
     assert "(type: float, default: 0.5)" in text
+
+
+def test_files_are_looked_for_beside_the_configuration_and_saved_from_the_root(
+    config, votes, tmp_path, monkeypatch
+):
+    content = yaml.safe_load(config.read_text())
+    content["data"]["source"] = {
+        "class_path": "CombinedSource",
+        "init_args": {"sources": [{"class_path": "FileSource", "init_args": {"train": [votes.name]}},
+                                  {"class_path": "FileSource", "init_args": {"train": "vot*.jsonl"}}]},
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(content))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    run("fit", "-c", config, "--trainer.max_steps", 1)
+    (saved,) = (tmp_path / "runs").glob("*/config.yaml")
+    first, second = yaml.safe_load(saved.read_text())["data"]["source"]["init_args"]["sources"]
+    assert first["init_args"]["train"] == [str(votes)]
+    assert second["init_args"]["train"] == str(tmp_path / "vot*.jsonl")
