@@ -326,9 +326,7 @@ def test_help_explains_the_fields(capsys):
     assert "(type: float, default: 0.5)" in text
 
 
-def test_files_are_looked_for_beside_the_configuration_and_saved_from_the_root(
-    config, votes, tmp_path, monkeypatch
-):
+def test_files_are_looked_for_beside_the_configuration_and_saved_from_the_root(config, votes, tmp_path, monkeypatch):
     content = yaml.safe_load(config.read_text())
     content["data"]["source"] = {
         "class_path": "CombinedSource",

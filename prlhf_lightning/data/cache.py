@@ -264,7 +264,7 @@ class FeedbackCache:
             raise FeedbackFormatError(
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
                 f"({report.ties} with equal completions, {report.token_ties} with completions that are equal once "
-                f"tokenised or cut, {report.too_long} too long); raise the limits or set overlong to truncate."
+                f"tokenised or cut, {report.too_long} too long); {_mend(report)}."
                 + "".join(f" Before that: {count} {what}." for what, count in report.source.items())
             )
         return report
@@ -300,7 +300,12 @@ class FeedbackCache:
         for note, found in report.notes.items():
             _log.warning("%d of %d %s rows: %s (first: %s).", found.count, report.read, split, note, found.first)
         if report.ties:
-            _log.warning("%d of %d %s rows have equal completions and were left out.", report.ties, report.read, split)
+            _log.warning(
+                "%d of %d %s rows have equal completions (or no winner) and were left out.",
+                report.ties,
+                report.read,
+                split,
+            )
         if report.token_ties:
             _log.warning(
                 "%d of %d %s rows have completions that are equal once tokenised and cut to max_completion_length=%d, "
@@ -326,6 +331,12 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with path.open("w") as file:
         json.dump(content, file)
         sync(file)
+
+
+def _mend(report: BuildReport) -> str:
+    if not report.token_ties and not report.too_long:
+        return "give rows of which one completion is preferred and the other differs"
+    return "raise the limits or set overlong to truncate"
 
 
 def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> Any:

@@ -74,8 +74,9 @@ def implicit_prompt(chosen: str, rejected: str | None) -> tuple[str, list[Note]]
 
 def repeats_prompt(prompt: str, chosen: str, rejected: str) -> bool:
     """Return whether both answers begin with their prompt, and it is too long for that to be chance."""
-    long = len(prompt.strip()) >= _LEAST_REPEATED and len(prompt.split()) > 1
-    return long and chosen.startswith(prompt) and rejected.startswith(prompt)
+    if not chosen.startswith(prompt) or not rejected.startswith(prompt):
+        return False
+    return len(prompt.strip()) >= _LEAST_REPEATED and len(prompt.split()) > 1
 
 
 def _shared_start(first: str, second: str) -> str:

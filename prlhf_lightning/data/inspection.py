@@ -21,7 +21,7 @@ from prlhf_lightning.data.look_alikes import from_pandas, has_hidden_characters,
 from prlhf_lightning.data.missing_columns import UnreadColumns
 from prlhf_lightning.data.problems import Problem, Problems, Severity
 from prlhf_lightning.data.progress import counted
-from prlhf_lightning.data.readers import Unreadable
+from prlhf_lightning.data.readers import EmptyFileError, Unreadable
 from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, TokenizedRecord
@@ -31,6 +31,7 @@ from prlhf_lightning.types import Feedback
 _BATCH = 1000  # rows tokenised together
 _UNLIMITED = 1 << 60
 _TIE = "equal completions"
+_NO_WINNER = "winner: is a tie"
 _SHOWN = 4  # ids that look alike that are named together
 
 
@@ -159,7 +160,9 @@ class Inspector:
             if isinstance(row, Unreadable):
                 problem = Problem.of(split, where, row.error)
                 self._problems.add("error", problem)
-                if row.rest:
+                if isinstance(row.error, EmptyFileError):
+                    pass
+                elif row.rest:
                     counts.unread.append(problem.place)
                 else:
                     counts.rows += 1
@@ -180,7 +183,8 @@ class Inspector:
 
     def _tie(self, problem: Problem, counts: SplitCounts) -> None:
         counts.ties += 1
-        self._problems.add("error" if self.ties == "error" else "warning", problem, _TIE)
+        kind = _NO_WINNER if problem.field == "winner" else _TIE
+        self._problems.add("error" if self.ties == "error" else "warning", problem, kind)
 
     def _reject(self, problem: Problem, counts: SplitCounts) -> None:
         counts.rejected += 1

@@ -18,6 +18,10 @@ _SYNONYMS = {
     "completion": "response answer output reply generation message messages conversations text content",
     "label": "rating thumb thumbs feedback vote score liked reaction stars isgood helpful",
     "user_text": "profile persona bio about userprofile description",
+    "response_a": "responsea response1 answera answer1 conversationa completiona outputa output1 textone left",
+    "response_b": "responseb response2 answerb answer2 conversationb completionb outputb output2 right",
+    "rating": "score stars grade value points label",
+    "completions": "responses answers outputs candidates ranking",
     "system": "systemprompt systemmessage instruction",
 }
 
@@ -37,7 +41,8 @@ def near(field: str, column: str, columns: Sequence[object]) -> str | None:
             return plain[_plain(meant)]
         if meant in (column, field) and (close := get_close_matches(meant, names, n=1)):
             return close[0]
-    return None
+    words = set(_SYNONYMS.get(field, "").split()) | {field}
+    return next((name for name in names if words.intersection(re.split(r"[^0-9a-z]+", name.lower()))), None)
 
 
 def advice(field: str, column: str, columns: Sequence[object]) -> str:

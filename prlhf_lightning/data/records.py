@@ -18,7 +18,7 @@ from prlhf_lightning.data.conversations import (
 )
 from prlhf_lightning.data.implicit_prompts import REPEATED, Note, implicit_prompt, repeats_prompt
 from prlhf_lightning.data.missing_columns import advice, all_missing, near
-from prlhf_lightning.data.winners import only_turn, winner_of
+from prlhf_lightning.data.winners import only_turn, winner_is_named, winner_of
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.types import Feedback
 
@@ -207,17 +207,26 @@ def _with_winner(row: Mapping[str, Any], where: str, columns: Columns) -> tuple[
     return {**row, **pair}, column if place is None else None
 
 
+_NEEDED: dict[str, tuple[str, ...]] = {
+    "pairs": ("user_id", "chosen", "rejected"),
+    "thumbs": ("user_id", "completion", "label"),
+    "demonstrations": ("user_id", "chosen"),
+}
+
+
 def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedback: Feedback) -> None:
     """Refuse a row that lacks several columns, all of them at once."""
-    needed = {
-        "pairs": ("user_id", "chosen", "rejected"),
-        "thumbs": ("user_id", "completion", "label"),
-        "demonstrations": ("user_id", "chosen"),
-    }[feedback]
+    needed = _NEEDED[feedback]
+    if all([getattr(columns, field) in row for field in needed]):
+        return
+    by_winner = feedback == "pairs" and columns.chosen not in row and winner_is_named(row, columns.winner)
+    if by_winner:
+        needed = ("user_id", "response_a", "response_b")
     missing = [field for field in needed if getattr(columns, field) not in row]
+    # The prompt may stand inside the responses, or inside chosen and rejected.
+    if columns.prompt not in row and not by_winner and (len(missing) > 1 or near("prompt", columns.prompt, list(row))):
+        missing.append("prompt")
     if len(missing) > 1 and all(_other_kind(row, field, columns) is None for field in missing):
-        if columns.prompt not in row:
-            missing.append("prompt")
         raise FeedbackFormatError(all_missing(where, {field: getattr(columns, field) for field in missing}, list(row)))
 
 
@@ -310,7 +319,7 @@ def _split_prompt(
         elif isinstance(prompt, str) and len(texts) == 2 and repeats_prompt(prompt, *texts.values()):
             texts, notes = {field: answer[len(prompt) :] for field, answer in texts.items()}, [REPEATED]
         system = _system(row, where, columns)
-        if isinstance(prompt, str) and system is None and not row.get(columns.tools):
+        if isinstance(prompt, str) and system is None and read_tools(row.get(columns.tools), where) is None:
             return prompt, dict(texts), notes
         # What only a chat template can write makes a conversation of the row.
         given = {field: [{"role": "assistant", "content": answer}] for field, answer in texts.items()}
@@ -327,10 +336,7 @@ def _without_shared_start(
     values = list(answers.values())
     may_be_there = columns.prompt in row or near("prompt", columns.prompt, list(row)) is not None
     found = None if may_be_there else implicit_prompt(values[0], values[1] if len(values) > 1 else None)
-    if found is None:
-        _required(row, where, "prompt", columns)  # which says what to do
-        raise AssertionError
-    prompt, notes = found
+    prompt, notes = found or _required(row, where, "prompt", columns)  # which says what to do
     return prompt, {field: answer[len(prompt) :] for field, answer in answers.items()}, notes
 
 

@@ -13,6 +13,11 @@ _SECOND = {"b", "model_b", "response_b", "answer_b", "assistant_b", "second", "r
 _NEITHER = {"tie", "tie (bothbad)", "both", "both_bad", "bothbad", "neither", "draw", "equal", "same"}
 
 
+def winner_is_named(row: Mapping[str, Any], winner: str) -> bool:
+    """Return whether a row has a column, or three, that name a winner."""
+    return winner in row or all(flag in row for flag in _flags(winner))
+
+
 def winner_of(row: Mapping[str, Any], where: str, winner: str, names: tuple[str, str]) -> tuple[int | None, str] | None:
     """Return which of two responses won (0, 1 or None for a tie) and the column that says so; None if none does.
 
@@ -27,7 +32,7 @@ def winner_of(row: Mapping[str, Any], where: str, winner: str, names: tuple[str,
         FeedbackFormatError: The winner is neither of them and no tie.
     """
     if winner not in row:
-        flags = [f"{winner}_{name}" for name in ("model_a", "model_b", "tie")]
+        flags = _flags(winner)
         if not all(flag in row for flag in flags):
             return None
         won = [flag for flag in flags if str(row[flag]).strip().lower() in ("1", "1.0", "true")]
@@ -50,6 +55,10 @@ def winner_of(row: Mapping[str, Any], where: str, winner: str, names: tuple[str,
         "winner",
         f"is {shown!r}; write a, b or tie (also model_a and model_b, 1 and 2, or the name of the response's column)",
     )
+
+
+def _flags(winner: str) -> list[str]:
+    return [f"{winner}_{name}" for name in ("model_a", "model_b", "tie")]
 
 
 def only_turn(value: Any) -> Any:

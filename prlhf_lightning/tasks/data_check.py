@@ -108,6 +108,8 @@ def described(report: Report) -> str:
             lines.append("  one user only, so there is nothing to personalize: gather judgements of others")
         if counts.unread_columns:
             lines.append(f"  columns not read: {printable(', '.join(map(repr, counts.unread_columns)))}")
+            if "system" in counts.unread_columns:
+                lines.append("    to have 'system' stand before the prompt, set columns: {system: system}")
         lines += [f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread]
     for group in report.problems:
         lines.append(f"\n{group.severity}: {printable(group.kind)} ({group.count:,})")

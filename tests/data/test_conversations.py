@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 from feedback_helpers import row
@@ -179,6 +180,22 @@ def test_rows_of_chatbot_arena_and_kaggle_are_read():
     del kaggle["winner"]
     record = parse_record(kaggle, "f:1")
     assert (record.prompt, record.chosen, record.rejected) == ("Hi", "two", "one")
+
+
+@pytest.mark.parametrize(
+    ("raw", "mapping"),
+    [
+        ({"judge": "a", "conversation_a": "x", "conversation_b": "y", "winner": "a"},
+         "{user_id: judge, response_a: conversation_a, response_b: conversation_b}"),
+        ({"user": "a", "conversations": [ASK], "chosen": GOOD, "rejected": BAD},
+         "{user_id: user, prompt: conversations}"),
+        ({"worker": "a", "user_prompt": "p", "good": "x", "bad": "y"},
+         "{user_id: worker, chosen: <its name>, rejected: <its name>, prompt: user_prompt}"),
+    ],
+)  # fmt: skip
+def test_the_mapping_that_mends_all_missing_columns_is_written_out(raw, mapping):
+    with pytest.raises(FeedbackFormatError, match=re.escape(f"as in columns: {mapping}.")):
+        parse_record(raw, "f:1")
 
 
 def test_all_missing_columns_are_told_at_once_with_those_that_may_be_meant():

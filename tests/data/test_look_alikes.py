@@ -8,6 +8,7 @@ from feedback_helpers import row, word_tokenizer, write_jsonl
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.inspection import Inspector
 from prlhf_lightning.data.look_alikes import look_alikes, stands_for_nobody
+from prlhf_lightning.errors import FeedbackFormatError
 
 COMPOSED = unicodedata.normalize("NFC", "José")
 
@@ -99,6 +100,16 @@ def test_control_tokens_in_rows_are_told_by_check_and_by_a_run_with_their_number
     assert len(messages) == 1
     assert messages[0].startswith("2 of 12 train rows")
     assert f"(first: {path}:4)" in messages[0]
+
+
+def test_an_empty_file_and_one_of_ties_alone_are_told_in_one_line(tmp_path):
+    (tmp_path / "empty.csv").write_text("user_id,prompt,chosen,rejected\n")
+    report = Inspector(FileSource(tmp_path / "empty.csv"))()
+    assert [group.kind for group in report.problems] == ["has no rows"]
+    assert report.splits["train"].unread == []
+    ties = FileSource(write_jsonl(tmp_path / "ties.jsonl", [row(0, chosen="x", rejected="x")]))
+    with pytest.raises(FeedbackFormatError, match="give rows of which one completion is preferred"):
+        PreferenceDataModule(ties, word_tokenizer(), ties="drop").prepare_data()
 
 
 def test_rows_without_control_tokens_are_not_told_of(tmp_path):

@@ -9,6 +9,11 @@ from typing import Any, TypeAlias
 
 from prlhf_lightning.errors import FeedbackFormatError
 
+
+class EmptyFileError(FeedbackFormatError):
+    """A file without rows."""
+
+
 Row: TypeAlias = Mapping[str, Any]
 
 

@@ -7,12 +7,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from prlhf_lightning.data.missing_columns import all_missing
 from prlhf_lightning.data.records import Text, spell_user_id
 from prlhf_lightning.data.schema import Schema
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.derived import DerivedSource, Part
 from prlhf_lightning.data.sources.pairing import Pair, Pairing, Rated, Which, ranked
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 
 class _Judged(NamedTuple):
@@ -28,6 +29,7 @@ class _OfColumns(DerivedSource):
     """Pairs out of rows whose columns can be named by the user."""
 
     fields: tuple[str, ...] = ()
+    needed: int
     schema: Schema
 
     def __init__(self, raw: DataSource, columns: Mapping[str, str] | None, pairing: Pairing, **settings: Any) -> None:
@@ -42,6 +44,10 @@ class _OfColumns(DerivedSource):
         super().__init__(parts, names=sorted(names.items()), pairing=pairing, **settings)
 
     def _judged(self, row: Mapping[str, Any], where: str) -> _Judged:
+        missing = {name: self._names[name] for name in ("user_id", "prompt", *self.fields[: self.needed])}
+        missing = {name: column for name, column in missing.items() if column not in row}
+        if len(missing) > 1:
+            raise FeedbackFormatError(all_missing(where, missing, list(row)))
         row = spell_user_id(row, self._names["user_id"])
         user_id = self.schema.get(row, where, self._names["user_id"], kind=str)
         prompt = self._text(row, where, "prompt")
@@ -99,6 +105,7 @@ class RatingSource(_OfColumns):
     """
 
     fields = ("completion", "rating")
+    needed = 2
     schema = Schema("a rating", "name the column that holds it with columns, mend the row, or drop it")
 
     def __init__(
@@ -147,6 +154,7 @@ class RankingSource(_OfColumns):
     """
 
     fields = ("completions", "ranks")
+    needed = 1
     schema = Schema("a ranking", "name the column that holds it with columns, mend the row, or drop it")
 
     def __init__(
