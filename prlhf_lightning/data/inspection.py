@@ -21,7 +21,7 @@ from prlhf_lightning.data.look_alikes import from_pandas, has_hidden_characters,
 from prlhf_lightning.data.missing_columns import UnreadColumns
 from prlhf_lightning.data.problems import Problem, Problems, Severity
 from prlhf_lightning.data.progress import counted
-from prlhf_lightning.data.readers import EmptyFileError, Unreadable
+from prlhf_lightning.data.readers import Unreadable
 from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, TokenizedRecord
@@ -160,9 +160,7 @@ class Inspector:
             if isinstance(row, Unreadable):
                 problem = Problem.of(split, where, row.error)
                 self._problems.add("error", problem)
-                if isinstance(row.error, EmptyFileError):
-                    pass
-                elif row.rest:
+                if row.rest:
                     counts.unread.append(problem.place)
                 else:
                     counts.rows += 1

@@ -110,7 +110,9 @@ def described(report: Report) -> str:
             lines.append(f"  columns not read: {printable(', '.join(map(repr, counts.unread_columns)))}")
             if "system" in counts.unread_columns:
                 lines.append("    to have 'system' stand before the prompt, set columns: {system: system}")
-        lines += [f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread]
+        lines += [
+            f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread if counts.rows
+        ]
     for group in report.problems:
         lines.append(f"\n{group.severity}: {printable(group.kind)} ({group.count:,})")
         lines += [f"  {printable(str(problem))}" for problem in group.examples]

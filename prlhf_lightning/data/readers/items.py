@@ -9,11 +9,6 @@ from typing import Any, TypeAlias
 
 from prlhf_lightning.errors import FeedbackFormatError
 
-
-class EmptyFileError(FeedbackFormatError):
-    """A file without rows."""
-
-
 Row: TypeAlias = Mapping[str, Any]
 
 

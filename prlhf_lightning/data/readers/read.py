@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from prlhf_lightning.data.readers.csv_rows import read_csv
-from prlhf_lightning.data.readers.items import EmptyFileError, Items, Row, Unreadable
+from prlhf_lightning.data.readers.items import Items, Row, Unreadable
 from prlhf_lightning.data.readers.json_rows import read_json, read_jsonl
 from prlhf_lightning.data.readers.parquet_rows import read_parquet
 from prlhf_lightning.errors import FeedbackFormatError
@@ -93,4 +93,4 @@ def _not_empty(path: Path, rows: Items) -> Items:
         empty = False
         yield item
     if empty:
-        raise EmptyFileError(f"{path}: has no rows; write at least one row of feedback, or leave the file out.")
+        raise FeedbackFormatError(f"{path}: has no rows; write at least one row of feedback, or leave the file out.")
