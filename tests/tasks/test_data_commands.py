@@ -57,7 +57,7 @@ def test_check_of_good_rows_exits_with_0_even_where_it_warns(tmp_path, capsys):
 
 
 def test_check_measures_with_a_tokenizer(model_path, tmp_path, capsys):
-    votes = write(tmp_path / "votes.jsonl", [row(i, chosen="cat " * (3 + i)) for i in range(4)])
+    votes = write(tmp_path / "votes.jsonl", [row(i, chosen=" cat" * (3 + i)) for i in range(4)])
     args = ("--train", votes, "--tokenizer", model_path, "--max_completion_length", 5)
     assert run("data", "check", *args) == 0
     assert "chosen: over max_completion_length=5, cut (2)" in capsys.readouterr().out
