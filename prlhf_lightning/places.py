@@ -92,6 +92,8 @@ def _cause(error: Exception) -> str:
     first, _, rest = str(error).strip().partition("\n")
     if first.startswith("Weights only load failed"):
         return "a .bin file is damaged, or holds code beside weights; take the model's .safetensors files"
+    if "contains custom code" in first:
+        return "it comes with code of its own; where you trust it, set trust_remote_code (`--trust_remote_code true`)"
     if first.endswith(":"):  # what is wrong stands in the next line
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
     # A name alone, as of a key that is missing, says little.

@@ -489,7 +489,7 @@ class PersonalizedLM(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
 
     @classmethod
-    def from_content(cls, content: Mapping[str, Any]) -> Self:
+    def from_content(cls, content: Mapping[str, Any], trust_remote_code: bool = False) -> Self:
         """Rebuild a model on the CPU, as `load_from_checkpoint` does, of what a checkpoint holds.
 
         Of tensors that were left on the disk (`checkpoint_files.load` with `mmap`) only the weights are read, and not
@@ -497,9 +497,14 @@ class PersonalizedLM(LightningModule):
 
         Args:
             content: It is left as it is.
+            trust_remote_code: Run code that comes with the base model. What the checkpoint says of it does not count,
+                since whoever wrote that could have any code run.
         """
         needed = {name: content[name] for name in ("state_dict", KEY) if name in content}
         parts = copy.deepcopy(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        arguments = (parts.get("policy") or {}).get("init_args") or {}
+        if trust_remote_code or "trust_remote_code" in arguments:
+            arguments["trust_remote_code"] = trust_remote_code
         # Lightning offers this for files only.
         module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
         return module

@@ -42,6 +42,7 @@ def adapt(
     pool_columns: dict[str, str] | None = None,
     skip_known: bool = False,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
@@ -65,6 +66,8 @@ def adapt(
         skip_known: Leave out users who are in the checkpoint already, as is always done of a server's log, instead of
             stopping at the first.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
@@ -77,7 +80,7 @@ def adapt(
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     rows_of(content, checkpoint).require_trained(checkpoint)
-    module = module_of(content, checkpoint, "model").to(pick_device(device))
+    module = module_of(content, checkpoint, "model", trust_remote_code).to(pick_device(device))
     if module.user_model.history_size and (suggest or steps):
         raise ConfigurationError(
             f"suggest, steps: {type(module.user_model).__name__} reads users off their pairs, which takes no steps and "

@@ -40,6 +40,7 @@ def export(
     prompt_embeds: bool = False,
     peft_users: bool = False,
     user: str | list[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face model folder, with its users.
 
@@ -57,10 +58,12 @@ def export(
             made without loading the model.
         peft_users: Also write a PEFT prompt-tuning folder for each user.
         user: Ids of the users who get a PEFT folder, as in `--user ann bob`; all if none is given.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     checkpoint = checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
-    module = module_of(content, checkpoint, "model")
+    module = module_of(content, checkpoint, "model", trust_remote_code)
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(

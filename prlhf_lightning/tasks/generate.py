@@ -69,6 +69,7 @@ def generate(
     max_batch_rows: int = 64,
     device: str = "auto",
     hash_user_ids_with: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write for one user or several at once.
 
@@ -97,6 +98,8 @@ def generate(
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the
             pseudonyms.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
@@ -112,7 +115,7 @@ def generate(
     if hash_user_ids_with is not None:
         pseudonym = Pseudonyms.load(hash_user_ids_with)
         requests = [one.renamed(pseudonym) for one in requests]
-    writer = open_writer(model, "model", pick_device(device))
+    writer = open_writer(model, "model", pick_device(device), trust_remote_code)
     _report_unknown(writer, requests)
     console = Console()
     if output is not None:

@@ -17,23 +17,27 @@ from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 
 
-def load_module(path: str | Path, option: str) -> PersonalizedLM:
+def load_module(path: str | Path, option: str, trust_remote_code: bool = False) -> PersonalizedLM:
     """Rebuild the model of a checkpoint, with its weights and users, on the CPU.
 
     Args:
         path: A checkpoint that the command line trained.
         option: What the user called the path, for messages.
+        trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
     """
-    return module_of(read_checkpoint(path, option), path, option)
+    return module_of(read_checkpoint(path, option), path, option, trust_remote_code)
 
 
-def module_of(content: Mapping[str, Any], path: str | Path, option: str) -> PersonalizedLM:
+def module_of(
+    content: Mapping[str, Any], path: str | Path, option: str, trust_remote_code: bool = False
+) -> PersonalizedLM:
     """Rebuild the model of a checkpoint that has been read.
 
     Args:
         content: What `read_checkpoint` returned; it is left as it is.
         path: Where it was.
         option: What the user called the path, for messages.
+        trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
     """
     if "policy" not in content.get("hyper_parameters", {}):
         raise ConfigurationError(
@@ -47,16 +51,22 @@ def module_of(content: Mapping[str, Any], path: str | Path, option: str) -> Pers
             f"{option}: {path} was trained on the base model {base}, which is not there. Tell it where the model is "
             f"now: python -m prlhf_lightning relocate --model {path} --base NEW_PLACE --output moved.ckpt"
         )
-    return PersonalizedLM.from_content(content)
+    return PersonalizedLM.from_content(content, trust_remote_code)
 
 
-def open_writer(path: str | Path, option: str = "model", device: str | torch.device = "cpu") -> PersonalizedWriter:
+def open_writer(
+    path: str | Path,
+    option: str = "model",
+    device: str | torch.device = "cpu",
+    trust_remote_code: bool = False,
+) -> PersonalizedWriter:
     """Load a model to write with.
 
     Args:
         path: A folder that `export` wrote, a checkpoint that the command line trained, or the folder of its run.
         option: What the user called the path, for messages.
         device: Where the model goes.
+        trust_remote_code: Run code that comes with the base model; what a file says of it does not count.
 
     Raises:
         ConfigurationError: It is neither, or its policy is no Hugging Face model.
@@ -66,10 +76,10 @@ def open_writer(path: str | Path, option: str = "model", device: str | torch.dev
         path = checkpoint_of(path, option)
     if path.is_dir():
         try:
-            return PersonalizedWriter.from_folder(path, device)
+            return PersonalizedWriter.from_folder(path, device, trust_remote_code)
         except ConfigurationError as error:
             raise ConfigurationError(f"{option}: {error}") from error
-    return writer_of(load_module(path, option).to(device), path, option)
+    return writer_of(load_module(path, option, trust_remote_code).to(device), path, option)
 
 
 def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> PersonalizedWriter:

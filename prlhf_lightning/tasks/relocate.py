@@ -13,7 +13,7 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 
 
-def relocate(model: Path, base: str, output: Path) -> None:
+def relocate(model: Path, base: str, output: Path, trust_remote_code: bool = False) -> None:
     """Write a copy of a checkpoint that loads its base model, which a checkpoint does not hold, from another place.
 
     For a checkpoint that came from another machine, or a base model that was moved. It must be the same model: one with
@@ -23,6 +23,8 @@ def relocate(model: Path, base: str, output: Path) -> None:
         model: A checkpoint of `fit`, or the folder of its run.
         base: Folder or hub name of the base model.
         output: The checkpoint to write.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
@@ -39,7 +41,7 @@ def relocate(model: Path, base: str, output: Path) -> None:
     trial = output.with_name(f"{output.name}.trial")
     try:  # before it takes the place of what is there, which may be the checkpoint itself
         checkpoint_files.save(content, trial)
-        module = load_module(trial, "output")
+        module = load_module(trial, "output", trust_remote_code)
     finally:
         trial.unlink(missing_ok=True)
     trained_on, now = entry_of(content).get("base"), module.policy.base_identity()

@@ -60,6 +60,7 @@ def report(
     show_user_ids: bool = False,
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
 ) -> None:
     """Write a page about a trained model, for a colleague, and its numbers as JSON beside it.
 
@@ -86,6 +87,8 @@ def report(
         show_user_ids: Whether users are called by their ids, and not by numbers.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         seed: Draws answers, where they are sampled, and bootstrap samples.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     least = {"num_users": num_users, "num_prompts": num_prompts, "max_pairs": max_pairs, "batch_size": batch_size}
     for name, value in least.items():
@@ -97,10 +100,10 @@ def report(
     checkpoint = checkpoint_of(model)
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
-    module = load_module(checkpoint, "model").eval().to(pick_device(device))
+    module = load_module(checkpoint, "model", trust_remote_code).eval().to(pick_device(device))
     whose = data_of(left, source, module)
     without = (
-        load_module(checkpoint_of(baseline, "baseline"), "baseline").eval().to(module.device)
+        load_module(checkpoint_of(baseline, "baseline"), "baseline", trust_remote_code).eval().to(module.device)
         if baseline is not None
         else None
     )

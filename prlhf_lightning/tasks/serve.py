@@ -35,6 +35,7 @@ def serve(
     burst: int = 20,
     drain_seconds: int = 30,
     hash_user_ids_with: str | None = None,
+    trust_remote_code: bool = False,
 ) -> None:
     """Serve a model over HTTP: an OpenAI-compatible API that writes for each user, with a page to try it.
 
@@ -66,6 +67,8 @@ def serve(
         burst: Requests of one key at once, where they are limited.
         drain_seconds: How long answers may still be written after SIGTERM.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training; feedback is kept under the ids as given.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     try:
         from prlhf_lightning.serving.server import run  # FastAPI, uvicorn and SQLAlchemy, of the extra `serve`
@@ -83,11 +86,11 @@ def serve(
     def load() -> tuple[PersonalizedWriter, NewUsers | None]:
         place = pick_device(device)
         if adapt:
-            module = load_module(model, "model").to(place).eval()
+            module = load_module(model, "model", trust_remote_code).to(place).eval()
             writer = writer_of(module, model)
             learner = NewUsers(module, writer)
         else:
-            writer, learner = open_writer(model, device=place), None
+            writer, learner = open_writer(model, device=place, trust_remote_code=trust_remote_code), None
         writer.name = name or writer.name
         return writer, learner
 

@@ -33,6 +33,7 @@ def shrink(
     columns: dict[str, str] | None = None,
     hash_user_ids_with: str | None = None,
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> None:
     """Draw all users' rows to the generic user by the factor under which held-out pairs are likeliest.
 
@@ -48,6 +49,8 @@ def shrink(
         columns: Names of the file's columns that differ from the fields', as in `{user_id: worker}`.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
     """
     if validation is None and (columns or hash_user_ids_with):
         raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
@@ -57,7 +60,7 @@ def shrink(
     content = read_checkpoint(checkpoint, "model")
     users = rows_of(content, checkpoint)
     users.require_trained(checkpoint)
-    module = module_of(content, checkpoint, "model").to(pick_device(device))
+    module = module_of(content, checkpoint, "model", trust_remote_code).to(pick_device(device))
     if validation is None:
         pairs = _held_out(checkpoint, module)
     else:
