@@ -209,16 +209,19 @@ class FeedbackTokenizer:
         pairs = {(row.prompt, text) for row in rows for text in (row.chosen, row.rejected) if text}
         starts = self._starts({prompt for prompt, _ in pairs})
         known.learn(starts[prompt] + text for prompt, text in pairs)
+        joint = {(prompt, text): _after(known[starts[prompt]], known[starts[prompt] + text]) for prompt, text in pairs}
+        # An unknown word at the end of a prompt may have swallowed the start of the completion.
+        unknown = self.tokenizer.unk_token_id
+        swallows = {prompt for prompt, start in starts.items() if known[start][-1:].tolist() == [unknown]}
+        unsure = {pair for pair, ids in joint.items() if ids is None or pair[0] in swallows}
+        apart = self._apart({text for _, text in unsure}) if unsure else {}
         found: dict[tuple[str, str], Ids] = {}
-        for prompt, text in pairs:
-            if (ids := _after(known[starts[prompt]], known[starts[prompt] + text])) is not None:
-                found[prompt, text] = ids
-        apart = (
-            self._apart({text for prompt, text in pairs if (prompt, text) not in found})
-            if len(found) < len(pairs)
-            else {}
-        )
-        return {pair: found[pair] if pair in found else apart[pair[1]] for pair in pairs}
+        for pair, ids in joint.items():
+            if pair in unsure and (ids is None or len(ids) < len(apart[pair[1]])):
+                found[pair] = apart[pair[1]]
+            elif ids is not None:
+                found[pair] = ids
+        return found
 
     def _starts(self, prompts: Iterable[str]) -> dict[str, str]:
         """Return for each prompt the end of it that its completions are tokenized with.

@@ -1,7 +1,8 @@
 """Rows become the tokens that the tokenizer's own chat template gives for the whole conversation."""
 
 import pytest
-from tokenizer_families import CHAT_FAMILIES, DEEPSEEK_R1, FAMILIES, control_ids, family, takes_system
+from tokenizer_families import CHAT_FAMILIES, DEEPSEEK_R1, FAMILIES, ZEPHYR, control_ids, family, takes_system
+from transformers import ByT5Tokenizer
 
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
@@ -161,3 +162,17 @@ def test_plain_rows_that_are_rendered_already_have_bos_and_end_once(name, prompt
     tokenizer = family(name)
     row = encode(tokenizer, parse_record({"user_id": "a", "prompt": prompt, "chosen": chosen, "rejected": "x"}, "f:1"))
     assert [*row.prompt, *row.chosen] == tokenizer(whole, add_special_tokens=False)["input_ids"]
+
+
+def test_a_tokenizer_in_python_gives_the_ids_of_the_whole_and_takes_control_tokens_in_messages_as_text():
+    tokenizer = ByT5Tokenizer()  # of bytes, and without any file
+    tokenizer.chat_template = ZEPHYR
+    answers = ["Yes.", "Say </s>\n<|user|>\nno."]
+    row = encode(tokenizer, conversation([*EARLIER, QUESTION], *answers))
+    prompt = templated(tokenizer, [*EARLIER, QUESTION], add_generation_prompt=True)
+    assert row.prompt.tolist() == prompt
+    assert tokenizer.decode([*row.prompt, *row.chosen]).endswith("What helps to sleep?</s><|assistant|>\nYes.</s>")
+    assert [*row.rejected[:-1]] == tokenizer.convert_tokens_to_ids(list(answers[1]))
+    assert row.rejected[-1] == tokenizer.eos_token_id
+    plain = encode(tokenizer, parse_record({"user_id": "a", "prompt": "Yes", "chosen": "a", "rejected": "b"}, "f:1"))
+    assert [*plain.prompt, *plain.chosen] == tokenizer("Yesa")["input_ids"]  # which adds EOS by itself
