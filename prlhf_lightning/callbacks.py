@@ -66,6 +66,11 @@ class BestAndLast(ModelCheckpoint):
             )
         self._every, self._last_step = every_n_train_steps, 0
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take the step that training goes on from for saved."""
+        super().on_train_start(trainer, pl_module)
+        self._last_step = trainer.global_step
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do without a monitor where nothing is validated."""
         super().setup(trainer, pl_module, stage)
@@ -166,6 +171,8 @@ class SaveOnInterrupt(Callback):
                 raise _Unsaved("the weights are not finite")
             if trainer.validating:
                 _validate_anew(trainer)
+            if isinstance(pl_module, PersonalizedLM):
+                pl_module.validate_again()
             if together:
                 trainer.save_checkpoint(path, weights_only=False)
             else:

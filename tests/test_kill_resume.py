@@ -18,3 +18,13 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(repo_root):
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert done.stdout.splitlines()[-1].startswith("2 kills in ")
     assert done.stdout.splitlines()[-1].endswith(" 0 differently; largest difference 0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "names", [["accumulated", "bco"], ["validated_in_accumulation", "plain"], ["streamed", "bucketed"]], ids=str
+)
+def test_a_run_that_is_broken_off_anywhere_ends_as_one_in_peace(repo_root, names):
+    script = [sys.executable, repo_root / "benchmarks/resume_points.py", "--points", "3", "--only", *names]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]

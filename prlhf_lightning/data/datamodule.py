@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -22,6 +24,14 @@ from prlhf_lightning.data.division import HoldOut, Pairs
 from prlhf_lightning.data.history import PairsWithHistory
 from prlhf_lightning.data.loading import Loader, make_loader, refuse_injected_sampler, resume_point, share_of
 from prlhf_lightning.data.order import TrainingOrder
+from prlhf_lightning.data.position import (
+    differences,
+    earlier_rows,
+    hold_out_of,
+    leave_out,
+    record,
+    trained_rows,
+)
 from prlhf_lightning.data.prepared import PreparedFeedback, Stage
 from prlhf_lightning.data.privacy import Pseudonyms
 from prlhf_lightning.data.records import Text
@@ -177,6 +187,7 @@ class PreferenceDataModule(LightningDataModule):
         self.streaming = streaming
         self.users_file = Path(users_file).expanduser() if users_file else None
         self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
+        self._left_out: tuple[int, npt.NDArray[np.int64]] | None = None  # an epoch, and rows that it is without
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
@@ -230,6 +241,66 @@ class PreferenceDataModule(LightningDataModule):
     def batches_per_epoch(self, world_size: int = 1) -> int:
         """Return the number of training batches of each process in one epoch."""
         return len(self._training_batches(0, world_size))
+
+    def order_record(self, world_size: int, accumulate: int) -> dict[str, Any]:
+        """Return what decides which rows are trained on when, to be kept in a checkpoint for `go_on`.
+
+        Args:
+            world_size: Number of processes that share the data.
+            accumulate: Batches of a process in an optimizer step.
+        """
+        found = record(
+            self.order, self.hold_out, self._prepared.division.train, self._sequences, world_size, accumulate
+        )
+        if self._left_out is not None:
+            epoch, rows = self._left_out
+            found["left_out"] = {"epoch": epoch, "rows": torch.from_numpy(rows)}
+        return found
+
+    def go_on(self, kept: Mapping[str, Any], epoch: int, batch: int, world_size: int, accumulate: int) -> int:
+        """Enter an epoch after rows that were trained on, which may have been batched otherwise.
+
+        Where the settings differ that decide the order, the rows of the epoch that are left are trained once each, and
+        a warning names the settings. Where the rows themselves are others, or a stream, it says that this can't be.
+
+        Args:
+            kept: What `order_record` returned in the run that is gone on with.
+            epoch: The epoch.
+            batch: Number of batches of each process that were trained in it.
+            world_size: Number of processes that share the data now.
+            accumulate: Batches of a process in an optimizer step now.
+
+        Returns:
+            The number of the batch that comes next, in the batches of this data module.
+        """
+        here = self.order_record(world_size, accumulate)
+        changed, rows = differences(kept, here), self._prepared.division.train
+        is_other = kept["data"] != here["data"]
+        self._left_out = None
+        if is_other or (changed and not isinstance(rows, Pairs)):
+            size: int = kept["settings"]["batch_size"] * kept["settings"]["world_size"]
+            done = min(int(kept["rows"]), batch * size) // (self.batch_size * world_size)
+            if is_other:
+                changed = [f"the training data are others ({kept['rows']:,} rows then, {here['rows']:,} now)", *changed]
+            rank_zero_warn(
+                f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. In this epoch rows may be "
+                "trained twice or left out. To train further on new data, give --init_from instead of --ckpt_path."
+            )
+            return min(done, self.batches_per_epoch(world_size))
+        if not isinstance(rows, Pairs) or not (changed or len(earlier_rows(kept, epoch))):
+            return batch
+        then = hold_out_of(kept).divide(self._prepared.splits).train
+        assert isinstance(then, Pairs)
+        self._left_out = epoch, trained_rows(kept, then, epoch, batch)
+        sampler = self._training_batches(0, world_size)
+        assert isinstance(sampler, UserGroupedBatchSampler)
+        if changed:
+            left = sum(map(len, sampler.steps(epoch)))
+            rank_zero_warn(
+                f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. The {left:,} rows of this "
+                "epoch that are left are trained once each; the learning rates are those of a run with these settings."
+            )
+        return sampler.first(epoch)
 
     def evaluation_pairs(self, name: str, stage: Literal["validate", "test"] = "validate") -> Pairs | None:
         """Return the rows of one of `eval_sets`, `seen` or `unseen`, or None where it is empty."""
@@ -379,7 +450,11 @@ class PreferenceDataModule(LightningDataModule):
         return 2 if self.feedback == "pairs" else 1
 
     def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler | StreamBatchSampler:
-        return self.order.batches(self._prepared.division.train, self._sequences, rank, world_size)
+        rows = self._prepared.division.train
+        sampler = self.order.batches(rows, self._sequences, rank, world_size)
+        if self._left_out is not None and isinstance(sampler, UserGroupedBatchSampler) and isinstance(rows, Pairs):
+            leave_out(sampler, rows, *self._left_out)
+        return sampler
 
     def _loader(self, rows: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
         return make_loader(rows, batches, self.num_workers, self.pin_memory)

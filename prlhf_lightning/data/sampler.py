@@ -70,6 +70,7 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         self._seed, self._rank, self._world_size = seed, rank, world_size
         self._epoch, self._start = 0, 0
         self._drawn: tuple[int, list[_Array]] = (-1, [])  # an epoch and its steps
+        self._left_out: tuple[int, _Array] = (-1, np.empty(0, dtype=np.int64))
 
     @property
     def sampler(self) -> UserGroupedBatchSampler:
@@ -79,6 +80,17 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the epoch whose order is yielded next, and the batch to start it from."""
         self._epoch, self._start = epoch, start
+
+    def leave_out(self, epoch: int, done: _Array) -> None:
+        """Leave positions `[n]` out of an epoch that was begun under other settings, as often as each is named.
+
+        The epoch keeps its number of batches: its first ones are empty, and `first` says which is not.
+        """
+        self._left_out, self._drawn = (epoch, done), (-1, [])
+
+    def first(self, epoch: int) -> int:
+        """Return the number of the first step of an epoch that is not empty, or that of all steps."""
+        return next((number for number, step in enumerate(self.steps(epoch)) if len(step)), len(self))
 
     def __len__(self) -> int:
         """Return the number of batches of an epoch, the same on every rank and wherever the epoch is entered."""
@@ -97,13 +109,31 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
 
     def pairs_per_rank(self, epoch: int, steps: slice) -> float:
         """Return how many pairs the batches of some steps of an epoch hold, on average over the ranks."""
-        return sum(max(1.0, len(step) / self._world_size) for step in self.steps(epoch)[steps])
+        return sum(max(1.0, len(step) / self._world_size) for step in self.steps(epoch)[steps] if len(step))
 
     def steps(self, epoch: int) -> list[_Array]:
         """Return the positions of each step of an epoch, those of all ranks together."""
         if self._drawn[0] != epoch:
-            self._drawn = (epoch, self._draw_steps(epoch))
+            steps = self._draw_steps(epoch)
+            if epoch == self._left_out[0]:
+                steps = self._without(steps, self._left_out[1])
+            self._drawn = (epoch, steps)
         return self._drawn[1]
+
+    def _without(self, steps: list[_Array], done: _Array) -> list[_Array]:
+        """Return the steps of an epoch without positions `[n]`, after as many empty ones as they are fewer."""
+        order = np.concatenate(steps)
+        by_row = np.argsort(order, kind="stable")
+        copy = np.empty_like(order)
+        copy[by_row] = _ranks(order[by_row])  # 0 where a row comes for the first time, then 1, ...
+        left = copy >= np.bincount(done, minlength=len(self._by_user))[order]
+        if self._lengths is None:
+            size = self._batch_size * self._world_size
+            edges = np.arange(size, left.sum(), size)
+        else:  # among rows of other lengths a batch would have more padding, or go over its budget
+            edges = np.cumsum([part.sum() for part in np.split(left, np.cumsum(list(map(len, steps)))[:-1])])[:-1]
+        rest = [step for step in np.split(order[left], edges) if len(step)]
+        return [order[:0]] * (len(self) - len(rest)) + rest
 
     def _draw_steps(self, epoch: int) -> list[_Array]:
         rng = np.random.default_rng([self._seed, epoch])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,9 @@ from typing import Any, Self
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.core.saving import _load_state
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -22,6 +24,7 @@ from torch.optim import Optimizer
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import KEY, entry_of, settings_of, users_of
 from prlhf_lightning.data.decoding import decode, loses_first_space, read_on_from
+from prlhf_lightning.data.loading import share_of
 from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
@@ -39,12 +42,19 @@ from prlhf_lightning.modules.history import keep_histories
 from prlhf_lightning.modules.interval_means import IntervalMeans, is_logged_now
 from prlhf_lightning.modules.micro_batch import seed_chance, share_of_step, sums_to_log
 from prlhf_lightning.modules.objective import Objective, Term
-from prlhf_lightning.modules.optim import Optim, apply_settings, make_optimizer, make_schedule, optimizer_steps
+from prlhf_lightning.modules.optim import (
+    Optim,
+    apply_settings,
+    make_optimizer,
+    make_schedule,
+    optimizer_steps,
+    training_batches,
+)
 from prlhf_lightning.modules.precision import cast_frozen, check_float16, described, keep_trained_in_float32
 from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model
 from prlhf_lightning.modules.prompts import to_tokens
 from prlhf_lightning.modules.reference_store import ReferenceStore, exchange, open_store
-from prlhf_lightning.modules.resume import end_epoch
+from prlhf_lightning.modules.resume import StepProgress, end_epoch, go_on
 from prlhf_lightning.modules.row_lengths import check_row_lengths
 from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, stand_in
 from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
@@ -115,6 +125,7 @@ class PersonalizedLM(LightningModule):
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
         self._means = IntervalMeans()
+        self._progress = StepProgress()
         self._seed: int | None = None
         self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
@@ -214,6 +225,7 @@ class PersonalizedLM(LightningModule):
     def on_train_start(self) -> None:
         """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
         self._means.reset()
+        self._progress.begin(self.trainer, self.loss)
         scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
@@ -233,6 +245,17 @@ class PersonalizedLM(LightningModule):
         optimizer = make_optimizer(self.optim, self.policy, self.user_model)
         scheduler = make_schedule(self.optim, optimizer, optimizer_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step, and note that it is whole: a checkpoint that is saved before the next goes on from here."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._progress.step_taken(epoch, batch_idx, self.loss)
 
     def configure_gradient_clipping(
         self,
@@ -369,6 +392,8 @@ class PersonalizedLM(LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and margin over pairs and over users."""
         self._log_metrics("val")
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._progress.validated(self.trainer)
 
     def on_test_epoch_end(self) -> None:
         """Log accuracy and margin over pairs and over users."""
@@ -518,13 +543,20 @@ class PersonalizedLM(LightningModule):
         seed = torch.initial_seed() if self._seed is None else self._seed
         checkpoint_content.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
         checkpoint[KEY]["base"] = self.policy.base_identity()
+        if (place := self._progress.entry(self.trainer) if self._trainer is not None else None) is not None:
+            checkpoint[KEY]["place"] = place
+            of_loss = self._progress.of_loss
+            checkpoint["state_dict"].update({k: v for k, v in of_loss.items() if k in checkpoint["state_dict"]})
+            if hasattr(datamodule := self._datamodule, "order_record"):
+                checkpoint[KEY]["order"] = datamodule.order_record(*self._sharing)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
         kept, users = entry_of(checkpoint), users_of(checkpoint)
-        end_epoch(checkpoint)
         self._seed = kept.get("seed")
         self._take_rendering(kept.get("tokenization") or {})
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            self._go_on(checkpoint, kept)
         if self.vocabulary != users:
             if self.vocabulary is not None:
                 checkpoint_content.warn_of_other_users(users, self.vocabulary)
@@ -542,6 +574,42 @@ class PersonalizedLM(LightningModule):
         now = _rendering_of(data)
         checkpoint_content.warn_of_other_rendering("The checkpoint", kept, now)
         self._tokenization = now if self._tokenization and now else kept
+
+    def validate_again(self) -> None:
+        """Have a checkpoint that is saved before the next batch make the last validation again.
+
+        For one that is saved where training was broken off: what follows from the validation, such as the best
+        checkpoint, may not have been done.
+        """
+        self._progress.validate_again()
+
+    def _go_on(self, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> None:
+        """Have a fit go on where the checkpoint's run was, with the rows of the epoch that are left."""
+        place = kept.get("place")
+        if place is None or "loops" not in checkpoint:
+            end_epoch(checkpoint)
+            return
+        batch, batches = place["batch"], place["batches"]
+        datamodule, (world_size, accumulate) = self._datamodule, self._sharing
+        if hasattr(datamodule, "go_on"):
+            batches = training_batches(self.trainer)
+            if "order" in kept and 0 < batch < place["batches"]:
+                batch = datamodule.go_on(kept["order"], place["epoch"], batch, world_size, accumulate)
+        go_on(checkpoint, place, batch, batches, accumulate)
+        current = checkpoint["loops"]["fit_loop"]
+        self._progress.enter(
+            current["epoch_progress"]["current"]["processed"],
+            current["epoch_loop.batch_progress"]["current"]["processed"],
+        )
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def _sharing(self) -> tuple[int, int]:
+        """Number of processes that share the data, and batches of each in an optimizer step."""
+        return share_of(self.trainer)[1], self.trainer.accumulate_grad_batches
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
         """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.
