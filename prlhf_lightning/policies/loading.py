@@ -11,13 +11,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.reference_cache import weights_digest
 
 _log = logging.getLogger(__name__)
 _LISTED = 3  # weights that a message names
+#: How classes are called that hold a whole language model, maybe beside parts for images.
+_WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+#: Where models keep the parts of which a language model may be one.
+_TOPS = ("model", "transformer", "language_model", "model.language_model")
 
 
 def load_lm(path: str, **options: Any) -> PreTrainedModel:
@@ -46,7 +50,8 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
             "of images or speech alone. Take a causal language model, which `AutoModelForCausalLM` loads."
         ) from error
     if not getattr(lm, "_hf_peft_config_loaded", False):  # of an adapter, these are the adapter's own
-        _check_names(lm, *(found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched")))
+        kinds = (found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+        _check_names(lm, _written_by(lm, path, options) if any(found.values()) else "", *kinds)
     _check_finite(lm)
     _note_untied(lm)
     for module in lm.modules():
@@ -109,8 +114,16 @@ def warning_of_other_base(trained_on: Mapping[str, str] | None, now: Mapping[str
     )
 
 
+def _written_by(lm: PreTrainedModel, path: str, options: Mapping[str, Any]) -> str:
+    """Return which class `config.json` says that the weights are of; a model may have only a part of that file."""
+    how = {key: options[key] for key in ("revision", "trust_remote_code") if key in options}
+    config = lm.config if lm.config.architectures else AutoConfig.from_pretrained(path, **how)
+    return " or ".join(config.architectures or ()) or "another class"
+
+
 def _check_names(
     lm: PreTrainedModel,
+    written_by: str,
     missing: Collection[str],
     unexpected: Collection[str],
     mismatched: Collection[tuple[str, Collection[int], Collection[int]]],
@@ -122,8 +135,6 @@ def _check_names(
             f"the weights have other shapes than its config.json says ({_some(shapes)}). Take weights and config.json "
             "of the same model."
         )
-    # What the file says of the class that wrote it.
-    written_by = " or ".join(getattr(lm.config, "architectures", None) or ()) or "another class"
     instead = f" It has weights of {written_by} instead: {_some(unexpected)}." if unexpected else ""
     if missing:
         raise ConfigurationError(
@@ -133,21 +144,21 @@ def _check_names(
     if not unexpected:
         return
     left_out = [name for name in unexpected if _is_within(name, lm)]
-    if left_out or here not in written_by:
+    if left_out or not written_by.endswith((here, *_WRITERS)):
         raise ConfigurationError(
             f"the files have {_count(unexpected)} that a {here} of this config.json lacks: "
             f"{_some(left_out or unexpected)}; config.json names {written_by}. A model of another kind or size would "
             "do something else without them: take the language model that it was made from, or the config.json that "
             "belongs to it."
         )
-    # Beside a whole language model, such as the value head of a PPO run.
+    # Beside a whole language model, such as the value head of a PPO run, or what reads images.
     _log.warning("%s that a %s lacks, left out: %s.", _count(unexpected), here, _some(unexpected))
 
 
 def _is_within(name: str, lm: PreTrainedModel) -> bool:
     """Tell whether a weight would belong to a part of a model, and not beside its parts."""
     parts = name.split(".")
-    tops = {"", lm.base_model_prefix}
+    tops = {"", lm.base_model_prefix, *_TOPS}
     known = {prefix for prefix, _ in lm.named_modules()}
     return any(".".join(parts[:end]) in known - tops for end in range(1, len(parts)))
 

@@ -16,6 +16,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    Llama4Config,
+    Llama4ForConditionalGeneration,
     LlamaConfig,
     PretrainedConfig,
     PreTrainedModel,
@@ -268,3 +270,15 @@ def test_rows_of_a_padded_vocabulary_are_never_written(tmp_path, in_batches, mon
     for temperature in (0.0, 1.0):
         written = policy.generate(Tokens.from_lists([[1, 5]] * 4), None, Sampling(8, temperature))
         assert int(written.ids.max()) < VOCAB
+
+
+def test_what_reads_images_is_left_out_with_a_word(tmp_path, caplog):
+    text = {**SMALL, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2, "intermediate_size_mlp": 48}
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    vision |= {"image_size": 8, "patch_size": 4}
+    vision |= {"vision_output_dim": 32, "projector_input_dim": 32, "projector_output_dim": 32}
+    config = Llama4Config(text_config=text, vision_config=vision)
+    save(tmp_path, Llama4ForConditionalGeneration(config))
+    CausalLMPolicy(str(tmp_path), lora=None).build(with_reference=False)
+    (said,) = caplog.messages
+    assert said.startswith("26 weights that a Llama4ForCausalLM lacks, left out: multi_modal_projector")
