@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from prlhf_lightning.metrics import UserAccuracy
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.optim import optimizer_steps, training_batches
+from prlhf_lightning.types import PreferenceBatch
 
 _STEPS = 100  # optimizer steps below which a model seldom learns much
 _EPOCHS = 10  # more are not advised: users' rows then fit the noise of few votes
@@ -29,6 +31,7 @@ class Outcome:
     Attributes:
         train_accuracy: Share of training pairs that are ranked right, over the last third of the steps.
         train_margin: Mean reward of chosen minus rejected completions over the same.
+        train_pairs: Number of the training pairs of that third, roughly.
         accuracy: Share of held-out pairs of seen users that are ranked right (of thumbs, the area under the curve).
         pairs: Number of the held-out pairs.
         losses: Held-out loss by step.
@@ -36,6 +39,7 @@ class Outcome:
 
     train_accuracy: float | None = None
     train_margin: float | None = None
+    train_pairs: int = 0
     accuracy: float | None = None
     pairs: int = 0
     losses: Mapping[int, float] | None = None
@@ -45,13 +49,14 @@ class LearningMonitor(Callback):
     """Warns of a training of few steps before it begins, and knows when it is over what should be changed."""
 
     def __init__(self) -> None:
-        self._readings: list[tuple[float, float]] = []
+        self._readings: list[tuple[float, float, int]] = []
         self._losses: dict[int, float] = {}
-        self._read_at = 0
+        self._read_at, self._pairs = 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Warn of few steps, unless this is a trial, or goes on from an earlier step."""
-        self._readings, self._losses, self._read_at = [], {}, trainer.global_step
+        self._readings, self._losses = [], {}
+        self._read_at, self._pairs = trainer.global_step, 0
         if trainer.fast_dev_run or trainer.global_step or not hasattr(trainer.datamodule, "batches_per_epoch"):  # type: ignore[attr-defined]
             return
         size = getattr(trainer.datamodule, "batch_size", 1)  # type: ignore[attr-defined]
@@ -65,6 +70,7 @@ class LearningMonitor(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note the accuracy and the margin, when the logger reads the same values from the device."""
+        self._pairs += len(batch) if isinstance(batch, PreferenceBatch) else 0
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or step == self._read_at:
             return
@@ -72,7 +78,8 @@ class LearningMonitor(Callback):
         values = [trainer.callback_metrics.get(f"train/{name}") for name in ("accuracy", "margin")]
         if all(value is not None for value in values):
             accuracy, margin = (float(value) for value in values)  # type: ignore[arg-type]
-            self._readings.append((accuracy, margin))
+            self._readings.append((accuracy, margin, self._pairs * trainer.world_size))
+        self._pairs = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Note the loss."""
@@ -84,14 +91,15 @@ class LearningMonitor(Callback):
         """Return what to change after a training; all processes must call it."""
         # The last third: rates are low by then, and what was learned is there.
         last = self._readings[-math.ceil(len(self._readings) / 3) :]
-        accuracy, margin = (sum(values) / len(last) for values in zip(*last, strict=True)) if last else (None, None)
+        accuracies, margins, pairs = zip(*last, strict=True) if last else ((), (), ())
         validated = "seen" in module.eval_sets and bool(self._losses)
         rows = module.user_table("seen") if validated and module.loss.feedback != "demonstrations" else []
         metrics = trainer.callback_metrics
         held_out = metrics.get("val/seen/accuracy", metrics.get("val/seen/auc"))
         outcome = Outcome(
-            train_accuracy=accuracy,
-            train_margin=margin,
+            train_accuracy=fmean(accuracies) if last else None,
+            train_margin=fmean(margins) if last else None,
+            train_pairs=sum(pairs),
             accuracy=float(held_out) if held_out is not None else None,
             pairs=sum(row.pairs if isinstance(row, UserAccuracy) else row.ups + row.downs for _, row in rows),
             losses=self._losses,
@@ -153,9 +161,8 @@ def what_to_change(outcome: Outcome, settings: Mapping[str, float]) -> str | Non
     if held_out is not None:
         found.append(f"held-out pairs {held_out:.2f}")
     evidence = f"{' and '.join(found)} (0.50 is chance)"
-    # Two standard errors: what guessing reaches on so many pairs now and then.
-    by_luck = held_out is None or held_out <= 0.5 + 1 / math.sqrt(max(outcome.pairs, 1))
-    if found and by_luck and (train is None or train < _CHANCE):
+    by_luck = held_out is None or held_out <= _by_luck(outcome.pairs)
+    if found and by_luck and (train is None or train < max(_CHANCE, _by_luck(outcome.train_pairs))):
         return f"The model learned next to nothing: it ranks right {evidence}. {_to_learn_more(outcome, settings)}"
     if train is None or held_out is None or train - held_out < _GAP or train < _CHANCE:
         return None
@@ -172,6 +179,11 @@ def what_to_change(outcome: Outcome, settings: Mapping[str, float]) -> str | Non
     if "model.loss.beta" in settings:
         changes.append(f"a higher model.loss.beta ({settings['model.loss.beta']:g})")
     return f"{told}. Use the best checkpoint, or try one by one: {'; '.join(changes)}; more data for each user."
+
+
+def _by_luck(pairs: int) -> float:
+    """Return the accuracy that guessing reaches now and then: two standard errors above a half."""
+    return 0.5 + 1 / math.sqrt(pairs) if pairs else 0.0
 
 
 def _to_learn_more(outcome: Outcome, settings: Mapping[str, float]) -> str:

@@ -38,7 +38,7 @@ def test_a_hundred_steps_are_enough():
 
 
 def test_a_model_that_learned_nothing_needs_higher_rates_and_not_shrinking():
-    advice = what_to_change(Outcome(0.52, 0.002, 0.535, 212), SETTINGS)
+    advice = what_to_change(Outcome(0.52, 0.002, 1000, 0.535, 212), SETTINGS)
     assert advice.startswith("The model learned next to nothing")
     assert "training pairs 0.52 and held-out pairs 0.54 (0.50 is chance)" in advice
     assert "model.optim.lr 0.00025 (now 5e-05)" in advice
@@ -46,13 +46,18 @@ def test_a_model_that_learned_nothing_needs_higher_rates_and_not_shrinking():
     assert "shrink" not in advice
 
 
+def test_few_pairs_that_are_ranked_right_by_luck_are_nothing_learned():
+    assert what_to_change(Outcome(0.65, 0.01, 24, 0.56, 16), SETTINGS).startswith("The model learned next to nothing")
+    assert what_to_change(Outcome(0.65, 0.01, 24, 0.8, 100), SETTINGS) is None
+
+
 def test_a_model_that_moved_and_learned_nothing_does_not_need_higher_rates():
-    advice = what_to_change(Outcome(0.51, -4.0, 0.49, 212), SETTINGS | {"model.optim.lr": 1e-2})
+    advice = what_to_change(Outcome(0.51, -4.0, 1000, 0.49, 212), SETTINGS | {"model.optim.lr": 1e-2})
     assert "lower rates" in advice
 
 
 def test_a_model_that_ranks_only_its_training_pairs_overfits():
-    outcome = Outcome(0.97, 3.0, 0.62, 400, {100: 0.64, 200: 0.66, 300: 0.9})
+    outcome = Outcome(0.97, 3.0, 1000, 0.62, 400, {100: 0.64, 200: 0.66, 300: 0.9})
     advice = what_to_change(outcome, SETTINGS)
     assert advice.startswith("The model overfits")
     assert "lowest at step 100 (0.640), and is 0.900" in advice
@@ -62,9 +67,9 @@ def test_a_model_that_ranks_only_its_training_pairs_overfits():
 @pytest.mark.parametrize(
     "outcome",
     [
-        Outcome(0.85, 1.0, 0.81, 212),
-        Outcome(0.56, 0.1, 0.60, 2000),  # a little, on many pairs: it is real
-        Outcome(None, None, 0.7, 100),  # thumbs
+        Outcome(0.85, 1.0, 1000, 0.81, 212),
+        Outcome(0.56, 0.1, 1000, 0.60, 2000),  # a little, on many pairs: it is real
+        Outcome(None, None, 0, 0.7, 100),  # thumbs
         Outcome(),
     ],
 )
