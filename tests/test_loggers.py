@@ -72,13 +72,14 @@ def test_all_files_of_a_run_are_in_its_folder_and_the_next_goes_on_from_there(lo
 
 
 def test_loggers_are_told_the_settings_and_how_training_goes_but_no_user(settings):
-    main([*settings, "--trainer.logger", "recording_logger.RecordingLogger", "--model.optim.lr", "0.003"])
+    main([*settings, "--trainer.logger", "recording_logger.RecordingLogger", "--model.optim.lr", "0.003",
+          "--model.optim.user_lr", "0.05"])  # fmt: skip
     assert RecordingLogger.settings["model.optim.lr"] == 0.003
     assert RecordingLogger.settings["model.loss.class_path"].endswith("DPOLoss")
     assert not any(user in str(RecordingLogger.settings) for user in ("ann", "bob", "dee"))
     values = RecordingLogger.values
     assert max(values["train/lr"]) == pytest.approx(0.003)
-    assert values["train/table_lr"][-1] == pytest.approx(values["train/lr"][-1] * 5e-4 / 0.003)
+    assert values["train/table_lr"][-1] == pytest.approx(values["train/lr"][-1] * 0.05 / 0.003)
     positive = ("grad_norm", "pairs_per_second", "tokens_per_second", "peak_memory_gib")
     assert all(value > 0 and math.isfinite(value) for name in positive for value in values[f"train/{name}"])
 

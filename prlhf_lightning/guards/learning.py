@@ -137,9 +137,9 @@ def more_steps(batches: int, epochs: int, accumulate: int, batch_size: int, max_
 
 def settings_of(trainer: Trainer, module: PersonalizedLM) -> dict[str, float]:
     """Return the settings that decide how much is learned, by the names that the command line has for them."""
-    settings: dict[str, float] = {"model.optim.lr": module.optim.lr}
+    settings: dict[str, float] = {"model.optim.lr": module.optim.lr or 0.0}
     if module.user_model.personalizes:
-        settings["model.optim.user_lr"] = module.optim.user_lr
+        settings["model.optim.user_lr"] = module.optim.user_lr or 0.0
     if hasattr(module.loss, "beta"):
         settings["model.loss.beta"] = module.loss.beta
     settings["trainer.max_epochs"] = trainer.max_epochs or 1

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -21,6 +21,8 @@ _Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _HALF = (torch.bfloat16, torch.float16)
 _OF_MASTER = ("master", "exp_avg", "exp_avg_sq")  # of a weight in half precision, kept in float32
 _WARMUPS = "a whole number of steps, or, below 1, a share of all steps"
+#: Default rate of adapters at this width, and the highest at any.
+_RATE, _WIDTH, _HIGHEST = 1.5e-4, 2000, 2e-3
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,11 @@ class Optim:
     """Learning rates and their schedule.
 
     Attributes:
-        lr: Peak learning rate of the policy (adapters, or all weights).
-        user_lr: Peak learning rate of the user model; soft prompts need about ten times the adapters'.
+        lr: Peak learning rate of the policy (adapters, or all weights). By default it goes by the width d of the
+            policy: for adapters 1.5e-4 * (2000 / d)^0.775, at most 2e-3, which is 9e-5 for a model of 7B parameters
+            and 4e-4 for one of 135M; for all weights a tenth of it.
+        user_lr: Peak learning rate of the user model. By default 20 times the default of adapters for soft prompts,
+            and twice it for a user model that reads users' pairs, whose parameters are matrices.
         table_lr: Peak learning rate of tables that hold a row a user (offsets, weights over clusters); null for
             `user_lr`.
         weight_decay: Decoupled weight decay of the policy.
@@ -40,8 +45,8 @@ class Optim:
         warmup_steps: Steps of linear warm-up; below 1, a share of all steps.
     """
 
-    lr: float = 5e-5
-    user_lr: float = 5e-4
+    lr: float | None = None
+    user_lr: float | None = None
     table_lr: float | None = None
     weight_decay: float = 0.0
     user_weight_decay: float = 0.0
@@ -53,7 +58,7 @@ class Optim:
         """Refuse what nothing can be trained with."""
         for name in ("lr", "user_lr", "table_lr"):
             rate = getattr(self, name)
-            self._check(name, (rate is None and name == "table_lr") or 0 < rate < math.inf, "a number above 0")
+            self._check(name, rate is None or 0 < rate < math.inf, "a number above 0, or null")
         for name in ("weight_decay", "user_weight_decay"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 (none) or more")
         allowed = "two numbers, each at least 0 and below 1"
@@ -66,8 +71,24 @@ class Optim:
         if not holds:
             raise ConfigurationError(f"model.optim.{name} is {getattr(self, name)!r}; it must be {allowed}.")
 
+    def for_width(self, width: int, all_weights: bool = False, reads_pairs: bool = False) -> Optim:
+        """Return these settings with the rates that were left open.
+
+        The rule for the width is that of "LoRA Without Regret" (Schulman et al., 2025) for Llama models, below the
+        constant of supervised training, as preference losses need less.
+
+        Args:
+            width: Of the policy's embeddings.
+            all_weights: Whether all weights of the policy are trained, and not adapters.
+            reads_pairs: Whether the user model reads users' pairs.
+        """
+        of_adapters = min(_RATE * (_WIDTH / width) ** 0.775, _HIGHEST)
+        lr = self.lr if self.lr is not None else of_adapters / 10 if all_weights else of_adapters
+        user_lr = self.user_lr if self.user_lr is not None else of_adapters * (2 if reads_pairs else 20)
+        return replace(self, lr=lr, user_lr=user_lr)
+
     def group(self, name: str) -> dict[str, Any]:
-        """Return the settings of a group of parameters: `policy`, `user_model` or `user_tables`."""
+        """Return the settings of a group of parameters: `policy`, `user_model` or `user_tables`; no rate is open."""
         rates = {"policy": self.lr, "user_model": self.user_lr, "user_tables": self.table_lr or self.user_lr}
         decays = {"policy": self.weight_decay, "user_model": 0.0, "user_tables": self.user_weight_decay}
         return {"lr": rates[name], "weight_decay": decays[name], "betas": self.betas}

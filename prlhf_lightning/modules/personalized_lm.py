@@ -121,6 +121,7 @@ class PersonalizedLM(LightningModule):
         #: The users that the table has a row for; taken from the data, or from a checkpoint.
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
+        self._width = 0  # of the policy's embeddings, once it is built
         self._warm_start: WarmStart | None = None
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
@@ -188,7 +189,9 @@ class PersonalizedLM(LightningModule):
             if self._built_for is None:
                 # Histories are embedded as the reference does, which training does not change.
                 self.policy.build(self.loss.requires_reference or self.user_model.history_size > 0)
-            self.user_model.build(len(self.vocabulary), self.policy.token_embeddings())
+            embeddings = self.policy.token_embeddings()
+            self._width = embeddings.shape[-1]
+            self.user_model.build(len(self.vocabulary), embeddings)
             if self._built_for is None and self._warm_start is not None:  # once: a checkpoint may be loaded over it
                 self._warm_start.load_into(self, self.user_model, self.vocabulary)
                 self._warm_start = None
@@ -242,6 +245,14 @@ class PersonalizedLM(LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Give the policy, the user model and its tables their own rates, under one schedule by steps."""
+        all_weights = getattr(self.policy, "lora", None) is None
+        given = self.optim
+        self.optim = given.for_width(self._width, all_weights, self.user_model.history_size > 0)
+        if self.optim != given:
+            rank_zero_info(
+                f"Learning rates: model.optim.lr {self.optim.lr:.2g}, model.optim.user_lr {self.optim.user_lr:.2g} "
+                f"(what was not set goes by the model's width, {self._width})"
+            )
         optimizer = make_optimizer(self.optim, self.policy, self.user_model)
         scheduler = make_schedule(self.optim, optimizer, optimizer_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

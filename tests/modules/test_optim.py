@@ -154,3 +154,20 @@ def test_settings_that_train_nothing_are_refused(given, says):
 )
 def test_settings_at_the_edge_are_taken(given):
     Optim(**given)
+
+
+@pytest.mark.parametrize(
+    ("width", "lr"),
+    [(4096, 8.6e-5), (2000, 1.5e-4), (576, 3.9e-4), (192, 9.2e-4), (8, 2e-3)],
+)
+def test_rates_that_are_left_open_go_by_the_width_of_the_policy(width, lr):
+    adapters = Optim().for_width(width)
+    assert adapters.lr == pytest.approx(lr, rel=0.01)
+    assert adapters.user_lr == pytest.approx(20 * lr, rel=0.01)
+    assert Optim().for_width(width, all_weights=True).lr == pytest.approx(lr / 10, rel=0.01)
+    assert Optim().for_width(width, all_weights=True).user_lr == adapters.user_lr
+    assert Optim().for_width(width, reads_pairs=True).user_lr == pytest.approx(2 * lr, rel=0.01)
+
+
+def test_rates_that_are_given_stay_as_they_are():
+    assert Optim(lr=1.0, user_lr=2.0).for_width(64, all_weights=True, reads_pairs=True) == Optim(lr=1.0, user_lr=2.0)
