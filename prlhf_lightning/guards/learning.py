@@ -118,7 +118,7 @@ def more_steps(batches: int, epochs: int, accumulate: int, batch_size: int, max_
         max_steps: `trainer.max_steps` where it ends the training.
     """
     steps = max_steps if max_steps is not None else math.ceil(batches / accumulate) * epochs
-    if steps >= _STEPS or epochs < 0:
+    if steps >= _STEPS or (max_steps is None and epochs < 0):
         return None
     said = f"Training takes {steps} optimizer steps; below about {_STEPS} a model seldom learns much. Set "
     if max_steps is not None:

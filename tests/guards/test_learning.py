@@ -32,9 +32,10 @@ def test_few_steps_are_answered_by_settings_that_give_a_hundred(batches, epochs,
     assert all(words in advice for words in says)
 
 
-def test_a_hundred_steps_are_enough():
+def test_a_hundred_steps_are_enough_and_fewer_by_max_steps_are_not():
     assert more_steps(200, 2, 4, 8) is None
     assert more_steps(5, 1, 1, 8, max_steps=100) is None
+    assert "trainer.max_steps to 100 or more (now 20)" in more_steps(5, -1, 1, 8, max_steps=20)
 
 
 def test_a_model_that_learned_nothing_needs_higher_rates_and_not_shrinking():
