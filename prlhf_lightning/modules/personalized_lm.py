@@ -194,6 +194,7 @@ class PersonalizedLM(LightningModule):
             self.user_model.build(len(self.vocabulary), embeddings)
             if self._built_for is None and self._warm_start is not None:  # once: a checkpoint may be loaded over it
                 self._warm_start.load_into(self, self.user_model, self.vocabulary)
+                self._warm_start.warn_of_other_base(self.policy)
                 self._warm_start = None
             exclude_from_ddp(self, sparse_tables(self.user_model))
             if self._built_for is None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,6 +22,7 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.modules.checkpoint_content import names_of, trained_names, warn_of_other_rendering
 from prlhf_lightning.policies import Policy
+from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.user_models import UserModel
 
 _NAMED = 3  # users
@@ -45,6 +46,7 @@ class WarmStart:
         policy: `class_path` and `init_args` that the policy was made with, as far as known.
         user_model: The same of the user model.
         tokenization: How its rows became ids.
+        base: `Policy.base_identity` of that policy, as far as known.
     """
 
     source: str
@@ -53,6 +55,7 @@ class WarmStart:
     policy: Mapping[str, Any] = field(default_factory=dict)
     user_model: Mapping[str, Any] = field(default_factory=dict)
     tokenization: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, str] | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -82,7 +85,7 @@ class WarmStart:
         # What a loss keeps belongs to its own training: the new one may have another loss.
         weights = {k: v for k, v in content["state_dict"].items() if k.startswith(("policy.", "user_model."))}
         policy, user_model = (settings.get(part) or {} for part in ("policy", "user_model"))
-        return cls(str(path), users, weights, policy, user_model, entry.get("tokenization") or {})
+        return cls(str(path), users, weights, policy, user_model, entry.get("tokenization") or {}, entry.get("base"))
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
@@ -91,15 +94,18 @@ class WarmStart:
             settings, ids = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_SETTINGS, _USERS))
             weights = {f"user_model.{name}": value for name, value in load_file(folder / _WEIGHTS).items()}
             base: dict[str, Any] = {"model": str(folder)}
+            identity = None  # of a whole model there is no other base
             if (folder / _ADAPTERS).is_file():
                 lora = json.loads((folder / _ADAPTERS).read_text(encoding="utf-8"))
+                identity = settings.get("base_identity")
                 base = {"model": settings["base"], "lora": {"rank": lora["r"], "alpha": lora["lora_alpha"]}}
                 for name, value in load_file(folder / "adapter_model.safetensors").items():
                     weights["policy.model." + re.sub(_ADAPTER, r".lora_\1.default.weight", name)] = value
             users, user_model = UserVocabulary(ids["users"]), settings["user_model"]
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigurationError(f"init_from: {folder} can't be read ({error}); export it again.") from error
-        return cls(str(folder), users, weights, {"init_args": base}, user_model, settings.get("tokenization") or {})
+        rendered = settings.get("tokenization") or {}
+        return cls(str(folder), users, weights, {"init_args": base}, user_model, rendered, identity)
 
     def check(self, policy: Policy, user_model: UserModel) -> None:
         """Refuse a policy or a user model other than that which the weights were trained in.
@@ -133,6 +139,11 @@ class WarmStart:
             settings: How the new data become ids.
         """
         warn_of_other_rendering(f"init_from: {self.source}", self.tokenization, settings)
+
+    def warn_of_other_base(self, policy: Policy) -> None:
+        """Warn where the policy, which has been built, has other weights than those that were trained on."""
+        if warning := warning_of_other_base(self.base, policy.base_identity(), str(getattr(policy, "name", ""))):
+            rank_zero_warn(f"init_from: {warning}")
 
     @torch.no_grad()
     def load_into(self, module: nn.Module, user_model: UserModel, users: UserVocabulary) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from conftest import write_votes
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quiet_trainer import quiet_trainer
+from safetensors.torch import load_file, save_file
 from test_training import USER_MODELS, make, make_data, make_trainer
 
 from prlhf_lightning.cli import main
@@ -221,3 +223,15 @@ def test_a_module_that_has_users_is_refused(model_path, votes, tmp_path):
     make_trainer(tmp_path).fit(module, make_data(votes, model_path))
     with pytest.raises(ConfigurationError, match="make a new PersonalizedLM"):
         module.start_from(tmp_path / "a.ckpt")
+
+
+def test_a_base_model_with_other_weights_is_warned_of(model_path, votes, tmp_path):
+    path = earlier(model_path, votes, tmp_path, "individual", LoRA(rank=2))
+    other = Path(shutil.copytree(model_path, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    module = make(str(other))
+    module.start_from(path)
+    with pytest.warns(UserWarning, match=r"init_from: The weights of the base model .*other are not those that were"):
+        make_trainer(tmp_path, max_steps=0).fit(module, make_data(votes, model_path))
