@@ -44,7 +44,7 @@ SHARED_START = Note(
 )
 REPEATED = Note(
     "prompt",
-    "stands again at the start of both answers, and was left out of them",
+    "stands again at the start of the answers, and was left out of them",
     "nothing to do if that is meant; else remove the prompt column",
 )
 
@@ -72,9 +72,9 @@ def implicit_prompt(chosen: str, rejected: str | None) -> tuple[str, list[Note]]
     return prompt, [SHARED_START]
 
 
-def repeats_prompt(prompt: str, chosen: str, rejected: str) -> bool:
-    """Return whether both answers begin with their prompt, and it is too long for that to be chance."""
-    if not chosen.startswith(prompt) or not rejected.startswith(prompt):
+def repeats_prompt(prompt: str, *answers: str) -> bool:
+    """Return whether all answers begin with their prompt, and it is too long for that to be chance."""
+    if not all(answer.startswith(prompt) for answer in answers):
         return False
     return len(prompt.strip()) >= _LEAST_REPEATED and len(prompt.split()) > 1
 

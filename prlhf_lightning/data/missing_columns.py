@@ -20,6 +20,7 @@ _SYNONYMS = {
     "user_text": "profile persona bio about userprofile description",
     "response_a": "responsea response1 answera answer1 conversationa completiona outputa output1 textone left",
     "response_b": "responseb response2 answerb answer2 conversationb completionb outputb output2 right",
+    "winner": "preference preferred vote choice verdict label better best overallpreference chosen",
     "rating": "score stars grade value points label",
     "completions": "responses answers outputs candidates ranking",
     "system": "systemprompt systemmessage instruction",
@@ -50,7 +51,7 @@ def advice(field: str, column: str, columns: Sequence[object]) -> str:
     close = near(field, column, columns)
     if close is None:
         return f"name the column that holds it with columns: {{{field}: <its name>}}"
-    return f"if {close!r} holds it, rename that column or set columns: {{{field}: {close}}}"
+    return f"if {close!r} holds it, rename that column or set columns: {{{field}: {_in_yaml(close)}}}"
 
 
 def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object]) -> str:
@@ -67,12 +68,16 @@ def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object
         if close := near(field, column, left):
             found[field] = close
     named = [f"{field!r}" + (f" (column {column!r})" if column != field else "") for field, column in missing.items()]
-    mapping = ", ".join(f"{field}: {found.get(field, '<its name>')}" for field in missing)
+    mapping = ", ".join(f"{field}: {_in_yaml(found[field]) if field in found else '<its name>'}" for field in missing)
     there = ", ".join(repr(str(name)) for name in columns)
     return (
         f"{where}: fields {', '.join(named[:-1])} and {named[-1]} are missing: there are the columns {there}; "
         f"name those that hold them, as in columns: {{{mapping}}}."
     )
+
+
+def _in_yaml(name: str) -> str:
+    return name if re.fullmatch(r"[^\W\d][\w.-]*( [\w.-]+)*", name) else repr(name)
 
 
 class UnreadColumns:

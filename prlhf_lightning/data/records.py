@@ -131,7 +131,7 @@ def parse_record(
         TieError: The row is well formed, but both completions are the same, or neither won.
     """
     tie = None
-    if feedback != "thumbs" and columns.chosen not in row:
+    if feedback != "thumbs":
         row, tie = _with_winner(row, where, columns)
     _refuse_missing(row, where, columns, feedback)
     user_id = parse_user_id(row, where, columns)
@@ -193,7 +193,7 @@ def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Colu
 def _with_winner(row: Mapping[str, Any], where: str, columns: Columns) -> tuple[Mapping[str, Any], str | None]:
     """Return a row of two responses and a winner as chosen and rejected, and the column that says it ties."""
     names = (columns.response_a, columns.response_b)
-    if any(name not in row for name in names):
+    if columns.rejected in row or any(name not in row for name in names):
         return row, None
     won = winner_of(row, where, columns.winner, names)
     if won is None:
@@ -219,15 +219,29 @@ def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedba
     needed = _NEEDED[feedback]
     if all([getattr(columns, field) in row for field in needed]):
         return
-    by_winner = feedback == "pairs" and columns.chosen not in row and winner_is_named(row, columns.winner)
+    by_winner = feedback == "pairs" and _is_by_winner(row, columns)
     if by_winner:
-        needed = ("user_id", "response_a", "response_b")
+        named = winner_is_named(row, columns.winner)
+        needed = ("user_id", "response_a", "response_b", *(() if named else ("winner",)))
     missing = [field for field in needed if getattr(columns, field) not in row]
     # The prompt may stand inside the responses, or inside chosen and rejected.
-    if columns.prompt not in row and not by_winner and (len(missing) > 1 or near("prompt", columns.prompt, list(row))):
+    inside = by_winner or any(isinstance(value, list) or str(value).startswith("[{") for value in row.values())
+    taken = {near(field, getattr(columns, field), list(row)) for field in missing}
+    others = [column for column in row if column not in taken]
+    if columns.prompt not in row and not by_winner and (not inside or near("prompt", columns.prompt, others)):
         missing.append("prompt")
+    if missing == ["winner"]:
+        _required(row, where, "winner", columns)
     if len(missing) > 1 and all(_other_kind(row, field, columns) is None for field in missing):
         raise FeedbackFormatError(all_missing(where, {field: getattr(columns, field) for field in missing}, list(row)))
+
+
+def _is_by_winner(row: Mapping[str, Any], columns: Columns) -> bool:
+    """Return whether a row that lacks columns has, or is to have, two responses and a winner."""
+    if columns.chosen in row and columns.rejected in row:
+        return False
+    responses = columns.response_a in row and columns.response_b in row
+    return responses or (columns.chosen not in row and winner_is_named(row, columns.winner))
 
 
 def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAULT_COLUMNS) -> str:
@@ -316,7 +330,7 @@ def _split_prompt(
     if texts:
         if prompt is None:
             prompt, texts, notes = _without_shared_start(row, where, columns, texts)
-        elif isinstance(prompt, str) and len(texts) == 2 and repeats_prompt(prompt, *texts.values()):
+        elif isinstance(prompt, str) and repeats_prompt(prompt, *texts.values()):
             texts, notes = {field: answer[len(prompt) :] for field, answer in texts.items()}, [REPEATED]
         system = _system(row, where, columns)
         if isinstance(prompt, str) and system is None and read_tools(row.get(columns.tools), where) is None:
@@ -326,6 +340,15 @@ def _split_prompt(
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     conversations = {field: answer for field, answer in given.items() if isinstance(answer, list)}
     prompt, completions = _split_conversations(row, where, columns, prompt, conversations)
+    asked = prompt[-1]["content"] or ""
+    if all(len(answer) == 1 for answer in completions.values()) and repeats_prompt(
+        asked, *(answer[0]["content"] or "" for answer in completions.values())
+    ):
+        notes.append(REPEATED)
+        completions = {
+            field: [{**answer[0], "content": answer[0]["content"][len(asked) :]}]
+            for field, answer in completions.items()
+        }
     return _with_system(prompt, row, where, columns), dict(completions), notes
 
 

@@ -120,6 +120,21 @@ def test_a_prompt_inside_plain_answers_is_split_off_as_by_trl_and_told(chosen, r
     assert [note.field for note in record.notes] == ["prompt"]
 
 
+def test_a_prompt_repeated_in_the_answers_of_a_conversation_or_of_a_thumb_is_left_out_too():
+    ask = turn("user", "What helps to sleep well?")
+    chosen, rejected = ([turn("assistant", f"{ask['content']} {text}")] for text in ("Tea.", "Walks."))
+    assert read(prompt=[ask], chosen=chosen, rejected=rejected).chosen == [turn("assistant", " Tea.")]
+    thumb = {"user_id": "a", "prompt": ask["content"], "completion": f"{ask['content']} Tea.", "label": 1}
+    assert parse_record(thumb, "f:1", feedback="thumbs").chosen == " Tea."
+
+
+def test_a_winner_may_stand_in_a_column_that_is_called_chosen():
+    raw = {"user_id": "a", "prompt": "Hi", "response_a": "one", "response_b": "two", "chosen": "b"}
+    assert parse_record(raw, "f:1", Columns.from_mapping({"winner": "chosen"})).chosen == "two"
+    with pytest.raises(FeedbackFormatError, match=r"field 'winner' is missing: .* columns: \{winner: chosen\}"):
+        parse_record(raw, "f:1")
+
+
 def test_no_word_is_cut_where_answers_part():
     record = parse_record({"user_id": "a", "chosen": "The name of the river is Rhine", "rejected":
                            "The name of the river is Rhone"}, "f:1")  # fmt: skip
@@ -137,7 +152,7 @@ def test_a_prompt_repeated_in_both_answers_is_left_out_of_them_and_told():
     prompt = "What helps to sleep well?"
     record = parse_record(row(prompt=prompt, chosen=f"{prompt} Walks.", rejected=f"{prompt} Tea."), "f:1")
     assert (record.chosen, record.rejected) == (" Walks.", " Tea.")
-    assert "stands again at the start of both answers" in record.notes[0].problem
+    assert "stands again at the start of the answers" in record.notes[0].problem
     short = parse_record(row(prompt="I", chosen="I do", rejected="I do not"), "f:1")
     assert (short.chosen, short.notes) == ("I do", ())
 
@@ -189,6 +204,10 @@ def test_rows_of_chatbot_arena_and_kaggle_are_read():
          "{user_id: judge, response_a: conversation_a, response_b: conversation_b}"),
         ({"user": "a", "conversations": [ASK], "chosen": GOOD, "rejected": BAD},
          "{user_id: user, prompt: conversations}"),
+        ({"who": "a", "prompt": "p", "response_a": "x", "response_b": "y", "preference": "a"},
+         "{user_id: <its name>, winner: preference}"),
+        ({"user": "a", " prompt": "p", "Chosen": "x", "rejected": "y"},
+         "{user_id: user, chosen: Chosen, prompt: ' prompt'}"),
         ({"worker": "a", "user_prompt": "p", "good": "x", "bad": "y"},
          "{user_id: worker, chosen: <its name>, rejected: <its name>, prompt: user_prompt}"),
     ],
@@ -196,6 +215,11 @@ def test_rows_of_chatbot_arena_and_kaggle_are_read():
 def test_the_mapping_that_mends_all_missing_columns_is_written_out(raw, mapping):
     with pytest.raises(FeedbackFormatError, match=re.escape(f"as in columns: {mapping}.")):
         parse_record(raw, "f:1")
+
+
+def test_a_whole_conversation_needs_no_column_for_the_prompt():
+    with pytest.raises(FeedbackFormatError, match=r"field 'chosen' is missing: .* columns: \{chosen: messages\}"):
+        parse_record({"user_id": "a", "messages": [ASK, GOOD]}, "f:1", feedback="demonstrations")
 
 
 def test_all_missing_columns_are_told_at_once_with_those_that_may_be_meant():
