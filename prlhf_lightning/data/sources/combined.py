@@ -103,11 +103,8 @@ class CombinedSource(DataSource):
 
     def _renamed(self, row: Mapping[str, Any], source: DataSource) -> Mapping[str, Any]:
         """Return a row with the fields under their own names."""
-        renamed = dict(row)
-        for field, column in source.columns.items():
-            renamed.pop(field, None)
-            if column in row:
-                renamed[field] = row[column]
+        renamed = {name: row[name] for name in row if name not in {*source.columns, *source.columns.values()}}
+        renamed.update({field: row[column] for field, column in source.columns.items() if column in row})
         if "system" in self.columns and "system" not in source.columns:
             renamed["system"] = None
         return renamed
