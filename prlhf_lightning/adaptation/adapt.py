@@ -72,6 +72,38 @@ class Adapted:
         """`[B]` root mean square of the dimensions' standard deviations; the trained users' spread is about 1."""
         return self.covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0).sqrt()
 
+    @property
+    def expected_accuracy(self) -> Tensor:
+        """`[B]` pair accuracy that is to be expected of each user's row, by what the model thinks of them so far.
+
+        On the pairs of `prior.judgements`, which are the same for all users. It is right as far as the model's margins
+        are calibrated.
+        """
+        return (self.weights * self._accuracies).sum(1)
+
+    @property
+    def expected_accuracy_std(self) -> Tensor:
+        """`[B]` standard deviation of that accuracy, since the user may be of one kind or of another."""
+        away = self._accuracies - self.expected_accuracy[:, None]
+        return (self.weights * away.square()).sum(1).sqrt()
+
+    @property
+    def _accuracies(self) -> Tensor:
+        """`[B, 1 + K]` pair accuracy of what is believed of each user, if they are of one kind."""
+        chances = self.prior.judgements
+        first = self.weights @ chances > 0.5  # [B, M]
+        return torch.where(first[:, None], chances, 1 - chances).mean(2)
+
+    @property
+    def settled(self) -> Tensor:
+        """`[B]` from 0 to 1, how much of what was open about each user their pairs have settled.
+
+        That is the share by which the variance of what they would judge, over the kinds that they may be of, is smaller
+        than before the first pair. It may fall below 0 where the first pairs point away from the usual kinds.
+        """
+        before = _open(self.prior.weights, self.prior.judgements)
+        return 1 - _open(self.weights, self.prior.judgements) / before.clamp(min=1e-12)
+
     def left_out(self) -> Tensor:
         """Return the probability `[N]` that the user's other pairs give each one: leave-one-out, of the kinds alone."""
         evidence = F.logsigmoid(self.under)
@@ -83,6 +115,11 @@ class Adapted:
         """`[B, p]` posterior standard deviation of each number of a row."""
         directions = self.prior.directions
         return torch.einsum("kp,bkl,lp->bp", directions, self.covariance, directions).clamp(min=0).sqrt()
+
+
+def _open(weights: Tensor, judgements: Tensor) -> Tensor:
+    """Return the variance over kinds `[1 + K, M]` of weights `[..., 1 + K]`, mean over pairs, `[...]`."""
+    return (weights @ judgements.square() - (weights @ judgements).square()).mean(-1)
 
 
 def trained_rows(model: PersonalizedLM, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -109,7 +146,11 @@ def _told_apart(model: PersonalizedLM, first: int | None) -> Tensor:
 
 
 def fit_prior(
-    model: PersonalizedLM, pairs: PreferenceBatch, kinds: int = 4, rank: int = 8, first: int | None = None
+    model: PersonalizedLM,
+    pairs: PreferenceBatch,
+    kinds: int | None = None,
+    rank: int = 8,
+    first: int | None = None,
 ) -> UserPrior:
     """Fit what is known of a new user to the trained ones; once for a model is enough.
 
@@ -118,17 +159,18 @@ def fit_prior(
     Args:
         model: A trained model.
         pairs: Some pairs like those that new users will judge; who preferred which is not looked at.
-        kinds: As in `UserPrior.fit`; each costs every new user a pass over their pairs.
+        kinds: As in `UserPrior.fit`, by default as many as predict trained users best; each costs every new user a pass
+            over their pairs.
         rank: As in `UserPrior.fit`.
         first: Go by so many users, who come first in the tables; by default by all.
     """
-    if kinds < 1 or rank < 1:
+    if (kinds is not None and kinds < 1) or rank < 1:
         raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
     users = _told_apart(model, first)
     rows, generic = trained_rows(model, users[torch.from_numpy(spread(len(users), _USERS))])
     margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
-    judgements = [margins_of(row).sigmoid() for row in rows] or [rows.new_zeros(0)]
-    return UserPrior.fit(rows, generic, torch.stack(judgements)[: len(rows)], kinds, rank)
+    judgements = torch.stack([margins_of(row).sigmoid() for row in (generic, *rows)])
+    return UserPrior.fit(rows, generic, judgements[1:], kinds, rank, judgements[0])
 
 
 def adapt_users(

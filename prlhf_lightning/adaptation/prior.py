@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from prlhf_lightning.adaptation.kinds import choose_kinds, medoids_of
+
 
 @dataclass(frozen=True)
 class UserPrior:
@@ -22,10 +24,12 @@ class UserPrior:
 
     Attributes:
         generic: `[p]` row of the generic user.
-        directions: `[k, p]` principal directions, each as long as the trained users' root mean square along it.
+        directions: `[k, p]` orthogonal directions, each as long as the trained users' root mean square along it: the
+            principal ones, and those that the centers need beside.
         centres: `[1 + K, k]` codes of the kinds; first that of the generic user, 0.
         weights: `[1 + K]` how likely each is, summing to 1.
         std: Spread of the users of a kind about its centre, in each direction.
+        judgements: `[1 + K, M]` probability with which each kind prefers the first of two completions, of M pairs.
     """
 
     generic: Tensor
@@ -33,9 +37,18 @@ class UserPrior:
     centres: Tensor
     weights: Tensor
     std: float
+    judgements: Tensor
 
     @classmethod
-    def fit(cls, rows: Tensor, generic: Tensor, judgements: Tensor, kinds: int = 4, rank: int = 8) -> UserPrior:
+    def fit(
+        cls,
+        rows: Tensor,
+        generic: Tensor,
+        judgements: Tensor,
+        kinds: int | None = None,
+        rank: int = 8,
+        generic_judgements: Tensor | None = None,
+    ) -> UserPrior:
         """Fit the prior to trained users.
 
         Args:
@@ -44,19 +57,22 @@ class UserPrior:
             judgements: `[U, M]` probabilities with which the model has each of them prefer the first of two
                 completions. Kinds are told apart by these and not by the rows, in which the same taste may be written
                 in many ways.
-            kinds: Most kinds.
-            rank: Most directions; fewer where the users span fewer.
+            kinds: Most kinds; by default as many as predict users best who are left out, see `choose_kinds`.
+            rank: Most principal directions; fewer where the users span fewer.
+            generic_judgements: `[M]` the same of the generic user; undecided by default.
         """
         like, users = rows, len(rows)
         # On the host: many small steps, in float64, which not every device has.
         rows, generic, judgements = rows.cpu(), generic.cpu(), judgements.cpu()
-        spread = ((rows - generic) / max(1, users) ** 0.5).double()
-        _, values, directions = torch.linalg.svd(spread, full_matrices=False)
-        kept = min(rank, int((values > 1e-6 * values.amax()).sum())) if users else 0
-        directions = values[:kept, None] * directions[:kept]
-        codes = (rows - generic).double() @ (directions / values[:kept, None].square()).T
-        distances = torch.cdist(judgements.double(), judgements.double())
-        medoids = _medoids(distances, min(kinds, users))
+        judgements = judgements.double()
+        undecided = judgements.new_full(judgements.shape[1:], 0.5)
+        by_generic = undecided if generic_judgements is None else generic_judgements.cpu().double()
+        distances = torch.cdist(judgements, judgements)
+        medoids = medoids_of(distances, min(users, choose_kinds(judgements, by_generic) if kinds is None else kinds))
+        away = (rows - generic).double()
+        directions = _directions(away, medoids, rank)
+        codes = away @ (directions / directions.square().sum(1, keepdim=True)).T
+        kept = len(directions)
         kind = distances[:, medoids].argmin(1) if users else distances.new_zeros(0, dtype=torch.long)
         sizes = torch.bincount(kind, minlength=len(medoids)).double()
         # Around a centre that is itself one of the n users of its kind, which spreads them a little too far apart.
@@ -67,6 +83,7 @@ class UserPrior:
             torch.cat([codes.new_zeros(1, kept), codes[medoids]]).to(like),
             torch.cat([codes.new_ones(1), sizes]).to(like) / (1 + users),
             float(inside) ** 0.5,
+            torch.cat([by_generic[None], judgements[medoids]]).to(like),
         )
 
     @property
@@ -86,28 +103,22 @@ class UserPrior:
         return self.generic + codes @ self.directions
 
 
-def _medoids(distances: Tensor, count: int) -> Tensor:
-    """Choose users who stand for all: k-medoids, built greedily and improved by swaps (Kaufman and Rousseeuw 1990).
+def _directions(away: Tensor, medoids: Tensor, rank: int) -> Tensor:
+    """Return `[k, p]` orthogonal directions: up to `rank` principal ones, and those in which the medoids stick out.
+
+    Rows have many more numbers than there are principal directions, which show but a part of anybody's row: without the
+    others a kind would be nobody's taste.
 
     Args:
-        distances: `[U, U]` between users.
-        count: K, at most U.
+        away: `[U, p]` users' rows less the generic one.
+        medoids: `[K]` which users stand for a kind.
+        rank: Most principal directions.
     """
-    if not count:
-        return torch.zeros(0, dtype=torch.long)
-    taken = [int(distances.sum(1).argmin())]
-    while len(taken) < count:
-        nearest = distances[:, taken].amin(1)
-        gains = (nearest[:, None] - distances).clamp(min=0).sum(0)
-        gains[taken] = -1
-        taken.append(int(gains.argmax()))
-    for _ in range(20):
-        kind = distances[:, taken].argmin(1)
-        members = [(kind == place).nonzero().flatten() for place in range(count)]
-        better = [
-            int(m[distances[m][:, m].sum(1).argmin()]) if len(m) else t for t, m in zip(taken, members, strict=True)
-        ]
-        if better == taken:
-            break
-        taken = better
-    return torch.tensor(taken)
+    if not len(away):
+        return away
+    _, values, principal = torch.linalg.svd(away, full_matrices=False)
+    principal = principal[: min(rank, int((values > 1e-6 * values.amax()).sum()))]
+    rest = away[medoids] - away[medoids] @ principal.T @ principal
+    _, sizes, beside = torch.linalg.svd(rest, full_matrices=False)
+    found = torch.cat([principal, beside[sizes > 1e-6 * values.amax()]])
+    return found * (away @ found.T).square().mean(0).sqrt()[:, None]

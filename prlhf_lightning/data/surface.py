@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 
-#: What `surface_features` returns, in order; and how to say to a reader that an answer has more of it.
+#: What `surface_features` returns, in order; and how to say to a reader what an answer has more of.
 SURFACE_FEATURES = {
-    "words (log)": "longer",
+    "words (log)": "more words",
     "word length": "longer words (more formal)",
     "sentences (log)": "more sentences",
     "question marks (log)": "more questions",
@@ -16,7 +16,7 @@ SURFACE_FEATURES = {
     "list items (log)": "more list items",
     "emoji (log)": "more emoji",
     "digits (log)": "more digits",
-    "share of its words in the prompt": "closer to the prompt's words",
+    "share of its words in the prompt": "more of the prompt's words",
 }
 
 # Scripts that are written without spaces: a character counts as a word.

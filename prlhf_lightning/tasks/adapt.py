@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
@@ -36,7 +37,7 @@ def adapt(
     suggest: int = 0,
     pool: Path | None = None,
     hash_user_ids_with: str | None = None,
-    kinds: int = 4,
+    kinds: int | None = None,
     steps: int = 0,
     columns: dict[str, str] | None = None,
     pool_columns: dict[str, str] | None = None,
@@ -46,9 +47,9 @@ def adapt(
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
-    Prints for each user how well their pairs are predicted from their others (leave-one-out), and how uncertain the
-    user still is, on a scale on which the trained users' spread is about 1. A user model that reads users off their
-    pairs (`AmortizedUserModel`) does so, and then there is nothing to learn or to print.
+    Prints for each user how well their pairs are predicted from their others (leave-one-out), which pair accuracy is to
+    be expected and how far that may be off, and how much of what was open about the user is settled. A user model that
+    reads users off their pairs (`AmortizedUserModel`) does so, and then there is nothing to learn or to print.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
@@ -59,7 +60,7 @@ def adapt(
         pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
         hash_user_ids_with: What `data.hash_user_ids_with` was in training; new users too are then shown and stored by
             their pseudonyms.
-        kinds: Most kinds of trained users that a new one is compared with.
+        kinds: Kinds of trained users that a new one is compared with; by default as many as predict trained users best.
         steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
         columns: Names of columns of `feedback` that differ from the fields', as in `{user_id: worker}`.
         pool_columns: The same for `pool`.
@@ -118,7 +119,7 @@ def _read(model: PersonalizedLM, pairs: PreferenceBatch, console: Console) -> En
     return encoded
 
 
-def _learn(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int, steps: int, console: Console) -> Adapted:
+def _learn(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int | None, steps: int, console: Console) -> Adapted:
     start = time.perf_counter()
     with console.status("Learning the new users"):
         prior = fit_prior(model, pairs, kinds)
@@ -148,21 +149,33 @@ def write_users(content: dict[str, Any], output: Path, users: Adapted | Encoded)
 
 
 def _table(adapted: Adapted) -> Table:
-    table = Table(title="New users", title_justify="left", caption_justify="left")
-    for name in ("user", "pairs", "accuracy, left out", "of the generic user", "uncertainty"):
+    table = Table(
+        title="New users",
+        title_justify="left",
+        caption="Left out: share of a user's pairs that their other pairs predict. Expected: pair accuracy that the "
+        "model expects on new pairs, ± what it may be off by as the user's kind is not certain. Settled: 0% before the "
+        "first pair, 100% where the kind is certain.",
+        caption_justify="left",
+    )
+    for name in ("user", "pairs", "accuracy, left out", "of the generic user", "expected accuracy", "settled"):
         table.add_column(name, justify="left" if name == "user" else "right")
     hits, generic = (adapted.left_out() > 0.5).float(), (adapted.under[:, 0] > 0).float()
     sums = hits.new_zeros(2, len(adapted.user_ids)).index_add(1, adapted.users, torch.stack([hits, generic]))
-    uncertainty = adapted.uncertainty.tolist()
+    expected = torch.stack([adapted.expected_accuracy, adapted.expected_accuracy_std, adapted.settled], dim=1)
     for place, user_id in enumerate(adapted.user_ids[:_SHOWN]):
         count = int(adapted.counts[place])
         shown = [f"{value / count:.2f}" if count >= _LEAST_FOR_ACCURACY else "-" for value in sums[:, place].tolist()]
-        table.add_row(printable(user_id), str(count), *shown, f"{uncertainty[place]:.2f}")
+        table.add_row(printable(user_id), str(count), *shown, *_expected(expected[place]))
     if (total := int(adapted.counts.sum())) and len(adapted.user_ids) > 1:
         shown = [f"{value / total:.2f}" for value in sums.sum(1).tolist()]
         table.add_section()
-        table.add_row(f"all {len(adapted.user_ids)}", str(total), *shown, f"{sum(uncertainty) / len(uncertainty):.2f}")
+        table.add_row(f"all {len(adapted.user_ids)}", str(total), *shown, *_expected(expected.mean(0)))
     return table
+
+
+def _expected(values: Tensor) -> tuple[str, str]:
+    accuracy, std, settled = values.tolist()
+    return f"{accuracy:.2f} ± {std:.2f}", f"{max(0.0, settled):.0%}"
 
 
 def _print_suggestions(

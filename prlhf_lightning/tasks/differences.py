@@ -118,8 +118,8 @@ def in_words(found: Differences) -> str:
         return "These votes do not show that users differ in anything that can be counted in an answer."
     low, high = (_share(tastes.mean[0] + side * tastes.spread[0]) for side in (-1, 1))
     said = (
-        f"Users differ most in whether they like an answer that is or has “{found.features[0]}”: two in three of them "
-        f"choose it between {low:.0%} and {high:.0%} of the time, all else being alike."
+        f"Users differ most in whether they like answers with {found.features[0]}: two in three of them choose such an "
+        f"answer between {low:.0%} and {high:.0%} of the time, all else being alike."
     )
     others = [name for name, least in zip(found.features[1:], tastes.low[1:], strict=True) if least > 0]
     return f"{said} They also differ in: {', '.join(others)}." if others else said
@@ -144,7 +144,7 @@ def add_differences(
             f"{name}: {_share(mean - spread):.0%} to {_share(mean + spread):.0%}"
             for name, mean, spread in zip(found.features, tastes.mean, tastes.spread, strict=True)
         ),
-        caption="How often users choose the answer that has more of it, all else being alike. Dots: users; bar: two in "
+        caption="How often users choose the answer with more of it, all else being alike. Dots: users; bar: two in "
         "three users; whiskers: the same at the upper end of the bar's 95% interval",
         height=0.9 + 0.42 * len(found.features),
     )
@@ -160,7 +160,7 @@ def add_differences(
         if followed:
             row.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*followed[name]) if name in followed else "-")
         rows.append(row)
-    columns = ["an answer that is or has", "chosen by the average user", "by two in three users", "spread"]
+    columns = ["an answer with", "chosen by the average user", "by two in three users", "spread"]
     section.table(
         columns + (["what is written follows"] if followed else []),
         rows,

@@ -258,7 +258,7 @@ def _map(found: Findings, module: PersonalizedLM, data: PreferenceDataModule | N
     elif isinstance(found.differences, Differences) and found.differences.is_told:
         group_of = dict(zip(found.differences.user_ids, found.differences.groups(), strict=True))
         groups = [group_of.get(known.ids[row - 1], "not known") for row in mapped.rows.tolist()]
-        what = f"how much a user likes an answer that is or has “{found.differences.features[0]}”, by their votes"
+        what = f"how much a user likes answers with {found.differences.features[0]}, by their votes"
         found.groups = (groups, what)
 
 

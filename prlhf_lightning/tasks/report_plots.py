@@ -110,7 +110,8 @@ def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]]
             axes.locator_params(axis="x", integer=True)
         if x is given and given.min() > 0 and given.max() > 10 * given.min():
             axes.set_xscale("log")
-        axes.set(xlabel=label, ylabel="pair accuracy", ylim=(min(0.45, accuracy.min() - 0.05), 1.02))
+        lowest = min(row.low for _, row in rows) if len(rows) <= _FEW_USERS else accuracy.min()
+        axes.set(xlabel=label, ylabel="pair accuracy", ylim=(min(0.45, lowest - 0.02), 1.02))
 
     squares = "" if len(rows) <= _FEW_USERS else "; squares: eighths of the users"
     section.plot(
@@ -183,7 +184,7 @@ def user_map(section: Section, found: UserMap, groups: Sequence[str], names: Seq
         axes.margins(0.12 if len(points) <= _LABELED else 0.08)
         axes.figure.legend(loc="outside upper left", ncols=2)
         if len(points) <= _LABELED:
-            _label(axes, points, names)
+            _label(axes, points, names, found.generic.numpy())
 
     section.plot(
         draw,
@@ -193,12 +194,12 @@ def user_map(section: Section, found: UserMap, groups: Sequence[str], names: Seq
     )
 
 
-def _label(axes: Axes, points: npt.NDArray[np.float32], names: Sequence[str]) -> None:
+def _label(axes: Axes, points: npt.NDArray[np.float32], names: Sequence[str], generic: npt.NDArray[np.float32]) -> None:
     """Write names beside points, each on the side where it covers least of what is there already."""
     axes.get_figure(root=True).draw_without_rendering()  # lays out the axes: places in the figure are known
     places = axes.transData.transform(points)
     middle = axes.bbox.x0 + axes.bbox.width / 2
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in places]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in [*places, axes.transData.transform(generic)]]
     for (x, y), name in sorted(zip(places, names, strict=True), key=lambda both: -float(both[0][1])):
         shown = name if len(name) <= _LABEL_LENGTH else f"{name[: _LABEL_LENGTH - 1]}…"
         width, sides = 6.0 * len(shown), (("left", 6, 0), ("right", -6, 0), ("left", 4, 9), ("right", -4, -9))

@@ -235,7 +235,8 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
 
 
 def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
-    prior = UserPrior(torch.zeros(1), torch.ones(1, 1), torch.tensor([[0.0], [1.0]]), torch.tensor([0.5, 0.5]), 0.0)
+    codes, weights = torch.tensor([[0.0], [1.0]]), torch.tensor([0.5, 0.5])
+    prior = UserPrior(torch.zeros(1), torch.ones(1, 1), codes, weights, 0.0, torch.full((2, 1), 0.5))
 
     def margins_of(row, only):  # under the kind all are wrong from the start, under the generic user from the fifth on
         wrong = torch.full((200,), -9.0) if row else torch.cat([torch.zeros(4), torch.full((196,), -3.0)])
