@@ -392,6 +392,8 @@ def _shown(prompt: Text) -> str:
 
 
 def _cut(text: str) -> str:
+    if not text.strip():
+        return "(empty)"
     return text if len(text) <= _CHARACTERS else f"{text[:_CHARACTERS]} … ({len(text) - _CHARACTERS:,} more characters)"
 
 

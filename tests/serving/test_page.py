@@ -113,6 +113,17 @@ def test_the_page_has_a_new_user_learned_where_that_is_possible(browser, log):
     assert [row["chosen"] for row in taught["you"]] == ["ann: which"] * 2
 
 
+def test_line_breaks_are_kept_and_text_runs_in_its_own_direction(page):
+    box = page.find_element(By.ID, "prompt")
+    box.clear()
+    page.execute_script("arguments[0].value = '\u0634\u0643\u0631\u0627\\n\u0646\u0639\u0645'", box)
+    page.execute_script("document.querySelector('.card .text').textContent = arguments[0].value", box)
+    text = page.find_element(By.CSS_SELECTOR, ".card .text")
+    assert "\n" in text.text
+    for element in (box, text):
+        assert page.execute_script("return getComputedStyle(arguments[0]).direction", element) == "rtl"
+
+
 def test_every_control_has_a_name(page):
     ask(page, "anything")
     for control in page.find_elements(By.CSS_SELECTOR, "main button, main input, main textarea"):
@@ -123,6 +134,9 @@ def test_the_page_fits_a_phone(page):
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     )
+    name = page.find_element(By.ID, "user-b")
+    name.clear()
+    name.send_keys("somebody.with.a.long.address+tag@subdomain.example-company.international\t")
     ask(page, "a" * 200)
     assert page.execute_script("return document.documentElement.scrollWidth") <= 360
     page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

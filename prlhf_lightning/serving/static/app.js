@@ -84,7 +84,7 @@ class Card {
       return;
     }
     const label = Object.assign(document.createElement("label"), { textContent: name, htmlFor: `user-${tone}` });
-    this.input = Object.assign(document.createElement("input"), { id: `user-${tone}`, type: "text", value: user });
+    this.input = Object.assign(document.createElement("input"), { id: `user-${tone}`, type: "text", dir: "auto", value: user });
     this.input.setAttribute("list", "users");
     this.input.addEventListener("change", listJudges);
     who.append(label, this.input);
@@ -135,7 +135,7 @@ function listJudges() {
     const label = document.createElement("label");
     const radio = Object.assign(document.createElement("input"), { type: "radio", name: "judge", value: name });
     radio.checked = name === before || (i === 0 && !names.includes(before));
-    label.append(radio, name);
+    label.append(radio, Object.assign(document.createElement("bdi"), { textContent: name }));
     return label;
   }));
 }
