@@ -154,3 +154,22 @@ def test_the_pairs_of_steps_over_all_ranks_are_known_in_advance(users, batch_siz
         together = sum(len(batch) for rank in by_rank for batch in rank[first : first + window])
         mean = sampler.pairs_per_rank(epoch, slice(first, first + window))
         assert mean == pytest.approx(together / world_size)
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"balance": 1.0}, {"pairs_per_user": 3}, {"lengths": np.arange(60) % 9 + 4, "max_tokens": 60}]
+)
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_what_is_left_out_of_an_epoch_is_left_out_as_often_as_it_is_named(settings, world_size):
+    users = np.arange(60) % 7
+    done = UserGroupedBatchSampler(users, 4, seed=1, **settings).steps(2)[:5]
+    whole = UserGroupedBatchSampler(users, 5, seed=1, world_size=world_size, **settings)
+    sampler = UserGroupedBatchSampler(users, 5, seed=1, world_size=world_size, **settings)
+    sampler.leave_out(2, np.concatenate(done))
+    expected = Counter(whole.order(2).tolist()) - Counter(np.concatenate(done).tolist())
+    assert Counter(sampler.order(2).tolist()) == expected
+    first = sampler.first(2)
+    assert len(sampler.steps(2)) == len(whole.steps(2))
+    assert all(len(step) for step in sampler.steps(2)[first:])
+    assert sampler.pairs_per_rank(2, slice(0, first)) == 0
+    assert sampler.order(3).tolist() == whole.order(3).tolist()
