@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -297,6 +298,28 @@ def test_a_folder_that_lacks_a_weight_is_refused_and_does_not_get_a_random_one(e
     save_file(weights, tmp_path / "e" / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigurationError, match=f"the model can't be used: the files lack 1 weight .*: {name}"):
         open_writer(tmp_path / "e")
+
+
+def test_adapters_name_a_base_model_that_is_gone_and_warn_of_one_with_other_weights(exported, tmp_path):
+    export(exported[0], tmp_path / "e", "--adapters", "true")
+    settings = json.loads((tmp_path / "e" / "adapter_config.json").read_text())
+    base = Path(shutil.copytree(settings["base_model_name_or_path"], tmp_path / "base"))
+    weights = load_file(base / "model.safetensors")
+    save_file({name: 2 * weight for name, weight in weights.items()}, base / "model.safetensors", {"format": "pt"})
+    for place in (base, tmp_path / "gone"):
+        settings["base_model_name_or_path"] = str(place)
+        (tmp_path / "e" / "adapter_config.json").write_text(json.dumps(settings))
+        if place is base:
+            with pytest.warns(
+                UserWarning, match=r"The weights of the base model .*base are not those that were trained"
+            ):
+                open_writer(tmp_path / "e")
+        else:
+            says = (
+                r"its base model '.*gone' could not be loaded; where it has moved, write its place into base_model_name"
+            )
+            with pytest.raises(ConfigurationError, match=says):
+                open_writer(tmp_path / "e")
 
 
 @pytest.mark.parametrize("class_path", ["os.system", "torch.nn.Linear", "no.such.Model", "nothing"])
