@@ -75,7 +75,8 @@ def report(
         source: Other data than the run's configuration names, as for `fit --data.source`.
         judge: Who compares answers: UtilityJudge, RewardJudge, OpenAIJudge or a class of your own. Simulated users
             judge for themselves if none is given; others are not asked.
-        baseline: A model of the same without users, to compare with: a checkpoint, or the folder of its run.
+        baseline: A model of the same without users, to compare with: a checkpoint, or the folder of its run. By default
+            the one that `fit --train_baseline true` keeps in the run's folder, if it did.
         title: Title of the page.
         num_users: Users whose answers are written and judged, spread evenly over those with validation pairs.
         num_prompts: Prompts that each of them is answered.
@@ -102,6 +103,8 @@ def report(
     left = open_run(checkpoint, run)
     module = load_module(checkpoint, "model", trust_remote_code).eval().to(pick_device(device))
     whose = data_of(left, source, module)
+    if baseline is None and left.folder and (kept := left.folder / "baseline" / "last.ckpt").is_file():
+        baseline = kept  # of `fit --train_baseline true`
     without = (
         load_module(checkpoint_of(baseline, "baseline"), "baseline", trust_remote_code).eval().to(module.device)
         if baseline is not None

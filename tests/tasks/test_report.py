@@ -245,6 +245,15 @@ def test_the_vanilla_numbers_of_a_run_are_taken_over(run, tmp_path):
     assert "0.777" in report(run, "--run", str(tmp_path / "copy")).texts
 
 
+def test_the_baseline_that_a_run_kept_is_compared_with_of_itself(run, tmp_path):
+    shutil.copytree(run.parent.parent, tmp_path / "copy")
+    (tmp_path / "copy" / "baseline").mkdir()
+    shutil.copy(run, tmp_path / "copy" / "baseline" / "last.ckpt")
+    page = report(run, "--run", str(tmp_path / "copy"))
+    assert "a price of" in page.text
+    assert "baseline without users" in page.texts
+
+
 def test_users_with_like_vectors_stand_together(run):
     module = load_module(run, "checkpoint")
     table = module.user_model.row_tables()[0]
