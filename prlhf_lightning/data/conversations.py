@@ -112,7 +112,9 @@ def is_blank(message: Message) -> bool:
 
 def _read_written(text: str, where: str, field: str) -> Any:
     """Return the messages that a string spells out as JSON or as Python prints them; None for any other string."""
-    if text.lstrip()[:1] not in ("[", "{") or not _WRITTEN.match(text):
+    if not text[:1].isspace() and text[:1] not in ("[", "{"):  # most texts
+        return None
+    if not _WRITTEN.match(text):
         return None
     value = _literal(text)
     if value is None:

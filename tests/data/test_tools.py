@@ -10,6 +10,8 @@ from prlhf_lightning.data.inspection import Inspector
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.tasks import generate
+from prlhf_lightning.tasks.data_convert import convert_source
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {"at": "sun"}}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -100,3 +102,18 @@ def test_prompts_to_be_answered_have_their_tools():
     (ids,) = FeedbackTokenizer(tokenizer, TokenizationSettings()).prompts([messages], TOOLS)
     text = tokenizer.apply_chat_template(messages, tools=TOOLS, tokenize=False, add_generation_prompt=True)
     assert tokenizer.decode(ids) == text
+
+
+def test_prompts_of_a_file_keep_their_tools(tmp_path):
+    path = write_jsonl(tmp_path / "prompts.jsonl", [{"prompt": row()["prompt"], "tools": json.dumps(TOOLS)}])
+    (asked,) = generate._rows(path)
+    assert (asked["prompt"], asked["tools"]) == (row()["prompt"], TOOLS)
+    with pytest.raises(FeedbackFormatError, match=r"prompts.jsonl:1: field 'tools' is no list of tools"):
+        list(generate._rows(write_jsonl(path, [{"prompt": "a", "tools": "hammer"}])))
+
+
+@pytest.mark.parametrize(("raw", "held"), [(row(), "tools"), (row(tools=None), "tool_calls")])
+def test_what_parquet_columns_have_no_place_for_is_not_converted_without_a_word(tmp_path, raw, held):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", [raw]))
+    with pytest.raises(FeedbackFormatError, match=f"holds {held}, which these columns have no place for"):
+        convert_source(source, tmp_path / "out")
