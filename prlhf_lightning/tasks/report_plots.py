@@ -196,11 +196,13 @@ def user_map(section: Section, found: UserMap, groups: Sequence[str], names: Seq
 
 def _label(axes: Axes, points: npt.NDArray[np.float32], names: Sequence[str], generic: npt.NDArray[np.float32]) -> None:
     """Write names beside points, each on the side where it covers least of what is there already."""
-    axes.get_figure(root=True).draw_without_rendering()  # lays out the axes: places in the figure are known
+    if (figure := axes.get_figure(root=True)) is not None:
+        figure.draw_without_rendering()  # lays out the axes: places in the figure are known
     places = axes.transData.transform(points)
     middle = axes.bbox.x0 + axes.bbox.width / 2
     taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in [*places, axes.transData.transform(generic)]]
-    for (x, y), name in sorted(zip(places, names, strict=True), key=lambda both: -float(both[0][1])):
+    by_height = sorted(zip(points, places, names, strict=True), key=lambda found: -float(found[1][1]))
+    for point, (x, y), name in by_height:
         shown = name if len(name) <= _LABEL_LENGTH else f"{name[: _LABEL_LENGTH - 1]}…"
         width, sides = 6.0 * len(shown), (("left", 6, 0), ("right", -6, 0), ("left", 4, 9), ("right", -4, -9))
         boxes = []
@@ -213,7 +215,7 @@ def _label(axes: Axes, points: npt.NDArray[np.float32], names: Sequence[str], ge
         taken.append(box)
         axes.annotate(
             shown,
-            axes.transData.inverted().transform((x, y)),
+            (float(point[0]), float(point[1])),
             (right, up),
             textcoords="offset points",
             ha=side,
