@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.files import as_text, replacing
+from prlhf_lightning.files import as_cell, as_text, replacing
 from prlhf_lightning.loggers import run_folder
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
@@ -232,7 +232,7 @@ class UserTable(Callback):
                 with replacing(path) as file, as_text(file) as text:
                     writer = csv.writer(text)
                     writer.writerow(columns)
-                    writer.writerows([user_id, *astuple(row)[1:]] for user_id, row in table)
+                    writer.writerows([as_cell(user_id), *astuple(row)[1:]] for user_id, row in table)
 
 
 class PredictionWriter(BasePredictionWriter):

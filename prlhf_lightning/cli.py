@@ -13,6 +13,7 @@ from typing import Any
 from prlhf_lightning import __version__
 from prlhf_lightning.commands import PROGRAM, Group, Task, described, find, refusal
 from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.tasks.terminal import LAYOUT, printable
 
 
 def main(args: list[str] | dict[str, Any] | None = None) -> None:
@@ -40,7 +41,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         told = next((said for e in _causes(error) if (said := _for_people(e))), None)
         if told is None:
             raise
-        sys.exit(f"error: {told}")
+        sys.exit(f"error: {printable(told, LAYOUT)}")
 
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:

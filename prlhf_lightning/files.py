@@ -15,6 +15,9 @@ from uuid import uuid4
 
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, PRLHFError
 
+# How a formula begins in a spreadsheet, and what `as_cell` puts before one.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
@@ -96,6 +99,16 @@ def as_text(file: BinaryIO) -> Iterator[TextIO]:
         yield text
     finally:
         text.detach()
+
+
+def as_cell(text: str) -> str:
+    """Return a text for a cell of a CSV file that a spreadsheet must not take for a formula: with ' before it."""
+    return f"'{text}" if text.startswith(_FORMULA) else text
+
+
+def from_cell(cell: str) -> str:
+    """Return the text that `as_cell` wrote."""
+    return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
 def check_writable(folder: Path) -> None:

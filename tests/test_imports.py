@@ -15,7 +15,7 @@ PACKAGE = Path(prlhf_lightning.__file__).parent
 LEAVES = {"types", "errors", "paths", "files", "places", "modes", "end_tokens", "model_files", "sqlite_file"}
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
-FEEDBACK = {"feedback_log"}
+FEEDBACK = {"feedback_log", "sqlite_file"}
 PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 TOOLS = {"adaptation", "inference", "judges"}
@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "sqlite_file": {"errors", "files"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
+    "feedback_log": LEAVES | {"sqlite_file"},
     "data": LEAVES | FEEDBACK,
     "pages": LEAVES,
     "policies": LEAVES | STORE,
@@ -42,10 +43,10 @@ MAY_IMPORT = {
     "commands": set(),
     "class_arguments": set(),
     "literals": set(),
-    "parser": {"commands", "class_arguments", "literals"},
+    "parser": {"commands", "class_arguments", "literals", "tasks"},
     "training": LEAVES
     | {"parser", "data", "user_models", "modules", "loggers", "training_stats", "callbacks", "guards", "tasks"},
-    "cli": {"__version__", "errors", "commands", "parser", "training", "guards"},
+    "cli": {"__version__", "errors", "commands", "parser", "tasks", "training", "guards"},
     "__main__": {"cli"},
 }
 

@@ -24,6 +24,7 @@ class UserVocabulary:
 
     def __init__(self, ids: Iterable[str]) -> None:
         self.ids: tuple[str, ...] = tuple(ids)
+        _check_strings(self.ids)
         self._row_of = {user_id: row for row, user_id in enumerate(self.ids, start=1)}
         if len(self._row_of) != len(self.ids):
             seen: set[str] = set()
@@ -52,7 +53,12 @@ class UserVocabulary:
         return hash(self.ids)
 
     def rows(self, user_ids: Sequence[str]) -> Tensor:
-        """Return the row of each user, `[B]` int64; 0 for users that training has not met."""
+        """Return the row of each user, `[B]` int64; 0 for users that training has not met.
+
+        Raises:
+            ConfigurationError: An id is no string: a number would be taken for a stranger.
+        """
+        _check_strings(user_ids)
         return torch.tensor([self._row_of.get(user_id, 0) for user_id in user_ids], dtype=torch.long)
 
     def digest(self) -> str:
@@ -62,3 +68,11 @@ class UserVocabulary:
             raw = user_id.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)  # the length, so that ["a", "bc"] is not ["ab", "c"]
         return digest.hexdigest()
+
+
+def _check_strings(user_ids: Sequence[str]) -> None:
+    for user_id in user_ids:
+        if not isinstance(user_id, str):
+            raise ConfigurationError(
+                f"The user id {user_id!r} is of type {type(user_id).__name__}; ids are strings: {str(user_id)!r}."
+            )

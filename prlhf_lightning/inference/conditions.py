@@ -17,6 +17,7 @@ is no such mean, and the blend mixes their logits instead.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -83,12 +84,12 @@ def conditions(
 
 
 def _shares(user: str | Mapping[str, float] | None, vocabulary: UserVocabulary) -> dict[int, float]:
-    """Return the share of each row of the user table; row 0 stands for who is not known."""
+    """Return the share of each row of the user table, which sum to 1; row 0 stands for who is not known."""
     blend = {user: 1.0} if isinstance(user, str) else dict(user or {"": 1.0})
+    total = math.fsum(blend.values())
     shares: dict[int, float] = {}
     for row, share in zip(vocabulary.rows(list(blend)).tolist(), blend.values(), strict=True):
-        if share:
-            shares[row] = shares.get(row, 0.0) + share
+        shares[row] = shares.get(row, 0.0) + share / total
     return shares
 
 

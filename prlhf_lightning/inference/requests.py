@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -16,19 +15,23 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 model's last position, did."""
 
 
+# The same for the command line, Python and the server, whose requests are refused by the same bounds.
+MOST_STRENGTH, MOST_TEMPERATURE, MOST_SHARE, MOST_SEED = 4.0, 2.0, 1000.0, 2**53 - 1
+
+
 @dataclass(frozen=True)
 class Generation:
     """One thing to write.
 
     Attributes:
         prompt: A string, or a conversation for the tokenizer's chat template.
-        user: A user's id, or a blend as `{id: share}`, whose shares are not negative and sum to 1. None and ids that
-            the model does not know are the generic user.
+        user: A user's id, or a blend as `{id: share}`, whose shares count by their ratio: above 0, and 1000 at most.
+            None and ids that the model does not know are the generic user.
         user_text: Text about the user, for user models that read it.
         strength: How far the user moves what is written: the logits are `generic + strength * (user - generic)`. 0 is
-            the generic user (who keeps the user's text), 1 the model as trained, above 1 exaggerates.
+            the generic user (who keeps the user's text), 1 the model as trained, above 1 exaggerates; 4 at most.
         max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
-        temperature: Sampling temperature; 0 picks the likeliest token each time.
+        temperature: Sampling temperature, 2 at most; 0 picks the likeliest token each time.
         top_p: Share of the probability to sample from.
         seed: What chance is drawn from; None draws differently each time. What is written under a seed does not depend
             on what else is being written.
@@ -56,30 +59,46 @@ class Generation:
     continue_final_message: bool = False
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.strength):
-            raise ConfigurationError(f"strength is {self.strength}; it must be a finite number.")
+        if not 0 <= self.strength <= MOST_STRENGTH:
+            raise ConfigurationError(
+                f"strength is {self.strength}; it must be 0 or more, and {MOST_STRENGTH:g} at most."
+            )
         if self.max_new_tokens < 1:
             raise ConfigurationError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
-        if not 0 <= self.temperature < math.inf:
+        if not 0 <= self.temperature <= MOST_TEMPERATURE:
             raise ConfigurationError(
-                f"temperature is {self.temperature}; it must be 0 (the likeliest token each time) or more."
+                f"temperature is {self.temperature}; it must be 0 (the likeliest token each time) or more, and "
+                f"{MOST_TEMPERATURE:g} at most."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p is {self.top_p}; it must be above 0, and 1 at most.")
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            raise ConfigurationError(f"seed is {self.seed}; it must fit in 64 bits.")
+        if self.seed is not None and abs(self.seed) > MOST_SEED:
+            raise ConfigurationError(f"seed is {self.seed}; it must be between -2**53 and 2**53.")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ConfigurationError(f"stop is {self.stop!r}; give a tuple of strings, none of them empty.")
-        if self.user is not None and not isinstance(self.user, str):
+        if isinstance(self.user, Mapping):
             self._check_blend(self.user)
+        elif self.user is not None:
+            _check_id(self.user)
 
     @staticmethod
     def _check_blend(blend: Mapping[str, float]) -> None:
-        bad = next((user for user, share in blend.items() if not 0 <= share < math.inf), None)
+        for user in blend:
+            _check_id(user)
+        bad = next((user for user, share in blend.items() if not 0 < share <= MOST_SHARE), None)
         if bad is not None:
-            raise ConfigurationError(f"user: the share of {bad!r} is {blend[bad]}; it must be 0 or more.")
-        if not math.isclose(total := math.fsum(blend.values()), 1.0, abs_tol=1e-6):
-            raise ConfigurationError(f"user: the shares of a blend must sum to 1, and these sum to {total:g}.")
+            raise ConfigurationError(
+                f"user: the share of {bad!r} is {blend[bad]}; it must be above 0, and {MOST_SHARE:g} at most."
+            )
+        if not blend:
+            raise ConfigurationError("user: a blend is empty; name users and their shares, as in {'ann': 2, 'bob': 1}.")
+
+
+def _check_id(user: object) -> None:
+    if not isinstance(user, str):
+        raise ConfigurationError(f"user: {user!r} is of type {type(user).__name__}; ids are strings: {str(user)!r}.")
+    if not user:
+        raise ConfigurationError("user: an id is empty; leave the user out to write for the generic user.")
 
 
 @dataclass(frozen=True)

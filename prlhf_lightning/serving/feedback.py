@@ -68,4 +68,4 @@ def router(services: Services, log: FeedbackLog) -> APIRouter:
 def _judgement(body: schemas.AnyFeedback) -> dict[str, Any]:
     if isinstance(body, schemas.PairFeedback):
         return {"chosen": body.chosen, "rejected": body.rejected}
-    return {"completion": body.completion, "liked": body.label == "up"}
+    return {"completion": body.completion, "liked": body.label in ("up", True)}

@@ -98,8 +98,12 @@ def new_key(name: str, users: str = "*") -> tuple[str, str]:
     """Return a new key, and the lines about it for the file of keys."""
     key = "sk-" + secrets.token_urlsafe(32)
     digest = sha256(key.encode()).hexdigest()
-    # TOML's strings are JSON's, as long as all that is special is escaped.
-    return key, f'[{json.dumps(name)}]\nsha256 = "{digest}"\nusers = {json.dumps(users)}\n'
+    return key, f'[{_toml(name)}]\nsha256 = "{digest}"\nusers = {_toml(users)}\n'
+
+
+def _toml(text: str) -> str:
+    """Return a string of TOML: as in JSON, but for what JSON writes as two halves, and for DEL."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def add_entry(path: Path, entry: str) -> None:
@@ -109,10 +113,10 @@ def add_entry(path: Path, entry: str) -> None:
         ConfigurationError: The file can't be written, or has a key of this name already.
     """
     try:
-        before = path.read_text() if path.exists() else ""
+        before = path.read_text(encoding="utf-8") if path.exists() else ""
         if set(tomllib.loads(before)) & set(tomllib.loads(entry)):
             raise ConfigurationError(f"name: {path} has a key of this name already; give the new one another.")
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "a") as file:
+        with os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "a", encoding="utf-8") as file:
             file.write(f"\n{entry}" if before else entry)
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"keys: {path} can't be added to ({error}); it must be a TOML file.") from error
@@ -120,7 +124,7 @@ def add_entry(path: Path, entry: str) -> None:
 
 def _read(path: Path) -> Iterable[APIKey]:
     try:
-        tables = tomllib.loads(path.read_text())
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
         if path.stat().st_mode & 0o022:
             _log.warning("Others than its owner may write to %s, and so let themselves in: chmod 600 it.", path)
     except (OSError, ValueError) as error:

@@ -9,6 +9,8 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
+from prlhf_lightning.inference.requests import MOST_SEED, MOST_SHARE, MOST_STRENGTH, MOST_TEMPERATURE
+
 # What `str.strip` strips; each dialect of regular expressions has another idea of what \s is.
 _BLANK = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
@@ -18,11 +20,9 @@ UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
 Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
-Seed: TypeAlias = Annotated[
-    int, Field(ge=1 - 2**53, le=2**53 - 1), _from_whole
-]  # all of which JSON's readers can tell apart
+Seed: TypeAlias = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), _from_whole]  # JSON's readers can tell these apart
 One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
-Share: TypeAlias = Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)]
+Share: TypeAlias = Annotated[float, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
 
 
 class _Request(BaseModel):
@@ -89,7 +89,7 @@ class _Generate(_Request):
     strength: float = Field(
         1.0,
         ge=0,
-        le=4,
+        le=MOST_STRENGTH,
         allow_inf_nan=False,
         description="0 writes for the generic user, 1 as trained, more exaggerates.",
     )
@@ -97,7 +97,9 @@ class _Generate(_Request):
         None, description="A mixture of users by their shares, to write for instead of `user`, who then only asks."
     )
     max_tokens: Count | None = Field(None, description="The server's own limit holds as well.")
-    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False, description="1 if not given.")
+    temperature: float | None = Field(
+        None, ge=0, le=MOST_TEMPERATURE, allow_inf_nan=False, description="1 if not given."
+    )
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False, description="1 if not given.")
     seed: Seed | None = None
     stop: (
@@ -318,7 +320,7 @@ class ThumbFeedback(_Feedback):
     """Whether an answer was good."""
 
     completion: Visible
-    label: Literal["up", "down"]
+    label: Literal["up", "down"] | bool = Field(description="Thumbs up or down; also true or false, as in files.")
 
 
 def _form(value: Any) -> str:

@@ -22,7 +22,7 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
-from prlhf_lightning.tasks.terminal import printable
+from prlhf_lightning.tasks.terminal import plain_console, printable
 from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 from prlhf_lightning.types import PreferenceBatch
 
@@ -99,7 +99,7 @@ def adapt(
             f"feedback: {known[0]!r} is in this checkpoint already. Leave known users' rows out with "
             "`--skip_known true`, or remove the user first (`users remove`)."
         )
-    console = Console()
+    console = plain_console()
     if left_out:
         console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
     reads = module.user_model.history_size > 0
@@ -184,4 +184,5 @@ def _print_suggestions(
     places, bits = suggest(model, adapted, pool, count)
     for user_id, own, told in zip(adapted.user_ids, places.tolist(), bits.tolist(), strict=True):
         for place, value in zip(own, told, strict=True):
-            print(json.dumps({"user_id": user_id, "ask": wheres[place], "bits": round(value, 3)}, ensure_ascii=False))
+            row = {"user_id": user_id, "ask": wheres[place], "bits": round(value, 3)}
+            print(printable(json.dumps(row, ensure_ascii=False)))

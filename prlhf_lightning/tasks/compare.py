@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
@@ -17,6 +18,7 @@ from prlhf_lightning.files import write_whole
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import Sampling
+from prlhf_lightning.tasks.terminal import LAYOUT, plain_console, printable
 
 _BATCH = 64
 
@@ -125,7 +127,7 @@ def compare(
         if any(key in values for values in results.values()):
             cells = [f"{values[key]:.3f}" if key in values else "" for values in results.values()]
             table.add_row(label, *cells, *([f"{limits[key]:.3f}" if key in limits else ""] if source else []))
-    console = Console(quiet=quiet)
+    console = plain_console(quiet=quiet)
     console.print(table if table.row_count else "Nothing was validated on, so there is nothing to compare.")
     if source:
         _show_answers(console, contenders, data, source)
@@ -147,14 +149,15 @@ def _show_answers(
 ) -> None:
     prompt = source.eval_prompts()[0]
     users = source.contrasting_users(3)
-    console.print(f"\n[bold]{prompt}[/bold]")
+    console.print(Text(f"\n{printable(prompt, LAYOUT)}", style="bold"))
     greedy = Sampling(max_new_tokens=64, temperature=0.0)
     answers = {
         name: write(contender.module, data, [(user, prompt) for user in users], source, greedy)
         for name, contender in contenders.items()
     }
     for i, user in enumerate(users):
-        console.print(f"\n{user.user_id} (hidden taste: {user.stated_preference()})")
+        console.print(f"\n{printable(user.user_id)} (hidden taste: {user.stated_preference()})")
         for name, texts in answers.items():
             utility = source.judge(user.user_id, prompt, texts[i]).utility
-            console.print(f"  [cyan]{name}[/cyan] [dim](utility {utility:+.2f})[/dim] {texts[i]}")
+            parts = ((f"  {name}", "cyan"), (f" (utility {utility:+.2f}) ", "dim"), printable(texts[i], LAYOUT))
+            console.print(Text.assemble(*parts))

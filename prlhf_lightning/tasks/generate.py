@@ -21,10 +21,9 @@ from prlhf_lightning.files import replacing
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
 from prlhf_lightning.tasks.models import open_writer, pick_device
-from prlhf_lightning.tasks.terminal import printable
+from prlhf_lightning.tasks.terminal import LAYOUT, plain_console, printable
 
 _LISTED = 5
-_LAYOUT = "\n\t"  # what texts may have that steers a terminal
 _NARROWEST = 30  # columns of a panel
 
 
@@ -81,10 +80,10 @@ def generate(
         prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`),
             `id`, `user_text` and `tools`. A row without a user is written for all that `user` and `blend` name.
         user: Ids, as in `--user ann bob`. Without any, the generic user.
-        blend: Shares of several users that sum to 1, as in `{ann: 0.5, bob: 0.5}`: one more user to write for. Ids with
-            signs that YAML has a use for are put in quotes.
+        blend: Shares of several users, as in `{ann: 2, bob: 1}`: one more user to write for. Ids with signs that YAML
+            has a use for are put in quotes.
         user_text: Text about the user, for user models that read it.
-        strength: How far users move what is written: 0 is the generic user, 1 as trained, above 1 exaggerates.
+        strength: How far users move what is written: 0 is the generic user, 1 as trained, up to 4 exaggerates.
         max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
         temperature: Sampling temperature; 0 picks the likeliest token each time.
         top_p: Share of the probability to sample from.
@@ -117,16 +116,16 @@ def generate(
         requests = [one.renamed(pseudonym) for one in requests]
     writer = open_writer(model, "model", pick_device(device), trust_remote_code)
     _report_unknown(writer, requests)
-    console = Console()
+    console = plain_console()
     if output is not None:
         written = writer.generate([one.generation for one in requests], True, max_batch_rows)
         _write(output, requests, written)
-        console.print(f"{len(written)} answers are in {output}", highlight=False, soft_wrap=True)
+        console.print(f"{len(written)} answers are in {output}", soft_wrap=True)
     elif len(requests) == 1:
         texts = []
         for piece in writer.stream(requests[0].generation):
             texts.append(piece.text)
-            sys.stdout.write(printable(piece.text, _LAYOUT))
+            sys.stdout.write(printable(piece.text, LAYOUT))
             sys.stdout.flush()
         sys.stdout.write("\n")
         _report_empty(writer, requests, ["".join(texts)])
@@ -224,11 +223,11 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
         asked = prompt if isinstance(prompt, str) else message_text(prompt[-1])
         groups.setdefault((one.id, asked), []).append((one, answer))
     for (_, asked), answers in groups.items():
-        console.print(Text(printable(asked, _LAYOUT), style="bold"))
+        console.print(Text(printable(asked, LAYOUT), style="bold"))
         width = max(_NARROWEST, console.width // len(answers) - 1)
         panels = [
             Panel(
-                Text(printable(answer.text, _LAYOUT)),
+                Text(printable(answer.text, LAYOUT)),
                 title=Text(printable(one.who)),
                 subtitle=None if answer.finish_reason == "stop" else f"cut off after {answer.completion_tokens} tokens",
                 width=min(width, console.width),

@@ -14,6 +14,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.files import from_cell
 from prlhf_lightning.modules import PersonalizedLM
 
 
@@ -126,7 +127,7 @@ def _users(path: Path) -> list[dict[str, str | float]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [
-                {name: value if name == "user_id" else float(value) for name, value in row.items()}
+                {name: from_cell(value) if name == "user_id" else float(value) for name, value in row.items()}
                 for row in csv.DictReader(file)
                 if row["user_id"]
             ]

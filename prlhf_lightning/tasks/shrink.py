@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from prlhf_lightning import checkpoint_files
@@ -22,6 +21,7 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
 from prlhf_lightning.tasks.pair_batches import read_pairs
 from prlhf_lightning.tasks.report_run import data_of, open_run
+from prlhf_lightning.tasks.terminal import plain_console
 from prlhf_lightning.tasks.user_rows import rows_of
 from prlhf_lightning.types import PreferenceBatch
 
@@ -66,7 +66,7 @@ def shrink(
     else:
         source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
         pairs, _ = read_pairs(module, source, option="validation")
-    console = Console()
+    console = plain_console()
     with console.status("Trying factors"):
         found = fit_shrinkage(module, pairs)
     console.print(_table(found))

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+from typing import Any
+
+from rich.console import Console
+
+#: What people's texts may have that steers no terminal though it is no sign: line breaks, spaces, joiners of letters.
+LAYOUT = "\n\t\u00a0\u200c\u200d\u202f\u3000"
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -13,3 +19,8 @@ def printable(text: str, keep: str = "") -> str:
         keep: Characters that may stay, such as line breaks.
     """
     return "".join(char if char.isprintable() or char in keep else json.dumps(char)[1:-1] for char in text)
+
+
+def plain_console(**options: Any) -> Console:
+    """Return a console for which a text is a text: neither rich's markup nor its names of emoji mean anything in it."""
+    return Console(markup=False, emoji=False, highlight=False, **options)

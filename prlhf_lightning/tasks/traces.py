@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,12 @@ _LEAST_BYTES = 8  # fewer occur in other numbers by chance
 def id_bytes(user_id: str) -> bytes:
     """Return an id as it stands in a file."""
     return user_id.encode("utf-8", "surrogatepass")
+
+
+def written_forms(user_id: str) -> list[bytes]:
+    """Return an id as it stands in a file of any kind: as it is, and as CSV and JSON quote it."""
+    as_json = (json.dumps(user_id, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return list(dict.fromkeys(map(id_bytes, (user_id, user_id.replace('"', '""'), *as_json))))
 
 
 def vector_bytes(vectors: Iterable[Tensor], others: Iterable[Tensor]) -> list[bytes]:

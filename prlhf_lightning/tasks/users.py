@@ -18,7 +18,7 @@ from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.terminal import printable
-from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes
+from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes, written_forms
 from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 
 _NEAREST = 5
@@ -243,8 +243,9 @@ def _report_elsewhere(folder: Path, done: Path, user_ids: Sequence[str]) -> None
         if path.is_dir():
             print(f"{path} was written in shards and was not looked into.")
             continue
-        there = occurs(path, [id_bytes(user_id) for user_id in user_ids])
-        found = [user_id for user_id, is_there in zip(user_ids, there, strict=True) if is_there]
+        forms = [(user_id, form) for user_id in user_ids for form in written_forms(user_id)]
+        there = occurs(path, [form for _, form in forms])
+        found = list(dict.fromkeys(user_id for (user_id, _), is_there in zip(forms, there, strict=True) if is_there))
         if found and path.suffix == ".ckpt":
             _report_checkpoint(path, found)
         elif found and path.suffix == ".partial":
@@ -270,11 +271,22 @@ def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
 
 
 def _files_of_run(folder: Path) -> Iterator[Path]:
-    yield from checkpoint_files.in_order(folder)
-    yield from sorted(folder.glob(".*.partial"))
-    if folder.name == "checkpoints":
-        yield from _baseline(folder)
-        yield from sorted(path for path in folder.parent.iterdir() if path.is_file())
+    """Yield what a run, and the others beside it, have written: checkpoints, tables, answers, what was left behind."""
+    run = folder.parent if folder.name == "checkpoints" else folder
+    if run != folder or (run / "config.yaml").is_file():
+        versions = [path for path in sorted(run.parent.glob("version_*")) if path.is_dir() and path != run]
+        for one in (run, *(versions if run.name.startswith("version_") else ())):
+            yield from _files_in(one)
+    else:  # just a folder with checkpoints in it, which may have anything else as well
+        yield from checkpoint_files.in_order(folder)
+        yield from sorted(folder.glob(".*.partial"))
+
+
+def _files_in(run: Path) -> Iterator[Path]:
+    sharded = {path for path in run.rglob("*.ckpt") if path.is_dir()}
+    for path in sorted(run.rglob("*")):
+        if path in sharded or (path.is_file() and not sharded & set(path.parents)):
+            yield path
 
 
 def _listed(user_ids: Sequence[str]) -> str:

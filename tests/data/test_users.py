@@ -62,3 +62,11 @@ def test_a_million_users_are_looked_up_quickly():
     start = time.perf_counter()
     assert UserVocabulary(ids).rows(ids)[-1] == 1_000_000
     assert time.perf_counter() - start < 5  # about 0.3 s on an idle core
+
+
+def test_a_number_is_no_id():
+    for ids in ([7], ["7", 7], [None]):
+        with pytest.raises(ConfigurationError, match="ids are strings"):
+            UserVocabulary(["7"]).rows(ids)
+    with pytest.raises(ConfigurationError, match="7 is of type int; ids are strings: '7'"):
+        UserVocabulary([7])
