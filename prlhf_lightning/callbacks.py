@@ -261,11 +261,17 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append a batch's rows."""
+        """Append a batch's rows, each with the set that it is of and where it stands in the data."""
         if self.path is None:
             return
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        name = pl_module.eval_sets[dataloader_idx] if isinstance(pl_module, PersonalizedLM) else ""
+        rows = [
+            {"row": data.where(record, "predict", dataloader_idx), "set": name, **row}
+            for record, row in zip(batch.records.tolist(), prediction, strict=True)
+        ]
         with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say where the rows are."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import Namespace
+from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
@@ -26,6 +27,7 @@ from prlhf_lightning.callbacks import (
     UserTable,
     kept_by,
 )
+from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
@@ -36,7 +38,10 @@ from prlhf_lightning.parser import Explaining
 from prlhf_lightning.paths import located
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
+from prlhf_lightning.tasks.evaluation_table import evaluation_table
 from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
+from prlhf_lightning.tasks.run_configuration import with_configuration_of_run
+from prlhf_lightning.tasks.terminal import plain_console
 from prlhf_lightning.training_stats import TrainingStats
 from prlhf_lightning.user_models import UserModel
 
@@ -53,6 +58,11 @@ _FORMATS = ("csv", "json", "parquet", "arrow", "text")  # what stands in the pla
 
 class Parser(Explaining, LightningArgumentParser):
     """Lightning's parser, which explains mistakes in a few lines."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse words; what measures a checkpoint and has no configuration takes that of the checkpoint's run."""
+        words = sys.argv[1:] if args is None else args
+        return super().parse_args(with_configuration_of_run(words, _RUNS), *others, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -166,6 +176,8 @@ class PRLHFCLI(LightningCLI):
                 )
         if given.init_from:  # whole, as the run's configuration is kept in another folder
             given.init_from = str(Path(given.init_from).expanduser().absolute())
+        if given.ckpt_path and Path(given.ckpt_path).is_dir():
+            given.ckpt_path = str(checkpoint_of(Path(given.ckpt_path), "ckpt_path"))
         path = str(given.ckpt_path or "")
         # Lightning itself finds these, and what is on other file systems.
         is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
@@ -181,6 +193,26 @@ class PRLHFCLI(LightningCLI):
         # Not an error, so that the same command begins a run and goes on with it.
         rank_zero_info(f"Going on from {path}" if path else f"No run in {root} has a checkpoint yet: starting anew.")
         return str(path) if path else None
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation("val")
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation("test")
+
+    def _print_evaluation(self, stage: str) -> None:
+        model = self.model
+        users = {name: model.user_table(name) for name in model.eval_sets if model.loss.feedback != "demonstrations"}
+        if self.trainer.is_global_zero:
+            plain_console().print(evaluation_table(self.trainer.callback_metrics, users, model.eval_sets, stage))
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # there is a table of our own
+        return parser
 
     def before_fit(self) -> None:
         """Start from an earlier training, if asked to, unless there is a checkpoint of this one to go on from."""
@@ -211,8 +243,8 @@ class PRLHFCLI(LightningCLI):
         if not self.config.fit.train_baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
-        without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args.num_tokens": 0}
-        config.model.user_model = Namespace(without)  # type: ignore[no-untyped-call]
+        without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args": {"num_tokens": 0}}
+        config.model.user_model = dict_to_namespace(without)
         seed_everything(config.seed_everything)
         config.trainer.logger = None  # there is one for it below
         fresh = self._parser("fit").instantiate_classes(config)
@@ -225,6 +257,7 @@ class PRLHFCLI(LightningCLI):
                 "enable_checkpointing": False,
             }
         )
+        fresh.model.hparams["user_model"] = without  # Lightning puts the command's own there
         rank_zero_info("Training the same without a user model, to compare.")
         trainer.fit(fresh.model, fresh.data)
         if not config.trainer.fast_dev_run:

@@ -93,14 +93,46 @@ def test_validate_and_predict_from_a_checkpoint(config, tmp_path):
     (predictions,) = (tmp_path / "runs").glob("*/predictions.jsonl")
     rows = [json.loads(line) for line in predictions.read_text().splitlines()]
     assert rows
-    assert set(rows[0]) == {"user_id", "prompt", "completion"}
+    for row in rows:  # each can be joined to its row of the data
+        assert set(row) == {"row", "set", "user_id", "prompt", "completion"}
+        path, _, number = row["row"].rpartition(":")
+        given = json.loads(Path(path).read_text().splitlines()[int(number) - 1])
+        assert (given["user_id"], given["prompt"]) == (row["user_id"], row["prompt"])
 
 
-def test_with_a_baseline_both_models_are_compared(config, tmp_path, capsys):
+def test_a_checkpoint_is_measured_by_itself_in_any_folder(config, tmp_path, votes, monkeypatch, capsys):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    votes.rename(tmp_path / "here/votes.jsonl")
+    monkeypatch.chdir(tmp_path / "here")
+    run("fit", "-c", config, "--data.source.train", "votes.jsonl")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    last = tmp_path / "runs/version_0/checkpoints/last.ckpt"
+    with (tmp_path / "runs/version_0/users_seen.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    pairs = [int(row["pairs"]) for row in rows]
+    share = sum(int(row["pairs"]) * float(row["accuracy"]) for row in rows) / sum(pairs)
+    capsys.readouterr()
+    for checkpoint in (last, last.parent.parent):  # the run's folder will do as well
+        run("validate", "--ckpt_path", checkpoint)
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"users {len(rows)} pairs {sum(pairs)} pair accuracy {share:.3f} [" in said
+    run("predict", "--ckpt_path", last)
+    (last.parent.parent / "config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"config: there is no .*config\.yaml, as `fit` writes it"):
+        run("validate", "--ckpt_path", last)
+
+
+def test_with_a_baseline_both_models_are_compared_and_kept(config, tmp_path, capsys, caplog):
     run("fit", "-c", config, "--train_baseline", "true")
     (path,) = (tmp_path / "runs").glob("*/comparison.json")
     results = json.loads(path.read_text())
     assert set(results) == {"vanilla", "personalised"}
+    baseline = PersonalizedLM.load_from_checkpoint(path.parent / "baseline/last.ckpt", weights_only=True)
+    assert not baseline.user_model.personalizes
+    assert f"The baseline's checkpoint: {path.parent / 'baseline/last.ckpt'}" in caplog.text
+    with pytest.raises(SystemExit, match="there is no checkpoint of any run"):  # it is none of the run's own
+        run("validate", "--ckpt_path", "last", "--trainer.default_root_dir", path.parent / "baseline")
     assert results["vanilla"]["val/seen/generic_accuracy"] == results["vanilla"]["val/seen/accuracy"]
     assert "pair accuracy, seen users" in capsys.readouterr().out
 

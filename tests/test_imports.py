@@ -45,6 +45,7 @@ MAY_IMPORT = {
     "literals": set(),
     "parser": {"commands", "class_arguments", "literals", "tasks"},
     "training": LEAVES
+    | STORE
     | {"parser", "data", "user_models", "modules", "loggers", "training_stats", "callbacks", "guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "tasks", "training", "guards"},
     "__main__": {"cli"},

@@ -331,10 +331,16 @@ class PreferenceDataModule(LightningDataModule):
         """
         return Tokens.from_lists([ids.tolist() for ids in self._prepared.tokenize.prompts(prompts)])
 
-    def where(self, record: int, stage: Stage = "train") -> str:
-        """Return where a row stands in the source, given its number in `PreferenceBatch.records`."""
+    def where(self, record: int, stage: Stage = "train", number: int = 0) -> str:
+        """Return where a row stands in the source.
+
+        Args:
+            record: Its number in `PreferenceBatch.records`.
+            stage: The stage whose row it is.
+            number: Which of the stage's dataloaders gave it.
+        """
         sets: list[Pairs | Requests] = list(self._prepared.evaluation(stage).values())
-        return (self._prepared.division.train if stage == "train" else sets[0]).where(record)
+        return (self._prepared.division.train if stage == "train" else sets[number]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
         """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`.
