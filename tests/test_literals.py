@@ -8,16 +8,9 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from odd_texts import ODD
 
 from prlhf_lightning.parser import run_task
-
-# What YAML, a shell's user, argparse or a terminal could take for something else.
-ODD = [
-    "007", "7", "1e3", "1_000", "0x10", "null", "~", "yes", "true", "False", "None", "#x", "a: b", "{}", "{a}", "[x]",
-    "[/]", "- x", "-x", "-h", "--- a line", "'q'", '"q"', "!tag", "&a", "*", "@x", "%", "", " x ", "a,b", "a\nb", "😀",
-    "e\u0301", "\u00e9", "2024-01-01", "\x1b[31m", "x" * 3000, "=cmd", "a=b", "\\", "?", "|", ">", "<<", ".inf",
-    "12:30:45",
-]  # fmt: skip
 
 
 def parsed(*words: str) -> dict[str, object]:

@@ -97,8 +97,6 @@ class Generation:
 def _check_id(user: object) -> None:
     if not isinstance(user, str):
         raise ConfigurationError(f"user: {user!r} is of type {type(user).__name__}; ids are strings: {str(user)!r}.")
-    if not user:
-        raise ConfigurationError("user: an id is empty; leave the user out to write for the generic user.")
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
@@ -187,10 +188,11 @@ def _check_last_message(body: schemas.ChatRequest) -> None:
 
 
 def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] | None:
-    """Return a request's user, or its blend, as the model knows them."""
+    """Return a request's user as the model knows them, or its blend with shares that sum to 1."""
     if not body.blend:
         return None if body.user is None else rename(body.user)
-    return {rename(user): share for user, share in body.blend.items()}
+    total = math.fsum(body.blend.values())
+    return {rename(user): share / total for user, share in body.blend.items()}
 
 
 async def _whole(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:

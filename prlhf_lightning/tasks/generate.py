@@ -104,6 +104,8 @@ def generate(
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
     named: list[str | Mapping[str, float] | None] = [user] if isinstance(user, str) else list(user or ())
     named += [blend] if blend else []
+    if "" in named or "" in (blend or {}):
+        raise ConfigurationError("user: an id is empty; leave it out to write for the generic user.")
     how: dict[str, Any] = {
         "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         "seed": seed, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()), "chat_template": chat_template,

@@ -106,6 +106,7 @@ def test_rows_that_are_no_prompts_are_named(checkpoint, tmp_path, line, says):
     ("options", "says"),
     [
         ([], "give one of --prompt and --prompts"),
+        (["--prompt", "a", "--user", ""], "user: an id is empty"),
         (["--prompt", "a", "--blend", "{ann: 1, bob: 0}"], "the share of 'bob' is 0.0; it must be above 0"),
         (["--prompt", "a", "--device", "nonsense"], "device: 'nonsense' can't be used here"),
     ],
