@@ -264,10 +264,10 @@ class PredictionWriter(BasePredictionWriter):
         """Append a batch's rows, each with the set that it is of and where it stands in the data."""
         if self.path is None:
             return
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         name = pl_module.eval_sets[dataloader_idx] if isinstance(pl_module, PersonalizedLM) else ""
         rows = [
-            {"row": data.where(record, "predict", dataloader_idx), "set": name, **row}
+            {"row": data.where(record, "predict", dataloader_idx) if data else record, "set": name, **row}
             for record, row in zip(batch.records.tolist(), prediction, strict=True)
         ]
         with self.path.open("a", encoding="utf-8") as file:

@@ -205,7 +205,7 @@ class PRLHFCLI(LightningCLI):
     def _print_evaluation(self, stage: str) -> None:
         model = self.model
         users = {name: model.user_table(name) for name in model.eval_sets if model.loss.feedback != "demonstrations"}
-        if self.trainer.is_global_zero:
+        if self.trainer.is_global_zero and model.eval_sets:
             plain_console().print(evaluation_table(self.trainer.callback_metrics, users, model.eval_sets, stage))
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:

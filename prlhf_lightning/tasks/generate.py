@@ -104,7 +104,7 @@ def generate(
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
     named: list[str | Mapping[str, float] | None] = [user] if isinstance(user, str) else list(user or ())
     named += [blend] if blend else []
-    if "" in named or "" in (blend or {}):
+    if not all(isinstance(one, dict) or str(one).strip() for one in named) or not all(map(str.strip, blend or ())):
         raise ConfigurationError("user: an id is empty; leave it out to write for the generic user.")
     how: dict[str, Any] = {
         "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 
 from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.data.look_alikes import look_alikes
 from prlhf_lightning.errors import ConfigurationError
 
 _NEAREST = 3
@@ -36,18 +35,9 @@ def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: s
 
 def nearest(user_id: str, known: Sequence[str]) -> list[str]:
     """Return the known ids that look most like one, as they are to be shown."""
-    plain = _plain(user_id)
-    alike = [one for one in known if _plain(one) == plain][:_NEAREST]
-    found = alike or difflib.get_close_matches(user_id, known, n=_NEAREST, cutoff=0.75)
-    return [repr(one) if repr(one) != repr(user_id) and not _same_glyphs(one, user_id) else ascii(one) for one in found]
-
-
-def _plain(user_id: str) -> str:
-    """Return what is left of an id without what a person may not see: case, spaces, quotes, forms of a letter."""
-    plain = re.sub(r"[\s'\"\[\]{}]", "", unicodedata.normalize("NFKC", user_id)).casefold()
-    with suppress(ValueError, OverflowError):
-        return f"{float(plain):g}" if len(plain) < 16 else plain  # 7, 007 and 7.0
-    return plain
+    alike = next((group for group in look_alikes([user_id, *known]) if group[0] == user_id), [user_id])[1:]
+    found = alike[:_NEAREST] or difflib.get_close_matches(user_id, known, n=_NEAREST, cutoff=0.75)
+    return [ascii(one) if _same_glyphs(one, user_id) else repr(one) for one in found]
 
 
 def _same_glyphs(one: str, other: str) -> bool:

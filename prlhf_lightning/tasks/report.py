@@ -37,6 +37,7 @@ from prlhf_lightning.tasks.report_map import UserMap, map_users, most_unlike
 from prlhf_lightning.tasks.report_page import Findings, in_words, page_of
 from prlhf_lightning.tasks.report_pairs import Scores, cold_start_of, score
 from prlhf_lightning.tasks.report_run import data_of, open_run
+from prlhf_lightning.tasks.terminal import LAYOUT, printable
 
 _ON_THE_MAP = 2000
 _SHOWN_USERS = 3
@@ -150,7 +151,7 @@ def report(
     _call_users(found, module, whose, show_user_ids, show_user_text)
     page_of(found).write(output)
     write_whole(json_path(output), to_json(found))
-    print(in_words(found))
+    print(printable(in_words(found), LAYOUT))
     print(f"The page: {output}")
     print(f"The same as numbers: {json_path(output)}")
 

@@ -191,7 +191,7 @@ def _given(user: str | list[str] | None, user_file: Path | None) -> list[str]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigurationError(f"user_file: {user_file} can't be read as lines of UTF-8: {error}") from error
         user_ids += [line for raw in lines if (line := raw.removesuffix("\r"))]
-    if not user_ids or not all(user_ids):
+    if not user_ids or not all(map(str.strip, user_ids)):
         raise ConfigurationError("user: give an id, or a file of ids with --user_file, none of them empty.")
     return list(dict.fromkeys(user_ids))
 
