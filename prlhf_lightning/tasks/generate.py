@@ -102,10 +102,10 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
-    named: list[str | Mapping[str, float] | None] = [user] if isinstance(user, str) else list(user or ())
-    named += [blend] if blend else []
-    if not all(isinstance(one, dict) or str(one).strip() for one in named) or not all(map(str.strip, blend or ())):
+    ids = [user] if isinstance(user, str) else list(user or ())
+    if not all(map(str.strip, (*ids, *(blend or ())))):
         raise ConfigurationError("user: an id is empty; leave it out to write for the generic user.")
+    named: list[str | Mapping[str, float] | None] = [*ids, *([blend] if blend else [])]
     how: dict[str, Any] = {
         "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
         "seed": seed, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()), "chat_template": chat_template,
