@@ -330,7 +330,9 @@ def test_feedback_is_written_down_once(client, log):
     assert (other.status_code, code(other)) == (409, "id_in_use")
     thumb = {"user": "ann", "prompt": "which?", "completion": "this", "label": "up"}
     assert client.post("/v1/feedback", json=thumb).status_code == 201
-    assert log.extent().rows == before + 2
+    assert client.post("/v1/feedback", json=thumb | {"label": False}).status_code == 201  # as in files
+    assert log.extent().rows == before + 3
+    assert [row["label"] for _, row in log.thumbs()][-2:] == [True, False]
     assert client.post("/v1/feedback", json=thumb | {"chosen": "x"}).status_code == 400
 
 

@@ -22,6 +22,14 @@ def test_a_new_key_opens_what_its_entry_says(tmp_path):
     assert key not in entry
 
 
+@pytest.mark.parametrize("text", ["😀", "\x7f\x1b\u0085", '"\\n', "[x]", "007", " "])
+def test_any_name_and_pattern_can_be_written_to_the_file(tmp_path, text):
+    key, entry = new_key(text, text)
+    (tmp_path / "keys.toml").write_text(entry, encoding="utf-8", newline="")
+    found = KeyRing.load(tmp_path / "keys.toml", {}).find(key)
+    assert (found.name, found.users) == (text, text)
+
+
 def test_a_key_of_the_environment_is_one_more(tmp_path):
     assert not KeyRing.load(None, {})
     assert KeyRing.load(None, {"PRLHF_API_KEY": "secret"}).find("secret").name == "environment"
