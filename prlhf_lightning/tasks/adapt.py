@@ -158,7 +158,10 @@ def _table(adapted: Adapted) -> Table:
         caption_justify="left",
     )
     for name in ("user", "pairs", "accuracy, left out", "of the generic user", "expected accuracy", "settled"):
-        table.add_column(name, justify="left" if name == "user" else "right", overflow="fold")
+        is_user = name == "user"
+        table.add_column(
+            name, justify="left" if is_user else "right", overflow="fold", min_width=16 if is_user else None
+        )
     hits, generic = (adapted.left_out() > 0.5).float(), (adapted.under[:, 0] > 0).float()
     sums = hits.new_zeros(2, len(adapted.user_ids)).index_add(1, adapted.users, torch.stack([hits, generic]))
     expected = torch.stack([adapted.expected_accuracy, adapted.expected_accuracy_std, adapted.settled], dim=1)
