@@ -207,7 +207,7 @@ def _write_answers(
     people, texts = find_people(data, pairs, some)
     asked = find_prompts(data, pairs, counts[1])
     if not asked:
-        found.answers = found.win_rates = "The validation prompts do not stand in the data any more."
+        found.answers = found.win_rates = "The validation prompts have tools, or do not stand in the data any more."
         return
     task = progress.add_task("Writing answers", total=len(scribe.writers) * len(people) * len(asked))
     written = scribe.write(people, texts, asked, lambda count: progress.advance(task, count))

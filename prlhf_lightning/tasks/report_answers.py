@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -97,7 +98,13 @@ def find_prompts(data: PreferenceDataModule, pairs: Pairs, count: int) -> list[T
     rows = pairs.__getitems__(first[spread(len(first), count)].tolist())
     records = _records(data, {row["where"] for row in rows})
     found = [records[row["where"]] for row in rows if row["where"] in records]
-    return [record.prompt for record in found if not record.tools]  # answers are written without tools
+    if with_tools := sum(record.tools is not None for record in found):
+        warnings.warn(
+            f"{with_tools} of {len(found)} validation prompts have tools, and no answer to them is written for the "
+            "report; `generate --prompts` writes some.",
+            stacklevel=2,
+        )
+    return [record.prompt for record in found if record.tools is None]
 
 
 def _records(data: PreferenceDataModule, wheres: set[str]) -> dict[str, FeedbackRecord]:
