@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from quiet_trainer import quiet_trainer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -139,5 +140,7 @@ def test_a_model_that_is_sharded_over_processes_is_not_served(model_path, votes,
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4)
     batch = next(iter(data.train_dataloader()))
     for strategy, served in ((DDPStrategy(), True), (FSDPStrategy(accelerator="cuda"), False)):
-        module.trainer = SimpleNamespace(world_size=2, strategy=strategy, precision="32-true", predicting=False)
+        module.trainer = SimpleNamespace(
+            world_size=2, strategy=strategy, precision="32-true", precision_plugin=Precision(), predicting=False
+        )
         assert bool(module.on_before_batch_transfer(batch, 0).reference_keys) is served

@@ -282,9 +282,14 @@ def test_the_log_holds_nothing_that_people_wrote(client, caplog):
     client.post("/v1/feedback", json=PAIR | {"chosen": "secret"})
     client.get("/v1/users?prefix=secret")
     client.get("/v1/models/secret")
-    ours = [record.getMessage() for record in caplog.records if record.name.startswith("prlhf_lightning")]
-    lines = [json.loads(message) for message in ours if message.startswith("{")]
-    assert {line["route"] for line in lines} >= {"/v1/completions", "/v1/feedback", "/v1/users", "/v1/models/{name}"}
+    wanted, deadline = {"/v1/completions", "/v1/feedback", "/v1/users", "/v1/models/{name}"}, time.monotonic() + 30
+    while True:  # a line is written after its answer was sent
+        ours = [record.getMessage() for record in caplog.records if record.name.startswith("prlhf_lightning")]
+        routes = {json.loads(message)["route"] for message in ours if message.startswith("{")}
+        if routes >= wanted or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
+    assert routes >= wanted
     assert any("The engine failed: RuntimeError" in message for message in ours)
     assert "secret" not in "".join(ours)
 
