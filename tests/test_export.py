@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -267,7 +268,7 @@ def test_composite_models_with_text_come_back(model_paths, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("prlhf.json", '{"format": 99}', "format is 99, and this version reads formats up to 1"),
+        ("prlhf.json", '{"format": 99}', "format is 99, and this version reads formats up to 2"),
         ("prlhf.json", "[]", "holds no JSON object"),
         ("prlhf.json", '{"format": 1}', "prlhf.json has no 'name'"),
         ("users.json", "{}", "users.json has no 'users'"),
@@ -288,6 +289,30 @@ def test_damaged_folders_are_explained(exported, tmp_path, name, content, says):
         (tmp_path / "e" / name).write_text(content)
     with pytest.raises(ConfigurationError, match=says):
         open_writer(tmp_path / "e")
+
+
+def test_no_flipped_bit_of_a_folder_is_read_in_silence(exported, tmp_path):
+    folder, chance = Path(shutil.copytree(exported[1], tmp_path / "e")), random.Random(0)
+    names = [path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith("user_vectors")]
+    for name in (name for name in names if name not in ("README.md", "token_embeddings.safetensors")):
+        whole = (folder / name).read_bytes()
+        for place in (chance.randrange(len(whole)) for _ in range(3)):
+            flipped = bytes([whole[place] ^ 1 << chance.randrange(8)])
+            (folder / name).write_bytes(whole[:place] + flipped + whole[place + 1 :])
+            with pytest.raises(ConfigurationError):
+                open_writer(folder)
+        (folder / name).write_bytes(whole)
+    open_writer(folder)
+
+
+def test_a_folder_that_was_changed_on_purpose_can_be_read(exported, tmp_path):
+    folder = Path(shutil.copytree(exported[1], tmp_path / "e"))
+    settings = json.loads((folder / "prlhf.json").read_text())
+    (folder / "prlhf.json").write_text(json.dumps(settings | {"name": "mine"}))
+    with pytest.raises(ConfigurationError, match=r'prlhf.json is not as it was exported.* write "sha256": null'):
+        open_writer(folder)
+    (folder / "prlhf.json").write_text(json.dumps(settings | {"name": "mine", "sha256": None}))
+    assert open_writer(folder).name == "mine"
 
 
 def test_a_folder_that_lacks_a_weight_is_refused_and_does_not_get_a_random_one(exported, tmp_path):

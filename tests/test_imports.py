@@ -12,7 +12,18 @@ import pytest
 import prlhf_lightning
 
 PACKAGE = Path(prlhf_lightning.__file__).parent
-LEAVES = {"types", "errors", "paths", "files", "places", "modes", "end_tokens", "model_files", "sqlite_file"}
+LEAVES = {
+    "types",
+    "errors",
+    "paths",
+    "files",
+    "places",
+    "modes",
+    "end_tokens",
+    "model_files",
+    "sqlite_file",
+    "export_checksums",
+}
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
 FEEDBACK = {"feedback_log", "sqlite_file"}
@@ -23,6 +34,7 @@ MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
     "sqlite_file": {"errors", "files"},
+    "export_checksums": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "feedback_log": LEAVES | {"sqlite_file"},

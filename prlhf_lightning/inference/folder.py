@@ -2,7 +2,8 @@
 
 Beside the model (whole, or as adapters to a base model) and its tokenizer stand
 
-- `prlhf.json`: the user model's class and settings, how text is tokenised, the format's version. Written last.
+- `prlhf.json`: the user model's class and settings, how text is tokenized, the format's version, and the SHA-256 of the
+  files that are read. Written last.
 - `user_model.safetensors`: the user model's weights.
 - `users.json`: the users' ids, in the order of their rows; row 0, the generic user's, has none.
 """
@@ -26,14 +27,15 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.export_checksums import SETTINGS, check_checksums, with_checksums
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, warning_of_other_base
 from prlhf_lightning.user_models import UserModel
 
-#: Raised when folders can no longer be read by versions that read the last one.
-FORMAT = 1
-SETTINGS, WEIGHTS, USERS = "prlhf.json", "user_model.safetensors", "users.json"
+#: Raised when folders can no longer be read by versions that read the last one. Format 1 has no checksums.
+FORMAT = 2
+WEIGHTS, USERS = "user_model.safetensors", "users.json"
 
 
 @dataclass(frozen=True)
@@ -48,17 +50,20 @@ class FolderContent:
     name: str
 
 
-def settings_json(name: str, user_model: Mapping[str, Any], tokenization: TokenizationSettings, **more: Any) -> str:
+def settings_json(
+    folder: Path, name: str, user_model: Mapping[str, Any], tokenization: TokenizationSettings, **more: Any
+) -> str:
     """Return the text of `prlhf.json`.
 
     Args:
+        folder: The folder, in which all other files have been written.
         name: What the model is called.
         user_model: The user model's `class_path` and `init_args`.
         tokenization: How text becomes ids.
         more: What else to note, for people to read.
     """
-    content = {"format": FORMAT, "name": name, "user_model": user_model, "tokenization": asdict(tokenization)}
-    return json.dumps(content | more, indent=2, ensure_ascii=False) + "\n"
+    content = {"format": FORMAT, "name": name, "user_model": user_model, "tokenization": asdict(tokenization), **more}
+    return json.dumps(with_checksums(folder, content), indent=2, ensure_ascii=False) + "\n"
 
 
 def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
@@ -72,7 +77,7 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
         ConfigurationError: Something is missing, damaged, or of a later version.
     """
     settings = _json(folder / SETTINGS)
-    if not isinstance(settings.get("format"), int) or settings["format"] > FORMAT:
+    if settings.get("format") not in range(1, FORMAT + 1):
         raise ConfigurationError(
             f"{folder / SETTINGS}: format is {settings.get('format')!r}, and this version reads formats up to {FORMAT};"
             " use the version that wrote the folder, or a later one."
@@ -96,6 +101,7 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
         user_model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
         raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {error}") from error
+    check_checksums(folder, settings)  # last: what is wrong with a file itself says more
     tokenization = TokenizationSettings.from_kept(settings["tokenization"])
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
 

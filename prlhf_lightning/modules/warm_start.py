@@ -20,6 +20,7 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
+from prlhf_lightning.export_checksums import SETTINGS, check_checksums
 from prlhf_lightning.modules.checkpoint_content import names_of, trained_names, warn_of_other_rendering
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.policies.loading import warning_of_other_base
@@ -27,7 +28,7 @@ from prlhf_lightning.user_models import UserModel
 
 _NAMED = 3  # users
 #: The files of a folder that `export` wrote.
-_SETTINGS, _USERS, _WEIGHTS, _ADAPTERS = "prlhf.json", "users.json", "user_model.safetensors", "adapter_config.json"
+_USERS, _WEIGHTS, _ADAPTERS = "users.json", "user_model.safetensors", "adapter_config.json"
 _ADAPTER = r"\.lora_([AB])\.weight$"  # a name in PEFT's file, which leaves out that of the adapter
 #: What of `CausalLMPolicy` decides which function its weights stand for.
 _OF_POLICY = ("random_init", "lora")
@@ -66,7 +67,7 @@ class WarmStart:
             DamagedCheckpointError: The file is damaged.
         """
         path = Path(path).expanduser()
-        if (path / _SETTINGS).is_file():
+        if (path / SETTINGS).is_file():
             return cls._of_folder(path)
         if path.is_dir():
             found = checkpoint_files.newest_intact(path / "checkpoints") or checkpoint_files.newest_intact(path)
@@ -91,7 +92,7 @@ class WarmStart:
     def _of_folder(cls, folder: Path) -> Self:
         """Read an exported folder: the users, and its adapters; a whole model is the base of the new training."""
         try:
-            settings, ids = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (_SETTINGS, _USERS))
+            settings, ids = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, _USERS))
             weights = {f"user_model.{name}": value for name, value in load_file(folder / _WEIGHTS).items()}
             base: dict[str, Any] = {"model": str(folder)}
             identity = None  # of a whole model there is no other base
@@ -102,6 +103,9 @@ class WarmStart:
                 for name, value in load_file(folder / "adapter_model.safetensors").items():
                     weights["policy.model." + re.sub(_ADAPTER, r".lora_\1.default.weight", name)] = value
             users, user_model = UserVocabulary(ids["users"]), settings["user_model"]
+            check_checksums(folder, settings)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"init_from: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigurationError(f"init_from: {folder} can't be read ({error}); export it again.") from error
         rendered = settings.get("tokenization") or {}

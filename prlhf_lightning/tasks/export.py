@@ -14,8 +14,9 @@ from safetensors.torch import save as safetensors_bytes
 
 from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.export_checksums import SETTINGS
 from prlhf_lightning.files import write_whole
-from prlhf_lightning.inference.folder import SETTINGS, USERS, WEIGHTS, settings_json
+from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
@@ -147,6 +148,7 @@ def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, 
     ids = list(module.vocabulary.ids) if module.vocabulary else []
     write_whole(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False).encode() + b"\n")
     settings = settings_json(
+        folder,
         policy.name.rpartition("/")[2].removeprefix("builtin:"),
         user_model,
         module.tokenization,

@@ -10,8 +10,8 @@ import torch
 
 from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.export_checksums import SETTINGS
 from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.inference.folder import SETTINGS
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
