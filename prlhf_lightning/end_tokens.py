@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from prlhf_lightning.errors import ConfigurationError
 
 # Stand for a question and an answer in a conversation; no template has them in its own text, or changes them.
 _QUESTION, _ANSWER = "Qzquestion7", "Azanswer7"
@@ -23,13 +26,35 @@ def end_token_ids(
 
     Args:
         tokenizer: The model's tokenizer, with or without a chat template.
-        generation_config: The base model's; its `eos_token_id` may be one token or a list.
+        generation_config: The base model's; its `eos_token_id` may be one token or a list. Ids that the tokenizer
+            lacks, such as -1, end nothing: they are left out with a warning.
+
+    Raises:
+        ConfigurationError: The generation config has something else than ids.
     """
-    configured = getattr(generation_config, "eos_token_id", None)
-    listed = list(configured) if isinstance(configured, list | tuple) else [configured]
-    found = [tokenizer.eos_token_id, *listed]
+    found = [tokenizer.eos_token_id, *_configured(tokenizer, generation_config)]
     known = [int(token) for token in found if token is not None]
     return tuple(dict.fromkeys([*known, *_turn_end(tokenizer, known)]))
+
+
+def _configured(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Return the end tokens that a generation config names, of those that the tokenizer has."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    listed = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids = [token for token in listed if token is not None]
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise ConfigurationError(
+            f"eos_token_id in generation_config.json (or config.json, where there is none) holds {str(wrong[0])[:40]!r}"
+            f", of type {type(wrong[0]).__name__}; write the id of the token, a whole number, or a list of such."
+        )
+    known = set(tokenizer.get_vocab().values())
+    if unknown := [str(token) for token in ids if token not in known]:
+        warnings.warn(
+            f"eos_token_id of the model's generation_config.json (or config.json) holds {', '.join(unknown)}, which "
+            "is no token of its tokenizer and so never ends an answer.",
+            stacklevel=3,
+        )
+    return [token for token in ids if token in known]
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, known: Sequence[int]) -> list[int]:

@@ -7,6 +7,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from prlhf_lightning.end_tokens import end_token_ids
+from prlhf_lightning.errors import ConfigurationError
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -86,6 +87,18 @@ def test_a_token_inside_an_end_that_is_known_is_not_added():
 @pytest.mark.parametrize("configured", [3, [3], [1, 3, 3]])
 def test_all_ends_of_the_generation_config_count(configured):
     assert end_token_ids(tokenizer(None, "x", "y"), GenerationConfig(eos_token_id=configured)) == (1, 3)
+
+
+@pytest.mark.parametrize("configured", ["x", ["x"], [[3]], 3.0, True])
+def test_ends_of_the_generation_config_that_are_no_ids_are_refused_by_file_and_field(configured):
+    with pytest.raises(ConfigurationError, match=r"eos_token_id in generation_config.json .* whole number"):
+        end_token_ids(tokenizer(None, "x", "y"), SimpleNamespace(eos_token_id=configured))
+
+
+@pytest.mark.parametrize("unknown", [-1, 99])
+def test_ends_of_the_generation_config_that_are_no_tokens_are_told_and_left_out(unknown):
+    with pytest.warns(UserWarning, match=rf"eos_token_id .* holds {unknown}, which is no token"):
+        assert end_token_ids(tokenizer(None, "x"), GenerationConfig(eos_token_id=[unknown, 2])) == (1, 2)
 
 
 def test_a_generation_config_without_ends_adds_nothing():

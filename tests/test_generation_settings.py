@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generation, PersonalizedWriter
 from prlhf_lightning.policies.generation_settings import end_tokens_only, not_applied
 from prlhf_lightning.types import Tokens
@@ -123,3 +124,12 @@ def test_a_folder_without_generation_config_ends_as_its_config_says(model_path, 
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [2, 7]}))
     assert CausalLMPolicy(str(folder)).end_token_ids == (2, 7)
+
+
+def test_an_end_token_that_is_no_id_is_refused_when_the_policy_is_built(model_path, tmp_path):
+    folder = shutil.copytree(model_path, tmp_path / "model")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "<|im_end|>"}))
+    policy = CausalLMPolicy(str(folder))
+    assert policy.tokenizer
+    with pytest.raises(ConfigurationError, match=r"eos_token_id in generation_config\.json"):
+        policy.build()

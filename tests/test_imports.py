@@ -33,6 +33,7 @@ TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
+    "end_tokens": {"errors"},
     "sqlite_file": {"errors", "files"},
     "export_checksums": {"errors"},
     "places": {"errors", "model_files"},

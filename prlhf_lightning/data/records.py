@@ -18,7 +18,7 @@ from prlhf_lightning.data.conversations import (
 )
 from prlhf_lightning.data.implicit_prompts import REPEATED, Note, implicit_prompt, repeats_prompt
 from prlhf_lightning.data.missing_columns import advice, all_missing, near
-from prlhf_lightning.data.winners import only_turn, winner_is_named, winner_of
+from prlhf_lightning.data.winners import only_turns, winner_is_named, winner_of
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.types import Feedback
 
@@ -199,11 +199,11 @@ def _with_winner(row: Mapping[str, Any], where: str, columns: Columns) -> tuple[
     if won is None:
         return row, None
     place, column = won
-    responses = [only_turn(row[name]) for name in names]
+    prompt, responses = only_turns(row.get(columns.prompt), [row[name] for name in names], where)
     chosen, rejected = reversed(responses) if place == 1 else responses
     pair = {columns.chosen: chosen, columns.rejected: rejected}
     if columns.prompt in row:
-        pair[columns.prompt] = only_turn(row[columns.prompt])
+        pair[columns.prompt] = prompt
     return {**row, **pair}, column if place is None else None
 
 

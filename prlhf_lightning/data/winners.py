@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from prlhf_lightning.data.conversations import fail
@@ -11,6 +12,7 @@ from prlhf_lightning.data.conversations import fail
 _FIRST = {"a", "model_a", "response_a", "answer_a", "assistant_a", "first", "left", "response_1", "response1", "1"}
 _SECOND = {"b", "model_b", "response_b", "answer_b", "assistant_b", "second", "right", "response_2", "response2", "2"}
 _NEITHER = {"tie", "tie (bothbad)", "both", "both_bad", "bothbad", "neither", "draw", "equal", "same"}
+_LIST = re.compile(r'\s*\[\s*(?:"|null\b|\])')
 
 
 def winner_is_named(row: Mapping[str, Any], winner: str) -> bool:
@@ -61,15 +63,52 @@ def _flags(winner: str) -> list[str]:
     return [f"{winner}_{name}" for name in ("model_a", "model_b", "tie")]
 
 
-def only_turn(value: Any) -> Any:
-    """Return the one text of a list, written as JSON, of one text, as in Kaggle's LMSYS data; else the value itself."""
-    if isinstance(value, str) and value.lstrip().startswith('["'):
+def only_turns(
+    prompt: Any, responses: Sequence[Any], where: str, names: tuple[str, str] = ("response_a", "response_b")
+) -> tuple[Any, list[Any]]:
+    """Return a prompt and its responses, where each is a list (maybe written as JSON) of one text, as that text.
+
+    Kaggle's LMSYS data are such lists, with a text for each turn. All else is returned as it is.
+
+    Args:
+        prompt: The prompt, or None where there is none.
+        responses: The two responses.
+        where: Where the row stands.
+        names: The fields of the responses, for messages.
+
+    Raises:
+        FeedbackFormatError: There are several turns, of which the two models saw different ones, or none.
+    """
+    if (turns := _turns(prompt)) is not None:
+        named = dict(zip(("prompt", *names), (turns, *map(_turns, responses)), strict=True))
+    else:  # responses alone may be lists because a list was asked for
+        named = {name: _turns(response) for name, response in zip(names, responses, strict=True)}
+        named = {name: found if _is_one(found) else None for name, found in named.items()}
+    for name, found in named.items():
+        if found is not None and len(found) > 1:
+            fail(
+                where,
+                name,
+                f"is a list of {len(found)} turns, and the two models, whose earlier answers differ, share no prompt "
+                "but the first; keep the first turn and its two answers as texts, or drop the row",
+            )
+        if found is not None and not _is_one(found):
+            fail(where, name, "is a list without a text (null, or nothing, stands there); drop the row")
+    texts = [found[0] if (found := named[name]) else given for name, given in zip(names, responses, strict=True)]
+    return (prompt if turns is None else turns[0]), texts
+
+
+def _is_one(turns: list[str | None] | None) -> bool:
+    return turns is not None and len(turns) == 1 and turns[0] is not None
+
+
+def _turns(value: Any) -> list[str | None] | None:
+    """Return a list of texts, of which some may be null, that is given as such or written as JSON; None for others."""
+    if isinstance(value, str) and _LIST.match(value):
         try:
-            texts = json.loads(value)
+            value = json.loads(value)
         except ValueError:
-            return value
-        if isinstance(texts, list) and len(texts) == 1 and isinstance(texts[0], str):
-            return texts[0]
-    elif isinstance(value, list) and len(value) == 1 and isinstance(value[0], str):
-        return value[0]
+            return None
+    if not isinstance(value, list) or not all(text is None or isinstance(text, str) for text in value):
+        return None
     return value

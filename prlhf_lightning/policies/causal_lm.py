@@ -151,7 +151,9 @@ class CausalLMPolicy(Policy):
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """The tokens that end an answer: those of the tokenizer, the generation config and the chat template."""
-        return end_token_ids(self.tokenizer, self.generation_config)
+        tokenizer = self.tokenizer
+        with self._loading("config"):
+            return end_token_ids(tokenizer, self.generation_config)
 
     def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> None:
         with self._loading("tokenizer"):
@@ -188,6 +190,7 @@ class CausalLMPolicy(Policy):
         self._check_quantized(lm)
         if "tokenizer" in vars(self):  # else when it is asked for
             self._check_vocabulary(self.tokenizer, lm)
+            _ = self.end_token_ids  # refused before training, and not when something is written
         lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
         _switch_off_dropout(lm)
         lm.config.use_cache = False  # generate asks for its cache itself

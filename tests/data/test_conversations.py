@@ -227,3 +227,21 @@ def test_all_missing_columns_are_told_at_once_with_those_that_may_be_meant():
         parse_record({"worker": "a", "question": "p", "choosen": "x", "worse": "y"}, "f:1")
     assert "'user_id', 'chosen', 'rejected' and 'prompt' are missing" in str(error.value)
     assert "columns: {user_id: worker, chosen: choosen, rejected: worse, prompt: question}" in str(error.value)
+
+
+def kaggle(prompt, first, second):
+    return arena("a", prompt=json.dumps(prompt), response_a=json.dumps(first), response_b=json.dumps(second))
+
+
+def test_arena_rows_of_several_turns_or_without_a_text_are_refused_and_never_trained_as_json():
+    for fields in ((["Hi", "And?"], ["one", "1"], ["two", "2"]), (["Hi"], ["one", "1"], ["two"])):
+        with pytest.raises(FeedbackFormatError, match=r"f:1: field '(prompt|response_a)' is a list of 2 turns.*keep"):
+            parse_record(kaggle(*fields), "f:1")
+    for fields in ((["Hi"], [None], ["two"]), (["Hi"], ["one"], []), ([None], ["one"], ["two"])):
+        with pytest.raises(FeedbackFormatError, match=r"f:1: field '(prompt|response_[ab])' is a list without a text"):
+            parse_record(kaggle(*fields), "f:1")
+
+
+def test_a_json_list_that_answers_a_plain_prompt_stays_a_text():
+    record = parse_record(kaggle(["Hi"], ["one"], ["two"]) | {"prompt": "A list!", "response_a": '["x", "y"]'}, "f:1")
+    assert (record.chosen, record.rejected) == ('["x", "y"]', "two")
