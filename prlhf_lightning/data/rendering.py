@@ -19,7 +19,7 @@ from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 _OPEN = re.compile(r"(<\w+>|\[\w+\])\s*\Z")  # the start of a thought
-_ANOTHER_ANSWER = "Azanswer7"  # which no template has in its own text, or changes
+_ANOTHER_QUESTION, _ANOTHER_ANSWER = "Qzquestion7", "Azanswer7"  # which no template has in its own text, or changes
 
 
 @dataclass(frozen=True)
@@ -212,29 +212,32 @@ class Renderer:
         """Return the answer where the template writes a prompt otherwise than it does before an answer.
 
         It may end prompts in more, such as `<think>` of DeepSeek-R1, or leave the system message out once there is an
-        answer, as Mistral's. Generation starts from the prompt, so the answer follows what the two have in common from
-        the last message on. Thoughts that the template leaves out of answers are kept.
+        answer, as Mistral's. Generation starts from the prompt, so the answer follows what the two have in common after
+        the last message. Thoughts that the template leaves out of answers are kept.
         """
         *asked, answer = messages
-        other = self._chat([*asked, {"role": "assistant", "content": _ANOTHER_ANSWER}], where, field, False, tools)
-        before = whole[: _alike(whole, other)]
-        last = str(asked[-1]["content"] or "").strip()
-        here, there = prompt.rfind(last), before.rfind(last)
-        if not last or here < 0 or there < 0:
-            prompt_end, answered = unescaped(prompt[-40:]), unescaped(whole[len(prompt[:-40]) : len(prompt)])
+        # Another text in place of the last message shows where that message ends: `hi` may stand elsewhere too.
+        marked = [*asked[:-1], {**asked[-1], "content": _ANOTHER_QUESTION}]
+        other_answer = {"role": "assistant", "content": _ANOTHER_ANSWER}
+        opened = _after_question(self._chat(marked, where, "prompt", True, tools))
+        answered, other = (
+            _after_question(self._chat([*marked, last], where, field, False, tools)) for last in (answer, other_answer)
+        )
+        if not (opened and answered and prompt.endswith(opened) and whole.endswith(answered)):
+            prompt_end, in_whole = unescaped(prompt[-40:]), unescaped(whole[len(prompt[:-40]) : len(prompt)])
             raise ConfigurationError(
                 f"{where}: field {field!r}: the tokenizer's chat template does not render a conversation as its prompt "
-                f"followed by the answer (the prompt ends in {prompt_end!r}, where the conversation has {answered!r}); "
+                f"followed by the answer (the prompt ends in {prompt_end!r}, where the conversation has {in_whole!r}); "
                 "give the tokenizer a chat_template that does, or use plain strings."
             )
-        if prompt[:here] != before[:there]:
+        if prompt.removesuffix(opened) != whole.removesuffix(answered):
             warnings.warn(
                 "The chat template writes a prompt otherwise once it is answered; prompts are written as for "
                 "generation, and answers follow them.",
                 stacklevel=2,
             )
-        shared = _alike(prompt[here:], before[there:])
-        text, thought = whole[there + shared :], _OPEN.search(prompt, here + shared)
+        shared = min(_alike(opened, answered), _alike(answered, other))
+        text, thought = answered[shared:], _OPEN.search(opened, shared)
         if thought is None:
             return text
         opening, closing = thought[1], thought[1][0] + "/" + thought[1][1:]
@@ -249,6 +252,11 @@ class Renderer:
             stacklevel=2,
         )
         return text
+
+
+def _after_question(text: str) -> str:
+    """Return what stands after `_ANOTHER_QUESTION` in a rendered conversation; nothing where that is missing."""
+    return text.rpartition(_ANOTHER_QUESTION)[2] if _ANOTHER_QUESTION in text else ""
 
 
 def _alike(first: str, second: str) -> int:

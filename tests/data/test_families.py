@@ -103,6 +103,14 @@ def test_answers_follow_the_thought_that_the_prompt_opens(thought):
     assert tokenizer.convert_tokens_to_ids("</think>") in row.chosen
 
 
+@pytest.mark.parametrize("last", ["hi", "n", "t", "think", "<", "Assistant"])
+def test_answers_follow_the_thought_although_the_last_message_stands_in_the_template_too(last):
+    tokenizer, question = family("deepseek-v3", DEEPSEEK_R1), {"role": "user", "content": last}
+    row = encode(tokenizer, conversation([question], "<think>\nhm\n</think>\n\nsleep", "<think>no</think>"))
+    assert row.prompt.tolist() == templated(tokenizer, [question], add_generation_prompt=True)
+    assert tokenizer.decode(row.chosen) == "hm\n</think>\n\nsleep" + tokenizer.eos_token
+
+
 def test_an_answer_without_the_thought_that_the_prompt_opens_is_told():
     tokenizer = family("deepseek-v3", DEEPSEEK_R1)
     with pytest.warns(UserWarning, match=r"ends prompts in '<think>', and answers without '</think>'"):
