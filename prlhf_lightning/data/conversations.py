@@ -20,8 +20,10 @@ Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 """A plain string, or a conversation."""
 
+#: Where messages hold thoughts: under one of these names, of which a chat template reads one or none.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan")
 #: What a message may hold beside role and content; it reaches the chat template as it is.
-EXTRAS = ("tool_calls", "tool_call_id", "name", "function_call", "reasoning_content", "thinking", "tool_plan")
+EXTRAS = ("tool_calls", "tool_call_id", "name", "function_call", *THOUGHTS)
 _CALLS = ("tool_calls", "function_call")
 _FIX = 'each message is {"role": "user" or "assistant" or "system", "content": "..."}, both strings'
 # Text that can be messages written out, and text that cannot be meant as anything else.

@@ -1,4 +1,4 @@
-"""Whether a chat template writes all that a conversation holds: many leave tools, tool calls or whole messages out."""
+"""Whether a chat template writes all that a conversation holds: many leave tools, calls, thoughts or messages out."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeAlias
 
-from prlhf_lightning.data.conversations import Message
+from prlhf_lightning.data.conversations import THOUGHTS, Message
 from prlhf_lightning.errors import FeedbackFormatError
 
 Tools: TypeAlias = list[dict[str, Any]] | None
@@ -18,7 +18,7 @@ class TemplateCoverage:
     """Refuses conversations of which a chat template would leave a part out without a word.
 
     A part is left out where the template writes the same text without it. Conversations of one shape (their roles, and
-    which of their messages have content and calls) are tried once.
+    which of their messages have content, calls and thoughts) are tried once.
 
     Attributes:
         render: Writes messages and tools, or raises a `FeedbackFormatError`.
@@ -37,7 +37,8 @@ class TemplateCoverage:
             tools: What the assistant may call, or None.
             where: Where it stands.
             fields: The field that each message stands in.
-            only_last: Whether the tools, and all messages but the last, may be left out.
+            only_last: Whether the tools, and all messages but the last, may be left out, but not the thoughts of the
+                last: those of earlier turns are left out on purpose by many templates.
 
         Raises:
             FeedbackFormatError: A part is left out; the message names it.
@@ -46,6 +47,7 @@ class TemplateCoverage:
             only_last,
             bool(tools),
             *((m["role"], bool(m["content"]), any(m.get(name) for name in _CALLS)) for m in messages),
+            *_thoughts(messages[-1]),
         )
         if shape in self._tried:
             return
@@ -70,13 +72,35 @@ class TemplateCoverage:
                 if self._same(whole, changed, tools):
                     role = message["role"]
                     _refuse(where, fields[place], f"{told}, of the role {role!r}, is left out", fix)
+        if only_last:
+            self._check_thoughts(whole, list(messages), tools, where, fields[-1])
         self._tried.add(shape)
+
+    def _check_thoughts(self, whole: str, messages: list[Message], tools: Tools, where: str, field_name: str) -> None:
+        """Refuse thoughts of the last message that are not written."""
+        *before, last = messages
+        for name in _thoughts(last):
+            thought = last[name]  # which may stand under two names, of which the template reads one
+            without = {key: value for key, value in last.items() if key not in THOUGHTS or value != thought}
+            if not self._same(whole, [*before, without], tools):
+                continue
+            fix = "write it into the message's content (as <think>...</think>, if the model does), or drop it"
+            for other in THOUGHTS:
+                if other not in last and not self._same(whole, [*before, {**without, other: thought}], tools):
+                    fix = f"rename it to {other!r}, or drop it"
+                    break
+            _refuse(where, field_name, f"the assistant message has {name!r}, which is left out", fix)
 
     def _same(self, whole: str, messages: list[Message], tools: Tools) -> bool:
         try:
             return self.render(messages, tools) == whole
         except FeedbackFormatError:  # so the template does look at it
             return False
+
+
+def _thoughts(message: Message) -> list[str]:
+    """Return the names under which a message holds thoughts."""
+    return [name for name in THOUGHTS if str(message.get(name) or "").strip()]
 
 
 def _refuse(where: str, field_name: str, problem: str, fix: str) -> NoReturn:

@@ -88,6 +88,35 @@ def test_what_a_template_leaves_out_is_refused_by_name(tmp_path, template, raw, 
     assert not report.ok
 
 
+THINKS = PLAIN.replace("{{ m.content", "{{ m.reasoning_content or '' }}{{ m.content")
+
+
+def with_thought(**thoughts):
+    answer = {"role": "assistant", "content": "Warm", **thoughts}
+    return row(prompt=[{"role": "user", "content": "How warm?"}], tools=None, rejected=[answer])
+
+
+@pytest.mark.parametrize(
+    "names", [["reasoning_content"], ["reasoning"], ["thinking"], ["reasoning_content", "reasoning"]]
+)
+def test_thoughts_of_an_answer_are_written_or_refused_by_name(names):
+    raw = with_thought(**dict.fromkeys(names, "21. "))
+    assert with_template(THINKS).decode(tokens(THINKS + END, raw).rejected) == "21. Warm<eos>"
+    with pytest.raises(FeedbackFormatError, match=f"^f:1: field 'rejected': the assistant .* '{names[0]}', .*content"):
+        tokens(PLAIN + END, raw)
+
+
+def test_thoughts_under_a_name_that_the_template_does_not_read_are_refused_with_the_one_that_it_does():
+    with pytest.raises(FeedbackFormatError, match=r"has 'thought', .* rename it to 'reasoning_content'"):
+        tokens(THINKS + END, with_thought(thought="21. "))
+
+
+def test_thoughts_of_earlier_turns_may_be_left_out_as_templates_do_on_purpose():
+    earlier = {"role": "assistant", "content": "Warm", "thinking": "It is 21."}
+    ask = {"role": "user", "content": "How warm?"}
+    assert len(tokens(PLAIN + END, row(prompt=[ask, earlier, ask], tools=None)).prompt)
+
+
 def test_tools_of_a_plain_prompt_are_written_by_the_chat_template_too():
     raw = row(prompt="How warm?", chosen="Warm", rejected="?")
     text = with_template(KNOWS_TOOLS).apply_chat_template(
