@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 import mmap
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
+from lightning.pytorch import callbacks
 from torch import Tensor
 
+from prlhf_lightning.checkpoint_entry import KEY
+
+#: The keys that lead to a text in a checkpoint, from the outermost.
+Place: TypeAlias = tuple[str, ...]
+
 _LEAST_BYTES = 8  # fewer occur in other numbers by chance
+# Parts that Lightning writes: names of weights, counts and settings.
+_WITHOUT_USERS = {"state_dict", "loops", "optimizer_states", "lr_schedulers"}
+_WITHOUT_USERS |= {"hparams_name", "hparams_type", "hyper_parameters", "datamodule_hyper_parameters"}
+_WITHOUT_USERS |= {"pytorch-lightning_version", "native_amp_scaling_state", "MixedPrecision"}
+# Callbacks of this package that keep something in checkpoints.
+_CALLBACKS = {"BestAndLast", "CollapseMonitor"}
 
 
 def id_bytes(user_id: str) -> bytes:
@@ -46,16 +59,32 @@ def occurs(path: Path, patterns: Sequence[bytes]) -> list[bool]:
         return [content.find(pattern) >= 0 for pattern in patterns]
 
 
-def texts(content: Any) -> Iterator[str]:
-    """Yield every text in what a checkpoint holds, keys and settings included."""
+def texts(content: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
+    """Yield every text in what a checkpoint holds, keys and settings included, each with the keys that lead to it."""
     if isinstance(content, str):
-        yield content
+        yield place, content
     elif isinstance(content, Mapping):
         for key, value in content.items():
-            yield from texts(key)
-            yield from texts(value)
+            below = (*place, str(key))
+            yield from texts(key, below)
+            yield from texts(value, below)
     elif isinstance(content, list | tuple | set | frozenset):
-        for value in content:
-            yield from texts(value)
+        for number, value in enumerate(content):
+            yield from texts(value, (*place, str(number)))
     elif hasattr(content, "__dict__") and not isinstance(content, Tensor):
-        yield from texts(vars(content))
+        yield from texts(vars(content), place)
+
+
+def is_of_no_user(place: Place) -> bool:
+    """Return whether what stands at a place of a checkpoint is a name or a setting, the same whoever the users are.
+
+    So are the names of the checkpoint's parts, and what Lightning and this package keep in them, but for the list of
+    users. A part that is not known may hold anything, as may the state of a callback of somebody else.
+    """
+    part, *below = place
+    if not below or part in _WITHOUT_USERS:
+        return True
+    if part == "callbacks":
+        name = re.match(r"\w*", below[0])[0]  # type: ignore[index]  # it matches always
+        return name in _CALLBACKS or hasattr(callbacks, name)
+    return part == KEY and (below == ["users"] or below[0] != "users")

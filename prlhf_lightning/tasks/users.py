@@ -18,7 +18,7 @@ from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.terminal import printable
-from prlhf_lightning.tasks.traces import id_bytes, occurs, texts, vector_bytes, written_forms
+from prlhf_lightning.tasks.traces import id_bytes, is_of_no_user, occurs, texts, vector_bytes, written_forms
 from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 
 _NEAREST = 5
@@ -111,14 +111,35 @@ def remove(
     if all and output:
         raise ConfigurationError("output: `--all true` changes each checkpoint of the folder in place; leave it out.")
     folder, targets = _targets(model, all)
-    known = {path: _open(path).vocabulary for path in targets}
+    known: dict[Path, UserVocabulary] = {}
+    failed: dict[Path, str] = {}
+    for path in targets:
+        try:
+            known[path] = _open(path).vocabulary
+        except PRLHFError as error:
+            if not all:
+                raise
+            failed[path] = str(error)
     require_known(
         user_ids, UserVocabulary(dict.fromkeys(one for vocabulary in known.values() for one in vocabulary.ids))
     )
     for path, vocabulary in known.items():
-        if here := [user_id for user_id in user_ids if user_id in vocabulary]:
+        here = [user_id for user_id in user_ids if user_id in vocabulary]
+        if not here:
+            print(f"{path}: holds none of them")
+            continue
+        try:
             _erase(path, output or path, here)
+        except PRLHFError as error:  # the other files are not to wait for this one
+            failed[path] = str(error)
+    for path, why in failed.items():
+        print(f"{path}: NOT DONE: {printable(why)}")
     _report_elsewhere(folder, output or targets[0], user_ids)
+    if failed:
+        reasons = "\n".join(failed.values())
+        raise ConfigurationError(
+            reasons if len(targets) == 1 else f"{len(failed)} of {len(targets)} files are not done:\n{reasons}"
+        )
 
 
 def export(model: Path, output: Path) -> None:
@@ -221,11 +242,15 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     for user_id, row in rows_of.items():
         vectors = vector_bytes([table[row] for table in before.remembered()], others)
         has_id, *has_vectors = occurs(target, [id_bytes(user_id), *vectors])
-        longer = sorted({text for text in written if user_id in text})
+        longer = sorted({text for _, text in written if user_id in text and user_id != text})
+        places = list(dict.fromkeys(place for place, text in written if text == user_id))
+        foreign = [".".join(place) for place in places if not is_of_no_user(place)]
         said = "nothing left"
-        if user_id in longer or any(has_vectors):
-            said = "STILL THERE"
+        if foreign or any(has_vectors):
+            said = "STILL THERE" + (f", in {_listed(foreign)}" if foreign else "")
             left.append(user_id)
+        elif places:
+            said += f"; the same letters are a name or a setting: {_listed(['.'.join(place) for place in places])}"
         elif longer:
             said += f"; its letters are also a part of {_listed(longer)}"
         elif has_id:

@@ -229,13 +229,43 @@ def test_letters_that_are_part_of_another_id_are_told_from_the_user(plain, capsy
     assert "eve and 0 vectors: nothing left; its letters are also a part of evelyn" in capsys.readouterr().out
 
 
-def test_a_trace_that_stays_is_an_error(plain, capsys):
+WORDS_OF_CHECKPOINTS = ["model", "epoch", "state_dict", "user_model", "optimizer_states", "name", "users", "policy"]
+
+
+def test_ids_that_are_also_words_of_a_checkpoint_are_erased_from_all_files(model_path, tmp_path, capsys):
+    trainer, _ = fit(model_path, tmp_path, IndividualUserModel(2), dict.fromkeys(["ann", *WORDS_OF_CHECKPOINTS], 4))
+    folder = tmp_path / "run/checkpoints"
+    for name in ("last.ckpt", "best.ckpt"):
+        trainer.save_checkpoint(folder / name)
+    run("remove", "--model", tmp_path / "run", "--all", "true", "--user", "ann", *WORDS_OF_CHECKPOINTS[:-1])
+    for path in folder.iterdir():
+        assert of(path).vocabulary.ids == ("policy",)
+    assert "epoch and 3 vectors: nothing left; the same letters are a name" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("notes", {"favourites": [CARLA]}), ("notes", {CARLA: 1}), ("callbacks", {"Votes": {CARLA: 1}})],
+)
+def test_what_a_module_or_callback_of_ones_own_keeps_of_a_user_is_found(plain, capsys, key, value):
     content = checkpoint_files.load(plain)
-    content["notes"] = {"favourites": [CARLA]}
+    content[key] = value
     checkpoint_files.save(content, plain)
     with pytest.raises(SystemExit, match="still holds carla"):
         run("remove", "--model", plain, "--user", CARLA)
-    assert "STILL THERE" in capsys.readouterr().out
+    assert f"STILL THERE, in {key}." in capsys.readouterr().out
+
+
+def test_a_file_that_can_not_be_done_does_not_keep_users_in_the_others(plain, tmp_path, capsys):
+    folder, content = tmp_path / "run/checkpoints", checkpoint_files.load(plain)
+    for name, notes in {"last.ckpt": {}, "best.ckpt": {"favourites": CARLA}, "bad.ckpt": {}, "c.ckpt": {}}.items():
+        checkpoint_files.save({**content, "notes": notes}, folder / name)
+    (folder / "bad.ckpt").write_bytes((folder / "bad.ckpt").read_bytes()[:-1])
+    with pytest.raises(SystemExit, match=r"(?s)^error: 2 of 4 files are not done:.*bad.ckpt.*best.ckpt still holds"):
+        run("remove", "--model", tmp_path / "run", "--user", CARLA, "--all", "true")
+    assert f"{folder / 'bad.ckpt'}: NOT DONE" in capsys.readouterr().out
+    for name in ("last.ckpt", "best.ckpt", "c.ckpt"):
+        assert CARLA not in of(folder / name).vocabulary
 
 
 def test_a_slice_of_a_table_would_be_found_out(plain, monkeypatch, capsys):
