@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from prlhf_lightning.chat_probes import ANSWER, QUESTION, rendered
 from prlhf_lightning.errors import ConfigurationError
-
-# Stand for a question and an answer in a conversation; no template has them in its own text, or changes them.
-_QUESTION, _ANSWER = "Qzquestion7", "Azanswer7"
 
 
 def end_token_ids(
@@ -78,31 +75,17 @@ def _specials_after_answer(
     tokenizer: PreTrainedTokenizerBase, specials: dict[str, int], goes_on: bool
 ) -> Iterator[int]:
     """Yield the special tokens that directly follow an assistant's message; white space may stand before the first."""
-    text = _rendered(tokenizer, goes_on)
-    start = text.rfind(_ANSWER)
+    turns = [("user", QUESTION), ("assistant", ANSWER), *([("user", QUESTION)] if goes_on else [])]
+    text = rendered(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    start = text.rfind(ANSWER)
     if start < 0 or not specials:
         return
-    rest = text[start + len(_ANSWER) :].lstrip()
+    rest = text[start + len(ANSWER) :].lstrip()
     longest_first = sorted(specials, key=len, reverse=True)
     pattern = re.compile("|".join(map(re.escape, longest_first)))
     while match := pattern.match(rest):
         yield specials[match[0]]
         rest = rest[match.end() :]
-
-
-def _rendered(tokenizer: PreTrainedTokenizerBase, goes_on: bool) -> str:
-    """Return a conversation as the chat template writes it; nothing where the template refuses it."""
-    turns = [("user", _QUESTION), ("assistant", _ANSWER), *([("user", _QUESTION)] if goes_on else [])]
-    as_text: list[dict[str, Any]] = [{"role": role, "content": text} for role, text in turns]
-    as_parts = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
-    for messages in (as_text, as_parts):  # templates of multimodal models take parts only
-        try:
-            text = str(tokenizer.apply_chat_template(messages, tokenize=False))
-        except Exception:  # templates raise whatever their authors chose
-            continue
-        if _ANSWER in text:
-            return text
-    return ""
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:

@@ -36,6 +36,7 @@ PARTS = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}"
     "{% if part.type == 'text' %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
 )
+ASKS_FOR_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('No system message.') }}{% endif %}" + CHATML
 REFUSING = "{{ raise_exception('Nothing fits this template.') }}"
 ORDINARY = "{% for m in messages %}### {{ m.role }}: {{ m.content }}\n{% endfor %}"
 
@@ -60,11 +61,24 @@ def tokenizer(template, *special, bos="<s>", eos="</s>", plain=()):
         (PHI, ["<|user|>", "<|assistant|>", "<|end|>"], (1, 4)),
         (GLM, ["<|user|>", "<|assistant|>"], (1, 2)),
         (PARTS, ["<|im_start|>", "<|im_end|>"], (1, 3)),
+        (ASKS_FOR_SYSTEM, ["<|im_start|>", "<|im_end|>"], (1, 3)),
         (None, ["<|im_end|>"], (1,)),
         (REFUSING, ["<|im_end|>"], (1,)),
         (ORDINARY, [], (1,)),
     ],
-    ids=["chatml", "llama-2", "llama-3", "gemma", "phi", "glm", "parts", "no template", "refusing", "ordinary text"],
+    ids=[
+        "chatml",
+        "llama-2",
+        "llama-3",
+        "gemma",
+        "phi",
+        "glm",
+        "parts",
+        "system",
+        "no template",
+        "refusing",
+        "ordinary text",
+    ],
 )
 def test_the_end_of_a_turn_is_found_in_the_template(template, special, ends):
     assert end_token_ids(tokenizer(template, *special)) == ends

@@ -19,6 +19,7 @@ LEAVES = {
     "files",
     "places",
     "modes",
+    "chat_probes",
     "end_tokens",
     "model_files",
     "sqlite_file",
@@ -33,7 +34,7 @@ TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
-    "end_tokens": {"errors"},
+    "end_tokens": {"errors", "chat_probes"},
     "sqlite_file": {"errors", "files"},
     "export_checksums": {"errors"},
     "places": {"errors", "model_files"},

@@ -170,6 +170,22 @@ DEEPSEEK_R1 = (
     "{{ '<｜Assistant｜>' + content + '<｜end▁of▁sentence｜>' }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
 )
+#: Earlier answers get an empty thought, and what a tool answers stands in a user's turn.
+GLM_4_5 = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% set thought = '' %}{% set content = m.content %}"
+    "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1] %}"
+    "{% set content = content.split('</think>')[-1] %}{% endif %}"
+    "{% if not loop.last %}{% set thought = '' %}{% endif %}"
+    "{{ '<|im_start|>assistant\n<think>' + thought + '</think>' + content + '<|im_end|>\n' }}"
+    "{% elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>' + m.content + '</tool_response><|im_end|>\n' }}"
+    "{% else %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MISTRAL_SMALL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}"
+    "{% elif m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}"
+    "{% else %}{{ m.content + eos_token }}{% endif %}{% endfor %}"
+)
 VICUNA = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ m.content + ' ' }}"
     "{% elif m.role == 'user' %}{{ 'USER: ' + m.content + ' ' }}"
@@ -203,6 +219,7 @@ STABLELM = (
     "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content | trim + eos_token + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
+_QWEN_ADDED = ("<think>", "</think>", "<tool_response>", "</tool_response>")
 _COMMAND_R = ("START_OF_TURN", "END_OF_TURN", "USER", "SYSTEM", "CHATBOT")
 _CHATML_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 _SPM = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
@@ -224,6 +241,12 @@ FAMILIES = {
         True,
     ),
     "mistral-1": (lambda: sentencepiece("first"), _SPM, MISTRAL_1, False),
+    "mistral-small": (
+        lambda: sentencepiece("first", added=["[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"]),
+        _SPM,
+        MISTRAL_SMALL,
+        True,
+    ),
     "mistral-3": (lambda: sentencepiece("first", added=["[INST]", "[/INST]"]), _SPM, MISTRAL_3, False),
     "gemma": (
         lambda: byte_level(["<pad>", "<eos>", "<bos>", "<start_of_turn>", "<end_of_turn>"], bos="<bos>"),
@@ -244,7 +267,7 @@ FAMILIES = {
         True,
     ),
     "qwen-3": (
-        lambda: byte_level(_CHATML_TOKENS, split=GPT4_SPLIT, ordinary=("<think>", "</think>")),
+        lambda: byte_level(_CHATML_TOKENS, split=GPT4_SPLIT, ordinary=_QWEN_ADDED),
         {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
         QWEN_3,
         True,
