@@ -9,10 +9,11 @@ from __future__ import annotations
 import ast
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
-from prlhf_lightning.data.roles import standard_role
+from prlhf_lightning.data.roles import is_role, standard_role
 from prlhf_lightning.errors import FeedbackFormatError
 
 Message: TypeAlias = dict[str, Any]
@@ -26,10 +27,17 @@ THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan"
 EXTRAS = ("tool_calls", "tool_call_id", "name", "function_call", *THOUGHTS)
 _CALLS = ("tool_calls", "function_call")
 _FIX = 'each message is {"role": "user" or "assistant" or "system", "content": "..."}, both strings'
+# Names of the role and the content of a message in other formats, in any case; read where the role is one.
+_ROLE_NAMES = ("role", "from", "speaker", "author", "sender")
+_CONTENT_NAMES = ("content", "value", "text", "message", "parts")
+_LISTS = ("messages", "conversations", "conversation", "contents")
 # Text that can be messages written out, and text that cannot be meant as anything else.
-_WRITTEN = re.compile(r"""\s*(?:\[\s*)?\{.*?['"](?:role|from|messages|conversations?)['"]\s*:""", re.DOTALL)
-_SURELY_WRITTEN = re.compile(r"""\s*\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""")
-_LISTS = ("messages", "conversations", "conversation")
+_HOLDERS = "|".join((*_ROLE_NAMES, *_LISTS, "message", "choices", "candidates", "output", "content"))
+_WRITTEN = re.compile(
+    rf"""\s*(?:\[\s*)?(?:\{{.*?['"](?:{_HOLDERS})['"]\s*:|[\[(]\s*['"]\w+['"]\s*,)""", re.DOTALL | re.IGNORECASE
+)
+_WRITTEN_TWICE = re.compile(r"""\s*"\s*[\[{]""")
+_SURELY_WRITTEN = re.compile(r"""\s*(?:array\(\s*)?\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""", re.IGNORECASE)
 
 
 def fail(where: str, field: str, problem: str) -> NoReturn:
@@ -63,7 +71,7 @@ def read_text(value: Any, where: str, field: str) -> Text:
             return value
         value = written
     if isinstance(value, Mapping):
-        value = _inner_list(value)
+        value = _inner_list(value, where, field)
     if not isinstance(value, list):
         fail(where, field, f"is of type {type(value).__name__}; write a string or a list of messages")
     if not value:
@@ -114,11 +122,17 @@ def is_blank(message: Message) -> bool:
 
 def _read_written(text: str, where: str, field: str) -> Any:
     """Return the messages that a string spells out as JSON or as Python prints them; None for any other string."""
-    if not text[:1].isspace() and text[:1] not in ("[", "{"):  # most texts
+    if not text[:1].isspace() and text[:1] not in ("[", "{", '"', "\ufeff", "a"):  # most texts
         return None
-    if not _WRITTEN.match(text):
+    text = text.lstrip().removeprefix("\ufeff")
+    if _WRITTEN_TWICE.match(text):
+        once = _literal(text)
+        return _read_written(once, where, field) if isinstance(once, str) else None
+    if not _WRITTEN.match(text) and not _SURELY_WRITTEN.match(text):
         return None
     value = _literal(text)
+    if value is None:
+        value = _json_lines(text)
     if value is None:
         if _SURELY_WRITTEN.match(text):
             fail(
@@ -128,10 +142,30 @@ def _read_written(text: str, where: str, field: str) -> Any:
                 "for one, are printed without commas); write it with json.dumps(messages), or use JSON Lines",
             )
         return None
-    messages = _inner_list(value) if isinstance(value, dict) else value
+    messages = _inner_list(value, where, field) if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages:
         return None
-    return messages if all(isinstance(one, dict) and _is_message(one) for one in messages) else None
+    standard = [_standard(one) for one in messages]
+    if all(isinstance(one, dict) and _is_message(one) for one in standard):
+        return messages
+    if all(isinstance(one, dict) and _is_like_message(one) for one in messages):
+        names = ", ".join(repr(str(name)[:20]) for name in list(messages[0])[:4])
+        warnings.warn(
+            f"Field {field!r} holds text that is JSON of objects with {names}, which are no messages that can be told "
+            "for sure, and stays text. If it is a conversation, write it as a list of messages: "
+            '{"role": "user" or "assistant" or "system", "content": "..."}.',
+            stacklevel=3,
+        )
+    return None
+
+
+def _json_lines(text: str) -> list[Any] | None:
+    """Return the objects that the lines of a text spell as JSON, if each does."""
+    try:
+        found = [json.loads(line) for line in text.splitlines() if line.strip()]
+    except (ValueError, RecursionError):
+        return None
+    return found if all(isinstance(one, dict) for one in found) else None
 
 
 def _literal(text: str) -> Any:
@@ -146,11 +180,33 @@ def _literal(text: str) -> Any:
         return None
 
 
-def _inner_list(value: Mapping[str, Any]) -> Any:
-    """Return the messages of an object that holds a list of them, or that is one itself."""
+def _inner_list(value: Mapping[str, Any], where: str, field: str) -> Any:
+    """Return the messages of an object that holds a list of them, or that is one itself.
+
+    What programs get from the chat interfaces of OpenAI, Ollama and Gemini holds one message, too.
+    """
     for name in _LISTS:
         if isinstance(value.get(name), list):
             return value[name]
+    for name, inner in (("choices", "message"), ("candidates", "content")):
+        answers = value.get(name)
+        if not isinstance(answers, list) or not answers or not all(isinstance(one, Mapping) for one in answers):
+            continue
+        if all(isinstance(one.get(inner), Mapping) for one in answers):
+            messages = [one[inner] for one in answers]
+        elif all(isinstance(one.get("text"), str) for one in answers):
+            messages = [{"role": "assistant", "content": one["text"]} for one in answers]
+        else:
+            continue
+        if len(messages) > 1:
+            fail(where, field, f"is an API's response with {len(messages)} {name}; keep the one that is meant")
+        return messages
+    if isinstance(value.get("output"), list):  # of OpenAI's responses, beside reasoning
+        said = [one for one in value["output"] if isinstance(one, Mapping) and one.get("type") == "message"]
+        if said:
+            return said
+    if isinstance(value.get("message"), Mapping) and "role" in value["message"]:
+        return [value["message"]]
     return [value]
 
 
@@ -160,13 +216,32 @@ def _is_message(value: Mapping[str, Any]) -> bool:
     )
 
 
+def _is_like_message(value: Mapping[str, Any]) -> bool:
+    """Return whether an object has the keys of a message, of whatever format, though not its role."""
+    names = {str(name).lower() for name in value}
+    return not names.isdisjoint(_ROLE_NAMES) and not names.isdisjoint(_CONTENT_NAMES)
+
+
+def _standard(raw: Any) -> Any:
+    """Return a message of another format by the names `role` and `content`; all else as it is."""
+    if isinstance(raw, list | tuple) and len(raw) == 2 and is_role(raw[0]) and isinstance(raw[1], str):
+        return {"role": raw[0], "content": raw[1]}
+    if not isinstance(raw, Mapping) or ("role" in raw and "content" in raw):
+        return raw
+    if "from" in raw and "value" in raw and "role" not in raw:  # ShareGPT
+        return {**raw, "role": raw["from"], "content": raw["value"]}
+    if any(raw.get(name) for name in _CALLS):
+        return raw
+    by_name = {str(name).lower(): item for name, item in raw.items()}
+    role = next((by_name[name] for name in _ROLE_NAMES if name in by_name), None)
+    content = next((name for name in _CONTENT_NAMES if name in by_name), None)
+    return {**raw, "role": role, "content": by_name[content]} if is_role(role) and content else raw
+
+
 def _message(raw: Any, number: int, where: str, field: str) -> Message:
+    raw = _standard(raw)
     if not isinstance(raw, Mapping):
         fail(where, field, f"message {number} is of type {type(raw).__name__}; {_FIX}")
-    if "from" in raw and "value" in raw and "role" not in raw:  # ShareGPT
-        raw = {**raw, "role": raw["from"], "content": raw["value"]}
-    elif "parts" in raw and "content" not in raw:  # Gemini
-        raw = {**raw, "content": raw["parts"]}
     extras = {name: raw[name] for name in EXTRAS if raw.get(name) not in (None, [], "")}
     if not isinstance(raw.get("role"), str):
         _not_a_string(raw, "role", number, where, field)

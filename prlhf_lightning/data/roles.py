@@ -12,6 +12,11 @@ _OTHER_NAMES = {
 }
 
 
+def is_role(name: object) -> bool:
+    """Return whether something is the name of a role, as chat templates know it or another name for it."""
+    return isinstance(name, str) and name.strip().lower() in {*_KNOWN, *_OTHER_NAMES}
+
+
 def standard_role(role: str) -> str:
     """Return a role by the name that chat templates know; warn of one that few of them know.
 

@@ -37,6 +37,63 @@ def test_other_texts_in_brackets_stay_texts(text):
     assert parse_record(row(chosen=text), "f:1").chosen == text
 
 
+def renamed(role, content):
+    return lambda one: {role: one["role"], content: one["content"]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        renamed("Role", "Content"),
+        renamed("from", "content"),
+        renamed("role", "value"),
+        renamed("speaker", "text"),
+        lambda one: [one["role"], one["content"]],
+    ],
+)
+@pytest.mark.parametrize("written", [list, json.dumps, lambda messages: json.dumps(json.dumps(messages))])
+def test_messages_of_other_formats_are_read_in_lists_and_in_texts_whose_roles_are_known(change, written):
+    prompt, chosen, rejected = (written([change(one)]) for one in (ASK, GOOD, BAD))
+    record = read(prompt=prompt, chosen=chosen, rejected=rejected)
+    assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
+
+
+def test_messages_may_be_json_lines_and_begin_with_a_byte_order_mark():
+    text = "\ufeff" + "\n".join(json.dumps(one) for one in (ASK, GOOD, ASK))
+    assert read(prompt=text).prompt == [ASK, GOOD, ASK]
+
+
+@pytest.mark.parametrize(
+    "response",
+    [
+        {"id": "x", "choices": [{"index": 0, "message": GOOD}]},
+        {"choices": [{"text": "one"}]},
+        {
+            "output": [
+                {"type": "reasoning"},
+                {"type": "message", **turn("assistant", [{"type": "output_text", "text": "one"}])},
+            ]
+        },
+        {"model": "m", "message": GOOD, "done": True},
+        {"candidates": [{"content": {"role": "model", "parts": [{"text": "one"}]}}]},
+    ],
+    ids=["chat completion", "completion", "response", "ollama", "gemini"],
+)
+def test_responses_of_apis_are_the_message_that_they_hold(response):
+    assert read(chosen=response).chosen == read(chosen=json.dumps(response)).chosen == [GOOD]
+
+
+def test_a_response_with_several_choices_is_refused():
+    with pytest.raises(FeedbackFormatError, match="f:1: field 'chosen' is an API's response with 2 choices; keep"):
+        read(chosen=json.dumps({"choices": [{"message": GOOD}, {"message": BAD}]}))
+
+
+def test_text_with_the_keys_of_messages_but_no_known_roles_stays_text_and_is_told():
+    text = json.dumps([{"speaker": "Hamlet", "text": "To be"}])
+    with pytest.warns(UserWarning, match="Field 'chosen' holds text that is JSON of objects with 'speaker', 'text'"):
+        assert parse_record(row(chosen=text), "f:1").chosen == text
+
+
 def test_messages_as_numpy_prints_them_are_refused_with_the_fix():
     text = "[{'role': 'user', 'content': 'Hi'}\n {'role': 'assistant', 'content': 'one'}]"
     with pytest.raises(FeedbackFormatError, match=r"f:1: field 'chosen' looks like a list .* json.dumps"):
