@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.data.conversations import THOUGHTS
 from prlhf_lightning.data.escaped_tokens import TokenEscaper, unescaped
 from prlhf_lightning.data.records import FeedbackRecord, Message, Text
 from prlhf_lightning.data.template_args import on_day
@@ -18,7 +19,8 @@ from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
 from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
-_OPEN = re.compile(r"(<\w+>|\[\w+\])\s*\Z")  # the start of a thought
+_OPEN = re.compile(r"(<[\w:]+>|\[\w+\])\s*\Z")  # the start of a thought
+_CLOSED = re.compile(r"(?:<([\w:]+)>\s*(</\1>)|\[(\w+)\]\s*(\[/\3\]))\s*\Z")  # a thought that is empty
 _ANOTHER_QUESTION, _ANOTHER_ANSWER = "Qzquestion7", "Azanswer7"  # which no template has in its own text, or changes
 
 
@@ -193,6 +195,8 @@ class Renderer:
 
     def _answer(self, prompt: str, messages: list[Message], where: str, field: str, tools: Tools) -> str:
         """Return what the template writes for the last message after the prompt, up to the token that ends it."""
+        if closed := _CLOSED.search(prompt):
+            messages = [*messages[:-1], _without_thought(messages[-1], closed[2] or closed[4])]
         whole = self._chat(messages, where, field, add_generation_prompt=False, tools=tools)
         # What stands before was checked with the prompt, where all of it must be written.
         self._coverage.check(messages, tools, where, ["prompt"] * (len(messages) - 1) + [field], only_last=True)
@@ -252,6 +256,22 @@ class Renderer:
             stacklevel=2,
         )
         return text
+
+
+def _without_thought(answer: Message, closing: str) -> Message:
+    """Return an answer without its thought, which ends in `closing` if it stands in the content."""
+    content = answer["content"]
+    without = {name: value for name, value in answer.items() if name not in THOUGHTS}
+    if content and closing in content:
+        without["content"] = content.rpartition(closing)[2].lstrip("\n")
+    if without != answer:
+        warnings.warn(
+            f"The chat template ends prompts in an empty thought ({closing!r}), so the thoughts of answers are left "
+            "out. To train on thoughts, turn them on if the template can (chat_template_args, such as "
+            "{enable_thinking: true}).",
+            stacklevel=2,
+        )
+    return without
 
 
 def _after_question(text: str) -> str:

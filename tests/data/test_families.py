@@ -112,6 +112,17 @@ def test_answers_follow_the_thought_although_the_last_message_stands_in_the_temp
     assert tokenizer.decode(row.chosen) == "hm\n</think>\n\nsleep" + tokenizer.eos_token
 
 
+@pytest.mark.parametrize("answer", ["<think>\nhm\n</think>\n\nsleep", "hm</think>sleep"])
+def test_thoughts_are_left_out_after_prompts_that_close_an_empty_one_which_is_told(answer):
+    tokenizer, off = family("qwen-3"), {"enable_thinking": False}
+    with pytest.warns(UserWarning, match="ends prompts in an empty thought"):
+        row = encode(tokenizer, conversation([QUESTION], answer), chat_template_args=off)
+    whole = templated(tokenizer, [QUESTION, {"role": "assistant", "content": "sleep"}], **off)
+    assert row.prompt.tolist() == templated(tokenizer, [QUESTION], add_generation_prompt=True, **off)
+    assert [*row.prompt, *row.chosen] == whole[: len(row.prompt) + len(row.chosen)]
+    assert tokenizer.decode(row.chosen) == "sleep" + tokenizer.eos_token
+
+
 def test_an_answer_without_the_thought_that_the_prompt_opens_is_told():
     tokenizer = family("deepseek-v3", DEEPSEEK_R1)
     with pytest.warns(UserWarning, match=r"ends prompts in '<think>', and answers without '</think>'"):
