@@ -41,10 +41,26 @@ class Kind:
         return self.name
 
 
+class _GivenTwice(yaml.constructor.ConstructorError):  # type: ignore[misc]
+    """A mapping has a key twice."""
+
+
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
     """Reads every plain scalar as a string, but for `null`: 007, 1e3, yes and 2024-01-01 stay what they are."""
 
     yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        """Return a mapping; one with a key twice is refused, since YAML would drop what stands first."""
+        seen = set()
+        for key_node, _ in node.value:
+            key = _spelled(self.construct_object(key_node, deep=True))
+            if isinstance(key, str) and key in seen:
+                raise _GivenTwice(None, None, f"{key!r} is given twice", key_node.start_mark)
+            if isinstance(key, str):
+                seen.add(key)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
 
 
 def load(text: str) -> Any:
@@ -111,6 +127,8 @@ def _mapping(value: Any) -> dict[str, Any]:
     if isinstance(value, str):
         try:
             value = load(value)
+        except _GivenTwice as error:
+            raise NotText(f"{value!r}: {error.problem}") from error
         except yaml.YAMLError as error:
             raise NotText(
                 f"{value!r} can't be read as {{name: value, ...}}; put names with other signs in quotes, as in "
@@ -175,3 +193,37 @@ def joined(words: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
         else:
             result.append(f"{option}={value if has_value else rest.pop(0)}")
     return result + [f"{option}={_MARK}{json.dumps(values)}" if values else option for option, values in lists.items()]
+
+
+def given_twice(words: Sequence[str], kinds: Mapping[str, Kind]) -> str | None:
+    """Return what to say of a list that is given in several places, of which only the last would count, or None.
+
+    Args:
+        words: Words of the command line, with configurations as `--config FILE`.
+        kinds: How text options are read, by their names, such as `--user`.
+    """
+    places: dict[str, list[str]] = {option: [] for option, kind in kinds.items() if kind is TEXTS}
+    for number, word in enumerate(words):
+        option, has_value, value = word.partition("=")
+        if option == "--config" and (has_value or number + 1 < len(words)):
+            file = value if has_value else words[number + 1]
+            for key in _keys(file):
+                places.get(f"--{key}", []).append(file)
+        elif (option := option.removesuffix("+")) in places and "the command line" not in places[option]:
+            places[option].append("the command line")
+    for option, found in places.items():
+        if len(found) > 1:
+            return f"{option} is given in {' and in '.join(found)}; only the last would count, so give all in one place"
+    return None
+
+
+def _keys(file: str) -> list[str]:
+    """Return which options a configuration sets; none if it can't be read, which the parser then says."""
+    try:
+        content = load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        try:
+            content = load(file)  # jsonargparse takes the YAML itself too
+        except yaml.YAMLError:
+            return []
+    return [key for key, value in content.items() if value is not None] if isinstance(content, dict) else []

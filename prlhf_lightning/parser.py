@@ -87,6 +87,8 @@ class TaskParser(Explaining):
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse words, of which text keeps every sign."""
         words = sys.argv[1:] if args is None else args
+        if twice := literals.given_twice(words, self._kinds or {}):
+            self.error(twice)
         return super().parse_args(literals.joined(words, self._kinds or {}), *others, **kwargs)
 
 

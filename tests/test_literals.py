@@ -69,7 +69,7 @@ def test_a_bare_word_of_a_configuration_is_text_too(tmp_path):
     path.write_text("user: 007\nprompt: null\ncount: null\n")
     got = parsed("--config", str(path))
     assert (got["user"], got["prompt"], got["count"]) == (["007"], None, None)  # null: as if not given
-    assert parsed("--config", str(path), "--user", "z")["user"] == ["z"]
+    assert parsed("--config", str(path), "--prompt", "z")["prompt"] == "z"
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,8 @@ def test_the_ids_of_a_blend_are_text(ids):
         (["--blend", "{[x]: 0.5, b: 0.5}"], "put names with other signs in quotes"),
         (["--blend", "{a: b}"], "must give each name a number"),
         (["--blend", "ann"], "must be a mapping"),
+        (["--blend", "{ann: 0.5, bob: 0.5, 'ann': 1}"], "'ann' is given twice"),
+        (["--blend", "{null: 0.5, 'null': 0.5}"], "'null' is given twice"),
         (["--prompt"], "--prompt: expected one argument"),
         (["--user", "--prompt", "x"], "--user: expected one argument"),
         (["--user", "\udcff"], "is not valid UTF-8"),
@@ -97,6 +99,36 @@ def test_what_is_no_text_is_named(words, says, capsys):
     with pytest.raises(SystemExit):
         parsed(*words)
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--config", "a.yaml", "--user", "bob"],
+        ["--user=bob", "--config=a.yaml"],
+        ["--config", "a.yaml", "--user+", "bob"],
+        ["--config", "a.yaml", "--config", "b.yaml"],
+    ],
+)
+def test_a_list_that_is_given_in_two_places_is_refused_and_not_cut_to_the_last(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("a.yaml").write_text("user: [ann]\n")
+    Path("b.yaml").write_text("user: bob\n")
+    with pytest.raises(SystemExit):
+        parsed(*words)
+    said = capsys.readouterr().err
+    assert "--user is given in" in said
+    assert "a.yaml" in said
+
+
+@pytest.mark.parametrize(
+    "text", ["user: [ann]\nuser: [bob]\n", "blend: {ann: 1, 'ann': 2}\n", '{"user": "a", "user": "b"}']
+)
+def test_a_configuration_with_a_key_twice_is_refused(text, capsys, tmp_path):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(SystemExit):
+        parsed("--config", str(tmp_path / "a.yaml"))
+    assert "is given twice" in capsys.readouterr().err
 
 
 def test_a_printed_configuration_is_read_back(capsys, tmp_path):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from lightning.pytorch import callbacks
 from torch import Tensor
 
 from prlhf_lightning.checkpoint_entry import KEY
@@ -85,6 +84,8 @@ def is_of_no_user(place: Place) -> bool:
     if not below or part in _WITHOUT_USERS:
         return True
     if part == "callbacks":
+        from lightning.pytorch import callbacks  # here, since it takes seconds that `--help` should not
+
         name = re.match(r"\w*", below[0])[0]  # type: ignore[index]  # it matches always
         return name in _CALLBACKS or hasattr(callbacks, name)
     return part == KEY and (below == ["users"] or below[0] != "users")
