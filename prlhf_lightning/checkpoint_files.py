@@ -61,6 +61,21 @@ def check(path: Path) -> None:
         raise DamagedCheckpointError(f"{path} is damaged, or no checkpoint: {reason}.")
 
 
+def origin(path: Path) -> dict[str, str]:
+    """Return what tells a checkpoint, or a folder that `export` wrote: its whole `path`, and its content's `digest`.
+
+    The digest of what is not there is empty. That of a sealed file is taken from its seal, without reading the rest.
+    """
+    file, digest = path / "prlhf.json" if path.is_dir() else path, ""
+    if file.is_file():
+        with file.open("rb") as stream:
+            stream.seek(-min(file.stat().st_size, _COMMENT), os.SEEK_END)
+            tail = stream.read()
+            is_sealed = tail.startswith(_MARK) and len(tail) == _COMMENT
+            digest = tail[-_DIGEST:].decode() if is_sealed else _digest(stream, file.stat().st_size).decode()
+    return {"path": str(path.absolute()), "digest": digest}
+
+
 def load(path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False) -> Any:
     """Return what a checkpoint holds, once it is known to be whole.
 

@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
+from prlhf_lightning import checkpoint_files
 from prlhf_lightning.callbacks import (
     BestAndLast,
     LogShortRuns,
@@ -39,7 +40,7 @@ from prlhf_lightning.paths import located
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.evaluation_table import evaluation_table
-from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
+from prlhf_lightning.tasks.last_checkpoint import is_start_of, last_checkpoint
 from prlhf_lightning.tasks.run_configuration import with_configuration_of_run
 from prlhf_lightning.tasks.terminal import plain_console
 from prlhf_lightning.training_stats import TrainingStats
@@ -138,9 +139,9 @@ class PRLHFCLI(LightningCLI):
             "--init_from",
             type=str | None,
             default=None,
-            help="Start fit from the weights and users of this checkpoint (or `last`, or an exported folder), with a "
-            "new optimizer and schedule: to train further on new votes, also of new users. To go on with a run that "
-            "was stopped, give --ckpt_path instead. See docs/checkpoints.md.",
+            help="Start fit from the weights and users of this checkpoint (or its run's folder, `last`, or an exported "
+            "folder), with a new optimizer and schedule: to train further on new votes, also of new users. To go on "
+            "with a run that was stopped, give --ckpt_path instead. See docs/checkpoints.md.",
         )
 
     def before_instantiate_classes(self) -> None:
@@ -166,16 +167,12 @@ class PRLHFCLI(LightningCLI):
         """
         given = self.config[self.config.subcommand]
         roots = folders_of_runs(given.trainer.default_root_dir or _RUNS, given.trainer.logger)
+        source = None
+        if given.init_from and self.config.subcommand == "fit":
+            given.init_from = _start_of_run(given.init_from, given.ckpt_path == "last", roots)
+            source = checkpoint_files.origin(Path(given.init_from))
         if given.ckpt_path == "last":
-            given.ckpt_path = self._last_checkpoint(*roots)
-        if given.init_from == "last" and self.config.subcommand == "fit":
-            given.init_from = last_checkpoint(*roots)
-            if given.init_from is None:
-                raise ConfigurationError(
-                    f"init_from: there is no checkpoint of any run in {_listed(roots)}; name one by its path."
-                )
-        if given.init_from:  # whole, as the run's configuration is kept in another folder
-            given.init_from = str(Path(given.init_from).expanduser().absolute())
+            given.ckpt_path = self._last_checkpoint(roots, source)
         if given.ckpt_path and Path(given.ckpt_path).is_dir():
             given.ckpt_path = str(checkpoint_of(Path(given.ckpt_path), "ckpt_path"))
         path = str(given.ckpt_path or "")
@@ -184,14 +181,21 @@ class PRLHFCLI(LightningCLI):
         if not is_found_later:
             content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
             _warn_of_another_model(content, given.model.policy)
+            if source and content and not is_start_of(source, content):
+                rank_zero_warn(
+                    f"The run of ckpt_path {path} was not started from init_from {given.init_from}, as far as its "
+                    "checkpoint says: init_from is left out. To start a new run from it leave ckpt_path out."
+                )
 
-    def _last_checkpoint(self, *roots: Path) -> str | None:
+    def _last_checkpoint(self, roots: Sequence[Path], source: Mapping[str, str] | None) -> str | None:
         """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
-        path, root = last_checkpoint(*roots), _listed(roots)
+        path, root = last_checkpoint(*roots, started_from=source), _listed(roots)
         if path is None and self.config.subcommand != "fit":
             raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
         # Not an error, so that the same command begins a run and goes on with it.
-        rank_zero_info(f"Going on from {path}" if path else f"No run in {root} has a checkpoint yet: starting anew.")
+        began = f" that was started from {source['path']}" if source else ""
+        anew = f"No run in {root}{began} has a checkpoint yet: starting anew{' from it' if source else ''}."
+        rank_zero_info(f"Going on from {path}" if path else anew)
         return str(path) if path else None
 
     def after_validate(self) -> None:
@@ -225,8 +229,7 @@ class PRLHFCLI(LightningCLI):
                 "alone, and the model on earlier ones as well. Leave one of them out."
             )
         if given.ckpt_path:
-            rank_zero_info(f"init_from: {given.init_from} is where this run began; it goes on from {given.ckpt_path}.")
-            return
+            return  # of the same run, or with a warning
         self.model.start_from(given.init_from)
 
     def after_fit(self) -> None:
@@ -316,6 +319,29 @@ def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Pa
         "have learned nothing yet, or noise. See how far they are to be believed, and draw them to the generic user: "
         f"python -m prlhf_lightning {shlex.join(words)}"
     )
+
+
+def _start_of_run(given: str, goes_on: bool, roots: Sequence[Path]) -> str:
+    """Return the whole path of the checkpoint, or exported folder, that `init_from` names.
+
+    Args:
+        given: A path, that of a run's folder, or `last`.
+        goes_on: Whether the same command also goes on with the run that it starts (`--ckpt_path last`).
+        roots: Folders of runs.
+    """
+    if given == "last" and goes_on:
+        raise ConfigurationError(
+            "init_from: with --ckpt_path last, `last` may be the run to start from or the one that was started. Name "
+            "the checkpoint to start from by its path."
+        )
+    found = last_checkpoint(*roots) if given == "last" else Path(given).expanduser()
+    if found is None:
+        raise ConfigurationError(
+            f"init_from: there is no checkpoint of any run in {_listed(roots)}; name one by its path."
+        )
+    # Whole, as the run's configuration is kept in another folder.
+    is_exported = (found / "prlhf.json").is_file()
+    return str((found if is_exported else checkpoint_of(found, "init_from")).absolute())
 
 
 def _listed(folders: Iterable[Path]) -> str:

@@ -123,6 +123,7 @@ class PersonalizedLM(LightningModule):
         self._built_for: UserVocabulary | None = None
         self._width = 0  # of the policy's embeddings, once it is built
         self._warm_start: WarmStart | None = None
+        self._started_from: dict[str, str] | None = None  # kept in checkpoints, to tell runs of one start
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
         self._means = IntervalMeans()
@@ -141,8 +142,9 @@ class PersonalizedLM(LightningModule):
         contrast to this, `trainer.fit(..., ckpt_path=...)` goes on with the same training, its optimizer and its data.
 
         Args:
-            checkpoint: A file that `fit` wrote, or a folder that `export` wrote. If the folder holds a whole model,
-                that must be the policy's base model, and becomes the reference.
+            checkpoint: A file that `fit` wrote, the folder of its run (for the newest checkpoint in it), or a folder
+                that `export` wrote. If the latter holds a whole model, that must be the policy's base model, and
+                becomes the reference.
 
         Raises:
             ConfigurationError: There is no such checkpoint, or it was trained in another base model, with other
@@ -154,7 +156,7 @@ class PersonalizedLM(LightningModule):
             )
         warm_start = WarmStart.read(checkpoint)
         warm_start.check(self.policy, self.user_model)
-        self._warm_start = warm_start
+        self._warm_start, self._started_from = warm_start, dict(warm_start.origin)
 
     def setup(self, stage: str) -> None:
         """Take the users from the data, unless a checkpoint has brought its own."""
@@ -555,6 +557,8 @@ class PersonalizedLM(LightningModule):
         seed = torch.initial_seed() if self._seed is None else self._seed
         checkpoint_content.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
         checkpoint[KEY]["base"] = self.policy.base_identity()
+        if self._started_from is not None:
+            checkpoint[KEY]["started_from"] = self._started_from
         if (place := self._progress.entry(self.trainer) if self._trainer is not None else None) is not None:
             checkpoint[KEY]["place"] = place
             of_loss = self._progress.of_loss
@@ -565,7 +569,7 @@ class PersonalizedLM(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take over the checkpoint's users, and size the user model for them."""
         kept, users = entry_of(checkpoint), users_of(checkpoint)
-        self._seed = kept.get("seed")
+        self._seed, self._started_from = kept.get("seed"), kept.get("started_from")
         self._take_rendering(kept.get("tokenization") or {})
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(checkpoint, kept)

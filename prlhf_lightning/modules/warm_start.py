@@ -48,6 +48,7 @@ class WarmStart:
         user_model: The same of the user model.
         tokenization: How its rows became ids.
         base: `Policy.base_identity` of that policy, as far as known.
+        origin: `checkpoint_files.origin` of the source.
     """
 
     source: str
@@ -57,10 +58,14 @@ class WarmStart:
     user_model: Mapping[str, Any] = field(default_factory=dict)
     tokenization: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, str] | None = None
+    origin: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
         """Read a checkpoint, or a folder that `export` wrote; tensors of a checkpoint stay on disk until they are used.
+
+        Args:
+            path: The checkpoint, the folder of its run, or the folder that `export` wrote.
 
         Raises:
             ConfigurationError: There is no such file, or it was not written by this package.
@@ -69,8 +74,9 @@ class WarmStart:
         path = Path(path).expanduser()
         if (path / SETTINGS).is_file():
             return cls._of_folder(path)
+        path = checkpoint_files.checkpoint_of(path, "init_from")
         if path.is_dir():
-            found = checkpoint_files.newest_intact(path / "checkpoints") or checkpoint_files.newest_intact(path)
+            found = checkpoint_files.newest_intact(path)
             instead = f"its checkpoint {found}" if found else "a .ckpt file that `fit` wrote"
             raise ConfigurationError(f"init_from: {path} is no folder that `export` wrote; give {instead}.")
         if not path.is_file():
@@ -86,7 +92,8 @@ class WarmStart:
         # What a loss keeps belongs to its own training: the new one may have another loss.
         weights = {k: v for k, v in content["state_dict"].items() if k.startswith(("policy.", "user_model."))}
         policy, user_model = (settings.get(part) or {} for part in ("policy", "user_model"))
-        return cls(str(path), users, weights, policy, user_model, entry.get("tokenization") or {}, entry.get("base"))
+        rendered, origin = entry.get("tokenization") or {}, checkpoint_files.origin(path)
+        return cls(str(path), users, weights, policy, user_model, rendered, entry.get("base"), origin)
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
@@ -109,7 +116,8 @@ class WarmStart:
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigurationError(f"init_from: {folder} can't be read ({error}); export it again.") from error
         rendered = settings.get("tokenization") or {}
-        return cls(str(folder), users, weights, {"init_args": base}, user_model, rendered, identity)
+        origin = checkpoint_files.origin(folder)
+        return cls(str(folder), users, weights, {"init_args": base}, user_model, rendered, identity, origin)
 
     def check(self, policy: Policy, user_model: UserModel) -> None:
         """Refuse a policy or a user model other than that which the weights were trained in.

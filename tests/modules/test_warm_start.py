@@ -181,9 +181,35 @@ def test_settings_that_do_not_fit_are_named(run, tmp_path, words, told):
     assert all(part in str(stopped.value) for part in told)
 
 
-def test_a_folder_of_a_run_is_answered_with_its_checkpoint(run):
-    with pytest.raises(ConfigurationError, match=re.escape(f"give its checkpoint {run[1]}")):
-        make("builtin:byte-lm").start_from(run[1].parent.parent)
+@pytest.mark.parametrize("folder", [True, False])
+def test_the_last_run_to_go_on_with_is_one_of_the_same_start(run, tmp_path, folder, caplog):
+    caplog.set_level("INFO")
+    words, path = run
+    root = shutil.copytree(path.parent.parent.parent, tmp_path / "runs")
+    source = root / "version_0" if folder else root / "version_0/checkpoints/last.ckpt"
+    words = [*words, f"--data.source.train={write_votes(tmp_path / 'new.jsonl', {'bob': 12, 'zoe': 12})}"]
+    words += [f"--init_from={source}", "--ckpt_path=last", f"--trainer.default_root_dir={root}"]
+
+    def fit(version: int, *more: str) -> dict:
+        main([*words, *more])
+        return torch.load(root / f"version_{version}/checkpoints/last.ckpt", weights_only=True)
+
+    started, resumed = fit(1), fit(2, "--trainer.max_steps=3")
+    assert started["prlhf_lightning"]["users"] == resumed["prlhf_lightning"]["users"] == ["ann", "bob", "zoe"]
+    assert (started["global_step"], resumed["global_step"]) == (2, 3)
+    assert resumed["prlhf_lightning"]["started_from"] == started["prlhf_lightning"]["started_from"]
+    assert f"Going on from {root / 'version_1/checkpoints/last.ckpt'}" in caplog.text
+
+
+def test_two_meanings_of_last_in_one_command_are_refused(run):
+    with pytest.raises(SystemExit, match="init_from: with --ckpt_path last"):
+        main([*run[0], "--init_from=last", "--ckpt_path=last", f"--trainer.default_root_dir={run[1].parents[2]}"])
+
+
+def test_an_explicit_checkpoint_of_another_start_is_warned_of(run, tmp_path):
+    words = [*run[0], f"--init_from={run[1]}", f"--ckpt_path={run[1]}", f"--trainer.default_root_dir={tmp_path}"]
+    with pytest.warns(UserWarning, match="was not started from init_from"):
+        main(words)
 
 
 @pytest.mark.parametrize("adapters", [True, False])
