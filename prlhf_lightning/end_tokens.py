@@ -11,6 +11,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from prlhf_lightning.chat_probes import ANSWER, QUESTION, rendered
 from prlhf_lightning.errors import ConfigurationError
 
+_KEPT = "model_generation_config"  # the attribute of a tokenizer that holds the generation config of its model
+
 
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
@@ -24,14 +26,24 @@ def end_token_ids(
     Args:
         tokenizer: The model's tokenizer, with or without a chat template.
         generation_config: The base model's; its `eos_token_id` may be one token or a list. Ids that the tokenizer
-            lacks, such as -1, end nothing: they are left out with a warning.
+            lacks, such as -1, end nothing: they are left out with a warning. None takes the one that
+            `remember_ends` has kept with the tokenizer, if any.
 
     Raises:
         ConfigurationError: The generation config has something else than ids.
     """
-    found = [tokenizer.eos_token_id, *_configured(tokenizer, generation_config)]
+    config = generation_config or getattr(tokenizer, _KEPT, None)
+    found = [tokenizer.eos_token_id, *_configured(tokenizer, config)]
     known = [int(token) for token in found if token is not None]
     return tuple(dict.fromkeys([*known, *_turn_end(tokenizer, known)]))
+
+
+def remember_ends(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
+    """Keep a model's generation config with its tokenizer, so that all who encode answers end them as the model does.
+
+    A tokenizer that is saved to a folder does not keep it.
+    """
+    setattr(tokenizer, _KEPT, generation_config)
 
 
 def _configured(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:

@@ -9,10 +9,13 @@ import warnings
 import pytest
 import torch
 from chat_models import ANSWERS
+from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generation, PersonalizedWriter
 from prlhf_lightning.policies.generation_settings import end_tokens_only, not_applied
@@ -133,3 +136,17 @@ def test_an_end_token_that_is_no_id_is_refused_when_the_policy_is_built(model_pa
     assert policy.tokenizer
     with pytest.raises(ConfigurationError, match=r"eos_token_id in generation_config\.json"):
         policy.build()
+
+
+def test_rows_end_with_the_ends_of_the_generation_config_too(model_path, tmp_path):
+    folder = shutil.copytree(model_path, tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([AddedToken("<end>", special=False)])
+    tokenizer.save_pretrained(folder)
+    end = tokenizer.convert_tokens_to_ids("<end>")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [tokenizer.eos_token_id, end]}))
+    row = parse_record({"user_id": "a", "prompt": "x", "chosen": "Yes.<end>\n", "rejected": "No."}, "f:1")
+    policy = CausalLMPolicy(str(folder)).tokenizer
+    (ids,) = FeedbackTokenizer(policy, TokenizationSettings())([row], ["f:1"])
+    assert ids.chosen.tolist() == policy("Yes.<end>", add_special_tokens=False)["input_ids"]
+    assert tokenizer_identity(policy) != tokenizer_identity(tokenizer)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from prlhf_lightning.data.cache import FeedbackCache, Ties, TokenizedSplit
 from prlhf_lightning.data.census import Census, census_of, read_census
@@ -21,6 +22,7 @@ from prlhf_lightning.data.requests import Requests
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split, read
 from prlhf_lightning.data.stream import FeedbackStream, StreamedRows
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.end_tokens import remember_ends
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.places import loading
 from prlhf_lightning.types import Feedback
@@ -154,7 +156,10 @@ class PreparedFeedback:
             return self.tokenizer
         path = str(Path(self.tokenizer).expanduser())
         with loading(path, "tokenizer", f"tokenizer: {self.tokenizer!r}", "give a folder with one, or a hub name."):
-            return AutoTokenizer.from_pretrained(path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+        with suppress(OSError):  # a tokenizer may stand alone
+            remember_ends(tokenizer, GenerationConfig.from_pretrained(path))
+        return tokenizer
 
     @cached_property
     def _requests(self) -> dict[str, Requests]:

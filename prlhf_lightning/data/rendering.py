@@ -137,7 +137,10 @@ class Renderer:
     @cached_property
     def _ends(self) -> tuple[str, ...]:
         """The tokens that end an answer, as text."""
-        return tuple(self.tokenizer.convert_ids_to_tokens(list(end_token_ids(self.tokenizer))))
+        tokens = self.tokenizer.convert_ids_to_tokens(list(end_token_ids(self.tokenizer)))
+        # A word of the vocabulary that ends answers too is no text to look for.
+        known = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
+        return tuple(token for token in tokens if token in known)
 
     @cached_property
     def _end(self) -> re.Pattern[str]:

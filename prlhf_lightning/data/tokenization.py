@@ -331,6 +331,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "chat_template": tokenizer.chat_template,
+        "ends": end_token_ids(tokenizer),
     }
     if tokenizer.is_fast:
         # Padding and truncation are the last caller's, not the tokenizer's.

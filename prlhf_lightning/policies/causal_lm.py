@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from importlib.resources import files
@@ -28,7 +28,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prlhf_lightning.end_tokens import end_token_ids
+from prlhf_lightning.end_tokens import end_token_ids, remember_ends
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.places import loading
@@ -133,11 +133,13 @@ class CausalLMPolicy(Policy):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer, with EOS for padding where it has no padding token."""
+        """The model's own tokenizer, with EOS for padding where it has no padding token, and the model's end tokens."""
         with self._loading("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        with suppress(ConfigurationError):  # a folder that is not whole is refused when its weights are loaded
+            remember_ends(tokenizer, self.generation_config)
         if hasattr(self, "model"):
             self._check_vocabulary(tokenizer, self.lm)
         return tokenizer
