@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
 
 #: What people's texts may have that steers no terminal though it is no sign: line breaks, spaces, joiners of letters.
 LAYOUT = "\n\t\u00a0\u200c\u200d\u202f\u3000"
+
+_LISTED = 5
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -24,3 +27,8 @@ def printable(text: str, keep: str = "") -> str:
 def plain_console(**options: Any) -> Console:
     """Return a console for which a text is a text: neither rich's markup nor its names of emoji mean anything in it."""
     return Console(markup=False, emoji=False, highlight=False, **options)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Return the first few of some names in one line."""
+    return ", ".join(map(printable, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "")

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -35,6 +36,12 @@ def written_forms(user_id: str) -> list[bytes]:
     """Return an id as it stands in a file of any kind: as it is, and as CSV and JSON quote it."""
     as_json = (json.dumps(user_id, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
     return list(dict.fromkeys(map(id_bytes, (user_id, user_id.replace('"', '""'), *as_json))))
+
+
+def path_forms(user_id: str) -> list[str]:
+    """Return an id as it may stand in the name of a file or folder: as it is, and percent-encoded."""
+    encoded = quote(user_id, safe="", errors="surrogatepass")
+    return list(dict.fromkeys((user_id, encoded, encoded.replace(".", "%2E"))))
 
 
 def vector_bytes(vectors: Iterable[Tensor], others: Iterable[Tensor]) -> list[bytes]:

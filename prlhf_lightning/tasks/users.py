@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +16,9 @@ from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
-from prlhf_lightning.tasks.terminal import printable
-from prlhf_lightning.tasks.traces import id_bytes, is_of_no_user, occurs, texts, vector_bytes, written_forms
+from prlhf_lightning.tasks.other_copies import report_other_copies
+from prlhf_lightning.tasks.terminal import listed, printable
+from prlhf_lightning.tasks.traces import id_bytes, is_of_no_user, occurs, texts, vector_bytes
 from prlhf_lightning.tasks.user_rows import UserRows, rows_of
 
 _NEAREST = 5
@@ -134,7 +134,7 @@ def remove(
             failed[path] = str(error)
     for path, why in failed.items():
         print(f"{path}: NOT DONE: {printable(why)}")
-    _report_elsewhere(folder, output or targets[0], user_ids)
+    report_other_copies(folder, output or targets[0], user_ids)
     if failed:
         reasons = "\n".join(failed.values())
         raise ConfigurationError(
@@ -247,72 +247,14 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
         foreign = [".".join(place) for place in places if not is_of_no_user(place)]
         said = "nothing left"
         if foreign or any(has_vectors):
-            said = "STILL THERE" + (f", in {_listed(foreign)}" if foreign else "")
+            said = "STILL THERE" + (f", in {listed(foreign)}" if foreign else "")
             left.append(user_id)
         elif places:
-            said += f"; the same letters are a name or a setting: {_listed(['.'.join(place) for place in places])}"
+            said += f"; the same letters are a name or a setting: {listed(['.'.join(place) for place in places])}"
         elif longer:
-            said += f"; its letters are also a part of {_listed(longer)}"
+            said += f"; its letters are also a part of {listed(longer)}"
         elif has_id:
             said += "; its letters also occur, by chance, among the bytes of numbers"
         print(f"  {printable(user_id)} and {len(vectors)} vectors: {said}")
     if left:
-        raise ConfigurationError(f"model: {target} still holds {_listed(left)}, in a place not known to this tool.")
-
-
-def _report_elsewhere(folder: Path, done: Path, user_ids: Sequence[str]) -> None:
-    """Say which other files of the run name a removed user."""
-    for path in _files_of_run(folder):
-        if done.exists() and os.path.samefile(path, done):
-            continue
-        if path.is_dir():
-            print(f"{path} was written in shards and was not looked into.")
-            continue
-        forms = [(user_id, form) for user_id in user_ids for form in written_forms(user_id)]
-        there = occurs(path, [form for _, form in forms])
-        found = list(dict.fromkeys(user_id for (user_id, _), is_there in zip(forms, there, strict=True) if is_there))
-        if found and path.suffix == ".ckpt":
-            _report_checkpoint(path, found)
-        elif found and path.suffix == ".partial":
-            print(f"{path}, which a killed process left, names {_listed(found)}: delete it.")
-        elif found:
-            print(f"{path} names {_listed(found)}, or has the letters by chance: see to it yourself.")
-
-
-def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
-    try:
-        known = _open(path).vocabulary
-    except PRLHFError:
-        print(f"{path} can't be read, and names {_listed(found)}: delete it.")
-        return
-    if still := [user_id for user_id in found if user_id in known]:
-        print(f"{path} still holds {_listed(still)}:")
-        if all(map(str.isprintable, (str(path), *still))):
-            options = " ".join(shlex.quote(f"--user={user_id}") for user_id in still)
-        else:
-            options = "--user_file FILE"  # an id a line: a terminal can't show them as they are
-        print(f"  python -m prlhf_lightning users remove --model {shlex.quote(str(path))} {options}")
-        print("  (or, for all checkpoints beside it as well, with --all true)")
-
-
-def _files_of_run(folder: Path) -> Iterator[Path]:
-    """Yield what a run, and the others beside it, have written: checkpoints, tables, answers, what was left behind."""
-    run = folder.parent if folder.name == "checkpoints" else folder
-    if run != folder or (run / "config.yaml").is_file():
-        versions = [path for path in sorted(run.parent.glob("version_*")) if path.is_dir() and path != run]
-        for one in (run, *(versions if run.name.startswith("version_") else ())):
-            yield from _files_in(one)
-    else:  # just a folder with checkpoints in it, which may have anything else as well
-        yield from checkpoint_files.in_order(folder)
-        yield from sorted(folder.glob(".*.partial"))
-
-
-def _files_in(run: Path) -> Iterator[Path]:
-    sharded = {path for path in run.rglob("*.ckpt") if path.is_dir()}
-    for path in sorted(run.rglob("*")):
-        if path in sharded or (path.is_file() and not sharded & set(path.parents)):
-            yield path
-
-
-def _listed(user_ids: Sequence[str]) -> str:
-    return ", ".join(map(printable, user_ids[:_NEAREST])) + (", ..." if len(user_ids) > _NEAREST else "")
+        raise ConfigurationError(f"model: {target} still holds {listed(left)}, in a place not known to this tool.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from urllib.parse import quote
 
 import pytest
 import torch
@@ -204,6 +205,35 @@ def test_removing_says_where_else_a_user_is(plain, tmp_path, capsys):
     (command,) = [line.strip() for line in said.splitlines() if "users remove" in line]
     main(shlex.split(command)[3:])
     assert CARLA.encode() not in (folder / "best.ckpt").read_bytes()
+
+
+def test_runs_beside_are_searched_whatever_they_are_called(plain, tmp_path, capsys):
+    runs = [tmp_path / "runs" / name for name in ("study-a", "study-b", "other/version_0")]
+    for run_folder in runs:
+        checkpoint_files.save(checkpoint_files.load(plain), run_folder / "checkpoints/last.ckpt")
+    run("remove", "--model", runs[0], "--user", CARLA, "--all", "true")
+    said = capsys.readouterr().out
+    assert all(f"{one / 'checkpoints/last.ckpt'} still holds {CARLA}" in said for one in runs[1:])
+
+
+def test_an_export_in_a_run_is_named_whole_and_names_of_folders_are_searched(plain, tmp_path, capsys):
+    folder = tmp_path / "run"
+    checkpoint_files.save(checkpoint_files.load(plain), folder / "checkpoints/last.ckpt")
+    for path in (
+        "ex/prlhf.json",
+        f"ex/peft_users/{quote(CARLA)}/weights",
+        f"{quote(CARLA)}/x",
+        "answers_dee dee.jsonl",
+    ):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text("{}")
+    run("remove", "--model", folder, "--user", CARLA, "dee dee", "--all", "true")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(f"{folder / 'ex'}")] == [
+        f"{folder / 'ex'} is an exported model with {CARLA} in it, vectors included: delete it, and export it again."
+    ]
+    assert f"{folder / quote(CARLA)} has {CARLA} in its own name: see to it yourself." in lines
+    assert f"{folder / 'answers_dee dee.jsonl'} has dee dee in its own name: see to it yourself." in lines
 
 
 def test_a_user_is_removed_from_all_checkpoints_of_a_run(plain, tmp_path):
