@@ -13,6 +13,9 @@ from safetensors import SafetensorError, safe_open
 _AGAIN = "download it again"
 #: In the order in which transformers looks for them; the second of each pair lists the shards of large models.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+#: Data types of safetensors whose numbers stand for others, and the settings of config.json that say for which.
+_EIGHT_BITS = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
+_SCALES = ("quantization_config", "compression_config")
 _SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
 _TOKENIZER = (
     "config.json",
@@ -53,16 +56,17 @@ def _problems_of_weights(folder: Path) -> Iterator[str | None]:
         return
     named = _json(folder / "config.json")
     own = named.get("transformers_weights") if isinstance(named, dict) else None
+    has_scales = not isinstance(named, dict) or any(named.get(key) for key in _SCALES)
     path = next((folder / name for name in (own, *_WEIGHTS) if name and (folder / name).is_file()), None)
     if path is None:
         yield f"the folder holds no weights ({' or '.join(_WEIGHTS)}){_in_another_form(folder)}"
     elif path.suffix == ".json":
-        yield from _problems_of_shards(path)
+        yield from _problems_of_shards(path, has_scales)
     else:
-        yield _problem_of_file(path)
+        yield _problem_of_file(path, has_scales)
 
 
-def _problems_of_shards(index: Path) -> Iterator[str | None]:
+def _problems_of_shards(index: Path, has_scales: bool) -> Iterator[str | None]:
     content = _json(index)
     if isinstance(content, str):
         yield content
@@ -73,22 +77,36 @@ def _problems_of_shards(index: Path) -> Iterator[str | None]:
         return
     for name in sorted(set(places.values())):
         path = index.parent / name
-        yield _problem_of_file(path) if path.is_file() else f"{index.name} names {name}, which is missing; {_AGAIN}"
+        missing = f"{index.name} names {name}, which is missing; {_AGAIN}"
+        yield _problem_of_file(path, has_scales) if path.is_file() else missing
 
 
-def _problem_of_file(path: Path) -> str | None:
+def _problem_of_file(path: Path, has_scales: bool) -> str | None:
     if (problem := _stand_in(path)) is not None:
         return problem
     try:
         if path.suffix == ".safetensors":
-            with safe_open(path, "np"):
-                pass
+            with safe_open(path, "np") as file:
+                return None if has_scales else _without_scales(path, file)
         elif _starts_with(path, b"PK"):
             zipfile.ZipFile(path).close()
         elif not _starts_with(path, b"\x80"):  # which `torch.save` began its files with before they were zip files
             return f"{path.name} is no file of `torch.save`; {_AGAIN}"
     except (SafetensorError, zipfile.BadZipFile, OSError) as error:
         return f"{path.name} ({path.stat().st_size:,} bytes) is cut off or damaged ({error}); {_AGAIN}"
+    return None
+
+
+def _without_scales(path: Path, file: Any) -> str | None:
+    """Return the problem of a matrix in 8 bits, of which nothing says what its numbers stand for."""
+    for name in file.keys():  # noqa: SIM118 - it is no mapping
+        matrix = file.get_slice(name)
+        if len(matrix.get_shape()) > 1 and name.endswith("weight") and matrix.get_dtype() in _EIGHT_BITS:
+            return (
+                f"{path.name} holds {name} in 8 bits ({matrix.get_dtype()}), and config.json has no "
+                "quantization_config that says how to read it; take the model before quantization, or one with that "
+                "setting"
+            )
     return None
 
 

@@ -1,4 +1,4 @@
-"""Loading a language model that is whole: every weight there, none left over, all of them numbers."""
+"""Loading a language model that is whole: every weight there, none left over, all of them numbers, not just zeros."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
         options: For `from_pretrained`.
 
     Raises:
-        ConfigurationError: Weights are missing, left over, of another shape, or not finite. The message says which and
-            what to do; it does not name the path.
+        ConfigurationError: Weights are missing, left over, of another shape, not finite, or zero throughout. The
+            message says which and what to do; it does not name the path.
     """
     try:
         with _without_report():
@@ -52,7 +52,7 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
     if not getattr(lm, "_hf_peft_config_loaded", False):  # of an adapter, these are the adapter's own
         kinds = (found[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
         _check_names(lm, _written_by(lm, path, options) if any(found.values()) else "", *kinds)
-    _check_finite(lm)
+    _check_numbers(lm)
     _note_untied(lm)
     for module in lm.modules():
         # bitsandbytes 0.50 arranges 4-bit weights anew for some CPUs when they are first used, and `state_dict`, which
@@ -164,7 +164,7 @@ def _is_within(name: str, lm: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def _check_finite(lm: PreTrainedModel) -> None:
+def _check_numbers(lm: PreTrainedModel) -> None:
     wide = {name: weight for name, weight in lm.named_parameters() if weight.is_floating_point() and weight.numel()}
     extremes = {name: torch.stack(torch.aminmax(weight)) for name, weight in wide.items() if weight.itemsize > 1}
     if wrong := [name for name, pair in extremes.items() if not _are_finite(pair)]:
@@ -174,6 +174,28 @@ def _check_finite(lm: PreTrainedModel) -> None:
             f"{_count(wrong)} with NaN or infinity in {dtype}: {_some(wrong)}.{hint} Take a model from before its "
             "training went wrong, or download it again."
         )
+    zero = {name for name, pair in extremes.items() if wide[name].ndim > 1 and not pair.any()}
+    if zero and (wrong := _never_meant(lm, zero, {name for name in extremes if wide[name].ndim > 1})):
+        raise ConfigurationError(
+            f"{_count(wrong)} with zeros only, as of a file that was not written to its end: {_some(wrong)}. Download "
+            "the model again, or save it again."
+        )
+
+
+def _never_meant(lm: PreTrainedModel, zero: set[str], matrices: set[str]) -> list[str]:
+    """Return those of the matrices of zeros that no model has on purpose.
+
+    A single one may be meant, as layers that are added to a model begin by changing nothing. Those of embeddings and
+    head are not, and neither are all that a layer has, or all of attention.
+    """
+    ends = [module.weight for module in (lm.get_input_embeddings(), lm.get_output_embeddings()) if module is not None]
+    parts = [{name} for name, weight in lm.named_parameters() if any(weight is end for end in ends)]
+    layers: dict[str, set[str]] = {}
+    for name in matrices:
+        if numbered := re.match(r".*?\.\d+(?=\.)", name):
+            layers.setdefault(numbered[0], set()).add(name)
+    attention = {name for name in matrices if "attn" in name or "attention" in name}
+    return sorted(set().union(*(part for part in (*parts, *layers.values(), attention) if part <= zero)))
 
 
 def _note_untied(lm: PreTrainedModel) -> None:

@@ -138,6 +138,30 @@ def test_a_whole_model_is_loaded_as_transformers_loads_it(model_paths, name, cap
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("zero", ["lm_head", "embed_tokens", r"layers\.1\.", "self_attn", "weight"])
+def test_zeros_where_no_model_has_them_are_refused(copied, zero):
+    weights = load_file(copied / "model.safetensors")
+    edit_weights(
+        copied, **{name: torch.zeros_like(weight) for name, weight in weights.items() if re.search(zero, name)}
+    )
+    assert re.search(r"weights? with zeros only, .*: (lm_head|model)\.", refusal(copied))
+
+
+def test_layers_that_begin_by_changing_nothing_are_taken(copied):
+    weights = load_file(copied / "model.safetensors")
+    zero = [name for name in weights if re.search(r"layers\.1\..*(o_proj|down_proj)", name)]
+    assert len(zero) == 2
+    edit_weights(copied, **{name: torch.zeros_like(weights[name]) for name in zero})
+    CausalLMPolicy(str(copied)).build()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_matrices_in_8_bits_that_nothing_says_how_to_read_are_refused(copied, dtype):
+    name = "model.layers.0.mlp.up_proj.weight"
+    edit_weights(copied, **{name: (load_file(copied / "model.safetensors")[name] * 9).to(dtype)})
+    assert f"model.safetensors holds {name} in 8 bits" in refusal(copied)
+
+
 def test_float16_that_overflows_names_the_setting(copied):
     edit_weights(copied, model__norm__weight=torch.full((32,), 1e6))
     assert "NaN or infinity in float16: model.norm.weight. bfloat16 and float32 hold" in refusal(
