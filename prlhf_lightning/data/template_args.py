@@ -9,6 +9,7 @@ from datetime import date, datetime, time
 from functools import lru_cache
 from typing import Any
 
+from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
@@ -52,7 +53,8 @@ def check_values(args: Mapping[str, Any], day: str | None) -> None:
 
 
 def check_names(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse arguments that the chat template does not read, which would have no effect."""
+    """Refuse a chat template that is no Jinja, and arguments that it does not read, which would have no effect."""
+    _check_syntax(tokenizer)
     template = _text(tokenizer)
     for name in args:
         if not re.search(rf"\b{re.escape(name)}\b", template):
@@ -61,6 +63,25 @@ def check_names(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
                 f"chat_template_args: {name!r} has no effect, as the tokenizer's chat template {has}; leave it out, or "
                 "correct its name."
             )
+
+
+def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a chat template that is no Jinja, whatever the messages.
+
+    Raises:
+        ConfigurationError: Names the line of the template and what is wrong there.
+    """
+    templates: Any = tokenizer.chat_template or {}
+    for template in templates.values() if isinstance(templates, dict) else [templates]:
+        try:
+            tokenizer.apply_chat_template([{"role": "user", "content": "1"}], chat_template=template, tokenize=False)
+        except TemplateSyntaxError as error:
+            raise ConfigurationError(
+                f"the tokenizer's chat template (chat_template.jinja, or chat_template in tokenizer_config.json) is no "
+                f"valid Jinja: line {error.lineno}: {error.message}; correct it there, or download it again."
+            ) from error
+        except Exception:  # templates raise whatever their authors chose, of which rows tell more
+            continue
 
 
 def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:

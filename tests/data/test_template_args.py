@@ -3,7 +3,7 @@
 import datetime
 
 import pytest
-from feedback_helpers import write_jsonl
+from feedback_helpers import byte_tokenizer, write_jsonl
 from test_families import QUESTION, conversation, encode, templated
 from tokenizer_families import family
 
@@ -120,3 +120,11 @@ def test_the_date_of_a_checkpoint_does_not_replace_one_that_is_set(tmp_path):
     data = PreferenceDataModule(FileSource(str(rows)), family("chatml", DATED), chat_template_date="2021-02-03")
     data.use_template_date("2020-01-31")
     assert data.settings.chat_template_date == "2021-02-03"
+
+
+@pytest.mark.parametrize(("template", "says"), [("{% if 1 %}\n{{ m.content ", "line 2"), ("{{ 1 | no }}", "'no'")])
+def test_a_template_that_is_no_jinja_is_refused_by_its_own_error_and_not_by_the_roles_of_messages(template, says):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    with pytest.raises(ConfigurationError, match=f"chat template .* is no valid Jinja: .*{says}"):
+        FeedbackTokenizer(tokenizer, TokenizationSettings())
