@@ -12,7 +12,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.conversations import THOUGHTS
-from prlhf_lightning.data.escaped_tokens import TokenEscaper, unescaped
+from prlhf_lightning.data.escaped_tokens import MARK, TokenEscaper, unescaped
 from prlhf_lightning.data.records import FeedbackRecord, Message, Text
 from prlhf_lightning.data.template_args import on_day
 from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
@@ -21,6 +21,7 @@ from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 _OPEN = re.compile(r"(<[\w:]+>|\[\w+\])\s*\Z")  # the start of a thought
 _CLOSED = re.compile(r"(?:<([\w:]+)>\s*(</\1>)|\[(\w+)\]\s*(\[/\3\]))\s*\Z")  # a thought that is empty
+_PRINTED_MARK = repr(MARK)[1:-1]  # as templates write it that print a mapping of Python
 _ANOTHER_QUESTION, _ANOTHER_ANSWER = "Qzquestion7", "Azanswer7"  # which no template has in its own text, or changes
 
 
@@ -182,7 +183,7 @@ class Renderer:
             raise FeedbackFormatError(
                 f"{where}: field {field!r} does not fit the tokenizer's chat template ({error}); {fix}."
             ) from error
-        return text
+        return text.replace(_PRINTED_MARK, MARK)
 
     def _plain_answer(self, text: Text) -> str:
         """Return a plain completion with one end token at most at its end, and no BOS."""

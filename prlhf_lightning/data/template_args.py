@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 from datetime import date, datetime, time
 from functools import lru_cache
+from string import ascii_letters
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -93,11 +94,19 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 def on_day(template: str, day: str) -> str:
     """Return a chat template for which it is always the first moment of a day, such as `2026-01-31`."""
     then = datetime.combine(date.fromisoformat(day), time())
-    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdfGHIjmMpSuUVwWxXyYzZ"]
-    written = "".join(f".replace({json.dumps(code)}, {json.dumps(then.strftime(code))})" for code in codes)
+    codes = [flag + letter for flag in ("", *"-_0^#") for letter in ascii_letters]
+    values = {code: then.strftime(f"%{code}") for code in codes}
+    known = {code: value for code, value in values.items() if value != f"%{code}"}
     # A macro stands in for the clock that transformers gives to templates, which takes no other from its callers.
-    clock = "{% macro strftime_now(format) %}{{ format" + written + ".replace('%%', '%') }}{% endmacro %}"
-    return clock + "{{ '' }}" + template  # without which a line break at the template's start would be lost
+    clock = (
+        "{% macro strftime_now(format) %}{% set known = " + json.dumps(known) + " %}"
+        "{% for text in format.split('%%') %}{{ '' if loop.first else '%' }}{% for part in text.split('%') %}"
+        "{% if loop.first %}{{ part }}{% elif part[:2] in known %}{{ known[part[:2]] + part[2:] }}"
+        "{% elif part[:1] in known %}{{ known[part[:1]] + part[1:] }}{% else %}{{ '%' + part }}{% endif %}"
+        "{% endfor %}{% endfor %}{% endmacro %}"
+    )
+    # Templates are read with blocks that take the line break after them: this one, not one at the template's start.
+    return clock + "\n" + template
 
 
 def _text(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -128,3 +128,16 @@ def test_a_template_that_is_no_jinja_is_refused_by_its_own_error_and_not_by_the_
     tokenizer.chat_template = template
     with pytest.raises(ConfigurationError, match=f"chat template .* is no valid Jinja: .*{says}"):
         FeedbackTokenizer(tokenizer, TokenizationSettings())
+
+
+@pytest.mark.parametrize(
+    "written_as", ["%F", "%e %B", "%D %T %R", "%h %-d, %C", "%k|%s|%n", "%d %b %Y", "%%d %%%d", "%^b"]
+)
+@pytest.mark.parametrize("start", ["", "\n", "  {% set x = 1 %}"])
+def test_every_way_to_write_a_date_gives_what_the_clock_of_that_day_gives(written_as, start):
+    template = start + DATED.replace("%d %b %Y", written_as)
+    told = datetime.datetime(2026, 1, 5).strftime(written_as)
+    on_that_day = family("chatml", template.replace(f"strftime_now('{written_as}')", repr(told)))
+    tokenizer = family("chatml", template)
+    ids = encode(tokenizer, conversation([QUESTION]), chat_template_date="2026-01-05").prompt
+    assert ids.tolist() == templated(on_that_day, [QUESTION], add_generation_prompt=True)

@@ -171,3 +171,14 @@ def test_an_answer_that_calls_a_tool_ends_with_the_end_that_only_the_generation_
     (ids,) = FeedbackTokenizer(tokenizer, TokenizationSettings())([parse_record(raw, "f:1")], ["f:1"])
     whole = tokenizer.apply_chat_template([*raw["prompt"], *raw["chosen"]], tokenize=True, return_dict=False)
     assert [*ids.prompt, *ids.chosen] == whole
+
+
+def test_a_template_that_prints_mappings_writes_control_tokens_in_them_as_they_are():
+    template = CALLS.replace("m.tool_calls | tojson", "m.tool_calls") + END
+    raw = row("", tools=None)
+    raw["prompt"][1]["tool_calls"] = [{**CALL, "function": {"name": "look", "arguments": {"at": "<eos>"}}}]
+    prompt, tokenizer = tokens(template, raw).prompt, with_template(template)
+    assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
+        raw["prompt"], tokenize=False, add_generation_prompt=True
+    )
+    assert prompt.tolist().count(tokenizer.eos_token_id) == 3
