@@ -42,7 +42,7 @@ class BestAndLast(ModelCheckpoint):
         mode: Whether a small (`min`) or a large (`max`) value is good.
         save_top_k: How many of the best to keep.
         every_n_train_steps: Also save the last every so many steps, from the first on; null saves after each
-            validation only.
+            validation and at the end of training only.
     """
 
     def __init__(
@@ -95,8 +95,7 @@ class BestAndLast(ModelCheckpoint):
             return
         saved = self._last_global_step_saved
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        # A validation after this very step must still save the best.
-        self._last_step, self._last_global_step_saved = step, saved
+        self._last_global_step_saved = saved  # a validation after this very step must still save the best
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, or, in the trial run before training, see that the monitor is logged at all."""
@@ -115,9 +114,21 @@ class BestAndLast(ModelCheckpoint):
             self._keep_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last where nothing did, but not in a trial run (`fast_dev_run`), in which Lightning would."""
-        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            super().on_train_end(trainer, pl_module)
+        """Save the last where no validation came after its last step, or nothing did; but not in a trial run.
+
+        Lightning saves at a validation alone, and would leave out the steps after it; in a trial run (`fast_dev_run`)
+        it would save.
+        """
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        super().on_train_end(trainer, pl_module)
+        if trainer.global_step != self._last_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
+        """Save the last, and note of which step it is."""
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+        self._last_step = trainer.global_step
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Save the best, or say that nothing was validated yet to judge it by, where Lightning hints at a bug."""

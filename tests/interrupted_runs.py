@@ -14,13 +14,15 @@ from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.user_models import IndividualUserModel
 
 
-def fit(model_path, votes, folder, *callbacks: Callback, checkpoint=None, **options) -> PersonalizedLM:
+def fit(
+    model_path, votes, folder, *callbacks: Callback, checkpoint=None, schedule="cosine", **options
+) -> PersonalizedLM:
     torch.manual_seed(0)
     module = PersonalizedLM(
         IndividualUserModel(2),
         CausalLMPolicy(model_path, lora=LoRA(rank=2)),
         DPOLoss(),
-        optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0),
+        optim=Optim(lr=1e-2, user_lr=1e-1, warmup_steps=0, schedule=schedule),
     )
     data = PreferenceDataModule(FileSource(str(votes)), tokenizer=model_path, batch_size=4, validation_fraction=0.2)
     trainer = quiet_trainer(folder, callbacks=[SaveOnInterrupt(), *callbacks], **{"max_epochs": 2, **options})

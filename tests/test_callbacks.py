@@ -80,3 +80,20 @@ def test_the_last_checkpoint_is_of_the_last_step_though_validation_got_worse(mod
     model = fit(model_path, votes, tmp_path, keeper, Worsen(), val_check_interval=interval)
     last, best = (torch.load(path, weights_only=True) for path in (keeper.last_model_path, keeper.best_model_path))
     assert best["global_step"] < last["global_step"] == model.trainer.global_step
+
+
+@pytest.mark.parametrize(
+    ("options", "steps", "every"),
+    [({"max_epochs": 1}, 10, None), ({"max_steps": 5}, 5, None), ({"max_steps": 5}, 5, 100)],
+)
+def test_steps_after_the_last_validation_are_kept_and_gone_on_from(model_path, votes, tmp_path, options, steps, every):
+    settings = {"val_check_interval": 4, "schedule": "constant"}  # a constant one has no end to go by
+    keeper = BestAndLast(every_n_train_steps=every)
+    model = fit(model_path, votes, tmp_path / "part", keeper, **settings, **options)
+    last, best = (torch.load(path, weights_only=True) for path in (keeper.last_model_path, keeper.best_model_path))
+    assert best["global_step"] % 4 == 0
+    assert last["global_step"] == model.trainer.global_step == steps
+    resumed = fit(model_path, votes, tmp_path / "resumed", checkpoint=keeper.last_model_path, **settings)
+    straight = fit(model_path, votes, tmp_path / "straight", **settings)
+    for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b), name
