@@ -2,6 +2,7 @@ r"""Prompts that stand inside plain-text answers, as in Anthropic's transcripts 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _TURN = "\n\nAssistant:"
@@ -48,6 +49,12 @@ REPEATED = Note(
     "nothing to do if that is meant; else remove the prompt column",
 )
 
+ONE_REPEATS = Note(
+    "prompt",
+    "stands again at the start of one of the two answers, and was kept there",
+    "remove it there, or the model learns from a difference that is not the user's taste",
+)
+
 
 def implicit_prompt(chosen: str, rejected: str | None) -> tuple[str, list[Note]] | None:
     """Return the prompt with which answers begin, and what to tell about it; None where there seems to be none.
@@ -72,11 +79,33 @@ def implicit_prompt(chosen: str, rejected: str | None) -> tuple[str, list[Note]]
     return prompt, [SHARED_START]
 
 
-def repeats_prompt(prompt: str, *answers: str) -> bool:
-    """Return whether all answers begin with their prompt, and it is too long for that to be chance."""
-    if not all(answer.startswith(prompt) for answer in answers):
-        return False
-    return len(prompt.strip()) >= _LEAST_REPEATED and len(prompt.split()) > 1
+def without_prompt(prompt: str, answers: Mapping[str, str]) -> tuple[dict[str, str], list[Note]]:
+    """Return answers without their prompt where all begin with it, and what to tell.
+
+    White space around the prompt does not count. Where only one of two answers begins with it, they stay as they are. A
+    prompt that is too short is not looked for: it could stand there by chance.
+
+    Args:
+        prompt: What was asked.
+        answers: The field of each answer, and its text.
+    """
+    asked = prompt.strip()
+    if len(asked) < _LEAST_REPEATED or len(asked.split()) < _LEAST_SHARED:
+        return dict(answers), []
+    repeating = [field for field, answer in answers.items() if answer.lstrip().startswith(asked)]
+    if not repeating:
+        return dict(answers), []
+    if len(repeating) < len(answers):
+        return dict(answers), [ONE_REPEATS]
+    return {field: _after(prompt, answer) for field, answer in answers.items()}, [REPEATED]
+
+
+def _after(prompt: str, answer: str) -> str:
+    """Return an answer after the prompt that it begins with; what parts them stands in one of the two only."""
+    if answer.startswith(prompt):
+        return answer[len(prompt) :]
+    rest = answer.lstrip()[len(prompt.strip()) :]
+    return rest.lstrip() if prompt[-1:].isspace() else rest
 
 
 def _shared_start(first: str, second: str) -> str:

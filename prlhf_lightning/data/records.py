@@ -16,7 +16,7 @@ from prlhf_lightning.data.conversations import (
     read_text,
     read_tools,
 )
-from prlhf_lightning.data.implicit_prompts import REPEATED, Note, implicit_prompt, repeats_prompt
+from prlhf_lightning.data.implicit_prompts import Note, implicit_prompt, without_prompt
 from prlhf_lightning.data.missing_columns import advice, all_missing, near
 from prlhf_lightning.data.winners import only_turns, winner_is_named, winner_of
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
@@ -330,8 +330,8 @@ def _split_prompt(
     if texts:
         if prompt is None:
             prompt, texts, notes = _without_shared_start(row, where, columns, texts)
-        elif isinstance(prompt, str) and repeats_prompt(prompt, *texts.values()):
-            texts, notes = {field: answer[len(prompt) :] for field, answer in texts.items()}, [REPEATED]
+        elif isinstance(prompt, str):
+            texts, notes = without_prompt(prompt, texts)
         system = _system(row, where, columns)
         if isinstance(prompt, str) and system is None and read_tools(row.get(columns.tools), where) is None:
             return prompt, dict(texts), notes
@@ -340,15 +340,12 @@ def _split_prompt(
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     conversations = {field: answer for field, answer in given.items() if isinstance(answer, list)}
     prompt, completions = _split_conversations(row, where, columns, prompt, conversations)
-    asked = prompt[-1]["content"] or ""
-    if all(len(answer) == 1 for answer in completions.values()) and repeats_prompt(
-        asked, *(answer[0]["content"] or "" for answer in completions.values())
-    ):
-        notes.append(REPEATED)
-        completions = {
-            field: [{**answer[0], "content": answer[0]["content"][len(asked) :]}]
-            for field, answer in completions.items()
-        }
+    if not notes and all(len(answer) == 1 for answer in completions.values()):
+        contents = {field: answer[0]["content"] or "" for field, answer in completions.items()}
+        contents, notes = without_prompt(prompt[-1]["content"] or "", contents)
+        for field, text in contents.items():
+            if completions[field][0]["content"]:  # it may be null, beside tool calls
+                completions[field] = [{**completions[field][0], "content": text}]
     return _with_system(prompt, row, where, columns), dict(completions), notes
 
 

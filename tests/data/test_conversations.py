@@ -214,6 +214,29 @@ def test_a_prompt_repeated_in_both_answers_is_left_out_of_them_and_told():
     assert (short.chosen, short.notes) == ("I do", ())
 
 
+@pytest.mark.parametrize(
+    ("prompt", "start"),
+    [("What helps to sleep? ", "What helps to sleep?\n"), (" What helps me sleep?\n", "What helps me sleep? ")],
+)
+@pytest.mark.parametrize("chat", [False, True])
+def test_white_space_around_a_repeated_prompt_does_not_count(prompt, start, chat):
+    ask = [turn("user", prompt)] if chat else prompt
+    record = parse_record(row(prompt=ask, chosen=f"{start}Walks.", rejected=f"{start}Tea."), "f:1")
+    texts = [record.chosen, record.rejected]
+    assert ([text[0]["content"] for text in texts] if chat else texts) == ["Walks.", "Tea."]
+    assert "stands again at the start of the answers" in record.notes[0].problem
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_prompt_repeated_in_one_answer_is_told_and_kept(chat):
+    prompt = "What helps to sleep well?"
+    ask = [turn("user", prompt)] if chat else prompt
+    record = parse_record(row(prompt=ask, chosen="Walks.", rejected=f"{prompt} Tea."), "f:1")
+    rejected = f"{prompt} Tea."
+    assert record.rejected == ([turn("assistant", rejected)] if chat else rejected)
+    assert ["start of one of the two answers" in note.problem for note in record.notes] == [True]
+
+
 def arena(winner, **changes):
     columns = {"user_id": "ann", "prompt": "Hi", "response_a": "one", "response_b": "two", "winner": winner}
     return {**columns, **changes}
