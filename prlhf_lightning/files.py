@@ -131,14 +131,44 @@ def check_output(path: Path, option: str) -> None:
     Raises:
         ConfigurationError: It can't.
     """
-    if path.is_dir():
+    target = _target(path)
+    if os.path.isdir(target):
         raise ConfigurationError(f"{option}: {path} is a folder; name a file.")
+    if os.path.exists(target) and not os.path.isfile(target):
+        raise ConfigurationError(f"{option}: {path} is a device, or the like; name a file.")
     try:
-        check_writable(path.parent)
+        with suppress(FileNotFoundError):  # a name may be too long
+            os.lstat(partial_of(target))
+        check_writable(target.parent)
     except OSError as error:
-        raise ConfigurationError(
-            f"{option}: {path} cannot be written ({error.strerror}); name another file."
-        ) from error
+        reason = _in_the_way(target.parent) or error.strerror
+        raise ConfigurationError(f"{option}: {path} cannot be written ({reason}); name another file.") from error
+
+
+def check_output_folder(folder: Path, option: str) -> None:
+    """Check, before anything is computed, that files can be written to a folder, which is made if it is not there.
+
+    Args:
+        folder: The folder.
+        option: What the user called it, for messages.
+
+    Raises:
+        ConfigurationError: They can't.
+    """
+    target = _target(folder)
+    if os.path.exists(target) and not os.path.isdir(target):
+        raise ConfigurationError(f"{option}: {folder} is a file; name a folder.")
+    try:
+        check_writable(target)
+    except OSError as error:
+        reason = _in_the_way(target) or error.strerror
+        raise ConfigurationError(f"{option}: {folder} cannot be written to ({reason}); name another folder.") from error
+
+
+def _in_the_way(folder: Path) -> str | None:
+    """Return that a file is in the place of a folder or of one above it, or None."""
+    found = next((one for one in (folder, *folder.parents) if os.path.isfile(one)), None)
+    return f"{found} is a file, and no folder" if found else None
 
 
 def partial_of(path: Path) -> Path:

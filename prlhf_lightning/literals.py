@@ -99,6 +99,16 @@ def _text(value: Any) -> str:
     return value
 
 
+def _path(value: Any) -> Path:
+    """Return a path; an empty one would be the current folder, which nobody who leaves it empty means."""
+    if isinstance(value, Path):
+        return value
+    text = _text(value)
+    if not text.strip() or "\0" in text:
+        raise NotText(f"{text!r} is no path; name a file or folder, or leave the option out")
+    return Path(text)
+
+
 def _texts(value: Any) -> list[str]:
     """Return a list of texts, each as it stands: of the command line, of a configuration file, or of Python."""
     if isinstance(value, str):
@@ -145,7 +155,7 @@ def _spelled(value: Any) -> Any:
 
 
 TEXT, TEXTS = Kind("text", _text), Kind("list of texts", _texts)
-PATH = Kind("path", lambda value: value if isinstance(value, Path) else Path(_text(value)))
+PATH = Kind("path", _path)
 _KINDS: dict[Any, Kind] = {
     str: TEXT,
     Path: PATH,

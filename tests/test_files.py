@@ -7,9 +7,10 @@ import os
 
 import pytest
 
+from prlhf_lightning.cli import main
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.errors import CheckpointWriteError, FeedbackFormatError
-from prlhf_lightning.files import as_text, atomically, replacing
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, FeedbackFormatError
+from prlhf_lightning.files import as_text, atomically, check_output, check_output_folder, replacing
 
 
 def test_text_is_written_as_it_is_in_a_folder_that_is_made(tmp_path):
@@ -113,3 +114,33 @@ def test_what_is_wrong_with_a_file_that_is_read_meanwhile_is_not_blamed_on_the_o
     with pytest.raises(FeedbackFormatError, match="gzip data is damaged"), replacing(tmp_path / "a.csv"):
         list(read_rows(damaged))
     assert os.listdir(tmp_path) == ["votes.jsonl.gz"]
+
+
+@pytest.mark.parametrize("name", ["file/a", "file/new/a", "/proc/xx", "/proc/xx/yy", "x" * 300, "/dev/null"])
+@pytest.mark.parametrize("check", [check_output, check_output_folder])
+def test_what_can_not_be_written_is_said_before_anything_is_computed(tmp_path, name, check):
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigurationError, match=r"^output: \S+ (cannot be written|is a device|is a file)"):
+        check(tmp_path / name, "output")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["export"],
+        ["generate", "--prompt", "x"],
+        ["relocate", "--base", "x"],
+        ["users", "export"],
+        ["users", "add", "--user", "x"],
+        ["users", "remove", "--user", "x"],
+    ],
+)
+def test_every_command_that_writes_checks_where_before_it_reads_the_model(words):
+    with pytest.raises(SystemExit, match=r"^error: output: /proc/xx cannot be written"):
+        main([*words, "--model", "none.ckpt", "--output", "/proc/xx"])
+
+
+@pytest.mark.parametrize("words", [["check"], ["convert"], ["describe"]])
+def test_commands_on_data_check_where_to_write_before_they_read(words):
+    with pytest.raises(SystemExit, match=r"^error: output: /proc/xx cannot be written"):
+        main(["data", *words, "--train", "none.jsonl", "--output", "/proc/xx"])

@@ -34,9 +34,10 @@ def parsed(*words: str) -> dict[str, object]:
 
 @pytest.mark.parametrize("text", ODD)
 def test_a_text_is_what_was_typed(text):
-    got = parsed("--user", text, "b", "--prompt", text, "--name", text, "--output", text)
-    assert got == {"user": [text, "b"], "prompt": text, "name": text, "output": Path(text), "blend": None, "count": 3}
-    joined = parsed(f"--user={text}", f"--prompt={text}", f"--name={text}", f"--output={text}")
+    path = text or "x"  # an empty path is refused
+    got = parsed("--user", text, "b", "--prompt", text, "--name", text, "--output", path)
+    assert got == {"user": [text, "b"], "prompt": text, "name": text, "output": Path(path), "blend": None, "count": 3}
+    joined = parsed(f"--user={text}", f"--prompt={text}", f"--name={text}", f"--output={path}")
     assert joined == got | {"user": [text]}
 
 
@@ -88,6 +89,7 @@ def test_the_ids_of_a_blend_are_text(ids):
         (["--blend", "ann"], "must be a mapping"),
         (["--blend", "{ann: 0.5, bob: 0.5, 'ann': 1}"], "'ann' is given twice"),
         (["--blend", "{null: 0.5, 'null': 0.5}"], "'null' is given twice"),
+        (["--output", ""], "is no path; name a file or folder"),
         (["--prompt"], "--prompt: expected one argument"),
         (["--user", "--prompt", "x"], "--user: expected one argument"),
         (["--user", "\udcff"], "is not valid UTF-8"),

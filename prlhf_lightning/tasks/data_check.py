@@ -15,7 +15,7 @@ from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import write_whole
+from prlhf_lightning.files import check_output, write_whole
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.tasks.terminal import printable
 from prlhf_lightning.types import Feedback
@@ -70,6 +70,8 @@ def check(
     for name, value in (("examples", examples), ("min_votes", min_votes)):
         if value < 0:
             raise ConfigurationError(f"{name} is {value}; it must be at least 0.")
+    if output is not None:
+        check_output(output, "output")
     limits = (max_prompt_length, max_completion_length, max_user_text_length)
     inspector = Inspector(
         the_source(train, validation, test, columns, source),

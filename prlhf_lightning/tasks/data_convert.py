@@ -21,7 +21,7 @@ from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_re
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.files import replacing
+from prlhf_lightning.files import check_output, check_output_folder, replacing
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.types import Feedback
 
@@ -61,10 +61,12 @@ def convert(
         on_error: Whether the first bad row stops the conversion, or bad rows are reported.
         overwrite: Whether files of these names that are there already are replaced.
     """
+    check_output_folder(output, "output")
     chosen = the_source(train, validation, test, columns, source)
     splits = [split for split in SPLITS if split in chosen.splits()]
     for split in splits:
         for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
+            check_output(output / name, "output")
             if not overwrite and (output / name).exists():
                 raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
     written = convert_source(chosen, output, feedback_type, on_error)

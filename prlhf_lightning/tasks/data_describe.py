@@ -12,6 +12,7 @@ from prlhf_lightning.data.progress import bars
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_output
 from prlhf_lightning.metrics.headroom import (
     Scheme,
     folds,
@@ -65,6 +66,7 @@ def describe(
         raise ConfigurationError(f"max_votes is {max_votes}; give a number above 0.")
     if seed < 0:
         raise ConfigurationError(f"seed is {seed}; give a number of at least 0.")
+    check_output(output, "output")
     feedback = the_source(train, validation, None, columns, source)
     if "train" not in feedback.splits():
         raise ConfigurationError(f"{type(feedback).__name__} has no train split to describe; give it one.")

@@ -15,7 +15,7 @@ from safetensors.torch import save as safetensors_bytes
 from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.export_checksums import SETTINGS
-from prlhf_lightning.files import write_whole
+from prlhf_lightning.files import check_output_folder, write_whole
 from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
@@ -62,6 +62,7 @@ def export(
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
     """
+    _check_output(output)
     checkpoint = checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     module = module_of(content, checkpoint, "model", trust_remote_code)
@@ -99,13 +100,14 @@ def export(
     rank_zero_info(f"The model is in {output}")
 
 
-def _clear(folder: Path) -> None:
-    """Remove what an earlier export has left: another model, or users who are not to be in this one."""
-    if folder.exists() and not folder.is_dir():
-        raise ConfigurationError(f"output: {folder} is a file; give a new folder.")
-    folder.mkdir(parents=True, exist_ok=True)
+def _check_output(folder: Path) -> None:
+    check_output_folder(folder, "output")
     if any(folder.iterdir()) and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
         raise ConfigurationError(f"output: {folder} has files in it that `export` did not write; give a new folder.")
+
+
+def _clear(folder: Path) -> None:
+    """Remove what an earlier export has left: another model, or users who are not to be in this one."""
     (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
     for path in {path for pattern in _LEFT for path in folder.glob(pattern)}:
         shutil.rmtree(path) if path.is_dir() else path.unlink()

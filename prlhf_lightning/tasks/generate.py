@@ -17,7 +17,7 @@ from rich.text import Text
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.conversations import message_text, read_text, read_tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.files import replacing
+from prlhf_lightning.files import check_output, replacing
 from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
 from prlhf_lightning.inference.requests import Message
 from prlhf_lightning.tasks.models import open_writer, pick_device
@@ -102,6 +102,8 @@ def generate(
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
+    if output is not None:
+        check_output(output, "output")
     ids = [user] if isinstance(user, str) else list(user or ())
     if not all(map(str.strip, (*ids, *(blend or ())))):
         raise ConfigurationError("user: an id is empty; leave it out to write for the generic user.")

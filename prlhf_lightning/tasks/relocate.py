@@ -9,6 +9,7 @@ from transformers import __version__
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import entry_of
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import check_output
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 
@@ -26,6 +27,7 @@ def relocate(model: Path, base: str, output: Path, trust_remote_code: bool = Fal
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
     """
+    check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     if not content:

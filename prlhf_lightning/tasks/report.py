@@ -99,6 +99,7 @@ def report(
     if not 0 <= seed < 2**32:
         raise ConfigurationError(f"seed is {seed}; it must be at least 0 and below 2**32.")
     check_output(output, "output")
+    check_output(json_path(output), "output")
     checkpoint = checkpoint_of(model)
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)

@@ -13,7 +13,7 @@ from safetensors.torch import save as safetensors_bytes
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.files import write_whole
+from prlhf_lightning.files import check_output, check_output_folder, write_whole
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.other_copies import report_other_copies
@@ -83,6 +83,8 @@ def add(
         output: The file to write; the checkpoint itself if none is given.
     """
     user_ids = _given(user, user_file)
+    if output is not None:
+        check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     _rewrite(checkpoint, output or checkpoint, lambda rows: rows.add(user_ids))
     print(f"{len(user_ids)} added: {output or checkpoint}")
@@ -110,6 +112,8 @@ def remove(
     user_ids = _given(user, user_file)
     if all and output:
         raise ConfigurationError("output: `--all true` changes each checkpoint of the folder in place; leave it out.")
+    if output is not None:
+        check_output(output, "output")
     folder, targets = _targets(model, all)
     known: dict[Path, UserVocabulary] = {}
     failed: dict[Path, str] = {}
@@ -152,6 +156,7 @@ def export(model: Path, output: Path) -> None:
         model: A checkpoint file of `fit`, or the folder of its run.
         output: The folder to write; made if it is not there.
     """
+    check_output_folder(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     rows = rows_of(content, checkpoint)
