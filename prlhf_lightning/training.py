@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args
 
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -123,6 +123,7 @@ class PRLHFCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings of what is always there, and link what data and model share."""
+        _read_whole_numbers_first(parser)
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
@@ -298,6 +299,18 @@ class PRLHFCLI(LightningCLI):
             super()._set_seed()
         except ValueError as error:
             raise ConfigurationError(f"seed_everything: {error}") from error
+
+
+def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Have `limit_val_batches: 1` mean one batch, where 1.0 means all of them.
+
+    Python remembers a union of types in the order in which the first module named them. Where that is a float before an
+    int (as in rich), jsonargparse reads the 1 of Lightning's `int | float` as 1.0.
+    """
+    for action in parser._actions:
+        types = get_args(getattr(action, "_typehint", None))
+        if {int, float} <= set(types) and types.index(float) < types.index(int):
+            action._typehint = Union[int, *(one for one in types if one is not int)]  # noqa: UP007 - not known before
 
 
 def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:

@@ -154,6 +154,13 @@ def test_a_loss_from_outside_the_package_is_named_by_its_path(config, capsys, mo
     assert printed["model"]["loss"] == {"class_path": "my_losses.CubeLoss", "init_args": {"beta": 0.5, "sft_weight": 0}}
 
 
+def test_one_batch_is_not_all_batches(config, capsys):
+    with pytest.raises(SystemExit):
+        run("fit", "-c", config, "--trainer.limit_val_batches=1", "--trainer.limit_test_batches=1.0", "--print_config")
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    assert [type(trainer[f"limit_{stage}_batches"]) for stage in ("val", "test")] == [int, float]
+
+
 @pytest.mark.parametrize(
     ("args", "says"),
     [
