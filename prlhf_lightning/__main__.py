@@ -1,6 +1,11 @@
 """Entry point of `python -m prlhf_lightning`."""
 
-from prlhf_lightning.cli import main
+import sys
+
+try:
+    from prlhf_lightning.cli import main
+except KeyboardInterrupt:  # Ctrl+C while modules are loaded
+    sys.exit(130)
 
 if __name__ == "__main__":
     main()

@@ -15,6 +15,9 @@ from prlhf_lightning.commands import PROGRAM, Group, Task, described, find, refu
 from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.tasks.terminal import LAYOUT, printable
 
+#: What a shell expects of a command that Ctrl+C ended.
+INTERRUPTED = 130
+
 
 def main(args: list[str] | dict[str, Any] | None = None) -> None:
     """Run the command line; an error that a person can mend is printed without a stack trace.
@@ -33,6 +36,8 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
         _run(args)
+    except KeyboardInterrupt:  # Ctrl+C, as while the command's modules are loaded
+        sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -67,3 +67,13 @@ def test_lightning_reads_the_process_words_itself_and_does_not_warn_of_them(monk
         main()
     assert "user_model" in capsys.readouterr().out
     assert not [warning for warning in recwarn if "args parameter" in str(warning.message)]
+
+
+def test_an_interrupt_while_modules_are_loaded_is_no_stack_trace(monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("prlhf_lightning.commands.Task.load", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main(["export", "--help"])
+    assert ended.value.code == 130

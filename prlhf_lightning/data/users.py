@@ -25,6 +25,8 @@ class UserVocabulary:
     def __init__(self, ids: Iterable[str]) -> None:
         self.ids: tuple[str, ...] = tuple(ids)
         _check_strings(self.ids)
+        if "" in self.ids:
+            raise ConfigurationError("A user id is empty; give each user an id that is not.")
         self._row_of = {user_id: row for row, user_id in enumerate(self.ids, start=1)}
         if len(self._row_of) != len(self.ids):
             seen: set[str] = set()

@@ -97,6 +97,8 @@ class Generation:
 def _check_id(user: object) -> None:
     if not isinstance(user, str):
         raise ConfigurationError(f"user: {user!r} is of type {type(user).__name__}; ids are strings: {str(user)!r}.")
+    if not user.strip():
+        raise ConfigurationError("user: an id is empty; give None for the generic user.")
 
 
 @dataclass(frozen=True)

@@ -167,6 +167,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             raise FeedbackFormatError(
                 f"{where}: field 'user_id' is of type {type(user).__name__}; ids are strings, so put it in quotes."
             )
+        if user is not None and not user.strip():
+            raise FeedbackFormatError(f"{where}: field 'user_id' is empty; leave it out for the generic user.")
         if not isinstance(row.get("user_text") or "", str):
             raise FeedbackFormatError(f"{where}: field 'user_text' must be a string.")
         if not isinstance(row.get("id", number), str | int):

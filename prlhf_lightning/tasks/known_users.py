@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
@@ -11,6 +12,7 @@ from prlhf_lightning.data.look_alikes import look_alikes
 from prlhf_lightning.errors import ConfigurationError
 
 _NEAREST = 3
+_PSEUDONYM = re.compile("[0-9a-f]{32}")  # see `Pseudonyms`
 
 
 def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user") -> None:
@@ -30,6 +32,12 @@ def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: s
     more = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
     near = nearest(missing[0], vocabulary.ids)
     meant = f"did you mean {' or '.join(near)}?" if near else "`users list` shows who is."
+    if vocabulary.ids and not near and all(map(_PSEUDONYM.fullmatch, vocabulary.ids)):
+        meant = (
+            "its users seem to be pseudonyms (data.hash_user_ids_with), so give the user's, which this prints: python "
+            "-c 'import sys; from prlhf_lightning.data import Pseudonyms; print(Pseudonyms.load(sys.argv[1])"
+            "(sys.argv[2]))' SALT ID"
+        )
     raise ConfigurationError(f"{option}: {missing[0]!r} is not in this model{more}; {meant}")
 
 

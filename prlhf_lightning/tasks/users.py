@@ -49,6 +49,7 @@ def show(model: Path, user: str) -> None:
         model: A checkpoint file of `fit`, or the folder of its run.
         user: The user's id.
     """
+    _check_ids([user])
     rows = _open(checkpoint_files.checkpoint_of(model))
     row = rows.row(user)
     vectors, steps = rows.vectors(), rows.steps()
@@ -83,6 +84,11 @@ def add(
         output: The file to write; the checkpoint itself if none is given.
     """
     user_ids = _given(user, user_file)
+    for user_id in user_ids:
+        try:
+            user_id.encode()
+        except UnicodeEncodeError as error:
+            raise ConfigurationError(f"user: {user_id!r} is not valid Unicode; give another id.") from error
     if output is not None:
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
@@ -208,9 +214,21 @@ def _baseline(folder: Path) -> list[Path]:
     return checkpoint_files.in_order(beside) if folder.name == "checkpoints" and beside.is_dir() else []
 
 
+def _check_ids(user_ids: Sequence[object]) -> None:
+    """Refuse what is no string, which Python may give: a number would be taken for a stranger."""
+    for user_id in user_ids:
+        if not isinstance(user_id, str):
+            kind = type(user_id).__name__
+            raise ConfigurationError(f"user: {user_id!r} is of type {kind}; ids are strings: {str(user_id)!r}.")
+
+
 def _given(user: str | list[str] | None, user_file: Path | None) -> list[str]:
     """Return the ids of the command line and of a file, each once."""
-    user_ids = [user] if isinstance(user, str) else list(user or ())
+    user_ids = [user] if isinstance(user, str) else user or []
+    if not isinstance(user_ids, list | tuple):
+        raise ConfigurationError(f"user: {user!r} is of type {type(user).__name__}; give a string, or a list of them.")
+    user_ids = [*user_ids]
+    _check_ids(user_ids)
     if user_file is not None:
         try:
             lines = user_file.read_bytes().decode("utf-8-sig").split("\n")  # no other sign may end an id

@@ -94,6 +94,7 @@ def test_checkpoints_remember_how_text_became_ids(checkpoint):
         ("[]", r"in.jsonl:2: this is no JSON object"),
         ('{"prompt": 3}', r"in.jsonl:2: field 'prompt' must be a string, or a list of messages"),
         ('{"prompt": "a", "user_id": 7.5}', r"in.jsonl:2: field 'user_id' is of type float; ids are strings"),
+        ('{"prompt": "a", "user_id": ""}', r"in.jsonl:2: field 'user_id' is empty"),
     ],
 )
 def test_rows_that_are_no_prompts_are_named(checkpoint, tmp_path, line, says):
@@ -107,6 +108,7 @@ def test_rows_that_are_no_prompts_are_named(checkpoint, tmp_path, line, says):
     [
         ([], "give one of --prompt and --prompts"),
         (["--prompt", "a", "--user", ""], "user: an id is empty"),
+        (["--prompt", "a", "--blend", "{ann: 1, '': 1}"], "user: an id is empty"),
         (["--prompt", "a", "--blend", "{ann: 1, bob: 0}"], "the share of 'bob' is 0.0; it must be above 0"),
         (["--prompt", "a", "--device", "nonsense"], "device: 'nonsense' can't be used here"),
     ],

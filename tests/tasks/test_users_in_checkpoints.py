@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 from urllib.parse import quote
 
 import pytest
@@ -15,11 +18,14 @@ from torch import nn
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.cli import main
-from prlhf_lightning.data import FileSource, PreferenceDataModule
+from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import Generation
 from prlhf_lightning.losses import DPOLoss
 from prlhf_lightning.modules import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.tasks import users
+from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.user_rows import UserRows
 from prlhf_lightning.types import SoftPrompt
 from prlhf_lightning.user_models import (
@@ -353,3 +359,31 @@ def test_users_without_rows_are_removed_from_the_vocabulary(model_path, tmp_path
     users.remove(tmp_path / "a.ckpt", CARLA)
     assert CARLA.encode() not in (tmp_path / "a.ckpt").read_bytes()
     users.list_users(tmp_path / "a.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda path: users.show(path, 7), "user: 7 is of type int; ids are strings: '7'"),
+        (lambda path: users.remove(path, 7), "user: 7 is of type int"),
+        (lambda path: users.add(path, [1]), "user: 1 is of type int; ids are strings: '1'"),
+        (lambda path: users.add(path, ["\ud800"]), "is not valid Unicode"),
+        (lambda _: UserVocabulary(["ann", ""]), "user id is empty"),
+        (lambda _: Generation("a", ""), "an id is empty"),
+        (lambda _: Generation("a", {" ": 1}), "an id is empty"),
+    ],
+)
+def test_what_can_not_be_an_id_is_refused_in_python_too(tmp_path, call, says):
+    with pytest.raises(ConfigurationError, match=says):
+        call(tmp_path / "none.ckpt")
+
+
+def test_an_id_that_was_hashed_in_training_gets_a_hint_that_works():
+    pseudonyms = Pseudonyms(b"x" * 16)
+    with pytest.raises(ConfigurationError, match="seem to be pseudonyms") as raised:
+        require_known(["ann"], UserVocabulary([pseudonyms("ann")]))
+    words = shlex.split(str(raised.value).partition("prints: python ")[2].replace("SALT ID", "SALT ann"))
+    said = subprocess.run(
+        [sys.executable, *words], env={**os.environ, "SALT": "x" * 16}, capture_output=True, text=True
+    )
+    assert said.stdout.strip() == pseudonyms("ann")
