@@ -7,8 +7,10 @@ import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Union, get_args
+from typing import Any, get_args
 
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -123,7 +125,7 @@ class PRLHFCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings of what is always there, and link what data and model share."""
-        _read_whole_numbers_first(parser)
+        read_whole_numbers_first(parser)
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "collapse")
         parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
@@ -301,7 +303,7 @@ class PRLHFCLI(LightningCLI):
             raise ConfigurationError(f"seed_everything: {error}") from error
 
 
-def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
+def read_whole_numbers_first(parser: LightningArgumentParser) -> None:
     """Have `limit_val_batches: 1` mean one batch, where 1.0 means all of them.
 
     Python remembers a union of types in the order in which the first module named them. Where that is a float before an
@@ -310,7 +312,7 @@ def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
     for action in parser._actions:
         types = get_args(getattr(action, "_typehint", None))
         if {int, float} <= set(types) and types.index(float) < types.index(int):
-            action._typehint = Union[int, *(one for one in types if one is not int)]  # noqa: UP007 - not known before
+            action._typehint = reduce(or_, (int, *(one for one in types if one is not int)))
 
 
 def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:
