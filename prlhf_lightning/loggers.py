@@ -92,6 +92,8 @@ def _claim(root: Path) -> Path:
 def keep_under(root: str, logger: Any) -> None:
     """Have a configured logger write under a folder, where it would write to the current directory by default.
 
+    Where one that makes a folder for each run was told a folder of its own, that is named from the root.
+
     Args:
         root: The folder.
         logger: The value of `trainer.logger` before classes are made: it is changed.
@@ -101,6 +103,8 @@ def keep_under(root: str, logger: Any) -> None:
         default, name = _IN_CURRENT_DIRECTORY.get(str(getattr(one, "class_path", "")).rpartition(".")[2], (None, ""))
         if settings and default is not None and settings.get("save_dir") == default:
             settings["save_dir"] = str(Path(root, name))
+        elif settings and _makes_folders(one) and "://" not in (own := str(settings["save_dir"])):
+            settings["save_dir"] = str(Path(os.path.expanduser(os.path.expandvars(own))).absolute())
 
 
 def folders_of_runs(root: str, logger: Any) -> list[Path]:
@@ -112,9 +116,13 @@ def folders_of_runs(root: str, logger: Any) -> list[Path]:
     """
     found = [Path(root).expanduser()]
     for one in logger if isinstance(logger, list) else [logger]:
-        if str(getattr(one, "class_path", "")).rpartition(".")[2] in {kind.__name__ for kind in _LOCAL}:
+        if _makes_folders(one):
             found.append(Path(one.init_args.save_dir, one.init_args.get("name") or "").expanduser())
     return found
+
+
+def _makes_folders(configured: Any) -> bool:
+    return str(getattr(configured, "class_path", "")).rpartition(".")[2] in {kind.__name__ for kind in _LOCAL}
 
 
 def hyper_parameters(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:

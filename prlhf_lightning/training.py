@@ -156,7 +156,9 @@ class PRLHFCLI(LightningCLI):
         folders = [Path.cwd(), *(Path(str(file.absolute)).parent for file in config.get("config") or ())]
         _locate_data(config.data, folders)
         trainer = config.trainer
-        keep_under(trainer.default_root_dir or _RUNS, trainer.logger)
+        root = str(trainer.default_root_dir or _RUNS)
+        trainer.default_root_dir = root if "://" in root else str(Path(root).expanduser().absolute())
+        keep_under(trainer.default_root_dir, trainer.logger)
         settings = config.model.policy.get("init_args") or {}
         model = settings.get("model")
         if model and Path(found := located(model, folders)).is_dir():

@@ -71,6 +71,25 @@ def test_all_files_of_a_run_are_in_its_folder_and_the_next_goes_on_from_there(lo
     assert torch.load(last, weights_only=True)["global_step"] == 2 * first > 0
 
 
+@pytest.mark.parametrize(
+    ("logger", "folder"), [(True, "mine/version_0"), (TENSORBOARD, "events/lightning_logs/version_0")]
+)
+def test_a_run_is_gone_on_with_from_any_folder_by_its_own_configuration(
+    logger, folder, settings, tmp_path, monkeypatch
+):
+    main([*settings, "--trainer.default_root_dir=mine", "--trainer.logger", json.dumps(logger)])
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = tmp_path / folder / "config.yaml"
+    main(["fit", "--config", str(config), "--ckpt_path=last", "--trainer.max_epochs=2"])
+    assert not list(Path().iterdir())
+    first, last = (
+        torch.load(tmp_path / folder / f"../{name}/checkpoints/last.ckpt", weights_only=True)["global_step"]
+        for name in ("version_0", "version_1")
+    )
+    assert last == 2 * first > 0
+
+
 def test_loggers_are_told_the_settings_and_how_training_goes_but_no_user(settings):
     main([*settings, "--trainer.logger", "recording_logger.RecordingLogger", "--model.optim.lr", "0.003",
           "--model.optim.user_lr", "0.05"])  # fmt: skip

@@ -90,6 +90,37 @@ def warn_of_other_rendering(source: str, earlier: Mapping[str, Any], now: Mappin
         rank_zero_warn(f"{source} was trained on text rendered otherwise: {'; '.join(other)}.")
 
 
+def id_key_of(data: Any) -> str | None:
+    """Return a fingerprint of the key that hashes the users' ids of a data module, which does not tell the key.
+
+    It is empty where ids are not hashed, and None where that is not known, as without a data module.
+    """
+    if not hasattr(data, "pseudonyms"):
+        return None
+    return "" if data.pseudonyms is None else str(data.pseudonyms.fingerprint())
+
+
+def warn_of_other_id_key(source: str, earlier: str | None, now: str | None) -> None:
+    """Warn where users' ids are hashed otherwise than those of a checkpoint, so that no user is found in it.
+
+    Args:
+        source: Where the weights are from.
+        earlier: `id_key_of` the data that they were trained on; older versions did not keep it.
+        now: The same of the data that are used.
+    """
+    if earlier is None or now is None or earlier == now:
+        return
+    if not earlier or not now:
+        was, is_now = ("hashed" if key else "not hashed" for key in (earlier, now))
+        what = f"the users' ids {was}, and here they are {is_now}"
+    else:
+        what = "the users' ids hashed with another salt than this one"
+    rank_zero_warn(
+        f"{source} has {what}: the same user has another id, so that every user counts as new. Set "
+        "data.hash_user_ids_with as in the run that it is of."
+    )
+
+
 def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:
     """Say what becomes of the data's training users where a checkpoint, whose rows are kept, has others."""
     new = sum(user_id not in users for user_id in of_data.ids)

@@ -129,6 +129,7 @@ class PersonalizedLM(LightningModule):
         self._means = IntervalMeans()
         self._progress = StepProgress()
         self._seed: int | None = None
+        self._id_key: str | None = None  # which key hashes users' ids, kept in checkpoints; see `id_key_of`
         self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
 
     # ---- set-up
@@ -177,7 +178,9 @@ class PersonalizedLM(LightningModule):
         if stage == "fit":
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
             self._tokenization = _rendering_of(datamodule)
+            self._id_key = checkpoint_content.id_key_of(datamodule)
             if self._warm_start is not None:
+                self._warm_start.check_id_key(self._id_key)
                 self._warm_start.check_rendering(self._tokenization)
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
@@ -557,8 +560,9 @@ class PersonalizedLM(LightningModule):
         seed = torch.initial_seed() if self._seed is None else self._seed
         checkpoint_content.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
         checkpoint[KEY]["base"] = self.policy.base_identity()
-        if self._started_from is not None:
-            checkpoint[KEY]["started_from"] = self._started_from
+        for name, value in (("started_from", self._started_from), ("id_key", self._id_key)):
+            if value is not None:
+                checkpoint[KEY][name] = value
         if (place := self._progress.entry(self.trainer) if self._trainer is not None else None) is not None:
             checkpoint[KEY]["place"] = place
             of_loss = self._progress.of_loss
@@ -571,6 +575,8 @@ class PersonalizedLM(LightningModule):
         kept, users = entry_of(checkpoint), users_of(checkpoint)
         self._seed, self._started_from = kept.get("seed"), kept.get("started_from")
         self._take_rendering(kept.get("tokenization") or {})
+        checkpoint_content.warn_of_other_id_key("The checkpoint", kept.get("id_key"), self._data_id_key)
+        self._id_key = kept.get("id_key")
         if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
             self._go_on(checkpoint, kept)
         if self.vocabulary != users:
@@ -621,6 +627,10 @@ class PersonalizedLM(LightningModule):
     @property
     def _datamodule(self) -> Any:
         return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def _data_id_key(self) -> str | None:
+        return checkpoint_content.id_key_of(getattr(self._trainer, "datamodule", None))
 
     @property
     def _sharing(self) -> tuple[int, int]:

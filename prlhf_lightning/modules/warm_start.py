@@ -21,7 +21,12 @@ from prlhf_lightning.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.export_checksums import SETTINGS, check_checksums
-from prlhf_lightning.modules.checkpoint_content import names_of, trained_names, warn_of_other_rendering
+from prlhf_lightning.modules.checkpoint_content import (
+    names_of,
+    trained_names,
+    warn_of_other_id_key,
+    warn_of_other_rendering,
+)
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.user_models import UserModel
@@ -49,6 +54,7 @@ class WarmStart:
         tokenization: How its rows became ids.
         base: `Policy.base_identity` of that policy, as far as known.
         origin: `checkpoint_files.origin` of the source.
+        id_key: `id_key_of` the data that it was trained on, as far as known.
     """
 
     source: str
@@ -59,6 +65,7 @@ class WarmStart:
     tokenization: Mapping[str, Any] = field(default_factory=dict)
     base: Mapping[str, str] | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
+    id_key: str | None = None
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
@@ -93,7 +100,9 @@ class WarmStart:
         weights = {k: v for k, v in content["state_dict"].items() if k.startswith(("policy.", "user_model."))}
         policy, user_model = (settings.get(part) or {} for part in ("policy", "user_model"))
         rendered, origin = entry.get("tokenization") or {}, checkpoint_files.origin(path)
-        return cls(str(path), users, weights, policy, user_model, rendered, entry.get("base"), origin)
+        return cls(
+            str(path), users, weights, policy, user_model, rendered, entry.get("base"), origin, entry.get("id_key")
+        )
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
@@ -151,6 +160,10 @@ class WarmStart:
             settings: How the new data become ids.
         """
         warn_of_other_rendering(f"init_from: {self.source}", self.tokenization, settings)
+
+    def check_id_key(self, now: str | None) -> None:
+        """Warn where users' ids are hashed otherwise than in the source; `now` is `id_key_of` the new data."""
+        warn_of_other_id_key(f"init_from: {self.source}", self.id_key, now)
 
     def warn_of_other_base(self, policy: Policy) -> None:
         """Warn where the policy, which has been built, has other weights than those that were trained on."""

@@ -201,6 +201,24 @@ def test_the_last_run_to_go_on_with_is_one_of_the_same_start(run, tmp_path, fold
     assert f"Going on from {root / 'version_1/checkpoints/last.ckpt'}" in caplog.text
 
 
+@pytest.mark.parametrize("option", ["init_from", "ckpt_path"])
+@pytest.mark.parametrize(("then", "now"), [("A", ""), ("", "A"), ("A", "B"), ("A", "A")])
+def test_ids_that_are_hashed_otherwise_are_warned_of(run, tmp_path, monkeypatch, recwarn, option, then, now):
+    def fit(key: str, *more: str) -> Path:
+        hashing = [f"--data.hash_user_ids_with=SALT_{key}"] if key else []
+        main([*run[0], *hashing, f"--trainer.default_root_dir={tmp_path}", *more])
+        return tmp_path / "version_0/checkpoints/last.ckpt"
+
+    monkeypatch.setenv("SALT_A", "a" * 32)
+    monkeypatch.setenv("SALT_B", "b" * 32)
+    path = fit(then)
+    fit(now, f"--{option}={path}", "--trainer.max_steps=3")
+    told = [str(warning.message) for warning in recwarn if "another id" in str(warning.message)]
+    assert len(told) == (then != now)
+    assert all("data.hash_user_ids_with" in one for one in told)
+    assert b"a" * 32 not in path.read_bytes()
+
+
 def test_two_meanings_of_last_in_one_command_are_refused(run):
     with pytest.raises(SystemExit, match="init_from: with --ckpt_path last"):
         main([*run[0], "--init_from=last", "--ckpt_path=last", f"--trainer.default_root_dir={run[1].parents[2]}"])
