@@ -314,7 +314,8 @@ def read_whole_numbers_first(parser: LightningArgumentParser) -> None:
     for action in parser._actions:
         types = get_args(getattr(action, "_typehint", None))
         if {int, float} <= set(types) and types.index(float) < types.index(int):
-            action._typehint = reduce(or_, (int, *(one for one in types if one is not int)))
+            whole_first = reduce(or_, (int, *(one for one in types if one is not int)))
+            vars(action)["_typehint"] = whole_first  # which jsonargparse declares nowhere
 
 
 def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:
