@@ -53,8 +53,9 @@ def _configured(tokenizer: PreTrainedTokenizerBase, generation_config: Generatio
     ids = [token for token in listed if token is not None]
     if wrong := [token for token in ids if type(token) is not int]:
         raise ConfigurationError(
-            f"eos_token_id in generation_config.json (or config.json, where there is none) holds {str(wrong[0])[:40]!r}"
-            f", of type {type(wrong[0]).__name__}; write the id of the token, a whole number, or a list of such."
+            "eos_token_id in generation_config.json (or config.json, where there is none) of the model "
+            f"{tokenizer.name_or_path} holds {str(wrong[0])[:40]!r}, of type {type(wrong[0]).__name__}; write the id "
+            "of the token, a whole number, or a list of such."
         )
     known = set(tokenizer.get_vocab().values())
     if unknown := [str(token) for token in ids if token not in known]:
