@@ -132,7 +132,10 @@ class Policy(nn.Module, ABC):
         return ()
 
     def base_identity(self) -> dict[str, str] | None:
-        """Return what tells the weights that training starts from: `weights`, a digest, and the `transformers` version.
+        """Return what tells the weights that training starts from.
+
+        These are `weights`, a digest, the `transformers` version, and, to know the same model in another dtype, `dtype`
+        and a `sample` of the weights.
 
         A checkpoint that does not hold these weights notes it, and warns where it is put on others. None, for a policy
         that cannot tell.

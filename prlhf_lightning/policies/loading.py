@@ -18,6 +18,8 @@ from prlhf_lightning.reference_cache import weights_digest
 
 _log = logging.getLogger(__name__)
 _LISTED = 3  # weights that a message names
+_SAMPLED = 16  # weights of a tensor, and about as many tensors, by which a model is known again in another dtype
+_ROUNDING = 2.0**-7  # relative; bfloat16 keeps 8 bits
 #: How classes are called that hold a whole language model, maybe beside parts for images.
 _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 #: Where models keep the parts of which a language model may be one.
@@ -91,7 +93,12 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> list[
 
 def base_identity(lm: PreTrainedModel) -> dict[str, str]:
     """Return what tells the weights that a model was loaded with; see `Policy.base_identity`."""
-    return {"weights": weights_digest(lm.state_dict().items()), "transformers": transformers.__version__}
+    return {
+        "weights": weights_digest(lm.state_dict().items()),
+        "transformers": transformers.__version__,
+        "dtype": str(lm.dtype).removeprefix("torch."),
+        "sample": " ".join(f"{value:.9g}" for value in _sample(lm)),
+    }
 
 
 def warning_of_other_base(trained_on: Mapping[str, str] | None, now: Mapping[str, str] | None, name: str) -> str | None:
@@ -106,12 +113,33 @@ def warning_of_other_base(trained_on: Mapping[str, str] | None, now: Mapping[str
     """
     if not trained_on or not now or trained_on["weights"] == now["weights"]:
         return None
+    if _differ_in_dtype_alone(trained_on, now):
+        _log.warning("The base model %s had dtype %s in training, and %s now.", name, trained_on["dtype"], now["dtype"])
+        return None
     versions = {base["transformers"] for base in (trained_on, now)}
     perhaps = "" if len(versions) == 1 else f" (or transformers, {' and '.join(sorted(versions))}, arranges them anew)"
     return (
         f"The weights of the base model {name} are not those that were trained on{perhaps}. What was trained fits no "
         "others: give the model of that time back its place, or name its new one with the `relocate` command."
     )
+
+
+@torch.no_grad()
+def _sample(lm: PreTrainedModel) -> list[float]:
+    """Return some of a model's weights, at the same places in every dtype."""
+    wide = [weight.flatten() for _, weight in sorted(lm.state_dict().items()) if weight.is_floating_point()]
+    found: list[float] = []
+    for weight in wide[:: max(1, len(wide) // _SAMPLED)]:
+        found += weight[:: max(1, len(weight) // _SAMPLED)][:_SAMPLED].float().tolist()
+    return found
+
+
+def _differ_in_dtype_alone(trained_on: Mapping[str, str], now: Mapping[str, str]) -> bool:
+    """Whether two identities are of one model in two dtypes, as far as rounding lets tell; older ones have no dtype."""
+    if trained_on.get("dtype") == now.get("dtype") or not (trained_on.get("sample") and now.get("sample")):
+        return False
+    then, here = (torch.tensor([float(value) for value in base["sample"].split()]) for base in (trained_on, now))
+    return then.shape == here.shape and torch.allclose(then, here, rtol=_ROUNDING, atol=1e-6)
 
 
 def _written_by(lm: PreTrainedModel, path: str, options: Mapping[str, Any]) -> str:

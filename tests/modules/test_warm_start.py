@@ -19,6 +19,7 @@ from prlhf_lightning.cli import main
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOLoss, DPOLoss, IPOLoss
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.tasks.export import export
 from prlhf_lightning.tasks.models import load_module
 
@@ -279,3 +280,20 @@ def test_a_base_model_with_other_weights_is_warned_of(model_path, votes, tmp_pat
     module.start_from(path)
     with pytest.warns(UserWarning, match=r"init_from: The weights of the base model .*other are not those that were"):
         make_trainer(tmp_path, max_steps=0).fit(module, make_data(votes, model_path))
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_a_base_model_in_another_dtype_is_no_other_model(model_path, votes, tmp_path, caplog, same):
+    path = earlier(model_path, votes, tmp_path, "individual", LoRA(rank=2))
+    here = Path(shutil.copytree(model_path, tmp_path / "other"))
+    weights = load_file(here / "model.safetensors")
+    if not same:
+        weights = {name: weight * 1.1 for name, weight in weights.items()}
+        save_file(weights, here / "model.safetensors", {"format": "pt"})
+    policies = [CausalLMPolicy(name, dtype=dtype) for name, dtype in ((model_path, "float32"), (str(here), "bfloat16"))]
+    for policy in policies:
+        policy.build()
+    said = warning_of_other_base(torch.load(path)["prlhf_lightning"]["base"], policies[1].base_identity(), "base")
+    assert (said is None) == same
+    assert ("base had dtype float32 in training, and bfloat16 now" in caplog.text) == same
+    assert warning_of_other_base(policies[0].base_identity(), policies[0].base_identity(), "base") is None
