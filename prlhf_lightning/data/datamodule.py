@@ -382,6 +382,12 @@ class PreferenceDataModule(LightningDataModule):
             split = {"validate": "validation", "test": "test"}.get(name, "test or validation")
             raise ConfigurationError(f"There is nothing to {name} on; give the source a {split} split.")
         rank_zero_info(self.describe())
+        written = self._prepared.tokenize
+        if name == "fit" and written.tokenizer.chat_template and not written.settings.chat_template:
+            rank_zero_warn(
+                "The tokenizer has a chat template, and the rows are plain strings, which are used as they stand. For "
+                "a chat model set data.chat_template to true: each prompt is then a message of the user."
+            )
         if (day := self.settings.chat_template_date) is not None and self._settings.chat_template_date is None:
             rank_zero_info(
                 f"The chat template writes a date: {day}, in training and in all that is written with the model later. "

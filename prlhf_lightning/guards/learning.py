@@ -35,6 +35,7 @@ class Outcome:
         accuracy: Share of held-out pairs of seen users that are ranked right (of thumbs, the area under the curve).
         pairs: Number of the held-out pairs.
         losses: Held-out loss by step.
+        steps: Number of optimizer steps.
     """
 
     train_accuracy: float | None = None
@@ -43,6 +44,7 @@ class Outcome:
     accuracy: float | None = None
     pairs: int = 0
     losses: Mapping[int, float] | None = None
+    steps: int | None = None
 
 
 class LearningMonitor(Callback):
@@ -103,6 +105,7 @@ class LearningMonitor(Callback):
             accuracy=float(held_out) if held_out is not None else None,
             pairs=sum(row.pairs if isinstance(row, UserAccuracy) else row.ups + row.downs for _, row in rows),
             losses=self._losses,
+            steps=trainer.global_step,
         )
         return what_to_change(outcome, settings_of(trainer, module))
 
@@ -163,7 +166,12 @@ def what_to_change(outcome: Outcome, settings: Mapping[str, float]) -> str | Non
     evidence = f"{' and '.join(found)} (0.50 is chance)"
     by_luck = held_out is None or held_out <= _by_luck(outcome.pairs)
     if found and by_luck and (train is None or train < max(_CHANCE, _by_luck(outcome.train_pairs))):
-        return f"The model learned next to nothing: it ranks right {evidence}. {_to_learn_more(outcome, settings)}"
+        told = f"The model learned next to nothing: it ranks right {evidence}"
+        if outcome.steps is not None and outcome.steps < _STEPS:
+            return (
+                f"{told}, after {outcome.steps} optimizer steps. Train for {_STEPS} or more before changing the rates."
+            )
+        return f"{told}. {_to_learn_more(outcome, settings)}"
     if train is None or held_out is None or train - held_out < _GAP or train < _CHANCE:
         return None
     told = f"The model overfits: it ranks right {evidence}"
@@ -199,7 +207,7 @@ def _to_learn_more(outcome: Outcome, settings: Mapping[str, float]) -> str:
             "Try lower rates or a higher model.loss.beta, and look at the votes with `data describe`."
         )
     changes = [
-        f"{name} {5 * settings[name]:g} (now {settings[name]:g})"
+        f"{name} {5 * settings[name]:.2g} (now {settings[name]:.2g})"
         for name in ("model.optim.lr", "model.optim.user_lr")
         if name in settings
     ]

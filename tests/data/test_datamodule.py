@@ -452,3 +452,15 @@ def test_a_plain_prompt_is_written_as_the_training_rows_are(make, tmp_path, rows
     turn = tokenizer.apply_chat_template(TURNS[0]["prompt"], add_generation_prompt=True, return_dict=False)
     expected = turn if conversational else tokenizer(ROWS[0]["prompt"])["input_ids"]
     assert data.encode_prompts([ROWS[0]["prompt"]]).ids.tolist() == [expected]
+
+
+@pytest.mark.parametrize("chat_template", [False, True])
+def test_plain_rows_for_a_chat_model_are_told(tmp_path, chat_template, recwarn):
+    path = write_jsonl(tmp_path / "votes.jsonl", [row(i) for i in range(8)])
+    tokenizer = word_tokenizer(template=CHATML)
+    data = PreferenceDataModule(
+        FileSource(path), tokenizer=tokenizer, cache_dir=tmp_path / "cache", chat_template=chat_template
+    )
+    data.prepare_data()
+    data.setup("fit")
+    assert any("set data.chat_template to true" in str(one.message) for one in recwarn) is not chat_template

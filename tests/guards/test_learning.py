@@ -47,6 +47,12 @@ def test_a_model_that_learned_nothing_needs_higher_rates_and_not_shrinking():
     assert "shrink" not in advice
 
 
+def test_after_few_steps_the_rates_are_not_judged():
+    advice = what_to_change(Outcome(0.5, 0.0, 6, 0.5, 6, steps=3), SETTINGS)
+    assert "after 3 optimizer steps. Train for 100 or more" in advice
+    assert "model.optim.lr" not in advice
+
+
 def test_few_pairs_that_are_ranked_right_by_luck_are_nothing_learned():
     assert what_to_change(Outcome(0.65, 0.01, 24, 0.56, 16), SETTINGS).startswith("The model learned next to nothing")
     assert what_to_change(Outcome(0.65, 0.01, 24, 0.8, 100), SETTINGS) is None
@@ -90,5 +96,5 @@ def test_a_run_warns_of_few_steps_and_ends_with_what_to_change(model_path, votes
     with pytest.warns(UserWarning, match=r"Training takes \d+ optimizer steps; below about 100"):
         main(command)
     (advice,) = [line for line in caplog.messages if line.startswith("The model learned next to nothing")]
-    assert "model.optim.lr 5e-09 (now 1e-09)" in advice
+    assert "Train for 100 or more before changing the rates" in advice
     assert not [line for line in caplog.messages if "prlhf_lightning shrink" in line]
