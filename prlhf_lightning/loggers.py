@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
@@ -19,6 +18,8 @@ from prlhf_lightning.files import check_writable
 _LOCAL = (CSVLogger, TensorBoardLogger)
 #: Folders in the current directory that loggers write to by default.
 _IN_CURRENT_DIRECTORY = {"WandbLogger": (".", ""), "MLFlowLogger": ("./mlruns", "mlruns")}
+#: Variables that tell a process its place among those of a run; they are 0 in the first, or not there.
+_RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 #: Settings that may hold a password, or an address with one.
 _SECRET = ("url", "uri", "key", "password", "secret", "salt")
 
@@ -66,7 +67,7 @@ def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -
     remote = "://" in metrics.root_dir
     claimed = None
     # Loggers themselves take the first number that is free when they look, as others may that look at the same time.
-    is_first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
     if is_first and metrics._version is not None and not remote:
         check_writable(Path(metrics.log_dir))
     elif is_first and not remote:

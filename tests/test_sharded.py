@@ -190,7 +190,8 @@ def test_a_checkpoint_holds_what_was_trained_whole_and_no_more(folder):
 
 def predictions(folder: Path) -> list[tuple[str, str, str]]:
     lines = [line for path in folder.glob("version_0/predictions*.jsonl") for line in path.read_text().splitlines()]
-    return sorted(tuple(json.loads(line).values()) for line in lines)
+    rows = [json.loads(line) for line in lines]
+    return sorted((row["user_id"], row["prompt"], row["completion"]) for row in rows)
 
 
 def test_they_write_the_same_completions(folder):

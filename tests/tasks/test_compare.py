@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.compare import write
 
 
@@ -25,10 +26,10 @@ class Recorder(nn.Module):
 
 
 @pytest.mark.parametrize("user_text", [True, False])
-def test_models_are_told_what_users_say_about_themselves(model_path, user_text):
+def test_models_are_told_what_users_say_about_themselves(tmp_path, user_text):
     source = SimulatedSource(num_users=4, pairs_per_user=2, num_unseen_users=0, user_text=user_text)
     model, users = Recorder(), source.seen_users
-    data = PreferenceDataModule(source, model_path)
+    data = PreferenceDataModule(source, CausalLMPolicy("builtin:style-lm").tokenizer, cache_dir=tmp_path)
     answers = write(model, data, [(user, "What helps to sleep better?") for user in users], source)
     assert answers == ["ok"] * 4
     assert model.asked == [(user.user_id, user.stated_preference() if user_text else "") for user in users]
