@@ -231,7 +231,7 @@ class PRLHFCLI(LightningCLI):
         if given.train_baseline:
             raise ConfigurationError(
                 "init_from and train_baseline exclude one another: the baseline would be trained on these data "
-                "alone, and the model on earlier ones as well. Leave one of them out."
+                "alone, and the model on earlier ones as well. Leave out init_from, or give --train_baseline false."
             )
         if given.ckpt_path:
             return  # of the same run, or with a warning
@@ -242,6 +242,8 @@ class PRLHFCLI(LightningCLI):
         checkpoints = kept_by(self.trainer)
         if checkpoints:
             rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
+            if len(checkpoints) > 1:
+                rank_zero_info("The first is the best, the other the last, which commands take of a run's folder.")
         (monitor,) = (one for one in self.trainer.callbacks if isinstance(one, LearningMonitor))  # type: ignore[attr-defined]
         advice = monitor.advice(self.trainer, self.model)
         if checkpoints and advice is None:
