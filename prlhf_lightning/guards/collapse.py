@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from prlhf_lightning.errors import ConfigurationError
@@ -150,6 +150,10 @@ class CollapseMonitor(Callback):
         batch = datamodule.sample(self.prompts)
         if not len(batch) or self._failed:
             return {}
+        if trainer.sanity_checking:  # it takes minutes for a large model on a CPU
+            rank_zero_info(
+                f"Writing {len(batch)} answers, now and in each validation, to tell a collapse by (collapse.prompts)."
+            )
         try:
             with isolate_rng(), trainer.precision_plugin.val_step_context():
                 return measure(module, batch.to(module.device), self.max_new_tokens)
