@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from prlhf_lightning.inference.requests import MOST_SEED, MOST_SHARE, MOST_STRENGTH, MOST_TEMPERATURE
 
@@ -15,7 +15,8 @@ from prlhf_lightning.inference.requests import MOST_SEED, MOST_SHARE, MOST_STREN
 _BLANK = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 # A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
 # begin with what ends the one before it.
-Visible: TypeAlias = Annotated[str, Field(pattern=rf"^[{_BLANK}]*[^{_BLANK}\u0000][^\u0000]*$")]
+_VISIBLE = rf"^[{_BLANK}]*[^{_BLANK}\u0000][^\u0000]*$"
+Visible: TypeAlias = Annotated[str, Field(pattern=_VISIBLE)]
 UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
@@ -23,6 +24,19 @@ Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
 Seed: TypeAlias = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), _from_whole]  # JSON's readers can tell these apart
 One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
+Blend: TypeAlias = Annotated[
+    dict[UserId, Share],
+    Field(min_length=1, max_length=64),
+    WithJsonSchema(  # pydantic's own says nothing against names that do not match the pattern
+        {
+            "type": "object",
+            "minProperties": 1,
+            "maxProperties": 64,
+            "propertyNames": {"type": "string", "pattern": _VISIBLE, "maxLength": 256},
+            "additionalProperties": {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_SHARE},
+        }
+    ),
+]
 
 
 class _Request(BaseModel):
@@ -93,7 +107,7 @@ class _Generate(_Request):
         allow_inf_nan=False,
         description="0 writes for the generic user, 1 as trained, more exaggerates.",
     )
-    blend: Annotated[dict[str, Share], Field(min_length=1, max_length=64)] | None = Field(
+    blend: Blend | None = Field(
         None, description="A mixture of users by their shares, to write for instead of `user`, who then only asks."
     )
     max_tokens: Count | None = Field(None, description="The server's own limit holds as well.")

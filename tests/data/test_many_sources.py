@@ -76,7 +76,7 @@ def test_weights_say_how_often_training_rows_are_read(two):
     many = CombinedSource([FileSource("x")], weights=[2.25])
     assert sum(many._times(2.25, "x", number) for number in range(4000)) == pytest.approx(9000, rel=0.02)
     assert users(source, "validation") == ["ann"] * 4
-    left_out = source.counts("train")["left out (by the weight of their source)"]
+    left_out = source.counts("train").get("left out (by the weight of their source)", 0)  # by chance none
     assert users(source).count("ann") + left_out == 4
 
 
