@@ -20,7 +20,8 @@ Identity: TypeAlias = tuple[int, int]
 
 _LEAST_FREE = 1 << 20  # bytes on the disk, below which the next rows may not fit
 _LOCKED_SECONDS = 1.0  # how long a trial waits for the file's lock
-_REST = 20  # times as long as a check of all pages took is the least pause until the next
+# A check of all pages that took longer than this is followed by a pause that is so many times as long.
+_SLOW_SECONDS, _REST = 0.1, 20
 
 
 class SQLiteFile:
@@ -54,12 +55,13 @@ class SQLiteFile:
     def check_pages(self) -> None:
         """Check the structure of all pages, where the file has changed since this was last done.
 
-        In WAL mode the file itself changes about once in a thousand rows. Reading a large file takes a while, so that
+        In WAL mode the file itself changes about once in a thousand rows. Of a large file, which takes a while to read,
         at most a twentieth of the time goes into it.
         """
         with self._lock:
             state, started = self._stat(), time.monotonic()
-            if not _same_state(state, self._state) and started - self._checked >= _REST * self._seconds:
+            pause = _REST * self._seconds if self._seconds > _SLOW_SECONDS else 0.0
+            if not _same_state(state, self._state) and started - self._checked >= pause:
                 self._is_whole = self._find_whole()
                 self._state, self._checked = state, time.monotonic()
                 self._seconds = self._checked - started

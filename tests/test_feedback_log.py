@@ -216,7 +216,9 @@ def _damage(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize(("accident", "says"), [(_delete, "Operational|gone"), (_move, "gone"), (_damage, "damaged")])
+@pytest.mark.parametrize(
+    ("accident", "says"), [(_delete, "Operational|gone"), (_move, "gone"), (_damage, "damaged|Database")]
+)
 def test_a_file_that_is_not_what_it_was_takes_no_feedback(tmp_path, accident, says):
     file = tmp_path / "feedback.db"
     log = FeedbackLog(str(file))
