@@ -50,7 +50,7 @@ from prlhf_lightning.types import Feedback
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
-_FORMAT = 5  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 6  # raise it when the meaning of what is stored changes, so that older caches are not read
 _BATCH = 1000  # rows tokenised and written together
 _ROWS, _REPORT, _SUMS = "rows.arrow", "report.json", "sha256.json"
 _log = logging.getLogger(__name__)

@@ -277,6 +277,9 @@ class FeedbackTokenizer:
     def _ended(self, ids: Ids, where: str, name: str) -> Ids:
         if not len(ids):
             raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
+        first = next((place for place, token in enumerate(ids.tolist()) if token in self._ends), None)
+        if first is not None and not self.tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip():
+            return ids[: first + 1]  # a row that is rendered already may hold several ends, one after another
         return ids if int(ids[-1]) in self._ends else np.concatenate([ids, self._eos])
 
     def _fit(self, row: TokenizedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord | None:

@@ -189,3 +189,12 @@ def test_short_texts_too_are_forgotten_before_they_fill_the_memory(monkeypatch):
         ids.make_room()
         ids.learn(f"w{number}" for number in range(start, start + 1000))
     assert len(ids) <= 6000  # at 200 bytes and more each
+
+
+@pytest.mark.parametrize(
+    ("written", "kept"),
+    [("four <eos> <eos>", "four <eos>"), ("four <eos> five <eos>", "four <eos> five <eos>"), ("four", "four <eos>")],
+)
+def test_of_several_ends_in_a_row_the_first_ends_a_completion(written, kept):
+    tokenizer = word_tokenizer()
+    assert words(encode(FeedbackRecord("a", "one", written, "six"), tokenizer).chosen, tokenizer) == kept
