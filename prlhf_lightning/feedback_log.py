@@ -254,6 +254,7 @@ class FeedbackLog:
             self._file.identity()
 
     def _after_connect(self, connection: Any, record: Any) -> None:
+        """Make writes durable, and remember which file was opened."""
         for setting in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
             connection.execute(f"PRAGMA {setting}")
         if self._file is not None:

@@ -243,7 +243,7 @@ class PRLHFCLI(LightningCLI):
         if checkpoints:
             rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
             if len(checkpoints) > 1:
-                rank_zero_info("The first is the best, the other the last, which commands take of a run's folder.")
+                rank_zero_info("The first is the best, the second the last. Commands use the last of a run's folder.")
         (monitor,) = (one for one in self.trainer.callbacks if isinstance(one, LearningMonitor))  # type: ignore[attr-defined]
         advice = monitor.advice(self.trainer, self.model)
         if checkpoints and advice is None:

@@ -27,7 +27,7 @@ LEAVES = {
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
-FEEDBACK = {"feedback_log", "sqlite_file"}
+FEEDBACK = {"feedback_log"}
 PAGES = {"pages"}
 SIBLINGS = {"data", "user_models", "policies", "losses", "metrics"}
 TOOLS = {"adaptation", "inference", "judges"}
@@ -35,11 +35,9 @@ MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
     "end_tokens": {"errors", "chat_probes"},
-    "sqlite_file": {"errors", "files"},
     "export_checksums": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
-    "feedback_log": LEAVES | {"sqlite_file"},
     "data": LEAVES | FEEDBACK,
     "pages": LEAVES,
     "policies": LEAVES | STORE,

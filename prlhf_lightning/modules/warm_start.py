@@ -38,7 +38,6 @@ _ADAPTER = r"\.lora_([AB])\.weight$"  # a name in PEFT's file, which leaves out 
 #: What of `CausalLMPolicy` decides which function its weights stand for.
 _OF_POLICY = ("random_init", "lora")
 _OF_LORA = ("rank", "alpha", "target_modules")  # dropout acts in training alone
-#: How rows become text; the limits of their lengths may change.
 
 
 @dataclass(frozen=True)
