@@ -7,6 +7,10 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.template_limits import TemplateLimitError, limit_templates
+
+limit_templates()  # whatever renders conversations imports this module
+
 #: Stand for a question, an answer and a system message; no template has them in its own text, or changes them.
 QUESTION, ANSWER, SYSTEM = "Qzquestion7", "Azanswer7", "Szsystem7"
 
@@ -23,6 +27,9 @@ def rendered(
         tokenizer: The tokenizer, with or without a chat template.
         messages: The conversation. All contents are strings.
         tools: What may be called, or None.
+
+    Raises:
+        TemplateLimitError: The template computes without end.
     """
     if not tokenizer.chat_template:
         return ""
@@ -35,6 +42,8 @@ def rendered(
         for form in (whole, as_parts):
             try:
                 text = str(tokenizer.apply_chat_template(form, tools=tools, tokenize=False))
+            except TemplateLimitError:
+                raise
             except Exception:  # templates raise whatever their authors chose
                 continue
             if all(message["content"] in text for message in messages):

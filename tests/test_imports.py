@@ -24,6 +24,7 @@ LEAVES = {
     "model_files",
     "sqlite_file",
     "export_checksums",
+    "template_limits",
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
@@ -34,7 +35,9 @@ TOOLS = {"adaptation", "inference", "judges"}
 MAY_IMPORT = {
     **{leaf: set() for leaf in LEAVES},
     "files": {"errors"},
-    "end_tokens": {"errors", "chat_probes"},
+    "template_limits": {"errors"},
+    "chat_probes": {"template_limits"},
+    "end_tokens": {"errors", "chat_probes", "template_limits"},
     "export_checksums": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},

@@ -18,10 +18,12 @@ from prlhf_lightning.data.template_args import on_day
 from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
 from prlhf_lightning.end_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.template_limits import TemplateLimitError
 
 _OPEN = re.compile(r"(<[\w:]+>|\[\w+\])\s*\Z")  # the start of a thought
 _CLOSED = re.compile(r"(?:<([\w:]+)>\s*(</\1>)|\[(\w+)\]\s*(\[/\3\]))\s*\Z")  # a thought that is empty
 _PRINTED_MARK = repr(MARK)[1:-1]  # as templates write it that print a mapping of Python
+_LONGEST_CAUSE = 300  # characters of what a template says
 _ANOTHER_QUESTION, _ANOTHER_ANSWER = "Qzquestion7", "Azanswer7"  # which no template has in its own text, or changes
 
 
@@ -176,12 +178,15 @@ class Renderer:
                 continue_final_message=continue_final_message,
                 **self.template_args,
             )
+        except TemplateLimitError:
+            raise
         except Exception as error:  # templates raise whatever their authors chose
+            said = " ".join(str(error)[:_LONGEST_CAUSE].split())
             fix = "change the roles of the messages or their order"
             if any(message["content"] is None for message in messages):
                 fix = 'write "" for the content that is null beside tool calls, if the template cannot take it'
             raise FeedbackFormatError(
-                f"{where}: field {field!r} does not fit the tokenizer's chat template ({error}); {fix}."
+                f"{where}: field {field!r} does not fit the tokenizer's chat template ({said}); {fix}."
             ) from error
         return text.replace(_PRINTED_MARK, MARK)
 

@@ -14,6 +14,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.template_limits import TemplateLimitError
 
 # What `apply_chat_template` takes for itself, or the rows give.
 _TAKEN = {
@@ -81,6 +82,8 @@ def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
                 f"the tokenizer's chat template (chat_template.jinja, or chat_template in tokenizer_config.json) is no "
                 f"valid Jinja: line {error.lineno}: {error.message}; correct it there, or download it again."
             ) from error
+        except TemplateLimitError:
+            raise
         except Exception:  # templates raise whatever their authors chose, of which rows tell more
             continue
 
