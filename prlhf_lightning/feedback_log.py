@@ -7,20 +7,24 @@ Here and not in `serving`, because the server writes what `data.sources.Feedback
 from __future__ import annotations
 
 import json
-import os
+import logging
 import sqlite3
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
+from uuid import uuid4
 
 import sqlalchemy as sql
-from sqlalchemy.exc import DBAPIError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.exc import IntegrityError, NoSuchModuleError, OperationalError, ProgrammingError, SQLAlchemyError
 
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.sqlite_file import SQLiteFile
+from prlhf_lightning.sqlite_file import SQLiteFile, network_file_system
 
+_log = logging.getLogger(__name__)
 Prompt: TypeAlias = str | list[dict[str, str]]
 
 FEEDBACK = sql.Table(
@@ -44,7 +48,9 @@ FEEDBACK = sql.Table(
 
 _IS_PAIR = FEEDBACK.c.chosen != FEEDBACK.c.rejected
 _ORDER = 0x7072_6C68  # of the PostgreSQL lock under which rows get their numbers
-_LOCKED_MS = 10_000  # how long a write waits while somebody else holds the log's lock
+_LOCKED_MS = 4000  # how long a write waits while somebody else holds the log's lock
+_SILENT_SECONDS = 8.0  # how long PostgreSQL may be silent; longer than it waits for locks
+_PROBE_LOCKED_SECONDS, _PROBE_SILENT_SECONDS = 1.0, 3.0  # where it is only asked whether the log can be used
 
 
 class FeedbackLogError(PRLHFError, OSError):
@@ -99,15 +105,19 @@ class FeedbackLog:
     """Feedback in a database. Safe to use from several threads and processes at once.
 
     SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
-    process and of the machine; so it does in PostgreSQL with its default settings. Only the owner can read a new
-    SQLite file. A SQLite file that is deleted, moved, replaced or damaged while it is open is noticed by `append`.
+    process and of the machine; so it does in PostgreSQL with `synchronous_commit=on`, which `append` sets where it is
+    off. Only the owner can read a new SQLite file. A SQLite file that is deleted, moved, replaced or damaged while it
+    is open is noticed by `append`. A database that hangs makes `append` and `check` fail after some seconds.
 
     Args:
-        url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file.
-        create: Make the table if it is not there.
+        url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file. The query of a
+            PostgreSQL URL is passed on to libpq: `?sslmode=verify-full&connect_timeout=3`.
+        create: Make the table if it is not there, to write to it. Without it, the log is only read, however long it
+            takes.
 
     Raises:
-        ConfigurationError: The URL is none, or its database's driver is not installed.
+        ConfigurationError: The URL is none, its database's driver is not installed, or the database can't keep a log:
+            the table is not of this version or not durable (UNLOGGED), or the database's encoding is not UTF-8.
         FeedbackLogError: The database can't be opened.
     """
 
@@ -123,7 +133,15 @@ class FeedbackLog:
             if self._is_sqlite and not create and not Path(str(address.database)).is_file():
                 raise ConfigurationError(f"url: there is no feedback log {address.database}; check the path.")
             self.name = address.render_as_string(hide_password=True)
-            self._engine = sql.create_engine(address, pool_pre_ping=True)
+            self._advice: Mapping[str, str] = _SQLITE_ADVICE
+            if address.get_backend_name() == "postgresql":
+                self._engine, self._probe, self._advice = _postgresql(address, create)
+                self._reader = self._engine
+            else:
+                self._engine = sql.create_engine(address)
+                # Not of the same pool: what `append` writes to must have been opened when no other was open.
+                self._reader = sql.create_engine(address, poolclass=sql.NullPool)
+                self._probe = self._engine
         except (SQLAlchemyError, ValueError, ImportError) as error:
             if isinstance(error, PRLHFError):
                 raise
@@ -132,19 +150,51 @@ class FeedbackLog:
             raise ConfigurationError(
                 f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
             ) from error
-        if self._is_sqlite:
-            if "uri" not in address.query:
-                self._file = SQLiteFile(Path(str(address.database)))
-                if create:
-                    _make_private(self._file.path)
-                sql.event.listen(self._engine, "do_connect", self._before_connect)
-            sql.event.listen(self._engine, "connect", self._after_connect)
-        if create:
-            with self._errors():
-                try:
-                    FEEDBACK.metadata.create_all(self._engine)
-                except DBAPIError:  # another process may have made it since it was looked for
-                    FEEDBACK.metadata.create_all(self._engine)
+        self._turn = Lock()  # to write to SQLite, which has one writer at a time anyway
+        with self._errors():
+            if self._is_sqlite:
+                if "uri" not in address.query:
+                    self._file = SQLiteFile(Path(str(address.database)))
+                for engine in (self._engine, self._reader):
+                    sql.event.listen(engine, "do_connect", self._before_connect)
+                    sql.event.listen(engine, "connect", self._after_connect)
+            if create:
+                self._make()
+            self._check_table()
+
+    def _make(self) -> None:
+        """Make the table if it is not there."""
+        if self._file is not None:
+            self._file.make()
+            kind = network_file_system(self._file.path)
+            if kind:
+                _log.warning(
+                    "The feedback log %s lies on a network file system (%s), on which SQLite is safe for the processes "
+                    "of one machine at most; use PostgreSQL for several.",
+                    self.name,
+                    kind,
+                )
+        try:
+            FEEDBACK.metadata.create_all(self._engine)
+        except (ProgrammingError, IntegrityError, OperationalError) as error:
+            if not any(sign in str(error.orig) for sign in ("already exists", "duplicate key")):
+                raise
+            FEEDBACK.metadata.create_all(self._engine)  # another process has made it since it was looked for
+
+    def _check_table(self) -> None:
+        """Refuse a table that can't hold the log."""
+        with self._reader.connect() as connection:
+            found = sql.inspect(connection)
+            if not found.has_table(FEEDBACK.name):
+                raise ConfigurationError(f"{self.name} has no table {FEEDBACK.name}: it is not a feedback log.")
+            missing = {column.name for column in FEEDBACK.c} - {c["name"] for c in found.get_columns(FEEDBACK.name)}
+            if missing:
+                raise ConfigurationError(
+                    f"{self.name}: the table {FEEDBACK.name} has no column {', '.join(sorted(missing))}; it was made "
+                    "by another version or program. Rename it, or name another log."
+                )
+            if not self._is_sqlite:
+                _check_durable(connection, self.name)
 
     def append(self, feedback: Feedback) -> bool:
         """Write feedback down for good. Return False where the same had been written before.
@@ -154,10 +204,10 @@ class FeedbackLog:
             FeedbackLogError: It could not be written.
         """
         row = feedback.row()
-        with self._errors(), self._connection() as connection:
+        with self._errors(), self._connection(_LOCKED_MS / 1000) as connection:
             try:
                 if not self._is_sqlite:
-                    connection.execute(sql.text(f"SET LOCAL lock_timeout = {_LOCKED_MS}"))
+                    connection.execute(_DURABLY, {"ms": str(_LOCKED_MS)})
                     # Rows become visible in the order of their numbers, as `until` needs.
                     connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ORDER)))
                 connection.execute(FEEDBACK.insert(), row)
@@ -166,6 +216,8 @@ class FeedbackLog:
                 return True
             except IntegrityError:
                 connection.rollback()
+                if not self._is_sqlite:
+                    connection.execute(_DURABLY, {"ms": str(_LOCKED_MS)})
                 same = (FEEDBACK.c.source == feedback.source) & (FEEDBACK.c.id == feedback.id)
                 found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
                 self._check_same_file(connection)
@@ -178,7 +230,7 @@ class FeedbackLog:
         query = sql.select(sql.func.count(), sql.func.coalesce(sql.func.max(FEEDBACK.c.number), 0))
         if until is not None:
             query = query.where(FEEDBACK.c.number <= until)
-        with self._errors(), self._engine.connect() as connection:
+        with self._errors(), self._reader.connect() as connection:
             return Extent(*connection.execute(query).one())
 
     def pairs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -192,7 +244,7 @@ class FeedbackLog:
     def newest_pairs(self, user_id: str, most: int) -> list[dict[str, Any]]:
         """Return a user's last pairs, at most so many, in the order of receipt, without ties."""
         query = sql.select(FEEDBACK).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
-        with self._errors(), self._engine.connect() as connection:
+        with self._errors(), self._reader.connect() as connection:
             rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
         return [_record(row) for row in reversed(rows)]
 
@@ -208,57 +260,79 @@ class FeedbackLog:
         if until is not None:
             query = query.where(FEEDBACK.c.number <= until)
         query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=1000)
-        with self._errors(), self._engine.connect() as connection:
+        with self._errors(), self._reader.connect() as connection:
             for row in connection.execute(query).mappings():
                 yield row["number"], _record(row)
 
     def check(self) -> None:
-        """Raise FeedbackLogError where the log can't be read and written now.
-
-        Of PostgreSQL only reading is tried.
-        """
-        with self._errors(), self._connection() as connection:
-            connection.execute(sql.select(FEEDBACK.c.number).limit(1))
+        """Raise FeedbackLogError where the log can't be read and written now, within a few seconds."""
+        with self._errors(), self._connection(_PROBE_LOCKED_SECONDS, self._probe) as connection:
             if self._file is not None:
+                connection.execute(sql.select(FEEDBACK.c.number).limit(1))
                 self._file.try_writing()
                 self._check_same_file(connection)
+            elif not self._is_sqlite:
+                self._try_writing(connection)
+
+    def _try_writing(self, connection: sql.Connection) -> None:
+        """Write a row to PostgreSQL and take it back, durably; nobody else ever sees it."""
+        connection.execute(_DURABLY, {"ms": str(round(_PROBE_LOCKED_SECONDS * 1000))})
+        name = f"trial {uuid4().hex}"
+        row = Feedback(name, name, time.time(), name, "", completion="", liked=True).row()
+        with connection.begin_nested() as trial:
+            connection.execute(FEEDBACK.insert(), row)
+            trial.rollback()
+        connection.commit()
 
     def close(self) -> None:
         """Close all connections."""
-        self._engine.dispose()
+        for engine in (self._engine, self._reader, self._probe):
+            engine.dispose()
 
     @contextmanager
-    def _connection(self) -> Iterator[sql.Connection]:
-        """Give a connection to the database as it is on disk now."""
+    def _connection(self, seconds: float, engine: sql.Engine | None = None) -> Iterator[sql.Connection]:
+        """Give a connection to write to the database as it is now.
+
+        Args:
+            seconds: How long to wait for other threads that write to SQLite.
+            engine: What to take it from.
+        """
+        engine = engine or self._engine
         if self._file is None:
-            with self._engine.connect() as connection:
+            with engine.connect() as connection:
                 yield connection
             return
-        with self._engine.connect() as connection:
-            if connection.info["identity"] == self._file.identity():
+        if not self._turn.acquire(timeout=seconds):
+            raise sqlite3.OperationalError("other feedback waits for the file")
+        try:
+            with engine.connect() as connection:
+                if connection.info["identity"] == self._file.identity():
+                    self._file.check_pages()
+                    yield connection
+                    return
+            engine.dispose()  # another file is there now, as from a backup
+            with engine.connect() as connection:
                 self._file.check_pages()
                 yield connection
-                return
-        self._engine.dispose()  # another file is there now, as from a backup
-        with self._engine.connect() as connection:
-            self._file.check_pages()
-            yield connection
+        finally:
+            self._turn.release()
 
     def _check_same_file(self, connection: sql.Connection) -> None:
         if self._file is not None:
             self._file.check_same(connection.info["identity"])
 
     def _before_connect(self, *_: Any) -> None:
-        """Keep SQLite from making a new, empty file where the log was."""
+        """Keep SQLite from making a new, empty file where the log was, and from mixing it with another."""
         if self._file is not None:
-            self._file.identity()
+            self._file.check_openable()
 
     def _after_connect(self, connection: Any, record: Any) -> None:
         """Make writes durable, and remember which file was opened."""
         for setting in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
             connection.execute(f"PRAGMA {setting}")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are open
         if self._file is not None:
-            record.info["identity"] = self._file.identity()
+            record.info["identity"] = self._file.opened()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -266,12 +340,73 @@ class FeedbackLog:
         try:
             yield
         except (SQLAlchemyError, sqlite3.Error) as error:
-            if self._file is not None:
-                self._engine.dispose()  # whose connections may remember pages of a file that is damaged or gone
-            cause = getattr(error, "orig", None) or error
-            # What our own checks say of the file quotes nothing that was to be written.
-            detail = str(cause) if isinstance(error, sqlite3.Error) else type(cause).__name__
-            raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({detail}).") from None
+            # Its connections may remember pages of a file that is gone, or lead to a server that no longer leads.
+            self._engine.dispose()
+            raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({self._reason(error)}).") from None
+
+    def _reason(self, error: Exception) -> str:
+        """Say what is wrong, without what was to be written."""
+        cause = getattr(error, "orig", None) or error
+        if isinstance(cause, sqlite3.Error):
+            if not hasattr(cause, "sqlite_errorname"):  # of our own checks
+                return str(cause)
+            if str(cause).startswith("no such table"):
+                return f"{cause}; put a backup in its place, or start the server again to begin an empty one"
+            # Such as SQLITE_IOERR_WRITE, of which our own checks have no name.
+            name = cause.sqlite_errorname
+            return next((text for kind, text in self._advice.items() if name.startswith(kind)), name)
+        name = type(cause).__name__
+        return self._advice.get(name, name)
+
+
+_SQLITE_ADVICE = {
+    "SQLITE_BUSY": "locked by another process",
+    "SQLITE_FULL": "the disk is full",
+    "SQLITE_READONLY": "it is read-only",
+    "SQLITE_CANTOPEN": "it can't be opened; check the path and its permissions",
+    "SQLITE_CORRUPT": "the file is damaged; put a backup in its place",
+    "SQLITE_NOTADB": "the file is damaged; put a backup in its place",
+}
+# A transaction waits so long for locks, and for the disk where the database's own setting does not.
+_DURABLY = sql.text(
+    "SELECT set_config('lock_timeout', :ms, true), set_config('synchronous_commit', "
+    "CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, "
+    "true)"
+)
+
+
+def _postgresql(address: sql.URL, writes: bool) -> tuple[sql.Engine, sql.Engine, Mapping[str, str]]:
+    """Return what makes connections to PostgreSQL, what makes them for trials, and what its errors mean."""
+    from prlhf_lightning import postgresql
+
+    patient = {name: value for name, value in postgresql.PATIENT.items() if name not in address.query}
+    address = address.update_query_dict(patient)
+    hasty = address.update_query_dict({"connect_timeout": "2"})
+    # Statements that are prepared on one connection do not work through a pooler such as PgBouncer.
+    given = {"connect_args": {"prepare_threshold": None}}
+    engine = sql.create_engine(address, pool_pre_ping=True, **given)
+    probe = sql.create_engine(hasty, poolclass=sql.NullPool, **given)
+    for made, seconds in ((engine, _SILENT_SECONDS), (probe, _PROBE_SILENT_SECONDS)):
+        if writes:
+            connect = postgresql.impatient(seconds).connect
+            sql.event.listen(made, "do_connect", lambda *a, connect=connect: connect(*a[2], **a[3]))
+    return engine, probe, postgresql.ADVICE
+
+
+def _check_durable(connection: sql.Connection, name: str) -> None:
+    """Refuse a PostgreSQL database in which what was acknowledged could be lost or changed."""
+    encoding = connection.execute(sql.text("SHOW server_encoding")).scalar_one()
+    if encoding != "UTF8":
+        raise ConfigurationError(f"{name}: the database's encoding is {encoding}; make one with ENCODING 'UTF8'.")
+    kind = connection.execute(
+        sql.text(f"SELECT relpersistence FROM pg_class WHERE oid = to_regclass('{FEEDBACK.name}')")
+    ).scalar_one()
+    if kind not in ("p", b"p"):
+        raise ConfigurationError(
+            f"{name}: the table {FEEDBACK.name} is not durable; ALTER TABLE {FEEDBACK.name} SET LOGGED."
+        )
+    if connection.execute(sql.text("SHOW fsync")).scalar_one() != "on":
+        _log.warning("The database of the feedback log %s has fsync off: a power loss can lose feedback.", name)
 
 
 def _record(row: Any) -> dict[str, Any]:
@@ -284,12 +419,3 @@ def _record(row: Any) -> dict[str, Any]:
     if row["liked"] is not None:
         record["label"] = row["liked"]
     return record
-
-
-def _make_private(path: Path) -> None:
-    """Make a file, if it is not there, that nobody else can read: SQLite's own would be as the umask says.
-
-    SQLite gives the files that it puts beside it the same permissions.
-    """
-    with suppress(OSError):  # it is there, or SQLite will say what is wrong
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))

@@ -15,6 +15,7 @@ import pytest
 import torch
 from chat_models import make_model
 from hypothesis import settings
+from postgres_cluster import Cluster, binaries, running_cluster
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM as AutoLM
 from transformers import (
@@ -170,3 +171,19 @@ def small_files():
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Cluster]:
+    """A PostgreSQL server of the tests' own."""
+    pytest.importorskip("psycopg", reason="psycopg, of the extra postgres, is not installed")
+    if binaries() is None:
+        pytest.skip("PostgreSQL's server (initdb, pg_ctl) is not installed")
+    with running_cluster(durable=False) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def postgres_url(postgres: Cluster) -> str:
+    """The URL of an empty database of that server."""
+    return postgres.new_database()

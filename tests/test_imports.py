@@ -23,6 +23,7 @@ LEAVES = {
     "end_tokens",
     "model_files",
     "sqlite_file",
+    "postgresql",
     "export_checksums",
     "template_limits",
 }

@@ -28,7 +28,7 @@ def router(services: Services) -> APIRouter:
             raise APIError(503, "The model can't write now.", "engine_unwell", retry_after=5)
         if services.log is not None:
             try:
-                await services.use_log(services.log.check)
+                await services.check_log(services.log)
             except FeedbackLogError as error:
                 raise APIError(503, "The feedback log can't be used now.", "log_unavailable", retry_after=5) from error
         return schemas.Health()

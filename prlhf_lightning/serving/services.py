@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,6 +24,9 @@ Prompt: TypeAlias = str | list[dict[str, str]]
 # Of the 40 threads that the web framework has, so that a slow log never takes all of them.
 _LOG_THREADS = 8
 _LOG_WAIT_SECONDS = 10.0
+_PROBE_WAIT_SECONDS = 3.0
+_REPEAT_SECONDS = 60.0  # after which a lasting fault of the log is told again
+_log = logging.getLogger("prlhf_lightning.serving")
 
 
 class Learner(Protocol):
@@ -69,22 +73,44 @@ class Services:
     def __post_init__(self) -> None:
         self.started = int(time.time())
         self.scheduler = Scheduler(self.make_engine, self.limits.max_open, self.metrics)
-        self._log_threads = asyncio.Semaphore(_LOG_THREADS)
+        self._log_threads, self._probes = asyncio.Semaphore(_LOG_THREADS), asyncio.Semaphore(1)
+        self._told: tuple[str, float] | None = None  # the log's last fault, and when it was told
 
     async def use_log(self, function: Callable[..., T], *args: Any) -> T:
         """Call a function that reads or writes the feedback log in a thread, a few at a time.
 
         Raises:
-            FeedbackLogError: The log is so slow that no thread became free in time; nothing was called.
+            FeedbackLogError: The log can't be used, or is so slow that no thread became free in time.
         """
+        return await self._in_turn(self._log_threads, _LOG_WAIT_SECONDS, function, *args)
+
+    async def check_log(self, log: FeedbackLog) -> None:
+        """Raise FeedbackLogError where the log can't be used now; does not wait behind feedback that is written."""
+        await self._in_turn(self._probes, _PROBE_WAIT_SECONDS, log.check)
+
+    async def _in_turn(self, turns: asyncio.Semaphore, seconds: float, function: Callable[..., T], *args: Any) -> T:
         try:
-            await asyncio.wait_for(self._log_threads.acquire(), _LOG_WAIT_SECONDS)
+            await asyncio.wait_for(turns.acquire(), seconds)
         except TimeoutError:
             raise FeedbackLogError("The feedback log is too slow now; too many calls are waiting for it.") from None
         try:
-            return await run_in_threadpool(function, *args)
+            result = await run_in_threadpool(function, *args)
+        except FeedbackLogError as error:
+            self._tell(str(error))
+            raise
         finally:
-            self._log_threads.release()
+            turns.release()
+        if self._told is not None:
+            self._told = None
+            _log.info("The feedback log can be used again.")
+        return result
+
+    def _tell(self, fault: str) -> None:
+        """Tell who runs the server what is wrong with the log, once a minute; the message quotes no feedback."""
+        now = time.monotonic()
+        if self._told is None or self._told[0] != fault or now - self._told[1] > _REPEAT_SECONDS:
+            self._told = fault, now
+            _log.warning("%s", fault)
 
     def prompt(self, prompt: Prompt) -> Prompt:
         """Return a prompt in the form that the model takes, after a look at its size.

@@ -365,6 +365,33 @@ def test_a_slow_log_does_not_hold_up_writing(tmp_path):
         assert {future.result().status_code for future in waiting} <= {201, 503}
 
 
+def test_whether_it_is_ready_is_told_while_feedback_waits_for_a_slow_log(tmp_path):
+    log, release = FeedbackLog(str(tmp_path / "feedback.db")), threading.Event()
+    log.append = lambda feedback: release.wait(30)
+    with serving(Services(writer(), EchoEngine, log)) as url, ThreadPoolExecutor(20) as pool:
+        waiting = [pool.submit(httpx.post, f"{url}/v1/feedback", json=PAIR, timeout=60) for _ in range(20)]
+        time.sleep(0.3)
+        started = time.monotonic()
+        assert httpx.get(f"{url}/readyz").status_code == 200
+        assert time.monotonic() - started < 3
+        release.set()
+        assert {future.result().status_code for future in waiting} <= {201, 503}
+
+
+def test_what_is_wrong_with_the_log_is_told_once_in_the_servers_own_log(tmp_path, caplog):
+    file = tmp_path / "feedback.db"
+    log = FeedbackLog(str(file))
+    with serving(Services(writer(), EchoEngine, log)) as url, caplog.at_level("INFO", "prlhf_lightning.serving"):
+        file.rename(tmp_path / "moved.db")
+        assert {httpx.post(f"{url}/v1/feedback", json=PAIR).status_code for _ in range(3)} == {503}
+        (tmp_path / "moved.db").rename(file)
+        assert httpx.post(f"{url}/v1/feedback", json=PAIR).status_code == 201
+    told = [record.getMessage() for record in caplog.records if record.name == "prlhf_lightning.serving"]
+    assert len(told) == 2
+    assert "the file is gone; put it back" in told[0]
+    assert told[1] == "The feedback log can be used again."
+
+
 def test_answers_are_sent_without_waiting_for_acknowledgments(monkeypatch):
     made, connected = PatientProtocol.connection_made, []
     monkeypatch.setattr(PatientProtocol, "connection_made", lambda self, to: connected.append(to) or made(self, to))
