@@ -22,6 +22,7 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
 from prlhf_lightning.modules.sharding import is_sharded
+from prlhf_lightning.run_history import best_of_earlier_run
 
 
 def kept_by(trainer: Trainer) -> list[str]:
@@ -65,11 +66,13 @@ class BestAndLast(ModelCheckpoint):
                 f"checkpoint.every_n_train_steps is {every_n_train_steps}; it must be 1 or more, or null."
             )
         self._every, self._last_step = every_n_train_steps, 0
+        self._is_due = False
+        self._earlier: Path | None = None  # folder of the checkpoint that is gone on from
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step that training goes on from for saved."""
         super().on_train_start(trainer, pl_module)
-        self._last_step = trainer.global_step
+        self._last_step, self._is_due = trainer.global_step, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Do without a monitor where nothing is validated."""
@@ -85,13 +88,25 @@ class BestAndLast(ModelCheckpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save the last every so many steps.
+        """Have the last saved every so many steps, as soon as what this step gives to log is logged.
 
         Lightning's own way of it saves nothing before the first validation, in a run of one epoch until its end, and
         from then on judges the best by what was validated before.
         """
         step = trainer.global_step
-        if not self._every or step % self._every or step == self._last_step:  # the last: batches are accumulated
+        # The last step: batches are accumulated.
+        self._is_due = bool(self._every and step % self._every == 0 and step != self._last_step)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Save the last, if that is due."""
+        self._save_if_due(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Save the last, if that is due, before a validation that may take long."""
+        self._save_if_due(trainer)
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if not self._is_due:
             return
         saved = self._last_global_step_saved
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -109,6 +124,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save, where validation does not."""
+        self._save_if_due(trainer)
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
@@ -128,7 +144,7 @@ class BestAndLast(ModelCheckpoint):
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Save the last, and note of which step it is."""
         super()._save_last_checkpoint(trainer, monitor_candidates)
-        self._last_step = trainer.global_step
+        self._last_step, self._is_due = trainer.global_step, False
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Save the best, or say that nothing was validated yet to judge it by, where Lightning hints at a bug."""
@@ -142,10 +158,24 @@ class BestAndLast(ModelCheckpoint):
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note where the checkpoint lies, whose best is asked for right after this."""
+        self._earlier = Path(trainer.ckpt_path).parent if trainer.state.fn == TrainerFn.FITTING else None  # type: ignore[arg-type]
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the record of the best, unless this run has a folder of its own and begins its own record."""
-        if self.dirpath == state_dict.get("dirpath"):
-            super().load_state_dict(state_dict)
+        """Take over the record of the best, and the best checkpoints themselves, if this run has another folder."""
+        if self._earlier is None or self.dirpath is None:
+            return
+        folder = Path(self.dirpath)
+        state: dict[str, Any] | None = state_dict
+        if self.dirpath != state_dict.get("dirpath") and self._earlier.resolve() != folder.resolve():
+            state = best_of_earlier_run(state_dict, self._earlier, folder)
+        if state is not None:
+            super().load_state_dict({**state, "dirpath": self.dirpath})
+        elif state_dict["best_k_models"]:
+            rank_zero_warn(
+                f"The best checkpoints so far are not all in {self._earlier}: the best is judged anew from here on."
+            )
 
 
 class LogShortRuns(Callback):
@@ -184,6 +214,9 @@ class SaveOnInterrupt(Callback):
                 _validate_anew(trainer)
             if isinstance(pl_module, PersonalizedLM):
                 pl_module.validate_again()
+                pl_module.log_last_step()
+                if not together:
+                    pl_module.before_lone_save()
             if together:
                 trainer.save_checkpoint(path, weights_only=False)
             else:

@@ -109,7 +109,11 @@ def load(path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap:
 
 def in_order(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder, the newest first; one may be a folder itself, written in shards."""
-    return sorted((path for path in folder.glob("*.ckpt") if path.exists()), key=_age)
+    ages: dict[Path, tuple[int, str]] = {}
+    for path in folder.glob("*.ckpt"):
+        with suppress(FileNotFoundError):  # a run that is still going replaces its best
+            ages[path] = _age(path)
+    return sorted(ages, key=ages.__getitem__)
 
 
 def newest_intact(folder: Path, besides: Path | None = None) -> Path | None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import itertools
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
-from prlhf_lightning.files import check_writable
+from prlhf_lightning.files import as_text, atomically, check_writable
 
 #: Loggers that write into a folder of their own for each run: `save_dir/name/version_N`.
 _LOCAL = (CSVLogger, TensorBoardLogger)
@@ -70,13 +72,57 @@ def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -
     is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
     if is_first and metrics._version is not None and not remote:
         check_writable(Path(metrics.log_dir))
+        metrics._experiment = MetricsFile(metrics.log_dir)
     elif is_first and not remote:
         claimed = _claim(Path(metrics.root_dir))
         for logger in (metrics, *loggers):
             is_beside = isinstance(logger, _LOCAL) and Path(logger.root_dir).resolve() == claimed.parent.resolve()
             if is_beside and logger._version is None:  # type: ignore[attr-defined]
                 logger._version = int(claimed.name.removeprefix("version_"))  # type: ignore[attr-defined]
+        metrics._experiment = MetricsFile(metrics.log_dir)
     return [metrics, *(logger for logger in loggers if logger is not metrics)], claimed
+
+
+class MetricsFile(ExperimentWriter):
+    """Writes `metrics.csv` so that a process that is killed loses no row that it had written.
+
+    A value that is new needs a new header. Lightning's own writer empties the file for that, and writes it again.
+    """
+
+    _is_begun = False
+
+    def begin_with(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Begin the file with the rows of an earlier run."""
+        self.metrics_keys = sorted({name for row in rows for name in row})
+        self._write(rows)
+
+    def save(self) -> None:
+        """Add what was logged since to the file, which is new where this is the first of it."""
+        if self.metrics and not self._is_begun:
+            self.begin_with([])
+        super().save()
+
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        self._write(read_metrics(Path(self.metrics_file_path)))
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        with atomically(Path(self.metrics_file_path)) as file, as_text(file) as text:
+            writer = csv.DictWriter(text, self.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+        self._is_begun = True
+
+    def _check_log_dir_exists(self) -> None:
+        """Leave alone what is in the folder: the run that goes on from there may be read yet."""
+
+
+def read_metrics(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a `metrics.csv` that were written to their end; none where there is no such file."""
+    if not path.is_file():
+        return []
+    whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
+    rows = csv.DictReader(whole.splitlines())
+    return [row for row in rows if None not in row and None not in row.values()]
 
 
 def _claim(root: Path) -> Path:

@@ -12,6 +12,7 @@ from operator import or_
 from pathlib import Path
 from typing import Any, get_args
 
+import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
@@ -39,6 +40,7 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.parser import Explaining
 from prlhf_lightning.paths import located
+from prlhf_lightning.run_history import RunHistory
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.evaluation_table import evaluation_table
@@ -108,6 +110,7 @@ class PRLHFCLI(LightningCLI):
                     SaveOnInterrupt(),
                     StopOnSignal(),
                     ExplainOutOfMemory(),
+                    RunHistory(),
                     UserTable(),
                     PredictionWriter(),
                     LogShortRuns(),
@@ -147,7 +150,7 @@ class PRLHFCLI(LightningCLI):
             "with a run that was stopped, give --ckpt_path instead. See docs/checkpoints.md.",
         )
 
-    def before_instantiate_classes(self) -> None:
+    def _name_from_the_root(self) -> None:
         """Name model and data from the root, so that what is done with a run may be done in any folder.
 
         Paths are relative to the current folder, or else to that of the configuration file that names them.
@@ -170,6 +173,7 @@ class PRLHFCLI(LightningCLI):
         Lightning would let a checkpoint's hyper-parameters replace, without a word, what the command line and the
         configuration say of the model. They are not needed: the whole model is configured in every command.
         """
+        self._name_from_the_root()
         given = self.config[self.config.subcommand]
         roots = folders_of_runs(given.trainer.default_root_dir or _RUNS, given.trainer.logger)
         source = None
@@ -194,12 +198,16 @@ class PRLHFCLI(LightningCLI):
 
     def _last_checkpoint(self, roots: Sequence[Path], source: Mapping[str, str] | None) -> str | None:
         """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
-        path, root = last_checkpoint(*roots, started_from=source), _listed(roots)
+        settings = None
+        if self.config.subcommand == "fit":
+            # As the run's `config.yaml` has them.
+            settings = yaml.safe_load(self._parser("fit").dump(self.config.fit))
+        path, root = last_checkpoint(*roots, started_from=source, settings=settings), _listed(roots)
         if path is None and self.config.subcommand != "fit":
             raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
         # Not an error, so that the same command begins a run and goes on with it.
         began = f" that was started from {source['path']}" if source else ""
-        anew = f"No run in {root}{began} has a checkpoint yet: starting anew{' from it' if source else ''}."
+        anew = f"No run in {root}{began} has a checkpoint to go on from: starting anew{' from it' if source else ''}."
         rank_zero_info(f"Going on from {path}" if path else anew)
         return str(path) if path else None
 

@@ -50,7 +50,8 @@ MAY_IMPORT = {
     "inference": LEAVES | {"data", "user_models", "policies"},
     "loggers": LEAVES,
     "training_stats": LEAVES,
-    "callbacks": LEAVES | SIBLINGS | {"modules", "loggers"},
+    "run_history": LEAVES | ENTRY | {"loggers", "modules"},
+    "callbacks": LEAVES | SIBLINGS | {"modules", "loggers", "run_history"},
     "guards": LEAVES | SIBLINGS | {"modules"},
     "judges": LEAVES | STORE | ENTRY | SIBLINGS | {"modules"},
     "adaptation": LEAVES | SIBLINGS | {"modules"},
@@ -62,7 +63,8 @@ MAY_IMPORT = {
     "parser": {"commands", "class_arguments", "literals", "tasks"},
     "training": LEAVES
     | STORE
-    | {"parser", "data", "user_models", "modules", "loggers", "training_stats", "callbacks", "guards", "tasks"},
+    | {"parser", "data", "user_models", "modules", "loggers", "run_history", "training_stats", "callbacks"}
+    | {"guards", "tasks"},
     "cli": {"__version__", "errors", "commands", "parser", "tasks", "training", "guards"},
     "__main__": {"cli"},
 }

@@ -50,7 +50,7 @@ from prlhf_lightning.types import Feedback
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
-_FORMAT = 6  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 7  # raise it when the meaning of what is stored changes, so that older caches are not read
 _BATCH = 1000  # rows tokenised and written together
 _ROWS, _REPORT, _SUMS = "rows.arrow", "report.json", "sha256.json"
 _log = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ class BuildReport:
         source: What the source itself counted on the way, such as raw rows that its protocol leaves out.
         notes: What there is to tell about rows that are used, with their number and the first of them.
         unread_columns: Columns of the rows that no field is read from, the first few of them.
+        digest: SHA-256 of the users and token ids of all rows kept, in their order.
     """
 
     read: int = 0
@@ -97,6 +98,7 @@ class BuildReport:
     source: dict[str, int] = field(default_factory=dict)
     notes: dict[str, Excess] = field(default_factory=dict)
     unread_columns: list[str] = field(default_factory=list)
+    digest: str = ""
 
     def note(self, note: Note, where: str) -> None:
         """Count a row that there is something to tell about."""
@@ -235,7 +237,7 @@ class FeedbackCache:
 
     def _write(self, source: DataSource, split: Split, path: Path) -> BuildReport:
         tokenize = FeedbackTokenizer(self.tokenizer, self.settings)
-        report = BuildReport(excess=tokenize.excess)
+        report, digest = BuildReport(excess=tokenize.excess), sha256()
         with (
             path.open("wb") as file,
             pa.ipc.new_stream(file, _SCHEMA) as writer,
@@ -255,11 +257,12 @@ class FeedbackCache:
                         rows.append((where, record, ids))
                         report.user_texts += len(ids.user_text) > 0
                         report.conversations += not isinstance(record.prompt, str)
+                _add_rows(digest, rows)
                 writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()
             sync(file)
-        report.source = source.counts(split)
+        report.source, report.digest = source.counts(split), digest.hexdigest()
         if not report.kept:
             raise FeedbackFormatError(
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
@@ -354,6 +357,13 @@ def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> An
         pa.array(np.array(pairs, dtype=np.uint64).view(np.int64)),
     ]
     return pa.record_batch(columns, schema=_SCHEMA)
+
+
+def _add_rows(digest: Any, rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> None:
+    """Add users and ids to a hash, each with its length, so that other rows give another one wherever these end."""
+    for _, record, ids in rows:
+        for part in (record.user_id.encode(), *(ids[number].astype("<i4").tobytes() for number in range(4))):
+            digest.update(len(part).to_bytes(8, "little") + part)
 
 
 def _lists(arrays: list[Ids]) -> Any:

@@ -27,6 +27,7 @@ from prlhf_lightning.data.order import TrainingOrder
 from prlhf_lightning.data.position import (
     differences,
     earlier_rows,
+    has_other_texts,
     hold_out_of,
     leave_out,
     record,
@@ -266,7 +267,7 @@ class PreferenceDataModule(LightningDataModule):
         Args:
             kept: What `order_record` returned in the run that is gone on with.
             epoch: The epoch.
-            batch: Number of batches of each process that were trained in it.
+            batch: Number of batches of each process that were trained in it; 0 where it begins.
             world_size: Number of processes that share the data now.
             accumulate: Batches of a process in an optimizer step now.
 
@@ -277,11 +278,26 @@ class PreferenceDataModule(LightningDataModule):
         changed, rows = differences(kept, here), self._prepared.division.train
         is_other = kept["data"] != here["data"]
         self._left_out = None
+        if not is_other and has_other_texts(kept, here):
+            rank_zero_warn(
+                "The training rows have other texts than those that the checkpoint was trained on, or become other "
+                "token ids: going on trains on these from here on. To train further on new data, give --init_from "
+                "instead of --ckpt_path."
+            )
+        if not batch:
+            if is_other:
+                changed = [_other_rows(kept, here), *changed]
+            if changed:
+                rank_zero_warn(
+                    f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. The epochs to come are "
+                    "trained with these."
+                )
+            return 0
         if is_other or (changed and not isinstance(rows, Pairs)):
             size: int = kept["settings"]["batch_size"] * kept["settings"]["world_size"]
             done = min(int(kept["rows"]), batch * size) // (self.batch_size * world_size)
             if is_other:
-                changed = [f"the training data are others ({kept['rows']:,} rows then, {here['rows']:,} now)", *changed]
+                changed = [_other_rows(kept, here), *changed]
             rank_zero_warn(
                 f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. In this epoch rows may be "
                 "trained twice or left out. To train further on new data, give --init_from instead of --ckpt_path."
@@ -470,3 +486,7 @@ class PreferenceDataModule(LightningDataModule):
 
     def _loader(self, rows: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
         return make_loader(rows, batches, self.num_workers, self.pin_memory)
+
+
+def _other_rows(kept: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    return f"the training data are others ({kept['rows']:,} rows then, {here['rows']:,} now)"

@@ -50,7 +50,9 @@ def record(
     settings = {**asdict(hold_out), **asdict(order), "world_size": world_size, "accumulate": accumulate}
     if not order.streaming:
         del settings["shuffle_buffer"]
-    return {"settings": settings, "sequences": sequences, "rows": len(rows), "data": _digest(rows)}
+    found = {"settings": settings, "sequences": sequences, "rows": len(rows), "data": _digest(rows)}
+    # A stream's texts are not known before they are read.
+    return found if isinstance(rows, StreamedRows) else {**found, "texts": rows.split.report.digest}
 
 
 def differences(kept: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -61,6 +63,11 @@ def differences(kept: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
         for name in now
         if name in before and before[name] != now[name]
     ]
+
+
+def has_other_texts(kept: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether the rows of two records differ in their token ids; False where one of them does not tell."""
+    return "texts" in kept and "texts" in here and kept["texts"] != here["texts"]
 
 
 def hold_out_of(kept: Mapping[str, Any]) -> HoldOut:

@@ -100,11 +100,12 @@ class CollapseMonitor(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a run that goes on must know."""
-        return {"before": dict(self._before), "warned": list(self._warned)}
+        return {"before": dict(self._before), "warned": list(self._warned), "low_readings": self._low_readings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over what was measured before training, and which warnings were given."""
         self._before, self._warned = dict(state_dict["before"]), list(state_dict["warned"])
+        self._low_readings = state_dict.get("low_readings", 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -39,9 +39,14 @@ class IntervalMeans:
         total, rows = sums.unbind(1)
         return dict(zip(self._sums, total / rows, strict=True))
 
-    def reset(self) -> None:
-        """Begin a new interval."""
-        self._sums = {}
+    def reset(self, sums: Mapping[str, Tensor] | None = None) -> None:
+        """Begin a new interval, or go on with one that `sums` were added up in."""
+        self._sums = dict(sums or {})
+
+    @property
+    def sums(self) -> Mapping[str, Tensor]:
+        """Sum and number of rows `[2]` of each value since the last reset, in this process."""
+        return self._sums
 
 
 def is_logged_now(trainer: Trainer) -> bool:

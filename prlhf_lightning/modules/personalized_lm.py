@@ -51,7 +51,7 @@ from prlhf_lightning.modules.optim import (
     training_batches,
 )
 from prlhf_lightning.modules.precision import cast_frozen, check_float16, described, keep_trained_in_float32
-from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model
+from prlhf_lightning.modules.processes import ddp_wrapper, holds_whole_model, sum_over_processes
 from prlhf_lightning.modules.prompts import to_tokens
 from prlhf_lightning.modules.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.modules.resume import StepProgress, end_epoch, go_on
@@ -128,6 +128,8 @@ class PersonalizedLM(LightningModule):
         self._finite = FiniteGuard()
         self._means = IntervalMeans()
         self._progress = StepProgress()
+        self._kept_means: dict[str, Tensor] = {}  # of the checkpoint that is gone on from
+        self._saves_alone = False
         self._seed: int | None = None
         self._id_key: str | None = None  # which key hashes users' ids, kept in checkpoints; see `id_key_of`
         self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
@@ -233,8 +235,9 @@ class PersonalizedLM(LightningModule):
 
     def on_train_start(self) -> None:
         """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
-        self._means.reset()
-        self._progress.begin(self.trainer, self.loss)
+        self._means.reset({name: sums.to(self.device) for name, sums in self._kept_means.items()})
+        self._kept_means, self._saves_alone = {}, False
+        self._progress.begin(self.trainer, self.loss, self._means.sums)
         scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
@@ -272,7 +275,7 @@ class PersonalizedLM(LightningModule):
     ) -> None:
         """Take a step, and note that it is whole: a checkpoint that is saved before the next goes on from here."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._progress.step_taken(epoch, batch_idx, self.loss)
+        self._progress.step_taken(epoch, batch_idx, self.loss, self._means.sums)
 
     def configure_gradient_clipping(
         self,
@@ -567,6 +570,7 @@ class PersonalizedLM(LightningModule):
             checkpoint[KEY]["place"] = place
             of_loss = self._progress.of_loss
             checkpoint["state_dict"].update({k: v for k, v in of_loss.items() if k in checkpoint["state_dict"]})
+            checkpoint[KEY]["means"] = self._interval_so_far()
             if hasattr(datamodule := self._datamodule, "order_record"):
                 checkpoint[KEY]["order"] = datamodule.order_record(*self._sharing)
 
@@ -597,6 +601,22 @@ class PersonalizedLM(LightningModule):
         checkpoint_content.warn_of_other_rendering("The checkpoint", kept, now)
         self._tokenization = now if self._tokenization and now else kept
 
+    def _interval_so_far(self) -> dict[str, Tensor]:
+        """Return the sums of what is logged next, over all processes unless this one saves alone."""
+        means = self._progress.means
+        if not means or self.trainer.world_size == 1 or self._saves_alone:
+            return means
+        return dict(zip(means, sum_over_processes(self.trainer, torch.stack(list(means.values()))), strict=True))
+
+    def before_lone_save(self) -> None:
+        """Have the next checkpoint be made without the other processes, which may be anywhere."""
+        self._saves_alone = True
+
+    def log_last_step(self) -> None:
+        """Log what the last whole step gave, where training was broken off between the step and that."""
+        if not self._progress.is_logged(self.trainer):
+            self.trainer._logger_connector.update_train_step_metrics()
+
     def validate_again(self) -> None:
         """Have a checkpoint that is saved before the next batch make the last validation again.
 
@@ -615,14 +635,19 @@ class PersonalizedLM(LightningModule):
         datamodule, (world_size, accumulate) = self._datamodule, self._sharing
         if hasattr(datamodule, "go_on"):
             batches = training_batches(self.trainer)
-            if "order" in kept and 0 < batch < place["batches"]:
-                batch = datamodule.go_on(kept["order"], place["epoch"], batch, world_size, accumulate)
+            if "order" in kept:
+                left = batch if batch < place["batches"] else 0
+                after = datamodule.go_on(kept["order"], place["epoch"], left, world_size, accumulate)
+                batch = after if left else batch
         go_on(checkpoint, place, batch, batches, accumulate)
         current = checkpoint["loops"]["fit_loop"]
         self._progress.enter(
             current["epoch_progress"]["current"]["processed"],
             current["epoch_loop.batch_progress"]["current"]["processed"],
+            place.get("validations", 0),
         )
+        if self.trainer.is_global_zero:  # they are sums over all processes, and are added to those of the others
+            self._kept_means = dict(kept.get("means", {}))
 
     @property
     def _datamodule(self) -> Any:

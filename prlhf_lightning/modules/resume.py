@@ -10,12 +10,22 @@ checkpoints keep the place by a few numbers (`entry`), from which the counts are
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 _PROGRESS = ("batch_progress", "scheduler_progress", "automatic_optimization.optim_progress")
+
+
+@dataclass
+class _Validations:
+    """Numbers of validations: made so far; until the last whole step; and with the one that came right after it."""
+
+    made: int = 0
+    at_step: int = 0
+    at_place: int = 0
 
 
 class StepProgress:
@@ -25,28 +35,40 @@ class StepProgress:
         self._place: tuple[int, int] | None = None  # epoch, and batches of it whose steps were taken
         self._is_entered = False
         self._validated = (-1, -1)  # the same, of the last validation
+        self._validations = _Validations()
         self._of_loss: dict[str, Tensor] = {}
+        self._means: dict[str, Tensor] = {}
 
-    def enter(self, epoch: int, batch: int) -> None:
-        """Note the place that a checkpoint goes on from."""
+    def enter(self, epoch: int, batch: int, validations: int) -> None:
+        """Note the place that a checkpoint goes on from, and the number of validations before it."""
         self._place, self._is_entered = (epoch, batch), True
+        self._validations = _Validations(validations, validations, validations)
 
-    def begin(self, trainer: Trainer, loss: nn.Module) -> None:
+    def begin(self, trainer: Trainer, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
         """Begin to train, where a checkpoint goes on or with a new epoch."""
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if not self._is_entered:
-            self._place = (epochs.processed, 0)
+            self._place, self._validations = (epochs.processed, 0), _Validations()
         self._validated, self._is_entered = (-1, -1), False
-        self._remember(loss)
+        self._remember(loss, means)
 
-    def step_taken(self, epoch: int, batch_idx: int, loss: nn.Module) -> None:
-        """Note that the step of a batch was taken, and what the loss had observed until then."""
+    def step_taken(self, epoch: int, batch_idx: int, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
+        """Note that the step of a batch was taken, and what the loss and the means to log had added up until then."""
         self._place = (epoch, batch_idx + 1)
-        self._remember(loss)
+        self._validations.at_step = self._validations.at_place = self._validations.made
+        self._remember(loss, means)
+
+    def is_logged(self, trainer: Trainer) -> bool:
+        """Whether what the last whole step gives to log was logged: Lightning does so when its batch has ended."""
+        batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        return (trainer.current_epoch, batch.ready) != self._place or batch.completed == batch.ready
 
     def validated(self, trainer: Trainer) -> None:
         """Note that a validation was made in full."""
         self._validated = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
+        self._validations.made += 1
+        if self._validated == self._place:
+            self._validations.at_place = self._validations.made
 
     def validate_again(self) -> None:
         """Take the last validation for one that was not made."""
@@ -57,11 +79,14 @@ class StepProgress:
         if self._place is None:
             return None
         epoch, batch = self._place
+        is_due = self._is_due(trainer)
         return {
             "epoch": epoch,
             "batch": batch,
             "batches": int(trainer.num_training_batches),
-            "validation_due": self._is_due(trainer),
+            "validation_due": is_due,
+            # Those that are made again are not counted, so that their rows of `metrics.csv` come once.
+            "validations": self._validations.at_step if is_due else self._validations.at_place,
         }
 
     @property
@@ -69,7 +94,13 @@ class StepProgress:
         """What the loss keeps, by its names in the module, as it was after the last whole step."""
         return self._of_loss
 
-    def _remember(self, loss: nn.Module) -> None:
+    @property
+    def means(self) -> dict[str, Tensor]:
+        """What `IntervalMeans` had added up in this process when the last whole step was taken."""
+        return self._means
+
+    def _remember(self, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
+        self._means = dict(means)
         self._of_loss = {f"loss.{name}": value.detach().clone() for name, value in loss.named_buffers()}
 
     def _is_due(self, trainer: Trainer) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]  # it has no stubs
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prlhf_lightning import checkpoint_files
@@ -14,9 +15,18 @@ from prlhf_lightning.checkpoint_entry import entry_of
 from prlhf_lightning.errors import DamagedCheckpointError
 
 _META = "meta.pt"  # in a checkpoint that is a folder, what is not in shards
+_PARTS = ("seed_everything", "model", "data")
+_TOLD = 3
+#: Settings of data that a run may go on with otherwise: how rows are batched, loaded and kept.
+_OF_BATCHES = {
+    *("batch_size", "eval_batch_size", "pairs_per_user", "balance", "bucket_by_length", "max_tokens_per_batch"),
+    *("streaming", "shuffle_buffer", "users_file", "num_workers", "cache_dir", "pin_memory", "chat_template_date"),
+}
 
 
-def last_checkpoint(*roots: str | Path, started_from: Mapping[str, str] | None = None) -> Path | None:
+def last_checkpoint(
+    *roots: str | Path, started_from: Mapping[str, str] | None = None, settings: Mapping[str, Any] | None = None
+) -> Path | None:
     """Return the newest intact checkpoint of the newest run that has any, or None where no run has.
 
     Where newer ones are damaged, a warning names them and the one that is returned. Those of earlier runs, which may
@@ -25,6 +35,9 @@ def last_checkpoint(*roots: str | Path, started_from: Mapping[str, str] | None =
     Args:
         roots: Folders of runs.
         started_from: Look only at runs that were started from this source (`checkpoint_files.origin`).
+        settings: Look only at runs whose `config.yaml` has the same model, data and seed as this configuration; a
+            warning tells of newer ones that have others. Where there are runs whose rows are batched in the same way
+            as well, only at these.
 
     Raises:
         DamagedCheckpointError: The newest run has none that is intact.
@@ -33,8 +46,8 @@ def last_checkpoint(*roots: str | Path, started_from: Mapping[str, str] | None =
         folder for root in roots for depth in ("", "*/", "*/*/") for folder in Path(root).glob(f"{depth}checkpoints")
     }
     runs = [files for folder in folders if (files := checkpoint_files.in_order(folder))]
-    runs.sort(key=lambda files: files[0].stat().st_mtime_ns, reverse=True)
-    run = next((files for files in runs if started_from is None or _began_with(files, started_from)), None)
+    runs.sort(key=lambda files: _time(files[0]), reverse=True)
+    run = _choose(runs, started_from, settings)
     if run is None:
         return None
     chosen = checkpoint_files.newest_intact(run[0].parent)
@@ -47,6 +60,65 @@ def last_checkpoint(*roots: str | Path, started_from: Mapping[str, str] | None =
     if damaged:
         rank_zero_warn(f"Damaged: {', '.join(damaged)}. The newest intact checkpoint of that run is used: {chosen}")
     return chosen
+
+
+def _choose(
+    runs: list[list[Path]], started_from: Mapping[str, str] | None, settings: Mapping[str, Any] | None
+) -> list[Path] | None:
+    """Return the checkpoints of the run to go on with, given those of each run, the newest first."""
+    other, similar = None, None
+    for files in runs:
+        differing = differences(files[0].parent.parent / "config.yaml", settings) if settings else []
+        is_another = any(name not in _OF_BATCHES for name, _ in differing)
+        if is_another:
+            other = other or (files[0], differing)
+        if is_another or not (started_from is None or _began_with(files, started_from)):
+            continue
+        if not differing:
+            return files
+        similar = similar or files
+    if similar is None and other is not None:
+        path, differing = other
+        rank_zero_warn(
+            f"The last run's settings are others ({'; '.join(told for _, told in differing[:_TOLD])}): it is not gone "
+            f"on with. To go on with it all the same, name it: --ckpt_path {path}"
+        )
+    return similar
+
+
+def differences(config: Path, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the settings of model, data and seed that a run's `config.yaml` has otherwise, each with what differs.
+
+    What the file does not name, as an earlier version wrote it, is taken to be the same; so is all of it where there
+    is no such file, or none that can be read.
+    """
+    try:
+        earlier = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return []
+    if not isinstance(earlier, dict):
+        return []
+    now = dict(_flat("", {part: settings.get(part) for part in _PARTS}))
+    was = dict(_flat("", {part: earlier[part] for part in _PARTS if part in earlier}))
+    return [
+        (name.removeprefix("data."), f"{name} was {value!r} and is {now.get(name)!r}")
+        for name, value in was.items()
+        if now.get(name) != value
+    ]
+
+
+def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, Mapping) and value:
+        return [pair for key, part in value.items() for pair in _flat(f"{name}.{key}" if name else str(key), part)]
+    return [(name, value)]
+
+
+def _time(path: Path) -> int:
+    """Return when a file was written; one that is gone by now counts as the oldest."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 def is_start_of(source: Mapping[str, str], content: Mapping[str, Any]) -> bool:
