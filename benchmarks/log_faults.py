@@ -121,12 +121,16 @@ def _damaged(damage: Callable[[Path, random.Random], None]) -> Callable[[Trial, 
     def fault(trial: Trial, seconds: float) -> Iterator[None]:
         kept = trial.folder / "backup.db"
         with closing(sqlite3.connect(trial.path)) as connection:
+            connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")  # else what is damaged may stand in the -wal, too
             connection.execute("BEGIN IMMEDIATE")  # nothing is written between the backup and the damage
             _backup(trial.path, kept)
             damage(trial.path, trial.draw)
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
         yield
+        with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(trial.path)) as connection:
+            if connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",):
+                return  # all that was damaged has been written anew, from the -wal
         for file in _files(trial.path):
             file.unlink()
         kept.rename(trial.path)

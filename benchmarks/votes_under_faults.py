@@ -5,7 +5,7 @@
 Each fault meets a server of its own with a new log, while 8 clients hand in pairs and thumbs, a third of them twice,
 one asks for completions, and one asks whether the server is ready. A vote that is not acknowledged is handed in again
 with the same id until it is. Faults of SQLite that need a mount are left out, and so said, unless root runs this; those
-of PostgreSQL where it is not installed. `--only WORD` takes the faults whose names have that word.
+of PostgreSQL where it is not installed. `--only PATTERN` takes the faults whose names match.
 
 `lost` counts votes that were acknowledged and are not in the log. Where a fault takes the log away with the votes in
 it (it is deleted, replaced or dropped), those acknowledged before are `gone with it`, and lost are only those that were
@@ -313,7 +313,7 @@ def main() -> None:
     good = True
     with TemporaryDirectory() as root:
         for database, name in faults:
-            if args.only not in name or args.database not in (database, "both"):
+            if not re.search(args.only, name) or args.database not in (database, "both"):
                 continue
             needs_mount = "mount" in name or "tmpfs" in name
             if (needs_mount and os.geteuid()) or (database == "postgresql" and binaries() is None):
