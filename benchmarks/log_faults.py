@@ -129,6 +129,7 @@ def _damaged(damage: Callable[[Path, random.Random], None]) -> Callable[[Trial, 
                 connection.execute("ROLLBACK")
         yield
         with suppress(sqlite3.DatabaseError), closing(sqlite3.connect(trial.path)) as connection:
+            connection.execute("SELECT count(*) FROM prlhf_feedback")
             if connection.execute("PRAGMA integrity_check(1)").fetchone() == ("ok",):
                 return  # all that was damaged has been written anew, from the -wal
         for file in _files(trial.path):

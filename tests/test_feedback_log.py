@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing, suppress
+from pathlib import Path
 from threading import Thread
 from types import SimpleNamespace
 
@@ -280,6 +282,42 @@ def test_a_replaced_file_is_opened_anew(tmp_path):
     assert log.extent() == (1, 1)
     with closing(sqlite3.connect(file)) as found:
         assert ("new",) in found.execute("SELECT chosen FROM prlhf_feedback").fetchall()
+
+
+@pytest.mark.parametrize("emptied", [False, True])
+def test_the_last_votes_in_a_wal_whose_file_is_gone_are_not_deleted_by_a_new_start(tmp_path, emptied):
+    file, kept = tmp_path / "feedback.db", tmp_path / "kept.db"
+    log = FeedbackLog(str(file))
+    log.append(pair())
+    file.rename(kept)
+    if emptied:
+        file.touch()
+    with pytest.raises(FeedbackLogError, match="-wal"):
+        FeedbackLog(str(file))
+    kept.replace(file)
+    assert FeedbackLog(str(file)).extent().rows == 1
+
+
+def test_a_damaged_index_is_noticed(tmp_path):
+    file = tmp_path / "feedback.db"
+    log = FeedbackLog(str(file))
+    log.append(pair(user="somebody"))
+    log.close()
+    content = file.read_bytes()
+    at = [match.start() for match in re.finditer(b"somebody", content)]
+    assert len(at) == 2  # in the table, and in its index
+    file.write_bytes(content[: at[0]] + b"somebodx" + content[at[0] + 8 :])
+    with pytest.raises(FeedbackLogError, match="damaged"):
+        log.append(pair(1))
+
+
+@pytest.mark.parametrize(("kind", "warned"), [("nfs4", True), ("ext4", False)])
+def test_a_file_on_a_network_file_system_is_warned_of(tmp_path, monkeypatch, caplog, kind, warned):
+    mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path.parent} {kind} rw 0 0\n"
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self: mounts if str(self) == "/proc/self/mounts" else read(self))
+    FeedbackLog(str(tmp_path / "feedback.db"))
+    assert ("PostgreSQL for several" in caplog.text) == warned
 
 
 def test_a_locked_file_is_not_ready(tmp_path):
