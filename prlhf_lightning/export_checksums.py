@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,29 @@ _ADAPTERS = "adapter_config.json"
 #: Where the base model is, which people change when it has moved.
 _PLACE = "base_model_name_or_path"
 #: Beginnings of names of files for people and other programs: they are not read here, so not checked.
-_NOT_READ = ("README.md", "user_vectors", "token_embeddings", ".", SETTINGS)
+_NOT_READ = ("README.md", "user_vectors", "token_embeddings", "peft_users", ".", SETTINGS)
+#: Files that transformers and PEFT read where they are there.
+_READ = (
+    "config.json", "generation_config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors*",
+    "pytorch_model*", "*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "*chat_template*",
+)  # fmt: skip
 
 
 def with_checksums(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the content of `prlhf.json` with the SHA-256 of each file beside it, and of the content itself."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(_NOT_READ)]
-    sums = {SETTINGS: _of_json(settings, without=_KEY), **{path.name: _of_file(path) for path in files}}
-    return {**settings, _KEY: sums}
+    return {**settings, _KEY: {SETTINGS: _of_json(settings, without=_KEY), **_sums(folder, _files(folder))}}
+
+
+def check_folder(folder: Path) -> None:
+    """Check the files of an exported folder of which nothing has been read; see `check_checksums`."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_bytes())
+    except ValueError as error:
+        raise _changed(folder / SETTINGS) from error
+    if not isinstance(settings, dict):
+        raise _changed(folder / SETTINGS)
+    check_checksums(folder, settings)
 
 
 def check_checksums(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -34,17 +51,21 @@ def check_checksums(folder: Path, settings: Mapping[str, Any]) -> None:
         settings: The content of its `prlhf.json`. Format 1 has no checksums; null switches them off.
 
     Raises:
-        ConfigurationError: A file differs; the message names it.
+        ConfigurationError: A file differs, is missing, or has come to the folder; the message names it.
     """
-    if settings["format"] == 1 or settings.get(_KEY, "") is None:
+    if settings.get("format") == 1 or settings.get(_KEY, "") is None:
         return
     sums = settings.get(_KEY)
     if not isinstance(sums, dict) or sums.get(SETTINGS) != _of_json(settings, without=_KEY):
         raise _changed(folder / SETTINGS)
-    for name, digest in sums.items():
-        path = folder / name
-        if name != SETTINGS and (not path.is_file() or _of_file(path) != digest):
-            raise _changed(path)
+    exported, there = sums.keys() - {SETTINGS}, set(_files(folder))
+    if missing := exported - there:
+        raise _changed(folder / min(missing))
+    found = _sums(folder, sorted(exported))
+    if other := [name for name, digest in found.items() if digest != sums[name]]:
+        raise _changed(folder / other[0])
+    if added := [name for name in sorted(there - exported) if any(fnmatch(name, pattern) for pattern in _READ)]:
+        raise _changed(folder / added[0])
 
 
 def _changed(path: Path) -> ConfigurationError:
@@ -54,9 +75,23 @@ def _changed(path: Path) -> ConfigurationError:
     )
 
 
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files that are checked, with the folders in which they are."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name for name in names if not name.startswith(_NOT_READ)]
+
+
+def _sums(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:  # a model may have many large files
+        return dict(zip(names, pool.map(_of_file, (folder / name for name in names)), strict=True))
+
+
 def _of_file(path: Path) -> str:
     if path.name == _ADAPTERS:
-        return _of_json(json.loads(path.read_bytes()), without=_PLACE)
+        try:
+            return _of_json(json.loads(path.read_bytes()), without=_PLACE)
+        except (ValueError, AttributeError):  # no longer JSON, or no object
+            return ""
     with path.open("rb") as file:
         return file_digest(file, sha256).hexdigest()
 

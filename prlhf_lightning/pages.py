@@ -25,6 +25,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from prlhf_lightning.files import write_whole
+from prlhf_lightning.shipped import ASSETS, check_shipped
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -60,7 +61,7 @@ _STYLE: Any = {  # of keys whose type differs from one release of matplotlib to 
     "lines.color": FIRST,
     "patch.facecolor": FIRST,
 }
-_TEMPLATE = Path(__file__).parent / "assets" / "page.html.jinja"
+_TEMPLATE = ASSETS / "page.html.jinja"
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _NUMBER = re.compile(r"[-+]?[\d.,]+ ?%?|-")
 _PHONE, _HALF_SCREEN = 42, 62  # characters of a table that fit
@@ -193,6 +194,7 @@ class Page:
         """Return the page."""
         environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
         environment.filters["cell"] = _cell
+        check_shipped(_TEMPLATE)
         template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
         return template.render(page=self)
 

@@ -45,7 +45,7 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.evaluation_table import evaluation_table
 from prlhf_lightning.tasks.last_checkpoint import is_start_of, last_checkpoint
-from prlhf_lightning.tasks.run_configuration import with_configuration_of_run
+from prlhf_lightning.tasks.run_configuration import seal_configuration, tell_of_changes, with_configuration_of_run
 from prlhf_lightning.tasks.terminal import plain_console
 from prlhf_lightning.training_stats import TrainingStats
 from prlhf_lightning.user_models import UserModel
@@ -67,11 +67,19 @@ class Parser(Explaining, LightningArgumentParser):
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parse words; what measures a checkpoint and has no configuration takes that of the checkpoint's run."""
         words = sys.argv[1:] if args is None else args
+        tell_of_changes(words)
         return super().parse_args(with_configuration_of_run(words, _RUNS), *others, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder, and tells the other loggers the settings as hyper-parameters."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write, with a checksum."""
+        folder = None if self.already_saved else trainer.log_dir  # which all processes must ask for together
+        super().setup(trainer, pl_module, stage)
+        if folder is not None and trainer.is_global_zero and "://" not in folder:
+            seal_configuration(Path(folder) / self.config_filename)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the settings, except to the first logger: that writes beside `config.yaml`."""

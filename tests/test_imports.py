@@ -26,6 +26,7 @@ LEAVES = {
     "postgresql",
     "export_checksums",
     "template_limits",
+    "shipped",
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
@@ -40,6 +41,7 @@ MAY_IMPORT = {
     "chat_probes": {"template_limits"},
     "end_tokens": {"errors", "chat_probes", "template_limits"},
     "export_checksums": {"errors"},
+    "shipped": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,

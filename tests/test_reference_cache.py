@@ -360,6 +360,20 @@ def test_the_warning_says_how_much_of_a_truncated_file_is_left(whole, tmp_path):
     assert f"{len(whole) - 5} bytes instead of {len(whole)}" in messages[0]
 
 
+def test_a_file_of_another_cache_is_left_out_with_a_warning(tmp_path):
+    with (
+        ReferenceCache(tmp_path, IDENTITY) as own,
+        ReferenceCache(tmp_path, {**IDENTITY, "weights": "others"}) as other,
+    ):
+        store(own, 0)
+        store(other, 1)
+    shutil.copy(next(other.folder.glob("*.safetensors")), own.folder)
+    with pytest.warns(UserWarning, match=f"it belongs to the cache {other.folder.name}"):
+        cache = ReferenceCache(tmp_path, IDENTITY)
+    assert holds(cache, 0)
+    assert cache.get([key(1)]) == [None]
+
+
 def test_a_damaged_row_that_is_computed_again_stays_mended(whole, tmp_path):
     good = ReferenceCache(tmp_path, IDENTITY)
     (good.folder / "1-damaged.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))

@@ -229,7 +229,7 @@ class FeedbackCache:
         try:
             report = self._write(source, split, building / _ROWS)
             _write_json(building / _REPORT, asdict(report))
-            _write_json(building / _SUMS, {name: _sha256(building / name) for name in (_ROWS, _REPORT)})
+            _write_json(building / _SUMS, _sums(building, folder.name))
             os.replace(building, folder)
         finally:
             shutil.rmtree(building, ignore_errors=True)
@@ -317,12 +317,16 @@ class FeedbackCache:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Return whether there is a cache in which every file is as it was written."""
+    """Return whether there is a cache in which every file is as it was written, for the key that it is named by."""
     try:
-        sums = json.loads((folder / _SUMS).read_text())
-        return bool(sums == {name: _sha256(folder / name) for name in (_ROWS, _REPORT)})
+        return bool(json.loads((folder / _SUMS).read_text()) == _sums(folder, folder.name))
     except (FileNotFoundError, ValueError):  # none, or a checksum file that is itself damaged
         return False
+
+
+def _sums(folder: Path, key: str) -> dict[str, str]:
+    """Return what tells the files in a folder, and whose cache they are: files of another have right sums too."""
+    return {"key": key, **{name: _sha256(folder / name) for name in (_ROWS, _REPORT)}}
 
 
 def _sha256(path: Path) -> str:

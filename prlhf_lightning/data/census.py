@@ -1,14 +1,16 @@
 """How many rows each user has, counted in one pass that reads nothing else: all that a stream must know in advance.
 
 Memory grows with the users only. The counts are kept in the cache folder, as a CSV file of the columns `user_id`,
-`rows` and `texts` (how many of the rows have a text about the user), so the next start does not count again. The same
-file can be given, where the counts are known already, as from a database.
+`rows` and `texts` (how many of the rows have a text about the user), so the next start does not count again. Its
+SHA-256 stands in a file beside it; a damaged file is counted again. The same file can be given, where the counts are
+known already, as from a database.
 """
 
 from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,8 +23,9 @@ from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.files import as_text, atomically
 
-_FORMAT = 1  # raise it when the meaning of what is stored changes, so that older counts are not read
+_FORMAT = 2  # raise it when the meaning of what is stored changes, so that older counts are not read
 _SHOWN_EVERY = 10_000  # rows
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,10 @@ def census_of(source: DataSource, split: Split, folder: Path) -> Census:
     }
     digest = sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
     path = folder / f"users-{digest}.csv"
-    if path.exists():
-        return read_census(path)
+    if path.exists() and _sum_file(path).exists():
+        if _sum_file(path).read_bytes() == _sum(path):
+            return read_census(path)
+        _log.warning("The count of users %s is damaged. They are counted again.", path)
     census = count(source, split)
     try:
         _write(census, path)
@@ -119,6 +124,17 @@ def _write(census: Census, path: Path) -> None:
         writer = csv.writer(text)
         writer.writerow(["user_id", "rows", "texts"])
         writer.writerows(_lines(census))
+    with atomically(_sum_file(path), shared=True) as file:
+        file.write(_sum(path))
+
+
+def _sum_file(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _sum(path: Path) -> bytes:
+    """Return the line that `sha256sum` prints."""
+    return f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n".encode()
 
 
 def _lines(census: Census) -> Iterable[tuple[str, int, int]]:

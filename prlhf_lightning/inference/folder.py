@@ -84,7 +84,11 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
         )
     for field in ("name", "user_model", "tokenization"):
         _get(settings, field, folder / SETTINGS)
-    vocabulary = UserVocabulary(_get(_json(folder / USERS), "users", folder / USERS))
+    try:
+        vocabulary = UserVocabulary(_get(_json(folder / USERS), "users", folder / USERS))
+    except ConfigurationError as error:
+        named = str(folder / USERS)
+        raise error if named in str(error) else ConfigurationError(f"{named}: {error}") from error
     with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", "export the folder again."):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     lm = _load_lm(folder, settings, trust_remote_code)
@@ -100,7 +104,8 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
     try:
         user_model.load_state_dict(load_file(folder / WEIGHTS))
     except (OSError, RuntimeError, SafetensorError) as error:
-        raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {error}") from error
+        told = " ".join(str(error).split())
+        raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {told}") from error
     check_checksums(folder, settings)  # last: what is wrong with a file itself says more
     tokenization = TokenizationSettings.from_kept(settings["tokenization"])
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])

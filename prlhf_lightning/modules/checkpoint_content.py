@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.checkpoint_entry import FORMAT, KEY
-from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.data.tokenization import TokenizationSettings, tokenizer_identity
 from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules.sharding import plain_name
+from prlhf_lightning.policies import Policy
 from prlhf_lightning.user_models import UserModel
 
 _RENDERING = ("chat_template", "user_text_format", "chat_template_args")  # a date is the checkpoint's unless it is set
@@ -68,6 +72,16 @@ def _new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str,
         return {}
     rows = user_model.new_rows([weights[name] for name in names])
     return {name: row.detach().clone() for name, row in zip(names, rows, strict=True)}
+
+
+def base_of(policy: Policy) -> dict[str, str] | None:
+    """Return what tells a policy's base model and its tokenizer, or None where the policy cannot tell."""
+    found = policy.base_identity()
+    with suppress(ConfigurationError):  # a base without a tokenizer is no error: data may come with another one
+        tokenizer = getattr(policy, "tokenizer", None)
+        if found is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
+            return {**found, "tokenizer": tokenizer_identity(tokenizer)}
+    return found
 
 
 def warn_of_other_rendering(source: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

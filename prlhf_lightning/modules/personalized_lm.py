@@ -562,7 +562,7 @@ class PersonalizedLM(LightningModule):
             self._reference_store.cache.flush()
         seed = torch.initial_seed() if self._seed is None else self._seed
         checkpoint_content.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
-        checkpoint[KEY]["base"] = self.policy.base_identity()
+        checkpoint[KEY]["base"] = checkpoint_content.base_of(self.policy)
         for name, value in (("started_from", self._started_from), ("id_key", self._id_key)):
             if value is not None:
                 checkpoint[KEY][name] = value
@@ -589,7 +589,7 @@ class PersonalizedLM(LightningModule):
             self.vocabulary = users
         self.configure_model()
         name = str(getattr(self.policy, "name", ""))
-        if warning := warning_of_other_base(kept.get("base"), self.policy.base_identity(), name):
+        if warning := warning_of_other_base(kept.get("base"), checkpoint_content.base_of(self.policy), name):
             rank_zero_warn(warning)
 
     def _take_rendering(self, kept: dict[str, Any]) -> None:

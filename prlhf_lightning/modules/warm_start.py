@@ -22,6 +22,7 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.export_checksums import SETTINGS, check_checksums
 from prlhf_lightning.modules.checkpoint_content import (
+    base_of,
     names_of,
     trained_names,
     warn_of_other_id_key,
@@ -51,7 +52,7 @@ class WarmStart:
         policy: `class_path` and `init_args` that the policy was made with, as far as known.
         user_model: The same of the user model.
         tokenization: How its rows became ids.
-        base: `Policy.base_identity` of that policy, as far as known.
+        base: `base_of` that policy, as far as known.
         origin: `checkpoint_files.origin` of the source.
         id_key: `id_key_of` the data that it was trained on, as far as known.
     """
@@ -166,7 +167,7 @@ class WarmStart:
 
     def warn_of_other_base(self, policy: Policy) -> None:
         """Warn where the policy, which has been built, has other weights than those that were trained on."""
-        if warning := warning_of_other_base(self.base, policy.base_identity(), str(getattr(policy, "name", ""))):
+        if warning := warning_of_other_base(self.base, base_of(policy), str(getattr(policy, "name", ""))):
             rank_zero_warn(f"init_from: {warning}")
 
     @torch.no_grad()

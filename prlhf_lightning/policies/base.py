@@ -132,13 +132,13 @@ class Policy(nn.Module, ABC):
         return ()
 
     def base_identity(self) -> dict[str, str] | None:
-        """Return what tells the weights that training starts from.
+        """Return what tells the model that training starts from.
 
-        These are `weights`, a digest, the `transformers` version, and, to know the same model in another dtype, `dtype`
-        and a `sample` of the weights.
+        These are digests of the `weights`, the `config` and the `generation_config`, the `transformers` version, and,
+        to know the same model in another dtype, `dtype` and a `sample` of the weights.
 
-        A checkpoint that does not hold these weights notes it, and warns where it is put on others. None, for a policy
-        that cannot tell.
+        A checkpoint, which does not hold these weights, notes it, and warns where it is put on others. None, for a
+        policy that cannot tell.
         """
         return None
 

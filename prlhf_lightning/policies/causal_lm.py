@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
-from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +29,7 @@ from transformers import (
 
 from prlhf_lightning.end_tokens import end_token_ids, remember_ends
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.export_checksums import SETTINGS, check_folder
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies.adapters import LoRA, add_adapters, merge
@@ -47,10 +47,10 @@ from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments, writing_inputs
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
+from prlhf_lightning.shipped import ASSETS, check_shipped
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"
-_ASSETS = files("prlhf_lightning") / "assets"
 # Adapters of at least this share of the weights that they adapt are merged for scoring, into a copy of up to 512 MB.
 _WORTH_MERGING = 0.05
 _MOST_COPIED = 1 << 27
@@ -98,7 +98,7 @@ class CausalLMPolicy(Policy):
         router_aux_loss_coef: float | None = None,
     ) -> None:
         super().__init__()
-        shipped = sorted(folder.name for folder in _ASSETS.iterdir() if folder.is_dir())
+        shipped = sorted(folder.name for folder in ASSETS.iterdir() if folder.is_dir())
         if model.startswith(_BUILTIN) and model.removeprefix(_BUILTIN) not in shipped:
             raise ConfigurationError(
                 f"policy.model is {model!r}; these are shipped: {', '.join(_BUILTIN + name for name in shipped)}."
@@ -121,6 +121,7 @@ class CausalLMPolicy(Policy):
             raise ConfigurationError(f"policy.router_aux_loss_coef is {router_aux_loss_coef}; it must be 0 or more.")
         self._auxiliary_loss: Tensor | None = None
         self._is_sharded = False
+        self._is_checked = False  # whether its files were
         self._has_warned = False
         self._hub_args: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
 
@@ -129,11 +130,12 @@ class CausalLMPolicy(Policy):
         """Where the weights and the tokenizer are: a folder, or a hub name."""
         if not self.name.startswith(_BUILTIN):
             return str(Path(self.name).expanduser()) if self.name.startswith("~") else self.name
-        return str(_ASSETS / self.name.removeprefix(_BUILTIN))
+        return str(ASSETS / self.name.removeprefix(_BUILTIN))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's own tokenizer, with EOS for padding where it has no padding token, and the model's end tokens."""
+        self._check_files()
         with self._loading("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
         if tokenizer.pad_token is None:
@@ -157,6 +159,19 @@ class CausalLMPolicy(Policy):
         with self._loading("config"):
             return end_token_ids(tokenizer, self.generation_config)
 
+    def _check_files(self) -> None:
+        """Check, once, the files of a model that comes with checksums: one that is shipped, or was exported."""
+        if self._is_checked:
+            return
+        if self.name.startswith(_BUILTIN):
+            check_shipped(Path(self.path))
+        elif (Path(self.path) / SETTINGS).is_file():
+            try:
+                check_folder(Path(self.path))
+            except ConfigurationError as error:
+                raise ConfigurationError(f"policy.model: {error}") from error
+        self._is_checked = True
+
     def _check_vocabulary(self, tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> None:
         with self._loading("tokenizer"):
             check_vocabulary(tokenizer, lm)
@@ -171,6 +186,7 @@ class CausalLMPolicy(Policy):
     def build(self, with_reference: bool = True) -> None:
         """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
         self._refuse_adapters((Path(self.path) / "adapter_config.json").is_file())
+        self._check_files()
         with self._loading("weights" if self.random_init is None else "config"):
             options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
             if self.random_init is not None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -20,6 +22,10 @@ _log = logging.getLogger(__name__)
 _LISTED = 3  # weights that a message names
 _SAMPLED = 16  # weights of a tensor, and about as many tensors, by which a model is known again in another dtype
 _ROUNDING = 2.0**-7  # relative; bfloat16 keeps 8 bits
+#: What else than the weights of a base model decides what is computed and written, by its key in `base_identity`.
+_FILES = {"config": "config.json", "generation_config": "generation_config.json", "tokenizer": "tokenizer"}
+#: Settings that say where a model is from and how it is run, and not what it computes; rates of dropout, beside them.
+_NO_MATTER = ("dtype", "torch_dtype", "transformers_version", "use_cache")
 #: How classes are called that hold a whole language model, maybe beside parts for images.
 _WRITERS = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 #: Where models keep the parts of which a language model may be one.
@@ -92,9 +98,12 @@ def unused_ids(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> list[
 
 
 def base_identity(lm: PreTrainedModel) -> dict[str, str]:
-    """Return what tells the weights that a model was loaded with; see `Policy.base_identity`."""
+    """Return what tells the model that was loaded, with its settings; see `Policy.base_identity`."""
+    config = getattr(lm, "generation_config", None)
     return {
         "weights": weights_digest(lm.state_dict().items()),
+        "config": _settings_digest(lm.config.to_dict()),
+        "generation_config": _settings_digest(config.to_dict() if config is not None else {}),
         "transformers": transformers.__version__,
         "dtype": str(lm.dtype).removeprefix("torch."),
         "sample": " ".join(f"{value:.9g}" for value in _sample(lm)),
@@ -102,26 +111,56 @@ def base_identity(lm: PreTrainedModel) -> dict[str, str]:
 
 
 def warning_of_other_base(trained_on: Mapping[str, str] | None, now: Mapping[str, str] | None, name: str) -> str | None:
-    """Return what to warn of where a model's weights are not those that something was trained on.
+    """Return what to warn of where a model is not the one that something was trained on.
 
-    Of equal shape, what was trained loads all the same, and writes nonsense.
+    Of equal shape, what was trained loads all the same, and writes nonsense. Settings and tokenizer are compared where
+    both identities have them, under the same version of transformers, which has defaults of its own.
 
     Args:
         trained_on: `Policy.base_identity` of that time; older checkpoints and folders have none.
         now: The same of the model that was loaded.
         name: What the model is called.
     """
-    if not trained_on or not now or trained_on["weights"] == now["weights"]:
+    if not trained_on or not now:
         return None
+    if trained_on["weights"] == now["weights"]:
+        return _warning_of_other_files(trained_on, now, name)
     if _differ_in_dtype_alone(trained_on, now):
         _log.warning("The base model %s had dtype %s in training, and %s now.", name, trained_on["dtype"], now["dtype"])
-        return None
+        return _warning_of_other_files(trained_on, now, name)
     versions = {base["transformers"] for base in (trained_on, now)}
     perhaps = "" if len(versions) == 1 else f" (or transformers, {' and '.join(sorted(versions))}, arranges them anew)"
     return (
         f"The weights of the base model {name} are not those that were trained on{perhaps}. What was trained fits no "
         "others: give the model of that time back its place, or name its new one with the `relocate` command."
     )
+
+
+def _warning_of_other_files(trained_on: Mapping[str, str], now: Mapping[str, str], name: str) -> str | None:
+    """Return what to warn of where a model's settings or tokenizer are not those of training, and its weights are."""
+    if trained_on["transformers"] != now["transformers"]:
+        return None
+    both = trained_on.keys() & now.keys()
+    other = [file for key, file in _FILES.items() if key in both and trained_on[key] != now[key]]
+    if not other:
+        return None
+    return (
+        f"The base model {name} has the weights that were trained on, and another {' and '.join(other)} than in "
+        "training: a file there was damaged or changed. Give the files of that time back their place, or download the "
+        "model again."
+    )
+
+
+def _settings_digest(settings: Mapping[str, Any]) -> str:
+    return sha256(json.dumps(_that_matter(settings), sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _that_matter(settings: Any) -> Any:
+    """Return a copy of nested settings without those that do not decide what is computed."""
+    if not isinstance(settings, Mapping):
+        return settings
+    kept = {str(key): _that_matter(value) for key, value in settings.items()}
+    return {k: v for k, v in kept.items() if k not in _NO_MATTER and not k.startswith("_") and "drop" not in k}
 
 
 @torch.no_grad()

@@ -40,7 +40,11 @@ class Segment:
 
     @classmethod
     def open(cls, path: Path) -> Segment:
-        """Map a segment and verify its index; rows are verified when they are read."""
+        """Map a segment and verify its index; rows are verified when they are read.
+
+        Raises:
+            ValueError: It is damaged, or of another cache, which earlier versions did not note.
+        """
         try:
             with path.open("rb") as file:
                 data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -49,13 +53,16 @@ class Segment:
             middle, end = (begin + int(header[name]["data_offsets"][1]) for name in ("index", "values"))
             if end != len(data):
                 raise ValueError(f"it has {len(data)} bytes instead of {end}")
+            cache = header["__metadata__"].get("cache", path.parent.name)
+            if cache != path.parent.name:
+                raise ValueError(f"it belongs to the cache {cache}")
             entries = np.frombuffer(data, ENTRY, (middle - begin) // ENTRY.itemsize, begin)
             if crc32(entries.view(np.uint8).data) != int(header["__metadata__"]["index_crc32"]):
                 raise ValueError("its index does not match its checksum")
             return cls(path, entries, np.frombuffer(data, "<f4", (end - middle) // 4, middle))
         except FileNotFoundError:
             raise
-        except (OSError, LookupError, TypeError, ValueError, OverflowError) as error:
+        except (OSError, LookupError, AttributeError, TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"it cannot be read ({error})") from error
 
 
@@ -98,7 +105,7 @@ def write_segment(folder: Path, entries: Entries, rows: Iterable[Values]) -> Non
     middle, end = len(index), len(index) + 4 * int(ends[-1])
     header = json.dumps(
         {
-            "__metadata__": {"index_crc32": str(crc32(index))},
+            "__metadata__": {"index_crc32": str(crc32(index)), "cache": folder.name},
             "index": {"dtype": "U8", "shape": [len(entries), ENTRY.itemsize], "data_offsets": [0, middle]},
             "values": {"dtype": "F32", "shape": [(end - middle) // 4], "data_offsets": [middle, end]},
         }

@@ -16,6 +16,7 @@ from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import from_cell
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.tasks.run_configuration import check_configuration
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def data_of(run: Run, source: DataSource | None, module: PersonalizedLM) -> Pref
 
 
 def _configured(path: Path, source: DataSource | None, module: PersonalizedLM) -> PreferenceDataModule:
+    check_configuration(path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PreferenceDataModule, "data", skip={"tokenizer", "feedback"})
     try:
@@ -117,7 +119,7 @@ def _history(path: Path) -> list[dict[str, float]]:
             return [
                 {name: float(value) for name, value in row.items() if name and value} for row in csv.DictReader(file)
             ]
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, csv.Error) as error:
         raise ConfigurationError(f"run: {path} is no table of numbers, as `fit` writes it: {error}") from error
 
 
@@ -131,7 +133,7 @@ def _users(path: Path) -> list[dict[str, str | float]]:
                 for row in csv.DictReader(file)
                 if row["user_id"]
             ]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
         raise ConfigurationError(f"run: {path} is no table of users, as `fit` writes it: {error}") from error
 
 

@@ -1,15 +1,66 @@
-"""The configuration of a checkpoint's run, for commands that measure the checkpoint."""
+"""The configuration of a run: how it is known to be what `fit` wrote, and found for commands on its checkpoints."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
 
 _COMMANDS = {"validate", "test", "predict"}
+_MARK = "# sha256 of the lines below: "
+
+
+def seal_configuration(path: Path) -> None:
+    """Put the SHA-256 of a configuration into a comment before it."""
+    content = path.read_bytes()
+    write_whole(path, f"{_MARK}{sha256(content).hexdigest()}\n".encode() + content)
+
+
+def check_configuration(path: Path) -> None:
+    """Check that the configuration of a run is as `fit` wrote it, which earlier versions did without a checksum.
+
+    Raises:
+        ConfigurationError: It was changed or damaged, or is no text.
+    """
+    if changed := _change_of(path):
+        raise ConfigurationError(changed)
+
+
+def tell_of_changes(words: Sequence[str]) -> None:
+    """Warn where a configuration that a command names is not as `fit` wrote it; people change them for another run.
+
+    Raises:
+        ConfigurationError: One is no text.
+    """
+    for name, value in _options(words):
+        path = Path(value)
+        if name in ("-c", "--config") and path.is_file() and (changed := _change_of(path)):
+            warnings.warn(changed, stacklevel=2)
+
+
+def _change_of(path: Path) -> str | None:
+    """Return what to tell of a configuration that is not as `fit` wrote it, or None."""
+    content = path.read_bytes()
+    first, _, below = content.partition(b"\n")
+    if first.startswith(_MARK.encode()) and first != f"{_MARK}{sha256(below).hexdigest()}".encode():
+        return (
+            f"{path} is not as `fit` wrote it: it is damaged, or was changed. If you changed it on purpose, delete its "
+            "first line, which is the checksum."
+        )
+    try:
+        text = content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise ConfigurationError(f"{path}:{line}: is no UTF-8 text ({error.reason}); save it as UTF-8.") from None
+    if "\0" in text:
+        raise ConfigurationError(f"{path} holds zeros, as a file that was not written to its end; write it again.")
+    return None
 
 
 def with_configuration_of_run(words: Sequence[str], runs: str) -> list[str]:
@@ -45,6 +96,7 @@ def with_configuration_of_run(words: Sequence[str], runs: str) -> list[str]:
         raise ConfigurationError(
             f"config: there is no {places[0]}, as `fit` writes it; name the configuration of the run with --config."
         )
+    check_configuration(config)
     return [words[0], f"--config={config}", *words[1:]]
 
 

@@ -1,6 +1,7 @@
 import errno
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -268,3 +269,15 @@ def test_prompts_share_a_key_and_so_do_pairs_whoever_won(cache):
     a, b, c, d = split.keys("pair")
     assert a == b
     assert len({a, c, d}) == 3
+
+
+def test_a_cache_that_bears_the_name_of_another_is_built_again(cache, caplog):
+    cache.open(ListSource([row(0)]), "train")
+    (other,) = (path for path in cache.root.iterdir() if path.is_dir())
+    source = ListSource([row(1)], mark="b")
+    before = cache.open(source, "train").rows([0])
+    (own,) = (path for path in cache.root.iterdir() if path.is_dir() and path != other)
+    shutil.rmtree(own)
+    shutil.copytree(other, own)
+    assert cache.open(source, "train").rows([0]) == before
+    assert f"The cache {own} is damaged. It is built again." in caplog.text

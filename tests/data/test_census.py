@@ -61,3 +61,16 @@ def test_a_count_is_on_disk_before_it_gets_its_name_and_leaves_no_parts(tmp_path
         census_of(source, "train", tmp_path / "cache")
     assert len(flushed) == 1
     assert not list((tmp_path / "cache").iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".sha256"])
+def test_a_count_that_is_damaged_is_made_again_with_a_word(tmp_path, caplog, suffix):
+    source = FileSource(write_jsonl(tmp_path / "a.jsonl", ROWS))
+    whole = census_of(source, "train", tmp_path)
+    (path,) = tmp_path.glob(f"users-*{suffix}")
+    path.write_bytes(path.read_bytes().replace(b"2", b"3"))
+    assert census_of(source, "train", tmp_path) == whole
+    assert caplog.text.count("is damaged. They are counted again.") == 1
+    caplog.clear()
+    assert census_of(source, "train", tmp_path) == whole
+    assert not caplog.text

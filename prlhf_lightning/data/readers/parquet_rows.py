@@ -36,7 +36,8 @@ def read_parquet(path: Path) -> Items:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         after = f" after row {number}" if number else ""
-        raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({error}); write it again.") from None
+        told = " ".join(str(error).split())
+        raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({told}); write it again.") from None
 
 
 def _python_rows(batch: Any) -> Iterator[Row | Exception]:
