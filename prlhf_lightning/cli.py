@@ -13,7 +13,7 @@ from typing import Any
 from prlhf_lightning import __version__
 from prlhf_lightning.commands import PROGRAM, Group, Task, described, find, refusal
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.tasks.terminal import LAYOUT, printable
+from prlhf_lightning.tasks.terminal import LAYOUT, printable, shortened
 
 #: What a shell expects of a command that Ctrl+C ended.
 INTERRUPTED = 130
@@ -46,7 +46,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         told = next((said for e in _causes(error) if (said := _for_people(e))), None)
         if told is None:
             raise
-        sys.exit(f"error: {printable(told, LAYOUT)}")
+        sys.exit(f"error: {printable(shortened(told), LAYOUT)}")
 
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:
@@ -93,7 +93,8 @@ def _of_a_library(error: BaseException, said: str) -> str:
     from prlhf_lightning.guards import is_out_of_memory
 
     if is_out_of_memory(error):
-        return " ".join(getattr(error, "__notes__", []))
+        noted = " ".join(getattr(error, "__notes__", []))
+        return noted or f"There is not enough memory ({said.partition(chr(10))[0] or type(error).__name__})."
     return said if isinstance(error, MisconfigurationException) else ""
 
 

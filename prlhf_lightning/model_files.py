@@ -132,7 +132,7 @@ def _json(path: Path) -> dict[str, Any] | str:
         return problem
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of the encoding, too
+    except (ValueError, RecursionError) as error:  # of the encoding, too
         return f"{path.name} is no JSON ({error}); {_AGAIN}"
     return content if isinstance(content, dict) else f"{path.name} holds no JSON object; {_AGAIN}"
 

@@ -16,7 +16,7 @@ from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public 
 from prlhf_lightning import literals
 from prlhf_lightning.class_arguments import begin_other_classes_anew
 from prlhf_lightning.commands import PROGRAM
-from prlhf_lightning.tasks.terminal import LAYOUT, printable
+from prlhf_lightning.tasks.terminal import LAYOUT, printable, shortened
 
 #: The settings that are a class, by what they end in.
 _COMPONENTS = {
@@ -62,7 +62,7 @@ class Explaining(ArgumentParser):
         if message.startswith("Option ") and (known := _options_of_component(ex)):
             hints.append(f"Here there are: {', '.join(known)}")
         hints.append(f"All options: {self.called} --help")
-        sys.stderr.write("error: " + printable("\n".join([message, *hints]), LAYOUT) + "\n")
+        sys.stderr.write("error: " + printable("\n".join([shortened(message), *hints]), LAYOUT) + "\n")
         self.exit(2)
 
 

@@ -24,6 +24,7 @@ _FILES = {
     "data": ["*"],
 }
 _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt"}
+_LONGEST = 500  # characters of a cause
 #: How the hub's oldest names begin, which have no owner.
 _WITHOUT_OWNER = ("gpt2", "distil", "openai-gpt", "ctrl", "bert-", "roberta-", "xlnet-", "xlm-")
 
@@ -81,13 +82,16 @@ def loading(path: str, what: Literal["weights", "config", "tokenizer"], name: st
         yield
     except ConfigurationError as error:
         raise ConfigurationError(f"{name} can't be used: {error}") from error
-    except Exception as error:  # libraries fail in ways of their own over files that are not what they should be
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    # Libraries fail in ways of their own over files that are not what they should be; Rust's panics are no `Exception`.
+    except BaseException as error:
         if isinstance(error, MemoryError) or "memory" in str(error):  # about which others know more
             raise
         raise ConfigurationError(f"{told} {_cause(error)}") from error
 
 
-def _cause(error: Exception) -> str:
+def _cause(error: BaseException) -> str:
     """Return what an error says, in a line."""
     first, _, rest = str(error).strip().partition("\n")
     if first.startswith("Weights only load failed"):
@@ -96,6 +100,7 @@ def _cause(error: Exception) -> str:
         return "it comes with code of its own; where you trust it, set trust_remote_code (`--trust_remote_code true`)"
     if first.endswith(":"):  # what is wrong stands in the next line
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
+    first = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."
     # A name alone, as of a key that is missing, says little.
     is_said = " " in first or isinstance(error, OSError | ValueError)
     return first if is_said else f"a file is damaged or of another format ({type(error).__name__}: {first})"

@@ -37,6 +37,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
 from prlhf_lightning.loggers import folders_of_runs, hyper_parameters, keep_under, run_folder, with_run_folder
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.modules.restoring import refuse_odd_checkpoints
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.parser import Explaining
 from prlhf_lightning.paths import located
@@ -312,6 +313,7 @@ class PRLHFCLI(LightningCLI):
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        refuse_odd_checkpoints(trainer)
         if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
             raise ConfigurationError("trainer.strategy: the command line can't be sent to spawned processes; use ddp.")
         return trainer

@@ -27,6 +27,7 @@ LEAVES = {
     "export_checksums",
     "template_limits",
     "shipped",
+    "opening",
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
@@ -42,6 +43,7 @@ MAY_IMPORT = {
     "end_tokens": {"errors", "chat_probes", "template_limits"},
     "export_checksums": {"errors"},
     "shipped": {"errors"},
+    "opening": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,

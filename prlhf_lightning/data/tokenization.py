@@ -50,6 +50,12 @@ class TokenizedRecord(NamedTuple):
         return len(self.rejected) > 0 and np.array_equal(self.chosen, self.rejected)
 
 
+_KINDS = {
+    **dict.fromkeys(("max_prompt_length", "max_completion_length", "max_user_text_length"), int),
+    **{"overlong": str, "chat_template": bool, "user_text_format": str, "chat_template_args": dict},
+}
+
+
 @dataclass
 class Excess:
     """How often a field was longer than its limit, and the first place where."""
@@ -84,6 +90,11 @@ class TokenizationSettings:
     chat_template_date: str | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise ConfigurationError(
+                    f"{name} is of type {type(getattr(self, name)).__name__}; give {kind.__name__}."
+                )
         check_values(self.chat_template_args, self.chat_template_date)
         for name, least in (("max_prompt_length", 2), ("max_completion_length", 1), ("max_user_text_length", 1)):
             if getattr(self, name) < least:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -28,10 +28,12 @@ from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.export_checksums import SETTINGS, check_checksums, with_checksums
+from prlhf_lightning.opening import opening
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, warning_of_other_base
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.user_models.shapes import shapes_when_built
 
 #: Raised when folders can no longer be read by versions that read the last one. Format 1 has no checksums.
 FORMAT = 2
@@ -76,6 +78,11 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
     Raises:
         ConfigurationError: Something is missing, damaged, or of a later version.
     """
+    with opening(str(folder), "Export the folder again."):
+        return _read_folder(folder, trust_remote_code)
+
+
+def _read_folder(folder: Path, trust_remote_code: bool) -> FolderContent:
     settings = _json(folder / SETTINGS)
     if settings.get("format") not in range(1, FORMAT + 1):
         raise ConfigurationError(
@@ -100,15 +107,36 @@ def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
     # Its random start is replaced, and nobody else's chance is touched. GPUs take no part, or torch would warn.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         words = torch.arange(min(2, lm.get_input_embeddings().weight.shape[0]))
-        user_model.build(len(vocabulary), lm.get_input_embeddings()(words))
+        embeddings = lm.get_input_embeddings()(words)
+        # Sizes in the settings are held against the file before memory is taken for them.
+        needed = shapes_when_built(user_model, len(vocabulary), embeddings)
+        held = _shapes_in(folder / WEIGHTS)
+        if other := [name for name, shape in needed.items() if held.get(name) != shape]:
+            raise ConfigurationError(
+                f"{folder / WEIGHTS} does not fit {SETTINGS} and {USERS}: {other[0]} is {held.get(other[0])} there, "
+                f"and {needed[other[0]]} by the settings and the number of users. Export the folder again."
+            )
+        user_model.build(len(vocabulary), embeddings)
     try:
-        user_model.load_state_dict(load_file(folder / WEIGHTS))
+        weights = load_file(folder / WEIGHTS)
+        user_model.load_state_dict(weights)
+        if wrong := [name for name, weight in weights.items() if not torch.isfinite(weight).all()]:
+            raise ConfigurationError(f"{folder / WEIGHTS}: {wrong[0]} has NaN or infinity; export the folder again.")
     except (OSError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())
         raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {told}") from error
     check_checksums(folder, settings)  # last: what is wrong with a file itself says more
     tokenization = TokenizationSettings.from_kept(settings["tokenization"])
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
+
+
+def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the tensors of a file, which are not read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"{path} does not fit {SETTINGS} or can't be read: {error}") from error
 
 
 def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> PreTrainedModel:
@@ -146,7 +174,7 @@ def _json(path: Path) -> dict[str, Any]:
         last = path.parent / "checkpoints/last.ckpt"
         instead = f"the run's checkpoint, as {last}" if last.exists() else "a folder that `export` wrote"
         raise ConfigurationError(f"{path.parent} has no {path.name}; give {instead}.") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigurationError(f"{path} can't be read as JSON ({error}); export the folder again.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds no JSON object; export the folder again.")

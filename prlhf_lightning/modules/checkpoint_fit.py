@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor
 
@@ -12,21 +12,21 @@ _NAMED = 3  # a wrong rank shows in every layer; a few parameters tell as much a
 _LISTED = 5  # missing or unexpected weights
 
 
-def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Tensor], tables: Collection[str]) -> None:
+def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Sequence[int]], tables: Collection[str]) -> None:
     """Raise where a weight of a checkpoint has another shape than the model's of the same name.
 
     Args:
         saved: The checkpoint's weights by name.
-        here: The model's.
+        here: The shapes of the model's.
         tables: Names of those that have one row a user.
 
     Raises:
         ConfigurationError: Names the weights, both shapes, and the settings that they follow from.
     """
-    other = [name for name, weight in saved.items() if name in here and weight.shape != here[name].shape]
+    other = [name for name, weight in saved.items() if name in here and tuple(weight.shape) != tuple(here[name])]
     if not other:
         return
-    shapes = [f"{name} is {list(saved[name].shape)} there and {list(here[name].shape)} here" for name in other[:_NAMED]]
+    shapes = [f"{name} is {list(saved[name].shape)} there and {list(here[name])} here" for name in other[:_NAMED]]
     if len(other) > _NAMED:
         shapes.append(f"and so on for {len(other) - _NAMED} more")
     causes = dict.fromkeys(_cause(name, saved[name], here[name], name in tables) for name in other)
@@ -53,13 +53,13 @@ def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
         )
 
 
-def _cause(name: str, saved: Tensor, here: Tensor, is_table: bool) -> str:
-    if is_table and saved.shape[0] != here.shape[0]:
-        return f"another number of users ({saved.shape[0] - 1} in the checkpoint, {here.shape[0] - 1} in this model)"
+def _cause(name: str, saved: Tensor, here: Sequence[int], is_table: bool) -> str:
+    if is_table and [*saved.shape[:1]] != [*here[:1]]:
+        return f"another number of users ({len(saved) - 1} in the checkpoint, {here[0] - 1} in this model)"
     if name.startswith("user_model."):
         return "other settings of model.user_model (such as num_tokens or num_clusters), or a policy of another width"
     if ".lora_" in name:
         side = 0 if ".lora_A." in name else 1  # A is [rank, in], B is [out, rank]
-        if saved.shape[side] != here.shape[side]:
-            return f"another policy.lora.rank ({saved.shape[side]} in the checkpoint, {here.shape[side]} in this model)"
+        if saved.dim() == 2 and saved.shape[side] != here[side]:
+            return f"another policy.lora.rank ({saved.shape[side]} in the checkpoint, {here[side]} in this model)"
     return "another policy.model"

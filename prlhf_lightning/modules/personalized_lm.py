@@ -35,6 +35,7 @@ from prlhf_lightning.modules import checkpoint_content
 from prlhf_lightning.modules.checkpoint_content import names_of, trained_names
 from prlhf_lightning.modules.checkpoint_fit import check_names, check_shapes
 from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
+from prlhf_lightning.modules.checkpoint_schema import check_finite
 from prlhf_lightning.modules.evaluation import HEADLINE, Evaluation
 from prlhf_lightning.modules.finite import FiniteGuard, what_to_try
 from prlhf_lightning.modules.gradients import StepParameters, clip_gradients
@@ -60,10 +61,12 @@ from prlhf_lightning.modules.sharding import check_strategy, is_sharded, shard, 
 from prlhf_lightning.modules.table_sync import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
 from prlhf_lightning.modules.trainer_settings import check_feedback, check_fit
 from prlhf_lightning.modules.warm_start import WarmStart
+from prlhf_lightning.opening import opening
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.user_models.shapes import shapes_when_built
 
 # So that a checkpoint of a module built in code opens with `weights_only=True`.
 torch.serialization.add_safe_globals([Optim, Sampling])
@@ -122,6 +125,7 @@ class PersonalizedLM(LightningModule):
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
         self._width = 0  # of the policy's embeddings, once it is built
+        self._expected: Mapping[str, Tensor] = {}  # weights of a checkpoint that is being loaded
         self._warm_start: WarmStart | None = None
         self._started_from: dict[str, str] | None = None  # kept in checkpoints, to tell runs of one start
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
@@ -157,8 +161,9 @@ class PersonalizedLM(LightningModule):
             raise ConfigurationError(
                 "start_from: this module has users of a checkpoint or an earlier fit; make a new PersonalizedLM."
             )
-        warm_start = WarmStart.read(checkpoint)
-        warm_start.check(self.policy, self.user_model)
+        with opening(f"init_from: {checkpoint}", "Use a checkpoint that `fit` wrote, or what `export` wrote."):
+            warm_start = WarmStart.read(checkpoint)
+            warm_start.check(self.policy, self.user_model)
         self._warm_start, self._started_from = warm_start, dict(warm_start.origin)
 
     def setup(self, stage: str) -> None:
@@ -198,9 +203,15 @@ class PersonalizedLM(LightningModule):
                 self.policy.build(self.loss.requires_reference or self.user_model.history_size > 0)
             embeddings = self.policy.token_embeddings()
             self._width = embeddings.shape[-1]
+            if self._expected:
+                num_rows = len(self.vocabulary)
+                shapes = shapes_when_built(self.user_model, num_rows, embeddings)
+                shapes = {f"user_model.{name}": shape for name, shape in shapes.items()}
+                check_shapes(self._expected, shapes, [n for n, shape in shapes.items() if shape[:1] == (num_rows,)])
             self.user_model.build(len(self.vocabulary), embeddings)
             if self._built_for is None and self._warm_start is not None:  # once: a checkpoint may be loaded over it
-                self._warm_start.load_into(self, self.user_model, self.vocabulary)
+                with opening("init_from: the earlier training", "Use a checkpoint that `fit` wrote."):
+                    self._warm_start.load_into(self, self.user_model, self.vocabulary)
                 self._warm_start.warn_of_other_base(self.policy)
                 self._warm_start = None
             exclude_from_ddp(self, sparse_tables(self.user_model))
@@ -587,7 +598,11 @@ class PersonalizedLM(LightningModule):
             if self.vocabulary is not None:
                 checkpoint_content.warn_of_other_users(users, self.vocabulary)
             self.vocabulary = users
-        self.configure_model()
+        self._expected = checkpoint["state_dict"]
+        try:
+            self.configure_model()
+        finally:
+            self._expected = {}
         name = str(getattr(self.policy, "name", ""))
         if warning := warning_of_other_base(kept.get("base"), checkpoint_content.base_of(self.policy), name):
             rank_zero_warn(warning)
@@ -668,7 +683,9 @@ class PersonalizedLM(LightningModule):
         Raises:
             ConfigurationError: A trained weight is missing, has another shape, or is not in this model.
         """
-        check_shapes(state_dict, super().state_dict(), names_of(self, self.user_model.row_tables()))
+        check_finite(state_dict)
+        shapes = {name: weight.shape for name, weight in super().state_dict().items()}
+        check_shapes(state_dict, shapes, names_of(self, self.user_model.row_tables()))
         result = super().load_state_dict(state_dict, strict=False, assign=assign)
         if strict:
             check_names(trained_names(self) & set(result.missing_keys), result.unexpected_keys)

@@ -28,6 +28,7 @@ from prlhf_lightning.modules.checkpoint_content import (
     warn_of_other_id_key,
     warn_of_other_rendering,
 )
+from prlhf_lightning.modules.checkpoint_schema import check_content, check_finite
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.user_models import UserModel
@@ -93,6 +94,11 @@ class WarmStart:
             entry, users = entry_of(content), users_of(content)
         except DamagedCheckpointError as error:
             raise DamagedCheckpointError(f"init_from: {error}") from error
+        except ConfigurationError as error:
+            raise ConfigurationError(f"init_from: {path}: {error}") from error
+        try:
+            check_content(content)
+            check_finite(content["state_dict"])
         except ConfigurationError as error:
             raise ConfigurationError(f"init_from: {path}: {error}") from error
         settings = content.get("hyper_parameters", {})

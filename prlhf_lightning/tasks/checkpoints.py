@@ -8,6 +8,8 @@ from typing import Any
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import entry_of
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
+from prlhf_lightning.modules.checkpoint_schema import check_content
+from prlhf_lightning.opening import opening
 
 
 def read_checkpoint(path: str | Path, option: str, weights_only: bool = True) -> dict[str, Any]:
@@ -31,6 +33,8 @@ def read_checkpoint(path: str | Path, option: str, weights_only: bool = True) ->
         raise DamagedCheckpointError(f"{option}: {error}") from error
     try:
         entry_of(content)
+        with opening("its content", "Use a checkpoint that `fit` wrote."):
+            check_content(content)
     except ConfigurationError as error:
         raise ConfigurationError(f"{option}: {path}: {error}") from error
     return content

@@ -13,8 +13,11 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.export_checksums import SETTINGS
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.opening import opening
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
+
+_FIX = "Use a checkpoint that `fit` wrote, with the version that wrote it."
 
 
 def load_module(path: str | Path, option: str, trust_remote_code: bool = False) -> PersonalizedLM:
@@ -39,19 +42,22 @@ def module_of(
         option: What the user called the path, for messages.
         trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
     """
-    if "policy" not in content.get("hyper_parameters", {}):
+    settings = content.get("hyper_parameters")
+    if not isinstance(settings, dict) or not isinstance(settings.get("policy"), dict):
         raise ConfigurationError(
             f"{option}: {path} does not say which user model, policy and loss it holds, as checkpoints of `fit` do. Of "
             "a module built in code, load it there: PersonalizedLM.load_from_checkpoint(path, user_model=..., "
             "policy=..., loss=...)."
         )
-    base = str((content["hyper_parameters"]["policy"].get("init_args") or {}).get("model", ""))
+    with opening(f"{option}: {path}", _FIX):
+        base = str((settings["policy"].get("init_args") or {}).get("model", ""))
     if base.startswith(("/", ".", "~")) and not Path(base).expanduser().exists():
         raise ConfigurationError(
             f"{option}: {path} was trained on the base model {base}, which is not there. Tell it where the model is "
             f"now: python -m prlhf_lightning relocate --model {path} --base NEW_PLACE --output moved.ckpt"
         )
-    return PersonalizedLM.from_content(content, trust_remote_code)
+    with opening(f"{option}: {path}", _FIX):
+        return PersonalizedLM.from_content(content, trust_remote_code)
 
 
 def open_writer(

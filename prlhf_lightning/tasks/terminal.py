@@ -12,6 +12,7 @@ from rich.console import Console
 LAYOUT = "\n\t\u00a0\u200c\u200d\u202f\u3000"
 
 _LISTED = 5
+_MOST_CHARACTERS = 2000  # of an error
 
 
 def printable(text: str, keep: str = "") -> str:
@@ -22,6 +23,12 @@ def printable(text: str, keep: str = "") -> str:
         keep: Characters that may stay, such as line breaks.
     """
     return "".join(char if char.isprintable() or char in keep else json.dumps(char)[1:-1] for char in text)
+
+
+def shortened(text: str) -> str:
+    """Return a text, without its middle where it is long, as errors are that quote a file."""
+    half = _MOST_CHARACTERS // 2
+    return text if len(text) <= _MOST_CHARACTERS else f"{text[:half]} ... {text[-half:]}"
 
 
 def plain_console(**options: Any) -> Console:
