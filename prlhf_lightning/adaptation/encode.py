@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from prlhf_lightning.adaptation.margins import table_rows, users_in
+from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.history import pooled
@@ -77,6 +78,7 @@ def _groups(places: Sequence[Sequence[int]]) -> list[list[int]]:
 
 def _read(model: PersonalizedLM, pairs: PreferenceBatch, places: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return the history rows of users whose pairs stand at `places`."""
+    pause()
     most = max(map(len, places), default=0)
     index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places], dtype=torch.long)
     history = pooled(model.policy, PairTokens(*(_block(part, index) for part in (pairs.chosen, pairs.rejected))))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
+from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.adaptation.texts import DistinctTexts
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.modes import evaluating
@@ -19,6 +20,7 @@ from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftP
 # values of a position take up to 0.5 MB, and what a backward pass needs of it 6 MB (counted: 46 bytes a layer and
 # number of its width). Passes of so many positions keep a GPU busy all the same.
 _POSITIONS = 1 << 13
+_POSITIONS_ON_CPU = 1 << 10  # more are no faster there, and a server writes nothing during a pass
 _POSITIONS_WITH_GRADIENT = 1 << 10
 
 
@@ -38,6 +40,7 @@ class Margins:
         check_ranks_pairs(model)
         self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device
+        self._positions = _POSITIONS_ON_CPU if self._device.type == "cpu" else _POSITIONS
         self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
         self._model, self._policy = model, model.policy.settled()
         anyone = Users(torch.zeros(1, dtype=torch.long, device=self._device))
@@ -63,7 +66,8 @@ class Margins:
         with evaluating(self._model), torch.no_grad():
             if of is not None:
                 of = of.to(self._device)
-                for some in self._batches(wanted, _POSITIONS):
+                for some in self._batches(wanted, self._positions):
+                    pause()
                     margins[some] = self._apart(some, self._own_tables(rows[of[some]]))
             elif len(wanted):
                 needed = torch.zeros(len(self._texts.completion), dtype=torch.bool, device=self._device)
@@ -86,6 +90,7 @@ class Margins:
         slopes = rows.new_zeros(len(margins), len(directions))
         with evaluating(self._model), torch.enable_grad():
             for some in self._batches(self._every, _POSITIONS_WITH_GRADIENT):
+                pause()
                 own = {name: table.requires_grad_() for name, table in self._own_tables(rows[of[some]]).items()}
                 found = self._apart(some, own)
                 # Each pair has a row of its own, so that one backward pass gives the gradient of every margin apart.
@@ -116,9 +121,10 @@ class Margins:
     @torch.no_grad()
     def _log_probs(self, wanted: Tensor, own: dict[str, Tensor] | None) -> LogProbs:
         """Score completions `[D]` under the only user of `own`, or under the reference; those not wanted get zeros."""
-        texts, most = self._texts, self._most(_POSITIONS)
+        texts, most = self._texts, self._most(self._positions)
         scores = torch.zeros(texts.completion.mask.shape, device=self._device)
         for completions in texts.groups(wanted, most):
+            pause()
             prompts, prompt_of = torch.unique(texts.prompt_of[completions], return_inverse=True)
             found = (self._policy if own else self._model.policy).log_probs_of_each(
                 texts.prompt.select(prompts).trimmed(),

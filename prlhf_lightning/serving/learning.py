@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -17,7 +17,7 @@ from prlhf_lightning.serving.api_errors import APIError, documented
 from prlhf_lightning.serving.services import Learner, Services
 from prlhf_lightning.serving.tickets import Closing, EngineFailed, Overloaded
 
-# Of the newest pairs; writing waits while a user is learned.
+# Of the newest pairs; writing goes on between the passes in which a user is learned, and slower than else.
 _MOST_PAIRS, _MOST_CHARACTERS = 200, 500_000
 
 
@@ -34,14 +34,14 @@ def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
                 f"This server has learned as many users as it keeps (max_learned is {most}); add users to the model "
                 "itself with the command adapt."
             )
-        learner(user, rows)
+        learner(user, rows, services.scheduler.go_on)
 
     @routes.post("/v1/adapt", responses=documented(400, 401, 403, 408, 409, 413, 429, 500, 503))
     async def adapt(body: schemas.LearnRequest, request: Request, key: Caller) -> schemas.Learned:
         """Learn a user whom the model was not trained on from the pairs in the feedback log, again with every call."""
         check_users(key, [body.user], "user")
         try:
-            rows = _newest(await services.use_log(log.newest_pairs, body.user, _MOST_PAIRS))
+            rows = await services.use_log(lambda: _newest(log.newest_pairs(body.user, _MOST_PAIRS)))
             if not rows:
                 raise APIError(409, "There are no pairs of this user yet.", "no_pairs", "user")
             learning = partial(learn, services.rename(body.user), rows)
@@ -64,4 +64,5 @@ def router(services: Services, log: FeedbackLog, learner: Learner) -> APIRouter:
 def _newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the last rows, as many as have so many characters together; one at least."""
     sizes = accumulate(len(json.dumps(row, ensure_ascii=False)) for row in reversed(rows))
-    return rows[-max(1, sum(size <= _MOST_CHARACTERS for size in sizes)) :] if rows else []
+    kept = sum(1 for _ in takewhile(lambda size: size <= _MOST_CHARACTERS, sizes))
+    return rows[-max(1, kept) :] if rows else []

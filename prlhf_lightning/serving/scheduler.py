@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import traceback
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
@@ -81,6 +81,7 @@ class Scheduler:
         self._closing = False
         self._ended = False  # the thread, as far as the event loop knows
         self._engine = make_engine()
+        self._calls: deque[_Call] = deque()  # that came while another was being made
         self._waiting = FairQueue()
         self._writing: dict[int, Ticket] = {}
         self._ending = False
@@ -136,7 +137,9 @@ class Scheduler:
         self._dismiss(waiting[-1], Overloaded())
 
     async def call(self, function: Callable[[], T], caller: str = "") -> T:
-        """Have the thread call something between two steps, and return what it returns; writing waits meanwhile.
+        """Have the thread call something between two steps, and return what it returns.
+
+        Writing waits meanwhile, but for a step whenever the function calls `go_on`.
 
         Args:
             function: What to call.
@@ -226,20 +229,38 @@ class Scheduler:
 
         At most one call, so that any number of them can't stop the writing.
         """
-        while not self._inbox.empty() or (self._idle and not self._ending):
-            order = self._inbox.get()
-            if order is None:
-                self._ending = True
-            elif isinstance(order, _Add):
-                self._waiting.push(order.ticket)
-            elif isinstance(order, _Call):
+        while self._calls or not self._inbox.empty() or (self._idle and not self._ending):
+            order = self._calls.popleft() if self._calls else self._inbox.get()
+            if isinstance(order, _Call):
                 self._do(order)
                 return
-            elif self._writing.get(order.ticket.number) is order.ticket:  # not of an engine that has failed since
-                del self._writing[order.ticket.number]
-                self._engine.cancel(order.ticket.number)
+            self._line_up(order)
+
+    def _line_up(self, order: _Add | _Cancel | None) -> None:
+        if order is None:
+            self._ending = True
+        elif isinstance(order, _Add):
+            self._waiting.push(order.ticket)
+        elif self._writing.get(order.ticket.number) is order.ticket:  # not of an engine that has failed since
+            del self._writing[order.ticket.number]
+            self._engine.cancel(order.ticket.number)
+        else:
+            self._waiting.discard(order.ticket)
+
+    def go_on(self) -> None:
+        """Take in what has come and write one token of every text; for what `call` calls, in between its own work."""
+        while not self._inbox.empty():
+            order = self._inbox.get()
+            if isinstance(order, _Call):
+                self._calls.append(order)
             else:
-                self._waiting.discard(order.ticket)
+                self._line_up(order)
+        try:
+            self._feed()
+            if not self._engine.idle:
+                self._step()
+        except Exception as error:  # of the texts that are being written, and not of the call
+            self._recover(error)
 
     def _feed(self) -> None:
         """Hand the engine the next few requests; those that wait here are text still, nothing tokenised or embedded."""

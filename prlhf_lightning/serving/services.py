@@ -32,12 +32,13 @@ _log = logging.getLogger("prlhf_lightning.serving")
 class Learner(Protocol):
     """Teaches the writer a user whom the model was not trained on."""
 
-    def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]], between: Callable[[], None]) -> None:
         """Learn a user; the writer knows them from then on. Called in the engine's thread.
 
         Args:
             user_id: The user's id, as the model is to know it.
             rows: Their pairs, in the form that `data.records.parse_record` reads.
+            between: Writes one token of every text that is being written; to be called often.
 
         Raises:
             PRLHFError: This user can't be learned, or not from these pairs.

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
+from prlhf_lightning.adaptation.pauses import pausing
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import PersonalizedWriter
@@ -34,8 +35,10 @@ class NewUsers:
         self._fitted_on = 0
 
     @torch.no_grad()
-    def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Learn a user from their pairs, in place of what had been learned of them before.
+    def __call__(
+        self, user_id: str, rows: Sequence[Mapping[str, Any]], between: Callable[[], None] = lambda: None
+    ) -> None:
+        """Learn a user from their pairs, in place of what had been learned of them before; see `serving.Learner`.
 
         Raises:
             ConfigurationError: The model was trained on this user, or can't learn users.
@@ -44,11 +47,15 @@ class NewUsers:
         if user_id in self._trained:
             raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
         pairs = self._pairs([{**row, "user_id": user_id} for row in rows])
-        if self._model.user_model.history_size:
-            row = encode_users(self._model, pairs, [user_id]).rows[0]
-        else:
-            row = adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
+        with pausing(between):
+            row = self._row(user_id, pairs)
         self._put(user_id, row)
+
+    def _row(self, user_id: str, pairs: PreferenceBatch) -> torch.Tensor:
+        """Return a user's row, the numbers of all tables side by side."""
+        if self._model.user_model.history_size:
+            return encode_users(self._model, pairs, [user_id]).rows[0]
+        return adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
 
     def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:
         """Return what is known of a new user, told by the pairs of whoever had the most so far, until they suffice."""

@@ -40,3 +40,32 @@ def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
                 await too_late
 
     asyncio.run(run())
+
+
+def test_texts_are_written_and_taken_in_while_a_call_goes_on():
+    async def run():
+        scheduler = Scheduler(EchoEngine, 10, Metrics())
+        scheduler.start()
+        loop, written = asyncio.get_running_loop(), asyncio.Event()
+
+        def call():
+            """Return once somebody's text has been written, which was asked for after this call began."""
+            loop.call_soon_threadsafe(begun.set)
+            while not written.is_set():
+                scheduler.go_on()
+            return "done"
+
+        begun = asyncio.Event()
+        called = asyncio.create_task(scheduler.call(call, "ann"))
+        await begun.wait()
+        second = asyncio.create_task(scheduler.call(lambda: "second", "bob"))
+        async with asyncio.timeout(5):
+            ticket = await scheduler.submit(Generation("hello", "cy"))
+            assert [piece async for piece in ticket]
+            assert not called.done()
+            assert not second.done()  # calls wait for one another
+            written.set()
+            assert await asyncio.gather(called, second) == ["done", "second"]
+        await scheduler.drain()
+
+    asyncio.run(run())

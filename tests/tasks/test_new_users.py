@@ -77,3 +77,15 @@ def test_texts_are_not_kept(taught):
     _, learn = taught
     learn("eve", PAIRS)
     assert len(learn._tokenize._ids) == 1  # the empty text
+
+
+def test_texts_that_are_written_while_a_user_is_learned_and_the_user_s_row_are_the_same_as_else(taught):
+    writer, learn = taught
+    learn("eve", PAIRS)
+    row = [table[-1].clone() for table in rows(writer)]
+    asked = [Generation(word, user, max_new_tokens=4) for word in WORDS[:3] for user in ("ann", None)]
+    texts, written = [done.text for done in writer.generate(asked)], []
+    learn("eve", PAIRS, lambda: written.append([done.text for done in writer.generate(asked)]))
+    assert written
+    assert all(found == texts for found in written)
+    assert all(torch.equal(old, table[-1]) for old, table in zip(row, rows(writer), strict=True))
