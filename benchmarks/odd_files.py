@@ -149,8 +149,6 @@ class Sound:
                              "--output", "out"],
             "data describe": ["data", "describe", "--source", "FileSource", "--source.train", str(votes),
                               "--output", "out.html"],
-            "adapt data": ["adapt", "--model", checkpoint, "--feedback", str(votes), "--device", "cpu",
-                           "--skip_known", "true"],
         }  # fmt: skip
         return known[command]
 
@@ -724,13 +722,13 @@ def _parquet(table: pa.Table) -> bytes:
 def data(sound: Sound) -> Iterator[Case]:
     """Yield files of feedback that are odd."""
     for name, ending, make in _data_files():
-        for command in ("data check", "data convert", "data describe", "fit", "adapt data"):
+        for command in ("data check", "data convert", "data describe", "fit", "adapt"):
 
             def change(path: Path, ending: str = ending, make: Callable[[], bytes] = make) -> None:
                 path.unlink()
-                path.with_name(f"votes.{ending}").write_bytes(make())
+                path.with_suffix(f".{ending}").write_bytes(make())
 
-            yield Case(command, f"{ending}: {name}", "votes.jsonl", change)
+            yield Case(command, f"{ending}: {name}", "new.jsonl" if command == "adapt" else "votes.jsonl", change)
 
 
 KINDS: dict[str, Callable[[Sound], Iterator[Case]]] = {

@@ -98,6 +98,7 @@ def _read_folder(folder: Path, trust_remote_code: bool) -> FolderContent:
         raise error if named in str(error) else ConfigurationError(f"{named}: {error}") from error
     with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", "export the folder again."):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        tokenizer.decode(tokenizer("x")["input_ids"])  # where odd ones fail that can be loaded
     lm = _load_lm(folder, settings, trust_remote_code)
     with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", ""):
         check_vocabulary(tokenizer, lm)

@@ -138,6 +138,7 @@ class CausalLMPolicy(Policy):
         self._check_files()
         with self._loading("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
+            tokenizer.decode(tokenizer("x")["input_ids"])  # where odd ones fail that can be loaded
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         with suppress(ConfigurationError):  # a folder that is not whole is refused when its weights are loaded
