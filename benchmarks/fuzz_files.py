@@ -39,7 +39,7 @@ from prlhf_lightning.commands import COMMANDS, Group, Task
 
 SECONDS, BYTES = 5.0, 1 << 30  # beyond what the same command takes with sound files
 _GIVEN_UP = 60.0  # seconds on the clock, beyond four times what sound files take
-_LINES, _CHARACTERS = 8, 3000  # of an error
+_CHARACTERS = 3000  # of an error
 #: What commands import when they need it, which takes seconds.
 _IMPORTED = ("prlhf_lightning.training", "prlhf_lightning.serving.server", "transformers.models.llama.modeling_llama")
 WRONG = ("trace", "long", "slow", "large", "silent", "killed")
@@ -105,7 +105,7 @@ def _outcome(status: int, seconds: float, memory: int, said: str, usual: Attempt
     error = said[said.rfind("error: ") :] if "error: " in said else ""
     if not error:
         return "silent"
-    return "long" if len(error) > _CHARACTERS or error.count("\n") > _LINES else "refused"
+    return "long" if len(error) > _CHARACTERS else "refused"
 
 
 def _run(words: Sequence[str], folder: Path, log: Path) -> None:
