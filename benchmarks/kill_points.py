@@ -266,6 +266,11 @@ def result(folder: Path) -> dict[str, Any]:
     for path in sorted(run.glob("*.csv")):
         if path.name != "metrics.csv":
             found[path.name] = path.read_text()
+    if (comparison := run / "comparison.json").exists():
+        found[comparison.name] = {
+            name: {key: value for key, value in values.items() if not any(part in key for part in TIMED)}
+            for name, values in json.loads(comparison.read_text()).items()
+        }
     if (baseline := run / "baseline" / "last.ckpt").exists():
         found["baseline"] = checkpoint_files.load(baseline)["state_dict"]
     return found
@@ -324,7 +329,7 @@ def measure(name: str, pairs: int, singles: int, seed: int, root: Path) -> list[
     wrong, kills, doubles, runs = [], 0, 0, 0
     for number, moments in enumerate(trials(counts, pairs, singles, draw)):
         folder = root / name / f"run-{number}"
-        died = 0
+        died, before = 0, len(wrong)
         for moment in [*moments, None]:
             status = start(name, root, folder, moment)
             died += status == -signal.SIGKILL
@@ -334,8 +339,8 @@ def measure(name: str, pairs: int, singles: int, seed: int, root: Path) -> list[
         else:
             if other := differences(expected, result(folder), tolerance):
                 wrong.append(f"{name}: killed at {moments}: {', '.join(other)} differ")
-        if wrong and moments is not None:
-            print(f"so far {len(wrong)} different, the last: {wrong[-1]}", flush=True)
+        if len(wrong) > before:
+            print(wrong[-1], flush=True)
         runs, kills, doubles = runs + 1, kills + died, doubles + (died > 1)
         shutil.rmtree(folder)
     print(

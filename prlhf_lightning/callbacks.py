@@ -22,7 +22,7 @@ from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.finite import all_finite, finite_everywhere
 from prlhf_lightning.modules.optim import optimizer_steps
 from prlhf_lightning.modules.sharding import is_sharded
-from prlhf_lightning.run_history import best_of_earlier_run
+from prlhf_lightning.run_history import best_of_earlier_run, copy_on_first
 
 
 def kept_by(trainer: Trainer) -> list[str]:
@@ -67,7 +67,7 @@ class BestAndLast(ModelCheckpoint):
             )
         self._every, self._last_step = every_n_train_steps, 0
         self._is_due = False
-        self._earlier: Path | None = None  # folder of the checkpoint that is gone on from
+        self._earlier: Path | None = None  # the checkpoint that is gone on from
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the step that training goes on from for saved."""
@@ -159,23 +159,26 @@ class BestAndLast(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note where the checkpoint lies, whose best is asked for right after this."""
-        self._earlier = Path(trainer.ckpt_path).parent if trainer.state.fn == TrainerFn.FITTING else None  # type: ignore[arg-type]
+        """Note which checkpoint it is, whose record of the best is asked for right after this."""
+        self._earlier = Path(trainer.ckpt_path) if trainer.state.fn == TrainerFn.FITTING else None  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over the record of the best, and the best checkpoints themselves, if this run has another folder."""
         if self._earlier is None or self.dirpath is None:
             return
-        folder = Path(self.dirpath)
-        state: dict[str, Any] | None = state_dict
-        if self.dirpath != state_dict.get("dirpath") and self._earlier.resolve() != folder.resolve():
-            state = best_of_earlier_run(state_dict, self._earlier, folder)
-        if state is not None:
-            super().load_state_dict({**state, "dirpath": self.dirpath})
+        earlier, folder = self._earlier.parent, Path(self.dirpath)
+        if self.dirpath == state_dict.get("dirpath") or earlier.resolve() == folder.resolve():
+            super().load_state_dict({**state_dict, "dirpath": self.dirpath})
+            return
+        if (state := best_of_earlier_run(state_dict, earlier, folder)) is not None:
+            super().load_state_dict(state)
         elif state_dict["best_k_models"]:
             rank_zero_warn(
-                f"The best checkpoints so far are not all in {self._earlier}: the best is judged anew from here on."
+                f"The best checkpoints so far are not all in {earlier}: the best is judged anew from here on."
             )
+        if self._earlier.is_file():  # there may be no step left to take
+            self.last_model_path = str(folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
+            copy_on_first(self._earlier, Path(self.last_model_path))
 
 
 class LogShortRuns(Callback):

@@ -12,9 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
 
 from prlhf_lightning.checkpoint_entry import KEY
 from prlhf_lightning.errors import ConfigurationError
@@ -27,6 +29,9 @@ _METRICS, _USER_TABLES = "metrics.csv", "users_*.csv"
 
 class RunHistory(Callback):
     """Copies `metrics.csv`, up to where a checkpoint goes on, and the tables of users to the folder of the new run."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Check that all processes have found the same checkpoint, each for itself."""
@@ -44,10 +49,13 @@ class RunHistory(Callback):
             return
         folder = run_folder(trainer)  # all processes must ask for it
         earlier = folder_of(trainer.ckpt_path)
-        if earlier is None or not trainer.is_global_zero:
+        if earlier is None:
             return
         place = (checkpoint.get(KEY) or {}).get("place") or {}
         rows = rows_until(read_metrics(earlier / _METRICS), checkpoint["global_step"], place.get("validations"))
+        self._last = last_values(rows)
+        if not trainer.is_global_zero:
+            return
         for logger in trainer.loggers[:1]:
             writer = getattr(logger, "_experiment", None)
             if rows and isinstance(writer, MetricsFile):
@@ -55,6 +63,11 @@ class RunHistory(Callback):
         if earlier.resolve() != folder.resolve():
             for table in earlier.glob(_USER_TABLES):
                 copy(table, folder / table.name)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Have what was logged last stand as if it had been now: there may be no validation, or no step, to come."""
+        trainer._logger_connector._callback_metrics.update(self._last)
+        self._last = {}
 
 
 def folder_of(checkpoint: Any) -> Path | None:
@@ -82,6 +95,12 @@ def rows_until(rows: Sequence[Mapping[str, str]], step: int, validations: int | 
     return found
 
 
+def last_values(rows: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
+    """Return the last value `[]` of each name in the rows of a `metrics.csv`."""
+    found = {name: value for row in rows for name, value in row.items() if "/" in name and value}
+    return {name: torch.tensor(float(value)) for name, value in found.items()}
+
+
 def best_of_earlier_run(state: Mapping[str, Any], earlier: Path, folder: Path) -> dict[str, Any] | None:
     """Return the state of a `ModelCheckpoint` for another folder, to which the best checkpoints are copied.
 
@@ -96,9 +115,8 @@ def best_of_earlier_run(state: Mapping[str, Any], earlier: Path, folder: Path) -
     names = {path: Path(path).name for path in state["best_k_models"]}
     if not names or not all((earlier / name).is_file() for name in names.values()):
         return None
-    if getattr(rank_zero_only, "rank", 0) == 0:
-        for name in names.values():
-            copy(earlier / name, folder / name)
+    for name in names.values():
+        copy_on_first(earlier / name, folder / name)
     moved = {path: str(folder / name) for path, name in names.items()}
     return {
         **state,
@@ -108,6 +126,12 @@ def best_of_earlier_run(state: Mapping[str, Any], earlier: Path, folder: Path) -
         "kth_best_model_path": moved.get(state["kth_best_model_path"], ""),
         "last_model_path": "",
     }
+
+
+def copy_on_first(source: Path, target: Path) -> None:
+    """Copy a file as `copy` does, in the first process alone; all may call it."""
+    if getattr(rank_zero_only, "rank", 0) == 0:
+        copy(source, target)
 
 
 def copy(source: Path, target: Path) -> None:

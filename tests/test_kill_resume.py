@@ -28,3 +28,14 @@ def test_a_run_that_is_broken_off_anywhere_ends_as_one_in_peace(repo_root, names
     script = [sys.executable, repo_root / "benchmarks/resume_points.py", "--points", "3", "--only", *names]
     done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="needs fork and kill -9")
+def test_a_run_that_is_killed_twice_at_chosen_moments_leaves_what_one_in_peace_does(repo_root):
+    """Curve, best checkpoints and the tables of users included."""
+    script = [sys.executable, repo_root / "benchmarks/kill_points.py", "--only", "accumulated"]
+    script += ["--singles", "1", "--pairs", "1"]
+    done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert "0 ended differently" in done.stdout

@@ -661,8 +661,9 @@ class PersonalizedLM(LightningModule):
             current["epoch_loop.batch_progress"]["current"]["processed"],
             place.get("validations", 0),
         )
-        if self.trainer.is_global_zero:  # they are sums over all processes, and are added to those of the others
-            self._kept_means = dict(kept.get("means", {}))
+        # They are sums over all processes: the first one has them, and the others none of these rows.
+        means: dict[str, Tensor] = dict(kept.get("means", {}))
+        self._kept_means = means if self.trainer.is_global_zero else {k: sums * 0 for k, sums in means.items()}
 
     @property
     def _datamodule(self) -> Any:
