@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from inspect import isabstract, signature
-from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace, auto_cli
@@ -16,6 +15,7 @@ from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public 
 from prlhf_lightning import literals
 from prlhf_lightning.class_arguments import begin_other_classes_anew
 from prlhf_lightning.commands import PROGRAM
+from prlhf_lightning.consent import current_folder, raise_refusal, words_of_user
 from prlhf_lightning.tasks.terminal import LAYOUT, printable, shortened
 
 #: The settings that are a class, by what they end in.
@@ -56,6 +56,7 @@ class Explaining(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print what is wrong and what may have been meant, and exit."""
+        raise_refusal()
         asked = getattr(ex, "subcommand_parser", None) or self
         options = {str(action.dest) for action in asked._actions}
         hints = list(_hints(message, options))
@@ -101,7 +102,8 @@ def run_task(function: Callable[..., Any], path: Sequence[str], words: list[str]
         words: Its options.
     """
     Explaining.called = " ".join([PROGRAM, *path])
-    auto_cli(function, args=words, as_positional=False, parser_class=TaskParser, prog=Explaining.called)
+    with words_of_user():
+        auto_cli(function, args=words, as_positional=False, parser_class=TaskParser, prog=Explaining.called)
 
 
 def _components() -> dict[str, type]:
@@ -126,7 +128,7 @@ def _hints(message: str, options: set[str]) -> Iterator[str]:
         elif component and not re.search(r"[/.]", value):
             yield f"There are: {', '.join(_usable(component))}; one of your own is named as my_file.MyClass"
     for module in re.findall(r"No module named '([\w.]+)'", message):
-        yield f"{module.replace('.', '/')}.py is looked for in {Path.cwd()}, and in what is installed"
+        yield f"{module.replace('.', '/')}.py is looked for in {current_folder()}, and in what is installed"
 
 
 def _in_full(word: str, options: set[str]) -> list[str]:

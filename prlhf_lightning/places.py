@@ -97,7 +97,10 @@ def _cause(error: BaseException) -> str:
     if first.startswith("Weights only load failed"):
         return "a .bin file is damaged, or holds code beside weights; take the model's .safetensors files"
     if "contains custom code" in first:
-        return "it comes with code of its own; where you trust it, set trust_remote_code (`--trust_remote_code true`)"
+        return (
+            "it comes with code of its own; where you trust it, set trust_remote_code (`--trust_remote_code true`), or "
+            "for `validate`, `test` and `predict` name the run's configuration, which sets it, with --config"
+        )
     if first.endswith(":"):  # what is wrong stands in the next line
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
     first = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."

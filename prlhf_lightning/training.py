@@ -32,6 +32,7 @@ from prlhf_lightning.callbacks import (
     kept_by,
 )
 from prlhf_lightning.checkpoint_files import checkpoint_of
+from prlhf_lightning.consent import words_of_user
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
@@ -46,7 +47,12 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.compare import Contender, compare
 from prlhf_lightning.tasks.evaluation_table import evaluation_table
 from prlhf_lightning.tasks.last_checkpoint import is_start_of, last_checkpoint
-from prlhf_lightning.tasks.run_configuration import seal_configuration, tell_of_changes, with_configuration_of_run
+from prlhf_lightning.tasks.run_configuration import (
+    configuration_of_run,
+    seal_configuration,
+    tell_of_changes,
+    with_configuration,
+)
 from prlhf_lightning.tasks.terminal import plain_console
 from prlhf_lightning.training_stats import TrainingStats
 from prlhf_lightning.user_models import UserModel
@@ -69,7 +75,9 @@ class Parser(Explaining, LightningArgumentParser):
         """Parse words; what measures a checkpoint and has no configuration takes that of the checkpoint's run."""
         words = sys.argv[1:] if args is None else args
         tell_of_changes(words)
-        return super().parse_args(with_configuration_of_run(words, _RUNS), *others, **kwargs)
+        if (config := configuration_of_run(words, _RUNS)) is not None:
+            words = with_configuration(words, config)
+        return super().parse_args(words, *others, **kwargs)
 
 
 class SaveConfig(SaveConfigCallback):
@@ -99,7 +107,8 @@ class PRLHFCLI(LightningCLI):
     def __init__(self, args: ArgsType = None) -> None:
         self._claimed: Path | None = None  # the run's folder
         try:
-            self._run(args)
+            with words_of_user():
+                self._run(args)
         finally:
             if self._claimed:  # of a run that failed before it wrote anything
                 with suppress(OSError):

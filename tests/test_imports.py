@@ -28,6 +28,7 @@ LEAVES = {
     "template_limits",
     "shipped",
     "opening",
+    "consent",
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
@@ -44,6 +45,7 @@ MAY_IMPORT = {
     "export_checksums": {"errors"},
     "shipped": {"errors"},
     "opening": {"errors"},
+    "consent": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
@@ -64,7 +66,7 @@ MAY_IMPORT = {
     "commands": set(),
     "class_arguments": set(),
     "literals": set(),
-    "parser": {"commands", "class_arguments", "literals", "tasks"},
+    "parser": {"commands", "class_arguments", "consent", "literals", "tasks"},
     "training": LEAVES
     | STORE
     | {"parser", "data", "user_models", "modules", "loggers", "run_history", "training_stats", "callbacks"}

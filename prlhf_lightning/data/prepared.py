@@ -156,7 +156,7 @@ class PreparedFeedback:
             return self.tokenizer
         path = str(Path(self.tokenizer).expanduser())
         with loading(path, "tokenizer", f"tokenizer: {self.tokenizer!r}", "give a folder with one, or a hub name."):
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with suppress(OSError):  # a tokenizer may stand alone
             remember_ends(tokenizer, GenerationConfig.from_pretrained(path))
         return tokenizer

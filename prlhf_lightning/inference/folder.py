@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from prlhf_lightning.consent import named_by_file, opening
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
@@ -68,15 +68,18 @@ def settings_json(
     return json.dumps(with_checksums(folder, content), indent=2, ensure_ascii=False) + "\n"
 
 
-def read_folder(folder: Path, trust_remote_code: bool = False) -> FolderContent:
+def read_folder(
+    folder: Path, trust_remote_code: bool = False, trust_classes: Collection[str] | None = None
+) -> FolderContent:
     """Load an exported folder on the CPU.
 
     Args:
         folder: The folder.
         trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
+        trust_classes: Classes from outside this package that the folder may name.
 
     Raises:
-        ConfigurationError: Something is missing, damaged, or of a later version.
+        ConfigurationError: Something is missing, damaged, of a later version, or names classes that are not trusted.
     """
     with opening(str(folder), "Export the folder again."):
         return _read_folder(folder, trust_remote_code)
@@ -91,6 +94,11 @@ def _read_folder(folder: Path, trust_remote_code: bool) -> FolderContent:
         )
     for field in ("name", "user_model", "tokenization"):
         _get(settings, field, folder / SETTINGS)
+    with opening(folder / SETTINGS, trust_classes, trust_remote_code, settings):
+        return _loaded(folder, settings, trust_remote_code)
+
+
+def _loaded(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) -> FolderContent:
     try:
         vocabulary = UserVocabulary(_get(_json(folder / USERS), "users", folder / USERS))
     except ConfigurationError as error:
@@ -146,7 +154,7 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
     if not (folder / "adapter_config.json").is_file():
         with whole:
             return load_lm(str(folder), **options)
-    adapter = _json(folder / "adapter_config.json")
+    adapter = _adapter(folder / "adapter_config.json")
     base = str(settings.get("base", ""))
     # Where a shipped model stands differs from machine to machine.
     path = CausalLMPolicy(base).path if base.startswith("builtin:") else str(adapter.get("base_model_name_or_path"))
@@ -166,6 +174,16 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted: PreTrainedModel = PeftModel.from_pretrained(lm, folder).get_base_model()
         return adapted
+
+
+def _adapter(path: Path) -> dict[str, Any]:
+    """Return the settings of adapters; of those that `export` does not write, PEFT would import some by their names."""
+    content = _json(path)
+    kind, megatron = content.get("peft_type"), content.get("megatron_config")
+    if kind != "LORA" or megatron:
+        what = f"peft_type is {kind!r}" if kind != "LORA" else "megatron_config is set"
+        raise ConfigurationError(f"{path}: {what}, which `export` never writes; export the folder again.")
+    return content
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -196,9 +214,10 @@ def instantiate(spec: Mapping[str, Any], where: str) -> UserModel:
     Raises:
         ConfigurationError: The class can't be imported, is no user model, or refuses its arguments.
     """
-    module, _, name = str(spec.get("class_path", "")).rpartition(".")
     try:
-        cls = getattr(import_module(module), name)
+        cls = named_by_file(str(spec.get("class_path", "")))
+    except ConfigurationError:
+        raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
             f"{where}: the user model {spec.get('class_path')!r} can't be imported; install the package that it is in."

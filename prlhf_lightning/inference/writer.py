@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -101,7 +101,11 @@ class PersonalizedWriter:
 
     @classmethod
     def from_folder(
-        cls, folder: str | Path, device: str | torch.device = "cpu", trust_remote_code: bool = False
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+        trust_classes: Collection[str] | None = None,
     ) -> Self:
         """Load what `export` wrote.
 
@@ -109,11 +113,13 @@ class PersonalizedWriter:
             folder: The exported folder.
             device: Where the model goes.
             trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
+            trust_classes: Dotted paths of user models from outside this package that the folder may name; they are
+                imported. Those that have been imported need not be named.
 
         Raises:
-            ConfigurationError: The folder lacks something, or holds what this version can't read.
+            ConfigurationError: The folder lacks something, names other classes, or holds what this version can't read.
         """
-        content = read_folder(Path(folder), trust_remote_code)
+        content = read_folder(Path(folder), trust_remote_code, trust_classes)
         lm = content.lm.to(device)
         return cls(lm, content.tokenizer, content.user_model, content.vocabulary, content.name, content.tokenization)
 

@@ -25,12 +25,13 @@ class RewardJudge(Judge):
     Args:
         model: A checkpoint of `fit`, or the folder of its run: a model of a loss over pairs that knows the users.
         device: Where it computes.
+        trust_classes: Classes of your own that the model was trained with; their modules are imported.
     """
 
     minds_order = False
 
-    def __init__(self, model: Path, device: str = "cpu") -> None:
-        self.model, self.device = Path(model), device
+    def __init__(self, model: Path, device: str = "cpu", trust_classes: list[str] | None = None) -> None:
+        self.model, self.device, self.trust_classes = Path(model), device, trust_classes
         self.caveat = f"The judge is a model that was trained itself ({self.model.name}), and can be gamed."
 
     def prepare(self, data: PreferenceDataModule) -> None:
@@ -40,7 +41,7 @@ class RewardJudge(Judge):
             raise ConfigurationError(f"judge: there is no checkpoint {self.model}; give one that `fit` wrote.")
         content = checkpoint_files.load(self.model, mmap=True)
         try:
-            model = PersonalizedLM.from_content(content)
+            model = PersonalizedLM.from_content(content, trust_classes=self.trust_classes)
         except (ConfigurationError, TypeError) as error:
             raise ConfigurationError(f"judge: {self.model} cannot be loaded: {error}") from error
         if model.loss.feedback != "pairs":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import KEY, entry_of, settings_of, users_of
+from prlhf_lightning.consent import class_paths, opening
 from prlhf_lightning.data.decoding import decode, loses_first_space, read_on_from
 from prlhf_lightning.data.loading import share_of
 from prlhf_lightning.data.records import Text
@@ -530,22 +531,42 @@ class PersonalizedLM(LightningModule):
         hparams_file: str | Path | None = None,
         strict: bool | None = None,
         weights_only: bool | None = None,
+        trust_remote_code: bool = False,
+        trust_classes: Collection[str] | None = None,
         **kwargs: Any,
     ) -> Self:
         """Rebuild a model, as `LightningModule.load_from_checkpoint` does, from a file that is whole.
 
-        Only an explicit `weights_only=False` lets the file run code.
+        Args:
+            checkpoint_path: See Lightning, as for what follows.
+            map_location: Where weights go.
+            hparams_file: Settings to take in place of the checkpoint's.
+            strict: Refuse weights that do not fit.
+            weights_only: Only an explicit False lets the file run code by itself.
+            trust_remote_code: Run code that comes with the base model, where the checkpoint says so too.
+            trust_classes: Dotted paths of classes from outside this package that the checkpoint may name; they are
+                imported. Those that have been imported need not be named.
+            kwargs: Arguments of the model in place of the checkpoint's.
 
         Raises:
+            ConfigurationError: The checkpoint names other classes.
             DamagedCheckpointError: The file is not what was written.
         """
         if isinstance(checkpoint_path, str | Path) and is_local(checkpoint_path) and Path(checkpoint_path).is_file():
             checkpoint_files.check(Path(checkpoint_path))
         safely = weights_only is not False
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+        named = {*(trust_classes or ()), *class_paths(kwargs)}
+        with opening(f"The checkpoint {checkpoint_path}", named, trust_remote_code):
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
 
     @classmethod
-    def from_content(cls, content: Mapping[str, Any], trust_remote_code: bool = False) -> Self:
+    def from_content(
+        cls,
+        content: Mapping[str, Any],
+        trust_remote_code: bool = False,
+        trust_classes: Collection[str] | None = None,
+        source: str = "The checkpoint",
+    ) -> Self:
         """Rebuild a model on the CPU, as `load_from_checkpoint` does, of what a checkpoint holds.
 
         Of tensors that were left on the disk (`checkpoint_files.load` with `mmap`) only the weights are read, and not
@@ -555,14 +576,20 @@ class PersonalizedLM(LightningModule):
             content: It is left as it is.
             trust_remote_code: Run code that comes with the base model. What the checkpoint says of it does not count,
                 since whoever wrote that could have any code run.
+            trust_classes: As for `load_from_checkpoint`.
+            source: What the checkpoint is called, for messages.
+
+        Raises:
+            ConfigurationError: The checkpoint names other classes.
         """
         needed = {name: content[name] for name in ("state_dict", KEY) if name in content}
         parts = copy.deepcopy(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
         arguments = (parts.get("policy") or {}).get("init_args") or {}
         if trust_remote_code or "trust_remote_code" in arguments:
             arguments["trust_remote_code"] = trust_remote_code
-        # Lightning offers this for files only.
-        module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
+        with opening(source, trust_classes, trust_remote_code, parts):
+            # Lightning offers this for files only.
+            module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

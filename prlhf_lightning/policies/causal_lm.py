@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from prlhf_lightning.consent import allows_remote_code
 from prlhf_lightning.end_tokens import end_token_ids, remember_ends
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.export_checksums import SETTINGS, check_folder
@@ -77,7 +78,8 @@ class CausalLMPolicy(Policy):
             and sharded. Not measured on a GPU yet. Elsewhere it changes nothing. See docs/performance.md.
         attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
         revision: Branch, tag or commit of a hub model.
-        trust_remote_code: Run code that comes with the model. Only for sources that you trust.
+        trust_remote_code: Run code that comes with the model. Only for sources that you trust. What a checkpoint, an
+            exported folder or a run's configuration says of it does not count when it is opened.
         router_aux_loss_coef: Of a mixture of experts, the weight of its own load-balancing loss, which is added to the
             preference loss; null takes that of `config.json` where it says `output_router_logits: true`, and 0 adds
             none. Each row is then computed whole: a prompt is not shared by its completions.
@@ -123,7 +125,8 @@ class CausalLMPolicy(Policy):
         self._is_sharded = False
         self._is_checked = False  # whether its files were
         self._has_warned = False
-        self._hub_args: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        trusts = trust_remote_code and allows_remote_code()
+        self._hub_args: dict[str, Any] = {"revision": revision, "trust_remote_code": trusts}
 
     @property
     def path(self) -> str:

@@ -44,6 +44,7 @@ def adapt(
     skip_known: bool = False,
     device: str = "auto",
     trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
 ) -> None:
     """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
 
@@ -69,6 +70,8 @@ def adapt(
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     if suggest and pool is None:
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
@@ -81,7 +84,7 @@ def adapt(
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     rows_of(content, checkpoint).require_trained(checkpoint)
-    module = module_of(content, checkpoint, "model", trust_remote_code).to(pick_device(device))
+    module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
     if module.user_model.history_size and (suggest or steps):
         raise ConfigurationError(
             f"suggest, steps: {type(module.user_model).__name__} reads users off their pairs, which takes no steps and "

@@ -42,6 +42,7 @@ def export(
     peft_users: bool = False,
     user: str | list[str] | None = None,
     trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
 ) -> None:
     """Write a checkpoint as a Hugging Face model folder, with its users.
 
@@ -61,11 +62,13 @@ def export(
         user: Ids of the users who get a PEFT folder, as in `--user ann bob`; all if none is given.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     _check_output(output)
     checkpoint = checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
-    module = module_of(content, checkpoint, "model", trust_remote_code)
+    module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes)
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(

@@ -69,6 +69,7 @@ def generate(
     device: str = "auto",
     hash_user_ids_with: str | None = None,
     trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
 ) -> None:
     """Write for one user or several at once.
 
@@ -99,6 +100,8 @@ def generate(
             pseudonyms.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
@@ -118,7 +121,7 @@ def generate(
     if hash_user_ids_with is not None:
         pseudonym = Pseudonyms.load(hash_user_ids_with)
         requests = [one.renamed(pseudonym) for one in requests]
-    writer = open_writer(model, "model", pick_device(device), trust_remote_code)
+    writer = open_writer(model, "model", pick_device(device), trust_remote_code, trust_classes)
     _report_unknown(writer, requests)
     console = plain_console()
     if output is not None:

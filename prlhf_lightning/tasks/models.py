@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,26 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 _FIX = "Use a checkpoint that `fit` wrote, with the version that wrote it."
 
 
-def load_module(path: str | Path, option: str, trust_remote_code: bool = False) -> PersonalizedLM:
+def load_module(
+    path: str | Path, option: str, trust_remote_code: bool = False, trust_classes: Collection[str] | None = None
+) -> PersonalizedLM:
     """Rebuild the model of a checkpoint, with its weights and users, on the CPU.
 
     Args:
         path: A checkpoint that the command line trained.
         option: What the user called the path, for messages.
         trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
+        trust_classes: Classes from outside this package that the checkpoint may name.
     """
-    return module_of(read_checkpoint(path, option), path, option, trust_remote_code)
+    return module_of(read_checkpoint(path, option), path, option, trust_remote_code, trust_classes)
 
 
 def module_of(
-    content: Mapping[str, Any], path: str | Path, option: str, trust_remote_code: bool = False
+    content: Mapping[str, Any],
+    path: str | Path,
+    option: str,
+    trust_remote_code: bool = False,
+    trust_classes: Collection[str] | None = None,
 ) -> PersonalizedLM:
     """Rebuild the model of a checkpoint that has been read.
 
@@ -41,6 +48,7 @@ def module_of(
         path: Where it was.
         option: What the user called the path, for messages.
         trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
+        trust_classes: Classes from outside this package that the checkpoint may name.
     """
     settings = content.get("hyper_parameters")
     if not isinstance(settings, dict) or not isinstance(settings.get("policy"), dict):
@@ -57,7 +65,7 @@ def module_of(
             f"now: python -m prlhf_lightning relocate --model {path} --base NEW_PLACE --output moved.ckpt"
         )
     with opening(f"{option}: {path}", _FIX):
-        return PersonalizedLM.from_content(content, trust_remote_code)
+        return PersonalizedLM.from_content(content, trust_remote_code, trust_classes, f"{option}: {path}")
 
 
 def open_writer(
@@ -65,6 +73,7 @@ def open_writer(
     option: str = "model",
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
+    trust_classes: Collection[str] | None = None,
 ) -> PersonalizedWriter:
     """Load a model to write with.
 
@@ -73,6 +82,7 @@ def open_writer(
         option: What the user called the path, for messages.
         device: Where the model goes.
         trust_remote_code: Run code that comes with the base model; what a file says of it does not count.
+        trust_classes: Classes from outside this package that the file may name.
 
     Raises:
         ConfigurationError: It is neither, or its policy is no Hugging Face model.
@@ -82,10 +92,10 @@ def open_writer(
         path = checkpoint_of(path, option)
     if path.is_dir():
         try:
-            return PersonalizedWriter.from_folder(path, device, trust_remote_code)
+            return PersonalizedWriter.from_folder(path, device, trust_remote_code, trust_classes)
         except ConfigurationError as error:
             raise ConfigurationError(f"{option}: {error}") from error
-    return writer_of(load_module(path, option, trust_remote_code).to(device), path, option)
+    return writer_of(load_module(path, option, trust_remote_code, trust_classes).to(device), path, option)
 
 
 def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> PersonalizedWriter:

@@ -14,7 +14,13 @@ from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 
 
-def relocate(model: Path, base: str, output: Path, trust_remote_code: bool = False) -> None:
+def relocate(
+    model: Path,
+    base: str,
+    output: Path,
+    trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
+) -> None:
     """Write a copy of a checkpoint that loads its base model, which a checkpoint does not hold, from another place.
 
     For a checkpoint that came from another machine, or a base model that was moved. It must be the same model: one with
@@ -26,6 +32,8 @@ def relocate(model: Path, base: str, output: Path, trust_remote_code: bool = Fal
         output: The checkpoint to write.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
@@ -43,7 +51,7 @@ def relocate(model: Path, base: str, output: Path, trust_remote_code: bool = Fal
     trial = output.with_name(f"{output.name}.trial")
     try:  # before it takes the place of what is there, which may be the checkpoint itself
         checkpoint_files.save(content, trial)
-        module = load_module(trial, "output", trust_remote_code)
+        module = load_module(trial, "output", trust_remote_code, trust_classes)
     finally:
         trial.unlink(missing_ok=True)
     trained_on, now = entry_of(content).get("base"), module.policy.base_identity()

@@ -62,6 +62,7 @@ def report(
     device: str = "auto",
     seed: int = 0,
     trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
 ) -> None:
     """Write a page about a trained model, for a colleague, and its numbers as JSON beside it.
 
@@ -91,6 +92,8 @@ def report(
         seed: Draws answers, where they are sampled, and bootstrap samples.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     least = {"num_users": num_users, "num_prompts": num_prompts, "max_pairs": max_pairs, "batch_size": batch_size}
     for name, value in least.items():
@@ -103,15 +106,14 @@ def report(
     checkpoint = checkpoint_of(model)
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
-    module = load_module(checkpoint, "model", trust_remote_code).eval().to(pick_device(device))
-    whose = data_of(left, source, module)
+    module = load_module(checkpoint, "model", trust_remote_code, trust_classes).eval().to(pick_device(device))
+    whose = data_of(left, source, module, trust_classes)
     if baseline is None and left.folder and (kept := left.folder / "baseline" / "last.ckpt").is_file():
         baseline = kept  # of `fit --train_baseline true`
-    without = (
-        load_module(checkpoint_of(baseline, "baseline"), "baseline", trust_remote_code).eval().to(module.device)
-        if baseline is not None
-        else None
-    )
+    without = None
+    if baseline is not None:
+        without = load_module(checkpoint_of(baseline, "baseline"), "baseline", trust_remote_code, trust_classes)
+        without = without.eval().to(module.device)
     named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
     found = Findings(
         title or f"Model: {named}",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
 
+from prlhf_lightning.consent import opening
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import from_cell
@@ -66,20 +67,23 @@ def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
     )
 
 
-def data_of(run: Run, source: DataSource | None, module: PersonalizedLM) -> PreferenceDataModule | None:
+def data_of(
+    run: Run, source: DataSource | None, module: PersonalizedLM, trust_classes: Collection[str] | None = None
+) -> PreferenceDataModule | None:
     """Return the data that a model was trained on, or None where nobody says which.
 
     Args:
         run: Whose `config.yaml` says so.
         source: Other data, to be handled by the run's settings, or, without a run, by the checkpoint's.
         module: Whose tokenizer and kind of feedback they need.
+        trust_classes: Classes from outside this package that the run's configuration may name.
 
     Raises:
         ConfigurationError: The settings cannot be read.
     """
     path = run.folder / "config.yaml" if run.folder else None
     if path and path.is_file():
-        data = _configured(path, source, module)
+        data = _configured(path, source, module, trust_classes)
     elif source is not None:
         data = PreferenceDataModule(source, feedback=module.loss.feedback, **asdict(module.tokenization))
     else:
@@ -88,7 +92,9 @@ def data_of(run: Run, source: DataSource | None, module: PersonalizedLM) -> Pref
     return data
 
 
-def _configured(path: Path, source: DataSource | None, module: PersonalizedLM) -> PreferenceDataModule:
+def _configured(
+    path: Path, source: DataSource | None, module: PersonalizedLM, trust_classes: Collection[str] | None
+) -> PreferenceDataModule:
     check_configuration(path)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(PreferenceDataModule, "data", skip={"tokenizer", "feedback"})
@@ -98,7 +104,8 @@ def _configured(path: Path, source: DataSource | None, module: PersonalizedLM) -
             settings.pop(linked, None)
         if source is not None:
             settings["source"] = {"class_path": "prlhf_lightning.data.SimulatedSource"}  # replaced below
-        data: PreferenceDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+        with opening(f"run: {path}", trust_classes, content=settings):
+            data: PreferenceDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     except (OSError, ArgumentError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PRLHFError):
             raise

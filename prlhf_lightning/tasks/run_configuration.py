@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 
+import yaml  # type: ignore[import-untyped]  # it has no stubs
+
 from prlhf_lightning.checkpoint_files import checkpoint_of
+from prlhf_lightning.consent import words_beside
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import write_whole
 from prlhf_lightning.tasks.last_checkpoint import last_checkpoint
@@ -63,8 +67,8 @@ def _change_of(path: Path) -> str | None:
     return None
 
 
-def with_configuration_of_run(words: Sequence[str], runs: str) -> list[str]:
-    """Return the words of a command with the `config.yaml` of the checkpoint's run, where they configure no model.
+def configuration_of_run(words: Sequence[str], runs: str) -> Path | None:
+    """Return the `config.yaml` of the checkpoint's run that a command is about, where its words configure no model.
 
     Args:
         words: The words, such as `validate --ckpt_path runs/version_0/checkpoints/last.ckpt`.
@@ -77,7 +81,7 @@ def with_configuration_of_run(words: Sequence[str], runs: str) -> list[str]:
     configures = any(name in ("-c", "--config") or name.startswith("--model") for name in given)
     path = given.get("--ckpt_path")
     if not words or words[0] not in _COMMANDS or not path or configures or {"-h", "--help"} & set(words):
-        return list(words)
+        return None
     checkpoint = Path(path)
     if path == "last":
         root = given.get("--trainer.default_root_dir", runs)
@@ -97,7 +101,27 @@ def with_configuration_of_run(words: Sequence[str], runs: str) -> list[str]:
             f"config: there is no {places[0]}, as `fit` writes it; name the configuration of the run with --config."
         )
     check_configuration(config)
-    return [words[0], f"--config={config}", *words[1:]]
+    return config
+
+
+def with_configuration(words: Sequence[str], config: Path) -> list[str]:
+    """Return the words of a command with a configuration that was found, of which only they may ask to run code.
+
+    Raises:
+        ConfigurationError: The configuration names classes that are not of this package, and that no word names.
+    """
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        content = None  # the parser says what is wrong with it
+    words_beside(config, _class_paths(words), content)
+    return [words[0], f"--config={config}", "--weights_only=null", *words[1:]]
+
+
+def _class_paths(words: Sequence[str]) -> set[str]:
+    """Return the dotted paths among words; what is the name of a file is none."""
+    values = {value for _, value in _options(words) if re.fullmatch(r"\w+(\.\w+)+", value) and not Path(value).exists()}
+    return values.union(*(re.findall(r"class_path[\"']?[:=]\s*[\"']?([\w.]+)", word) for word in words))
 
 
 def _options(words: Sequence[str]) -> list[tuple[str, str]]:

@@ -36,6 +36,7 @@ def serve(
     drain_seconds: int = 30,
     hash_user_ids_with: str | None = None,
     trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
 ) -> None:
     """Serve a model over HTTP: an OpenAI-compatible API that writes for each user, with a page to try it.
 
@@ -69,6 +70,8 @@ def serve(
         hash_user_ids_with: What `data.hash_user_ids_with` was in training; feedback is kept under the ids as given.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     try:
         from prlhf_lightning.serving.server import run  # FastAPI, uvicorn and SQLAlchemy, of the extra `serve`
@@ -86,11 +89,11 @@ def serve(
     def load() -> tuple[PersonalizedWriter, NewUsers | None]:
         place = pick_device(device)
         if adapt:
-            module = load_module(model, "model", trust_remote_code).to(place).eval()
+            module = load_module(model, "model", trust_remote_code, trust_classes).to(place).eval()
             writer = writer_of(module, model)
             learner = NewUsers(module, writer)
         else:
-            writer, learner = open_writer(model, device=place, trust_remote_code=trust_remote_code), None
+            writer, learner = open_writer(model, "model", place, trust_remote_code, trust_classes), None
         writer.name = name or writer.name
         return writer, learner
 

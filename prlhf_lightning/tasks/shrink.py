@@ -34,6 +34,7 @@ def shrink(
     hash_user_ids_with: str | None = None,
     device: str = "auto",
     trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
 ) -> None:
     """Draw all users' rows to the generic user by the factor under which held-out pairs are likeliest.
 
@@ -51,6 +52,8 @@ def shrink(
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
     """
     if validation is None and (columns or hash_user_ids_with):
         raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
@@ -60,9 +63,9 @@ def shrink(
     content = read_checkpoint(checkpoint, "model")
     users = rows_of(content, checkpoint)
     users.require_trained(checkpoint)
-    module = module_of(content, checkpoint, "model", trust_remote_code).to(pick_device(device))
+    module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
     if validation is None:
-        pairs = _held_out(checkpoint, module)
+        pairs = _held_out(checkpoint, module, trust_classes)
     else:
         source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
         pairs, _ = read_pairs(module, source, option="validation")
@@ -77,10 +80,10 @@ def shrink(
         console.print(f"Written to {output}, with {how}")
 
 
-def _held_out(checkpoint: Path, model: PersonalizedLM) -> PreferenceBatch:
+def _held_out(checkpoint: Path, model: PersonalizedLM, trust_classes: list[str] | None) -> PreferenceBatch:
     """Return pairs that the run of a checkpoint was validated on, spread over all of those of trained users."""
     check_ranks_pairs(model)
-    data = data_of(open_run(checkpoint), None, model)
+    data = data_of(open_run(checkpoint), None, model, trust_classes)
     if data is None:
         raise ConfigurationError(
             f"validation: no config.yaml beside {checkpoint} says what its run held out; name a file of pairs that it "
