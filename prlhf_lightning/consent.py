@@ -246,7 +246,7 @@ def _check_all(consent: _OfFile, content: Any) -> None:
 
 
 def _is_no_class_of_users(path: str) -> bool:
-    is_path = len(path) <= _LONGEST and all(part.isidentifier() for part in path.split("."))
+    is_path = "." in path and len(path) <= _LONGEST and all(part.isidentifier() for part in path.split("."))
     return not is_path or path.partition(".")[0] in {*_PACKAGES, *sys.stdlib_module_names}
 
 
