@@ -124,7 +124,7 @@ for _module in (_util, _typehints):
 
 
 @contextmanager
-def opening(
+def only_trusted_classes(
     file: object, trust_classes: Collection[str] | None = None, trust_remote_code: bool = False, content: Any = None
 ) -> Iterator[None]:
     """Import in the block only what a file may name.

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prlhf_lightning.consent import named_by_file, opening
+from prlhf_lightning.consent import named_by_file, only_trusted_classes
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
@@ -82,10 +82,10 @@ def read_folder(
         ConfigurationError: Something is missing, damaged, of a later version, or names classes that are not trusted.
     """
     with opening(str(folder), "Export the folder again."):
-        return _read_folder(folder, trust_remote_code)
+        return _read_folder(folder, trust_remote_code, trust_classes)
 
 
-def _read_folder(folder: Path, trust_remote_code: bool) -> FolderContent:
+def _read_folder(folder: Path, trust_remote_code: bool, trust_classes: Collection[str] | None) -> FolderContent:
     settings = _json(folder / SETTINGS)
     if settings.get("format") not in range(1, FORMAT + 1):
         raise ConfigurationError(
@@ -94,7 +94,7 @@ def _read_folder(folder: Path, trust_remote_code: bool) -> FolderContent:
         )
     for field in ("name", "user_model", "tokenization"):
         _get(settings, field, folder / SETTINGS)
-    with opening(folder / SETTINGS, trust_classes, trust_remote_code, settings):
+    with only_trusted_classes(folder / SETTINGS, trust_classes, trust_remote_code, settings):
         return _loaded(folder, settings, trust_remote_code)
 
 

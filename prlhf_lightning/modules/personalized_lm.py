@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import KEY, entry_of, settings_of, users_of
-from prlhf_lightning.consent import class_paths, opening
+from prlhf_lightning.consent import class_paths, only_trusted_classes
 from prlhf_lightning.data.decoding import decode, loses_first_space, read_on_from
 from prlhf_lightning.data.loading import share_of
 from prlhf_lightning.data.records import Text
@@ -556,7 +556,7 @@ class PersonalizedLM(LightningModule):
             checkpoint_files.check(Path(checkpoint_path))
         safely = weights_only is not False
         named = {*(trust_classes or ()), *class_paths(kwargs)}
-        with opening(f"The checkpoint {checkpoint_path}", named, trust_remote_code):
+        with only_trusted_classes(f"The checkpoint {checkpoint_path}", named, trust_remote_code):
             return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
 
     @classmethod
@@ -587,7 +587,7 @@ class PersonalizedLM(LightningModule):
         arguments = (parts.get("policy") or {}).get("init_args") or {}
         if trust_remote_code or "trust_remote_code" in arguments:
             arguments["trust_remote_code"] = trust_remote_code
-        with opening(source, trust_classes, trust_remote_code, parts):
+        with only_trusted_classes(source, trust_classes, trust_remote_code, parts):
             # Lightning offers this for files only.
             module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
         return module

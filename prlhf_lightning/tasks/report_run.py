@@ -12,7 +12,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prlhf_lightning.consent import opening
+from prlhf_lightning.consent import only_trusted_classes
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import from_cell
@@ -104,7 +104,7 @@ def _configured(
             settings.pop(linked, None)
         if source is not None:
             settings["source"] = {"class_path": "prlhf_lightning.data.SimulatedSource"}  # replaced below
-        with opening(f"run: {path}", trust_classes, content=settings):
+        with only_trusted_classes(f"run: {path}", trust_classes, content=settings):
             data: PreferenceDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     except (OSError, ArgumentError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PRLHFError):
