@@ -19,11 +19,15 @@ def opening(name: str, fix: str) -> Iterator[None]:
         fix: What to do, as a clause.
 
     Raises:
-        ConfigurationError: The block has failed in a way of its own. Errors of this package, and those about memory,
-            are left as they are.
+        ConfigurationError: The block has failed in a way of its own, or with such an error that does not name the
+            file. Other errors of this package, and those about memory, are left as they are.
     """
     try:
         yield
+    except ConfigurationError as error:
+        if type(error) is not ConfigurationError or name.rpartition(": ")[2] in str(error):
+            raise
+        raise ConfigurationError(f"{name}: {error}") from error
     except (PRLHFError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
     except BaseException as error:  # panics of libraries in Rust are no `Exception`
