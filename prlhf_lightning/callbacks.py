@@ -17,9 +17,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.files import as_cell, as_text, replacing
+from prlhf_lightning.finite_numbers import are_finite
 from prlhf_lightning.loggers import run_folder
 from prlhf_lightning.modules import PersonalizedLM
-from prlhf_lightning.modules.finite import all_finite, finite_everywhere
+from prlhf_lightning.modules.finite import finite_everywhere, trained_state
 from prlhf_lightning.modules.optim import optimizer_steps
 from prlhf_lightning.modules.sharding import is_sharded
 from prlhf_lightning.run_history import best_of_earlier_run, copy_on_first
@@ -234,8 +235,8 @@ class SaveOnInterrupt(Callback):
 
 
 def _is_finite(trainer: Trainer, module: LightningModule, together: bool) -> bool:
-    trained = (param for param in module.parameters() if param.requires_grad)
-    return finite_everywhere(trainer, trained, module.device) if together else all_finite(trained)
+    state = trained_state(module, trainer).values()
+    return finite_everywhere(trainer, state, module.device) if together else are_finite(state)
 
 
 def _validate_anew(trainer: Trainer) -> None:

@@ -18,7 +18,10 @@ class PromptTooLongError(ConfigurationError):
 
 
 class NonFiniteError(PRLHFError, ArithmeticError):
-    """Training came to a loss or a gradient that is infinite or NaN. All processes raise it in the same step."""
+    """A loss, a gradient or weights are infinite or NaN: in training, or in what a checkpoint or an export holds.
+
+    In training all processes raise it in the same step.
+    """
 
 
 class DamagedCheckpointError(ConfigurationError):

@@ -29,6 +29,7 @@ LEAVES = {
     "shipped",
     "opening",
     "consent",
+    "finite_numbers",
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
@@ -46,6 +47,7 @@ MAY_IMPORT = {
     "shipped": {"errors"},
     "opening": {"errors"},
     "consent": {"errors"},
+    "finite_numbers": {"errors"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,

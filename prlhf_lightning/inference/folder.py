@@ -28,6 +28,7 @@ from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.export_checksums import SETTINGS, check_checksums, with_checksums
+from prlhf_lightning.finite_numbers import check_finite
 from prlhf_lightning.opening import opening
 from prlhf_lightning.places import loading
 from prlhf_lightning.policies import CausalLMPolicy
@@ -135,6 +136,7 @@ def _loaded(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) 
         told = " ".join(str(error).split())
         raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {told}") from error
     check_checksums(folder, settings)  # last: what is wrong with a file itself says more
+    check_finite({"state_dict": user_model.state_dict()}, str(folder / WEIGHTS))
     tokenization = TokenizationSettings.from_kept(settings["tokenization"])
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
 
@@ -173,7 +175,8 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
         # peft reads an attribute that transformers has renamed; nothing that a user could act on.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted: PreTrainedModel = PeftModel.from_pretrained(lm, folder).get_base_model()
-        return adapted
+    check_finite({"state_dict": {n: p for n, p in adapted.named_parameters() if "lora_" in n}}, str(folder))
+    return adapted
 
 
 def _adapter(path: Path) -> dict[str, Any]:

@@ -37,20 +37,6 @@ def check_content(content: Mapping[str, Any]) -> None:
     _check_rank(settings, weights)
 
 
-def check_finite(weights: Mapping[str, Tensor]) -> None:
-    """Raise where a weight of a checkpoint is NaN or infinite.
-
-    Raises:
-        ConfigurationError: Names the first of them.
-    """
-    wrong = [name for name, weight in weights.items() if not torch.isfinite(weight).all()]
-    if wrong:
-        more = f" (and {len(wrong) - 1} more weights have)" if len(wrong) > 1 else ""
-        raise ConfigurationError(
-            f"The checkpoint's {wrong[0]} has NaN or infinity{more}; use one from before its training went wrong."
-        )
-
-
 def _check_users(entry: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
     for part in ("tokenization", "base"):
         _mapping(entry.get(part) or {}, f"{KEY}.{part}", of=str if part == "base" else object)

@@ -4,6 +4,10 @@ Such a step would make every weight NaN. The check is one read of one number an 
 gradients, which clipping needs anyhow, plus the losses. On a GPU the read waits for the backward pass. That can't be
 put off to the next step, for by then the weights are lost, and it costs little: user tables with sparse gradients wait
 at the same place, to count their rows.
+
+A finite gradient may still make a weight infinite, or an average of the optimizer's. The next step would find it where
+it reaches the loss, but there may be none, and a user's row may not be asked for again. So `check_state` looks at all
+that a checkpoint would hold, before a validation, before it is saved, and when training ends.
 """
 
 from __future__ import annotations
@@ -14,9 +18,9 @@ from dataclasses import replace
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from prlhf_lightning.errors import NonFiniteError
+from prlhf_lightning.finite_numbers import are_finite, named_not_finite
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.modes import evaluating
 from prlhf_lightning.modules.micro_batch import place_of
@@ -112,18 +116,54 @@ class FiniteGuard:
         ]
 
 
-def all_finite(params: Iterable[nn.Parameter]) -> bool:
-    """Return whether all weights, or this process's parts of them, are finite."""
-    return all(bool(_local(param).isfinite().all()) for param in params)
-
-
-def finite_everywhere(trainer: Trainer, params: Iterable[nn.Parameter], device: torch.device) -> bool:
-    """Return whether all weights are finite in every process; all must call this.
+def finite_everywhere(trainer: Trainer, tensors: Iterable[Tensor], device: torch.device) -> bool:
+    """Return whether tensors are finite in every process; all must call this.
 
     Parts of a sharded policy may be finite in one process and not in another, and all must do the same.
     """
-    intact = torch.full((), float(all_finite(params)), device=device)
+    intact = torch.full((), float(are_finite(tensors)), device=device)
     return bool(mean_over_processes(trainer, intact) == 1)
+
+
+def trained_state(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
+    """Return what training changes, by name: weights, what a loss keeps, and the optimizer's averages of gradients."""
+    found = {name: param for name, param in module.named_parameters() if param.requires_grad}
+    names = {id(param): name for name, param in found.items()}
+    state: dict[str, Tensor] = {**found, **{n: value for n, value in module.named_buffers() if n.startswith("loss.")}}
+    for optimizer in trainer.optimizers:
+        for param, values in optimizer.state.items():
+            state |= {
+                f"the optimizer's {key} of {names.get(id(param), 'a weight')}": value
+                for key, value in values.items()
+                if isinstance(value, Tensor) and value.dim()
+            }
+    return state
+
+
+def check_state(
+    module: LightningModule, advice: Sequence[str], tables: Iterable[str], users: Sequence[str], together: bool
+) -> None:
+    """Stop training where a step has left what must not be saved; it costs one pass over what a checkpoint holds.
+
+    Args:
+        module: What is trained.
+        advice: What to try, in order.
+        tables: Names of the weights that have a row a user.
+        users: The users, in the order of the rows.
+        together: Whether each process looks at its own part, and all call this; else each has all of it.
+
+    Raises:
+        NonFiniteError: Something is not finite. All processes raise it.
+    """
+    trainer = module.trainer
+    state = trained_state(module, trainer)
+    if finite_everywhere(trainer, state.values(), module.device) if together else are_finite(state.values()):
+        return
+    wrong = named_not_finite(state, tables, users) or "what another process holds"
+    raise NonFiniteError(
+        f"The weights became infinite or NaN by step {trainer.global_step}, by gradients that were finite: {wrong}. "
+        f"They are not saved. Go on from an earlier checkpoint, and: {'; '.join(advice)}."
+    )
 
 
 def what_to_try(trainer: Trainer, policy: Policy, loss: PreferenceLoss) -> list[str]:
@@ -161,10 +201,6 @@ def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str], searche
         f"rows if they are always the same. Otherwise: {tried}. If it happens at once when you go on from here, take "
         "an earlier checkpoint."
     )
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _rows(batch: PreferenceBatch) -> Iterator[PreferenceBatch]:

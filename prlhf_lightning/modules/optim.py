@@ -58,7 +58,8 @@ class Optim:
         """Refuse what nothing can be trained with."""
         for name in ("lr", "user_lr", "table_lr"):
             rate = getattr(self, name)
-            self._check(name, rate is None or 0 < rate < math.inf, "a number above 0, or null")
+            # With 1e38 and more, torch itself fails in the step.
+            self._check(name, rate is None or 0 < rate <= 1e6, "a number above 0, at most 1e6, or null")
         for name in ("weight_decay", "user_weight_decay"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 (none) or more")
         allowed = "two numbers, each at least 0 and below 1"

@@ -30,15 +30,15 @@ from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.finite_numbers import check_finite
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import UserAccuracy, UserAUC
 from prlhf_lightning.modules import checkpoint_content
 from prlhf_lightning.modules.checkpoint_content import names_of, trained_names
 from prlhf_lightning.modules.checkpoint_fit import check_names, check_shapes
 from prlhf_lightning.modules.checkpoint_io import is_local, use_sealed_files
-from prlhf_lightning.modules.checkpoint_schema import check_finite
 from prlhf_lightning.modules.evaluation import HEADLINE, Evaluation
-from prlhf_lightning.modules.finite import FiniteGuard, what_to_try
+from prlhf_lightning.modules.finite import FiniteGuard, check_state, what_to_try
 from prlhf_lightning.modules.gradients import StepParameters, clip_gradients
 from prlhf_lightning.modules.history import keep_histories
 from prlhf_lightning.modules.interval_means import IntervalMeans, is_logged_now
@@ -252,6 +252,24 @@ class PersonalizedLM(LightningModule):
         self._progress.begin(self.trainer, self.loss, self._means.sums)
         scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
+
+    def on_train_end(self) -> None:
+        """See that the last step has left weights to go on from, also where nothing saves them."""
+        self._check_state()
+
+    def on_validation_start(self) -> None:
+        """See, in a fit, that there are weights to validate, before files and the best checkpoint depend on them."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._check_state()
+
+    def _check_state(self) -> None:
+        check_state(
+            self,
+            what_to_try(self.trainer, self.policy, self.loss),
+            names_of(self, self.user_model.row_tables()),
+            self.vocabulary.ids if self.vocabulary is not None else (),
+            together=is_sharded(self.policy),
+        )
 
     def on_after_backward(self) -> None:
         """Average the user model's gradients over processes, in the backward pass in which those of the rest are.
@@ -593,7 +611,13 @@ class PersonalizedLM(LightningModule):
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained, and the users whose rows it holds; not the frozen backbone."""
+        """Keep what was trained, and the users whose rows it holds; not the frozen backbone.
+
+        Raises:
+            NonFiniteError: What was trained is infinite or NaN.
+        """
+        if self._trainer is not None:
+            self._check_state()
         if self._reference_store is not None:
             # A run that goes on from here must find what this one knows: computed anew, in another batch, the
             # reference's log-probs would differ in their last bits.
@@ -613,13 +637,22 @@ class PersonalizedLM(LightningModule):
                 checkpoint[KEY]["order"] = datamodule.order_record(*self._sharing)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the checkpoint's users, and size the user model for them."""
+        """Take over the checkpoint's users, and size the user model for them.
+
+        Raises:
+            NonFiniteError: Its weights are infinite or NaN.
+        """
         kept, users = entry_of(checkpoint), users_of(checkpoint)
+        source, is_fitted = "The checkpoint", False
+        if self._trainer is not None:
+            source = str(self.trainer.ckpt_path or source)
+            is_fitted = self.trainer.state.fn == TrainerFn.FITTING
+        check_finite(checkpoint, source, with_optimizer=is_fitted)
         self._seed, self._started_from = kept.get("seed"), kept.get("started_from")
         self._take_rendering(kept.get("tokenization") or {})
         checkpoint_content.warn_of_other_id_key("The checkpoint", kept.get("id_key"), self._data_id_key)
         self._id_key = kept.get("id_key")
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+        if is_fitted:
             self._go_on(checkpoint, kept)
         if self.vocabulary != users:
             if self.vocabulary is not None:
@@ -711,7 +744,6 @@ class PersonalizedLM(LightningModule):
         Raises:
             ConfigurationError: A trained weight is missing, has another shape, or is not in this model.
         """
-        check_finite(state_dict)
         shapes = {name: weight.shape for name, weight in super().state_dict().items()}
         check_shapes(state_dict, shapes, names_of(self, self.user_model.row_tables()))
         result = super().load_state_dict(state_dict, strict=False, assign=assign)

@@ -21,6 +21,7 @@ from prlhf_lightning.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.export_checksums import SETTINGS, check_checksums
+from prlhf_lightning.finite_numbers import check_finite
 from prlhf_lightning.modules.checkpoint_content import (
     base_of,
     names_of,
@@ -28,7 +29,7 @@ from prlhf_lightning.modules.checkpoint_content import (
     warn_of_other_id_key,
     warn_of_other_rendering,
 )
-from prlhf_lightning.modules.checkpoint_schema import check_content, check_finite
+from prlhf_lightning.modules.checkpoint_schema import check_content
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.user_models import UserModel
@@ -98,9 +99,9 @@ class WarmStart:
             raise ConfigurationError(f"init_from: {path}: {error}") from error
         try:
             check_content(content)
-            check_finite(content["state_dict"])
         except ConfigurationError as error:
             raise ConfigurationError(f"init_from: {path}: {error}") from error
+        check_finite(content, f"init_from: {path}")
         settings = content.get("hyper_parameters", {})
         # What a loss keeps belongs to its own training: the new one may have another loss.
         weights = {k: v for k, v in content["state_dict"].items() if k.startswith(("policy.", "user_model."))}
@@ -130,6 +131,7 @@ class WarmStart:
             raise ConfigurationError(f"init_from: {error}") from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ConfigurationError(f"init_from: {folder} can't be read ({error}); export it again.") from error
+        check_finite({"state_dict": weights}, f"init_from: {folder}")
         rendered = settings.get("tokenization") or {}
         origin = checkpoint_files.origin(folder)
         return cls(str(folder), users, weights, {"init_args": base}, user_model, rendered, identity, origin)

@@ -16,8 +16,9 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.privacy import hashed
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.files import check_output
+from prlhf_lightning.finite_numbers import are_finite
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
@@ -107,6 +108,11 @@ def adapt(
         console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
     reads = module.user_model.history_size > 0
     found = _read(module, pairs, console) if reads else _learn(module, pairs, kinds, steps, console)
+    if not are_finite([found.rows]):
+        raise NonFiniteError(
+            "feedback: the rows that were learned are infinite or NaN, and nothing is written. Look at the pairs, and "
+            "lower --steps if it is given."
+        )
     if output is not None:
         write_users(content, output, found)
         console.print(f"Added to {output}")

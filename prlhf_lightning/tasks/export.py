@@ -11,11 +11,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel
 from safetensors.torch import save as safetensors_bytes
+from transformers import PreTrainedModel
 
 from prlhf_lightning.checkpoint_files import checkpoint_of
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.export_checksums import SETTINGS
 from prlhf_lightning.files import check_output_folder, write_whole
+from prlhf_lightning.finite_numbers import named_not_finite
 from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
@@ -143,8 +145,18 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
         lm.generation_config = end_tokens_only(
             policy.tokenizer, policy.end_token_ids, unused_ids(policy.tokenizer, policy.lm)
         )
+        _check_merged(lm)
         lm.save_pretrained(folder)
     policy.tokenizer.save_pretrained(folder)
+
+
+def _check_merged(lm: PreTrainedModel) -> None:
+    """Refuse weights with which nothing can be written: adapters may be too large for float16 once they are added."""
+    if wrong := named_not_finite(dict(lm.named_parameters())):
+        raise NonFiniteError(
+            f"model: with its adapters merged in it would hold numbers that are infinite or NaN: {wrong}. Export with "
+            "`--adapters true`, or train with model.policy.dtype bfloat16 or float32."
+        )
 
 
 def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, policy: CausalLMPolicy) -> None:

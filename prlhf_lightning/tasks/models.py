@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from prlhf_lightning.checkpoint_files import checkpoint_of
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.export_checksums import SETTINGS
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
@@ -64,8 +64,11 @@ def module_of(
             f"{option}: {path} was trained on the base model {base}, which is not there. Tell it where the model is "
             f"now: python -m prlhf_lightning relocate --model {path} --base NEW_PLACE --output moved.ckpt"
         )
-    with opening(f"{option}: {path}", _FIX):
-        return PersonalizedLM.from_content(content, trust_remote_code, trust_classes, f"{option}: {path}")
+    try:
+        with opening(f"{option}: {path}", _FIX):
+            return PersonalizedLM.from_content(content, trust_remote_code, trust_classes, f"{option}: {path}")
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{option}: {path}: {error}") from error
 
 
 def open_writer(
@@ -93,8 +96,8 @@ def open_writer(
     if path.is_dir():
         try:
             return PersonalizedWriter.from_folder(path, device, trust_remote_code, trust_classes)
-        except ConfigurationError as error:
-            raise ConfigurationError(f"{option}: {error}") from error
+        except (ConfigurationError, NonFiniteError) as error:
+            raise type(error)(f"{option}: {error}") from error
     return writer_of(load_module(path, option, trust_remote_code, trust_classes).to(device), path, option)
 
 

@@ -11,6 +11,7 @@ from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit
 from prlhf_lightning.adaptation.pauses import pausing
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.finite_numbers import are_finite
 from prlhf_lightning.inference import PersonalizedWriter
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.pair_batches import to_batch
@@ -49,6 +50,8 @@ class NewUsers:
         pairs = self._pairs([{**row, "user_id": user_id} for row in rows])
         with pausing(between):
             row = self._row(user_id, pairs)
+        if not are_finite([row]):
+            raise ConfigurationError("What was learned of this user is infinite or NaN, and was dropped.")
         self._put(user_id, row)
 
     def _row(self, user_id: str, pairs: PreferenceBatch) -> torch.Tensor:

@@ -10,6 +10,7 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.checkpoint_entry import entry_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.files import check_output
+from prlhf_lightning.finite_numbers import check_finite
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import load_module
 
@@ -46,6 +47,7 @@ def relocate(
     settings = content.get("hyper_parameters", {}).get("policy", {}).get("init_args", {})
     if "model" not in settings:
         raise ConfigurationError(f"model: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
+    check_finite(content, f"model: {checkpoint}")
     before = settings["model"]
     settings["model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     trial = output.with_name(f"{output.name}.trial")

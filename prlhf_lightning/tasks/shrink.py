@@ -14,8 +14,9 @@ from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.collate import collate
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.data.splits import spread
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.files import check_output
+from prlhf_lightning.finite_numbers import are_finite
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.models import module_of, pick_device
@@ -73,6 +74,11 @@ def shrink(
     with console.status("Trying factors"):
         found = fit_shrinkage(module, pairs)
     console.print(_table(found))
+    if not are_finite([found.log_likelihoods]):
+        raise NonFiniteError(
+            "validation: under the model the likelihood of the pairs is infinite or NaN, which tells nothing about the "
+            "factor. Nothing is written; take an earlier checkpoint."
+        )
     if output is not None:
         users.shrink(found.best, [f"user_model.{name}" for name in found.tables])
         checkpoint_files.save(content, output)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save as safetensors_bytes
@@ -14,6 +16,7 @@ from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import check_output, check_output_folder, write_whole
+from prlhf_lightning.finite_numbers import check_finite, wrong_numbers
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.other_copies import report_other_copies
@@ -92,6 +95,7 @@ def add(
     if output is not None:
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
+    _open(checkpoint)
     _rewrite(checkpoint, output or checkpoint, lambda rows: rows.add(user_ids))
     print(f"{len(user_ids)} added: {output or checkpoint}")
 
@@ -165,6 +169,7 @@ def export(model: Path, output: Path) -> None:
     check_output_folder(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
+    check_finite(content, f"model: {checkpoint}")
     rows = rows_of(content, checkpoint)
     vectors = rows.vectors()
     users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
@@ -188,7 +193,14 @@ def export(model: Path, output: Path) -> None:
 
 
 def _open(path: Path) -> UserRows:
-    return rows_of(read_checkpoint(path, "model"), path)
+    return _rows_of(read_checkpoint(path, "model"), path)
+
+
+def _rows_of(content: dict[str, Any], path: Path) -> UserRows:
+    """Return the users of a checkpoint; one whose weights are not finite is good for nothing else, but to be erased."""
+    if wrong := wrong_numbers(content):
+        sys.stderr.write(f"{path} holds numbers that are infinite or NaN: {printable(wrong)}\n")
+    return rows_of(content, path)
 
 
 def _targets(model: Path, all: bool) -> tuple[Path, list[Path]]:
@@ -251,18 +263,18 @@ def _rewrite(source: Path, target: Path, change: Callable[[UserRows], None]) -> 
 
 def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     """Write a checkpoint without some users, and see that the file holds nothing of them."""
-    before = _open(source)
-    rows_of = {user_id: before.row(user_id) for user_id in user_ids}
-    gone = set(rows_of.values())
+    before = rows_of(read_checkpoint(source, "model"), source)
+    row_of = {user_id: before.row(user_id) for user_id in user_ids}
+    gone = set(row_of.values())
     _rewrite(source, target, lambda rows: rows.keep([r for r in range(1, len(before.vocabulary)) if r not in gone]))
-    after = _open(target)
+    after = rows_of(read_checkpoint(target, "model"), target)
     others = after.remembered()
     for number, new in enumerate(after.new_rows()):  # what a user has who was added and never trained
         others[number] = torch.cat([others[number], new[None]])
     written = list(texts(read_checkpoint(target, "model")))
     print(f"{target}: searched all {target.stat().st_size:,} bytes")
     left = []
-    for user_id, row in rows_of.items():
+    for user_id, row in row_of.items():
         vectors = vector_bytes([table[row] for table in before.remembered()], others)
         has_id, *has_vectors = occurs(target, [id_bytes(user_id), *vectors])
         longer = sorted({text for _, text in written if user_id in text and user_id != text})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from test_training import make, make_data, make_trainer
 
-from prlhf_lightning.callbacks import SaveOnInterrupt
+from prlhf_lightning.callbacks import BestAndLast, SaveOnInterrupt
 from prlhf_lightning.errors import NonFiniteError
 from prlhf_lightning.losses import DPOLoss
 
@@ -105,3 +106,67 @@ def test_a_loss_that_is_not_finite_is_no_matter_of_the_scale(model_path, votes, 
     precision = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(NonFiniteError):
         fit(model_path, votes, tmp_path, Exploding(loss=float("nan")), plugins=[precision])
+
+
+class Spoil(Callback):
+    """Makes one number infinite in a step whose gradients were finite."""
+
+    def __init__(self, what: str, step: int) -> None:
+        self.what, self.step = what, step
+
+    def on_train_batch_end(self, trainer, module, *args) -> None:
+        if trainer.global_step != self.step:
+            return
+        params = dict(module.named_parameters())
+        param = next(
+            p for name, p in params.items() if p.requires_grad and self.what.removeprefix("average of ") in name
+        )
+        target = trainer.optimizers[0].state[param]["exp_avg_sq"] if "average" in self.what else param.data
+        target.view(-1)[-1] = float("inf")
+
+
+@pytest.mark.parametrize(
+    ("what", "saved"),
+    [
+        ("lora", "never"),
+        ("generic", "at the end"),
+        ("average of offsets", "by a validation"),
+        ("average of lora", "at the end"),
+    ],
+)
+def test_what_a_step_made_infinite_is_not_saved_and_is_an_error(model_path, votes, tmp_path, what, saved):
+    validated = saved == "by a validation"
+    callbacks = [Spoil(what, 4), *([BestAndLast(every_n_train_steps=3)] if saved != "never" else [])]
+    trainer = make_trainer(
+        tmp_path, limit_val_batches=1.0 if validated else 0, callbacks=callbacks, max_steps=4 + 2 * validated,
+        val_check_interval=4 if validated else 1.0, enable_checkpointing=saved != "never",
+    )  # fmt: skip
+    with pytest.raises(NonFiniteError, match=r"infinite or NaN by step 4, .*They are not saved.*earlier checkpoint"):
+        trainer.fit(make(model_path), make_data(votes, model_path))
+    kept = [torch.load(path, weights_only=True)["global_step"] for path in tmp_path.rglob("*.ckpt")]
+    assert kept == ([3] if saved != "never" else [])
+
+
+def test_the_users_whose_rows_are_infinite_are_named(model_path, votes, tmp_path):
+    module = make(model_path)
+    trainer = make_trainer(tmp_path, limit_val_batches=0, callbacks=[Spoil("offsets", 2)], max_steps=2)
+    with pytest.raises(NonFiniteError, match=r"user_model\.\S+ \(user '(ann|bob|cy|dee)'\)"):
+        trainer.fit(module, make_data(votes, model_path))
+
+
+def test_a_checkpoint_that_is_not_finite_is_refused_by_who_loads_it(model_path, votes, tmp_path):
+    fit(model_path, votes, tmp_path, DPOLoss(), max_steps=2)
+    module = make(model_path)
+    trainer = make_trainer(tmp_path, limit_val_batches=0, max_steps=2)
+    trainer.fit(module, make_data(votes, model_path))
+    trainer.save_checkpoint(good := tmp_path / "good.ckpt")
+    for part in ("state_dict", "optimizer_states"):
+        content = torch.load(good, weights_only=True)
+        state = content["optimizer_states"][0]["state"]
+        tensor = next(iter(content["state_dict"].values())) if part == "state_dict" else state[0]["exp_avg"]
+        tensor.view(-1)[0] = float("nan")
+        torch.save(content, bad := tmp_path / "bad.ckpt")
+        with pytest.raises(
+            NonFiniteError, match=r"bad.ckpt holds numbers that are infinite or NaN: .*earlier checkpoint"
+        ):
+            make_trainer(tmp_path, max_steps=4).fit(make(model_path), make_data(votes, model_path), ckpt_path=bad)
