@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.files import as_cell, as_text, replacing
+from prlhf_lightning.files import append_whole, as_cell, as_text, naming, put_in_place, replacing
 from prlhf_lightning.finite_numbers import are_finite
 from prlhf_lightning.loggers import run_folder
 from prlhf_lightning.modules import PersonalizedLM
@@ -284,20 +285,26 @@ class UserTable(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict` generates to `predictions.jsonl`, one row a prompt, as it goes."""
+    """Writes what `predict` generates to `predictions.jsonl`, one row a prompt.
+
+    As it goes, whole rows are added to `predictions.partial.jsonl`, which is renamed when all are there.
+    """
 
     def __init__(self) -> None:
         super().__init__(write_interval="batch")
+        self.path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the file of this process."""
+        """Begin the file of this process."""
         super().setup(trainer, pl_module, stage)
-        self.path: Path | None = None
+        self.path, self._rows = None, 0
         if stage == "predict" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             suffix = f".{trainer.global_rank}" if trainer.world_size > 1 else ""
             self.path = run_folder(trainer) / f"predictions{suffix}.jsonl"
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.write_text("")
+            self._partial = self.path.with_suffix(".partial.jsonl")
+            with naming(self._partial):
+                self._partial.unlink(missing_ok=True)
+            append_whole(self._partial, b"")
 
     def write_on_batch_end(
         self,
@@ -318,10 +325,24 @@ class PredictionWriter(BasePredictionWriter):
             {"row": data.where(record, "predict", dataloader_idx) if data else record, "set": name, **row}
             for record, row in zip(batch.records.tolist(), prediction, strict=True)
         ]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        append_whole(self._partial, lines.encode())
+        self._rows += len(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Say where the rows are."""
+        """Give the file its name, and say where the rows are."""
         if self.path is not None:
+            with naming(self.path):
+                put_in_place(self._partial, self.path)
             rank_zero_info(f"Predictions are in {self.path}")
+            self.path = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Say where the rows are that were written."""
+        if self.path is None:
+            return
+        if self._rows:
+            rank_zero_warn(f"The {self._rows} answers written so far are in {self._partial}")
+        else:
+            with suppress(OSError):
+                self._partial.unlink(missing_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -13,8 +14,11 @@ from typing import Any
 from prlhf_lightning import __version__
 from prlhf_lightning.commands import PROGRAM, Group, Task, described, find, refusal
 from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.files import system_error
 from prlhf_lightning.tasks.terminal import LAYOUT, printable, shortened
 
+#: What the system says where nothing more can be written.
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 #: What a shell expects of a command that Ctrl+C ended.
 INTERRUPTED = 130
 
@@ -36,6 +40,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
         _run(args)
+        sys.stdout.flush()
     except KeyboardInterrupt:  # Ctrl+C, as while the command's modules are loaded
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has
@@ -46,7 +51,16 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         told = next((said for e in _causes(error) if (said := _for_people(e))), None)
         if told is None:
             raise
+        _drop_output_that_cannot_be_written()
         sys.exit(f"error: {printable(shortened(told), LAYOUT)}")
+
+
+def _drop_output_that_cannot_be_written() -> None:
+    """Keep Python from a second try when it ends, which it would tell in words of its own, where a disk is full."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:
@@ -95,6 +109,10 @@ def _of_a_library(error: BaseException, said: str) -> str:
     if is_out_of_memory(error):
         noted = " ".join(getattr(error, "__notes__", []))
         return noted or f"There is not enough memory ({said.partition(chr(10))[0] or type(error).__name__})."
+    # What the package writes names itself; this is for what other libraries do, and for the standard output.
+    cause = system_error(error)
+    if cause is not None and cause.errno in _OF_THE_DISK:
+        return f"{cause.filename or 'A file, or the output,'} could not be written: {cause.strerror}."
     return said if isinstance(error, MisconfigurationException) else ""
 
 

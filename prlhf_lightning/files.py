@@ -5,8 +5,9 @@ from __future__ import annotations
 import errno
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from shutil import copymode
 from tempfile import TemporaryFile
@@ -56,8 +57,89 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file as `replacing` does."""
-    with replacing(path) as file:
-        file.write(content)
+    write_together({path: content})
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Write several files as `replacing` does, all of them or none."""
+    with all_or_none(contents), ExitStack() as stack:
+        files = [(stack.enter_context(replacing(path)), content) for path, content in contents.items()]
+        for file, content in files:
+            file.write(content)
+            sync(file)
+
+
+@contextmanager
+def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
+    """Put files back as they were before the block, where it fails when some of them have been replaced."""
+    targets = [_target(path) for path in paths]
+    kept = {path: path.with_name(f".{path.name}.kept") for path in targets if path.exists()}
+    try:
+        for path, link in kept.items():
+            with suppress(OSError):  # a file system may know no links
+                link.unlink(missing_ok=True)
+                os.link(path, link)
+        yield
+    except BaseException:
+        for path in targets:
+            with suppress(OSError):
+                os.replace(kept[path], path) if path in kept else path.unlink(missing_ok=True)
+        raise
+    finally:
+        for link in kept.values():
+            with suppress(OSError):
+                link.unlink(missing_ok=True)
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Add to the end of a file, all or nothing; a new file is its owner's alone.
+
+    Raises:
+        CheckpointWriteError: The system refused it; the file is what it was before.
+    """
+    with naming(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        try:
+            before = os.fstat(handle).st_size
+            try:
+                left = memoryview(content)
+                while left:
+                    left = left[os.write(handle, left) :]
+            except BaseException:
+                os.ftruncate(handle, before)
+                if not before:
+                    path.unlink(missing_ok=True)
+                raise
+        finally:
+            os.close(handle)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Raise what the system refuses in the block as an error that names a file, or the folder that is written to.
+
+    For what other libraries write, that leave out the name, or raise errors of their own.
+
+    Raises:
+        CheckpointWriteError: The system refused a write.
+    """
+    try:
+        yield
+    except PRLHFError:
+        raise
+    except Exception as error:
+        if (cause := system_error(error)) is None:
+            raise
+        raise CheckpointWriteError(_what_is_wrong(path, cause, begun=False)) from error
+
+
+def system_error(error: BaseException) -> OSError | None:
+    """Return the system's error behind one of a library; those written in Rust only quote it."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error
+    quoted = re.search(r"\(os error (\d+)\)", str(error))
+    return OSError(int(quoted[1]), os.strerror(int(quoted[1]))) if quoted else None
 
 
 @contextmanager
@@ -84,11 +166,23 @@ def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
         with suppress(OSError):  # whoever could read a file that was there can read the new one
             copymode(path, partial)
         os.replace(partial, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except BaseException:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
         raise
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Bring a file that was written under another name to the disk, and give it its own.
+
+    Raises:
+        OSError: The system refused it.
+    """
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    sync_folder(path.parent)
 
 
 @contextmanager
@@ -159,6 +253,8 @@ def check_output_folder(folder: Path, option: str) -> None:
     if os.path.exists(target) and not os.path.isdir(target):
         raise ConfigurationError(f"{option}: {folder} is a file; name a folder.")
     try:
+        with suppress(FileNotFoundError):  # a name may be too long
+            os.lstat(partial_of(target))
         check_writable(target)
     except OSError as error:
         reason = _in_the_way(target) or error.strerror
@@ -178,8 +274,13 @@ def partial_of(path: Path) -> Path:
 
 def sync(file: IO[Any]) -> None:
     """See that what was written is on the disk, as before a rename to what later starts trust."""
-    file.flush()
-    os.fsync(file.fileno())
+    try:
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError as error:
+        if isinstance(raw := getattr(file, "raw", None), _Output):
+            raw.refusal = error
+        raise
 
 
 def _open_private(path: str, flags: int) -> int:
@@ -190,7 +291,7 @@ def _target(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Have a new name in a folder outlast a loss of power."""
     with suppress(OSError):  # some file systems can't
         handle = os.open(folder, os.O_RDONLY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,11 +11,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch import Trainer
+from lightning.pytorch.core.saving import save_hparams_to_yaml
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+from lightning.pytorch.utilities import rank_zero_only
 
-from prlhf_lightning.files import as_text, atomically, check_writable
+from prlhf_lightning.errors import CheckpointWriteError
+from prlhf_lightning.files import append_whole, check_writable, naming, partial_of, put_in_place, write_whole
 
 #: Loggers that write into a folder of their own for each run: `save_dir/name/version_N`.
 _LOCAL = (CSVLogger, TensorBoardLogger)
@@ -24,6 +29,78 @@ _IN_CURRENT_DIRECTORY = {"WandbLogger": (".", ""), "MLFlowLogger": ("./mlruns", 
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
 #: Settings that may hold a password, or an address with one.
 _SECRET = ("url", "uri", "key", "password", "secret", "salt")
+
+
+class MetricsTable(CSVLogger):
+    """A logger whose `metrics.csv` has whole rows only, whatever the disk refuses, and whose errors name it."""
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> ExperimentWriter:
+        """What writes the file."""
+        if self._experiment is None:
+            with naming(Path(self.log_dir)):
+                self._experiment = MetricsFile(self.log_dir)
+        return self._experiment  # type: ignore[return-value]
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left. After an error, that one is told, and not what follows from it."""
+        try:
+            super().finalize(status)
+        except CheckpointWriteError:
+            if status != "failed":
+                raise
+
+
+class EventFiles(TensorBoardLogger):
+    """A TensorBoard logger whose errors name its folder."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Log values."""
+        with naming(Path(self.log_dir)):
+            super().log_metrics(metrics, step)
+
+    @rank_zero_only
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Log settings."""
+        with naming(Path(self.log_dir)):
+            super().log_hyperparams(*args, **kwargs)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Bring what was logged to the disk."""
+        with naming(Path(self.log_dir)):
+            path = Path(self.log_dir, self.NAME_HPARAMS_FILE)
+            if path.parent.is_dir() and not path.is_file():
+                _write_settings(path, dict(self.hparams))  # or Lightning writes it, in place
+            super().save()
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Write what is left. After an error, that one is told, and not what follows from it."""
+        try:
+            with naming(Path(self.log_dir)):
+                super().finalize(status)
+        except CheckpointWriteError:
+            if status != "failed":
+                raise
+
+
+_SAFE: dict[type, type] = {CSVLogger: MetricsTable, TensorBoardLogger: EventFiles}
+
+
+def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Write `hparams.yaml`, as Lightning does, in one step."""
+    partial = partial_of(path)
+    with naming(path):
+        try:
+            save_hparams_to_yaml(partial, dict(settings))
+            put_in_place(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def run_folder(trainer: Trainer) -> Path:
@@ -67,6 +144,10 @@ def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -
     elif metrics is None:
         metrics = CSVLogger(root, name="")
     remote = "://" in metrics.root_dir
+    # The very objects that were given, which others may hold.
+    for logger in (metrics, *loggers):
+        if type(logger) in _SAFE and "://" not in str(logger.root_dir):
+            logger.__class__ = _SAFE[type(logger)]
     claimed = None
     # Loggers themselves take the first number that is free when they look, as others may that look at the same time.
     is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
@@ -84,7 +165,7 @@ def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -
 
 
 class MetricsFile(ExperimentWriter):
-    """Writes `metrics.csv` so that a process that is killed loses no row that it had written.
+    """Writes `metrics.csv` so that it has whole rows, whatever is killed and whatever the disk refuses.
 
     A value that is new needs a new header. Lightning's own writer empties the file for that, and writes it again.
     """
@@ -92,28 +173,40 @@ class MetricsFile(ExperimentWriter):
     _is_begun = False
 
     def begin_with(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Begin the file with the rows of an earlier run."""
-        self.metrics_keys = sorted({name for row in rows for name in row})
-        self._write(rows)
+        """Begin the file with rows, such as those of an earlier run."""
+        columns = sorted({name for row in rows for name in row})
+        header = dict(zip(columns, columns, strict=True))
+        write_whole(Path(self.metrics_file_path), _as_csv([header, *rows], columns))
+        self._is_begun, self.metrics_keys = True, columns
 
     def save(self) -> None:
-        """Add what was logged since to the file, which is new where this is the first of it."""
-        if self.metrics and not self._is_begun:
-            self.begin_with([])
-        super().save()
+        """Add what was logged since to the file, which is new where this is the first of it.
 
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        self._write(read_metrics(Path(self.metrics_file_path)))
+        Raises:
+            CheckpointWriteError: The system refused it; the rows are kept, and added with the next.
+        """
+        if not self.metrics:
+            return
+        path = Path(self.metrics_file_path)
+        if self._is_begun and path.is_file() and {name for row in self.metrics for name in row} <= {*self.metrics_keys}:
+            append_whole(path, _as_csv(self.metrics, self.metrics_keys))
+        else:
+            self.begin_with([*(read_metrics(path) if self._is_begun else ()), *self.metrics])
+        self.metrics = []
 
-    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        with atomically(Path(self.metrics_file_path)) as file, as_text(file) as text:
-            writer = csv.DictWriter(text, self.metrics_keys)
-            writer.writeheader()
-            writer.writerows(rows)
-        self._is_begun = True
+    def log_hparams(self, params: dict[str, Any]) -> None:
+        """Write the settings to `hparams.yaml`."""
+        self.hparams.update(params)
+        _write_settings(Path(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
 
     def _check_log_dir_exists(self) -> None:
         """Leave alone what is in the folder: the run that goes on from there may be read yet."""
+
+
+def _as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns).writerows(rows)
+    return text.getvalue().encode()
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prlhf_lightning.checkpoint_entry import KEY
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import atomically
+from prlhf_lightning.files import naming, replacing
 from prlhf_lightning.loggers import MetricsFile, read_metrics, run_folder
 from prlhf_lightning.modules.processes import gather_objects
 
@@ -139,10 +139,11 @@ def copy(source: Path, target: Path) -> None:
 
     Both are only ever replaced whole, so that a change of one leaves the other as it is.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with naming(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
     with suppress(OSError):
         os.link(source, target)
         return
-    with source.open("rb") as original, atomically(target) as file:
+    with source.open("rb") as original, replacing(target) as file:
         shutil.copyfileobj(original, file)
     shutil.copystat(source, target)

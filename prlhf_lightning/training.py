@@ -18,7 +18,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
@@ -34,9 +34,17 @@ from prlhf_lightning.callbacks import (
 from prlhf_lightning.checkpoint_files import checkpoint_of
 from prlhf_lightning.consent import words_of_user
 from prlhf_lightning.data import PreferenceDataModule
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, NonFiniteError
+from prlhf_lightning.files import write_whole
 from prlhf_lightning.guards import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
-from prlhf_lightning.loggers import folders_of_runs, hyper_parameters, keep_under, run_folder, with_run_folder
+from prlhf_lightning.loggers import (
+    MetricsTable,
+    folders_of_runs,
+    hyper_parameters,
+    keep_under,
+    run_folder,
+    with_run_folder,
+)
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.modules.restoring import refuse_odd_checkpoints
 from prlhf_lightning.modules.sharding import is_sharded
@@ -84,14 +92,18 @@ class SaveConfig(SaveConfigCallback):
     """Writes `config.yaml` into the run's folder, and tells the other loggers the settings as hyper-parameters."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write, with a checksum."""
-        folder = None if self.already_saved else trainer.log_dir  # which all processes must ask for together
+        """Find the folder, which all processes must ask for, and save."""
+        self._folder = str(trainer.log_dir)
         super().setup(trainer, pl_module, stage)
-        if folder is not None and trainer.is_global_zero and "://" not in folder:
-            seal_configuration(Path(folder) / self.config_filename)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Log the settings, except to the first logger: that writes beside `config.yaml`."""
+        """Write the file, with a checksum; and log the settings, except to the first logger: that writes beside it."""
+        if "://" in self._folder:
+            self.parser.save(self.config, f"{self._folder}/{self.config_filename}", skip_none=False, overwrite=True)
+        else:
+            path = Path(self._folder, self.config_filename)
+            write_whole(path, self.parser.dump(self.config, skip_none=False).encode())
+            seal_configuration(path)
         settings = hyper_parameters(self.config.as_dict())
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(settings)
@@ -109,10 +121,21 @@ class PRLHFCLI(LightningCLI):
         try:
             with words_of_user():
                 self._run(args)
+        except (CheckpointWriteError, NonFiniteError) as error:
+            raise type(error)(f"{error}{self._how_to_go_on()}") from error
         finally:
             if self._claimed:  # of a run that failed before it wrote anything
                 with suppress(OSError):
                     self._claimed.rmdir()
+
+    def _how_to_go_on(self) -> str:
+        """Return which checkpoint there is of a fit that broke off, to add to the error."""
+        trainer = getattr(self, "trainer", None)
+        if trainer is None or self.subcommand != "fit":
+            return ""
+        folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if one.dirpath]
+        newest = next((path for folder in folders if (path := checkpoint_files.newest_intact(folder))), None)
+        return f" To go on, use the same command and --ckpt_path {newest}" if newest else ""
 
     def _run(self, args: ArgsType) -> None:
         super().__init__(
@@ -138,7 +161,7 @@ class PRLHFCLI(LightningCLI):
             },
             seed_everything_default=0,
             save_config_callback=SaveConfig,
-            save_config_kwargs={"overwrite": True},
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
             parser_class=Parser,
             auto_configure_optimizers=False,
             args=args,
@@ -288,7 +311,7 @@ class PRLHFCLI(LightningCLI):
         trainer = Trainer(
             **{
                 **fresh.trainer.as_dict(),
-                "logger": CSVLogger(folder, name="baseline", version=""),
+                "logger": MetricsTable(folder, name="baseline", version=""),
                 "callbacks": [] if fresh.trainer.enable_progress_bar is False else [RichProgressBar()],
                 "enable_checkpointing": False,
             }

@@ -30,6 +30,7 @@ LEAVES = {
     "opening",
     "consent",
     "finite_numbers",
+    "folders",
 }
 STORE = {"reference_cache", "checkpoint_files"}
 ENTRY = {"checkpoint_entry"}
@@ -48,6 +49,7 @@ MAY_IMPORT = {
     "opening": {"errors"},
     "consent": {"errors"},
     "finite_numbers": {"errors"},
+    "folders": {"errors", "files"},
     "places": {"errors", "model_files"},
     **{sibling: LEAVES for sibling in SIBLINGS | STORE | FEEDBACK},
     "data": LEAVES | FEEDBACK,
@@ -73,7 +75,7 @@ MAY_IMPORT = {
     | STORE
     | {"parser", "data", "user_models", "modules", "loggers", "run_history", "training_stats", "callbacks"}
     | {"guards", "tasks"},
-    "cli": {"__version__", "errors", "commands", "parser", "tasks", "training", "guards"},
+    "cli": {"__version__", "errors", "files", "commands", "parser", "tasks", "training", "guards"},
     "__main__": {"cli"},
 }
 

@@ -7,6 +7,7 @@ SHA-256 at every start; a damaged cache is built again. Deleting the folder is a
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ from functools import cached_property
 from hashlib import file_digest, sha256
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, BinaryIO, Literal, Self, TypeAlias, TypeVar
 
 import datasets
 import numpy as np
@@ -43,7 +44,7 @@ from prlhf_lightning.data.tokenization import (
     TokenizedRecord,
     tokenizer_identity,
 )
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError
 from prlhf_lightning.files import sync
 from prlhf_lightning.types import Feedback
 
@@ -111,19 +112,24 @@ class BuildReport:
 
 
 class TokenizedSplit:
-    """One split of a source as it stands in the cache. Positions count its rows from 0.
+    """One split of a source as it stands in the cache, or in memory. Positions count its rows from 0.
 
     Attributes:
         report: What became of the rows that the source gave.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._rows = datasets.Dataset.from_file(str(folder / _ROWS)).with_format("arrow")
+    def __init__(self, rows: datasets.Dataset, report: BuildReport) -> None:
+        self._rows, self.report = rows.with_format("arrow"), report
+
+    @classmethod
+    def of_folder(cls, folder: Path) -> Self:
+        """Open a split of the cache."""
+        rows = datasets.Dataset.from_file(str(folder / _ROWS))
         stored = json.loads((folder / _REPORT).read_text())
         excess, notes = (
             {name: Excess(**entry) for name, entry in stored.pop(part).items()} for part in ("excess", "notes")
         )
-        self.report = BuildReport(**stored, excess=excess, notes=notes)
+        return cls(rows, BuildReport(**stored, excess=excess, notes=notes))
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -184,7 +190,10 @@ class FeedbackCache:
     pseudonyms: Pseudonyms | None = None
 
     def open(self, source: DataSource, split: Split) -> TokenizedSplit:
-        """Return a split of a source, built first if it is not in the cache."""
+        """Return a split of a source, built first if it is not in the cache.
+
+        Where the cache can't be written, it is built in memory, with a warning.
+        """
         folder = self.root / self._key(source, split)
         try:
             if not _is_intact(folder):
@@ -197,11 +206,21 @@ class FeedbackCache:
                             shutil.rmtree(folder)
                         self._build(source, split, folder)
         except OSError as error:  # no rights, a file in the way, a full disk; the source's own errors are others
-            raise ConfigurationError(
-                f"cache_dir is {self.root}, where the tokenised data cannot be written ({error}); free space there, or "
-                "set cache_dir (or the variable PRLHF_CACHE) to a folder that can be written."
-            ) from error
-        return TokenizedSplit(folder)
+            _log.warning(
+                "data.cache_dir is %s, where the tokenised %s split cannot be written (%s). It is held in memory, and "
+                "made again at the next start; free space there, or set data.cache_dir (or the variable PRLHF_CACHE) "
+                "to a folder that can be written.",
+                self.root, split, error,
+            )  # fmt: skip
+            return self._in_memory(source, split)
+        return TokenizedSplit.of_folder(folder)
+
+    def _in_memory(self, source: DataSource, split: Split) -> TokenizedSplit:
+        file = io.BytesIO()
+        report = self._write(source, split, file)
+        self._warn(report, split)
+        table = pa.ipc.open_stream(pa.py_buffer(file.getbuffer())).read_all()
+        return TokenizedSplit(datasets.Dataset(datasets.table.InMemoryTable(table)), report)
 
     def _key(self, source: DataSource, split: Split) -> str:
         parts = {
@@ -227,7 +246,9 @@ class FeedbackCache:
         shutil.rmtree(building, ignore_errors=True)  # of a build that was killed: the lock says that none is running
         building.mkdir(mode=0o700)  # its rows name people
         try:
-            report = self._write(source, split, building / _ROWS)
+            with (building / _ROWS).open("wb") as file:
+                report = self._write(source, split, file)
+                sync(file)
             _write_json(building / _REPORT, asdict(report))
             _write_json(building / _SUMS, _sums(building, folder.name))
             os.replace(building, folder)
@@ -235,11 +256,10 @@ class FeedbackCache:
             shutil.rmtree(building, ignore_errors=True)
         self._warn(report, split)
 
-    def _write(self, source: DataSource, split: Split, path: Path) -> BuildReport:
+    def _write(self, source: DataSource, split: Split, file: BinaryIO) -> BuildReport:
         tokenize = FeedbackTokenizer(self.tokenizer, self.settings)
         report, digest = BuildReport(excess=tokenize.excess), sha256()
         with (
-            path.open("wb") as file,
             pa.ipc.new_stream(file, _SCHEMA) as writer,
             counting(f"Tokenising the {split} split") as progress,
         ):
@@ -261,7 +281,6 @@ class FeedbackCache:
                 writer.write_batch(_record_batch(rows))
                 progress.update(progress.task_ids[0], completed=report.read)
             writer.close()
-            sync(file)
         report.source, report.digest = source.counts(split), digest.hexdigest()
         if not report.kept:
             raise FeedbackFormatError(

@@ -20,11 +20,13 @@ from prlhf_lightning.data.progress import counting
 from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.data.records import Columns, parse_user_id, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError
 from prlhf_lightning.files import as_text, atomically
 
 _FORMAT = 2  # raise it when the meaning of what is stored changes, so that older counts are not read
 _SHOWN_EVERY = 10_000  # rows
+_log = logging.getLogger(__name__)
+
 _log = logging.getLogger(__name__)
 
 
@@ -64,10 +66,12 @@ def census_of(source: DataSource, split: Split, folder: Path) -> Census:
     try:
         _write(census, path)
     except OSError as error:
-        raise ConfigurationError(
-            f"cache_dir is {folder}, where the count of users cannot be written ({error}); free space there, or set "
-            "cache_dir (or the variable PRLHF_CACHE) to a folder that can be written."
-        ) from error
+        _log.warning(
+            "data.cache_dir is %s, where the count of users cannot be written (%s). It is made again at the next "
+            "start; free space there, or set data.cache_dir (or the variable PRLHF_CACHE) to a folder that can be "
+            "written.",
+            folder, error,
+        )  # fmt: skip
     return census
 
 

@@ -122,6 +122,7 @@ class PersonalizedLM(LightningModule):
         self.cache_reference = cache_reference
         self.sample_terms = sample_terms
         self._reference_store: ReferenceStore | None = None
+        self._has_asked_for_store = False
         #: The users that the table has a row for; taken from the data, or from a checkpoint.
         self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
@@ -229,6 +230,7 @@ class PersonalizedLM(LightningModule):
         if self._reference_store is not None:
             self._reference_store.cache.close()
             self._reference_store = None
+        self._has_asked_for_store = False
 
     def on_fit_start(self) -> None:
         """Give all processes the same user model, of which DDP looks after all but the tables."""
@@ -386,7 +388,8 @@ class PersonalizedLM(LightningModule):
         """Give a batch its reference log-probs where they are known, while its ids are still in the host's memory."""
         if not (self._caches_reference and len(batch)) or self.trainer.predicting:
             return batch
-        if self._reference_store is None:
+        if self._reference_store is None and not self._has_asked_for_store:
+            self._has_asked_for_store = True
             self._reference_store = open_store(self.policy, self.user_model.uses_text, described(self.trainer))
         return batch if self._reference_store is None else self._reference_store.attach(batch)
 

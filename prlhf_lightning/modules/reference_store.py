@@ -10,7 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.reference_cache import ReferenceCache, Values, content_key
@@ -74,7 +76,9 @@ class ReferenceStore:
 
 
 def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStore | None:
-    """Return the store of a policy's reference; None if the policy cannot tell what decides its log-probs.
+    """Return the store of a policy's reference; None if there can be none, with a warning if it can't be written.
+
+    There can be none where the policy cannot tell what decides its log-probs.
 
     Args:
         policy: A policy that has been built.
@@ -84,7 +88,15 @@ def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStor
     identity = policy.reference_identity()
     if identity is None:
         return None
-    return ReferenceStore(ReferenceCache(cache_folder() / "reference", {**identity, "precision": precision}), sees_text)
+    try:
+        cache = ReferenceCache(cache_folder() / "reference", {**identity, "precision": precision})
+    except ConfigurationError as error:
+        rank_zero_warn(
+            f"{error} The reference is computed anew in each epoch and run, and a run that is broken off may go on "
+            "with other last bits. To train so without this warning, set model.cache_reference: false."
+        )
+        return None
+    return ReferenceStore(cache, sees_text)
 
 
 def exchange(store: ReferenceStore | None, trainer: Trainer) -> None:

@@ -78,12 +78,14 @@ class ReferenceCache:
         self._last_flush = time.monotonic()
         self._damaged: set[Path] = set()
         self._compacts = True
+        self._has_warned = False
         self._lookup = Lookup([])
         try:
             self._prepare_folder()
         except OSError as error:
             raise ConfigurationError(
-                f"The reference cache cannot be kept in {self.folder}: {error}. Name a folder that can be written."
+                f"The reference cache cannot be kept in {self.folder}: {error}. Name a folder that can be written "
+                "(the variable PRLHF_CACHE)."
             ) from error
         self._sweep()
         self.refresh()
@@ -134,12 +136,14 @@ class ReferenceCache:
                 self._prepare_folder()
                 write_segment(self.folder, np.array(described, ENTRY), rows)
             except OSError as error:
-                warnings.warn(
+                message = (
                     f"Reference log-probs could not be stored in {self.folder}: {error}. What is stored already is not "
                     "harmed. Training goes on and computes them again when they are needed; to have them stored, "
-                    "free space there or name another folder.",
-                    stacklevel=2,
+                    "free space there or name another folder."
                 )
+                if not self._has_warned:
+                    warnings.warn(message, stacklevel=2)
+                self._has_warned = True
             self._pending, self._pending_bytes = {}, 0
         self._last_flush = time.monotonic()
         self.refresh()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
 import secrets
 import time
@@ -17,7 +16,8 @@ from hmac import compare_digest
 from pathlib import Path
 from typing import Any
 
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError
+from prlhf_lightning.files import append_whole
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _GUESSABLE = 16  # characters; wrong keys are not slowed, since those that are made here can't be guessed at any speed
@@ -116,8 +116,9 @@ def add_entry(path: Path, entry: str) -> None:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
         if set(tomllib.loads(before)) & set(tomllib.loads(entry)):
             raise ConfigurationError(f"name: {path} has a key of this name already; give the new one another.")
-        with os.fdopen(os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o600), "a", encoding="utf-8") as file:
-            file.write(f"\n{entry}" if before else entry)
+        append_whole(path, (f"\n{entry}" if before else entry).encode())
+    except CheckpointWriteError:
+        raise
     except (OSError, tomllib.TOMLDecodeError) as error:
         raise ConfigurationError(f"keys: {path} can't be added to ({error}); it must be a TOML file.") from error
 

@@ -21,7 +21,8 @@ from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_re
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.files import check_output, check_output_folder, replacing
+from prlhf_lightning.files import all_or_none, check_output, check_output_folder, replacing, sync
+from prlhf_lightning.folders import not_left_empty
 from prlhf_lightning.tasks.data_source import the_source
 from prlhf_lightning.types import Feedback
 
@@ -61,15 +62,16 @@ def convert(
         on_error: Whether the first bad row stops the conversion, or bad rows are reported.
         overwrite: Whether files of these names that are there already are replaced.
     """
-    check_output_folder(output, "output")
-    chosen = the_source(train, validation, test, columns, source)
-    splits = [split for split in SPLITS if split in chosen.splits()]
-    for split in splits:
-        for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
-            check_output(output / name, "output")
-            if not overwrite and (output / name).exists():
-                raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
-    written = convert_source(chosen, output, feedback_type, on_error)
+    with not_left_empty(output):
+        check_output_folder(output, "output")
+        chosen = the_source(train, validation, test, columns, source)
+        splits = [split for split in SPLITS if split in chosen.splits()]
+        for split in splits:
+            for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
+                check_output(output / name, "output")
+                if not overwrite and (output / name).exists():
+                    raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
+        written = convert_source(chosen, output, feedback_type, on_error)
     for split, counts in written.items():
         print(counts.described(split, output))
     sys.exit(1 if any(counts.unread for counts in written.values()) else 0)
@@ -118,13 +120,17 @@ def convert_source(
     """
     splits = [split for split in SPLITS if split in source.splits()]
     done = {}
-    with ExitStack() as files:
+    names = [folder / f"{split}{end}" for split in splits for end in (".parquet", ".rejected.jsonl")]
+    with all_or_none(names), ExitStack() as files:
         for split in splits:
             good = files.enter_context(replacing(folder / f"{split}.parquet"))
             bad = None
             if on_error == "report":
                 bad = files.enter_context(replacing(folder / f"{split}.rejected.jsonl"))
             done[split] = _converted(source, split, feedback, good, bad)
+            for file in (good, bad):
+                if file is not None:
+                    sync(file)  # before any of them takes its name
     for split, counts in done.items():
         if not counts.rejected and not counts.unread:
             (folder / f"{split}.rejected.jsonl").unlink(missing_ok=True)  # empty, or of an earlier conversion

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.export_checksums import SETTINGS
 from prlhf_lightning.files import check_output_folder, write_whole
 from prlhf_lightning.finite_numbers import named_not_finite
+from prlhf_lightning.folders import UNFINISHED, not_left_empty, whole_folder
 from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
@@ -31,7 +31,7 @@ from prlhf_lightning.tasks.models import module_of
 
 # What an export may leave that the next one does not replace.
 _LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]
-_LEFT += [USERS, "user_vectors*", "peft_users"]
+_LEFT += [USERS, SETTINGS, "user_vectors*", "peft_users"]
 
 
 def export(
@@ -88,34 +88,32 @@ def export(
     if only and not peft_users:
         raise ConfigurationError("user: it names who gets a PEFT folder; add `--peft_users true`.")
     require_known(only, module.vocabulary, "user")
-    _clear(output)
     card = model_card(checkpoint, content, adapters, include_users, user_vectors).encode()
-    write_whole(output / "README.md", card)  # first, as it marks the output as one that a later export may clear
-    _write_lm(policy, output, adapters)
-    write_whole(output / "README.md", card)  # again, as PEFT writes a card of its own
-    if include_users:
-        with torch.no_grad():
-            if user_vectors:
-                write_user_vectors(output, module.user_model, module.vocabulary)
-            if prompt_embeds:
-                write_token_embeddings(output, policy)
-            if peft_users:
-                write_peft_users(output, policy, module.user_model, module.vocabulary, only)
-        _write_personal_part(output, content["hyper_parameters"]["user_model"], module, policy)
+    with whole_folder(output, _LEFT, last=SETTINGS) as folder:
+        _write_lm(policy, folder, adapters)
+        write_whole(folder / "README.md", card)  # after PEFT, which writes a card of its own
+        if include_users:
+            with torch.no_grad():
+                if user_vectors:
+                    write_user_vectors(folder, module.user_model, module.vocabulary)
+                if prompt_embeds:
+                    write_token_embeddings(folder, policy)
+                if peft_users:
+                    write_peft_users(folder, policy, module.user_model, module.vocabulary, only, base=output)
+            _write_personal_part(folder, content["hyper_parameters"]["user_model"], module, policy)
     rank_zero_info(f"The model is in {output}")
 
 
 def _check_output(folder: Path) -> None:
-    check_output_folder(folder, "output")
-    if any(folder.iterdir()) and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
+    with not_left_empty(folder):
+        is_new = not folder.exists()
+        check_output_folder(folder, "output")
+        if is_new:
+            folder.rmdir()
+            return
+    others = [path for path in folder.iterdir() if path.name not in UNFINISHED]
+    if others and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
         raise ConfigurationError(f"output: {folder} has files in it that `export` did not write; give a new folder.")
-
-
-def _clear(folder: Path) -> None:
-    """Remove what an earlier export has left: another model, or users who are not to be in this one."""
-    (folder / SETTINGS).unlink(missing_ok=True)  # first, since it says that all the rest is there
-    for path in {path for pattern in _LEFT for path in folder.glob(pattern)}:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _check_adapters(policy: CausalLMPolicy, peft_users: bool) -> None:

@@ -83,6 +83,7 @@ def write_peft_users(
     user_model: UserModel,
     vocabulary: UserVocabulary,
     only: Sequence[str] = (),
+    base: Path | None = None,
 ) -> None:
     """Write a PEFT prompt-tuning folder for each user, and one for the generic user: `peft_users/<id>`.
 
@@ -90,11 +91,12 @@ def write_peft_users(
     first of the vectors where the tokenizer writes one, and prompts are then tokenised without it.
 
     Args:
-        folder: The exported folder, of the merged model.
+        folder: Where the files go.
         policy: Its policy.
         user_model: Makes the vectors.
         vocabulary: The users.
         only: Those wanted of the users; all if none are given. The generic user is always there.
+        base: The folder of the merged model, as others are to find it; `folder` if not given.
     """
     tokenizer, config = policy.tokenizer, policy.lm.config.get_text_config()
     embed = policy.lm.get_input_embeddings()
@@ -109,7 +111,7 @@ def write_peft_users(
         target.mkdir(parents=True, exist_ok=True)
         PromptTuningConfig(
             task_type="CAUSAL_LM",
-            base_model_name_or_path=str(folder),
+            base_model_name_or_path=str(base or folder),
             inference_mode=True,
             num_virtual_tokens=len(vectors),
             token_dim=vectors.shape[1],

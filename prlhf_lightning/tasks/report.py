@@ -17,7 +17,7 @@ from prlhf_lightning.data.feedback_table import read_table
 from prlhf_lightning.data.progress import bars
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.files import check_output, write_whole
+from prlhf_lightning.files import check_output, write_together
 from prlhf_lightning.judges import Judge, RewardJudge, UtilityJudge
 from prlhf_lightning.modules import PersonalizedLM
 from prlhf_lightning.tasks.differences import Differences, correlations, find_differences, votes_of
@@ -152,8 +152,7 @@ def report(
                 found.followed = correlations(found.differences, features_written(found.answers))
         _map(found, module, whose)
     _call_users(found, module, whose, show_user_ids, show_user_text)
-    page_of(found).write(output)
-    write_whole(json_path(output), to_json(found))
+    write_together({output: page_of(found).render().encode(), json_path(output): to_json(found)})
     print(printable(in_words(found), LAYOUT))
     print(f"The page: {output}")
     print(f"The same as numbers: {json_path(output)}")

@@ -15,8 +15,9 @@ from safetensors.torch import save as safetensors_bytes
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.files import check_output, check_output_folder, write_whole
+from prlhf_lightning.files import check_output, check_output_folder, write_together
 from prlhf_lightning.finite_numbers import check_finite, wrong_numbers
+from prlhf_lightning.folders import not_left_empty
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.other_copies import report_other_copies
@@ -166,7 +167,8 @@ def export(model: Path, output: Path) -> None:
         model: A checkpoint file of `fit`, or the folder of its run.
         output: The folder to write; made if it is not there.
     """
-    check_output_folder(output, "output")
+    with not_left_empty(output):
+        check_output_folder(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     check_finite(content, f"model: {checkpoint}")
@@ -187,8 +189,8 @@ def export(model: Path, output: Path) -> None:
         "shared.safetensors": safetensors_bytes(rest | {f"generic.{n}": t[0].clone() for n, t in tables.items()}),
         "users.json": json.dumps(about, indent=2).encode(),
     }
-    for name, raw in files.items():
-        write_whole(output / name, raw)
+    with not_left_empty(output):
+        write_together({output / name: raw for name, raw in files.items()})
     print(f"{len(users)} users are in {output}")
 
 

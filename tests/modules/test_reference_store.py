@@ -53,6 +53,14 @@ def test_training_is_the_same_with_and_without_the_cache(model_path, votes, tmp_
         assert torch.equal(b, c), name
 
 
+def test_a_cache_that_cannot_be_kept_is_told_once_and_not_missed(model_path, votes, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match=r"cannot be kept in .*file.*computed anew") as told:
+        assert fit(model_path, votes, tmp_path, epochs=2).policy.scored > 2 * 48
+    assert len([one for one in told if "cannot be kept" in str(one.message)]) == 1
+
+
 def scores_of(tokens: Tokens, width: int) -> LogProbs:
     """Log-probs as a policy computes them: of another batch, in other last bits, and padded to another width."""
     mask = torch.nn.functional.pad(tokens.mask, (0, width - tokens.mask.shape[1]))
