@@ -27,8 +27,6 @@ _FORMAT = 2  # raise it when the meaning of what is stored changes, so that olde
 _SHOWN_EVERY = 10_000  # rows
 _log = logging.getLogger(__name__)
 
-_log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True)
 class Census:
