@@ -282,6 +282,7 @@ OWN_CODE = {"AutoConfig": "others_code.Loss", "AutoModelForCausalLM": "others_co
         ("whole", {"config.json": {"quantization_config": {"quant_method": "others_code"}}}),
         ("whole", {"tokenizer_config.json": {"tokenizer_class": "Loss", "auto_map": OWN_TOKENIZER}}),
         ("whole", {"tokenizer_config.json": {"tokenizer_class": "others_code.Loss"}}),
+        ("whole", {"config.json": {"dtype": "others_code.Loss"}}),
         ("whole", {"custom_generate/generate.py": MODULE, "generation_config.json": {"custom_generate": "."}}),
         ("whole", {"chat_template.jinja": "{{ cycler.__init__.__globals__.os.system('touch MARK') }}"}),
     ],
@@ -303,6 +304,13 @@ def test_an_exported_folder_runs_no_code(name, files, exported, others, mark, tm
 def test_what_is_pickled_leaves_a_mark_where_it_is_trusted(mark):
     pickle.loads(pickle.dumps(Marks(mark)))
     assert mark.exists()
+
+
+@pytest.mark.parametrize("value", ["others/kernel", {"": "sdpa", "text_config": "others/kernel"}])
+def test_a_model_is_refused_that_asks_for_attention_code_of_the_hub(value, exported, tmp_path):
+    folder = changed(exported, "whole", tmp_path, {"config.json": {"attn_implementation": value}})
+    with pytest.raises(ConfigurationError, match=r"asks for code of the hub \(attn_implementation: 'others/kernel'\)"):
+        PersonalizedWriter.from_folder(folder)
 
 
 def test_the_argument_lets_an_exported_folder_name_a_user_model(exported, others, tmp_path):

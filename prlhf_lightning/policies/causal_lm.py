@@ -43,7 +43,7 @@ from prlhf_lightning.policies.generation_settings import (
     load_generation_config,
     warn_of_not_applied,
 )
-from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, unused_ids
+from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, refuse_kernels, unused_ids
 from prlhf_lightning.policies.packing import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments, writing_inputs
 from prlhf_lightning.policies.sequences import join
@@ -194,6 +194,7 @@ class CausalLMPolicy(Policy):
         with self._loading("weights" if self.random_init is None else "config"):
             options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
             if self.random_init is not None:
+                refuse_kernels(self.path, **self._hub_args, **options)
                 config = AutoConfig.from_pretrained(self.path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
                 place = torch.get_default_device()  # which Lightning sets to where the model is trained

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.reference_cache import weights_digest
@@ -45,6 +45,7 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
         ConfigurationError: Weights are missing, left over, of another shape, not finite, or zero throughout. The
             message says which and what to do; it does not name the path.
     """
+    refuse_kernels(path, **options)
     try:
         with _without_report():
             lm, found = AutoModelForCausalLM.from_pretrained(
@@ -68,6 +69,36 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return lm
+
+
+def refuse_kernels(path: str, **options: Any) -> None:
+    """Refuse a `config.json` that would have transformers run attention code from the hub (of the package `kernels`).
+
+    Args:
+        path: A folder, or a hub name.
+        options: For `from_pretrained`; either of `trust_remote_code` and `attn_implementation` is the user's word.
+
+    Raises:
+        ConfigurationError: It names such code; the message does not name the path.
+    """
+    if options.get("trust_remote_code") or options.get("attn_implementation"):
+        return
+    try:
+        content, _ = PreTrainedConfig.get_config_dict(path, revision=options.get("revision"))
+    except (OSError, ValueError):
+        return  # what is wrong is said when it is loaded
+    rest: list[Any] = [content]
+    while rest:
+        for name, value in rest.pop().items():
+            values = list(value.values()) if isinstance(value, dict) else [value]
+            kernel = next((one for one in values if isinstance(one, str) and "/" in one), None)
+            if kernel and str(name).endswith(("attn_implementation", "experts_implementation")):
+                raise ConfigurationError(
+                    f"its config.json asks for code of the hub ({name}: {kernel[:100]!r}). Where you trust it, set "
+                    "trust_remote_code, or policy.attn_implementation; else take that out of config.json."
+                )
+            if isinstance(value, dict):
+                rest.append(value)
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, lm: PreTrainedModel) -> None:
