@@ -28,8 +28,13 @@ _COMMENT = len(_MARK) + _DIGEST
 _END, _END_SIZE = b"PK\x05\x06", 22
 
 
-def save(content: Any, path: Path) -> None:
+def save(content: Any, path: Path, as_old_as: Path | None = None) -> None:
     """Write a checkpoint, sealed, in one step: a process that is killed leaves the old file or the new one.
+
+    Args:
+        content: What it holds.
+        path: The file.
+        as_old_as: A file whose times it gets.
 
     Raises:
         CheckpointWriteError: The disk is full, or the like; the file is what it was before.
@@ -37,6 +42,10 @@ def save(content: Any, path: Path) -> None:
     with replacing(path) as file:
         torch.save(content, file)
         seal(file)
+        if as_old_as is not None:
+            file.flush()  # so that nothing is written after
+            times = as_old_as.stat()
+            os.utime(file.fileno(), ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def seal(file: BinaryIO) -> None:

@@ -15,13 +15,14 @@ _NEAREST = 3
 _PSEUDONYM = re.compile("[0-9a-f]{32}")  # see `Pseudonyms`
 
 
-def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user") -> None:
+def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user", more: str = "") -> None:
     """Refuse ids that are not in a vocabulary, with those in it that look alike.
 
     Args:
         user_ids: What was named.
         vocabulary: The users of the model.
         option: What the user called the ids, for messages.
+        more: What else can be done, to end the message.
 
     Raises:
         ConfigurationError: An id is not there.
@@ -29,7 +30,7 @@ def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: s
     missing = [user_id for user_id in user_ids if user_id not in vocabulary]
     if not missing:
         return
-    more = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
+    others = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
     near = nearest(missing[0], vocabulary.ids)
     meant = f"did you mean {' or '.join(near)}?" if near else "`users list` shows who is."
     if vocabulary.ids and not near and all(map(_PSEUDONYM.fullmatch, vocabulary.ids)):
@@ -38,7 +39,7 @@ def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: s
             "-c 'import sys; from prlhf_lightning.data import Pseudonyms; print(Pseudonyms.load(sys.argv[1])"
             "(sys.argv[2]))' SALT ID"
         )
-    raise ConfigurationError(f"{option}: {missing[0]!r} is not in this model{more}; {meant}")
+    raise ConfigurationError(f"{option}: {missing[0]!r} is not in this model{others}; {meant}{more}")
 
 
 def nearest(user_id: str, known: Sequence[str]) -> list[str]:

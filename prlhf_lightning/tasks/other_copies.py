@@ -5,121 +5,166 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
+from io import BytesIO
 from pathlib import Path
 
-from prlhf_lightning import checkpoint_files
+from prlhf_lightning.data.progress import bars
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.export_checksums import SETTINGS
+from prlhf_lightning.paths import cache_folder
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
-from prlhf_lightning.tasks.model_card import is_card
-from prlhf_lightning.tasks.terminal import listed
-from prlhf_lightning.tasks.traces import occurs, path_forms, written_forms
+from prlhf_lightning.tasks.file_contents import SQLITE, UnreadContentError, contents, head_of
+from prlhf_lightning.tasks.neighbours import Neighbours, is_export
+from prlhf_lightning.tasks.terminal import listed, printable
+from prlhf_lightning.tasks.traces import is_of_no_user, texts
 from prlhf_lightning.tasks.user_rows import rows_of
+from prlhf_lightning.tasks.written_ids import IdSearch
+
+_MB = 1 << 20
+_SHOWN = 20  # options of a command
 
 
-def report_other_copies(folder: Path, done: Path, user_ids: Sequence[str]) -> None:
-    """Print which other files and folders name users.
+def report_other_copies(
+    folders: Sequence[Path], done: Collection[Path], user_ids: Sequence[str], also: Sequence[Path] = ()
+) -> None:
+    """Print which other files and folders name users. Each file is read once, however many users there are.
 
     Args:
-        folder: The folder of a checkpoint that they were erased from.
-        done: The file that was written.
+        folders: Folders of the checkpoints that they were erased from.
+        done: The files that were written, and hold nothing of them any more.
         user_ids: The users.
+        also: More files and folders to look at.
     """
-    exports: dict[Path, list[str]] = {}
-    named: dict[Path, list[str]] = {}
-    for root, path in _files(folder):
-        if done.exists() and os.path.samefile(path, done):
-            continue
-        if path.is_dir():
-            print(f"{path} was written in shards and was not looked into.")
-            continue
-        in_path = _in_path(root, path, user_ids)
-        try:
-            found = _in_file(path, user_ids)
-        except OSError as error:
-            print(f"{path} can't be read and was not looked into: {error.strerror}")
-            found = []
-        if export := next((one for one in path.parents if one.is_relative_to(root) and _is_export(one)), None):
-            exports[export] = list(dict.fromkeys([*exports.get(export, ()), *found, *in_path.values()]))
-            continue
-        for part, user_id in in_path.items():
-            named.setdefault(part, []).append(user_id)
-        if found and path.suffix == ".ckpt":
+    search, near = IdSearch(user_ids), Neighbours.of(folders, also)
+    written = {os.path.realpath(path) for path in done}
+    files = [(root, path) for root, path in near.files if os.path.realpath(path) not in written]
+    cached = [path for path in _cached() if os.path.realpath(path) not in written]
+    report = _Report(user_ids)
+    report.names(_named_paths(files, search, user_ids))
+    with bars() as progress:
+        everything = [*files, *((cache_folder(), path) for path in cached)]
+        task = progress.add_task("Searching other files, MB", total=max(1, sum(_size(p) for _, p in everything) // _MB))
+        for root, path in everything:
+            found = _named_in(path, search, lambda count: progress.advance(task, count / _MB))
+            report.file(root, path, [user_id for user_id in user_ids if user_id in found])
+    report.end()
+    for folder in near.unreadable:
+        print(f"{_shown(folder)} can't be read and was not looked into.")
+    if near.left_out:
+        print(f"Not looked into: {listed([*map(str, near.left_out)])}; name what may have users by --also_search.")
+
+
+class _Report:
+    """Tells what was found, and what to do."""
+
+    def __init__(self, user_ids: Sequence[str]) -> None:
+        self._user_ids = user_ids
+        self._whole: dict[tuple[Path, str], set[str]] = {}  # folders that can only be deleted whole, and what they are
+        self._is_export = cache(is_export)
+
+    def names(self, named: dict[tuple[Path, Path], set[str]]) -> None:
+        for (root, part), ids in named.items():
+            if whole := self._folder_of(root, part):
+                self._whole.setdefault(whole, set()).update(ids)
+            else:
+                print(f"{_shown(part)} has {listed(self._in_order(ids))} in its own name: see to it yourself.")
+
+    def file(self, root: Path, path: Path, found: Sequence[str]) -> None:
+        if not found:
+            return
+        if whole := self._folder_of(root, path):
+            self._whole.setdefault(whole, set()).update(found)
+        elif path.suffix == ".ckpt":
             _report_checkpoint(path, found)
-        elif found and path.suffix == ".partial":
-            print(f"{path}, which a killed process left, names {listed(found)}: delete it.")
-        elif found:
-            print(f"{path} names {listed(found)}, or has the letters by chance: see to it yourself.")
-    for part, ids in named.items():
-        print(f"{part} has {listed(list(dict.fromkeys(ids)))} in its own name: see to it yourself.")
-    for export, ids in exports.items():
-        if ids:
-            print(
-                f"{export} is an exported model with {listed(ids)} in it, vectors included: delete it, and export it "
-                "again."
-            )
+        elif path.suffix == ".partial":
+            print(f"{_shown(path)}, which a killed process left, names {listed(found)}: delete it.")
+        elif path.is_relative_to(cache_folder()):
+            print(f"{_shown(path)}, a copy of data that training makes again, names {listed(found)}: delete it.")
+        else:
+            more = " (SQLite keeps what is deleted until VACUUM)" if head_of(path).startswith(SQLITE) else ""
+            print(f"{_shown(path)} names {listed(found)}, or has the letters by chance: see to it yourself{more}.")
+
+    def end(self) -> None:
+        for (folder, kind), ids in self._whole.items():
+            print(f"{_shown(folder)} is {kind % listed(self._in_order(ids))}")
+
+    def _in_order(self, ids: Collection[str]) -> list[str]:
+        return [user_id for user_id in self._user_ids if user_id in ids]
+
+    def _folder_of(self, root: Path, path: Path) -> tuple[Path, str] | None:
+        for folder in (path, *path.parents):
+            if not folder.is_relative_to(root) or not folder.is_dir():
+                continue
+            if self._is_export(folder):
+                return folder, "an exported model with %s in it, vectors included: delete it, and export it again."
+            if folder.suffix == ".ckpt":
+                return folder, "a checkpoint that was written in shards, and names %s: delete it."
+        return None
 
 
-def _in_file(path: Path, user_ids: Sequence[str]) -> list[str]:
-    forms = [(user_id, form) for user_id in user_ids for form in written_forms(user_id)]
-    there = occurs(path, [form for _, form in forms])
-    return list(dict.fromkeys(user_id for (user_id, _), is_there in zip(forms, there, strict=True) if is_there))
-
-
-def _in_path(root: Path, path: Path, user_ids: Sequence[str]) -> dict[Path, str]:
-    """Return the outermost part of a path, from a run's folder on, that has a user's id as a word of its name."""
-    parts = [path, *(one for one in path.parents if one.is_relative_to(root))]
-    found = {}
-    for user_id in user_ids:
-        words = [re.compile(rf"(?<![^\W_]){re.escape(form)}(?![^\W_])") for form in path_forms(user_id)]
-        if part := next((one for one in reversed(parts) if any(word.search(one.name) for word in words)), None):
-            found[part] = user_id
+def _named_in(path: Path, search: IdSearch, progress: Callable[[float], object]) -> set[str]:
+    found: set[str] = set()
+    try:
+        for stream in contents(path):
+            found |= search.named_in(stream, progress)
+    except UnreadContentError as error:
+        print(f"{_shown(path)} was not looked into as a whole: {printable(str(error))}")
+    except OSError as error:
+        print(f"{_shown(path)} can't be read and was not looked into: {error.strerror}")
     return found
 
 
-def _is_export(folder: Path) -> bool:
-    return (folder / SETTINGS).is_file() or is_card(folder / "README.md")
+def _named_paths(
+    files: Sequence[tuple[Path, Path]], search: IdSearch, user_ids: Sequence[str]
+) -> dict[tuple[Path, Path], set[str]]:
+    """Return the outermost part of each path, from a run's folder on, that has users' ids in its name, and those."""
+    named: dict[tuple[Path, Path], set[str]] = {}
+    relative = [Path(root.name, path.relative_to(root)) for root, path in files]
+    if not search.named_in(BytesIO(b"\n".join(map(os.fsencode, relative)))):
+        return named
+    for (root, _), below in zip(files, relative, strict=True):
+        for user_id in search.named_in(BytesIO(os.fsencode(below))):
+            own = IdSearch([user_id])
+            lengths = range(1, len(below.parts) + 1)
+            first = next(n for n in lengths if own.named_in(BytesIO(os.fsencode(Path(*below.parts[:n])))))
+            part = root.joinpath(*below.parts[1:first]) if root.name else root.joinpath(*below.parts[:first])
+            named.setdefault((root, part), set()).add(user_id)
+    return named
 
 
 def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
     try:
-        known = rows_of(read_checkpoint(path, "model"), path).vocabulary
+        content = read_checkpoint(path, "model")
+        known = rows_of(content, path).vocabulary
     except PRLHFError:
-        print(f"{path} can't be read, and names {listed(found)}: delete it.")
+        print(f"{_shown(path)} can't be read, and names {listed(found)}: delete it.")
         return
     if still := [user_id for user_id in found if user_id in known]:
-        print(f"{path} still holds {listed(still)}:")
-        if all(map(str.isprintable, (str(path), *still))):
+        print(f"{_shown(path)} still holds {listed(still)}:")
+        if len(still) <= _SHOWN and all(map(str.isprintable, (str(path), *still))):
             options = " ".join(shlex.quote(f"--user={user_id}") for user_id in still)
         else:
-            options = "--user_file FILE"  # an id a line: a terminal can't show them as they are
-        print(f"  python -m prlhf_lightning users remove --model {shlex.quote(str(path))} {options}")
+            options = "--user_file FILE --skip_unknown true"  # a terminal can't show them as they are
+        print(f"  python -m prlhf_lightning users remove --model {shlex.quote(_shown(path))} {options}")
         print("  (or, for all checkpoints beside it as well, with --all true)")
+    wanted = set(found).difference(still)
+    if elsewhere := {text for place, text in texts(content) if text in wanted and not is_of_no_user(place)}:
+        print(f"{_shown(path)} names {listed(sorted(elsewhere))} in a place not known to this tool: delete it.")
 
 
-def _files(folder: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield what a run, and the others beside it, have written, each file with the folder of its run."""
-    run = folder.parent if folder.name == "checkpoints" else folder
-    if run != folder or (run / "config.yaml").is_file():
-        for one in (run, *_runs_beside(run)):
-            for path in _files_in(one):
-                yield one, path
-    else:  # just a folder with checkpoints in it, which may have anything else as well
-        for path in (*checkpoint_files.in_order(folder), *sorted(folder.glob(".*.partial"))):
-            yield folder, path
-
-
-def _runs_beside(run: Path) -> list[Path]:
-    """Return the other runs of the same folder, and of the folders in it, whatever a logger has named them."""
-    signs = [sign for name in ("checkpoints", "config.yaml") for sign in run.parent.glob(f"*/{name}")]
-    signs += [sign for name in ("checkpoints", "config.yaml") for sign in run.parent.glob(f"*/*/{name}")]
-    found = {sign.parent.resolve(): sign.parent for sign in sorted(signs)}
-    return [path for real, path in found.items() if not real.is_relative_to(run.resolve())]
-
-
-def _files_in(run: Path) -> Iterator[Path]:
-    sharded = {path for path in run.rglob("*.ckpt") if path.is_dir()}
-    for path in sorted(run.rglob("*")):
-        if path in sharded or (path.is_file() and not sharded & set(path.parents)):
+def _cached() -> Iterator[Path]:
+    """Yield the files of the cache that may name users: tokenized data, and counts of users of streams."""
+    folder = cache_folder()
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        # The reference's log-probs are kept by digests of texts.
+        if path.is_file() and path.relative_to(folder).parts[0] != "reference":
             yield path
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _shown(path: Path) -> str:
+    return printable(re.sub(r"[\ud800-\udfff]", "?", str(path)))

@@ -37,5 +37,5 @@ def plain_console(**options: Any) -> Console:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Return the first few of some names in one line."""
-    return ", ".join(map(printable, names[:_LISTED])) + (", ..." if len(names) > _LISTED else "")
+    """Return the first few of some names in one line, and how many there are."""
+    return ", ".join(map(printable, names[:_LISTED])) + (f", ... ({len(names):,})" if len(names) > _LISTED else "")

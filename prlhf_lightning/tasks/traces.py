@@ -1,14 +1,12 @@
-"""Whether a file still holds something of a person: its bytes are searched, whatever format they are in."""
+"""What a checkpoint holds of people: their vectors, as bytes, and the texts in it, with where they stand."""
 
 from __future__ import annotations
 
-import json
-import mmap
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from functools import cached_property
 from typing import Any, TypeAlias
-from urllib.parse import quote
 
 import torch
 from torch import Tensor
@@ -19,6 +17,7 @@ from prlhf_lightning.checkpoint_entry import KEY
 Place: TypeAlias = tuple[str, ...]
 
 _LEAST_BYTES = 8  # fewer occur in other numbers by chance
+_ROWS = 4096  # of a table, in memory at once
 # Parts that Lightning writes: names of weights, counts and settings.
 _WITHOUT_USERS = {"state_dict", "loops", "optimizer_states", "lr_schedulers"}
 _WITHOUT_USERS |= {"hparams_name", "hparams_type", "hyper_parameters", "datamodule_hyper_parameters"}
@@ -27,42 +26,59 @@ _WITHOUT_USERS |= {"pytorch-lightning_version", "native_amp_scaling_state", "Mix
 _CALLBACKS = {"BestAndLast", "CollapseMonitor"}
 
 
-def id_bytes(user_id: str) -> bytes:
-    """Return an id as it stands in a file."""
-    return user_id.encode("utf-8", "surrogatepass")
+class Vectors:
+    """The vectors of people who are erased, but for those that tell nothing of a person.
 
-
-def written_forms(user_id: str) -> list[bytes]:
-    """Return an id as it stands in a file of any kind: as it is, and as CSV and JSON quote it."""
-    as_json = (json.dumps(user_id, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
-    return list(dict.fromkeys(map(id_bytes, (user_id, user_id.replace('"', '""'), *as_json))))
-
-
-def path_forms(user_id: str) -> list[str]:
-    """Return an id as it may stand in the name of a file or folder: as it is, and percent-encoded."""
-    encoded = quote(user_id, safe="", errors="surrogatepass")
-    return list(dict.fromkeys((user_id, encoded, encoded.replace(".", "%2E"))))
-
-
-def vector_bytes(vectors: Iterable[Tensor], others: Iterable[Tensor]) -> list[bytes]:
-    """Return the bytes of a person's vectors, but for those that tell nothing of the person.
+    A row that equals one of somebody who stays, as the generic user's does until it is trained, is theirs too; nor does
+    a row of zeros tell anything, or one of fewer than 8 bytes.
 
     Args:
-        vectors: The person's rows.
-        others: For each, the table `[n, ...]` of those who stay: a row that equals one of these, as the generic user's
-            does until it is trained, is theirs too.
+        tables: What is kept of all users, each `[rows, ...]`.
+        rows: Those of the people.
+        stay: For each of the first tables, one more row that stays.
     """
-    own = [row for row, table in zip(vectors, others, strict=True) if not (table == row).flatten(1).all(1).any()]
-    raw = [row.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() for row in own]
-    return [part for part in raw if len(part) >= _LEAST_BYTES and any(part)]
+
+    def __init__(self, tables: Sequence[Tensor], rows: Sequence[int], stay: Sequence[Tensor] = ()) -> None:
+        self._rows_of: dict[bytes, set[int]] = {}
+        for number, table in enumerate(tables):
+            gone = torch.zeros(len(table), dtype=torch.bool)
+            gone[list(rows)] = True
+            own: dict[bytes, set[int]] = {}
+            for row, raw in zip(rows, _raw_rows(table[list(rows)]), strict=True):
+                own.setdefault(raw, set()).add(row)
+            for start in range(0, len(table), _ROWS):
+                some = table[start : start + _ROWS]
+                for raw in _raw_rows(some[~gone[start : start + len(some)]]):
+                    own.pop(raw, None)
+            for new in stay[number : number + 1]:
+                own.pop(next(_raw_rows(new[None].to(table.dtype))), None)
+            for raw, whose in own.items():
+                if len(raw) >= _LEAST_BYTES and any(raw):
+                    self._rows_of.setdefault(raw, set()).update(whose)
+
+    def __iter__(self) -> Iterator[bytes]:
+        return iter(self._rows_of)
+
+    def count(self, row: int) -> int:
+        """Return how many vectors there are of one person."""
+        return self._counts[row]
+
+    def whose(self, raw: Iterable[bytes]) -> set[int]:
+        """Return the rows that some of the vectors are of."""
+        return {row for one in raw for row in self._rows_of.get(one, ())}
+
+    @cached_property
+    def _counts(self) -> Counter[int]:
+        return Counter(row for whose in self._rows_of.values() for row in whose)
 
 
-def occurs(path: Path, patterns: Sequence[bytes]) -> list[bool]:
-    """Return which of some byte strings a file holds."""
-    if not path.stat().st_size:
-        return [False] * len(patterns)
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return [content.find(pattern) >= 0 for pattern in patterns]
+def _raw_rows(table: Tensor) -> Iterator[bytes]:
+    rows = table.reshape(len(table), -1).contiguous()
+    if rows.numel():
+        raw = rows.view(torch.uint8).numpy()
+        yield from (row.tobytes() for row in raw)
+    else:
+        yield from (b"" for _ in range(len(table)))
 
 
 def texts(content: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +13,24 @@ import torch
 from safetensors.torch import save as safetensors_bytes
 
 from prlhf_lightning import checkpoint_files
-from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.data import Pseudonyms, UserVocabulary
+from prlhf_lightning.data.look_alikes import look_alikes
+from prlhf_lightning.data.progress import bars
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.files import check_output, check_output_folder, write_together
 from prlhf_lightning.finite_numbers import check_finite, wrong_numbers
 from prlhf_lightning.folders import not_left_empty
+from prlhf_lightning.tasks.byte_search import ByteSearch
 from prlhf_lightning.tasks.checkpoints import read_checkpoint
 from prlhf_lightning.tasks.known_users import require_known
 from prlhf_lightning.tasks.other_copies import report_other_copies
 from prlhf_lightning.tasks.terminal import listed, printable
-from prlhf_lightning.tasks.traces import id_bytes, is_of_no_user, occurs, texts, vector_bytes
+from prlhf_lightning.tasks.traces import Place, Vectors, is_of_no_user, texts
 from prlhf_lightning.tasks.user_rows import UserRows, rows_of
+from prlhf_lightning.tasks.written_ids import id_bytes
 
 _NEAREST = 5
+_TOLD = 20  # users whose result is told, of many who are erased at once
 
 
 def list_users(model: Path) -> None:
@@ -84,7 +89,7 @@ def add(
     Args:
         model: A checkpoint file of `fit`, or the folder of its run, whose newest checkpoint is then meant.
         user: Ids of the new users, as in `--user ann bob`.
-        user_file: A text file with an id a line, in UTF-8.
+        user_file: A text file with an id a line, in UTF-8; or a .json file with a list of ids.
         output: The file to write; the checkpoint itself if none is given.
     """
     user_ids = _given(user, user_file)
@@ -96,8 +101,9 @@ def add(
     if output is not None:
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
-    _open(checkpoint)
-    _rewrite(checkpoint, output or checkpoint, lambda rows: rows.add(user_ids))
+    content = read_checkpoint(checkpoint, "model")
+    _rows_of(content, checkpoint).add(user_ids)
+    _save(content, checkpoint, output or checkpoint)
     print(f"{len(user_ids)} added: {output or checkpoint}")
 
 
@@ -107,49 +113,71 @@ def remove(
     user_file: Path | None = None,
     output: Path | None = None,
     all: bool = False,
+    skip_unknown: bool = False,
+    hash_user_ids_with: str | None = None,
+    also_search: list[Path] | None = None,
 ) -> None:
     """Erase users from a checkpoint: ids, vectors, and what the optimizer remembers of them; then search the file.
 
-    Nothing is written unless every user who is named is there. What the users' judgments taught the weights that all
-    share stays; see docs/checkpoints.md.
+    Nothing is written unless every user who is named is there. Each file is read and written once, however many users
+    are named. Then all other files of the run, and of the runs beside it, are searched for what still names them. What
+    the users' judgments taught the weights that all share stays; see docs/checkpoints.md.
 
     Args:
         model: A checkpoint file of `fit`; with `--all true`, one of the run's, or the run's folder.
         user: Ids of the users, as in `--user ann bob`.
-        user_file: A text file with an id a line, in UTF-8.
+        user_file: A text file with an id a line, in UTF-8; or a .json file with a list of ids, which may hold line
+            breaks.
         output: The file to write; the checkpoint itself if none is given.
         all: Erase them from every checkpoint in the folder, each in place.
+        skip_unknown: Go on where some or all of the users are in none of the checkpoints, as after a command that was
+            killed; other files are searched for them too.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training, where ids are given as they are in the data;
+            files are searched for both.
+        also_search: More files and folders to search, such as your data.
     """
-    user_ids = _given(user, user_file)
+    user_ids = given = _given(user, user_file)
+    if hash_user_ids_with is not None:
+        user_ids = [*map(Pseudonyms.load(hash_user_ids_with), given)]
     if all and output:
         raise ConfigurationError("output: `--all true` changes each checkpoint of the folder in place; leave it out.")
     if output is not None:
         check_output(output, "output")
+    for path in also_search or ():
+        if not path.exists():
+            raise ConfigurationError(f"also_search: there is no {path}; name a file or a folder.")
     folder, targets = _targets(model, all)
-    known: dict[Path, UserVocabulary] = {}
+    known: dict[Path, list[str]] = {}
+    anyone: dict[str, None] = {}
     failed: dict[Path, str] = {}
     for path in targets:
         try:
-            known[path] = _open(path).vocabulary
+            vocabulary = _open(path).vocabulary
         except PRLHFError as error:
             if not all:
                 raise
             failed[path] = str(error)
-    require_known(
-        user_ids, UserVocabulary(dict.fromkeys(one for vocabulary in known.values() for one in vocabulary.ids))
-    )
-    for path, vocabulary in known.items():
-        here = [user_id for user_id in user_ids if user_id in vocabulary]
-        if not here:
-            print(f"{path}: holds none of them")
-            continue
-        try:
-            _erase(path, output or path, here)
-        except PRLHFError as error:  # the other files are not to wait for this one
-            failed[path] = str(error)
+        else:
+            known[path] = [user_id for user_id in user_ids if user_id in vocabulary]
+            anyone |= dict.fromkeys(vocabulary.ids)
+    if not skip_unknown:
+        require_known(user_ids, UserVocabulary(anyone), more="; `--skip_unknown true` goes on without")
+    done = []
+    with bars() as progress:
+        for path in progress.track(known, description="Checkpoints"):
+            if not known[path]:
+                print(f"{path}: holds none of them")
+            try:
+                if known[path]:
+                    _erase(path, output or path, known[path])
+                done.append(output or path)
+            except PRLHFError as error:  # the other files are not to wait for this one
+                failed[path] = str(error)
     for path, why in failed.items():
         print(f"{path}: NOT DONE: {printable(why)}")
-    report_other_copies(folder, output or targets[0], user_ids)
+    _tell_look_alikes(user_ids, anyone)
+    folders = dict.fromkeys((folder, *(Path(os.path.realpath(path)).parent for path in targets)))
+    report_other_copies([*folders], done, [*dict.fromkeys((*user_ids, *given))], also_search or ())
     if failed:
         reasons = "\n".join(failed.values())
         raise ConfigurationError(
@@ -210,7 +238,7 @@ def _targets(model: Path, all: bool) -> tuple[Path, list[Path]]:
     if not model.is_dir():
         folder = model.parent
         beside = [path for path in (*checkpoint_files.in_order(folder), *_baseline(folder)) if path.is_file()]
-        return folder, [model, *(path for path in beside if all and path != model)]
+        return folder, _each_once([model, *(beside if all else ())])
     if not all:
         raise ConfigurationError(
             f"model: {model} is a folder. Name one checkpoint, or erase the users from all of them with `--all true`."
@@ -219,7 +247,12 @@ def _targets(model: Path, all: bool) -> tuple[Path, list[Path]]:
     targets = [path for path in (*checkpoint_files.in_order(folder), *_baseline(folder)) if path.is_file()]
     if not targets:
         raise ConfigurationError(f"model: there is no checkpoint file in {folder}; name a run's folder.")
-    return folder, targets
+    return folder, _each_once(targets)
+
+
+def _each_once(paths: Iterable[Path]) -> list[Path]:
+    """Return files without those that are links to one of them."""
+    return [*{os.path.realpath(path): path for path in reversed([*paths])}.values()][::-1]
 
 
 def _baseline(folder: Path) -> list[Path]:
@@ -244,54 +277,77 @@ def _given(user: str | list[str] | None, user_file: Path | None) -> list[str]:
     user_ids = [*user_ids]
     _check_ids(user_ids)
     if user_file is not None:
-        try:
-            lines = user_file.read_bytes().decode("utf-8-sig").split("\n")  # no other sign may end an id
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigurationError(f"user_file: {user_file} can't be read as lines of UTF-8: {error}") from error
-        user_ids += [line for raw in lines if (line := raw.removesuffix("\r"))]
+        user_ids += _in_file(user_file)
     if not user_ids or not all(map(str.strip, user_ids)):
         raise ConfigurationError("user: give an id, or a file of ids with --user_file, none of them empty.")
     return list(dict.fromkeys(user_ids))
 
 
-def _rewrite(source: Path, target: Path, change: Callable[[UserRows], None]) -> None:
-    content = read_checkpoint(source, "model")
-    change(rows_of(content, source))
-    times = source.stat()
-    checkpoint_files.save(content, target)
-    if os.path.samefile(source, target):  # it is as old as its training, and so keeps its place among the run's others
-        os.utime(target, ns=(times.st_atime_ns, times.st_mtime_ns))
+def _in_file(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+        if path.suffix != ".json":
+            return [line for raw in text.split("\n") if (line := raw.removesuffix("\r"))]  # no other sign may end an id
+        user_ids = json.loads(text)
+    except (OSError, ValueError) as error:
+        kind = "JSON" if path.suffix == ".json" else "lines of UTF-8"
+        raise ConfigurationError(f"user_file: {path} can't be read as {kind}: {error}") from error
+    if not isinstance(user_ids, list):
+        raise ConfigurationError(f"user_file: {path} is no list of ids; write one, as in " + '["ann", "bob"].')
+    _check_ids(user_ids)
+    return user_ids
+
+
+def _save(content: dict[str, Any], source: Path, target: Path) -> None:
+    """Write what a checkpoint holds now. In its own place it stays as old as its training, which orders a run's."""
+    in_place = target.exists() and os.path.samefile(source, target)
+    checkpoint_files.save(content, target, as_old_as=source if in_place else None)
 
 
 def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     """Write a checkpoint without some users, and see that the file holds nothing of them."""
-    before = rows_of(read_checkpoint(source, "model"), source)
-    row_of = {user_id: before.row(user_id) for user_id in user_ids}
-    gone = set(row_of.values())
-    _rewrite(source, target, lambda rows: rows.keep([r for r in range(1, len(before.vocabulary)) if r not in gone]))
-    after = rows_of(read_checkpoint(target, "model"), target)
-    others = after.remembered()
-    for number, new in enumerate(after.new_rows()):  # what a user has who was added and never trained
-        others[number] = torch.cat([others[number], new[None]])
-    written = list(texts(read_checkpoint(target, "model")))
+    content = read_checkpoint(source, "model")
+    users = rows_of(content, source)
+    rows = users.vocabulary.rows(user_ids).tolist()
+    gone = set(rows)
+    vectors = Vectors(users.remembered(), rows, stay=users.new_rows())  # a new row is theirs who are added
+    users.keep([row for row in range(1, len(users.vocabulary)) if row not in gone])
+    _save(content, source, target)
+    written = [*texts(read_checkpoint(target, "model"))]
+    with target.open("rb") as file:
+        found = ByteSearch([*vectors, *map(id_bytes, user_ids)]).found_in(file, text=False)
     print(f"{target}: searched all {target.stat().st_size:,} bytes")
-    left = []
-    for user_id, row in row_of.items():
-        vectors = vector_bytes([table[row] for table in before.remembered()], others)
-        has_id, *has_vectors = occurs(target, [id_bytes(user_id), *vectors])
-        longer = sorted({text for _, text in written if user_id in text and user_id != text})
-        places = list(dict.fromkeys(place for place, text in written if text == user_id))
-        foreign = [".".join(place) for place in places if not is_of_no_user(place)]
+    wanted, places = set(user_ids), dict[str, dict[Place, None]]()
+    for place, text in written:
+        if text in wanted:
+            places.setdefault(text, {})[place] = None
+    foreign = {user_id: [place for place in found if not is_of_no_user(place)] for user_id, found in places.items()}
+    with_vectors = vectors.whose(found)
+    left = {user_id for user_id, row in zip(user_ids, rows, strict=True) if foreign.get(user_id) or row in with_vectors}
+    # Those of whom something is left first; of many others, not all are told.
+    order = sorted(zip(user_ids, rows, strict=True), key=lambda one: one[0] not in left)
+    for user_id, row in order[: max(_TOLD, len(left))]:
         said = "nothing left"
-        if foreign or any(has_vectors):
-            said = "STILL THERE" + (f", in {listed(foreign)}" if foreign else "")
-            left.append(user_id)
-        elif places:
-            said += f"; the same letters are a name or a setting: {listed(['.'.join(place) for place in places])}"
-        elif longer:
+        if user_id in left:
+            where = listed([".".join(place) for place in foreign.get(user_id, ())])
+            said = "STILL THERE" + (f", in {where}" if where else "")
+        elif user_id in places:
+            said += f"; the same letters are a name or a setting: {listed(['.'.join(one) for one in places[user_id]])}"
+        elif longer := sorted({text for _, text in written if user_id in text}):
             said += f"; its letters are also a part of {listed(longer)}"
-        elif has_id:
+        elif id_bytes(user_id) in found:
             said += "; its letters also occur, by chance, among the bytes of numbers"
-        print(f"  {printable(user_id)} and {len(vectors)} vectors: {said}")
+        print(f"  {printable(user_id)} and {vectors.count(row)} vectors: {said}")
+    if rest := [row for _, row in order[max(_TOLD, len(left)) :]]:
+        print(f"  {len(rest):,} others and {sum(map(vectors.count, rest)):,} vectors: nothing left")
     if left:
-        raise ConfigurationError(f"model: {target} still holds {listed(left)}, in a place not known to this tool.")
+        named = [user_id for user_id in user_ids if user_id in left]
+        raise ConfigurationError(f"model: {target} still holds {listed(named)}, in a place not known to this tool.")
+
+
+def _tell_look_alikes(user_ids: Sequence[str], anyone: Iterable[str]) -> None:
+    """Print which users who stay have ids that look like those of users who do not: they may be the same person's."""
+    gone = set(user_ids)
+    groups = look_alikes((*user_ids, *anyone))
+    if stay := [repr(user_id) for group in groups if group[0] in gone for user_id in group if user_id not in gone]:
+        print(f"Other ids look like these, and stay: {listed(stay)}; remove them too if they are the same person's.")

@@ -196,7 +196,7 @@ def test_users_are_listed_and_shown(plain, capsys):
 
 
 def test_removing_says_where_else_a_user_is(plain, tmp_path, capsys):
-    folder = tmp_path / "run/checkpoints"
+    folder = tmp_path / "runs/run/checkpoints"
     for name in ("last.ckpt", "best.ckpt", "bad.ckpt"):
         checkpoint_files.save(checkpoint_files.load(plain), folder / name)
     (folder / "bad.ckpt").write_bytes((folder / "bad.ckpt").read_bytes()[:-1])
