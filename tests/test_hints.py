@@ -99,8 +99,8 @@ def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(set
     main(settings)
     assert "Checkpoints: runs/version_0/checkpoints/last.ckpt" in caplog.text
     shutil.copytree(model_path, tmp_path / "elsewhere")
-    with pytest.warns(UserWarning, match=r"trained on model\.policy\.model .*, and this is elsewhere"):
-        main([*settings, "--model.policy.model", "elsewhere", "--ckpt_path", "last", "--trainer.max_steps", "2"])
+    with pytest.warns(UserWarning, match=r"trained on model\.policy\.model .*, and this is .*elsewhere"):
+        main([*settings, "--model.policy.model=elsewhere", "--ckpt_path=runs/version_0", "--trainer.max_steps=2"])
 
 
 def test_rows_that_are_no_better_than_the_generic_user_end_a_run_with_what_to_do(
