@@ -197,27 +197,28 @@ def export(model: Path, output: Path) -> None:
     """
     with not_left_empty(output):
         check_output_folder(output, "output")
-    checkpoint = checkpoint_files.checkpoint_of(model)
-    content = read_checkpoint(checkpoint, "model")
-    check_finite(content, f"model: {checkpoint}")
-    rows = rows_of(content, checkpoint)
-    vectors = rows.vectors()
-    users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
-    if "__metadata__" in users:
-        raise ConfigurationError("user: safetensors has no room for an id of '__metadata__'; remove that user first.")
-    weights, tables = content["state_dict"], rows.tables
-    rest = {n: w.clone() for n, w in weights.items() if n.startswith("user_model.") and n not in tables}
-    layout, start = {}, 0
-    for name, table in tables.items():
-        layout[name] = {"start": start, "stop": start + table[0].numel(), "shape": list(table.shape[1:])}
-        start += table[0].numel()
-    about = {"format": 1, "users": len(users), "width": start, "tables": layout, "shared": sorted(rest)}
-    files = {
-        "users.safetensors": safetensors_bytes(users),
-        "shared.safetensors": safetensors_bytes(rest | {f"generic.{n}": t[0].clone() for n, t in tables.items()}),
-        "users.json": json.dumps(about, indent=2).encode(),
-    }
-    with not_left_empty(output):
+        checkpoint = checkpoint_files.checkpoint_of(model)
+        content = read_checkpoint(checkpoint, "model")
+        check_finite(content, f"model: {checkpoint}")
+        rows = rows_of(content, checkpoint)
+        vectors = rows.vectors()
+        users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
+        if "__metadata__" in users:
+            raise ConfigurationError(
+                "user: safetensors has no room for an id of '__metadata__'; remove that user first."
+            )
+        weights, tables = content["state_dict"], rows.tables
+        rest = {n: w.clone() for n, w in weights.items() if n.startswith("user_model.") and n not in tables}
+        layout, start = {}, 0
+        for name, table in tables.items():
+            layout[name] = {"start": start, "stop": start + table[0].numel(), "shape": list(table.shape[1:])}
+            start += table[0].numel()
+        about = {"format": 1, "users": len(users), "width": start, "tables": layout, "shared": sorted(rest)}
+        files = {
+            "users.safetensors": safetensors_bytes(users),
+            "shared.safetensors": safetensors_bytes(rest | {f"generic.{n}": t[0].clone() for n, t in tables.items()}),
+            "users.json": json.dumps(about, indent=2).encode(),
+        }
         write_together({output / name: raw for name, raw in files.items()})
     print(f"{len(users)} users are in {output}")
 
