@@ -407,7 +407,7 @@ class Learner:
     def __init__(self):
         self.taught = {}
 
-    def __call__(self, user_id, rows):
+    def __call__(self, user_id, rows, between):
         if user_id == "trained":
             raise ConfigurationError("trained on this user")
         if user_id == "broken":
@@ -433,7 +433,7 @@ def test_users_are_learned_from_their_own_pairs(tmp_path):
 def test_only_so_many_users_are_learned(tmp_path):
     log, served = FeedbackLog(str(tmp_path / "feedback.db")), writer()
 
-    def learn(user, rows):
+    def learn(user, rows, between):
         served.vocabulary = served.vocabulary.plus(user) if user not in served.vocabulary else served.vocabulary
 
     services = Services(served, EchoEngine, log, limits=Limits(max_learned=2), learner=learn)

@@ -102,7 +102,9 @@ def test_an_answer_that_is_still_being_written_is_not_judged(browser, log):
 
 def test_the_page_has_a_new_user_learned_where_that_is_possible(browser, log):
     taught = {}
-    with serving(Services(writer(), EchoEngine, log, learner=taught.__setitem__)) as url:
+    with serving(
+        Services(writer(), EchoEngine, log, learner=lambda user, rows, between: taught.update({user: rows}))
+    ) as url:
         browser.get(url)
         wait(browser, lambda _: len(texts(browser)) == 3)
         ask(browser, "which")
