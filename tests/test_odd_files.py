@@ -11,7 +11,7 @@ import torch
 
 from prlhf_lightning import checkpoint_files
 from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference.folder import read_folder
 from prlhf_lightning.opening import opening
 from prlhf_lightning.tasks.export import export
@@ -53,7 +53,7 @@ CHECKPOINTS = {
     "soft prompts of 10^12 tokens": (
         ("hyper_parameters", "user_model", "init_args", "num_tokens"), 10**12, "num_tokens"
     ),
-    "NaN in a table": (("state_dict", TABLE), torch.full((3, 64), torch.nan), "has NaN or infinity"),
+    "NaN in a table": (("state_dict", TABLE), torch.full((3, 64), torch.nan), "infinite or NaN"),
     "a weight that is a text": (("state_dict", TABLE), "x", "is no Tensor"),
     "settings that are a list": (("hyper_parameters",), [1], "hyper_parameters is of type list"),
     "a class that is a number": (("hyper_parameters", "loss"), 7, "loss is of type int"),
@@ -66,7 +66,7 @@ CHECKPOINTS = {
 @pytest.mark.parametrize(("path", "value", "said"), CHECKPOINTS.values(), ids=CHECKPOINTS)
 def test_an_odd_checkpoint_is_refused_by_its_name_and_its_part(trained, tmp_path, path, value, said):
     checkpoint_files.save(changed(trained[0], *path, to=value), file := tmp_path / "odd.ckpt")
-    with pytest.raises(ConfigurationError, match=r"odd\.ckpt") as raised:
+    with pytest.raises(PRLHFError, match=r"odd\.ckpt") as raised:
         load_module(file, "model")
     assert said in str(raised.value)
 
