@@ -45,6 +45,7 @@ from prlhf_lightning import checkpoint_files, cli, shipped
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.cache import FeedbackCache
 from prlhf_lightning.data.census import census_of
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.data.sources.base import read
 from prlhf_lightning.data.tokenization import TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import PRLHFError
@@ -335,7 +336,13 @@ def _pairs(path: Path, users: list[str], count: int = 8) -> Path:
         for user in users:
             for _ in range(count):
                 prompt, chosen, rejected = (" ".join(draw.choices(_WORDS, k=k)) for k in (3, 6, 4))
-                row = {"user_id": user, "prompt": prompt, "chosen": f"{chosen}.", "rejected": rejected}
+                row = {
+                    "user_text": f"{user} likes cats",
+                    "user_id": user,
+                    "prompt": prompt,
+                    "chosen": f"{chosen}.",
+                    "rejected": rejected,
+                }
                 file.write(json.dumps(row) + "\n")
     return path
 
@@ -417,7 +424,11 @@ def _data(root: Path) -> dict[str, Kind]:
     jsonl = _pairs(root / "raw.jsonl", ["ann", "bob"], 40)
     _command("data", "convert", "--train", jsonl, "--output", root / "parquet")
     source = FileSource(str(root / "parquet/train.parquet"))
-    kinds["parquet"] = Kind(root / "parquet", lambda: _digest([row for _, row in read(source, "train")]))
+
+    def parsed() -> str:
+        return _digest([vars(parse_record(row, where, Columns())) for where, row in read(source, "train")])
+
+    kinds["parquet"] = Kind(root / "parquet", parsed)
     return kinds
 
 

@@ -246,7 +246,7 @@ class FeedbackLog:
         query = sql.select(FEEDBACK).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
         with self._errors(), self._reader.connect() as connection:
             rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
-        return [_record(row) for row in reversed(rows)]
+        return [_record(row, self.name) for row in reversed(rows)]
 
     def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield each thumb after its row's number, in the order of receipt.
@@ -262,7 +262,7 @@ class FeedbackLog:
         query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=1000)
         with self._errors(), self._reader.connect() as connection:
             for row in connection.execute(query).mappings():
-                yield row["number"], _record(row)
+                yield row["number"], _record(row, self.name)
 
     def check(self) -> None:
         """Raise FeedbackLogError where the log can't be read and written now, within a few seconds."""
@@ -409,9 +409,15 @@ def _check_durable(connection: sql.Connection, name: str) -> None:
         _log.warning("The database of the feedback log %s has fsync off: a power loss can lose feedback.", name)
 
 
-def _record(row: Any) -> dict[str, Any]:
+def _record(row: Any, log: str) -> dict[str, Any]:
     """Return a row in the form that `data.records.parse_record` reads."""
-    prompt = json.loads(row["prompt"])
+    try:
+        prompt = json.loads(row["prompt"])
+    except ValueError:  # whose message would quote it
+        raise FeedbackLogError(
+            f"The feedback log {log} is damaged: the prompt in row {row['number']} is no JSON. Restore the log from a "
+            f"backup, or delete the row: DELETE FROM {FEEDBACK.name} WHERE number = {row['number']}."
+        ) from None
     record = {"user_id": row["user_id"], "user_text": row["user_text"], "prompt": prompt}
     for name in ("chosen", "rejected") if row["completion"] is None else ("completion",):
         text = row[name]

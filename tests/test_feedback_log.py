@@ -311,6 +311,16 @@ def test_a_damaged_index_is_noticed(tmp_path):
         log.append(pair(1))
 
 
+def test_a_row_with_a_damaged_prompt_is_named_and_how_to_go_on(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.append(pair())
+    with closing(sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)) as other:
+        other.execute("UPDATE prlhf_feedback SET prompt = 'secret'")
+    with pytest.raises(FeedbackLogError, match=r"feedback.db is damaged: .* row 1 .*DELETE FROM") as caught:
+        list(log.pairs())
+    assert "secret" not in str(caught.value)
+
+
 @pytest.mark.parametrize(("kind", "warned"), [("nfs4", True), ("ext4", False)])
 def test_a_file_on_a_network_file_system_is_warned_of(tmp_path, monkeypatch, caplog, kind, warned):
     mounts = f"/dev/sda / ext4 rw 0 0\nserver:/x {tmp_path.parent} {kind} rw 0 0\n"

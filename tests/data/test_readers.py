@@ -240,3 +240,23 @@ def test_keys_that_parquet_adds_to_messages_are_no_part_of_them(tmp_path):
                 {"role": "tool", "content": "1"}]  # fmt: skip
     pq.write_table(pa.Table.from_pylist([{"prompt": messages, "note": None}]), tmp_path / "a.parquet")
     assert next(read_rows(tmp_path / "a.parquet"))[1] == {"prompt": messages, "note": None}
+
+
+def test_a_parquet_file_whose_column_s_name_is_damaged_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"user_id": ["ann"], "user_text": ["likes cats"]}), path)
+    assert [row for _, row in read_rows(path)] == [{"user_id": "ann", "user_text": "likes cats"}]
+    raw = path.read_bytes()
+    path.write_bytes(raw.replace(b"\x09user_text", b"\x09user_tezt", 1))
+    with pytest.raises(FeedbackFormatError, match=r"a.parquet: is damaged: a column is called 'user_te.t'"):
+        list(read_rows(path))
+
+
+def test_a_parquet_file_of_which_a_program_left_columns_out_is_read(tmp_path):
+    path, table = tmp_path / "a.parquet", pa.table({"user_id": ["ann"], "prompt": ["a"]})
+    pq.write_table(table, path)
+    kept = pq.read_metadata(path).metadata[b"ARROW:schema"]
+    with pq.ParquetWriter(path, table.select(["prompt"]).schema, store_schema=False) as writer:
+        writer.write_table(table.select(["prompt"]))
+        writer.add_key_value_metadata({"ARROW:schema": kept.decode()})
+    assert [row for _, row in read_rows(path)] == [{"prompt": "a"}]

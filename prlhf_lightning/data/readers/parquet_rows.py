@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ def read_parquet(path: Path) -> Items:
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             refuse_twins(path, file.schema_arrow.names)
+            _check_names(path, file)
             for batch in file.iter_batches(batch_size=1024):
                 for row in _python_rows(batch):
                     number += 1
@@ -38,6 +40,22 @@ def read_parquet(path: Path) -> Items:
         after = f" after row {number}" if number else ""
         told = " ".join(str(error).split())
         raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({told}); write it again.") from None
+
+
+def _check_names(path: Path, file: pyarrow.parquet.ParquetFile) -> None:
+    """Compare the columns' names, of which there is no checksum, with the second copy that Arrow writes of them."""
+    kept = (file.metadata.metadata or {}).get(b"ARROW:schema")
+    try:
+        copy = pyarrow.ipc.read_schema(pyarrow.BufferReader(b64decode(kept))).names if kept else []
+    except (pyarrow.ArrowException, ValueError):  # the copy is damaged, or of a later version
+        return
+    # Programs that leave columns out may keep the copy as it was.
+    other = [(name, told) for name, told in zip(file.schema_arrow.names, copy, strict=False) if name != told]
+    if other and len(copy) == len(file.schema_arrow.names):
+        raise FeedbackFormatError(
+            f"{path}: is damaged: a column is called {other[0][0]!r} in one place and {other[0][1]!r} in another; "
+            "write it again."
+        )
 
 
 def _python_rows(batch: Any) -> Iterator[Row | Exception]:
