@@ -19,9 +19,9 @@ from prlhf_lightning.policies import CausalLMPolicy, causal_lm
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.tasks.run_configuration import (
     check_configuration,
+    configuration_of_run,
     seal_configuration,
     tell_of_changes,
-    with_configuration_of_run,
 )
 
 
@@ -113,10 +113,10 @@ def configuration(tmp_path):
 
 def test_a_run_s_configuration_that_was_damaged_measures_no_checkpoint(configuration):
     words = ["validate", "--ckpt_path", str(configuration.parent / "checkpoints/last.ckpt")]
-    assert f"--config={configuration}" in with_configuration_of_run(words, "runs")
+    assert configuration_of_run(words, "runs") == configuration
     replace_in(configuration, "8", "9")
     with pytest.raises(ConfigurationError, match=r"config.yaml is not as `fit` wrote it.*delete its first line"):
-        with_configuration_of_run(words, "runs")
+        configuration_of_run(words, "runs")
     configuration.write_bytes(configuration.read_bytes().partition(b"\n")[2])
     check_configuration(configuration)
 
