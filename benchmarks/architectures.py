@@ -41,8 +41,8 @@ from transformers.pytorch_utils import Conv1D
 
 import prlhf_lightning
 from prlhf_lightning import CausalLMPolicy, LoRA
-from prlhf_lightning.cli import main as command_line
-from prlhf_lightning.inference.rows import keeps_keys_and_values
+from prlhf_lightning.cli.main import main as command_line
+from prlhf_lightning.inference.kv_cache import keeps_keys_and_values
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 TOKENIZER = Path(prlhf_lightning.__file__).parent / "assets/byte-lm"

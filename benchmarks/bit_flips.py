@@ -41,20 +41,22 @@ import torch
 from fuzz_checkpoint import truncate, zero_page
 from transformers import AutoTokenizer
 
-from prlhf_lightning import checkpoint_files, cli, shipped
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli import main as cli
+from prlhf_lightning.utils import shipped
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.cache import FeedbackCache
-from prlhf_lightning.data.census import census_of
-from prlhf_lightning.data.records import Columns, parse_record
+from prlhf_lightning.data.store import FeedbackCache
+from prlhf_lightning.data.holdout import census_of
+from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.data.sources.base import read
 from prlhf_lightning.data.tokenization import TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.feedback_log import Feedback, FeedbackLog
+from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, causal_lm
-from prlhf_lightning.reference_cache import ReferenceCache
-from prlhf_lightning.tasks.models import load_module, open_writer
+from prlhf_lightning.training.reference_cache import ReferenceCache
+from prlhf_lightning.cli.checkpoints import load_module, open_writer
 
 SLOW = 5.0  # seconds, more than which is told
 

@@ -39,13 +39,13 @@ from pathlib import Path
 import torch
 import yaml
 
-import prlhf_lightning.tasks.adapt
-import prlhf_lightning.tasks.export
-import prlhf_lightning.tasks.report
-import prlhf_lightning.training  # noqa: F401
-from prlhf_lightning import checkpoint_files
-from prlhf_lightning.cli import main
-from prlhf_lightning.data.simulation.blank_model import vocabulary
+import prlhf_lightning.cli.adapt
+import prlhf_lightning.cli.export
+import prlhf_lightning.cli.report
+import prlhf_lightning.cli.fit  # noqa: F401
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.simulation.blank_model import vocabulary
 
 ROOM = 96 << 20  # bytes; enough for every command
 PAGE = 4096

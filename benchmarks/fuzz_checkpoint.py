@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from prlhf_lightning import checkpoint_files
+from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.errors import DamagedCheckpointError
-from prlhf_lightning.modules.checkpoint_io import SealedCheckpointIO
+from prlhf_lightning.training.checkpointing import SealedCheckpointIO
 
 PAGE = 4096
 

@@ -34,14 +34,14 @@ import odd_files
 import torch
 from odd_files import Case, Sound
 
-from prlhf_lightning.cli import main as command_line
-from prlhf_lightning.commands import COMMANDS, Group, Task
+from prlhf_lightning.cli.main import main as command_line
+from prlhf_lightning.cli.commands import COMMANDS, Group, Task
 
 SECONDS, BYTES = 5.0, 1 << 30  # beyond what the same command takes with sound files
 _GIVEN_UP = 60.0  # seconds on the clock, beyond four times what sound files take
 _CHARACTERS = 3000  # of an error
 #: What commands import when they need it, which takes seconds.
-_IMPORTED = ("prlhf_lightning.training", "prlhf_lightning.serving.server", "transformers.models.llama.modeling_llama")
+_IMPORTED = ("prlhf_lightning.cli.fit", "prlhf_lightning.serving.server", "transformers.models.llama.modeling_llama")
 WRONG = ("trace", "long", "slow", "large", "silent", "killed")
 
 
@@ -174,7 +174,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder of the sound files, which are made there if it is empty")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    for module in (*_IMPORTED, *(f"prlhf_lightning.tasks.{task}" for task in _tasks(COMMANDS))):
+    for module in (*_IMPORTED, *(f"prlhf_lightning.cli.{task}" for task in _tasks(COMMANDS))):
         import_module(module)
     totals: dict[str, Counter[str]] = {}
     slowest = 0.0

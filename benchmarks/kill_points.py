@@ -38,10 +38,11 @@ from typing import Any
 import torch
 from kill_resume import distance
 
-from prlhf_lightning import checkpoint_files, files
-from prlhf_lightning.cli import main
-from prlhf_lightning.loggers import MetricsFile
-from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.utils import io
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.training.loggers import MetricsFile
+from prlhf_lightning.training import PersonalizedLM
 
 COMMAND = {
     "trainer.max_epochs": 2,
@@ -110,7 +111,7 @@ def count_calls(owner: Any, name: str, reached: Callable[[], None], after: bool 
 
 def watch_writes(part: str, kind: str, reached: Callable[[], None]) -> None:
     """Report each write to files whose name has a part, when half of it is on the disk."""
-    original = files._Output.write
+    original = io._Output.write
 
     def write(self: Any, data: Any) -> int:
         if part in Path(self.name).name:
@@ -120,7 +121,7 @@ def watch_writes(part: str, kind: str, reached: Callable[[], None]) -> None:
             return len(half) + original(self, memoryview(data)[len(half) :])
         return original(self, data)
 
-    files._Output.write = write  # type: ignore[method-assign]
+    io._Output.write = write  # type: ignore[method-assign]
 
 
 def watch_renames(part: str, after: bool, reached: Callable[[], None]) -> None:

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import psycopg
 from postgres_cluster import Cluster
 
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 
 
 class Trial(Protocol):

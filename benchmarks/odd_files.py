@@ -22,7 +22,7 @@ import torch
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from safetensors.torch import load_file, save_file
 
-from prlhf_lightning import checkpoint_files
+from prlhf_lightning.training import checkpoint_files
 
 _WORDS = ["a", "the", "cat", "dog", "sat", "ran", "fast", "slow", "red", "blue", "sun", "moon"]
 _TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"

@@ -22,7 +22,7 @@ import httpx
 from rich.progress import track
 from serve_processes import server
 
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 
 CLIENTS = 8
 

@@ -24,7 +24,7 @@ import httpx
 from rich.progress import Progress
 from serve_processes import server
 
-from prlhf_lightning.data.simulation.grammar import PROMPTS
+from prlhf_lightning.simulation.grammar import PROMPTS
 
 
 @dataclass

@@ -40,9 +40,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import log_faults
 from postgres_cluster import Cluster, binaries, running_cluster
 
-from prlhf_lightning import cli
+from prlhf_lightning.cli import main as cli
 from prlhf_lightning.data import FeedbackLogSource
-from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.errors import FeedbackFormatError
 
 CLIENTS = 8
@@ -51,7 +51,7 @@ GIVE_UP = 90  # seconds after the fault's end
 
 # Servers are forked from a process that has imported what they need, or most of the time would go into imports.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["prlhf_lightning.training", "prlhf_lightning.serving.server", "prlhf_lightning.cli"])
+FORKS.set_forkserver_preload(["prlhf_lightning.cli.fit", "prlhf_lightning.serving.server", "prlhf_lightning.cli.main"])
 
 
 def serve(arguments: list[str], log: Path) -> None:

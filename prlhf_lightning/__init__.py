@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from prlhf_lightning.data.users import UserVocabulary
     from prlhf_lightning.inference import Generation, PersonalizedWriter
     from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss, ThumbsLoss
-    from prlhf_lightning.modules import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
+    from prlhf_lightning.training import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
     from prlhf_lightning.user_models import (
@@ -30,7 +30,7 @@ _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
     "inference": ["Generation", "PersonalizedWriter"],
     "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss", "ThumbsLoss"],
-    "modules": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
+    "training": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
     "user_models": [

@@ -11,7 +11,7 @@ if __name__ == "__main__" and not sys.flags.safe_path and sys.path[:1] == [os.ge
         sys.path.append(here)
 
 try:
-    from prlhf_lightning.cli import main
+    from prlhf_lightning.cli.main import main
 except KeyboardInterrupt:  # Ctrl+C while modules are loaded
     sys.exit(130)
 

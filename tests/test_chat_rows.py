@@ -14,11 +14,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning import CausalLMPolicy
-from prlhf_lightning.cli import main
-from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.inference import Generation
-from prlhf_lightning.tasks.models import open_writer
+from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.types import Tokens
 
 QUESTION, ANSWER = next(iter(ANSWERS.items()))

@@ -13,13 +13,13 @@ from serving.serving_helpers import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import PersonalizedLM, Sampling
-from prlhf_lightning.cli import main
-from prlhf_lightning.data.records import FeedbackRecord
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.data.schema import FeedbackRecord
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.inference import Engine, Generation
 from prlhf_lightning.serving.services import Services
-from prlhf_lightning.tasks.models import open_writer
+from prlhf_lightning.cli.checkpoints import open_writer
 
 GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
 

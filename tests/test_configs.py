@@ -10,7 +10,7 @@ import yaml
 from conftest import CHAT_TEMPLATE, make_tokenizer
 from original_files import comparisons, write_jsonl, write_koala, write_prism, write_psoups
 
-from prlhf_lightning.cli import main
+from prlhf_lightning.cli.main import main
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

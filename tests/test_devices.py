@@ -16,17 +16,17 @@ from quiet_trainer import quiet_trainer
 
 from prlhf_lightning import losses
 from prlhf_lightning.adaptation import adapt_users, cold_start, encode_users, fit_shrinkage, suggest
-from prlhf_lightning.callbacks import UserTable
+from prlhf_lightning.training.callbacks.outputs import UserTable
 from prlhf_lightning.data import FileSource, PreferenceDataModule
-from prlhf_lightning.data.collate import collate
-from prlhf_lightning.guards import CollapseMonitor
+from prlhf_lightning.data.batching import collate
+from prlhf_lightning.training.callbacks import CollapseMonitor
 from prlhf_lightning.inference import Generation, PersonalizedWriter
 from prlhf_lightning.losses import DPOLoss, KTOLoss, PreferenceLoss
-from prlhf_lightning.modules import Optim, PersonalizedLM
+from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
-from prlhf_lightning.tasks.adapt import _table
-from prlhf_lightning.tasks.new_users import NewUsers
-from prlhf_lightning.tasks.pair_batches import read_pairs
+from prlhf_lightning.cli.adapt import _table
+from prlhf_lightning.cli.serve import NewUsers
+from prlhf_lightning.cli.adapt import read_pairs
 from prlhf_lightning.user_models import (
     AmortizedUserModel,
     ClusterUserModel,

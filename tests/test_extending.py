@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from prlhf_lightning.cli import main
+from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.policies import CausalLMPolicy
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from odd_texts import ODD
 from safetensors import safe_open
 
-from prlhf_lightning import checkpoint_files
-from prlhf_lightning.cli import main
-from prlhf_lightning.files import as_cell, from_cell
-from prlhf_lightning.tasks.terminal import printable
-from prlhf_lightning.tasks.user_rows import UserRows
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.utils.io import as_cell, from_cell
+from prlhf_lightning.utils.terminal import printable
+from prlhf_lightning.cli.user_rows import UserRows
 
 IDS = [
     *(text for text in ODD if text.strip() and len(text) < 100),

@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import prlhf_lightning
-from prlhf_lightning.cli import main
+from prlhf_lightning.cli.main import main
 from prlhf_lightning.data.privacy import Pseudonyms
 
 SECRET, SALT = "Ann has a rare illness", "3f2a9c71d0b84e56a1c2"
@@ -21,7 +21,7 @@ SECRET, SALT = "Ann has a rare illness", "3f2a9c71d0b84e56a1c2"
 def study(tmp_path, repo_root, monkeypatch):
     """Options of a run on votes with secret texts, whose ids are hashed."""
     monkeypatch.setenv("STUDY_SALT", SALT)
-    monkeypatch.setattr("prlhf_lightning.training._RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("prlhf_lightning.cli.fit._RUNS", str(tmp_path / "runs"))
     rows = [
         {"user_id": f"patient-{i % 3}", "prompt": f"Question {i}?", "chosen": f"Yes {i}", "rejected": f"No {i}",
          "user_text": SECRET} for i in range(30)

@@ -19,7 +19,7 @@ from prlhf_lightning.adaptation.adapt import trained_rows
 from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.modules import PersonalizedLM
+from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
 
 MOST_PAIRS = 4000

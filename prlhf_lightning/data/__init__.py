@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prlhf_lightning.data.privacy import Pseudonyms
-from prlhf_lightning.data.records import FeedbackRecord
+from prlhf_lightning.data.schema import FeedbackRecord
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.combined import CombinedSource
 from prlhf_lightning.data.sources.derived import DerivedSource
@@ -14,7 +14,7 @@ from prlhf_lightning.data.sources.feedback_log import FeedbackLogSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.sources.hh_rlhf import HHRLHFSource
 from prlhf_lightning.data.sources.hub import HubSource
-from prlhf_lightning.data.sources.labels import LabelSource
+from prlhf_lightning.data.sources.ratings import LabelSource
 from prlhf_lightning.data.sources.personal_llm import PersonalLLMSource
 from prlhf_lightning.data.sources.personalized_soups import PersonalizedSoupsSource
 from prlhf_lightning.data.sources.pool import PoolSource

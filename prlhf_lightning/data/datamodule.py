@@ -18,13 +18,13 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.cache import Ties
-from prlhf_lightning.data.collate import collate
-from prlhf_lightning.data.division import HoldOut, Pairs
-from prlhf_lightning.data.history import PairsWithHistory
-from prlhf_lightning.data.loading import Loader, make_loader, refuse_injected_sampler, resume_point, share_of
+from prlhf_lightning.data.store import Ties
+from prlhf_lightning.data.batching import collate
+from prlhf_lightning.data.holdout import HoldOut, Pairs
+from prlhf_lightning.data.batching import PairsWithHistory
+from prlhf_lightning.data.batching import Loader, make_loader, refuse_injected_sampler, resume_point, share_of
 from prlhf_lightning.data.order import TrainingOrder
-from prlhf_lightning.data.position import (
+from prlhf_lightning.data.order import (
     differences,
     earlier_rows,
     has_other_texts,
@@ -33,19 +33,19 @@ from prlhf_lightning.data.position import (
     record,
     trained_rows,
 )
-from prlhf_lightning.data.prepared import PreparedFeedback, Stage
+from prlhf_lightning.data.preparation import PreparedFeedback, Stage
 from prlhf_lightning.data.privacy import Pseudonyms
-from prlhf_lightning.data.records import Text
-from prlhf_lightning.data.requests import Requests
-from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
+from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.batching import Requests
+from prlhf_lightning.data.sampling import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.splits import SplitBy, spread
-from prlhf_lightning.data.stream import FeedbackStream, StreamBatchSampler, StreamedRows
-from prlhf_lightning.data.summary import summary
+from prlhf_lightning.data.streaming import FeedbackStream, StreamBatchSampler, StreamedRows
+from prlhf_lightning.data.preparation import summary
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.paths import cache_folder
+from prlhf_lightning.utils.cache_dir import cache_folder
 from prlhf_lightning.types import Feedback, PairTokens, PreferenceBatch, Tokens, sent
 
 

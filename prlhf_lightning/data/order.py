@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-
 import numpy as np
-
-from prlhf_lightning.data.division import Pairs
-from prlhf_lightning.data.sampler import UserGroupedBatchSampler
-from prlhf_lightning.data.stream import StreamBatchSampler, StreamedRows, StreamOrder
+from prlhf_lightning.data.holdout import Pairs
+from prlhf_lightning.data.sampling import UserGroupedBatchSampler
+from prlhf_lightning.data.streaming import StreamBatchSampler, StreamedRows, StreamOrder
 from prlhf_lightning.errors import ConfigurationError
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from typing import Any
+import numpy.typing as npt
+from prlhf_lightning.data.store import TokenizedSplit
+from prlhf_lightning.data.holdout import HoldOut, Pairs
+from prlhf_lightning.data.streaming import StreamedRows
 
 
 @dataclass(frozen=True)
@@ -92,3 +98,107 @@ class TrainingOrder:
             )
         if self.shuffle_buffer < 1:
             raise ConfigurationError(f"shuffle_buffer is {self.shuffle_buffer}; it must be at least 1 row.")
+
+
+_Array = npt.NDArray[np.int64]
+#: What decides which rows make up the batches of an epoch, as users know it.
+_NAMES = {
+    "world_size": "the number of processes",
+    "accumulate": "trainer.accumulate_grad_batches",
+    **{field.name: f"data.{field.name}" for field in (*fields(TrainingOrder), *fields(HoldOut))},
+}
+
+
+def record(
+    order: TrainingOrder,
+    hold_out: HoldOut,
+    rows: Pairs | StreamedRows,
+    sequences: int,
+    world_size: int,
+    accumulate: int,
+) -> dict[str, Any]:
+    """Return what decides the order of training, for a checkpoint.
+
+    Args:
+        order: How rows are batched.
+        hold_out: How they were chosen.
+        rows: The training rows.
+        sequences: Sequences that a row is scored as.
+        world_size: Number of processes that share the rows.
+        accumulate: Batches of a process in an optimizer step.
+    """
+    settings = {**asdict(hold_out), **asdict(order), "world_size": world_size, "accumulate": accumulate}
+    if not order.streaming:
+        del settings["shuffle_buffer"]
+    found = {"settings": settings, "sequences": sequences, "rows": len(rows), "data": _digest(rows)}
+    # A stream's texts are not known before they are read.
+    return found if isinstance(rows, StreamedRows) else {**found, "texts": rows.split.report.digest}
+
+
+def differences(kept: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Return the settings that decide the order and differ between two records, each with both values."""
+    before, now = kept["settings"], here["settings"]
+    return [
+        f"{_NAMES.get(name, name)} was {before[name]!r} and is {now[name]!r}"
+        for name in now
+        if name in before and before[name] != now[name]
+    ]
+
+
+def has_other_texts(kept: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
+    """Whether the rows of two records differ in their token ids; False where one of them does not tell."""
+    return "texts" in kept and "texts" in here and kept["texts"] != here["texts"]
+
+
+def hold_out_of(kept: Mapping[str, Any]) -> HoldOut:
+    """Return how the training rows of a record were chosen."""
+    return HoldOut(**{one.name: kept["settings"][one.name] for one in fields(HoldOut)})
+
+
+def trained_rows(kept: Mapping[str, Any], then: Pairs, epoch: int, batch: int) -> _Array:
+    """Return which rows were trained on in an epoch `[n]`, by their positions in the split.
+
+    Args:
+        kept: The record of a checkpoint.
+        then: The training rows of its run.
+        epoch: The epoch.
+        batch: Number of batches of each process that were trained in it.
+    """
+    settings = {"shuffle_buffer": 1, **kept["settings"]}
+    order = TrainingOrder(**{one.name: settings[one.name] for one in fields(TrainingOrder)})
+    sampler = order.batches(then, kept["sequences"], 0, settings["world_size"])
+    assert isinstance(sampler, UserGroupedBatchSampler)
+    earlier = earlier_rows(kept, epoch)
+    leave_out(sampler, then, epoch, earlier)
+    return np.concatenate([earlier, *(then.positions[step] for step in sampler.steps(epoch)[:batch])])
+
+
+def earlier_rows(kept: Mapping[str, Any], epoch: int) -> _Array:
+    """Return which rows `[n]` the run of a record had left out of an epoch, having trained on them before it began."""
+    found = kept.get("left_out")
+    rows: _Array = found["rows"].numpy() if found and found["epoch"] == epoch else np.empty(0, dtype=np.int64)
+    return rows
+
+
+def leave_out(sampler: UserGroupedBatchSampler, rows: Pairs, epoch: int, done: _Array) -> None:
+    """Have a sampler leave rows out of an epoch, given by their positions in the split of `rows`."""
+    if len(done):
+        places = np.searchsorted(rows.positions, done).clip(max=len(rows) - 1)
+        sampler.leave_out(epoch, places[rows.positions[places] == done])
+
+
+def _digest(rows: Pairs | StreamedRows) -> str:
+    """Return a hash of the split that training rows are of: users and lengths, in their order."""
+    digest = hashlib.sha256()
+    if isinstance(rows, StreamedRows):
+        digest.update(f"{len(rows)} {rows.vocabulary.digest()}".encode())
+    else:
+        _add_split(digest, rows.split)
+    return digest.hexdigest()
+
+
+def _add_split(digest: Any, split: TokenizedSplit) -> None:
+    for user_id in split.user_ids:
+        digest.update(user_id.encode() + b"\0")
+    for part in (split.users, split.lengths):
+        digest.update(np.ascontiguousarray(part).tobytes())

@@ -19,17 +19,23 @@ from dataclasses import dataclass, field, fields, replace
 from datetime import date
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
-
 import numpy as np
 from transformers import PreTrainedTokenizerBase
-
-from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
+from prlhf_lightning.data.schema import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer
-from prlhf_lightning.data.template_args import check_names, check_values, writes_date
+from prlhf_lightning.data.rendering import check_names, check_values, writes_date
 from prlhf_lightning.data.template_coverage import Tools
-from prlhf_lightning.data.text_ids import Ids, TextIds
-from prlhf_lightning.end_tokens import end_token_ids
+from prlhf_lightning.utils.chat_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+import re
+from collections.abc import Iterable, Sequence, Set
+from functools import cached_property
+from typing import Any, TypeAlias
+import numpy.typing as npt
+from tokenizers import Tokenizer
+from prlhf_lightning.data.special_tokens import MARK, unescaped
+from collections.abc import Sequence
+
 
 Overlong: TypeAlias = Literal["truncate", "drop", "error"]
 # A completion is tokenized after one of these to get its ids in the middle of a text: the first that joins nothing.
@@ -357,3 +363,149 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
     else:
         content["vocabulary"] = tokenizer.get_vocab()
     return sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+Ids: TypeAlias = npt.NDArray[np.int32]
+_REMEMBERED = 40_000_000  # bytes of texts already tokenized that are kept at hand, with their ids
+_ENTRY = 200  # bytes of one of them beside its characters and ids
+
+
+class TextIds:
+    """Token ids of texts, as the tokenizer gives them without the special tokens that it adds by itself.
+
+    Control tokens in a text become their ids, but for those that are marked as text (`TokenEscaper`).
+
+    Args:
+        tokenizer: The tokenizer. Its padding and truncation have no effect here.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        # Nobody else's padding or truncation can reach a copy, and its calls are half as costly.
+        self._backend = _copy(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
+        self.forget()
+
+    def __len__(self) -> int:
+        """Return the number of texts that are known."""
+        return len(self._ids)
+
+    def __getitem__(self, text: str) -> Ids:
+        """Return the ids of a text, `[L]` int32; `learn` must have been called with it since texts were forgotten."""
+        return self._ids[text]
+
+    def learn(self, texts: Iterable[str]) -> None:
+        """Tokenize the texts that are not yet known."""
+        new = [text for text in dict.fromkeys(texts) if text not in self._ids]
+        marked = [text for text in new if MARK in text]
+        self._keep(marked, self._encode_marked(marked) if marked else [])
+        plain = [text for text in new if MARK not in text] if marked else new
+        self._keep(plain, self._encode(plain) if plain else [])
+
+    def make_room(self) -> None:
+        """Forget all texts if they take too much memory."""
+        if self._remembered > _REMEMBERED:
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget all texts."""
+        self._ids: dict[str, Ids] = {"": np.empty(0, dtype=np.int32)}
+        self._remembered = 0
+
+    def _keep(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
+        for text, row in zip(texts, rows, strict=True):
+            self._ids[text] = ids = np.array(row, dtype=np.int32)
+            self._remembered += len(text) + ids.nbytes + _ENTRY
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
+        if self._backend is not None:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+        rows: list[list[int]] = self._tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return rows
+
+    def _encode_marked(self, texts: Sequence[str]) -> list[list[int]]:
+        if not self._tokenizer.is_fast:
+            return [self._encode_marked_slowly(text) for text in texts]
+        backend, ids = self._backend_for_marked
+        rows = backend.encode_batch_fast(texts, add_special_tokens=False)
+        return [[ids.get(number, number) for number in row.ids] for row in rows]
+
+    @cached_property
+    def _backend_for_marked(self) -> tuple[Tokenizer, dict[int, int]]:
+        """The Rust tokenizer that finds added tokens first and takes out the marks after that.
+
+        The mapping gives the ids of those tokens whose ids differ in it.
+        """
+        content = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        for token in content["added_tokens"]:
+            token["normalized"] = False  # or the token would be looked for again where the mark was
+        added = {token["content"]: token["id"] for token in content["added_tokens"]}
+        _hide(added.keys() - {content["model"].get("unk_token")}, content["model"])
+        steps = [{"type": "Replace", "pattern": {"String": MARK}, "content": ""}]
+        if content["normalizer"] is not None:
+            steps.append(content["normalizer"])
+        content["normalizer"] = {"type": "Sequence", "normalizers": steps}
+        backend = _copy(json.dumps(content))
+        found = {backend.token_to_id(token): number for token, number in added.items()}
+        return backend, {other: number for other, number in found.items() if other is not None}
+
+    def _encode_marked_slowly(self, text: str) -> list[int]:
+        """Return the ids for a tokenizer in Python: what stands between control tokens is tokenized as text only."""
+        tokenizer = self._tokenizer
+        added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+        ids: list[int] = []
+        for piece in re.split("(" + "|".join(map(re.escape, added)) + ")", text) if added else [text]:
+            tokens = [piece] if piece in added else tokenizer.tokenize(unescaped(piece), split_special_tokens=True)
+            ids += tokenizer.convert_tokens_to_ids(tokens)
+        return ids
+
+
+def _hide(tokens: Set[str], model: dict[str, Any]) -> None:
+    """Have a model of whole words or pieces not find some tokens in a text; BPE finds none that it does not merge."""
+    vocabulary = model["vocab"]
+    if isinstance(vocabulary, list):  # Unigram: pieces and scores
+        model["vocab"] = [[MARK + piece if piece in tokens else piece, score] for piece, score in vocabulary]
+    elif "merges" not in model:
+        model["vocab"] = {MARK + piece if piece in tokens else piece: number for piece, number in vocabulary.items()}
+
+
+def _copy(content: str) -> Tokenizer:
+    backend = Tokenizer.from_str(content)
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
+
+
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
+_DECODED_BEFORE = 8  # tokens; more than any character or word of which the last ones may be a part
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int] = ()) -> str:
+    """Return the text of tokens as it follows the text of others, without special tokens.
+
+    Spaces are as the model wrote them: some tokenizers would take out that of " ." and " n't".
+    """
+    how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    start = str(tokenizer.decode(list(before), **how)) if before else ""
+    return str(tokenizer.decode([*before, *ids], **how))[len(start) :]
+
+
+def loses_first_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether a space at the start is lost in decoding, as by tokenizers that are made of SentencePiece's."""
+    token = next(
+        (id_ for text, id_ in tokenizer.get_vocab().items() if text.startswith(_SPACE) and len(text) > 1), None
+    )
+    return token is not None and not decode(tokenizer, [token]).startswith(" ")
+
+
+def read_on_from(prompt: Sequence[int], as_it_stands: bool, first_space_is_lost: bool) -> Sequence[int]:
+    """Return the tokens that an answer must be decoded after.
+
+    A prompt that is taken as it stands goes on in the answer, whose first token may begin with a space. What a chat
+    template writes does not: there a space at the start is the template's, and is left out as transformers does.
+
+    Args:
+        prompt: The prompt's tokens.
+        as_it_stands: Whether the answer goes on with the prompt's text.
+        first_space_is_lost: See `loses_first_space`.
+    """
+    return prompt[-_DECODED_BEFORE:] if as_it_stands and first_space_is_lost else ()

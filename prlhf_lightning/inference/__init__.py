@@ -2,6 +2,6 @@
 
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.requests import Completion, Generation, Piece
-from prlhf_lightning.inference.writer import PersonalizedWriter
+from prlhf_lightning.inference.generator import PersonalizedWriter
 
 __all__ = ["Completion", "Engine", "Generation", "PersonalizedWriter", "Piece"]

@@ -33,7 +33,7 @@ from prlhf_lightning.losses.pointwise import (
     sppo_loss,
 )
 from prlhf_lightning.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, odds_ratio_loss, simpo_loss
-from prlhf_lightning.losses.thumbs import BCOUnpairedLoss, KTOLoss, ThumbsLoss, bco_unpaired_loss, kto_loss
+from prlhf_lightning.losses.unpaired import BCOUnpairedLoss, KTOLoss, ThumbsLoss, bco_unpaired_loss, kto_loss
 from prlhf_lightning.losses.transport import AOTLoss, AOTUnpairedLoss
 
 __all__ = [

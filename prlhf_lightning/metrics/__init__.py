@@ -8,7 +8,7 @@ from prlhf_lightning.metrics.preference import (
     user_accuracies,
     wilson_interval,
 )
-from prlhf_lightning.metrics.thumbs import ThumbsAUC, UserAUC, thumbs_auc, user_aucs
+from prlhf_lightning.metrics.unpaired import ThumbsAUC, UserAUC, thumbs_auc, user_aucs
 
 __all__ = [
     "PreferenceAccuracy",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.end_tokens import end_token_ids
+from prlhf_lightning.utils.chat_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
@@ -56,7 +56,7 @@ class Policy(nn.Module, ABC):
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer; see `prlhf_lightning.end_tokens`."""
+        """The tokens that end an answer; see `prlhf_lightning.utils.chat_tokens`."""
         return end_token_ids(self.tokenizer)
 
     @abstractmethod

@@ -27,16 +27,16 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prlhf_lightning.consent import allows_remote_code
-from prlhf_lightning.end_tokens import end_token_ids, remember_ends
+from prlhf_lightning.utils.trust import allows_remote_code
+from prlhf_lightning.utils.chat_tokens import end_token_ids, remember_ends
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.export_checksums import SETTINGS, check_folder
-from prlhf_lightning.modes import evaluating
-from prlhf_lightning.places import loading
-from prlhf_lightning.policies.adapters import LoRA, add_adapters, merge
+from prlhf_lightning.utils.hashing import SETTINGS, check_folder
+from prlhf_lightning.utils.modes import evaluating
+from prlhf_lightning.utils.hub import loading
+from prlhf_lightning.policies.lora import LoRA, add_adapters, merge
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.continuation import write, writes_in_batches
-from prlhf_lightning.policies.experts import note_on_router_loss, router_loss_coef
+from prlhf_lightning.policies.moe import note_on_router_loss, router_loss_coef
 from prlhf_lightning.policies.generation_settings import (
     as_generation_config,
     in_place_of_own,
@@ -44,11 +44,11 @@ from prlhf_lightning.policies.generation_settings import (
     warn_of_not_applied,
 )
 from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, refuse_kernels, unused_ids
-from prlhf_lightning.policies.packing import Packing
+from prlhf_lightning.policies.capabilities import Packing
 from prlhf_lightning.policies.scoring import embed, score, score_each, segments, writing_inputs
 from prlhf_lightning.policies.sequences import join
-from prlhf_lightning.policies.shortcuts import find_shortcuts, is_causal
-from prlhf_lightning.shipped import ASSETS, check_shipped
+from prlhf_lightning.policies.capabilities import find_shortcuts, is_causal
+from prlhf_lightning.utils.shipped import ASSETS, check_shipped
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 _BUILTIN = "builtin:"

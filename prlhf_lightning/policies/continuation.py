@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import TopPLogitsWarper
 
-from prlhf_lightning.modes import evaluating
+from prlhf_lightning.utils.modes import evaluating
 from prlhf_lightning.policies.base import Sampling
 from prlhf_lightning.policies.scoring import arguments, embed, model_inputs, writing_inputs
 from prlhf_lightning.policies.sequences import join

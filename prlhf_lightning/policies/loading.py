@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.reference_cache import weights_digest
+from prlhf_lightning.utils.hashing import weights_digest
 
 _log = logging.getLogger(__name__)
 _LISTED = 3  # weights that a message names

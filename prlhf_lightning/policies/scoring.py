@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from prlhf_lightning.policies.attention import takes_block_masks
-from prlhf_lightning.policies.experts import states_and_router_loss
+from prlhf_lightning.policies.prefix_sharing import takes_block_masks
+from prlhf_lightning.policies.moe import states_and_router_loss
 from prlhf_lightning.policies.sequences import join, token_log_probs
-from prlhf_lightning.policies.trees import BLOCK, plant
+from prlhf_lightning.policies.prefix_sharing import BLOCK, plant
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 # The prompt is computed once where that spares at least this share of all positions (benchmarks/prompt_sharing.py):

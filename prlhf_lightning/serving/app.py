@@ -10,9 +10,18 @@ from fastapi import FastAPI
 from starlette.staticfiles import StaticFiles
 
 import prlhf_lightning
-from prlhf_lightning.serving import api_errors, catalogue, demo, feedback, generation, learning, operations
-from prlhf_lightning.serving.hosts import HostCheck
-from prlhf_lightning.serving.keys import RateLimiter
+from prlhf_lightning.serving import errors
+from prlhf_lightning.serving import models_routes
+from prlhf_lightning.serving import models_routes
+from prlhf_lightning.serving import feedback_routes
+from prlhf_lightning.serving import completions
+from prlhf_lightning.serving import feedback_routes
+from prlhf_lightning.serving import models_routes
+from prlhf_lightning.serving.middleware import HostCheck
+from prlhf_lightning.serving.completions import completions_router
+from prlhf_lightning.serving.feedback_routes import adapt_router, feedback_router
+from prlhf_lightning.serving.models_routes import FOLDER, demo_router, models_router, operations_router
+from prlhf_lightning.serving.auth import RateLimiter
 from prlhf_lightning.serving.middleware import AccessLog, BodyLimit, Gate
 from prlhf_lightning.serving.services import Services
 
@@ -37,15 +46,15 @@ def create_app(services: Services) -> FastAPI:
         redoc_url=None,
     )
     app.services = services
-    api_errors.install(app)
-    for module in (generation, catalogue, operations):
-        app.include_router(module.router(services))
+    errors.install(app)
+    for make in (completions_router, models_router, operations_router):
+        app.include_router(make(services))
     if services.log is not None:
-        app.include_router(feedback.router(services, services.log))
+        app.include_router(feedback_router(services, services.log))
         if services.learner is not None:
-            app.include_router(learning.router(services, services.log, services.learner))
-    app.include_router(demo.router())
-    app.mount("/static", StaticFiles(directory=demo.FOLDER))
+            app.include_router(adapt_router(services, services.log, services.learner))
+    app.include_router(demo_router())
+    app.mount("/static", StaticFiles(directory=FOLDER))
     # The last is the first to see a request.
     app.add_middleware(BodyLimit, most=services.limits.max_body, seconds=services.limits.read_seconds)
     limiter = RateLimiter(services.limits.requests_per_minute, services.limits.burst)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from prlhf_lightning.serving.api_errors import APIError
+from prlhf_lightning.serving.errors import APIError
 
 
 class PatientProtocol(H11Protocol):

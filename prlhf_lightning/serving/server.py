@@ -14,15 +14,15 @@ from pathlib import Path
 import uvicorn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 from prlhf_lightning.inference import Engine, PersonalizedWriter
 from prlhf_lightning.serving.app import create_app
-from prlhf_lightning.serving.hosts import is_loopback
-from prlhf_lightning.serving.keys import KeyRing
+from prlhf_lightning.serving.middleware import is_loopback
+from prlhf_lightning.serving.auth import KeyRing
 from prlhf_lightning.serving.middleware import access_log
 from prlhf_lightning.serving.protocol import PatientProtocol
 from prlhf_lightning.serving.services import Learner, Services
-from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.serving.limits import Limits
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they never write to a closed one

@@ -11,13 +11,13 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 
 from starlette.concurrency import run_in_threadpool
 
-from prlhf_lightning.feedback_log import FeedbackLog, FeedbackLogError
+from prlhf_lightning.data.feedback_log import FeedbackLog, FeedbackLogError
 from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.serving.api_errors import APIError
-from prlhf_lightning.serving.keys import KeyRing
+from prlhf_lightning.serving.errors import APIError
+from prlhf_lightning.serving.auth import KeyRing
 from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
-from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.serving.limits import Limits
 
 T = TypeVar("T")
 Prompt: TypeAlias = str | list[dict[str, str]]

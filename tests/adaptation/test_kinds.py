@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prlhf_lightning.adaptation import Adapted, UserPrior
-from prlhf_lightning.adaptation.kinds import choose_kinds, medoids_of
+from prlhf_lightning.adaptation.prior import choose_kinds, medoids_of
 
 PAIRS = 32
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.adaptation.texts import DistinctTexts
+from prlhf_lightning.adaptation.margins import DistinctTexts
 from prlhf_lightning.types import PreferenceBatch, Tokens
 
 TEXT = st.lists(st.integers(1, 3), min_size=1, max_size=3)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.data.sampler import UserGroupedBatchSampler
+from prlhf_lightning.data.sampling import UserGroupedBatchSampler
 from prlhf_lightning.errors import ConfigurationError
 
 ROWS = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 40)), min_size=1, max_size=60)

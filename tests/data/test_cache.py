@@ -14,7 +14,7 @@ import pytest
 from feedback_helpers import CHATML, row, word_tokenizer, write_jsonl
 
 import prlhf_lightning
-from prlhf_lightning.data.cache import FeedbackCache
+from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.tokenization import TokenizationSettings
@@ -108,7 +108,7 @@ def test_a_build_that_was_killed_is_never_reused(cache, tmp_path):
     script = f"""
 import os, signal
 from feedback_helpers import word_tokenizer
-from prlhf_lightning.data.cache import FeedbackCache
+from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from pathlib import Path

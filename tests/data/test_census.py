@@ -4,7 +4,7 @@ import pytest
 from feedback_helpers import row, write_jsonl
 
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.census import Census, census_of, count, read_census
+from prlhf_lightning.data.holdout import Census, census_of, count, read_census
 from prlhf_lightning.errors import FeedbackFormatError
 
 ROWS = [row(0, "ann"), row(1, 'b,"ob', user_text="likes w1"), row(2, "ann")]

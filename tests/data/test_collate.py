@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.data.collate import collate
+from prlhf_lightning.data.batching import collate
 
 IDS = st.lists(st.integers(1, 50), max_size=5)
 ROW = st.fixed_dictionaries(

@@ -12,10 +12,10 @@ from prlhf_lightning.data import (
     LabelSource,
     PoolSource,
 )
-from prlhf_lightning.data.inspection import Inspector
-from prlhf_lightning.data.records import Columns, parse_record
+from prlhf_lightning.data.checks import Inspector
+from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.feedback_log import Feedback, FeedbackLog
+from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 
 
 def read(source: DataSource, split="train", feedback="pairs"):

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from malformed import TEXT, VALUES
 
 from prlhf_lightning.data import PoolSource, PreferenceDataModule
-from prlhf_lightning.data.inspection import Inspector
-from prlhf_lightning.data.simulation import scores
-from prlhf_lightning.data.simulation.crowd import apportion, draw_votes
-from prlhf_lightning.data.simulation.pool import Candidates, pairs_in_random_order
+from prlhf_lightning.data.checks import Inspector
+from prlhf_lightning.simulation import scores
+from prlhf_lightning.simulation.users import apportion, draw_votes
+from prlhf_lightning.data.sources.candidate_pool import Candidates, pairs_in_random_order
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, PRLHFError
 
 LENGTH = [{"characters": 1.0}, {"characters": -1.0}]

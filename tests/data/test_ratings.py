@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prlhf_lightning.data import FileSource, RankingSource, RatingSource
-from prlhf_lightning.data.sources.pairing import Pairing, Rated
+from prlhf_lightning.data.sources.ratings import Pairing, Rated
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 

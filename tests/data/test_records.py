@@ -5,9 +5,9 @@ import pytest
 from feedback_helpers import row
 
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.census import count
+from prlhf_lightning.data.holdout import count
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
-from prlhf_lightning.data.records import Columns, parse_record
+from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 

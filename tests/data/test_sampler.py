@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.data.sampler import SequentialBatchSampler, UserGroupedBatchSampler
+from prlhf_lightning.data.sampling import SequentialBatchSampler, UserGroupedBatchSampler
 from prlhf_lightning.errors import ConfigurationError
 
 USERS = st.lists(st.integers(0, 6), min_size=1, max_size=60).map(np.array)

@@ -5,8 +5,8 @@ from random import Random
 
 import pytest
 
-from prlhf_lightning.data.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render
-from prlhf_lightning.data.simulation.users import SimulatedUser, best_common_utility, state_preference
+from prlhf_lightning.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render
+from prlhf_lightning.simulation.users import SimulatedUser, best_common_utility, state_preference
 from prlhf_lightning.data.sources.simulated import SimulatedSource, StyleCorpus
 from prlhf_lightning.errors import ConfigurationError
 

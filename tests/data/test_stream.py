@@ -6,7 +6,7 @@ import pytest
 from feedback_helpers import row, word_tokenizer, write_jsonl
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
-from prlhf_lightning.data.stream import StreamBatchSampler, StreamOrder
+from prlhf_lightning.data.streaming import StreamBatchSampler, StreamOrder
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 ROWS = [row(i, user=f"u{i % 7}", chosen=" ".join(["one"] * (1 + i % 9))) for i in range(103)]

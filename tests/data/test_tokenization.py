@@ -1,8 +1,8 @@
 import pytest
 from feedback_helpers import CHATML, byte_tokenizer, word_tokenizer
 
-from prlhf_lightning.data.records import FeedbackRecord
-from prlhf_lightning.data.text_ids import TextIds
+from prlhf_lightning.data.schema import FeedbackRecord
+from prlhf_lightning.data.tokenization import TextIds
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
@@ -183,7 +183,7 @@ def test_prompts_to_be_answered_are_encoded_as_those_of_records():
 
 
 def test_short_texts_too_are_forgotten_before_they_fill_the_memory(monkeypatch):
-    monkeypatch.setattr("prlhf_lightning.data.text_ids._REMEMBERED", 1_000_000)
+    monkeypatch.setattr("prlhf_lightning.data.tokenization._REMEMBERED", 1_000_000)
     ids = TextIds(word_tokenizer())
     for start in range(0, 20_000, 1000):
         ids.make_room()

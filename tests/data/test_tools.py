@@ -7,13 +7,13 @@ from feedback_helpers import byte_tokenizer, write_jsonl
 from transformers import GenerationConfig
 
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.inspection import Inspector
-from prlhf_lightning.data.records import parse_record
+from prlhf_lightning.data.checks import Inspector
+from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.end_tokens import remember_ends
+from prlhf_lightning.utils.chat_tokens import remember_ends
 from prlhf_lightning.errors import FeedbackFormatError
-from prlhf_lightning.tasks import generate
-from prlhf_lightning.tasks.data_convert import convert_source
+from prlhf_lightning.cli import generate
+from prlhf_lightning.cli.data_convert import convert_source
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {"at": "sun"}}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.inference.sampling import choose
+from prlhf_lightning.inference.engine import choose
 
 
 def one(logits, temperature, top_p, chance) -> int:

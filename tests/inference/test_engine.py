@@ -11,8 +11,8 @@ from torch import nn
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference import Engine, Generation, PersonalizedWriter
-from prlhf_lightning.inference.conditions import conditions
-from prlhf_lightning.inference.rows import Rows
+from prlhf_lightning.inference.guidance import conditions
+from prlhf_lightning.inference.kv_cache import Rows
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.types import SoftPrompt, Tokens, Users
 from prlhf_lightning.user_models import (

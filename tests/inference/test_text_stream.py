@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from prlhf_lightning.inference.text import TextStream
+from prlhf_lightning.inference.engine import TextStream
 
 BYTES = AutoTokenizer.from_pretrained(str(files("prlhf_lightning") / "assets" / "byte-lm"))
 

@@ -7,8 +7,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prlhf_lightning.policies import LoRA
-from prlhf_lightning.policies.adapted_linear import AdaptedLinear, _Product
-from prlhf_lightning.policies.adapters import add_adapters
+from prlhf_lightning.policies.lora import AdaptedLinear, _Product
+from prlhf_lightning.policies.lora import add_adapters
 
 
 def adapted(path: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:

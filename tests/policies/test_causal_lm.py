@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MambaConf
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.policies.scoring import Shortcuts
-from prlhf_lightning.policies.shortcuts import find_shortcuts
+from prlhf_lightning.policies.capabilities import find_shortcuts
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "gpt2", "neox"]

@@ -8,7 +8,8 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from prlhf_lightning import CausalLMPolicy, places
+from prlhf_lightning import CausalLMPolicy
+from prlhf_lightning.utils import hub
 from prlhf_lightning.errors import ConfigurationError
 
 
@@ -59,7 +60,7 @@ def test_a_name_that_can_be_neither_folder_nor_hub_name_is_told_at_once_and_othe
 
     asked: list[str] = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
-    monkeypatch.setattr(places.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match="no such folder, and a name on the hub has an owner"):
         CausalLMPolicy("qwen3-0.6b").build()
     assert not asked

@@ -20,10 +20,11 @@ from transformers import (
 from transformers.integrations import flex_attention as integration
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.policies import CausalLMPolicy, LoRA, packing, scoring
+from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
+from prlhf_lightning.policies import capabilities
 from prlhf_lightning.policies.scoring import Shortcuts, score, segments
-from prlhf_lightning.policies.shortcuts import find_shortcuts
-from prlhf_lightning.policies.trees import BLOCK, Forest, plant
+from prlhf_lightning.policies.capabilities import find_shortcuts
+from prlhf_lightning.policies.prefix_sharing import BLOCK, Forest, plant
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "qwen3", "gpt2", "neox"]
@@ -99,7 +100,7 @@ def assert_equal(tried, expected, tolerance=1e-5):
 
 def pack(monkeypatch, mask=Forest.dense_mask):
     """Score as on a GPU, trees many in a row, but with a mask that a CPU can go backward through."""
-    monkeypatch.setattr(packing, "takes_block_masks", lambda lm, device: True)
+    monkeypatch.setattr(capabilities, "takes_block_masks", lambda lm, device: True)
     monkeypatch.setattr(scoring, "takes_block_masks", lambda lm, device: True)
     monkeypatch.setattr(Forest, "block_mask", mask)
 

@@ -12,9 +12,9 @@ from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
 from serving_helpers import EchoEngine, serving, writer
 
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 from prlhf_lightning.serving.app import create_app
-from prlhf_lightning.serving.keys import APIKey, KeyRing
+from prlhf_lightning.serving.auth import APIKey, KeyRing
 from prlhf_lightning.serving.services import Services
 
 ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/v1/users", "/v1/models/{name}", "/readyz"]

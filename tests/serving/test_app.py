@@ -16,13 +16,13 @@ import pytest
 from serving_helpers import CHAT, EchoEngine, serving, writer
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 from prlhf_lightning.serving import schemas
-from prlhf_lightning.serving.keys import APIKey, KeyRing
+from prlhf_lightning.serving.auth import APIKey, KeyRing
 from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.protocol import PatientProtocol
 from prlhf_lightning.serving.services import Services
-from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.serving.limits import Limits
 
 ANSWER = {"role": "assistant", "content": "four"}
 PAIR = {"user": "ann", "prompt": "which?", "chosen": "this", "rejected": "that"}

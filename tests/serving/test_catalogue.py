@@ -7,8 +7,8 @@ from unittest import mock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.serving.catalogue import Directory
-from prlhf_lightning.serving.keys import APIKey
+from prlhf_lightning.serving.models_routes import Directory
+from prlhf_lightning.serving.auth import APIKey
 
 TEXT = st.text("ab-李", max_size=4)
 

@@ -7,9 +7,9 @@ from hashlib import sha256
 
 import pytest
 
-from prlhf_lightning.cli import main
+from prlhf_lightning.cli.main import main
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.serving.keys import KeyRing, RateLimiter, new_key
+from prlhf_lightning.serving.auth import KeyRing, RateLimiter, new_key
 
 
 def test_a_new_key_opens_what_its_entry_says(tmp_path):

@@ -13,10 +13,10 @@ import httpx
 import pytest
 from serving_helpers import CHAT, EchoEngine, serving, writer
 
-from prlhf_lightning.feedback_log import Feedback, FeedbackLog
-from prlhf_lightning.serving.keys import APIKey, KeyRing
+from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
+from prlhf_lightning.serving.auth import APIKey, KeyRing
 from prlhf_lightning.serving.services import Services
-from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.serving.limits import Limits
 
 
 async def stream(client, user, text, most_lines=None):

@@ -10,7 +10,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 from serving_helpers import EchoEngine, serving, writer
 
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 from prlhf_lightning.serving.services import Services
 
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]

@@ -16,10 +16,10 @@ import torch
 from serving_helpers import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from prlhf_lightning.cli import main
-from prlhf_lightning.data.simulation.grammar import PROMPTS
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.simulation.grammar import PROMPTS
 from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.feedback_log import FeedbackLog
+from prlhf_lightning.data.feedback_log import FeedbackLog
 from prlhf_lightning.inference import Engine, Generation, PersonalizedWriter
 from prlhf_lightning.serving.services import Services
 from prlhf_lightning.user_models import IndividualUserModel
@@ -96,7 +96,7 @@ from pathlib import Path
 sys.path[:0] = sys.argv[1:3]
 from serving_helpers import EchoEngine, writer
 from prlhf_lightning.serving import server
-from prlhf_lightning.serving.settings import Limits
+from prlhf_lightning.serving.limits import Limits
 server.Engine = lambda *_: EchoEngine(0.02)
 server.run(lambda: (writer(), None), "127.0.0.1", 0, sys.argv[3], None, Limits(), 10)
 """

@@ -10,7 +10,7 @@ from serving_helpers import EchoEngine
 from prlhf_lightning.inference import Generation
 from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.scheduler import Scheduler
-from prlhf_lightning.serving.tickets import Closing, EngineFailed
+from prlhf_lightning.serving.scheduler import Closing, EngineFailed
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

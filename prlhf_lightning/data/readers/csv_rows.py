@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from prlhf_lightning.data.readers.items import Items, Unreadable, refuse_twins
+from prlhf_lightning.data.readers.text import Items, Unreadable, refuse_twins
 from prlhf_lightning.data.readers.text import lines
 from prlhf_lightning.errors import FeedbackFormatError
 

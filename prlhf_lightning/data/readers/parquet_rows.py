@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from prlhf_lightning.data.readers.items import Items, Row, Unreadable, refuse_twins, without_gaps
+from prlhf_lightning.data.readers.text import Items, Row, Unreadable, refuse_twins, without_gaps
 from prlhf_lightning.errors import FeedbackFormatError
 
 

@@ -10,7 +10,7 @@ from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 if TYPE_CHECKING:
-    from prlhf_lightning.feedback_log import FeedbackLog
+    from prlhf_lightning.data.feedback_log import FeedbackLog
 
 
 class FeedbackLogSource(DataSource):
@@ -58,7 +58,7 @@ class FeedbackLogSource(DataSource):
     @cached_property
     def _log(self) -> FeedbackLog:
         try:
-            from prlhf_lightning.feedback_log import FeedbackLog  # SQLAlchemy, of the extra `serve`
+            from prlhf_lightning.data.feedback_log import FeedbackLog  # SQLAlchemy, of the extra `serve`
         except ImportError as error:
             raise ConfigurationError(
                 f"FeedbackLogSource needs {error.name}, which is not installed: pip install 'prlhf-lightning[serve]'"

@@ -7,11 +7,11 @@ from typing import Any
 
 import datasets
 
-from prlhf_lightning.data.readers.items import without_gaps
-from prlhf_lightning.data.records import spell_user_id
+from prlhf_lightning.data.readers.text import without_gaps
+from prlhf_lightning.data.schema import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.places import problem_with
+from prlhf_lightning.utils.hub import problem_with
 
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # what `datasets` reads `data_files` with, and no places
 

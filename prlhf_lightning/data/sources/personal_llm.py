@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prlhf_lightning.data.schema import Schema
+from prlhf_lightning.data.columns import Schema
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.sources.derived import DerivedSource, left_out, original, unusable
 from prlhf_lightning.data.sources.files import Paths

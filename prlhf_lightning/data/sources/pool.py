@@ -9,9 +9,9 @@ from hashlib import sha256
 from random import Random
 from typing import Any, NamedTuple
 
-from prlhf_lightning.data.simulation.crowd import Member, draw_members, draw_votes
-from prlhf_lightning.data.simulation.pool import Candidates, Pool, finite, pairs_in_random_order
-from prlhf_lightning.data.simulation.scores import SCORES, Score
+from prlhf_lightning.simulation.users import Member, draw_members, draw_votes
+from prlhf_lightning.data.sources.candidate_pool import Candidates, Pool, finite, pairs_in_random_order
+from prlhf_lightning.simulation.scores import SCORES, Score
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.derived import left_out
 from prlhf_lightning.data.sources.files import FileSource, Paths
@@ -44,7 +44,7 @@ class PoolSource(DataSource):
             one a response, that `groups` name as scores.
         groups: For each hidden group the weight of each score it cares about, such as `[{characters: 1}, {characters:
             -1}]`: the longer, or the shorter, the better. Scores are columns of the pool, `scores`, or those of
-            `prlhf_lightning.data.simulation.scores`.
+            `prlhf_lightning.simulation.scores`.
         scores: Name to function of prompt and answer, or to an object that can be called so.
         shares: Size of each group beside the others'; equal by default.
         spread: How much users of a group differ: each weight is multiplied by a number from `1 - spread` to `1 +

@@ -6,14 +6,24 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
-
-from prlhf_lightning.data.missing_columns import all_missing
-from prlhf_lightning.data.records import Text, spell_user_id
-from prlhf_lightning.data.schema import Schema
+from prlhf_lightning.data.columns import all_missing
+from prlhf_lightning.data.schema import Text, spell_user_id
+from prlhf_lightning.data.columns import Schema
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.derived import DerivedSource, Part
-from prlhf_lightning.data.sources.pairing import Pair, Pairing, Rated, Which, ranked
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from typing import Any, TypeAlias
+from prlhf_lightning.data.readers import Unreadable
+from prlhf_lightning.data.schema import Columns
+from prlhf_lightning.data.sources.base import DataSource, Split, read
+from prlhf_lightning.data.sources.derived import left_out
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from typing import Literal, NamedTuple, TypeAlias, get_args
+from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.splits import text_key
+from prlhf_lightning.errors import ConfigurationError
 
 
 class _Judged(NamedTuple):
@@ -190,3 +200,201 @@ class RankingSource(_OfColumns):
             schema.fail(where, (ranks,), f"must hold one place for each of the {len(completions)} completions")
         places = [schema.number(row, where, ranks, i) for i in range(len(completions))]
         return [Rated(text, -place, where) for text, place in zip(completions, places, strict=True)]
+
+
+Label: TypeAlias = str | bool | int | float
+
+
+class LabelSource(DataSource):
+    """Thumbs out of labels of any sort, for losses that take thumbs.
+
+    Name the labels, as in `up: [great, good], down: [bad]`, or thresholds, as in `up_from: 4, down_to: 2` for stars
+    from 1 to 5. What is neither by the thresholds is left out and counted. (Words such as good and bad, up and down,
+    like and dislike, and 1 and 0 or 1 and -1 need no `LabelSource`.)
+
+    Args:
+        raw: Where the rows are, such as a `FileSource` or a `HubSource`; its `columns` name the column of the label.
+        up: Labels that are a thumbs-up.
+        down: Labels that are a thumbs-down.
+        up_from: The least number that is a thumbs-up.
+        down_to: The greatest number that is a thumbs-down; if none is given, all numbers below `up_from` are.
+
+    Raises:
+        ConfigurationError: Neither labels nor thresholds are named, or they contradict one another.
+    """
+
+    def __init__(
+        self,
+        raw: DataSource,
+        up: Sequence[Label] = (),
+        down: Sequence[Label] = (),
+        up_from: float | None = None,
+        down_to: float | None = None,
+    ) -> None:
+        self.raw = raw
+        self.columns = raw.columns
+        self._up, self._down = ({_spelled(label) for label in labels} for labels in (up, down))
+        self._up_from, self._down_to = up_from, down_to
+        self._left_out: Counter[Split] = Counter()
+        if both := sorted(self._up & self._down):
+            raise ConfigurationError(f"LabelSource: {both[0]!r} is both in up and in down; leave it out of one.")
+        if up_from is None and (down_to is not None or not self._up or not self._down):
+            raise ConfigurationError(
+                "LabelSource: name labels, as in up: [great, good], down: [bad], or a threshold, as in up_from: 4."
+            )
+        if up_from is not None and down_to is not None and down_to >= up_from:
+            raise ConfigurationError(f"LabelSource: down_to is {down_to} and up_from {up_from}; it must be below that.")
+
+    def splits(self) -> set[Split]:
+        """Return those of the raw source."""
+        return self.raw.splits()
+
+    def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield the raw rows with true or false for a label, but for those that are neither."""
+        self._left_out[split] = 0
+        for where, row in read(self.raw, split):
+            if (labeled := self._labeled(where, row, split)) is not None:
+                yield where, labeled
+
+    def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
+        """Yield what `rows` does, but go on after what is wrong."""
+        self._left_out[split] = 0
+        for where, row in self.raw.scan(split):
+            if isinstance(row, Unreadable):
+                yield where, row
+                continue
+            try:
+                labeled = self._labeled(where, row, split)
+            except FeedbackFormatError as error:
+                yield where, Unreadable(error, dict(row))
+                continue
+            if labeled is not None:
+                yield where, labeled
+
+    def fingerprint(self, split: Split) -> str:
+        """Return the raw source's, and what the labels mean."""
+        meaning = (sorted(self._up), sorted(self._down), self._up_from, self._down_to)
+        return f"LabelSource v1 {type(self.raw).__qualname__} {meaning}\n{self.raw.fingerprint(split)}"
+
+    def counts(self, split: Split) -> dict[str, int]:
+        """Return the raw source's, and how many rows were neither up nor down."""
+        neither = self._left_out[split]
+        return {**self.raw.counts(split), **({left_out("neither up nor down"): neither} if neither else {})}
+
+    def _labeled(self, where: str, row: Mapping[str, Any], split: Split) -> Mapping[str, Any] | None:
+        column = Columns.from_mapping(self.columns).label
+        if (value := row.get(column)) is None:
+            return row  # which is refused for it
+        label = _spelled(value)
+        if label in self._up or label in self._down:
+            return {**row, column: label in self._up}
+        try:
+            number = float(label)
+        except ValueError:
+            number = float("nan")
+        if self._up_from is None or number != number:
+            known = sorted(self._up | self._down)
+            told = f"write one of {', '.join(map(repr, known))}, or name it" if known else "write a number, or name it"
+            raise FeedbackFormatError(
+                f"{where}: field 'label' is {str(value)[:40]!r}, which is neither up nor down; {told} in up or down of "
+                "LabelSource."
+            )
+        if number >= self._up_from:
+            return {**row, column: True}
+        if self._down_to is None or number <= self._down_to:
+            return {**row, column: False}
+        self._left_out[split] += 1
+        return None
+
+
+def _spelled(label: object) -> str:
+    """Return a label as it is compared: without regard to case, and numbers in one spelling."""
+    text = str(label).strip().casefold()
+    try:
+        return f"{float(text):g}"
+    except ValueError:
+        return text
+
+
+Which: TypeAlias = Literal["all", "adjacent"]
+
+
+class Rated(NamedTuple):
+    """A completion, what a user thought of it (more is better), and where that stands."""
+
+    completion: Text
+    score: float
+    where: str
+
+
+class Pair(NamedTuple):
+    """Two completions of which a user thought differently."""
+
+    chosen: Rated
+    rejected: Rated
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which pairs are made of what one user thought of several completions of one prompt.
+
+    Attributes:
+        which: `all` pairs of different scores, or those of `adjacent` ones alone: each completion against those of the
+            next lower score.
+        min_gap: Least difference of the scores; pairs closer than this are left out.
+        max_pairs: Most pairs of one user and prompt; which are kept is drawn at random, whatever their gap.
+        seed: Draws them.
+    """
+
+    which: Which = "all"
+    min_gap: float = 0.0
+    max_pairs: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.which not in get_args(Which):
+            raise ConfigurationError(f"pairs is {self.which!r}; it must be one of {get_args(Which)}.")
+        if not self.min_gap >= 0:
+            raise ConfigurationError(f"min_gap is {self.min_gap}; it must be at least 0.")
+        if self.max_pairs is not None and self.max_pairs < 1:
+            raise ConfigurationError(f"max_pairs is {self.max_pairs}; it must be at least 1, or null for all pairs.")
+
+    def __call__(self, rated: Sequence[Rated], owner: str, counts: Counter[str]) -> list[Pair]:
+        """Return the pairs, in the order in which the completions came.
+
+        Args:
+            rated: What one user thought of completions of one prompt.
+            owner: User and prompt, from which it is drawn what `max_pairs` keeps.
+            counts: Where pairs that are left out are counted.
+        """
+        pairs = [pair for pair in self._candidates(rated, counts) if self._differs(pair, counts)]
+        if self.max_pairs is not None and len(pairs) > self.max_pairs:
+            counts[left_out(f"over max_pairs={self.max_pairs} of a user and prompt")] += len(pairs) - self.max_pairs
+            draw = sorted(range(len(pairs)), key=lambda i: text_key(f"{self.seed} {owner} {i}"))
+            pairs = [pairs[i] for i in sorted(draw[: self.max_pairs])]
+        return pairs
+
+    def _candidates(self, rated: Sequence[Rated], counts: Counter[str]) -> Iterator[Pair]:
+        levels = sorted({one.score for one in rated}, reverse=True)
+        level = {score: number for number, score in enumerate(levels)}
+        for first, second in combinations(rated, 2):
+            better, worse = (first, second) if first.score > second.score else (second, first)
+            distance = level[worse.score] - level[better.score]
+            if distance == 0:
+                counts[left_out("equal scores")] += 1
+            elif self.which == "all" or distance == 1:
+                yield Pair(better, worse)
+
+    def _differs(self, pair: Pair, counts: Counter[str]) -> bool:
+        if pair.chosen.completion == pair.rejected.completion:
+            counts[left_out("one completion with two scores")] += 1
+            return False
+        if pair.chosen.score - pair.rejected.score < self.min_gap:
+            counts[left_out(f"scores closer than min_gap={self.min_gap:g}")] += 1
+            return False
+        return True
+
+
+def ranked(completions: Iterable[Text], where: str) -> list[Rated]:
+    """Return completions that stand best first as rated ones, one point apart."""
+    return [Rated(completion, -float(place), where) for place, completion in enumerate(completions)]

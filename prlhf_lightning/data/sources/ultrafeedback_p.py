@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prlhf_lightning.data.schema import Schema
+from prlhf_lightning.data.columns import Schema
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out, unusable
 from prlhf_lightning.data.sources.files import FileSource

@@ -1,0 +1,48 @@
+"""The simulated users themselves."""
+
+from __future__ import annotations
+
+from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
+from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.sources.simulated import Judgement
+from prlhf_lightning.errors import ConfigurationError, JudgeError
+from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
+
+_SAME = 1e-9
+
+
+class UtilityJudge(Judge):
+    """Simulated users, whose true utility of every text is known; for the data of `SimulatedSource` only."""
+
+    minds_order = False
+
+    @property
+    def name(self) -> str:
+        """What it is."""
+        return "UtilityJudge (what the simulated users truly like)"
+
+    def prepare(self, data: PreferenceDataModule) -> None:
+        """Take the users from the source."""
+        if not isinstance(data.source, SimulatedSource):
+            raise ConfigurationError(
+                f"judge: UtilityJudge knows the users of SimulatedSource, and these are of {type(data.source).__name__}"
+                "; take RewardJudge or OpenAIJudge."
+            )
+        self._source = data.source
+        users = data.source.seen_users + data.source.unseen_users
+        self._named = {data.known_as(user.user_id): user.user_id for user in users}
+
+    def utility(self, prompt: Text, user: Person, answer: str) -> Judgement:
+        """Return what a user makes of one answer.
+
+        Raises:
+            JudgeError: There is no such user, or the prompt is no string.
+        """
+        if user.user_id not in self._named or not isinstance(prompt, str):
+            raise JudgeError("the source does not know this user or prompt")
+        return self._source.judge(self._named[user.user_id], prompt, answer)
+
+    def judge(self, prompt: Text, user: Person, a: str, b: str) -> Verdict:
+        """Return the answer of higher true utility."""
+        margin = self.utility(prompt, user, a).utility - self.utility(prompt, user, b).utility
+        return "tie" if abs(margin) < _SAME else "a" if margin > 0 else "b"

@@ -1,0 +1,291 @@
+"""What else a run, and the runs beside it, have written about users who were erased from a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import cache
+from io import BytesIO
+from pathlib import Path
+from prlhf_lightning.utils.progress import bars
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.utils.cache_dir import cache_folder
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.file_contents import SQLITE, UnreadContentError, contents, head_of
+from prlhf_lightning.utils.terminal import listed, printable
+from prlhf_lightning.cli.byte_search import is_of_no_user, texts
+from prlhf_lightning.cli.user_rows import rows_of
+from prlhf_lightning.cli.byte_search import IdSearch
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from prlhf_lightning.utils.hashing import SETTINGS
+from prlhf_lightning.cli.export import is_card
+
+
+_MB = 1 << 20
+_SHOWN = 20  # options of a command
+
+
+def report_other_copies(
+    folders: Sequence[Path], done: Collection[Path], user_ids: Sequence[str], also: Sequence[Path] = ()
+) -> None:
+    """Print which other files and folders name users. Each file is read once, however many users there are.
+
+    Args:
+        folders: Folders of the checkpoints that they were erased from.
+        done: The files that were written, and hold nothing of them any more.
+        user_ids: The users.
+        also: More files and folders to look at.
+    """
+    search, near = IdSearch(user_ids), Neighbours.of(folders, also)
+    written = {os.path.realpath(path) for path in done}
+    files = [(root, path) for root, path in near.files if os.path.realpath(path) not in written]
+    cached = [path for path in _cached() if os.path.realpath(path) not in written]
+    report = _Report(user_ids)
+    report.names(_named_paths(files, search, user_ids))
+    with bars() as progress:
+        everything = [*files, *((cache_folder(), path) for path in cached)]
+        task = progress.add_task("Searching other files, MB", total=max(1, sum(_size(p) for _, p in everything) // _MB))
+        for root, path in everything:
+            found = _named_in(path, search, lambda count: progress.advance(task, count / _MB))
+            report.file(root, path, [user_id for user_id in user_ids if user_id in found])
+    report.end()
+    for folder in near.unreadable:
+        print(f"{_shown(folder)} can't be read and was not looked into.")
+    if near.left_out:
+        print(f"Not looked into: {listed([*map(str, near.left_out)])}; name what may have users by --also_search.")
+
+
+class _Report:
+    """Tells what was found, and what to do."""
+
+    def __init__(self, user_ids: Sequence[str]) -> None:
+        self._user_ids = user_ids
+        self._whole: dict[tuple[Path, str], set[str]] = {}  # folders that can only be deleted whole, and what they are
+        self._is_export = cache(is_export)
+
+    def names(self, named: dict[tuple[Path, Path], set[str]]) -> None:
+        for (root, part), ids in named.items():
+            if whole := self._folder_of(root, part):
+                self._whole.setdefault(whole, set()).update(ids)
+            else:
+                print(f"{_shown(part)} has {listed(self._in_order(ids))} in its own name: see to it yourself.")
+
+    def file(self, root: Path, path: Path, found: Sequence[str]) -> None:
+        if not found:
+            return
+        if whole := self._folder_of(root, path):
+            self._whole.setdefault(whole, set()).update(found)
+        elif path.suffix == ".ckpt":
+            _report_checkpoint(path, found)
+        elif path.suffix == ".partial":
+            print(f"{_shown(path)}, which a killed process left, names {listed(found)}: delete it.")
+        elif path.is_relative_to(cache_folder()):
+            print(f"{_shown(path)}, a copy of data that training makes again, names {listed(found)}: delete it.")
+        else:
+            more = " (SQLite keeps what is deleted until VACUUM)" if head_of(path).startswith(SQLITE) else ""
+            print(f"{_shown(path)} names {listed(found)}, or has the letters by chance: see to it yourself{more}.")
+
+    def end(self) -> None:
+        for (folder, kind), ids in self._whole.items():
+            print(f"{_shown(folder)} is {kind % listed(self._in_order(ids))}")
+
+    def _in_order(self, ids: Collection[str]) -> list[str]:
+        return [user_id for user_id in self._user_ids if user_id in ids]
+
+    def _folder_of(self, root: Path, path: Path) -> tuple[Path, str] | None:
+        for folder in (path, *path.parents):
+            if not folder.is_relative_to(root) or not folder.is_dir():
+                continue
+            if self._is_export(folder):
+                return folder, "an exported model with %s in it, vectors included: delete it, and export it again."
+            if folder.suffix == ".ckpt":
+                return folder, "a checkpoint that was written in shards, and names %s: delete it."
+        return None
+
+
+def _named_in(path: Path, search: IdSearch, progress: Callable[[float], object]) -> set[str]:
+    found: set[str] = set()
+    try:
+        for stream in contents(path):
+            found |= search.named_in(stream, progress)
+    except UnreadContentError as error:
+        print(f"{_shown(path)} was not looked into as a whole: {printable(str(error))}")
+    except OSError as error:
+        print(f"{_shown(path)} can't be read and was not looked into: {error.strerror}")
+    return found
+
+
+def _named_paths(
+    files: Sequence[tuple[Path, Path]], search: IdSearch, user_ids: Sequence[str]
+) -> dict[tuple[Path, Path], set[str]]:
+    """Return the outermost part of each path, from a run's folder on, that has users' ids in its name, and those."""
+    named: dict[tuple[Path, Path], set[str]] = {}
+    relative = [Path(root.name, path.relative_to(root)) for root, path in files]
+    if not search.named_in(BytesIO(b"\n".join(map(os.fsencode, relative)))):
+        return named
+    for (root, _), below in zip(files, relative, strict=True):
+        for user_id in search.named_in(BytesIO(os.fsencode(below))):
+            own = IdSearch([user_id])
+            lengths = range(1, len(below.parts) + 1)
+            first = next(n for n in lengths if own.named_in(BytesIO(os.fsencode(Path(*below.parts[:n])))))
+            part = root.joinpath(*below.parts[1:first]) if root.name else root.joinpath(*below.parts[:first])
+            named.setdefault((root, part), set()).add(user_id)
+    return named
+
+
+def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
+    try:
+        content = read_checkpoint(path, "model")
+        known = rows_of(content, path).vocabulary
+    except PRLHFError:
+        print(f"{_shown(path)} can't be read, and names {listed(found)}: delete it.")
+        return
+    if still := [user_id for user_id in found if user_id in known]:
+        print(f"{_shown(path)} still holds {listed(still)}:")
+        if len(still) <= _SHOWN and all(map(str.isprintable, (str(path), *still))):
+            options = " ".join(shlex.quote(f"--user={user_id}") for user_id in still)
+        else:
+            options = "--user_file FILE --skip_unknown true"  # a terminal can't show them as they are
+        print(f"  python -m prlhf_lightning users remove --model {shlex.quote(_shown(path))} {options}")
+        print("  (or, for all checkpoints beside it as well, with --all true)")
+    wanted = set(found).difference(still)
+    if elsewhere := {text for place, text in texts(content) if text in wanted and not is_of_no_user(place)}:
+        print(f"{_shown(path)} names {listed(sorted(elsewhere))} in a place not known to this tool: delete it.")
+
+
+def _cached() -> Iterator[Path]:
+    """Yield the files of the cache that may name users: tokenized data, and counts of users of streams."""
+    folder = cache_folder()
+    for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        # The reference's log-probs are kept by digests of texts.
+        if path.is_file() and path.relative_to(folder).parts[0] != "reference":
+            yield path
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _shown(path: Path) -> str:
+    return printable(re.sub(r"[\ud800-\udfff]", "?", str(path)))
+
+
+_SIGNS = ("checkpoints", "config.yaml")  # of a run's folder
+_OF_LOGGERS = frozenset(("mlruns", "mlartifacts", "wandb", "lightning_logs", "tb_logs", "tensorboard"))
+_CHECKPOINTS = "checkpoints"
+
+
+def is_export(folder: Path) -> bool:
+    """Return whether a folder is one that `export` wrote."""
+    return (folder / SETTINGS).is_file() or is_card(folder / "README.md")
+
+
+@dataclass
+class Neighbours:
+    """The files in and beside a run.
+
+    Attributes:
+        files: Each with the outermost folder of which all was looked at, or itself.
+        left_out: Folders that were not looked into.
+        unreadable: Folders that can't be.
+    """
+
+    files: list[tuple[Path, Path]] = field(default_factory=list)
+    left_out: list[Path] = field(default_factory=list)
+    unreadable: list[Path] = field(default_factory=list)
+    _seen: set[str] = field(default_factory=set)
+    _above: set[str] = field(default_factory=set)  # folders in which something was looked at
+
+    @classmethod
+    def of(cls, folders: Iterable[Path], also: Sequence[Path] = ()) -> Neighbours:
+        """Find the files.
+
+        In the run of a folder of checkpoints, and in all runs, exports and folders of loggers that are in the folder
+        around it, everything is looked at; in the folders around these, the files that lie in them directly.
+
+        Args:
+            folders: Folders with checkpoints in them.
+            also: More files and folders, to look at everything in.
+        """
+        found = cls()
+        around: dict[Path, None] = {}
+        for folder in folders:
+            run = _run_of(folder)
+            roots = [run] if run else []
+            base = run.parent if run else folder
+            roots += _beside(base)
+            for root in roots:
+                found._walk(root)
+                around |= dict.fromkeys((base, root.parent))
+            around[base] = None
+        for base in around:
+            found._look_at(base)
+        for path in also:
+            found._walk(path) if path.is_dir() else found._add(path, path)
+        found.left_out = [path for path in found.left_out if not found._knows(path)]
+        return found
+
+    def _knows(self, folder: Path) -> bool:
+        return (real := os.path.realpath(folder)) in self._seen or real in self._above
+
+    def _walk(self, root: Path) -> None:
+        self._above.update(map(str, Path(os.path.realpath(root)).parents))
+        for place, folders, files in os.walk(root, onerror=self._unreadable):
+            here = Path(place)
+            if (real := os.path.realpath(here)) in self._seen:
+                folders.clear()
+                continue
+            self._seen.add(real)
+            for name in sorted(files):
+                self._add(root, here / name)
+            folders.sort()
+            for link in (here / name for name in folders if (here / name).is_symlink()):
+                if link.name == _CHECKPOINTS:
+                    self._walk(link)
+                else:  # it may lead to a base model, or to all data
+                    self.left_out.append(link)
+
+    def _look_at(self, base: Path) -> None:
+        """Take the files of a folder, but not of the folders in it."""
+        if os.path.realpath(base) in self._seen:
+            return
+        try:
+            entries = sorted(base.iterdir())
+        except OSError:
+            self.unreadable.append(base)
+            return
+        for path in entries:
+            if path.is_file():
+                self._add(path, path)
+            elif path.is_dir() and not self._knows(path):
+                self.left_out.append(path)
+
+    def _add(self, root: Path, path: Path) -> None:
+        name = os.path.join(os.path.realpath(path.parent), path.name)
+        if path.is_file() and name not in self._seen:  # and no pipe, which would wait for a writer
+            self._seen.add(name)
+            self.files.append((root, path))
+
+    def _unreadable(self, error: OSError) -> None:
+        self.unreadable.append(Path(str(error.filename)))
+
+
+def _run_of(folder: Path) -> Path | None:
+    """Return the folder of the run that a folder of checkpoints is of, or None if it is of none."""
+    if not folder.name or folder.name == "..":
+        folder = folder.resolve()
+    if folder.name == _CHECKPOINTS:
+        return folder.parent if folder.parent.name else folder.resolve().parent
+    return folder if (folder / "config.yaml").is_file() or (folder / _CHECKPOINTS).is_dir() else None
+
+
+def _beside(base: Path) -> Iterator[Path]:
+    """Yield the runs in a folder and in the folders in it, whatever a logger has named them, exports and logs."""
+    signs = sorted(sign for part in ("*", "*/*") for name in _SIGNS for sign in base.glob(f"{part}/{name}"))
+    yield from dict.fromkeys(sign.parent for sign in signs)
+    for folder in sorted(path for path in base.glob("*") if path.is_dir()):
+        if folder.name in _OF_LOGGERS or is_export(folder):
+            yield folder

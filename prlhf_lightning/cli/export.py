@@ -1,0 +1,374 @@
+"""A trained model as a Hugging Face folder: the language model, its users' vectors, and what writing for them needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel
+from safetensors.torch import save as safetensors_bytes
+from transformers import PreTrainedModel
+from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
+from prlhf_lightning.utils.hashing import SETTINGS
+from prlhf_lightning.utils.io import check_output_folder, write_whole
+from prlhf_lightning.utils.finite import named_not_finite
+from prlhf_lightning.utils.io import UNFINISHED, not_left_empty, whole_folder
+from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
+from prlhf_lightning.policies.loading import unused_ids
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.user_rows import require_known
+from prlhf_lightning.cli.checkpoints import module_of
+from collections.abc import Sequence
+from urllib.parse import quote
+from peft import PromptTuningConfig
+from torch import Tensor
+from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.utils.progress import tracked
+from prlhf_lightning.data.tokenization import writes_bos
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.utils.io import write_whole
+from prlhf_lightning.types import Users
+from prlhf_lightning.user_models import UserModel
+from collections.abc import Mapping
+from prlhf_lightning.training.checkpointing import users_of
+
+
+# What an export may leave that the next one does not replace.
+_LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]
+_LEFT += [USERS, SETTINGS, "user_vectors*", "peft_users"]
+
+
+def export(
+    model: Path,
+    output: Path,
+    adapters: bool = False,
+    include_users: bool = True,
+    user_vectors: bool = True,
+    prompt_embeds: bool = False,
+    peft_users: bool = False,
+    user: str | list[str] | None = None,
+    trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
+) -> None:
+    """Write a checkpoint as a Hugging Face model folder, with its users.
+
+    transformers reads the language model and tokenizer; `generate` and `PersonalizedWriter.from_folder` all of it. See
+    docs/export.md.
+
+    Args:
+        model: A checkpoint of a model that the command line trained, or the folder of its run.
+        output: The folder to write; made if it is not there.
+        adapters: Write the LoRA adapters, which refer to the base model, and not the whole model with them merged in.
+        include_users: Write the users. Without them the folder is an ordinary language model, which has learned
+            nobody's id.
+        user_vectors: Write each user's soft prompt, for programs that know nothing of user models.
+        prompt_embeds: Also write the model's token embeddings, of which, with the vectors, vLLM's `prompt_embeds` are
+            made without loading the model.
+        peft_users: Also write a PEFT prompt-tuning folder for each user.
+        user: Ids of the users who get a PEFT folder, as in `--user ann bob`; all if none is given.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
+    """
+    _check_output(output)
+    checkpoint = checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
+    module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes)
+    policy = module.policy
+    if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
+        raise ConfigurationError(
+            f"model: its policy is a {type(policy).__name__}; only CausalLMPolicy has the format that this writes."
+        )
+    if adapters:
+        _check_adapters(policy, peft_users)
+    else:
+        policy.check_can_merge()
+    if not include_users and (prompt_embeds or peft_users):
+        raise ConfigurationError(
+            "include_users: prompt_embeds and peft_users are about users; leave out `--include_users false`."
+        )
+    only = [user] if isinstance(user, str) else user or []
+    if only and not peft_users:
+        raise ConfigurationError("user: it names who gets a PEFT folder; add `--peft_users true`.")
+    require_known(only, module.vocabulary, "user")
+    card = model_card(checkpoint, content, adapters, include_users, user_vectors).encode()
+    with whole_folder(output, _LEFT, last=SETTINGS) as folder:
+        _write_lm(policy, folder, adapters)
+        write_whole(folder / "README.md", card)  # after PEFT, which writes a card of its own
+        if include_users:
+            with torch.no_grad():
+                if user_vectors:
+                    write_user_vectors(folder, module.user_model, module.vocabulary)
+                if prompt_embeds:
+                    write_token_embeddings(folder, policy)
+                if peft_users:
+                    write_peft_users(folder, policy, module.user_model, module.vocabulary, only, base=output)
+            _write_personal_part(folder, content["hyper_parameters"]["user_model"], module, policy)
+    rank_zero_info(f"The model is in {output}")
+
+
+def _check_output(folder: Path) -> None:
+    with not_left_empty(folder):
+        is_new = not folder.exists()
+        check_output_folder(folder, "output")
+        if is_new:
+            folder.rmdir()
+            return
+    others = [path for path in folder.iterdir() if path.name not in UNFINISHED]
+    if others and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
+        raise ConfigurationError(f"output: {folder} has files in it that `export` did not write; give a new folder.")
+
+
+def _check_adapters(policy: CausalLMPolicy, peft_users: bool) -> None:
+    if not isinstance(policy.model, PeftModel):
+        raise ConfigurationError("adapters: this model was trained in full and has none; leave out `--adapters true`.")
+    if policy.random_init is not None:
+        raise ConfigurationError(
+            "adapters: the base model is policy.random_init, whose weights are in no folder to refer to; leave out "
+            "`--adapters true`."
+        )
+    if peft_users:
+        raise ConfigurationError(
+            "peft_users: PEFT puts a user's vectors before a model and not before another adapter; leave out "
+            "`--adapters true`, so that the adapters are merged."
+        )
+
+
+def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
+    if adapters:
+        policy.model.peft_config["default"].base_model_name_or_path = policy.path
+        policy.model.peft_config["default"].revision = policy.revision
+        policy.model.save_pretrained(folder, save_embedding_layers=False)  # which it would look up on the hub
+    else:
+        lm = policy.merged()
+        warn_of_not_applied(policy.generation_config, policy.name)
+        # Answers end where they end in training, and are drawn as here, in whatever program reads the folder.
+        lm.generation_config = end_tokens_only(
+            policy.tokenizer, policy.end_token_ids, unused_ids(policy.tokenizer, policy.lm)
+        )
+        _check_merged(lm)
+        lm.save_pretrained(folder)
+    policy.tokenizer.save_pretrained(folder)
+
+
+def _check_merged(lm: PreTrainedModel) -> None:
+    """Refuse weights with which nothing can be written: adapters may be too large for float16 once they are added."""
+    if wrong := named_not_finite(dict(lm.named_parameters())):
+        raise NonFiniteError(
+            f"model: with its adapters merged in it would hold numbers that are infinite or NaN: {wrong}. Export with "
+            "`--adapters true`, or train with model.policy.dtype bfloat16 or float32."
+        )
+
+
+def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
+    weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
+    write_whole(folder / WEIGHTS, safetensors_bytes(weights))
+    ids = list(module.vocabulary.ids) if module.vocabulary else []
+    write_whole(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False).encode() + b"\n")
+    settings = settings_json(
+        folder,
+        policy.name.rpartition("/")[2].removeprefix("builtin:"),
+        user_model,
+        module.tokenization,
+        base=policy.name,
+        base_dtype=str(policy.lm.dtype).removeprefix("torch."),
+        base_identity=policy.base_identity(),
+    )
+    write_whole(folder / SETTINGS, settings.encode())
+
+
+#: The generic user's key, which no user can have: ids are not empty.
+GENERIC = ""
+_SHARD = 1 << 29  # bytes of a shard at most
+_KEYS = 100_000  # users in a shard at most: the header of a safetensors file may have 100 MB
+_BATCH = 1024
+
+
+def user_vectors(user_model: UserModel, rows: Sequence[int]) -> list[Tensor]:
+    """Return the vectors `[T, d]` of some rows of the user table, without any text about the users."""
+    prompt = user_model(Users(torch.tensor(rows, dtype=torch.long)))
+    return [vectors.contiguous() for vectors in prompt.unpadded()]
+
+
+def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVocabulary, shard: int = _SHARD) -> None:
+    """Write every user's vectors `[T, d]` by the user's id, and the generic user's by the empty string.
+
+    One file, `user_vectors.safetensors`, or where they exceed a shard, several and an index, named as transformers
+    names the parts of a model. No more than one shard is in memory at a time.
+
+    Args:
+        folder: Where the files go.
+        user_model: Makes the vectors.
+        vocabulary: The users.
+        shard: Bytes of a file at most.
+    """
+    if "__metadata__" in vocabulary:
+        raise ConfigurationError("user: safetensors has no room for an id of '__metadata__'; remove that user first.")
+    ids = (GENERIC, *vocabulary.ids) if user_model.personalizes else (GENERIC,)
+    (generic,) = user_vectors(user_model, [0])
+    each = max(1, generic.numel() * generic.element_size())
+    size = max(1, min(_KEYS, shard // each))
+    starts = range(0, len(ids), size)
+    weight_map: dict[str, str] = {}
+    for number, start in enumerate(tracked(starts, "User vectors", show=len(starts) > 1), start=1):
+        suffix = "" if len(starts) == 1 else f"-{number:05d}-of-{len(starts):05d}"
+        path = folder / f"user_vectors{suffix}.safetensors"
+        content: dict[str, Tensor] = {}
+        stop = min(start + size, len(ids))
+        for first in range(start, stop, _BATCH):
+            rows = range(first, min(first + _BATCH, stop))
+            content |= zip((ids[row] for row in rows), user_vectors(user_model, rows), strict=True)
+        _write_tensors(path, content)
+        weight_map |= dict.fromkeys(content, path.name)
+    if len(starts) > 1:
+        index = {"metadata": {"users": len(ids) - 1}, "weight_map": weight_map}
+        write_whole(folder / "user_vectors.safetensors.index.json", json.dumps(index, ensure_ascii=False).encode())
+
+
+def write_token_embeddings(folder: Path, policy: CausalLMPolicy) -> None:
+    """Write the vectors `[V, d]` that the model makes of its tokens, as `token_embeddings.safetensors`."""
+    table = policy.lm.get_input_embeddings()
+    # Through the module and not from its weight: some models (Gemma) scale what they look up.
+    vectors = table(torch.arange(table.weight.shape[0]))
+    _write_tensors(folder / "token_embeddings.safetensors", {"token_embeddings": vectors.contiguous()})
+
+
+def write_peft_users(
+    folder: Path,
+    policy: CausalLMPolicy,
+    user_model: UserModel,
+    vocabulary: UserVocabulary,
+    only: Sequence[str] = (),
+    base: Path | None = None,
+) -> None:
+    """Write a PEFT prompt-tuning folder for each user, and one for the generic user: `peft_users/<id>`.
+
+    PEFT puts a prompt's vectors before all tokens, and the policy was trained with them after BOS. So BOS becomes the
+    first of the vectors where the tokenizer writes one, and prompts are then tokenised without it.
+
+    Args:
+        folder: Where the files go.
+        policy: Its policy.
+        user_model: Makes the vectors.
+        vocabulary: The users.
+        only: Those wanted of the users; all if none are given. The generic user is always there.
+        base: The folder of the merged model, as others are to find it; `folder` if not given.
+    """
+    tokenizer, config = policy.tokenizer, policy.lm.config.get_text_config()
+    embed = policy.lm.get_input_embeddings()
+    bos = [tokenizer.bos_token_id] if writes_bos(tokenizer) else []
+    before = embed(torch.tensor(bos, dtype=torch.long)).float()
+    for user_id in tracked((GENERIC, *(only or vocabulary.ids)), "PEFT folders", show=len(vocabulary) >= 1000):
+        (vectors,) = user_vectors(user_model, vocabulary.rows([user_id]).tolist())
+        vectors = torch.cat([before, vectors.float()])
+        if not len(vectors):
+            raise ConfigurationError("peft_users: this user model gives no vectors, of which PEFT needs one or more.")
+        target = folder / "peft_users" / peft_name(user_id)
+        target.mkdir(parents=True, exist_ok=True)
+        PromptTuningConfig(
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(base or folder),
+            inference_mode=True,
+            num_virtual_tokens=len(vectors),
+            token_dim=vectors.shape[1],
+            num_transformer_submodules=1,
+            num_attention_heads=config.num_attention_heads,
+            num_layers=config.num_hidden_layers,
+        ).save_pretrained(target)
+        _write_tensors(target / "adapter_model.safetensors", {"prompt_embeddings": vectors.contiguous()})
+
+
+def peft_name(user_id: str) -> str:
+    """Return the name of a user's folder: the id with what has a meaning in paths percent-encoded; `_` is generic."""
+    if user_id == GENERIC:
+        return "_"
+    name = quote(user_id, safe="").replace(".", "%2E") if set(user_id) == {"."} else quote(user_id, safe="")
+    name = "%5F" if name == "_" else name
+    if len(name) > 255:
+        raise ConfigurationError(f"peft_users: {user_id!r} is too long for the name of a folder; name others.")
+    return name
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    write_whole(path, safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))
+
+
+_TAG = "prlhf_lightning"
+_SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")
+
+
+def is_card(path: Path) -> bool:
+    """Whether a file is a model card that was written here, edited since or not, by the tags at its head."""
+    if not path.is_file():
+        return False
+    start, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("---\n")
+    return not start and _TAG in rest.partition("\n---")[0]
+
+
+def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, users: bool, vectors: bool) -> str:
+    """Return the card's text.
+
+    Args:
+        checkpoint: The checkpoint's path.
+        content: What it holds.
+        adapters: Whether the folder has adapters and not the whole model.
+        users: Whether the folder has the users.
+        vectors: Whether it has their soft prompts too, for other programs.
+    """
+    settings = content["hyper_parameters"]
+    base = str(settings["policy"].get("init_args", {}).get("model", ""))
+    is_hub_name = base.count("/") == 1 and not base.startswith((".", "/", "~")) and not Path(base).exists()
+    head = {
+        "library_name": "peft" if adapters else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["personalization", "preference-learning", _TAG],
+        **({"base_model": base} if is_hub_name else {}),
+    }
+    number = len(users_of(content)) - 1
+    loss = str(settings["loss"]["class_path"]).rpartition(".")[2]
+    user_model = str(settings["user_model"]["class_path"]).rpartition(".")[2]
+    parts = [
+        "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]),
+        f"# A personalised `{base.rpartition('/')[2].removeprefix('builtin:')}`",
+        f"`{base}`, trained with [prlhf_lightning] on who preferred which answer (arXiv:2402.05133): "
+        f"{loss}, users as {user_model}. This folder holds "
+        + ("LoRA adapters that refer to the base model." if adapters else "the whole language model."),
+        _users(number, vectors) if users else "It holds no users: no ids, and none of their vectors.",
+        "## Training\n\n" + _metrics(checkpoint, content),
+        "```json\n" + json.dumps({key: settings.get(key) for key in _SETTINGS}, indent=2, default=str) + "\n```",
+        "## License\n\nWhat is made from a model is subject to that model's license, and to the terms under which the "
+        "feedback was given; this card grants nothing beyond them.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _users(number: int, vectors: bool) -> str:
+    about_vectors = (
+        " `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, and by the empty string the "
+        "generic user's, which is for everybody else. The vectors stand right after BOS, before the prompt."
+    )
+    return (
+        f"## Users\n\n{number:,} users.{about_vectors if vectors else ''}\n\n"
+        "```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
+        'writer = PersonalizedWriter.from_folder("path/to/this/folder")\n'
+        'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
+        "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "
+        "data. Give this folder to nobody whom the users have not agreed to; `export --include_users false` writes it "
+        "without. What users' judgements taught the weights that all share is in any copy."
+    )
+
+
+def _metrics(checkpoint: Path, content: Mapping[str, Any]) -> str:
+    lines = [f"Step {content.get('global_step', '?')}, from `{checkpoint.name}`."]
+    for state in (content.get("callbacks") or {}).values():
+        name, score = (state.get("monitor"), state.get("current_score")) if isinstance(state, dict) else (None, None)
+        if name and score is not None:
+            lines.append(f"`{name}`: {float(score):.4f}.")
+    return " ".join(lines)

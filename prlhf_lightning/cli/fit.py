@@ -1,0 +1,470 @@
+"""`fit`, `validate`, `test` and `predict`: runs that Lightning's command line configures."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import reduce
+from operator import or_
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml  # type: ignore[import-untyped]  # it has no stubs
+from jsonargparse import Namespace, dict_to_namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.callbacks.outputs import (
+    BestAndLast,
+    LogShortRuns,
+    PredictionWriter,
+    SaveOnInterrupt,
+    UserTable,
+    kept_by,
+)
+from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.utils.trust import words_of_user
+from prlhf_lightning.data import PreferenceDataModule
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, NonFiniteError
+from prlhf_lightning.utils.io import write_whole
+from prlhf_lightning.training.callbacks import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
+from prlhf_lightning.training.loggers import (
+    MetricsTable,
+    folders_of_runs,
+    hyper_parameters,
+    keep_under,
+    run_folder,
+    with_run_folder,
+)
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.restoring import refuse_odd_checkpoints
+from prlhf_lightning.training.sharding import is_sharded
+from prlhf_lightning.cli.parser import Explaining
+from prlhf_lightning.utils.cache_dir import located
+from prlhf_lightning.training.run_history import RunHistory
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.reports.comparison import Contender, compare
+from prlhf_lightning.reports.evaluation_table import evaluation_table
+from prlhf_lightning.cli.checkpoints import is_start_of, last_checkpoint
+from prlhf_lightning.cli.checkpoints import (
+    configuration_of_run,
+    seal_configuration,
+    tell_of_changes,
+    with_configuration,
+)
+from prlhf_lightning.utils.terminal import plain_console
+from prlhf_lightning.training.callbacks.stats import TrainingStats
+from prlhf_lightning.user_models import UserModel
+
+_RUNS = "runs"  # where runs go that were not told a folder
+
+
+#: Settings of data, and of sources, that are paths.
+_PATHS = frozenset(
+    ("train", "validation", "test", "files", "folder", "koala", "pool", "url", "users_file", "train_file", "path")
+)
+
+_FORMATS = ("csv", "json", "parquet", "arrow", "text")  # what stands in the place of a path, for `datasets`
+
+
+class Parser(Explaining, LightningArgumentParser):
+    """Lightning's parser, which explains mistakes in a few lines."""
+
+    def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parse words; what measures a checkpoint and has no configuration takes that of the checkpoint's run."""
+        words = sys.argv[1:] if args is None else args
+        tell_of_changes(words)
+        if (config := configuration_of_run(words, _RUNS)) is not None:
+            words = with_configuration(words, config)
+        return super().parse_args(words, *others, **kwargs)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes `config.yaml` into the run's folder, and tells the other loggers the settings as hyper-parameters."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find the folder, which all processes must ask for, and save."""
+        self._folder = str(trainer.log_dir)
+        super().setup(trainer, pl_module, stage)
+
+    def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Write the file, with a checksum; and log the settings, except to the first logger: that writes beside it."""
+        if "://" in self._folder:
+            self.parser.save(self.config, f"{self._folder}/{self.config_filename}", skip_none=False, overwrite=True)
+        else:
+            path = Path(self._folder, self.config_filename)
+            write_whole(path, self.parser.dump(self.config, skip_none=False).encode())
+            seal_configuration(path)
+        settings = hyper_parameters(self.config.as_dict())
+        for logger in trainer.loggers[1:]:
+            logger.log_hyperparams(settings)
+
+
+class PRLHFCLI(LightningCLI):
+    """LightningCLI for a `PersonalizedLM` and a `PreferenceDataModule`, with what they share linked.
+
+    Args:
+        args: Command line, or the configuration itself; `sys.argv` by default.
+    """
+
+    def __init__(self, args: ArgsType = None) -> None:
+        self._claimed: Path | None = None  # the run's folder
+        try:
+            with words_of_user():
+                self._run(args)
+        except (CheckpointWriteError, NonFiniteError) as error:
+            raise type(error)(f"{error}{self._how_to_go_on()}") from error
+        finally:
+            if self._claimed:  # of a run that failed before it wrote anything
+                with suppress(OSError):
+                    self._claimed.rmdir()
+
+    def _how_to_go_on(self) -> str:
+        """Return which checkpoint there is of a fit that broke off, to add to the error."""
+        trainer = getattr(self, "trainer", None)
+        if trainer is None or self.subcommand != "fit":
+            return ""
+        folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if one.dirpath]
+        newest = next((path for folder in folders if (path := checkpoint_files.newest_intact(folder))), None)
+        return f" To go on, use the same command and --ckpt_path {newest}" if newest else ""
+
+    def _run(self, args: ArgsType) -> None:
+        super().__init__(
+            PersonalizedLM,
+            PreferenceDataModule,
+            trainer_defaults={
+                "max_epochs": 1,
+                "gradient_clip_val": 1.0,
+                "log_every_n_steps": 10,
+                "use_distributed_sampler": False,  # the data module's sampler divides batches among processes
+                "enable_model_summary": False,
+                "callbacks": [
+                    SaveOnInterrupt(),
+                    StopOnSignal(),
+                    ExplainOutOfMemory(),
+                    RunHistory(),
+                    UserTable(),
+                    PredictionWriter(),
+                    LogShortRuns(),
+                    TrainingStats(),
+                    LearningMonitor(),
+                ],
+            },
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            args=args,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of what is always there, and link what data and model share."""
+        read_whole_numbers_first(parser)
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(CollapseMonitor, "collapse")
+        parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
+        parser.link_arguments("model.loss", "data.feedback", lambda loss: loss.feedback, "instantiate")
+        parser.link_arguments("model.user_model", "data.history_size", lambda users: users.history_size, "instantiate")
+        parser.add_argument(
+            "--train_baseline",
+            type=bool,
+            default=False,
+            help="After fit, train the same policy on the same data and steps without a user model (for a DPO loss: "
+            "vanilla DPO), and print the two side by side.",
+        )
+        parser.add_argument(
+            "--init_from",
+            type=str | None,
+            default=None,
+            help="Start fit from the weights and users of this checkpoint (or its run's folder, `last`, or an exported "
+            "folder), with a new optimizer and schedule: to train further on new votes, also of new users. To go on "
+            "with a run that was stopped, give --ckpt_path instead. See docs/checkpoints.md.",
+        )
+
+    def _name_from_the_root(self) -> None:
+        """Name model and data from the root, so that what is done with a run may be done in any folder.
+
+        Paths are relative to the current folder, or else to that of the configuration file that names them.
+        """
+        config = self.config[self.config.subcommand]
+        folders = [Path.cwd(), *(Path(str(file.absolute)).parent for file in config.get("config") or ())]
+        _locate_data(config.data, folders)
+        trainer = config.trainer
+        root = str(trainer.default_root_dir or _RUNS)
+        trainer.default_root_dir = root if "://" in root else str(Path(root).expanduser().absolute())
+        keep_under(trainer.default_root_dir, trainer.logger)
+        settings = config.model.policy.get("init_args") or {}
+        model = settings.get("model")
+        if model and Path(found := located(model, folders)).is_dir():
+            settings["model"] = found
+
+    def _parse_ckpt_path(self) -> None:
+        """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
+
+        Lightning would let a checkpoint's hyper-parameters replace, without a word, what the command line and the
+        configuration say of the model. They are not needed: the whole model is configured in every command.
+        """
+        self._name_from_the_root()
+        given = self.config[self.config.subcommand]
+        roots = folders_of_runs(given.trainer.default_root_dir or _RUNS, given.trainer.logger)
+        source = None
+        if given.init_from and self.config.subcommand == "fit":
+            given.init_from = _start_of_run(given.init_from, given.ckpt_path == "last", roots)
+            source = checkpoint_files.origin(Path(given.init_from))
+        if given.ckpt_path == "last":
+            given.ckpt_path = self._last_checkpoint(roots, source)
+        if given.ckpt_path and Path(given.ckpt_path).is_dir():
+            given.ckpt_path = str(checkpoint_of(Path(given.ckpt_path), "ckpt_path"))
+        path = str(given.ckpt_path or "")
+        # Lightning itself finds these, and what is on other file systems.
+        is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
+        if not is_found_later:
+            content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+            _warn_of_another_model(content, given.model.policy)
+            if source and content and not is_start_of(source, content):
+                rank_zero_warn(
+                    f"The run of ckpt_path {path} was not started from init_from {given.init_from}, as far as its "
+                    "checkpoint says: init_from is left out. To start a new run from it leave ckpt_path out."
+                )
+
+    def _last_checkpoint(self, roots: Sequence[Path], source: Mapping[str, str] | None) -> str | None:
+        """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
+        settings = None
+        if self.config.subcommand == "fit":
+            # As the run's `config.yaml` has them.
+            settings = yaml.safe_load(self._parser("fit").dump(self.config.fit))
+        path, root = last_checkpoint(*roots, started_from=source, settings=settings), _listed(roots)
+        if path is None and self.config.subcommand != "fit":
+            raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
+        # Not an error, so that the same command begins a run and goes on with it.
+        began = f" that was started from {source['path']}" if source else ""
+        anew = f"No run in {root}{began} has a checkpoint to go on from: starting anew{' from it' if source else ''}."
+        rank_zero_info(f"Going on from {path}" if path else anew)
+        return str(path) if path else None
+
+    def after_validate(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation("val")
+
+    def after_test(self) -> None:
+        """Print what was measured."""
+        self._print_evaluation("test")
+
+    def _print_evaluation(self, stage: str) -> None:
+        model = self.model
+        users = {name: model.user_table(name) for name in model.eval_sets if model.loss.feedback != "demonstrations"}
+        if self.trainer.is_global_zero and model.eval_sets:
+            plain_console().print(evaluation_table(self.trainer.callback_metrics, users, model.eval_sets, stage))
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand in ("validate", "test"):
+            parser.set_defaults({"verbose": False})  # there is a table of our own
+        return parser
+
+    def before_fit(self) -> None:
+        """Start from an earlier training, if asked to, unless there is a checkpoint of this one to go on from."""
+        given = self.config.fit
+        if not given.init_from:
+            return
+        if given.train_baseline:
+            raise ConfigurationError(
+                "init_from and train_baseline exclude one another: the baseline would be trained on these data "
+                "alone, and the model on earlier ones as well. Leave out init_from, or give --train_baseline false."
+            )
+        if given.ckpt_path:
+            return  # of the same run, or with a warning
+        self.model.start_from(given.init_from)
+
+    def after_fit(self) -> None:
+        """Say where the checkpoints are and what to change, and compare with the vanilla counterpart, if asked to."""
+        checkpoints = kept_by(self.trainer)
+        if checkpoints:
+            rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
+            if len(checkpoints) > 1:
+                rank_zero_info("The first is the best, the second the last. Commands use the last of a run's folder.")
+        (monitor,) = (one for one in self.trainer.callbacks if isinstance(one, LearningMonitor))  # type: ignore[attr-defined]
+        advice = monitor.advice(self.trainer, self.model)
+        if checkpoints and advice is None:
+            advice = how_to_shrink(self.trainer.callback_metrics, self.model.user_model, Path(checkpoints[-1]))
+        if advice:
+            rank_zero_info(advice)
+        if not self.config.fit.train_baseline or self.trainer.interrupted:
+            return
+        config = self.config.fit.clone()
+        without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args": {"num_tokens": 0}}
+        config.model.user_model = dict_to_namespace(without)
+        seed_everything(config.seed_everything)
+        config.trainer.logger = None  # there is one for it below
+        fresh = self._parser("fit").instantiate_classes(config)
+        folder = run_folder(self.trainer)
+        trainer = Trainer(
+            **{
+                **fresh.trainer.as_dict(),
+                "logger": MetricsTable(folder, name="baseline", version=""),
+                "callbacks": [] if fresh.trainer.enable_progress_bar is False else [RichProgressBar()],
+                "enable_checkpointing": False,
+            }
+        )
+        fresh.model.hparams["user_model"] = without  # Lightning puts the command's own there
+        rank_zero_info("Training the same without a user model, to compare.")
+        trainer.fit(fresh.model, fresh.data)
+        if not config.trainer.fast_dev_run:
+            # Not in a folder `checkpoints`, where `--ckpt_path last` would take it for the newest of the run.
+            trainer.save_checkpoint(kept := folder / "baseline" / "last.ckpt")
+            rank_zero_info(f"The baseline's checkpoint: {kept}")
+        if self.trainer.is_global_zero or is_sharded(self.model.policy):
+            contenders = {
+                "vanilla": Contender(fresh.model, trainer.callback_metrics),
+                "personalised": Contender(self.model, self.trainer.callback_metrics),
+            }
+            written_to = None if config.trainer.fast_dev_run else folder
+            compare(contenders, self.datamodule, written_to, quiet=not self.trainer.is_global_zero)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
+        config["callbacks"] = list(config["callbacks"] or [])
+        wanted = config["enable_progress_bar"] is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
+            config["callbacks"].append(RichProgressBar())
+        # Lightning's own place is the current directory.
+        root = str(config["default_root_dir"] or _RUNS)
+        root = config["default_root_dir"] = root if "://" in root else os.path.expanduser(root)
+        if not config["fast_dev_run"]:
+            config["logger"], self._claimed = _with_run_folder(config["logger"], root)
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
+            raise ConfigurationError(f"trainer: {error}") from error
+        refuse_odd_checkpoints(trainer)
+        if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
+            raise ConfigurationError("trainer.strategy: the command line can't be sent to spawned processes; use ddp.")
+        return trainer
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise ConfigurationError(f"seed_everything: {error}") from error
+
+
+def read_whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Have `limit_val_batches: 1` mean one batch, where 1.0 means all of them.
+
+    Python remembers a union of types in the order in which the first module named them. Where that is a float before an
+    int (as in rich), jsonargparse reads the 1 of Lightning's `int | float` as 1.0.
+    """
+    for action in parser._actions:
+        types = get_args(getattr(action, "_typehint", None))
+        if {int, float} <= set(types) and types.index(float) < types.index(int):
+            whole_first = reduce(or_, (int, *(one for one in types if one is not int)))
+            vars(action)["_typehint"] = whole_first  # which jsonargparse declares nowhere
+
+
+def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:
+    """Return what to do where users' own rows rank their held-out pairs no better than the generic user does.
+
+    Args:
+        metrics: What the last validation found.
+        user_model: A user model that was trained.
+        last: The checkpoint that was validated last, in its run's folder of checkpoints.
+    """
+    own, generic = (metrics.get(f"val/seen/{name}") for name in ("accuracy", "generic_accuracy"))
+    is_trained = len(user_model.row_tables()) > len(user_model.history_tables())
+    if own is None or generic is None or own > generic or not is_trained or last.is_dir():
+        return None
+    # Not among the run's checkpoints, where `--ckpt_path last` would take it for the newest.
+    words = ["shrink", "--model", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]
+    return (
+        f"Of the held-out pairs users' own rows rank {own:.3f} right, and the generic user {generic:.3f}: the rows "
+        "have learned nothing yet, or noise. See how far they are to be believed, and draw them to the generic user: "
+        f"python -m prlhf_lightning {shlex.join(words)}"
+    )
+
+
+def _start_of_run(given: str, goes_on: bool, roots: Sequence[Path]) -> str:
+    """Return the whole path of the checkpoint, or exported folder, that `init_from` names.
+
+    Args:
+        given: A path, that of a run's folder, or `last`.
+        goes_on: Whether the same command also goes on with the run that it starts (`--ckpt_path last`).
+        roots: Folders of runs.
+    """
+    if given == "last" and goes_on:
+        raise ConfigurationError(
+            "init_from: with --ckpt_path last, `last` may be the run to start from or the one that was started. Name "
+            "the checkpoint to start from by its path."
+        )
+    found = last_checkpoint(*roots) if given == "last" else Path(given).expanduser()
+    if found is None:
+        raise ConfigurationError(
+            f"init_from: there is no checkpoint of any run in {_listed(roots)}; name one by its path."
+        )
+    # Whole, as the run's configuration is kept in another folder.
+    is_exported = (found / "prlhf.json").is_file()
+    return str((found if is_exported else checkpoint_of(found, "init_from")).absolute())
+
+
+def _listed(folders: Iterable[Path]) -> str:
+    return " or ".join(map(str, folders))
+
+
+def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
+    """Warn where a checkpoint's adapters would be put on another model: of equal shape, it loads without an error."""
+    trained = checkpoint.get("hyper_parameters", {}).get("policy")
+    before = trained.get("init_args", {}).get("model") if isinstance(trained, dict) else None
+    now = policy.get("init_args", {}).get("model") if policy else None
+    if before and now and Path(before).resolve() != Path(now).resolve():
+        rank_zero_warn(
+            f"The checkpoint was trained on model.policy.model {before}, and this is {now}. What was trained fits no "
+            "other weights, even where it can be loaded: make sure that they are the same."
+        )
+
+
+def _with_run_folder(loggers: Any, root: str) -> tuple[list[Logger], Path | None]:
+    """Do as `with_run_folder`, and refuse a folder that can't be written to, before anything is computed."""
+    try:
+        return with_run_folder(loggers, root)
+    except OSError as error:
+        folder = str(error.filename or root)
+        setting = "trainer.default_root_dir" if folder.startswith(root) else "trainer.logger"
+        raise ConfigurationError(
+            f"{setting}: files can't be written to {folder} ({error.strerror}); give another folder."
+        ) from error
+
+
+def run_training(args: ArgsType, program: str) -> None:
+    """Run a command of Lightning's.
+
+    Args:
+        args: The words of the command line, or the configuration.
+        program: How the command is called, for messages.
+    """
+    Parser.called = program
+    PRLHFCLI(args)
+
+
+def _locate_data(settings: Any, folders: Sequence[Path]) -> None:
+    """Name the files of a source, and of the sources in it, from the root, in place."""
+    if isinstance(settings, list):
+        for one in settings:
+            _locate_data(one, folders)
+        return
+    if not isinstance(settings, Namespace):
+        return
+    for name, value in list(vars(settings).items()):
+        if isinstance(value, Namespace | list) and not (name in _PATHS and isinstance(value, list)):
+            _locate_data(value, folders)
+        elif name in _PATHS and isinstance(value, list):
+            settings[name] = [located(str(one), folders) for one in value]
+        elif name in _PATHS and isinstance(value, str | Path) and value not in _FORMATS:
+            settings[name] = located(str(value), folders)

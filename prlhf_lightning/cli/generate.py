@@ -1,0 +1,264 @@
+"""One prompt or many, written for one user or several at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.columns import Columns
+from rich.console import Console
+from rich.panel import Panel
+from rich.text import Text
+
+from prlhf_lightning.data import Pseudonyms
+from prlhf_lightning.data.conversations import message_text, read_text, read_tools
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.utils.io import check_output, replacing
+from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
+from prlhf_lightning.inference.requests import Message
+from prlhf_lightning.cli.checkpoints import open_writer, pick_device
+from prlhf_lightning.utils.terminal import LAYOUT, plain_console, printable
+
+_LISTED = 5
+_NARROWEST = 30  # columns of a panel
+
+
+@dataclass(frozen=True)
+class _Request:
+    """A generation, with what its row of the output says of it."""
+
+    generation: Generation
+    id: str | int
+
+    def renamed(self, name: Callable[[str], str]) -> _Request:
+        """Return the same for users by other names."""
+        user = self.generation.user
+        if user is not None:
+            user = name(user) if isinstance(user, str) else {name(one): share for one, share in user.items()}
+        return replace(self, generation=replace(self.generation, user=user))
+
+    @property
+    def who(self) -> str:
+        user = self.generation.user
+        if user is None:
+            return "generic user"
+        return user if isinstance(user, str) else " + ".join(f"{share:g} {name}" for name, share in user.items())
+
+
+def generate(
+    model: Path,
+    prompt: str | None = None,
+    prompts: Path | None = None,
+    user: str | list[str] | None = None,
+    blend: dict[str, float] | None = None,
+    user_text: str = "",
+    strength: float = 1.0,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int | None = None,
+    stop: str | list[str] | None = None,
+    chat_template: bool | None = None,
+    continue_final_message: bool = False,
+    output: Path | None = None,
+    max_batch_rows: int = 64,
+    device: str = "auto",
+    hash_user_ids_with: str | None = None,
+    trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
+) -> None:
+    """Write for one user or several at once.
+
+    See docs/generate.md for examples.
+
+    Args:
+        model: A checkpoint of `fit`, the folder of its run, or a folder that `export` wrote.
+        prompt: What to answer.
+        prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`),
+            `id`, `user_text` and `tools`. A row without a user is written for all that `user` and `blend` name.
+        user: Ids, as in `--user ann bob`. Without any, the generic user.
+        blend: Shares of several users, as in `{ann: 2, bob: 1}`: one more user to write for. Ids with signs that YAML
+            has a use for are put in quotes.
+        user_text: Text about the user, for user models that read it.
+        strength: How far users move what is written: 0 is the generic user, 1 as trained, up to 4 exaggerates.
+        max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
+        temperature: Sampling temperature; 0 picks the likeliest token each time.
+        top_p: Share of the probability to sample from.
+        seed: What chance is drawn from, the same for every answer.
+        stop: Strings each of which ends an answer.
+        chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; by
+            default as in training. Conversations always are.
+        continue_final_message: Go on with the last message of each conversation, which is then the assistant's.
+        output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
+        max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the
+            pseudonyms.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
+    """
+    if (prompt is None) == (prompts is None):
+        raise ConfigurationError("prompt: give one of --prompt and --prompts.")
+    if output is not None:
+        check_output(output, "output")
+    ids = [user] if isinstance(user, str) else list(user or ())
+    if not all(map(str.strip, (*ids, *(blend or ())))):
+        raise ConfigurationError("user: an id is empty; leave it out to write for the generic user.")
+    named: list[str | Mapping[str, float] | None] = [*ids, *([blend] if blend else [])]
+    how: dict[str, Any] = {
+        "strength": strength, "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p,
+        "seed": seed, "stop": (stop,) if isinstance(stop, str) else tuple(stop or ()), "chat_template": chat_template,
+        "continue_final_message": continue_final_message,
+    }  # fmt: skip
+    rows = [{"prompt": prompt}] if prompts is None else list(_rows(prompts))
+    requests = list(_requests(rows, named or [None], user_text, how))
+    if hash_user_ids_with is not None:
+        pseudonym = Pseudonyms.load(hash_user_ids_with)
+        requests = [one.renamed(pseudonym) for one in requests]
+    writer = open_writer(model, "model", pick_device(device), trust_remote_code, trust_classes)
+    _report_unknown(writer, requests)
+    console = plain_console()
+    if output is not None:
+        written = writer.generate([one.generation for one in requests], True, max_batch_rows)
+        _write(output, requests, written)
+        console.print(f"{len(written)} answers are in {output}", soft_wrap=True)
+    elif len(requests) == 1:
+        texts = []
+        for piece in writer.stream(requests[0].generation):
+            texts.append(piece.text)
+            sys.stdout.write(printable(piece.text, LAYOUT))
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+        _report_empty(writer, requests, ["".join(texts)])
+        return
+    else:
+        written = writer.generate([one.generation for one in requests], console.is_terminal, max_batch_rows)
+        _show(console, requests, written)
+    _report_empty(writer, requests, [answer.text for answer in written])
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """Read and check a file of prompts."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"prompts: {path} can't be read as lines of UTF-8: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise FeedbackFormatError(f"{where}: this is no JSON ({error}); write one object a line.") from error
+        if not isinstance(row, dict):
+            raise FeedbackFormatError(f"{where}: this is no JSON object; write one a line, with a 'prompt'.")
+        user = row.get("user_id", row.get("user"))
+        if type(user) is int:  # as in the files that training reads
+            user = str(user)
+        if not isinstance(row.get("prompt"), str | list):
+            raise FeedbackFormatError(
+                f"{where}: field 'prompt' must be a string, or a list of messages with 'role' and 'content'."
+            )
+        if not isinstance(user, str | None):
+            raise FeedbackFormatError(
+                f"{where}: field 'user_id' is of type {type(user).__name__}; ids are strings, so put it in quotes."
+            )
+        if user is not None and not user.strip():
+            raise FeedbackFormatError(f"{where}: field 'user_id' is empty; leave it out for the generic user.")
+        if not isinstance(row.get("user_text") or "", str):
+            raise FeedbackFormatError(f"{where}: field 'user_text' must be a string.")
+        if not isinstance(row.get("id", number), str | int):
+            raise FeedbackFormatError(f"{where}: field 'id' must be a string or a whole number.")
+        yield {
+            "prompt": read_text(row["prompt"], where, "prompt"),
+            "user": user,
+            "id": row.get("id", number),
+            "user_text": row.get("user_text"),
+            "tools": read_tools(row.get("tools"), where),
+        }
+
+
+def _requests(
+    rows: Sequence[Mapping[str, Any]],
+    named: Sequence[str | Mapping[str, float] | None],
+    user_text: str,
+    how: Mapping[str, Any],
+) -> Iterator[_Request]:
+    for number, row in enumerate(rows, start=1):
+        prompt: str | list[Message] = row["prompt"]
+        for user in named if row.get("user") is None else [row["user"]]:
+            text = row.get("user_text") or user_text
+            tools = row.get("tools")
+            yield _Request(Generation(prompt, user, user_text=text, tools=tools, **how), row.get("id", number))
+
+
+def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) -> None:
+    """Say who is not known, and is written for as the generic user."""
+    users = [one.generation.user for one in requests if one.generation.user is not None]
+    named = dict.fromkeys(name for user in users for name in ([user] if isinstance(user, str) else user))
+    if unknown := [printable(name) for name in named if name not in writer.vocabulary]:
+        more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
+        sys.stderr.write(
+            f"Not known to this model, and so written for as the generic user: {', '.join(unknown[:_LISTED])}{more}\n"
+        )
+
+
+def _report_empty(writer: PersonalizedWriter, requests: Sequence[_Request], texts: Sequence[str]) -> None:
+    """Say that answers are empty, and what may be the reason."""
+    empty = [one.generation for one, text in zip(requests, texts, strict=True) if not text.strip()]
+    if not empty:
+        return
+    advice = ""
+    if writer.tokenizer.chat_template and any(writer.takes_as_it_stands(one) for one in empty):
+        advice = (
+            " Their prompts were taken as they stand, without the chat template; if the model has learned "
+            "conversations, add `--chat_template true`."
+        )
+    sys.stderr.write(f"{len(empty)} of {len(texts)} answers are empty: the model ended them at once.{advice}\n")
+
+
+def _show(console: Console, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
+    """Print the answers to each prompt side by side."""
+    groups: dict[tuple[str | int, str], list[tuple[_Request, Completion]]] = {}
+    for one, answer in zip(requests, written, strict=True):
+        prompt = one.generation.prompt
+        asked = prompt if isinstance(prompt, str) else message_text(prompt[-1])
+        groups.setdefault((one.id, asked), []).append((one, answer))
+    for (_, asked), answers in groups.items():
+        console.print(Text(printable(asked, LAYOUT), style="bold"))
+        width = max(_NARROWEST, console.width // len(answers) - 1)
+        panels = [
+            Panel(
+                Text(printable(answer.text, LAYOUT)),
+                title=Text(printable(one.who)),
+                subtitle=None if answer.finish_reason == "stop" else f"cut off after {answer.completion_tokens} tokens",
+                width=min(width, console.width),
+            )
+            for one, answer in answers
+        ]
+        console.print(Columns(panels))
+
+
+def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
+    with replacing(path) as file:
+        for one, answer in zip(requests, written, strict=True):
+            row = {
+                "id": one.id,
+                "user_id": one.generation.user if isinstance(one.generation.user, str) else None,
+                **({"blend": dict(one.generation.user)} if isinstance(one.generation.user, Mapping) else {}),
+                "prompt": one.generation.prompt,
+                "completion": answer.text,
+                "strength": one.generation.strength,
+                "known_user": answer.known_user,
+                "finish_reason": answer.finish_reason,
+                "prompt_tokens": answer.prompt_tokens,
+                "completion_tokens": answer.completion_tokens,
+            }
+            file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")

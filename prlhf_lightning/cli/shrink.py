@@ -1,0 +1,112 @@
+"""Draw trained users' rows to the generic user, as far as pairs that training did not see say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.table import Table
+
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
+from prlhf_lightning.adaptation.margins import check_ranks_pairs
+from prlhf_lightning.adaptation.shrinkage import MOST_PAIRS
+from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.batching import collate
+from prlhf_lightning.data.privacy import hashed
+from prlhf_lightning.data.splits import spread
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
+from prlhf_lightning.utils.io import check_output
+from prlhf_lightning.utils.finite import are_finite
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.checkpoints import module_of, pick_device
+from prlhf_lightning.cli.adapt import read_pairs
+from prlhf_lightning.reports.run import data_of, open_run
+from prlhf_lightning.utils.terminal import plain_console
+from prlhf_lightning.cli.user_rows import rows_of
+from prlhf_lightning.types import PreferenceBatch
+
+
+def shrink(
+    model: Path,
+    validation: Path | None = None,
+    output: Path | None = None,
+    columns: dict[str, str] | None = None,
+    hash_user_ids_with: str | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    trust_classes: list[str] | None = None,
+) -> None:
+    """Draw all users' rows to the generic user by the factor under which held-out pairs are likeliest.
+
+    Rows that were trained on few pairs, or for long, fit the noise in them too. The factor tells how much of them to
+    believe: 1 leaves them as they are, 0 makes everyone the generic user. New users whom `adapt` then adds start from
+    what is known of the trained ones, and gain by it too.
+
+    Args:
+        model: A checkpoint of `fit`, or the folder of its run.
+        validation: Pairs of its users that they were not trained on, in any format that training reads; by default
+            those that its run held out, as the run's `config.yaml` says.
+        output: The checkpoint to write; nothing is written if none is given.
+        columns: Names of the file's columns that differ from the fields', as in `{user_id: worker}`.
+        hash_user_ids_with: What `data.hash_user_ids_with` was in training.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
+            you trust.
+        trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
+            imported, which runs their code; what a file names beside is refused.
+    """
+    if validation is None and (columns or hash_user_ids_with):
+        raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
+    if output is not None:
+        check_output(output, "output")
+    checkpoint = checkpoint_files.checkpoint_of(model)
+    content = read_checkpoint(checkpoint, "model")
+    users = rows_of(content, checkpoint)
+    users.require_trained(checkpoint)
+    module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
+    if validation is None:
+        pairs = _held_out(checkpoint, module, trust_classes)
+    else:
+        source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
+        pairs, _ = read_pairs(module, source, option="validation")
+    console = plain_console()
+    with console.status("Trying factors"):
+        found = fit_shrinkage(module, pairs)
+    console.print(_table(found))
+    if not are_finite([found.log_likelihoods]):
+        raise NonFiniteError(
+            "validation: under the model the likelihood of the pairs is infinite or NaN, which tells nothing about the "
+            "factor. Nothing is written; take an earlier checkpoint."
+        )
+    if output is not None:
+        users.shrink(found.best, [f"user_model.{name}" for name in found.tables])
+        checkpoint_files.save(content, output)
+        how = f"rows {found.best:g} times as far from the generic user" if found.best < 1 else "rows as they were"
+        console.print(f"Written to {output}, with {how}")
+
+
+def _held_out(checkpoint: Path, model: PersonalizedLM, trust_classes: list[str] | None) -> PreferenceBatch:
+    """Return pairs that the run of a checkpoint was validated on, spread over all of those of trained users."""
+    check_ranks_pairs(model)
+    data = data_of(open_run(checkpoint), None, model, trust_classes)
+    if data is None:
+        raise ConfigurationError(
+            f"validation: no config.yaml beside {checkpoint} says what its run held out; name a file of pairs that it "
+            "was not trained on."
+        )
+    pairs = data.evaluation_pairs("seen")
+    if pairs is None:
+        raise ConfigurationError("validation: the run held out no pairs of its users; name a file of such pairs.")
+    return collate(pairs.__getitems__(spread(len(pairs), MOST_PAIRS).tolist()))
+
+
+def _table(found: Shrinkage) -> Table:
+    table = Table(title=f"{found.pairs} pairs", title_justify="left")
+    for name in ("factor", "log-likelihood a pair", "pair accuracy"):
+        table.add_column(name, justify="right")
+    for place, factor in enumerate(found.factors):
+        style = "bold" if place == found.place else ""
+        likelihood, accuracy = float(found.log_likelihoods[place]), float(found.accuracies[place])
+        table.add_row(f"{factor:g}", f"{likelihood:.4f}", f"{accuracy:.4f}", style=style)
+    return table

@@ -1,0 +1,207 @@
+"""DataLoaders for a Lightning trainer, and what they must know of it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any, TypeAlias
+from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader, Dataset, Sampler
+from prlhf_lightning.errors import ConfigurationError
+from collections.abc import Mapping, Sequence
+from typing import Any
+import torch
+from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
+from collections.abc import Iterator, Sequence
+import numpy as np
+from torch.utils.data import Dataset
+from prlhf_lightning.data.holdout import Pairs
+from prlhf_lightning.data.splits import Positions
+from prlhf_lightning.types import PairTokens
+from collections.abc import Sequence
+from prlhf_lightning.data.tokenization import Ids
+
+
+Loader: TypeAlias = DataLoader[dict[str, Any]]
+
+
+def make_loader(rows: Dataset[dict[str, Any]], batches: Sampler[Any], num_workers: int, pin_memory: bool) -> Loader:
+    """Return a loader of the batches that a sampler names.
+
+    Args:
+        rows: Gives the rows of a batch.
+        batches: The batches of one process.
+        num_workers: Processes that load them; none is the present one.
+        pin_memory: Whether they are laid in pinned memory.
+    """
+    # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
+    # sampler returns every row, and training resumes at the right batch.
+    warnings.filterwarnings("ignore", message=".*does not have many workers")
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
+    warnings.filterwarnings("ignore", message=".*custom batch sampler `SequentialBatchSampler` for prediction")
+    if num_workers:
+        # Workers are forked after the tokenizer ran on threads; it would warn in each of them.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return DataLoader(
+        rows,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=pin_memory,
+    )
+
+
+def share_of(trainer: Trainer | None) -> tuple[int, int]:
+    """Return rank and number of the processes that share the data (tensor-parallel ones count as one)."""
+    kwargs = trainer.distributed_sampler_kwargs if trainer is not None else None
+    return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
+
+
+def resume_point(trainer: Trainer) -> tuple[int, int]:
+    """Return the epoch and the batch in it that a trainer, whose progress was restored if it resumes, runs next."""
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if epoch.processed == epoch.ready:  # between epochs
+        return epoch.processed, 0
+    # A batch that was interrupted is run again; one whose checkpoint was saved as it ended is not.
+    if batch.processed != batch.ready:
+        return epoch.processed, batch.completed
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+        return epoch.processed + 1, 0
+    return epoch.processed, batch.processed
+
+
+def refuse_injected_sampler(trainer: Trainer) -> None:
+    """Refuse a trainer that would put a sampler of its own in the place of ours.
+
+    Raises:
+        ConfigurationError: Names the setting.
+    """
+    connector = trainer._accelerator_connector  # the setting has no public name
+    if connector.use_distributed_sampler and connector.is_distributed:
+        raise ConfigurationError(
+            "The trainer would replace the sampler that groups pairs by user, which divides the data over processes "
+            "itself; set trainer.use_distributed_sampler: false."
+        )
+
+
+def collate(rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
+    """Pad rows on the right to the longest of the batch.
+
+    Args:
+        rows: Each with `user_id`, `record` and the ids `user_text_ids`, `prompt_ids`, `chosen_ids`, `rejected_ids`;
+            all or none of them with a `history`, other rows of the same user.
+    """
+    return PreferenceBatch(
+        user_ids=tuple(row["user_id"] for row in rows),
+        user_text=Tokens.from_lists([row["user_text_ids"] for row in rows]),
+        prompt=Tokens.from_lists([row["prompt_ids"] for row in rows]),
+        chosen=Tokens.from_lists([row["chosen_ids"] for row in rows]),
+        rejected=Tokens.from_lists([row["rejected_ids"] for row in rows]),
+        records=torch.tensor([row["record"] for row in rows], dtype=torch.long),
+        history=pair_tokens([row["history"] for row in rows]) if rows and "history" in rows[0] else None,
+    )
+
+
+def pair_tokens(histories: Sequence[Sequence[Mapping[str, Any]]]) -> PairTokens:
+    """Pad users' rows, each with `chosen_ids` and `rejected_ids`, to the most rows and the longest completion."""
+    size = max(map(len, histories), default=0)
+
+    def block(name: str) -> Tokens:
+        rows = [row for history in histories for row in [*(r[name] for r in history), *[[]] * (size - len(history))]]
+        flat = Tokens.from_lists(rows)
+        shape = len(histories), size, flat.ids.shape[1]
+        return Tokens(flat.ids.view(shape), flat.mask.view(shape))
+
+    return PairTokens(block("chosen_ids"), block("rejected_ids"))
+
+
+USERS_AT_ONCE = 64
+
+
+class PairsWithHistory(Dataset[dict[str, Any]]):
+    """Pairs whose rows have a `history`: from none to `size` other pairs of the same user, drawn at random.
+
+    What is drawn depends on the seed and on which pairs share the batch, hence on the epoch, and on nothing else: a run
+    that was interrupted draws what it would have drawn.
+
+    Args:
+        pairs: The training pairs; no other pair comes into a history.
+        size: Most pairs of a history.
+        seed: Seed of the draws.
+    """
+
+    def __init__(self, pairs: Pairs, size: int, seed: int) -> None:
+        self.pairs, self.size, self.seed = pairs, size, seed
+        self._users = pairs.split.users[pairs.positions]
+        self._by_user = np.argsort(self._users, kind="stable")
+        self._starts = np.searchsorted(self._users[self._by_user], np.arange(len(pairs.split.user_ids) + 1))
+        self._place = np.empty_like(self._by_user)
+        self._place[self._by_user] = np.arange(len(self._by_user))
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """Return several rows at once, each with its history."""
+        draw = np.random.default_rng([self.seed, *indices])
+        histories = [self._others(index, draw) for index in indices]
+        rows = iter(self.pairs.__getitems__([*indices, *np.concatenate(histories).tolist()]))
+        own = [next(rows) for _ in indices]
+        return [row | {"history": [next(rows) for _ in history]} for row, history in zip(own, histories, strict=True)]
+
+    def of_users(self) -> Iterator[tuple[list[str], PairTokens]]:
+        """Yield all users, some at a time, each with the same `size` of their pairs in every run (or all they have).
+
+        Returns:
+            The users' ids, and their histories `[n, K, L]`.
+        """
+        users = np.unique(self._users)
+        for some in np.split(users, range(USERS_AT_ONCE, len(users), USERS_AT_ONCE)):
+            drawn = [self._some(user, np.random.default_rng([self.seed, int(user)])) for user in some]
+            rows = iter(self.pairs.__getitems__(np.concatenate(drawn).tolist()))
+            ids = [self.pairs.split.user_ids[user] for user in some]
+            yield ids, pair_tokens([[next(rows) for _ in places] for places in drawn])
+
+    def _others(self, index: int, draw: np.random.Generator) -> Positions:
+        """Draw a history of one pair, in which it is not."""
+        start, stop = self._starts[self._users[index] : self._users[index] + 2]
+        others = stop - start - 1
+        count = int(draw.integers(min(self.size, others), endpoint=True))
+        picked = draw.choice(others, count, replace=False)
+        found: Positions = self._by_user[start + picked + (picked >= self._place[index] - start)]
+        return found
+
+    def _some(self, user: int, draw: np.random.Generator) -> Positions:
+        own: Positions = self._by_user[self._starts[user] : self._starts[user + 1]]
+        return draw.choice(own, min(self.size, len(own)), replace=False)
+
+
+class Requests(Dataset[dict[str, Any]]):
+    """Every prompt for every user, the users of a prompt side by side; without completions or texts about users.
+
+    Args:
+        places: Where each of the P prompts stands.
+        prompts: P arrays of token ids.
+        user_ids: The users.
+    """
+
+    def __init__(self, places: Sequence[str], prompts: Sequence[Ids], user_ids: Sequence[str]) -> None:
+        self._places, self._prompts, self._user_ids = places, prompts, user_ids
+
+    def __len__(self) -> int:
+        return len(self._prompts) * len(self._user_ids)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        prompt, user = divmod(index, len(self._user_ids))
+        nothing: dict[str, list[int]] = {f"{part}_ids": [] for part in ("user_text", "chosen", "rejected")}
+        prompt_ids = self._prompts[prompt].tolist()
+        return {"user_id": self._user_ids[user], "prompt_ids": prompt_ids, **nothing, "record": index}
+
+    def where(self, record: int) -> str:
+        """Return where the prompt of a row stands."""
+        return self._places[record // len(self._user_ids)]

@@ -1,0 +1,427 @@
+"""The durable log of the feedback that people give on answers: its one table, and how it is written and read.
+
+Here and not in `serving`, because the server writes what `data.sources.FeedbackLogSource` reads. Needs the extra
+`serve` (SQLAlchemy), and `postgres` for PostgreSQL.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, NamedTuple, TypeAlias
+from uuid import uuid4
+
+import sqlalchemy as sql
+from sqlalchemy.exc import IntegrityError, NoSuchModuleError, OperationalError, ProgrammingError, SQLAlchemyError
+
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.data.sqlite_file import SQLiteFile, network_file_system
+
+_log = logging.getLogger(__name__)
+Prompt: TypeAlias = str | list[dict[str, str]]
+
+FEEDBACK = sql.Table(
+    "prlhf_feedback",
+    sql.MetaData(),
+    # SQLite gives numbers of its own to INTEGER columns only.
+    sql.Column("number", sql.BigInteger().with_variant(sql.Integer, "sqlite"), primary_key=True),
+    sql.Column("source", sql.Text, nullable=False),
+    sql.Column("id", sql.Text, nullable=False),
+    sql.Column("received", sql.Double, nullable=False),
+    sql.Column("user_id", sql.Text, nullable=False, index=True),
+    sql.Column("user_text", sql.Text),
+    sql.Column("prompt", sql.Text, nullable=False),  # JSON: a string, or messages
+    sql.Column("chosen", sql.Text),
+    sql.Column("rejected", sql.Text),
+    sql.Column("completion", sql.Text),
+    sql.Column("liked", sql.Boolean),
+    sql.UniqueConstraint("source", "id"),
+    sqlite_autoincrement=True,  # so that the number of a removed row is never given to another
+)
+
+_IS_PAIR = FEEDBACK.c.chosen != FEEDBACK.c.rejected
+_ORDER = 0x7072_6C68  # of the PostgreSQL lock under which rows get their numbers
+_LOCKED_MS = 4000  # how long a write waits while somebody else holds the log's lock
+_SILENT_SECONDS = 8.0  # how long PostgreSQL may be silent; longer than it waits for locks
+_PROBE_LOCKED_SECONDS, _PROBE_SILENT_SECONDS = 1.0, 3.0  # where it is only asked whether the log can be used
+
+
+class FeedbackLogError(PRLHFError, OSError):
+    """The log can't be written or read now, as on a full disk or without a connection to the database."""
+
+
+class ConflictError(PRLHFError, ValueError):
+    """An id that already stands for other feedback."""
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """What one person thought: which of two answers was better, or whether one was good.
+
+    Attributes:
+        source: Who handed it in: the name of an API key, or nothing.
+        id: Tells it apart from all other feedback of the same source; handing it in twice counts once.
+        received: When, in seconds since 1970 (UTC).
+        user_id: Who judged.
+        prompt: What was answered.
+        chosen: The better answer of two.
+        rejected: The other. The same text as `chosen` stands for a tie.
+        completion: The one answer that was judged.
+        liked: Whether it was good.
+        user_text: What is known about the user, or nothing.
+    """
+
+    source: str
+    id: str
+    received: float
+    user_id: str
+    prompt: Prompt
+    chosen: str | None = None
+    rejected: str | None = None
+    completion: str | None = None
+    liked: bool | None = None
+    user_text: str | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return the columns of the table. Equal prompts are equal texts."""
+        return {**vars(self), "prompt": json.dumps(self.prompt, sort_keys=True)}
+
+
+class Extent(NamedTuple):
+    """How many rows there are up to the last, and that row's number."""
+
+    rows: int
+    last: int
+
+
+class FeedbackLog:
+    """Feedback in a database. Safe to use from several threads and processes at once.
+
+    SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
+    process and of the machine; so it does in PostgreSQL with `synchronous_commit=on`, which `append` sets where it is
+    off. Only the owner can read a new SQLite file. A SQLite file that is deleted, moved, replaced or damaged while it
+    is open is noticed by `append`. A database that hangs makes `append` and `check` fail after some seconds.
+
+    Args:
+        url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file. The query of a
+            PostgreSQL URL is passed on to libpq: `?sslmode=verify-full&connect_timeout=3`.
+        create: Make the table if it is not there, to write to it. Without it, the log is only read, however long it
+            takes.
+
+    Raises:
+        ConfigurationError: The URL is none, its database's driver is not installed, or the database can't keep a log:
+            the table is not of this version or not durable (UNLOGGED), or the database's encoding is not UTF-8.
+        FeedbackLogError: The database can't be opened.
+    """
+
+    def __init__(self, url: str, create: bool = True) -> None:
+        try:
+            address = sql.make_url(url if "://" in url else f"sqlite:///{url}")
+            if address.drivername in ("postgres", "postgresql"):
+                address = address.set(drivername="postgresql+psycopg")
+            self._is_sqlite = address.get_backend_name() == "sqlite"
+            self._file: SQLiteFile | None = None
+            if self._is_sqlite and address.database in (None, "", ":memory:"):
+                raise ConfigurationError("url: a feedback log in memory would be lost; write sqlite:///file.db.")
+            if self._is_sqlite and not create and not Path(str(address.database)).is_file():
+                raise ConfigurationError(f"url: there is no feedback log {address.database}; check the path.")
+            self.name = address.render_as_string(hide_password=True)
+            self._advice: Mapping[str, str] = _SQLITE_ADVICE
+            if address.get_backend_name() == "postgresql":
+                self._engine, self._probe, self._advice = _postgresql(address, create)
+                self._reader = self._engine
+            else:
+                self._engine = sql.create_engine(address)
+                # Not of the same pool: what `append` writes to must have been opened when no other was open.
+                self._reader = sql.create_engine(address, poolclass=sql.NullPool)
+                self._probe = self._engine
+        except (SQLAlchemyError, ValueError, ImportError) as error:
+            if isinstance(error, PRLHFError):
+                raise
+            missing = isinstance(error, ImportError | NoSuchModuleError)
+            fix = "pip install 'prlhf-lightning[postgres]'" if missing else "write sqlite:///file.db or postgresql://…"
+            raise ConfigurationError(
+                f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
+            ) from error
+        self._turn = Lock()  # to write to SQLite, which has one writer at a time anyway
+        with self._errors():
+            if self._is_sqlite:
+                if "uri" not in address.query:
+                    self._file = SQLiteFile(Path(str(address.database)))
+                for engine in (self._engine, self._reader):
+                    sql.event.listen(engine, "do_connect", self._before_connect)
+                    sql.event.listen(engine, "connect", self._after_connect)
+            if create:
+                self._make()
+            self._check_table()
+
+    def _make(self) -> None:
+        """Make the table if it is not there."""
+        if self._file is not None:
+            self._file.make()
+            kind = network_file_system(self._file.path)
+            if kind:
+                _log.warning(
+                    "The feedback log %s lies on a network file system (%s), on which SQLite is safe for the processes "
+                    "of one machine at most; use PostgreSQL for several.",
+                    self.name,
+                    kind,
+                )
+        try:
+            FEEDBACK.metadata.create_all(self._engine)
+        except (ProgrammingError, IntegrityError, OperationalError) as error:
+            if not any(sign in str(error.orig) for sign in ("already exists", "duplicate key")):
+                raise
+            FEEDBACK.metadata.create_all(self._engine)  # another process has made it since it was looked for
+
+    def _check_table(self) -> None:
+        """Refuse a table that can't hold the log."""
+        with self._reader.connect() as connection:
+            found = sql.inspect(connection)
+            if not found.has_table(FEEDBACK.name):
+                raise ConfigurationError(f"{self.name} has no table {FEEDBACK.name}: it is not a feedback log.")
+            missing = {column.name for column in FEEDBACK.c} - {c["name"] for c in found.get_columns(FEEDBACK.name)}
+            if missing:
+                raise ConfigurationError(
+                    f"{self.name}: the table {FEEDBACK.name} has no column {', '.join(sorted(missing))}; it was made "
+                    "by another version or program. Rename it, or name another log."
+                )
+            if not self._is_sqlite:
+                _check_durable(connection, self.name)
+
+    def append(self, feedback: Feedback) -> bool:
+        """Write feedback down for good. Return False where the same had been written before.
+
+        Raises:
+            ConflictError: Its id stands for other feedback of the same source.
+            FeedbackLogError: It could not be written.
+        """
+        row = feedback.row()
+        with self._errors(), self._connection(_LOCKED_MS / 1000) as connection:
+            try:
+                if not self._is_sqlite:
+                    connection.execute(_DURABLY, {"ms": str(_LOCKED_MS)})
+                    # Rows become visible in the order of their numbers, as `until` needs.
+                    connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ORDER)))
+                connection.execute(FEEDBACK.insert(), row)
+                connection.commit()
+                self._check_same_file(connection)
+                return True
+            except IntegrityError:
+                connection.rollback()
+                if not self._is_sqlite:
+                    connection.execute(_DURABLY, {"ms": str(_LOCKED_MS)})
+                same = (FEEDBACK.c.source == feedback.source) & (FEEDBACK.c.id == feedback.id)
+                found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
+                self._check_same_file(connection)
+        if any(found[name] != value for name, value in row.items() if name != "received"):
+            raise ConflictError(f"The id {feedback.id!r} stands for other feedback; give each judgement its own.")
+        return False
+
+    def extent(self, until: int | None = None) -> Extent:
+        """Return how far the log goes, or what there is of it up to a row's number."""
+        query = sql.select(sql.func.count(), sql.func.coalesce(sql.func.max(FEEDBACK.c.number), 0))
+        if until is not None:
+            query = query.where(FEEDBACK.c.number <= until)
+        with self._errors(), self._reader.connect() as connection:
+            return Extent(*connection.execute(query).one())
+
+    def pairs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each pair after its row's number, in the order of receipt, without ties.
+
+        Args:
+            until: The last row's number that counts.
+        """
+        yield from self._records(sql.select(FEEDBACK).where(_IS_PAIR), until)
+
+    def newest_pairs(self, user_id: str, most: int) -> list[dict[str, Any]]:
+        """Return a user's last pairs, at most so many, in the order of receipt, without ties."""
+        query = sql.select(FEEDBACK).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
+        with self._errors(), self._reader.connect() as connection:
+            rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
+        return [_record(row, self.name) for row in reversed(rows)]
+
+    def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
+        """Yield each thumb after its row's number, in the order of receipt.
+
+        Args:
+            until: The last row's number that counts.
+        """
+        yield from self._records(sql.select(FEEDBACK).where(FEEDBACK.c.completion.is_not(None)), until)
+
+    def _records(self, query: sql.Select[Any], until: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+        if until is not None:
+            query = query.where(FEEDBACK.c.number <= until)
+        query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=1000)
+        with self._errors(), self._reader.connect() as connection:
+            for row in connection.execute(query).mappings():
+                yield row["number"], _record(row, self.name)
+
+    def check(self) -> None:
+        """Raise FeedbackLogError where the log can't be read and written now, within a few seconds."""
+        with self._errors(), self._connection(_PROBE_LOCKED_SECONDS, self._probe) as connection:
+            if self._file is not None:
+                connection.execute(sql.select(FEEDBACK.c.number).limit(1))
+                self._file.try_writing()
+                self._check_same_file(connection)
+            elif not self._is_sqlite:
+                self._try_writing(connection)
+
+    def _try_writing(self, connection: sql.Connection) -> None:
+        """Write a row to PostgreSQL and take it back, durably; nobody else ever sees it."""
+        connection.execute(_DURABLY, {"ms": str(round(_PROBE_LOCKED_SECONDS * 1000))})
+        name = f"trial {uuid4().hex}"
+        row = Feedback(name, name, time.time(), name, "", completion="", liked=True).row()
+        with connection.begin_nested() as trial:
+            connection.execute(FEEDBACK.insert(), row)
+            trial.rollback()
+        connection.commit()
+
+    def close(self) -> None:
+        """Close all connections."""
+        for engine in (self._engine, self._reader, self._probe):
+            engine.dispose()
+
+    @contextmanager
+    def _connection(self, seconds: float, engine: sql.Engine | None = None) -> Iterator[sql.Connection]:
+        """Give a connection to write to the database as it is now.
+
+        Args:
+            seconds: How long to wait for other threads that write to SQLite.
+            engine: What to take it from.
+        """
+        engine = engine or self._engine
+        if self._file is None:
+            with engine.connect() as connection:
+                yield connection
+            return
+        if not self._turn.acquire(timeout=seconds):
+            raise sqlite3.OperationalError("other feedback waits for the file")
+        try:
+            with engine.connect() as connection:
+                if connection.info["identity"] == self._file.identity():
+                    self._file.check_pages()
+                    yield connection
+                    return
+            engine.dispose()  # another file is there now, as from a backup
+            with engine.connect() as connection:
+                self._file.check_pages()
+                yield connection
+        finally:
+            self._turn.release()
+
+    def _check_same_file(self, connection: sql.Connection) -> None:
+        if self._file is not None:
+            self._file.check_same(connection.info["identity"])
+
+    def _before_connect(self, *_: Any) -> None:
+        """Keep SQLite from making a new, empty file where the log was, and from mixing it with another."""
+        if self._file is not None:
+            self._file.check_openable()
+
+    def _after_connect(self, connection: Any, record: Any) -> None:
+        """Make writes durable, and remember which file was opened."""
+        for setting in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
+            connection.execute(f"PRAGMA {setting}")
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are open
+        if self._file is not None:
+            record.info["identity"] = self._file.opened()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Turn errors of the database, whose messages quote what was to be written, into ours, which do not."""
+        try:
+            yield
+        except (SQLAlchemyError, sqlite3.Error) as error:
+            # Its connections may remember pages of a file that is gone, or lead to a server that no longer leads.
+            self._engine.dispose()
+            raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({self._reason(error)}).") from None
+
+    def _reason(self, error: Exception) -> str:
+        """Say what is wrong, without what was to be written."""
+        cause = getattr(error, "orig", None) or error
+        if isinstance(cause, sqlite3.Error):
+            if not hasattr(cause, "sqlite_errorname"):  # of our own checks
+                return str(cause)
+            if str(cause).startswith("no such table"):
+                return f"{cause}; put a backup in its place, or start the server again to begin an empty one"
+            # Such as SQLITE_IOERR_WRITE, of which our own checks have no name.
+            name = cause.sqlite_errorname
+            return next((text for kind, text in self._advice.items() if name.startswith(kind)), name)
+        name = type(cause).__name__
+        return self._advice.get(name, name)
+
+
+_SQLITE_ADVICE = {
+    "SQLITE_BUSY": "locked by another process",
+    "SQLITE_FULL": "the disk is full",
+    "SQLITE_READONLY": "it is read-only",
+    "SQLITE_CANTOPEN": "it can't be opened; check the path and its permissions",
+    "SQLITE_CORRUPT": "the file is damaged; put a backup in its place",
+    "SQLITE_NOTADB": "the file is damaged; put a backup in its place",
+}
+# A transaction waits so long for locks, and for the disk where the database's own setting does not.
+_DURABLY = sql.text(
+    "SELECT set_config('lock_timeout', :ms, true), set_config('synchronous_commit', "
+    "CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, "
+    "true)"
+)
+
+
+def _postgresql(address: sql.URL, writes: bool) -> tuple[sql.Engine, sql.Engine, Mapping[str, str]]:
+    """Return what makes connections to PostgreSQL, what makes them for trials, and what its errors mean."""
+    from prlhf_lightning.data import postgresql
+
+    patient = {name: value for name, value in postgresql.PATIENT.items() if name not in address.query}
+    address = address.update_query_dict(patient)
+    hasty = address.update_query_dict({"connect_timeout": "2"})
+    # Statements that are prepared on one connection do not work through a pooler such as PgBouncer.
+    given = {"connect_args": {"prepare_threshold": None}}
+    engine = sql.create_engine(address, pool_pre_ping=True, **given)
+    probe = sql.create_engine(hasty, poolclass=sql.NullPool, **given)
+    for made, seconds in ((engine, _SILENT_SECONDS), (probe, _PROBE_SILENT_SECONDS)):
+        if writes:
+            connect = postgresql.impatient(seconds).connect
+            sql.event.listen(made, "do_connect", lambda *a, connect=connect: connect(*a[2], **a[3]))
+    return engine, probe, postgresql.ADVICE
+
+
+def _check_durable(connection: sql.Connection, name: str) -> None:
+    """Refuse a PostgreSQL database in which what was acknowledged could be lost or changed."""
+    encoding = connection.execute(sql.text("SHOW server_encoding")).scalar_one()
+    if encoding != "UTF8":
+        raise ConfigurationError(f"{name}: the database's encoding is {encoding}; make one with ENCODING 'UTF8'.")
+    kind = connection.execute(
+        sql.text(f"SELECT relpersistence FROM pg_class WHERE oid = to_regclass('{FEEDBACK.name}')")
+    ).scalar_one()
+    if kind not in ("p", b"p"):
+        raise ConfigurationError(
+            f"{name}: the table {FEEDBACK.name} is not durable; ALTER TABLE {FEEDBACK.name} SET LOGGED."
+        )
+    if connection.execute(sql.text("SHOW fsync")).scalar_one() != "on":
+        _log.warning("The database of the feedback log %s has fsync off: a power loss can lose feedback.", name)
+
+
+def _record(row: Any, log: str) -> dict[str, Any]:
+    """Return a row in the form that `data.records.parse_record` reads."""
+    try:
+        prompt = json.loads(row["prompt"])
+    except ValueError:  # whose message would quote it
+        raise FeedbackLogError(
+            f"The feedback log {log} is damaged: the prompt in row {row['number']} is no JSON. Restore the log from a "
+            f"backup, or delete the row: DELETE FROM {FEEDBACK.name} WHERE number = {row['number']}."
+        ) from None
+    record = {"user_id": row["user_id"], "user_text": row["user_text"], "prompt": prompt}
+    for name in ("chosen", "rejected") if row["completion"] is None else ("completion",):
+        text = row[name]
+        record[name] = text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+    if row["liked"] is not None:
+        record["label"] = row["liked"]
+    return record

@@ -1,0 +1,328 @@
+"""Training rows that are read, validated and tokenised as they are needed, for sets larger than disk or memory.
+
+The rows of a source are taken in their order, in blocks of about `shuffle_buffer`. Within a block they are shuffled and
+grouped by user just as `UserGroupedBatchSampler` does it for a whole set, in a draw of (seed, epoch, block). What that
+needs (the user, the length of the texts) is there before tokenising, so every process and every worker lays out every
+block in the same way, and each validates and tokenises the batches that it hands out, and no others.
+
+To go on in the middle of an epoch, the rows before are read again and skipped, neither validated nor tokenised.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias
+from weakref import finalize
+
+import numpy as np
+from torch.utils.data import Dataset, Sampler
+
+from prlhf_lightning.data.special_tokens import ControlTokens
+from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
+from prlhf_lightning.data.sampling import UserGroupedBatchSampler
+from prlhf_lightning.data.sources.base import DataSource, Split, read
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.types import Feedback
+
+Place: TypeAlias = tuple[int, int]
+"""An epoch, and the number of a batch in it."""
+RawRow: TypeAlias = tuple[int, str, Mapping[str, Any]]
+"""The number of a row in its source, where it stands, and its columns."""
+_log = logging.getLogger(__name__)
+
+
+class StreamedRows:
+    """The training rows of a source, in its order.
+
+    Attributes:
+        vocabulary: The users whose rows these are.
+
+    Args:
+        source: Where the rows come from.
+        vocabulary: As above.
+        held_out: Users whose rows are passed over.
+        size: Number of rows of the vocabulary's users, which is held to when they are read.
+        split: The split to read.
+    """
+
+    def __init__(
+        self,
+        source: DataSource,
+        vocabulary: UserVocabulary,
+        held_out: frozenset[str],
+        size: int,
+        split: Split = "train",
+    ) -> None:
+        self.source, self.vocabulary, self.split = source, vocabulary, split
+        self.columns = Columns.from_mapping(source.columns)
+        self._held_out, self._size = held_out, size
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __iter__(self) -> Generator[RawRow, None, None]:
+        count = 0
+        for number, (where, row) in enumerate(read(self.source, self.split)):
+            user_id = row.get(self.columns.user_id)
+            if not isinstance(user_id, str) or user_id not in self.vocabulary:
+                if isinstance(user_id, str) and user_id in self._held_out:
+                    continue
+                self._refuse(f"{where}: field 'user_id' names a user who was not there when users were counted")
+            count += 1
+            if count > self._size:
+                self._refuse(f"{where}: the {self.split} split has more than the {self._size:,} rows that were counted")
+            yield number, where, row
+        if count < self._size:
+            self._refuse(f"The {self.split} split ended after {count:,} of the {self._size:,} rows that were counted")
+
+    def where(self, record: int) -> str:
+        """Return where a row stands, given its number in the source, which is read up to there."""
+        return next(islice(read(self.source, self.split), record, None))[0]
+
+    def _refuse(self, problem: str) -> None:
+        raise FeedbackFormatError(
+            f"{problem}; leave the data as they are while they are trained on, or, if you gave a users_file, count "
+            "anew (leave it out)."
+        )
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """Which rows of a stream make up which batch; all of it a function of these numbers and of (epoch, block).
+
+    Every step, a global batch of `batch_size * world_size` rows, is full but for the last of an epoch, which is made of
+    the last rows and is dealt out as `UserGroupedBatchSampler` does.
+
+    Attributes:
+        rows: Number of rows of an epoch.
+        batch_size: Rows in a batch of one process.
+        pairs_per_user: Up to so many rows of one user stand side by side.
+        bucket_by_length: Whether rows of about the same length share a batch.
+        seed: Seed of the order.
+        shuffle_buffer: Rows of a block, rounded down to whole steps (at least one).
+        rank: Rank of this process among those that share the data.
+        world_size: Number of processes that share the data.
+    """
+
+    rows: int
+    batch_size: int
+    pairs_per_user: int
+    bucket_by_length: bool
+    seed: int
+    shuffle_buffer: int
+    rank: int = 0
+    world_size: int = 1
+
+    def __len__(self) -> int:
+        """Return the number of batches of an epoch, the same on every rank."""
+        return -(-self.rows // self._step)
+
+    @property
+    def _step(self) -> int:
+        return self.batch_size * self.world_size
+
+    def block(self, number: int) -> range:
+        """Return the steps of the block that a step belongs to."""
+        full = self.rows // self._step
+        number = max(0, min(number, full - 1))  # the last step, if not full, belongs to the block before it
+        size = max(1, self.shuffle_buffer // self._step)
+        first = number - number % size
+        return range(first, first + size if first + size < full else len(self))
+
+    def rows_of(self, steps: range) -> range:
+        """Return which rows of the stream steps are made of."""
+        return range(steps.start * self._step, min(steps.stop * self._step, self.rows))
+
+    def pairs_per_rank(self, steps: slice) -> float:
+        """Return how many rows the batches of some steps of an epoch hold, on average over the ranks."""
+        sizes = (len(self.rows_of(range(step, step + 1))) for step in range(*steps.indices(len(self))))
+        return sum(max(1.0, size / self.world_size) for size in sizes)
+
+    def lay_out(self, epoch: int, steps: range, users: Sequence[int], lengths: Sequence[int] | None) -> list[list[int]]:
+        """Return, for each step of a block, the places in the block of the rows of this rank's batch.
+
+        Args:
+            epoch: The epoch.
+            steps: The block.
+            users: `[N]` the user of each of its rows.
+            lengths: `[N]` the length of each of its rows, where they are bucketed.
+        """
+        full = len(users) // self._step * self._step
+        draw = epoch * len(self) + steps.start
+        return [
+            *self._drawn(draw, users[:full], lengths[:full] if lengths else None, first=0),
+            *self._drawn(draw, users[full:], lengths[full:] if lengths else None, first=full),
+        ]
+
+    def _drawn(self, draw: int, users: Sequence[int], lengths: Sequence[int] | None, first: int) -> Iterator[list[int]]:
+        """Yield this rank's batches of rows of a block that stand together, from place `first` on."""
+        if not len(users):
+            return
+        sampler = UserGroupedBatchSampler(
+            np.array(users),
+            self.batch_size,
+            self.pairs_per_user,
+            seed=self.seed,
+            rank=self.rank,
+            world_size=self.world_size,
+            lengths=np.array(lengths) if lengths is not None else None,
+        )
+        sampler.set_epoch(draw)
+        for batch in sampler:
+            yield [first + place for place in batch]
+
+
+class StreamBatchSampler(Sampler[list[Place]]):
+    """Yields the place of each batch of an epoch; what is in it, `FeedbackStream` finds out.
+
+    Args:
+        order: The order of the stream.
+    """
+
+    def __init__(self, order: StreamOrder) -> None:
+        self.order = order
+        self._epoch, self._start = 0, 0
+
+    @property
+    def sampler(self) -> StreamBatchSampler:
+        """Return self: Lightning looks for `set_epoch` on the `sampler` of a batch sampler."""
+        return self
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the epoch that is yielded next, and the batch to start it from."""
+        self._epoch, self._start = epoch, start
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[list[Place]]:
+        # Epoch and start are those at this moment: Lightning may set the next ones before the first batch is drawn.
+        epoch = self._epoch
+        return ([(epoch, number)] for number in range(self._start, len(self)))
+
+    def pairs_per_rank(self, epoch: int, steps: slice) -> float:
+        """Return how many pairs the batches of some steps of an epoch hold, on average over the ranks."""
+        return self.order.pairs_per_rank(steps)
+
+
+class FeedbackStream(Dataset[dict[str, Any]]):
+    """Makes the batches of a stream. They are asked for in ascending order; another one reads from the start again.
+
+    Rows that `ties` or the tokenizer's settings leave out are missing from their batch. If nothing else is left of it,
+    the next row of its block stands in, so that no process is without a batch that the others have.
+
+    Args:
+        rows: The rows.
+        order: Which rows stand together.
+        tokenize: Turns records into ids.
+        feedback: What the rows must have.
+        drop_ties: Whether rows whose completions are the same are left out; if not they are an error.
+    """
+
+    def __init__(
+        self, rows: StreamedRows, order: StreamOrder, tokenize: FeedbackTokenizer, feedback: Feedback, drop_ties: bool
+    ) -> None:
+        self._rows, self._order, self._tokenize = rows, order, tokenize
+        self._feedback, self._drop_ties = feedback, drop_ties
+        self._control = ControlTokens(tokenize.tokenizer)
+        self._epoch = -1
+        self._reader: Iterator[RawRow] = iter(())
+        self._closing: finalize[Any, Any] | None = None
+        self._read = 0  # rows that the reader has given
+        self._steps = range(0)  # the block that is laid out
+        self._block: list[RawRow] = []
+        self._batches: list[list[int]] = []
+        self._left_out: Counter[str] = Counter()
+
+    def __getitems__(self, places: Sequence[Place]) -> list[dict[str, Any]]:
+        """Return the rows of one batch, the only one of `places`."""
+        ((epoch, number),) = places
+        steps = self._order.block(number)
+        if (epoch, steps) != (self._epoch, self._steps):
+            self._open(epoch, steps)
+        batch = number - steps.start
+        return self._tokenized(self._batches[batch]) or self._stand_in(batch)
+
+    def _open(self, epoch: int, steps: range) -> None:
+        """Read a block and lay it out, having skipped what stands before it."""
+        wanted = self._order.rows_of(steps)
+        if epoch != self._epoch or wanted.start < self._read:
+            if self._closing is not None:
+                self._closing()
+            self._reader = reader = iter(self._rows)
+            # A generator that is left open at the interpreter's end complains, for what it names is gone by then.
+            self._closing = finalize(self, reader.close)
+            self._epoch, self._read = epoch, 0
+        self._block = []  # before the next one is read, so that memory holds one
+        for _ in islice(self._reader, wanted.start - self._read):
+            pass
+        self._block = list(islice(self._reader, len(wanted)))
+        self._steps, self._read = steps, wanted.stop
+        if self._read == self._order.rows:
+            next(self._reader, None)  # which raises if there are more
+        columns = self._rows.columns
+        users = self._rows.vocabulary.rows([row[columns.user_id] for _, _, row in self._block]).tolist()
+        lengths = [_length(row, columns) for _, _, row in self._block] if self._order.bucket_by_length else None
+        self._batches = self._order.lay_out(epoch, steps, users, lengths)
+
+    def _stand_in(self, batch: int) -> list[dict[str, Any]]:
+        for places in (*self._batches[batch + 1 :], *self._batches):
+            for place in places:
+                if row := self._tokenized([place]):
+                    return row
+        first, last = self._block[0][1], self._block[-1][1]
+        raise FeedbackFormatError(
+            f"{first} to {last}: none of these rows can be used: all were left out, having equal completions or too "
+            "many tokens; raise the limits, or set overlong to truncate."
+        )
+
+    def _tokenized(self, places: Sequence[int]) -> list[dict[str, Any]]:
+        records: list[tuple[int, str, FeedbackRecord]] = []
+        for number, where, row in (self._block[place] for place in places):
+            try:
+                record = parse_record(row, where, self._rows.columns, self._feedback)
+                records.append((number, where, record))
+                for note in (*record.notes, *self._control.notes(record)):
+                    self._report(f"are worth a look: {note}", where)
+            except TieError:
+                if not self._drop_ties:
+                    raise
+                self._report("have equal completions and are left out", where)
+        numbers, wheres, parsed = zip(*records, strict=True) if records else ((), (), ())
+        before = {name: excess.count for name, excess in self._tokenize.excess.items()}
+        rows = []
+        for number, where, record, ids in zip(numbers, wheres, parsed, self._tokenize(parsed, wheres), strict=True):
+            if ids is None:
+                continue
+            if ids.tie:
+                if not self._drop_ties:
+                    raise self._tokenize.token_tie(ids, where)
+                self._report("have completions that are equal once tokenised and cut, and are left out", where)
+                continue
+            parts = {f"{name}_ids": part for name, part in ids._asdict().items()}
+            rows.append({"user_id": record.user_id, "record": number, **parts})
+        done = "left out" if self._tokenize.settings.overlong == "drop" else "cut to the limit"
+        for name, excess in self._tokenize.excess.items():
+            if more := excess.count - before.get(name, 0):
+                self._report(f"have a longer '{name}' than allowed and are {done}", wheres[-1], more)
+        return rows
+
+    def _report(self, what: str, where: str, more: int = 1) -> None:
+        """Warn of rows that are changed or left out, at the first, the tenth, the hundredth, and so on."""
+        before = self._left_out[what]
+        self._left_out[what] = now = before + more
+        if not before or len(str(now)) > len(str(before)):
+            _log.warning("%d rows read so far by this process %s (the last at or before %s).", now, what, where)
+
+
+def _length(row: Mapping[str, Any], columns: Columns) -> int:
+    """Return about how long a row is, in characters, before it is known to be valid."""
+    fields = (columns.user_text, columns.prompt, columns.chosen, columns.rejected, columns.completion)
+    text, prompt, chosen, rejected, completion = (len(str(row.get(column) or "")) for column in fields)
+    return text + prompt + max(chosen, rejected, completion)

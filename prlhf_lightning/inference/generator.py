@@ -1,0 +1,269 @@
+"""A trained model, ready to write for its users."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Self, cast
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prlhf_lightning.data.tokenization import loses_first_space, read_on_from
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.utils.chat_tokens import end_token_ids
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, PromptTooLongError
+from prlhf_lightning.inference.guidance import Condition, conditions, knows
+from prlhf_lightning.inference.engine import Engine
+from prlhf_lightning.inference.folder import read_folder
+from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
+from prlhf_lightning.inference.kv_cache import rows_of
+from prlhf_lightning.policies.generation_settings import warn_of_not_applied
+from prlhf_lightning.policies.loading import unused_ids
+from prlhf_lightning.policies.scoring import segments
+from prlhf_lightning.policies.sequences import join
+from prlhf_lightning.types import SoftPrompt, Tokens
+from prlhf_lightning.user_models import UserModel
+
+_NO_LIMIT = 2**31  # tokens; what is too long for the model is refused, and nothing is cut off in silence
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A generation, checked and tokenised.
+
+    Attributes:
+        generation: What is asked.
+        prompt: Its tokens, with BOS where the tokenizer writes one.
+        conditions: The soft prompts it is written under.
+        max_new_tokens: What is asked, or as many as the model has positions for.
+        prompt_tokens: Tokens of the prompt and of the user's text.
+        known_user: Whether every user named is known.
+    """
+
+    generation: Generation
+    prompt: list[int]
+    conditions: tuple[Condition, ...]
+    max_new_tokens: int
+    prompt_tokens: int
+    known_user: bool
+
+
+class PersonalizedWriter:
+    """Writes with a policy, conditioned on users by a user model.
+
+    Attributes:
+        lm: The Hugging Face model, adapters included, in evaluation mode.
+        tokenizer: Its tokenizer.
+        user_model: Turns users into soft prompts.
+        vocabulary: The users that the user model has a row for.
+        name: What the model is called.
+        tokenization: How prompts and users' texts become ids; its limits of length are not applied.
+        end_token_ids: The tokens that end an answer, as the tokenizer, its chat template and the model's generation
+            config say. Nothing else of that config is applied.
+
+    Args:
+        lm: As above.
+        tokenizer: As above.
+        user_model: As above, built and trained.
+        vocabulary: As above.
+        name: As above.
+        tokenization: As above.
+    """
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        user_model: UserModel,
+        vocabulary: UserVocabulary,
+        name: str = "prlhf_lightning",
+        tokenization: TokenizationSettings | None = None,
+    ) -> None:
+        self.lm = lm.eval()
+        self.new_rows = rows_of(self.lm)
+        self._loses_first_space = loses_first_space(tokenizer)
+        self.tokenizer = tokenizer
+        self.user_model = user_model.eval().to(lm.device)
+        self.vocabulary = vocabulary
+        self.name = name
+        generation_config = getattr(lm, "generation_config", None)
+        self.end_token_ids = frozenset(end_token_ids(tokenizer, generation_config))
+        warn_of_not_applied(generation_config, name)
+        unlimited = {"max_prompt_length": _NO_LIMIT, "max_user_text_length": _NO_LIMIT}
+        self.tokenization = replace(tokenization or TokenizationSettings(), **unlimited)  # type: ignore[arg-type]
+        self._encoders = {self.tokenization.chat_template: FeedbackTokenizer(tokenizer, self.tokenization)}
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        device: str | torch.device = "cpu",
+        trust_remote_code: bool = False,
+        trust_classes: Collection[str] | None = None,
+    ) -> Self:
+        """Load what `export` wrote.
+
+        Args:
+            folder: The exported folder.
+            device: Where the model goes.
+            trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
+            trust_classes: Dotted paths of user models from outside this package that the folder may name; they are
+                imported. Those that have been imported need not be named.
+
+        Raises:
+            ConfigurationError: The folder lacks something, names other classes, or holds what this version can't read.
+        """
+        content = read_folder(Path(folder), trust_remote_code, trust_classes)
+        lm = content.lm.to(device)
+        return cls(lm, content.tokenizer, content.user_model, content.vocabulary, content.name, content.tokenization)
+
+    @cached_property
+    def max_positions(self) -> int | None:
+        """Most vectors and tokens that a sequence may have; None for no limit."""
+        limit: int | None = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
+        return limit
+
+    @cached_property
+    def unused_ids(self) -> Tensor:
+        """`[n]` ids that the model can write and the tokenizer has no token for, as in padded vocabularies."""
+        return torch.tensor(unused_ids(self.tokenizer, self.lm), dtype=torch.long, device=self.lm.device)
+
+    def generate(
+        self, generations: Sequence[Generation], progress: bool = False, max_batch_rows: int = 64
+    ) -> list[Completion]:
+        """Write all of them; each comes out as if it had been written alone.
+
+        Args:
+            generations: What is asked.
+            progress: Show a progress bar.
+            max_batch_rows: Most rows computed at a time.
+
+        Raises:
+            ConfigurationError: One of them can't be written; nothing has been written then.
+        """
+        for generation in generations:  # before anything is computed
+            self.prepare(generation)
+        engine = Engine(self, max_batch_rows)
+        waiting = list(enumerate(generations))[::-1]
+        place_of: dict[int, int] = {}
+        pieces: list[list[Piece]] = [[] for _ in generations]
+        with Progress(disable=not progress) as bar:
+            task = bar.add_task("Writing", total=len(generations))
+            while waiting or not engine.idle:
+                while waiting and engine.waiting < max_batch_rows:  # not all, which would hold all their vectors
+                    place, generation = waiting.pop()
+                    place_of[engine.add(generation)] = place
+                for piece in engine.step():
+                    pieces[place_of[piece.number]].append(piece)
+                    bar.advance(task, piece.finish_reason is not None)
+        return [_completion(parts) for parts in pieces]
+
+    def stream(self, generation: Generation) -> Iterator[Piece]:
+        """Write one, and yield each piece as it is written; the last has a reason to be the last."""
+        engine = Engine(self)
+        engine.add(generation)
+        while not engine.idle:
+            yield from engine.step()
+
+    @torch.no_grad()
+    def prepare(self, generation: Generation) -> Prepared:
+        """Tokenise a generation and look up its users.
+
+        Raises:
+            PromptTooLongError: It leaves no position of the model for an answer.
+            ConfigurationError: It has a text about the user that nothing reads.
+            FeedbackFormatError: The prompt is empty, ends with an answer, or does not fit the chat template.
+        """
+        _check_last_message(generation)
+        encode = self._encoder(generation.chat_template)
+        prompt = encode.prompts([generation.prompt], generation.tools, generation.continue_final_message)[0].tolist()
+        text, text_tokens = None, 0
+        if generation.user_text:
+            if not self.user_model.uses_text:
+                raise ConfigurationError(
+                    f"user_text: this model's {type(self.user_model).__name__} reads no text about users; leave it out."
+                )
+            ids = encode.user_texts([generation.user_text])[0].tolist()
+            text_tokens = len(ids)
+            text = segments(self.lm, None, self._tokens([ids]), None)[0]
+        encode.forget()  # what people write is not to be kept
+        found = tuple(conditions(generation, self.user_model, self.vocabulary, text, self.lm.device))
+        known = knows(self.vocabulary, generation.user)
+        length = len(prompt) + max(len(condition.vectors) for condition in found)
+        room = generation.max_new_tokens if self.max_positions is None else self.max_positions - length
+        if room < 1:
+            raise PromptTooLongError(
+                f"prompt: soft prompt, user text and prompt take {length} positions, and this model has "
+                f"{self.max_positions}, of which one at least is for the answer; shorten the prompt."
+            )
+        limit = min(room, generation.max_new_tokens)
+        return Prepared(generation, prompt, found, limit, len(prompt) + text_tokens, known)
+
+    def read_on_from(self, prepared: Prepared) -> Sequence[int]:
+        """Return the tokens of a prompt that its answer must be decoded after; see `decoding.read_on_from`."""
+        generation = prepared.generation
+        goes_on = generation.continue_final_message or self.takes_as_it_stands(generation)
+        return read_on_from(prepared.prompt, goes_on, self._loses_first_space)
+
+    def takes_as_it_stands(self, generation: Generation) -> bool:
+        """Return whether a generation's prompt is a string that the chat template does not wrap."""
+        wrapped = self.tokenization.chat_template if generation.chat_template is None else generation.chat_template
+        return isinstance(generation.prompt, str) and not wrapped
+
+    def _encoder(self, chat_template: bool | None) -> FeedbackTokenizer:
+        """Return what makes ids of prompts, plain ones wrapped in the chat template or not; None for as in training."""
+        wrapped = self.tokenization.chat_template if chat_template is None else chat_template
+        if wrapped not in self._encoders:
+            settings = replace(self.tokenization, chat_template=wrapped)
+            self._encoders[wrapped] = FeedbackTokenizer(self.tokenizer, settings)
+        return self._encoders[wrapped]
+
+    @torch.no_grad()
+    def sequences(self, generations: Sequence[Prepared]) -> SoftPrompt:
+        """Return all that stands before the completions, a row for each condition, `[R, L, d]`, padded at the start."""
+        rows = [(one.prompt, condition.vectors) for one in generations for condition in one.conditions]
+        width = max(len(vectors) for _, vectors in rows)
+        soft_prompt = SoftPrompt(
+            torch.stack([_padded(vectors, width) for _, vectors in rows]),
+            torch.stack([torch.arange(width, device=self.lm.device) < len(vectors) for _, vectors in rows]),
+        )
+        prompt = self._tokens([prompt for prompt, _ in rows])
+        return join(segments(self.lm, self.tokenizer.bos_token_id, prompt, soft_prompt), align="right")
+
+    def _tokens(self, rows: Sequence[Sequence[int]]) -> Tokens:
+        return Tokens.from_lists(rows).to(self.lm.device)
+
+
+def _check_last_message(generation: Generation) -> None:
+    prompt = generation.prompt
+    if prompt == []:
+        raise FeedbackFormatError("prompt: the conversation has no message; give it one of the user.")
+    ends_with_answer = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
+    if ends_with_answer and not generation.continue_final_message:
+        raise FeedbackFormatError(
+            "prompt: the last message is the assistant's, which needs no answer; end with a message of the user, or "
+            "set continue_final_message to true to go on with it."
+        )
+    if generation.continue_final_message and not ends_with_answer:
+        raise FeedbackFormatError(
+            "prompt: continue_final_message goes on with the last message, which must be the assistant's; leave it out "
+            "to have the prompt answered."
+        )
+
+
+def _padded(vectors: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(vectors, (0, 0, 0, width - len(vectors)))
+
+
+def _completion(pieces: Sequence[Piece]) -> Completion:
+    last = pieces[-1]
+    ids = tuple(token for piece in pieces for token in piece.ids)
+    text = "".join(piece.text for piece in pieces)
+    reason = cast(FinishReason, last.finish_reason)  # none only while more is to come
+    return Completion(text, ids, reason, last.prompt_tokens, len(ids), last.known_user)

@@ -1,0 +1,136 @@
+"""Finding out by trial what may be skipped with a model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache, DynamicLayer
+from prlhf_lightning.utils.modes import evaluating
+from prlhf_lightning.policies.scoring import Shortcuts, arguments, cache_name, embed, model_inputs, score
+from prlhf_lightning.types import SoftPrompt, Tokens
+import warnings
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies.prefix_sharing import take_block_masks, takes_block_masks
+from prlhf_lightning.policies.scoring import Shortcuts
+
+
+@torch.no_grad()
+def is_causal(lm: PreTrainedModel) -> bool:
+    """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
+    ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
+    tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
+    with evaluating(lm):
+        logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
+    changes = (logits[0] - logits[1]).abs().amax(-1)
+    # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
+    tolerance = 1e-4 if lm.dtype == torch.float32 else 0.03
+    return bool(changes[:3].max() <= tolerance * changes[3:].max())
+
+
+@torch.no_grad()
+def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
+    """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
+
+    They hold for most architectures. Models that scale or cap their logits, that keep other states than keys and values
+    of all positions, or that attend otherwise than a mask tells them, are found out here, whatever they are called.
+    """
+    before, completions = _few_tokens(lm, lm.device)
+    with evaluating(lm):
+        truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
+
+        def holds(shortcuts: Shortcuts) -> bool:
+            tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
+            tried = score(lm, before, completions, shortcuts)
+            pairs = zip(truth, tried, strict=True)
+            return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
+
+        # A cap on the logits shows only where they are large, which a few tokens need not be.
+        capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
+        plain = lm.get_output_embeddings() is not None and lm.base_model is not lm and not capped
+        head = plain and holds(Shortcuts(head=True, shared_prompt=False))
+        full = head and _keeps_keys_and_values(lm, before[0])
+        shared = full and holds(Shortcuts(head=True, shared_prompt=True))
+    return Shortcuts(head, shared, trees=full and _takes_masks(lm) and trees_hold(lm, lm.device))
+
+
+@torch.no_grad()
+def trees_hold(lm: PreTrainedModel, device: torch.device) -> bool:
+    """Try on a few tokens whether trees give the log-probabilities of padded rows, on the device that computes."""
+    before, completions = _few_tokens(lm, device)
+    swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
+    padded = Shortcuts(head=True, shared_prompt=False)
+    with evaluating(lm):
+        truth = score(lm, before, completions, padded)
+        others = score(lm, swapped, completions, padded)
+        tried = score(lm, before, completions, replace(padded, trees=True), as_trees=True)
+    error, change = (
+        torch.stack([(a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True)]).max().item()
+        for results in (tried, others)
+    )
+    # Against what another prompt changes: in a model of random weights, wrong attention changes hardly anything.
+    exact = lm.dtype == torch.float32 and device.type == "cpu"
+    return error <= (1e-5 + 1e-3 * change if exact else 0.1)
+
+
+def _few_tokens(lm: PreTrainedModel, device: torch.device) -> tuple[list[SoftPrompt], list[Tokens]]:
+    """Return two prompts, and two batches of completions of them."""
+    ids = torch.arange(24, device=device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
+    lengths = torch.tensor([6, 3, 4, 1], device=device)
+    tokens = Tokens(ids, torch.arange(6, device=device) < lengths[:, None])
+    before = [embed(lm, Tokens(tokens.ids[:2], tokens.mask[:2]))]
+    return before, [Tokens(tokens.ids[2:], tokens.mask[2:]), Tokens(tokens.ids[:2, :3], tokens.mask[:2, :3])]
+
+
+def _takes_masks(lm: PreTrainedModel) -> bool:
+    # Other attention changes masks, adds what goes by places in the row, or can't have a row of more than a sequence.
+    handed_on = lm._supports_attention_backend and lm.config._attn_implementation == "sdpa"
+    return handed_on and "position_ids" in arguments(lm)
+
+
+def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
+    # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
+    cache: Any = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
+    # A cache of the model's own has other states beside them, which do not bear to be continued twice (MiniMax).
+    return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+class Packing:
+    """Packing for one policy, which has asked for it by name.
+
+    A model that can't be packed is scored as without it, and the user is warned.
+
+    Args:
+        lm: The model, whose attention takes block masks from now on.
+        name: What the user calls it.
+        shortcuts: What may be skipped with it.
+    """
+
+    def __init__(self, lm: PreTrainedModel, name: str, shortcuts: Shortcuts) -> None:
+        self._name = name
+        self._tried: set[torch.device] = set()
+        self._fits = shortcuts.trees and take_block_masks(lm)
+        if not self._fits:
+            warnings.warn(
+                f"policy.packing: {name!r} is a {type(lm).__name__} whose attention (attn_implementation "
+                f"{lm.config._attn_implementation!r}; windows, recurrence, places other than by position ids) can't be "
+                "told which completion a token belongs to; it is scored in padded rows.",
+                stacklevel=3,
+            )
+
+    def applies(self, lm: PreTrainedModel, device: torch.device) -> bool:
+        """Whether to pack on a device; the first time there, packing is tried on a few tokens.
+
+        Raises:
+            ConfigurationError: It gives other log-probabilities than padded rows do.
+        """
+        if not (self._fits and takes_block_masks(lm, device)):
+            return False
+        if device not in self._tried and not trees_hold(lm, device):
+            raise ConfigurationError(
+                f"policy.packing: packed rows don't give the log-probabilities of padded ones with {self._name!r} on "
+                f"this device ({device}); set it to false."
+            )
+        self._tried.add(device)
+        return True

@@ -1,0 +1,154 @@
+"""What a finished run left behind: its configuration, its metrics, its comparison with a baseline."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml  # type: ignore[import-untyped]  # it has no stubs
+from jsonargparse import ArgumentError, ArgumentParser
+
+from prlhf_lightning.utils.trust import only_trusted_classes
+from prlhf_lightning.data import DataSource, PreferenceDataModule
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.utils.io import from_cell
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.cli.checkpoints import check_configuration
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run's folder holds.
+
+    Attributes:
+        folder: The folder; None where the checkpoint lies in none.
+        history: Rows of `metrics.csv`: what was logged, by name, with `step`.
+        users: Rows of `users_seen.csv`: `user_id`, and numbers by name.
+        comparison: `comparison.json` of a run with a baseline: values by contender and name.
+    """
+
+    folder: Path | None
+    history: list[dict[str, float]] = field(default_factory=list)
+    users: list[dict[str, str | float]] = field(default_factory=list)
+    comparison: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    def logged(self, name: str) -> tuple[list[float], list[float]]:
+        """Return the steps at which a value was logged, and its values."""
+        found = [(row["step"], row[name]) for row in self.history if name in row and "step" in row]
+        return [step for step, _ in found], [value for _, value in found]
+
+
+def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
+    """Read what there is in a run's folder.
+
+    Args:
+        checkpoint: Where the folder is looked for if none is given: two levels above, as `fit` writes it.
+        folder: The run's folder.
+
+    Raises:
+        ConfigurationError: The folder that was named is none, or a file in it is not what `fit` wrote.
+    """
+    if folder is None:
+        beside = (checkpoint.parent.parent, checkpoint.parent)
+        folder = next((one for one in beside if (one / "config.yaml").is_file()), None)
+        if folder is None:
+            return Run(None)
+    elif not folder.is_dir():
+        raise ConfigurationError(f"run: there is no folder {folder}; name the one that `fit` wrote, as runs/version_0.")
+    return Run(
+        folder,
+        _history(folder / "metrics.csv"),
+        _users(folder / "users_seen.csv"),
+        _comparison(folder / "comparison.json"),
+    )
+
+
+def data_of(
+    run: Run, source: DataSource | None, module: PersonalizedLM, trust_classes: Collection[str] | None = None
+) -> PreferenceDataModule | None:
+    """Return the data that a model was trained on, or None where nobody says which.
+
+    Args:
+        run: Whose `config.yaml` says so.
+        source: Other data, to be handled by the run's settings, or, without a run, by the checkpoint's.
+        module: Whose tokenizer and kind of feedback they need.
+        trust_classes: Classes from outside this package that the run's configuration may name.
+
+    Raises:
+        ConfigurationError: The settings cannot be read.
+    """
+    path = run.folder / "config.yaml" if run.folder else None
+    if path and path.is_file():
+        data = _configured(path, source, module, trust_classes)
+    elif source is not None:
+        data = PreferenceDataModule(source, feedback=module.loss.feedback, **asdict(module.tokenization))
+    else:
+        return None
+    data.tokenizer = module.policy.tokenizer
+    return data
+
+
+def _configured(
+    path: Path, source: DataSource | None, module: PersonalizedLM, trust_classes: Collection[str] | None
+) -> PreferenceDataModule:
+    check_configuration(path)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(PreferenceDataModule, "data", skip={"tokenizer", "feedback"})
+    try:
+        settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
+        for linked in ("tokenizer", "feedback"):
+            settings.pop(linked, None)
+        if source is not None:
+            settings["source"] = {"class_path": "prlhf_lightning.data.SimulatedSource"}  # replaced below
+        with only_trusted_classes(f"run: {path}", trust_classes, content=settings):
+            data: PreferenceDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+    except (OSError, ArgumentError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, PRLHFError):
+            raise
+        raise ConfigurationError(
+            f"run: {path} does not say in its 'data' which data there are: {' '.join(str(error).split())}"
+        ) from error
+    if source is not None:
+        data.source = source
+    data.feedback = module.loss.feedback
+    return data
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {name: float(value) for name, value in row.items() if name and value} for row in csv.DictReader(file)
+            ]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise ConfigurationError(f"run: {path} is no table of numbers, as `fit` writes it: {error}") from error
+
+
+def _users(path: Path) -> list[dict[str, str | float]]:
+    if not path.is_file():
+        return []
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [
+                {name: from_cell(value) if name == "user_id" else float(value) for name, value in row.items()}
+                for row in csv.DictReader(file)
+                if row["user_id"]
+            ]
+    except (OSError, ValueError, TypeError, KeyError, csv.Error) as error:
+        raise ConfigurationError(f"run: {path} is no table of users, as `fit` writes it: {error}") from error
+
+
+def _comparison(path: Path) -> dict[str, dict[str, float]]:
+    if not path.is_file():
+        return {}
+    try:
+        content: Any = json.loads(path.read_text(encoding="utf-8"))
+        return {name: {key: float(value) for key, value in values.items()} for name, values in content.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"run: {path} is not what `fit --train_baseline true` writes: {error}") from error

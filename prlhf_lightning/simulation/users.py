@@ -1,0 +1,176 @@
+"""Simulated users: hidden tastes over the style grammar, in opposed groups, with differences within a group."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from prlhf_lightning.simulation.grammar import ATTRIBUTES, STYLES, Style, parse
+
+
+# Mutually distant directions of taste; each gives two groups, a direction and its opposite.
+_DIRECTIONS = ((1, 1, 1, 1, 1), (1, -1, 1, -1, -1), (-1, -1, 1, 1, -1), (1, -1, -1, 1, 1))
+MAX_GROUPS = 2 * len(_DIRECTIONS)
+# How much a group cares about its first, second, ... attribute.
+_IMPORTANCE = (1.0, 0.5, 0.25, 0.125, 0.0625)
+
+
+@dataclass(frozen=True)
+class SimulatedUser:
+    """A person with a hidden taste.
+
+    Attributes:
+        user_id: The id that stands in the data.
+        group: The group the taste was drawn around, counted from 0.
+        weights: Signed weight of each attribute's score, in the order of `ATTRIBUTES`; absolute values sum to 1.
+    """
+
+    user_id: str
+    group: int
+    weights: tuple[float, ...]
+
+    def style_utility(self, style: Style) -> float:
+        """Utility of any text in a style, in [-1, 1].
+
+        1 is the best style for this user and 0 the mean over all styles, which is what a writer without a style of
+        its own earns. (Scores of each attribute are symmetric about 0, so the weighted sum needs no rescaling.)
+        """
+        return math.fsum(weight * score for weight, score in zip(self.weights, style.scores, strict=True))
+
+    def utility(self, prompt: str, text: str) -> float:
+        """Utility of a text as an answer to a prompt; -1, the utility of the worst style, where it is ill-formed."""
+        style = parse(prompt, text)
+        return -1.0 if style is None else self.style_utility(style)
+
+    @property
+    def best_style(self) -> Style:
+        """The style that this user likes best."""
+        return max(STYLES, key=self.style_utility)
+
+    def stated_preference(self, attributes: int = 3) -> str:
+        """What this user would say about their taste: the values of the attributes they care about most."""
+        ranked = sorted(ATTRIBUTES, key=lambda name: -abs(self.weights[list(ATTRIBUTES).index(name)]))
+        return state_preference([getattr(self.best_style, name) for name in ranked[:attributes]])
+
+
+def state_preference(values: Sequence[str]) -> str:
+    """Say in words which attribute values one likes, as in `I like short, casual and warm answers.`."""
+    *head, last = values
+    return f"I like {', '.join(head)}{' and ' if head else ''}{last} answers."
+
+
+def draw_tastes(groups: int, rng: Random) -> list[tuple[float, ...]]:
+    """Draw the weights that each group is centred on.
+
+    Groups 2i and 2i + 1 care about the same attributes in the same order and want the opposite of each, so no text
+    pleases both.
+
+    Args:
+        groups: Number of groups, 1 to `MAX_GROUPS`.
+        rng: Source of all randomness.
+    """
+    flips = [rng.choice((-1, 1)) for _ in ATTRIBUTES]  # so that what is liked is not the same in every seed
+    tastes: list[tuple[float, ...]] = []
+    for direction in _DIRECTIONS:
+        importance = rng.sample(_IMPORTANCE, len(_IMPORTANCE))
+        taste = [sign * flip * weight for sign, flip, weight in zip(direction, flips, importance, strict=True)]
+        tastes += [tuple(taste), tuple(-weight for weight in taste)]
+    return tastes[:groups]
+
+
+def draw_users(names: Sequence[str], tastes: Sequence[Sequence[float]], rng: Random) -> list[SimulatedUser]:
+    """Draw one user for each name, around the tastes of groups of which the first is about twice the last.
+
+    Within a group weights vary by up to a fifth, and three users in ten disagree with their group on the attribute
+    that they care about least.
+    """
+    users = []
+    for name, group in zip(names, _assign(len(names), len(tastes)), strict=True):
+        weights = [weight * rng.uniform(0.8, 1.2) for weight in tastes[group]]
+        if rng.random() < 0.3:
+            weights[min(range(len(weights)), key=lambda i: abs(weights[i]))] *= -1
+        total = math.fsum(map(abs, weights))
+        users.append(SimulatedUser(name, group, tuple(weight / total for weight in weights)))
+    return users
+
+
+def best_common_utility(users: Sequence[SimulatedUser]) -> float:
+    """Mean utility of the one style that serves these users best: what no writer blind to users can exceed."""
+    return max(math.fsum(user.style_utility(style) for user in users) / len(users) for style in STYLES)
+
+
+def _assign(users: int, groups: int) -> list[int]:
+    """Share users out so that the first group is about twice as large as the last, by largest remainder."""
+    ratios = [2 * max(groups - 1, 1) - i for i in range(groups)]
+    shares = [users * ratio / sum(ratios) for ratio in ratios]
+    sizes = [int(share) for share in shares]
+    for group in sorted(range(groups), key=lambda i: sizes[i] - shares[i])[: users - sum(sizes)]:
+        sizes[group] += 1
+    return [group for group, size in enumerate(sizes) for _ in range(size)]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A simulated user.
+
+    Attributes:
+        user_id: The id that stands in the data.
+        group: The hidden group, counted from 0.
+        weights: Weight of each score; their squares sum to 1.
+    """
+
+    user_id: str
+    group: int
+    weights: tuple[float, ...]
+
+    def utility(self, scores: Sequence[float]) -> float:
+        """Return what an answer with these scores is worth to the user."""
+        return math.fsum(weight * score for weight, score in zip(self.weights, scores, strict=True))
+
+
+def draw_members(
+    names: Sequence[str], groups: Sequence[Sequence[float]], shares: Sequence[float], spread: float, rng: Random
+) -> list[Member]:
+    """Draw a user for each name.
+
+    Args:
+        names: The users' ids.
+        groups: Weight of each score for each group.
+        shares: Size of each group beside the others'; which user is in which group is drawn.
+        spread: Each weight of a user is its group's times a number drawn from `1 - spread` to `1 + spread`.
+        rng: Source of all randomness.
+    """
+    assigned = apportion(len(names), shares)
+    places = [group for group, size in enumerate(assigned) for _ in range(size)]
+    rng.shuffle(places)
+    members = []
+    for name, group in zip(names, places, strict=True):
+        weights = [weight * rng.uniform(1 - spread, 1 + spread) for weight in groups[group]]
+        norm = math.hypot(*weights)
+        members.append(Member(name, group, tuple(weight / norm for weight in weights)))
+    return members
+
+
+def draw_votes(users: int, mean: int, zipf: float, rng: Random) -> list[int]:
+    """Draw how often each user votes: the user of rank r in proportion to `r ** -zipf`, and everybody once at least.
+
+    Args:
+        users: Number of users; ranks are drawn, so that they have nothing to do with tastes.
+        mean: Mean number of votes; their sum is `users * mean`.
+        zipf: Exponent of Zipf's law. 0 is equally often; 1 to 1.5 are common among people who volunteer.
+        rng: Source of all randomness.
+    """
+    rest = apportion(users * (mean - 1), [(rank + 1) ** -zipf for rank in range(users)])
+    votes = [1 + count for count in rest]
+    rng.shuffle(votes)
+    return votes
+
+
+def apportion(total: int, shares: Sequence[float]) -> list[int]:
+    """Divide a number into whole parts in proportion to shares, by largest remainder."""
+    exact = [total * share / math.fsum(shares) for share in shares]
+    parts = [int(part) for part in exact]
+    for place in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: total - sum(parts)]:
+        parts[place] += 1
+    return parts

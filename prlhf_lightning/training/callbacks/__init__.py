@@ -1,0 +1,8 @@
+"""What watches over training, and stops it or warns in time."""
+
+from prlhf_lightning.training.callbacks.collapse import CollapseMonitor
+from prlhf_lightning.training.callbacks.learning import LearningMonitor
+from prlhf_lightning.training.callbacks.memory import ExplainOutOfMemory, is_out_of_memory
+from prlhf_lightning.training.callbacks.signals import StopOnSignal
+
+__all__ = ["CollapseMonitor", "ExplainOutOfMemory", "LearningMonitor", "StopOnSignal", "is_out_of_memory"]

@@ -1,0 +1,87 @@
+"""The metrics of an evaluation: mean losses, and accuracies (of thumbs: areas under the curve) over users."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from prlhf_lightning.metrics import PreferenceAccuracy, ThumbsAUC, UserAccuracy, UserAUC
+from prlhf_lightning.training.objective import Term
+from prlhf_lightning.training.distributed import gather_objects, stable_hash
+from prlhf_lightning.types import Feedback
+
+_METRICS: dict[Feedback, type[PreferenceAccuracy | ThumbsAUC]] = {"pairs": PreferenceAccuracy, "thumbs": ThumbsAUC}
+HEADLINE: dict[Feedback, str] = {"pairs": "accuracy", "thumbs": "auc"}
+"""The value that tells most, by the kind of feedback."""
+
+
+class Evaluation:
+    """Takes in the batches of one evaluation after the other.
+
+    Its metrics are no part of the module that is evaluated, and so in no checkpoint.
+
+    Attributes:
+        sets: Names of the sets, in the order of their dataloaders.
+
+    Args:
+        sets: As above.
+        personalizes: Whether users differ from the generic user, who then has an accuracy of their own.
+        feedback: What the rows say; demonstrations leave nothing to rank.
+    """
+
+    def __init__(self, sets: Sequence[str], personalizes: bool, feedback: Feedback) -> None:
+        self.sets = tuple(sets)
+        self._personalizes, self._headline = personalizes, HEADLINE.get(feedback)
+        self._losses = {name: MeanMetric() for name in self.sets}
+        metric = _METRICS.get(feedback)
+        self._own = {name: metric() for name in self.sets if metric}
+        self._generic = {name: metric() for name in self.sets if metric and personalizes}
+        self._user_ids: dict[int, str] = {}  # by the keys under which the accuracies know them
+
+    def update(self, name: str, user_ids: Sequence[str], losses: Tensor, terms: Sequence[Term]) -> None:
+        """Add a batch of a set.
+
+        Args:
+            name: The set.
+            user_ids: B ids.
+            losses: `[B]` losses.
+            terms: The user's own term and the generic user's, or one for both.
+        """
+        self._losses[name].update(losses)
+        if not self._headline:
+            return
+        keys = [stable_hash(user_id) for user_id in user_ids]
+        self._user_ids.update(zip(keys, user_ids, strict=True))
+        users = torch.tensor(keys, device=losses.device)
+        for term in terms:
+            metric = (self._generic if term.generic else self._own)[name]
+            metric.update(users, term.output.chosen_rewards, term.output.rejected_rewards)
+
+    def values(self, name: str) -> dict[str, Tensor]:
+        """Return what to log of a set, over all processes, which all must call this."""
+        # Lightning's own mean over batches and processes is wrong where these hold unequal numbers of pairs.
+        values = {"loss": self._losses[name].compute()}
+        if self._headline:
+            values |= self._own[name].compute()
+        # Without personalisation, and for users who are not known, the generic user is what was just computed.
+        if self._headline and self._personalizes and name != "unseen":
+            values[f"generic_{self._headline}"] = self._generic[name].compute()[self._headline]
+        return values
+
+    def user_table(self, name: str, trainer: Trainer) -> list[tuple[str, UserAccuracy | UserAUC]]:
+        """Return each user's id and accuracy in a set, over all processes, which all must call this."""
+        user_ids = {key: user_id for part in gather_objects(trainer, self._user_ids) for key, user_id in part.items()}
+        return [(user_ids[row.user], row) for row in self._own[name].table()]
+
+    def reset(self, device: torch.device) -> None:
+        """Forget the losses and rewards of the last evaluation.
+
+        Args:
+            device: Where those of the next one are; a process that has no rows must know too, to take part in sums.
+        """
+        for metric in (*self._losses.values(), *self._own.values(), *self._generic.values()):
+            metric.to(device).reset()

@@ -1,0 +1,124 @@
+"""One micro-batch: where its chance comes from and its rows stand, what it weighs in its step, and what is logged."""
+
+from __future__ import annotations
+
+from typing import Any
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+from prlhf_lightning.data.sampling import UserGroupedBatchSampler
+from prlhf_lightning.data.streaming import StreamBatchSampler
+from prlhf_lightning.metrics.preference import pair_scores
+from prlhf_lightning.training.objective import Term
+from prlhf_lightning.training.distributed import stable_hash
+from prlhf_lightning.types import Feedback, LogProbs
+from collections.abc import Mapping
+from typing import TypeAlias
+from prlhf_lightning.training.distributed import sum_over_processes
+
+
+def seed_chance(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
+    """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
+    draw = f"{seed} {trainer.global_rank} {trainer.current_epoch} {batch_idx}"
+    torch.manual_seed(stable_hash(draw))
+
+
+def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+    """Return a batch's pairs over the mean number in the batches of its optimiser step, over all processes.
+
+    Lightning takes the mean over the batches that are accumulated, and DDP that over processes, whatever their
+    sizes. The sampler knows all sizes of the epoch, so no process has to ask the others. A window of accumulation
+    that the end of the epoch cuts short is a mean over its own pairs too.
+
+    Args:
+        trainer: What trains.
+        pairs: Number of pairs of the batch, on this process.
+        batch_idx: Its number in the epoch.
+    """
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    if not isinstance(sampler, UserGroupedBatchSampler | StreamBatchSampler):
+        return 1.0  # batches of another data module
+    window = trainer.accumulate_grad_batches
+    first = batch_idx - batch_idx % window
+    step = slice(first, min(first + window, int(trainer.num_training_batches)))
+    return pairs * window / sampler.pairs_per_rank(trainer.current_epoch, step)
+
+
+def place_of(trainer: Trainer, record: int) -> str:
+    """Return where a row of the present stage stands in the data, given its number in `PreferenceBatch.records`."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    stage = "train" if trainer.training else "test" if trainer.testing else "validate"
+    return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
+
+
+def sums_to_log(losses: Tensor, term: Term, feedback: Feedback) -> dict[str, Share]:
+    """Return the sums over a batch of what is worth a curve, each with the number of rows that have such a value.
+
+    Args:
+        losses: `[B]` the losses.
+        term: The first term of the objective.
+        feedback: What the rows say.
+    """
+    chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
+    sums = {"loss": _sum(losses), "chosen_log_probs": _sum(chosen.sum, chosen)}
+    if term.reference is not None:
+        sums["chosen_log_ratio"] = _sum(chosen.mean - term.reference.chosen.mean, chosen)  # a token
+    if feedback != "demonstrations":
+        sums["rejected_log_probs"] = _sum(rejected.sum, rejected)
+    if feedback == "thumbs":
+        sums["chosen_rewards"] = _sum(term.output.chosen_rewards, chosen)
+        sums["rejected_rewards"] = _sum(term.output.rejected_rewards, rejected)
+    if feedback == "pairs":
+        sums["margin"] = _sum(term.margins)
+        sums["accuracy"] = _sum(pair_scores(term.output.chosen_rewards, term.output.rejected_rewards))
+    return sums
+
+
+def _sum(values: Tensor, of: LogProbs | None = None) -> Share:
+    """Return the sum of values `[B]` over the rows that have such a completion, and the number of these rows."""
+    present = torch.ones_like(values, dtype=torch.bool) if of is None else of.mask.any(-1)
+    return torch.where(present, values.detach(), 0.0).sum(), present.sum()
+
+
+Share: TypeAlias = tuple[Tensor, Tensor]
+"""The sum `[]` of a value over rows, and the number `[]` of these rows."""
+
+
+class IntervalMeans:
+    """Adds up batches until a mean is logged: of all micro-batches, steps and processes of the interval."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}  # [2] each: sum and number of rows
+
+    def add(self, shares: Mapping[str, Share]) -> None:
+        """Add a batch."""
+        for name, share in shares.items():
+            added = torch.stack([part.detach().float() for part in share])
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
+
+    def means(self, trainer: Trainer | None = None) -> dict[str, Tensor]:
+        """Return the means of the rows since the last reset, each `[]`; NaN where there were none.
+
+        Args:
+            trainer: Where given, over all its processes, which all must call this.
+        """
+        sums = torch.stack(list(self._sums.values()))
+        if trainer is not None and trainer.world_size > 1:
+            sums = sum_over_processes(trainer, sums)
+        total, rows = sums.unbind(1)
+        return dict(zip(self._sums, total / rows, strict=True))
+
+    def reset(self, sums: Mapping[str, Tensor] | None = None) -> None:
+        """Begin a new interval, or go on with one that `sums` were added up in."""
+        self._sums = dict(sums or {})
+
+    @property
+    def sums(self) -> Mapping[str, Tensor]:
+        """Sum and number of rows `[2]` of each value since the last reset, in this process."""
+        return self._sums
+
+
+def is_logged_now(trainer: Trainer) -> bool:
+    """Whether Lightning will log what a training step of this batch gives: at an interval's last micro-batch."""
+    ends_step = not trainer.fit_loop._should_accumulate()
+    return ends_step and (trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run))  # type: ignore[attr-defined]

@@ -1,0 +1,764 @@
+"""The LightningModule that composes user model, policy and preference loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.core.saving import _load_state
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim import Optimizer
+
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpointing import KEY, entry_of, settings_of, users_of
+from prlhf_lightning.utils.trust import class_paths, only_trusted_classes
+from prlhf_lightning.data.tokenization import decode, loses_first_space, read_on_from
+from prlhf_lightning.data.batching import share_of
+from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.utils.finite import check_finite
+from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.metrics import UserAccuracy, UserAUC
+from prlhf_lightning.training import checkpointing
+from prlhf_lightning.training.checkpointing import names_of, trained_names
+from prlhf_lightning.training.checkpointing import check_names, check_shapes
+from prlhf_lightning.training.checkpointing import is_local, use_sealed_files
+from prlhf_lightning.training.evaluation import HEADLINE, Evaluation
+from prlhf_lightning.training.finite import FiniteGuard, check_state, what_to_try
+from prlhf_lightning.training.optim import StepParameters, clip_gradients
+from prlhf_lightning.training.histories import keep_histories
+from prlhf_lightning.training.micro_batch import IntervalMeans, is_logged_now
+from prlhf_lightning.training.micro_batch import seed_chance, share_of_step, sums_to_log
+from prlhf_lightning.training.objective import Objective, Term
+from prlhf_lightning.training.optim import (
+    Optim,
+    apply_settings,
+    make_optimizer,
+    make_schedule,
+    optimizer_steps,
+    training_batches,
+)
+from prlhf_lightning.training.precision import cast_frozen, check_float16, described, keep_trained_in_float32
+from prlhf_lightning.training.distributed import ddp_wrapper, holds_whole_model, sum_over_processes
+from prlhf_lightning.training.prompts import to_tokens
+from prlhf_lightning.training.reference_store import ReferenceStore, exchange, open_store
+from prlhf_lightning.training.resume import StepProgress, end_epoch, go_on
+from prlhf_lightning.training.settings_checks import check_row_lengths
+from prlhf_lightning.training.sharding import check_strategy, is_sharded, shard, stand_in
+from prlhf_lightning.training.distributed import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
+from prlhf_lightning.training.settings_checks import check_feedback, check_fit
+from prlhf_lightning.training.warm_start import WarmStart
+from prlhf_lightning.utils.load_errors import opening
+from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.policies.loading import warning_of_other_base
+from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
+from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.user_models.shapes import shapes_when_built
+
+# So that a checkpoint of a module built in code opens with `weights_only=True`.
+torch.serialization.add_safe_globals([Optim, Sampling])
+
+
+class PersonalizedLM(LightningModule):
+    """A policy conditioned on users, trained on who preferred which completion.
+
+    The objective of a pair is `alpha * l(u) + (1 - alpha) * l(u_0)`: the loss under the pair's own user and under
+    the generic user in its place (P-DPO and its relatives, arXiv:2402.05133). The two are mixed pair by pair, so a
+    pair weighs the same whatever else is in its batch.
+
+    Args:
+        user_model: Turns users into soft-prompt vectors.
+        policy: The language model that the vectors condition.
+        loss: The pairwise objective of which both terms are made.
+        alpha: Weight of the user's own term, in [0, 1]; the generic user's has 1 - alpha.
+        optim: Learning rates and schedule.
+        sampling: How `predict` writes.
+        cache_reference: Keep the reference's log-probs on disk (in `$PRLHF_CACHE` or `~/.cache/prlhf_lightning`), so
+            that each completion is scored once for all epochs, evaluations and runs with the same policy. Not done
+            where the model is sharded over processes (FSDP and the like): there all must compute whenever one does.
+        sample_terms: In training, compute one of a pair's two terms, drawn in proportion to their weights, instead of
+            both: half the work of the policy. The gradient is right on average; the draw adds
+            `alpha * (1 - alpha) * |g(u) - g(u_0)|^2` to the variance of a pair's gradient g.
+    """
+
+    def __init__(
+        self,
+        user_model: UserModel,
+        policy: Policy,
+        loss: PreferenceLoss,
+        alpha: float = 0.5,
+        optim: Optim = Optim(),  # noqa: B008 - frozen, hence safe to share
+        sampling: Sampling = Sampling(),  # noqa: B008
+        cache_reference: bool = True,
+        sample_terms: bool = False,
+    ) -> None:
+        super().__init__()
+        if not 0.0 <= alpha <= 1.0:
+            raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term lies in [0, 1].")
+        # From the CLI these are the components' configurations, from which a checkpoint can be loaded without more.
+        # Built in code there are only live modules, which belong in no checkpoint (nor in the copy made here).
+        live = [] if _given_hyperparameters.get() else ["user_model", "policy", "loss"]
+        self.save_hyperparameters(ignore=live, logger=False)
+        self.user_model = user_model
+        self.policy = policy
+        self.loss = loss
+        self.alpha = alpha
+        self.optim = optim
+        self.sampling = sampling
+        self.cache_reference = cache_reference
+        self.sample_terms = sample_terms
+        self._reference_store: ReferenceStore | None = None
+        self._has_asked_for_store = False
+        #: The users that the table has a row for; taken from the data, or from a checkpoint.
+        self.vocabulary: UserVocabulary | None = None
+        self._built_for: UserVocabulary | None = None
+        self._width = 0  # of the policy's embeddings, once it is built
+        self._expected: Mapping[str, Tensor] = {}  # weights of a checkpoint that is being loaded
+        self._warm_start: WarmStart | None = None
+        self._started_from: dict[str, str] | None = None  # kept in checkpoints, to tell runs of one start
+        self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
+        self._finite = FiniteGuard()
+        self._means = IntervalMeans()
+        self._progress = StepProgress()
+        self._kept_means: dict[str, Tensor] = {}  # of the checkpoint that is gone on from
+        self._saves_alone = False
+        self._seed: int | None = None
+        self._id_key: str | None = None  # which key hashes users' ids, kept in checkpoints; see `id_key_of`
+        self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
+
+    # ---- set-up
+
+    def start_from(self, checkpoint: str | Path) -> None:
+        """Have the next fit start from the weights and users of an earlier training, and its optimizer anew.
+
+        The users of the checkpoint keep their rows, whether the new data have votes of theirs or not. Users who are new
+        get the row of a new user: as a rule, the generic user's. The reference stays what it was in the earlier
+        training: the base model, that is the policy with its adapters off, or, trained in full, as it was loaded. In
+        contrast to this, `trainer.fit(..., ckpt_path=...)` goes on with the same training, its optimizer and its data.
+
+        Args:
+            checkpoint: A file that `fit` wrote, the folder of its run (for the newest checkpoint in it), or a folder
+                that `export` wrote. If the latter holds a whole model, that must be the policy's base model, and
+                becomes the reference.
+
+        Raises:
+            ConfigurationError: There is no such checkpoint, or it was trained in another base model, with other
+                adapters, or with another user model.
+        """
+        if self.vocabulary is not None:
+            raise ConfigurationError(
+                "start_from: this module has users of a checkpoint or an earlier fit; make a new PersonalizedLM."
+            )
+        with opening(f"init_from: {checkpoint}", "Use a checkpoint that `fit` wrote, or what `export` wrote."):
+            warm_start = WarmStart.read(checkpoint)
+            warm_start.check(self.policy, self.user_model)
+        self._warm_start, self._started_from = warm_start, dict(warm_start.origin)
+
+    def setup(self, stage: str) -> None:
+        """Take the users from the data, unless a checkpoint has brought its own."""
+        use_sealed_files(self.trainer)
+        check_strategy(self.trainer.strategy)
+        keep_trained_in_float32(self.trainer)
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if self.vocabulary is None:
+            if datamodule is None:
+                raise ConfigurationError(
+                    "The users are not known: pass a PreferenceDataModule to the trainer, or set `module.vocabulary` "
+                    "to a UserVocabulary first."
+                )
+            self.vocabulary = datamodule.vocabulary
+            if self._warm_start is not None:
+                self.vocabulary = self._warm_start.users_with(datamodule.vocabulary)
+        check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
+        if stage == "fit":
+            check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
+            self._tokenization = _rendering_of(datamodule)
+            self._id_key = checkpointing.id_key_of(datamodule)
+            if self._warm_start is not None:
+                self._warm_start.check_id_key(self._id_key)
+                self._warm_start.check_rendering(self._tokenization)
+        sets = getattr(datamodule, "eval_sets", {})
+        evaluated = sets.get("validate" if stage == "fit" else stage, ())
+        self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback)
+
+    def configure_model(self) -> None:
+        """Load the policy and create the user model's parameters, once the users are known."""
+        if self.vocabulary is None:
+            return
+        if self._built_for is not self.vocabulary:
+            if self._built_for is None:
+                # Histories are embedded as the reference does, which training does not change.
+                self.policy.build(self.loss.requires_reference or self.user_model.history_size > 0)
+            embeddings = self.policy.token_embeddings()
+            self._width = embeddings.shape[-1]
+            if self._expected:
+                num_rows = len(self.vocabulary)
+                shapes = shapes_when_built(self.user_model, num_rows, embeddings)
+                shapes = {f"user_model.{name}": shape for name, shape in shapes.items()}
+                check_shapes(self._expected, shapes, [n for n, shape in shapes.items() if shape[:1] == (num_rows,)])
+            self.user_model.build(len(self.vocabulary), embeddings)
+            if self._built_for is None and self._warm_start is not None:  # once: a checkpoint may be loaded over it
+                with opening("init_from: the earlier training", "Use a checkpoint that `fit` wrote."):
+                    self._warm_start.load_into(self, self.user_model, self.vocabulary)
+                self._warm_start.warn_of_other_base(self.policy)
+                self._warm_start = None
+            exclude_from_ddp(self, sparse_tables(self.user_model))
+            if self._built_for is None:
+                cast_frozen(self.policy, self._trainer)
+                shard(self.policy, self._trainer.strategy if self._trainer is not None else None)
+            self._built_for = self.vocabulary
+        if not is_sharded(self.policy):  # what was built in code, or for another trainer
+            cast_frozen(self.policy, self._trainer)
+        check_row_lengths(self._trainer, self.policy, self.user_model)
+
+    def teardown(self, stage: str) -> None:
+        """Write out what the reference cache still holds in memory."""
+        if self._reference_store is not None:
+            self._reference_store.cache.close()
+            self._reference_store = None
+        self._has_asked_for_store = False
+
+    def on_fit_start(self) -> None:
+        """Give all processes the same user model, of which DDP looks after all but the tables."""
+        check_float16(self.policy, self.trainer)
+        self._finite.forget()  # what a fit that failed has left
+        self._seed = torch.initial_seed() if self._seed is None else self._seed
+        for note in self.policy.training_notes():
+            rank_zero_info(note)
+        if getattr(self.policy, "torch_compile", False):
+            rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
+        ddp = ddp_wrapper(self.trainer)
+        if ddp is not None or is_sharded(self.policy):
+            begin_alike(self.user_model, alone=ddp is None)
+        if self.user_model.history_size and self.vocabulary is not None:
+            keep_histories(self.user_model, self.policy, self.vocabulary, self.trainer.datamodule)  # type: ignore[attr-defined]
+
+    def on_train_start(self) -> None:
+        """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
+        self._means.reset({name: sums.to(self.device) for name, sums in self._kept_means.items()})
+        self._kept_means, self._saves_alone = {}, False
+        self._progress.begin(self.trainer, self.loss, self._means.sums)
+        scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
+        apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
+
+    def on_train_end(self) -> None:
+        """See that the last step has left weights to go on from, also where nothing saves them."""
+        self._check_state()
+
+    def on_validation_start(self) -> None:
+        """See, in a fit, that there are weights to validate, before files and the best checkpoint depend on them."""
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._check_state()
+
+    def _check_state(self) -> None:
+        check_state(
+            self,
+            what_to_try(self.trainer, self.policy, self.loss),
+            names_of(self, self.user_model.row_tables()),
+            self.vocabulary.ids if self.vocabulary is not None else (),
+            together=is_sharded(self.policy),
+        )
+
+    def on_after_backward(self) -> None:
+        """Average the user model's gradients over processes, in the backward pass in which those of the rest are.
+
+        Not later: Lightning's scaler of float16 gradients looks before `on_before_optimizer_step` for those that are
+        not finite, and a step that one process skips all must skip.
+        """
+        ddp = ddp_wrapper(self.trainer)
+        # DDP averages in the last of the batches that are accumulated, FSDP2 in each.
+        if is_sharded(self.policy) or (ddp is not None and ddp.require_backward_grad_sync):
+            average_gradients(self.user_model, ddp is None, self.trainer)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Give the policy, the user model and its tables their own rates, under one schedule by steps."""
+        all_weights = getattr(self.policy, "lora", None) is None
+        given = self.optim
+        self.optim = given.for_width(self._width, all_weights, self.user_model.history_size > 0)
+        if self.optim != given:
+            rank_zero_info(
+                f"Learning rates: model.optim.lr {self.optim.lr:.2g}, model.optim.user_lr {self.optim.user_lr:.2g} "
+                f"(what was not set goes by the model's width, {self._width})"
+            )
+        optimizer = make_optimizer(self.optim, self.policy, self.user_model)
+        scheduler = make_schedule(self.optim, optimizer, optimizer_steps(self.trainer))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        """Take a step, and note that it is whole: a checkpoint that is saved before the next goes on from here."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        self._progress.step_taken(epoch, batch_idx, self.loss, self._means.sums)
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the joint norm of dense and sparse gradients, once it is known to be finite.
+
+        Lightning's own clipping does not know sparse gradients. It calls this before every step, clipping or not, and
+        when all processes have the same gradients.
+        """
+        moved = StepParameters.of(optimizer, self.policy)
+        norm = moved.norm(self.trainer, self.device)
+        if not self._finite.may_step(norm, self.trainer):
+            # One process alone can't compute a sharded policy's gradient.
+            losses_of = None if is_sharded(self.policy) else lambda batch: self.objective(batch)[0]
+            advice = what_to_try(self.trainer, self.policy, self.loss)
+            raise self._finite.error(self, moved.all, losses_of, advice)
+        self.log("train/grad_norm", norm)
+        if gradient_clip_val and gradient_clip_algorithm == "value":
+            moved.refuse_clipping_by_value()
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_gradients(moved.all, gradient_clip_val, norm)
+
+    # ---- objective
+
+    def users(self, user_ids: Sequence[str], user_text: Tokens, reference: bool = False) -> Users:
+        """Look up users and embed their texts.
+
+        Args:
+            user_ids: B ids; one that the model does not know becomes the generic user.
+            user_text: B texts, empty where there is none.
+            reference: Embed the texts as the reference policy does.
+        """
+        return self._objective.users(user_ids, user_text, reference)
+
+    def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
+        """Score a batch's completions under the reference, which never sees who the user is."""
+        return self._objective.reference_log_probs(batch)
+
+    def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
+        """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
+
+        Pairs that several users of the batch judged are scored once under the generic user.
+
+        Args:
+            batch: B pairs.
+            generic: For each result wanted, whether the generic user stands in each user's place.
+        """
+        return self._objective.policy_log_probs(batch, generic)
+
+    def objective(
+        self, batch: PreferenceBatch, every_term: bool = False, sampled: bool = False
+    ) -> tuple[Tensor, list[Term]]:
+        """Compute the alpha-weighted loss of each pair.
+
+        Args:
+            batch: B pairs.
+            every_term: Compute a term of weight zero as well, for its rewards.
+            sampled: Draw one of its two terms for each pair, in proportion to their weights, instead of both.
+
+        Returns:
+            The losses `[B]`, and the terms: the user's own and the generic user's. Where the user model does not tell
+            users apart the two are one, and it comes once. Terms that were drawn come as one too.
+        """
+        return self._objective.compute(batch, every_term, sampled)
+
+    @property
+    def _objective(self) -> Objective:
+        # Made for each use, as its parts may be replaced: a checkpoint brings its users, and FSDP1 wraps the policy.
+        return Objective(self.user_model, self.policy, self.loss, self.alpha, self.vocabulary, self._reference_store)
+
+    # ---- steps
+
+    def on_before_batch_transfer(self, batch: PreferenceBatch, dataloader_idx: int) -> PreferenceBatch:
+        """Give a batch its reference log-probs where they are known, while its ids are still in the host's memory."""
+        if not (self._caches_reference and len(batch)) or self.trainer.predicting:
+            return batch
+        if self._reference_store is None and not self._has_asked_for_store:
+            self._has_asked_for_store = True
+            self._reference_store = open_store(self.policy, self.user_model.uses_text, described(self.trainer))
+        return batch if self._reference_store is None else self._reference_store.attach(batch)
+
+    @property
+    def _caches_reference(self) -> bool:
+        return self.cache_reference and self.loss.requires_reference and holds_whole_model(self.trainer)
+
+    def on_train_epoch_end(self) -> None:
+        """Let every process know what the others computed of the reference: the next epoch deals out pairs anew."""
+        if self._caches_reference and self.trainer.world_size > 1:
+            exchange(self._reference_store, self.trainer)
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
+        seed_chance(self._seed, self.trainer, batch_idx)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        """Return the mean loss of a batch's pairs, weighted so that every pair of an optimiser step counts the same."""
+        losses, terms = self.objective(batch, sampled=self.sample_terms)
+        self._finite.watch(batch, losses)
+        self._means.add(sums_to_log(losses, terms[0], self.loss.feedback))
+        is_logged = is_logged_now(self.trainer)
+        for name, value in self._means.means(self.trainer if is_logged else None).items():
+            self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch))
+        if is_logged:
+            self._means.reset()
+        return losses.mean() * share_of_step(self.trainer, len(batch), batch_idx)
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the seen or unseen users' validation pairs."""
+        self._evaluation_step(batch, dataloader_idx)
+
+    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the seen or unseen users' test pairs."""
+        self._evaluation_step(batch, dataloader_idx)
+
+    def _evaluation_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
+        if not len(batch):  # a process without rows of a small set takes part in what follows all the same
+            if is_sharded(self.policy):
+                self.objective(stand_in(batch), every_term=True)
+            return
+        losses, terms = self.objective(batch, every_term=True)
+        self._evaluation.update(self.eval_sets[dataloader_idx], batch.user_ids, losses, terms)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget the rewards of the last validation."""
+        self._evaluation.reset(self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """Forget the rewards of the last test."""
+        self._evaluation.reset(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and margin over pairs and over users."""
+        self._log_metrics("val")
+        if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
+            self._progress.validated(self.trainer)
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy and margin over pairs and over users."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        for name in self.eval_sets:
+            for key, value in self._evaluation.values(name).items():
+                # They are gathered already; sync_dist only keeps Lightning from warning that they may not be.
+                self.log(
+                    f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values(), sync_dist=True
+                )
+
+    def user_table(self, name: str) -> list[tuple[str, UserAccuracy | UserAUC]]:
+        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
+
+        Where several processes train, all must call it.
+        """
+        return self._evaluation.user_table(name, self.trainer)
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names of the sets that the present stage evaluates, in the order of their dataloaders."""
+        return self._evaluation.sets
+
+    # ---- writing
+
+    @property
+    def tokenization(self) -> TokenizationSettings:
+        """How text became ids in training: as the checkpoint says, or the data module of a fit; the default before."""
+        return settings_of(self._tokenization)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tokens | Sequence[Text],
+        user_ids: Sequence[str],
+        user_text: Tokens | Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+        chat_template: bool | None = None,
+    ) -> list[str]:
+        """Write a completion of each prompt for its user.
+
+        Args:
+            prompt: B prompts: strings, conversations, or their ids. Texts become ids as those of the data did, so that
+                of a prompt over `max_prompt_length` the end is kept.
+            user_ids: B ids; an unknown one gets the generic user.
+            user_text: B texts about the users (empty where there is none) or their ids, or None.
+            sampling: How to draw; the module's own settings by default.
+            chat_template: Whether a string is wrapped in the chat template as one turn of the user; by default as the
+                strings of the training rows were, and where those rows were conversations.
+
+        Raises:
+            ConfigurationError: There are not as many users, or texts about them, as prompts.
+        """
+        settings = self.tokenization
+        if chat_template is not None:
+            settings = replace(settings, chat_template=chat_template)
+        how = self.policy.tokenizer, settings
+        tokens, texts = to_tokens(prompt, user_ids, user_text, *how, self.device)
+        soft_prompt = self.user_model(self.users(user_ids, texts))
+        written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)
+        if isinstance(prompt, Tokens):
+            return self.texts_of(written, tokens)
+        return self.texts_of(written, tokens, [isinstance(one, str) and not settings.chat_template for one in prompt])
+
+    def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
+        """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
+        if not len(batch):
+            if is_sharded(self.policy):
+                batch = stand_in(batch)
+                self.generate(batch.prompt, batch.user_ids, batch.user_text)
+            return []
+        completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)
+        prompts = [decode(self.policy.tokenizer, row.tolist()) for row in batch.prompt.unpadded()]
+        rows = zip(batch.user_ids, prompts, completions, strict=True)
+        return [{"user_id": user, "prompt": prompt, "completion": text} for user, prompt, text in rows]
+
+    def texts_of(self, written: Tokens, prompt: Tokens, as_they_stand: Sequence[bool] | None = None) -> list[str]:
+        """Return what is written as text, without special tokens.
+
+        Args:
+            written: B answers.
+            prompt: Their prompts.
+            as_they_stand: For each prompt, whether no chat template has written it; by default as in training.
+        """
+        tokenizer, lost = self.policy.tokenizer, self._loses_first_space
+        goes_on = [not self.tokenization.chat_template] * len(prompt) if as_they_stand is None else as_they_stand
+        rows = zip(written.unpadded(), prompt.unpadded(), goes_on, strict=True)
+        return [decode(tokenizer, ids.tolist(), read_on_from(before.tolist(), on, lost)) for ids, before, on in rows]
+
+    @cached_property
+    def _loses_first_space(self) -> bool:
+        return loses_first_space(self.policy.tokenizer)
+
+    # ---- checkpoints
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        trust_remote_code: bool = False,
+        trust_classes: Collection[str] | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Rebuild a model, as `LightningModule.load_from_checkpoint` does, from a file that is whole.
+
+        Args:
+            checkpoint_path: See Lightning, as for what follows.
+            map_location: Where weights go.
+            hparams_file: Settings to take in place of the checkpoint's.
+            strict: Refuse weights that do not fit.
+            weights_only: Only an explicit False lets the file run code by itself.
+            trust_remote_code: Run code that comes with the base model, where the checkpoint says so too.
+            trust_classes: Dotted paths of classes from outside this package that the checkpoint may name; they are
+                imported. Those that have been imported need not be named.
+            kwargs: Arguments of the model in place of the checkpoint's.
+
+        Raises:
+            ConfigurationError: The checkpoint names other classes.
+            DamagedCheckpointError: The file is not what was written.
+        """
+        if isinstance(checkpoint_path, str | Path) and is_local(checkpoint_path) and Path(checkpoint_path).is_file():
+            checkpoint_files.check(Path(checkpoint_path))
+        safely = weights_only is not False
+        named = {*(trust_classes or ()), *class_paths(kwargs)}
+        with only_trusted_classes(f"The checkpoint {checkpoint_path}", named, trust_remote_code):
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, strict, safely, **kwargs)
+
+    @classmethod
+    def from_content(
+        cls,
+        content: Mapping[str, Any],
+        trust_remote_code: bool = False,
+        trust_classes: Collection[str] | None = None,
+        source: str = "The checkpoint",
+    ) -> Self:
+        """Rebuild a model on the CPU, as `load_from_checkpoint` does, of what a checkpoint holds.
+
+        Of tensors that were left on the disk (`checkpoint_files.load` with `mmap`) only the weights are read, and not
+        the optimiser's state, which may be larger.
+
+        Args:
+            content: It is left as it is.
+            trust_remote_code: Run code that comes with the base model. What the checkpoint says of it does not count,
+                since whoever wrote that could have any code run.
+            trust_classes: As for `load_from_checkpoint`.
+            source: What the checkpoint is called, for messages.
+
+        Raises:
+            ConfigurationError: The checkpoint names other classes.
+        """
+        needed = {name: content[name] for name in ("state_dict", KEY) if name in content}
+        parts = copy.deepcopy(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        arguments = (parts.get("policy") or {}).get("init_args") or {}
+        if trust_remote_code or "trust_remote_code" in arguments:
+            arguments["trust_remote_code"] = trust_remote_code
+        with only_trusted_classes(source, trust_classes, trust_remote_code, parts):
+            # Lightning offers this for files only.
+            module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
+        return module
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what was trained, and the users whose rows it holds; not the frozen backbone.
+
+        Raises:
+            NonFiniteError: What was trained is infinite or NaN.
+        """
+        if self._trainer is not None:
+            self._check_state()
+        if self._reference_store is not None:
+            # A run that goes on from here must find what this one knows: computed anew, in another batch, the
+            # reference's log-probs would differ in their last bits.
+            self._reference_store.cache.flush()
+        seed = torch.initial_seed() if self._seed is None else self._seed
+        checkpointing.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
+        checkpoint[KEY]["base"] = checkpointing.base_of(self.policy)
+        for name, value in (("started_from", self._started_from), ("id_key", self._id_key)):
+            if value is not None:
+                checkpoint[KEY][name] = value
+        if (place := self._progress.entry(self.trainer) if self._trainer is not None else None) is not None:
+            checkpoint[KEY]["place"] = place
+            of_loss = self._progress.of_loss
+            checkpoint["state_dict"].update({k: v for k, v in of_loss.items() if k in checkpoint["state_dict"]})
+            checkpoint[KEY]["means"] = self._interval_so_far()
+            if hasattr(datamodule := self._datamodule, "order_record"):
+                checkpoint[KEY]["order"] = datamodule.order_record(*self._sharing)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take over the checkpoint's users, and size the user model for them.
+
+        Raises:
+            NonFiniteError: Its weights are infinite or NaN.
+        """
+        kept, users = entry_of(checkpoint), users_of(checkpoint)
+        source, is_fitted = "The checkpoint", False
+        if self._trainer is not None:
+            source = str(self.trainer.ckpt_path or source)
+            is_fitted = self.trainer.state.fn == TrainerFn.FITTING
+        check_finite(checkpoint, source, with_optimizer=is_fitted)
+        self._seed, self._started_from = kept.get("seed"), kept.get("started_from")
+        self._take_rendering(kept.get("tokenization") or {})
+        checkpointing.warn_of_other_id_key("The checkpoint", kept.get("id_key"), self._data_id_key)
+        self._id_key = kept.get("id_key")
+        if is_fitted:
+            self._go_on(checkpoint, kept)
+        if self.vocabulary != users:
+            if self.vocabulary is not None:
+                checkpointing.warn_of_other_users(users, self.vocabulary)
+            self.vocabulary = users
+        self._expected = checkpoint["state_dict"]
+        try:
+            self.configure_model()
+        finally:
+            self._expected = {}
+        name = str(getattr(self.policy, "name", ""))
+        if warning := warning_of_other_base(kept.get("base"), checkpointing.base_of(self.policy), name):
+            rank_zero_warn(warning)
+
+    def _take_rendering(self, kept: dict[str, Any]) -> None:
+        """Have data and writers render text as the checkpoint's was; warn where the data module is set otherwise."""
+        data: Any = getattr(self._trainer, "datamodule", None)
+        if kept.get("chat_template_date") and hasattr(data, "use_template_date"):
+            data.use_template_date(kept["chat_template_date"])
+        now = _rendering_of(data)
+        checkpointing.warn_of_other_rendering("The checkpoint", kept, now)
+        self._tokenization = now if self._tokenization and now else kept
+
+    def _interval_so_far(self) -> dict[str, Tensor]:
+        """Return the sums of what is logged next, over all processes unless this one saves alone."""
+        means = self._progress.means
+        if not means or self.trainer.world_size == 1 or self._saves_alone:
+            return means
+        return dict(zip(means, sum_over_processes(self.trainer, torch.stack(list(means.values()))), strict=True))
+
+    def before_lone_save(self) -> None:
+        """Have the next checkpoint be made without the other processes, which may be anywhere."""
+        self._saves_alone = True
+
+    def log_last_step(self) -> None:
+        """Log what the last whole step gave, where training was broken off between the step and that."""
+        if not self._progress.is_logged(self.trainer):
+            self.trainer._logger_connector.update_train_step_metrics()
+
+    def validate_again(self) -> None:
+        """Have a checkpoint that is saved before the next batch make the last validation again.
+
+        For one that is saved where training was broken off: what follows from the validation, such as the best
+        checkpoint, may not have been done.
+        """
+        self._progress.validate_again()
+
+    def _go_on(self, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> None:
+        """Have a fit go on where the checkpoint's run was, with the rows of the epoch that are left."""
+        place = kept.get("place")
+        if place is None or "loops" not in checkpoint:
+            end_epoch(checkpoint)
+            return
+        batch, batches = place["batch"], place["batches"]
+        datamodule, (world_size, accumulate) = self._datamodule, self._sharing
+        if hasattr(datamodule, "go_on"):
+            batches = training_batches(self.trainer)
+            if "order" in kept:
+                left = batch if batch < place["batches"] else 0
+                after = datamodule.go_on(kept["order"], place["epoch"], left, world_size, accumulate)
+                batch = after if left else batch
+        go_on(checkpoint, place, batch, batches, accumulate)
+        current = checkpoint["loops"]["fit_loop"]
+        self._progress.enter(
+            current["epoch_progress"]["current"]["processed"],
+            current["epoch_loop.batch_progress"]["current"]["processed"],
+            place.get("validations", 0),
+        )
+        # They are sums over all processes: the first one has them, and the others none of these rows.
+        means: dict[str, Tensor] = dict(kept.get("means", {}))
+        self._kept_means = means if self.trainer.is_global_zero else {k: sums * 0 for k, sums in means.items()}
+
+    @property
+    def _datamodule(self) -> Any:
+        return getattr(self.trainer, "datamodule", None)
+
+    @property
+    def _data_id_key(self) -> str | None:
+        return checkpointing.id_key_of(getattr(self._trainer, "datamodule", None))
+
+    @property
+    def _sharing(self) -> tuple[int, int]:
+        """Number of processes that share the data, and batches of each in an optimizer step."""
+        return share_of(self.trainer)[1], self.trainer.accumulate_grad_batches
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
+        """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.
+
+        Raises:
+            ConfigurationError: A trained weight is missing, has another shape, or is not in this model.
+        """
+        shapes = {name: weight.shape for name, weight in super().state_dict().items()}
+        check_shapes(state_dict, shapes, names_of(self, self.user_model.row_tables()))
+        result = super().load_state_dict(state_dict, strict=False, assign=assign)
+        if strict:
+            check_names(trained_names(self) & set(result.missing_keys), result.unexpected_keys)
+        return _IncompatibleKeys([], [])
+
+
+def _rendering_of(data: Any) -> dict[str, Any]:
+    """Return how the rows of a data module become ids, as checkpoints keep it; nothing for one of another kind."""
+    settings = getattr(data, "settings", None)
+    if settings is None:
+        return {}
+    # With `conversations`, plain prompts too are answered as conversations, where the model has learned these.
+    return {**asdict(settings), "conversations": getattr(data, "conversational", False)}

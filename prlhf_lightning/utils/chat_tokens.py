@@ -1,0 +1,152 @@
+"""The tokens that end an answer of a model."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+from prlhf_lightning.errors import ConfigurationError
+from collections.abc import Sequence
+from typing import Any
+from transformers import PreTrainedTokenizerBase
+from prlhf_lightning.utils.template_limits import TemplateLimitError, limit_templates
+
+
+_KEPT = "model_generation_config"  # the attribute of a tokenizer that holds the generation config of its model
+
+
+def end_token_ids(
+    tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
+) -> tuple[int, ...]:
+    """Return every token that ends an answer, without duplicates: the tokenizer's EOS first.
+
+    These are the tokenizer's EOS, all end-of-sequence tokens of the generation config, and the special token that the
+    chat template writes after an assistant's message, such as `<|im_end|>` over a base model's `<|endoftext|>`,
+    `<end_of_turn>` or `<|eot_id|>`. A turn that ends in ordinary text adds nothing.
+
+    Args:
+        tokenizer: The model's tokenizer, with or without a chat template.
+        generation_config: The base model's; its `eos_token_id` may be one token or a list. Ids that the tokenizer
+            lacks, such as -1, end nothing: they are left out with a warning. None takes the one that
+            `remember_ends` has kept with the tokenizer, if any.
+
+    Raises:
+        ConfigurationError: The generation config has something else than ids.
+    """
+    config = generation_config or getattr(tokenizer, _KEPT, None)
+    found = [tokenizer.eos_token_id, *_configured(tokenizer, config)]
+    known = [int(token) for token in found if token is not None]
+    return tuple(dict.fromkeys([*known, *_turn_end(tokenizer, known)]))
+
+
+def remember_ends(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
+    """Keep a model's generation config with its tokenizer, so that all who encode answers end them as the model does.
+
+    A tokenizer that is saved to a folder does not keep it.
+    """
+    setattr(tokenizer, _KEPT, generation_config)
+
+
+def _configured(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
+    """Return the end tokens that a generation config names, of those that the tokenizer has."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    listed = list(configured) if isinstance(configured, list | tuple) else [configured]
+    ids = [token for token in listed if token is not None]
+    if wrong := [token for token in ids if type(token) is not int]:
+        raise ConfigurationError(
+            "eos_token_id in generation_config.json (or config.json, where there is none) of the model "
+            f"{tokenizer.name_or_path} holds {str(wrong[0])[:40]!r}, of type {type(wrong[0]).__name__}; write the id "
+            "of the token, a whole number, or a list of such."
+        )
+    known = set(tokenizer.get_vocab().values())
+    if unknown := [str(token) for token in ids if token not in known]:
+        warnings.warn(
+            f"eos_token_id of the model's generation_config.json (or config.json) holds {', '.join(unknown)}, which "
+            "is no token of its tokenizer and so never ends an answer.",
+            stacklevel=3,
+        )
+    return [token for token in ids if token in known]
+
+
+def _turn_end(tokenizer: PreTrainedTokenizerBase, known: Sequence[int]) -> list[int]:
+    """Return the special token with which the chat template ends an assistant's message, where it is not known yet."""
+    if not tokenizer.chat_template:
+        return []
+    specials = _special_tokens(tokenizer)
+    # In a conversation that goes on, the tokens after an answer are those of its end and of the next turn's start.
+    going_on = list(_specials_after_answer(tokenizer, specials, goes_on=True))
+    if set(going_on) & set(known):
+        return []
+    last = list(_specials_after_answer(tokenizer, specials, goes_on=False))
+    # Templates may end the last message otherwise than earlier ones (`<|return|>` and `<|end|>` of gpt-oss): the last
+    # message is the one that the model writes.
+    found = (last or going_on)[:1]
+    others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return [token for token in found if token not in others]
+
+
+def _specials_after_answer(
+    tokenizer: PreTrainedTokenizerBase, specials: dict[str, int], goes_on: bool
+) -> Iterator[int]:
+    """Yield the special tokens that directly follow an assistant's message; white space may stand before the first."""
+    turns = [("user", QUESTION), ("assistant", ANSWER), *([("user", QUESTION)] if goes_on else [])]
+    text = rendered(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    start = text.rfind(ANSWER)
+    if start < 0 or not specials:
+        return
+    rest = text[start + len(ANSWER) :].lstrip()
+    longest_first = sorted(specials, key=len, reverse=True)
+    pattern = re.compile("|".join(map(re.escape, longest_first)))
+    while match := pattern.match(rest):
+        yield specials[match[0]]
+        rest = rest[match.end() :]
+
+
+def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the ids of the special tokens by their text."""
+    added = {str(token): number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    named = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+    return {text: number for text, number in (named | added).items() if text}
+
+
+limit_templates()  # whatever renders conversations imports this module
+
+#: Stand for a question, an answer and a system message; no template has them in its own text, or changes them.
+QUESTION, ANSWER, SYSTEM = "Qzquestion7", "Azanswer7", "Szsystem7"
+
+
+def rendered(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
+) -> str:
+    """Return a conversation as the chat template writes it; nothing where it refuses it or leaves a message out.
+
+    Where the template does not take it as it is, contents are given as lists of parts, which templates of multimodal
+    models ask for, and a system message is put before it, without which some templates take no conversation.
+
+    Args:
+        tokenizer: The tokenizer, with or without a chat template.
+        messages: The conversation. All contents are strings.
+        tools: What may be called, or None.
+
+    Raises:
+        TemplateLimitError: The template computes without end.
+    """
+    if not tokenizer.chat_template:
+        return ""
+    starts: list[list[dict[str, Any]]] = [[]]
+    if messages[0]["role"] != "system":
+        starts.append([{"role": "system", "content": SYSTEM}])
+    for start in starts:
+        whole = [*start, *messages]
+        as_parts = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in whole]
+        for form in (whole, as_parts):
+            try:
+                text = str(tokenizer.apply_chat_template(form, tools=tools, tokenize=False))
+            except TemplateLimitError:
+                raise
+            except Exception:  # templates raise whatever their authors chose
+                continue
+            if all(message["content"] in text for message in messages):
+                return text
+    return ""

@@ -1,0 +1,141 @@
+"""A checksum of weights that is the same on every device."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+import numpy as np
+import torch
+from torch import Tensor
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+from prlhf_lightning.errors import ConfigurationError
+
+
+_BLOCK = 1 << 15  # 64-bit words summed together, few enough for a core's own cache; part of the digest
+
+
+def weights_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """Return a checksum of the names, shapes, dtypes and exact bits of parameters, whatever their order.
+
+    Every block of words `w_i` is reduced to `Σ a_i w_i` and `Σ b_i (w_i >> 32)` modulo 2^64 with fixed odd random
+    multipliers. Integer sums come out the same on every device and in every order of summation. The second sum is for
+    the upper halves of the words, whose highest bits (signs) could cancel in the first. A difference goes unnoticed
+    with a probability of about 2^-32; this is no defence against someone who seeks one.
+
+    Args:
+        parameters: Names and tensors, as from `Module.named_parameters()`; on any device, not sharded.
+    """
+    multipliers = torch.from_numpy(np.random.PCG64(0).random_raw((2, _BLOCK)).view(np.int64)) | 1
+    rows = sorted([name, str(t.dtype), list(t.shape), _block_sums(t.detach(), multipliers)] for name, t in parameters)
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+
+
+def _block_sums(tensor: Tensor, multipliers: Tensor) -> str:
+    raw = tensor.flatten().view(torch.uint8)  # no copy unless the tensor is strided
+    starts = range(0, raw.numel(), 8 * _BLOCK)
+    low, high = multipliers.to(raw.device)
+    words, product = torch.zeros(2, _BLOCK, dtype=torch.int64, device=raw.device)
+    sums = torch.zeros(2, len(starts), dtype=torch.int64, device=raw.device)
+    for block, start in enumerate(starts):
+        data = raw[start : start + 8 * _BLOCK]
+        if len(data) < 8 * _BLOCK:
+            words.zero_()
+        words.view(torch.uint8)[: len(data)].copy_(data)  # the tensor itself may not be aligned to words
+        torch.sum(torch.mul(words, low, out=product), dim=0, out=sums[0, block])
+        torch.sum(words.bitwise_right_shift_(32).mul_(high), dim=0, out=sums[1, block])
+    return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()
+
+
+SETTINGS = "prlhf.json"
+_KEY = "sha256"
+_ADAPTERS = "adapter_config.json"
+#: Where the base model is, which people change when it has moved.
+_PLACE = "base_model_name_or_path"
+#: Beginnings of names of files for people and other programs: they are not read here, so not checked.
+_NOT_READ = ("README.md", "user_vectors", "token_embeddings", "peft_users", ".", SETTINGS)
+#: Files that transformers and PEFT read where they are there.
+_READ = (
+    "config.json", "generation_config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors*",
+    "pytorch_model*", "*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
+    "*chat_template*",
+)  # fmt: skip
+
+
+def with_checksums(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of `prlhf.json` with the SHA-256 of each file beside it, and of the content itself."""
+    return {**settings, _KEY: {SETTINGS: _of_json(settings, without=_KEY), **_sums(folder, _files(folder))}}
+
+
+def check_folder(folder: Path) -> None:
+    """Check the files of an exported folder of which nothing has been read; see `check_checksums`."""
+    try:
+        settings = json.loads((folder / SETTINGS).read_bytes())
+    except ValueError as error:
+        raise _changed(folder / SETTINGS) from error
+    if not isinstance(settings, dict):
+        raise _changed(folder / SETTINGS)
+    check_checksums(folder, settings)
+
+
+def check_checksums(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check that the files of a folder are those that were exported.
+
+    Args:
+        folder: The folder.
+        settings: The content of its `prlhf.json`. Format 1 has no checksums; null switches them off.
+
+    Raises:
+        ConfigurationError: A file differs, is missing, or has come to the folder; the message names it.
+    """
+    if settings.get("format") == 1 or settings.get(_KEY, "") is None:
+        return
+    sums = settings.get(_KEY)
+    if not isinstance(sums, dict) or sums.get(SETTINGS) != _of_json(settings, without=_KEY):
+        raise _changed(folder / SETTINGS)
+    exported, there = sums.keys() - {SETTINGS}, set(_files(folder))
+    if missing := exported - there:
+        raise _changed(folder / min(missing))
+    found = _sums(folder, sorted(exported))
+    if other := [name for name, digest in found.items() if digest != sums[name]]:
+        raise _changed(folder / other[0])
+    if added := [name for name in sorted(there - exported) if any(fnmatch(name, pattern) for pattern in _READ)]:
+        raise _changed(folder / added[0])
+
+
+def _changed(path: Path) -> ConfigurationError:
+    return ConfigurationError(
+        f"{path} is not as it was exported. If it is damaged, export the folder again; if it was changed on purpose, "
+        f'write "{_KEY}": null in place of the checksums in {SETTINGS}.'
+    )
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files that are checked, with the folders in which they are."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [name for name in names if not name.startswith(_NOT_READ)]
+
+
+def _sums(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    with ThreadPoolExecutor() as pool:  # a model may have many large files
+        return dict(zip(names, pool.map(_of_file, (folder / name for name in names)), strict=True))
+
+
+def _of_file(path: Path) -> str:
+    if path.name == _ADAPTERS:
+        try:
+            return _of_json(json.loads(path.read_bytes()), without=_PLACE)
+        except (ValueError, AttributeError):  # no longer JSON, or no object
+            return ""
+    with path.open("rb") as file:
+        return file_digest(file, sha256).hexdigest()
+
+
+def _of_json(content: Mapping[str, Any], without: str) -> str:
+    rest = {name: value for name, value in content.items() if name != without}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

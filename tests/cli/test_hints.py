@@ -1,0 +1,163 @@
+"""What the command line answers to a mistake, and what a trial run leaves."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.fit import how_to_shrink
+from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
+
+
+@pytest.fixture(autouse=True)
+def _no_arguments_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
+
+
+BASE = {
+    "model.policy": "CausalLMPolicy",
+    "model.policy.model": "builtin:byte-lm",
+    "model.loss": "DPOLoss",
+    "model.user_model": "UniformUserModel",
+    "data.source": "FileSource",
+    "data.source.train": "votes.jsonl",
+}
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["fit", "--data.train", "votes.jsonl"], "'data.train': did you mean 'data.source.train'?"),
+        (["fit", "--batch_size", "4"], "did you mean 'data.batch_size'?"),
+        (["fit", "--lr", "1"], "did you mean 'model.optim.lr'?"),
+        (["fit", "--model.beta", "1"], "did you mean 'model.loss.beta'?"),
+        (["fit", "--data.source", "votes.jsonl"], "To give votes.jsonl: --data.source.train votes.jsonl"),
+        (["fit", "--model.policy", "a/model"], "To give a/model: --model.policy.model a/model"),
+        (["fit", "--model.loss", "dpo"], "There are: AOTLoss, AOTUnpairedLoss"),
+        (["fit", "--model.loss.bta", "1"], "python -m prlhf_lightning fit --help"),
+        (["fit", "--model.loss", "nobodys_losses.MyLoss"], "nobodys_losses.py is looked for in "),
+        (["train"], "There are: fit, validate, test, predict, adapt, export, generate"),
+        ([], "There are: fit, validate, test, predict, adapt, export, generate"),
+        (["chek"], "'chek': did you mean 'data check'?"),
+        (["data", "check", "--trian", "x"], "'trian': did you mean 'train'?"),
+        (["users"], "python -m prlhf_lightning users --help"),
+        (["users", "list"], "python -m prlhf_lightning users list --help"),
+    ],
+)
+def test_a_mistake_is_answered_by_what_was_meant(capsys, words, says):
+    config = [f"--{name}={value}" for name, value in BASE.items()] if words[:1] == ["fit"] else []
+    with pytest.raises(SystemExit):
+        main([*words[:1], *config, *words[1:]])
+    assert says in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out.startswith("prlhf_lightning 0.")
+
+
+@pytest.fixture
+def settings(model_path, votes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False},
+        "model": {
+            "user_model": "IndividualUserModel",
+            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
+            "loss": "DPOLoss",
+        },
+        "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}},
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    return ["fit", "-c", "config.yaml"]
+
+
+def test_a_trial_run_leaves_no_files(settings, tmp_path):
+    before = set(tmp_path.iterdir())
+    main([*settings, "--trainer.fast_dev_run", "true", "--train_baseline", "true"])
+    left = set(tmp_path.iterdir()) - before - {tmp_path / "cache"}
+    assert not [path for folder in left for path in (folder, *folder.rglob("*")) if path.is_file()]
+
+
+def test_a_logger_that_is_not_installed_says_what_to_install(settings, monkeypatch):
+    def absent(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("Requirement 'wandb' not met. HINT: Try running `pip install -U 'wandb'`")
+
+    monkeypatch.setattr("lightning.pytorch.loggers.WandbLogger.__init__", absent)
+    with pytest.raises(SystemExit, match=r"^error: Requirement 'wandb' not met"):
+        main([*settings, "--trainer.logger", "WandbLogger"])
+
+
+def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(settings, model_path, tmp_path, caplog):
+    main(settings)
+    assert "Checkpoints: runs/version_0/checkpoints/last.ckpt" in caplog.text
+    shutil.copytree(model_path, tmp_path / "elsewhere")
+    with pytest.warns(UserWarning, match=r"trained on model\.policy\.model .*, and this is .*elsewhere"):
+        main([*settings, "--model.policy.model=elsewhere", "--ckpt_path=runs/version_0", "--trainer.max_steps=2"])
+
+
+def test_rows_that_are_no_better_than_the_generic_user_end_a_run_with_what_to_do(
+    settings, tmp_path, caplog, capsys, monkeypatch
+):
+    # These votes are drawn at random: a model that learned nothing of them would be advised to learn first.
+    monkeypatch.setattr("prlhf_lightning.training.callbacks.LearningMonitor.advice", lambda *_: None)
+    main([*settings, "--trainer.max_steps", "-1", "--model.optim.user_lr", "1e-12"])  # so that both rank alike
+    (advice,) = [line for line in caplog.messages if "prlhf_lightning shrink" in line]
+    main(shlex.split(advice.partition("prlhf_lightning ")[2]))
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Written to runs/version_0/shrunk.ckpt, with rows" in said
+    (tmp_path / "runs/version_0/config.yaml").unlink()
+    with pytest.raises(SystemExit, match=r"validation: no config\.yaml beside .* says what its run held out"):
+        main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt"])
+    with pytest.raises(SystemExit, match="columns, hash_user_ids_with: they are about a file"):
+        main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
+
+
+def test_shrinking_is_advised_where_trained_rows_gain_nothing_and_nowhere_else():
+    users, last = IndividualUserModel(1), Path("a run/checkpoints/last.ckpt")
+    users.build(3, torch.randn(4, 8))
+    found = {"val/seen/accuracy": torch.tensor(0.6), "val/seen/generic_accuracy": torch.tensor(0.62)}
+    words = "shrink --model 'a run/checkpoints/last.ckpt' --output 'a run/shrunk.ckpt'"
+    assert how_to_shrink(found, users, last).endswith(words)
+    assert how_to_shrink(found | {"val/seen/accuracy": torch.tensor(0.63)}, users, last) is None
+    assert how_to_shrink({"val/seen/accuracy": torch.tensor(0.6)}, users, last) is None  # thumbs, or nobody differs
+    read = AmortizedUserModel(1)
+    read.build(3, torch.randn(4, 8))
+    assert how_to_shrink(found, read, last) is None
+
+
+def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path, monkeypatch):
+    (tmp_path / "model").symlink_to(model_path)
+    main([*settings, "--model.policy.model", "model"])
+    monkeypatch.chdir(tmp_path / "runs")
+    main(["export", "--model", "version_0/checkpoints/last.ckpt", "--output", "exported"])
+    assert (tmp_path / "runs/exported/model.safetensors").exists()
+
+
+def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, tmp_path, caplog, capsys, recwarn):
+    main([*settings, "--train_baseline", "true"])
+    assert "Nothing has been validated yet: no val/seen/loss" in caplog.text
+    assert not [warned for warned in recwarn if "could not find the monitored key" in str(warned.message)]
+    assert "Nothing was validated on, so there is nothing to compare." in capsys.readouterr().out
+    assert [path.name for path in tmp_path.glob("runs/*/checkpoints/*")] == ["last.ckpt"]
+
+
+def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(settings, votes):
+    main([*settings, "--model.user_model", "UniformUserModel"])
+    with pytest.raises(SystemExit, match="holds no trained rows of users, so that there is nothing to learn"):
+        main(["adapt", "--model", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
+
+
+def test_a_folder_of_a_run_without_an_intact_checkpoint_is_no_model(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    for command in (["generate", "--prompt", "Hi"], ["users", "list"], ["report"]):
+        with pytest.raises(SystemExit, match=r"^error: model: no checkpoint in .*/checkpoints is intact"):
+            main([*command, "--model", str(tmp_path)])
