@@ -41,22 +41,21 @@ import torch
 from fuzz_checkpoint import truncate, zero_page
 from transformers import AutoTokenizer
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.cli import main as cli
-from prlhf_lightning.utils import shipped
+from prlhf_lightning.cli.checkpoints import load_module, open_writer
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.store import FeedbackCache
-from prlhf_lightning.data.holdout import census_of
+from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
+from prlhf_lightning.data.holdout import count_users
 from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.data.sources.base import read
+from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
-from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.inference import Generator
 from prlhf_lightning.policies import CausalLMPolicy, causal_lm
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 from prlhf_lightning.training.reference_cache import ReferenceCache
-from prlhf_lightning.cli.checkpoints import load_module, open_writer
+from prlhf_lightning.utils import shipped
 
 SLOW = 5.0  # seconds, more than which is told
 
@@ -214,7 +213,7 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{value!r};".encode()
 
 
-def of_writer(writer: PersonalizedWriter) -> str:
+def of_writer(writer: Generator) -> str:
     """Return all that decides what a writer writes."""
     lm = writer.lm
     settings = {name: value for name, value in lm.config.to_dict().items() if name != "_name_or_path"}
@@ -418,7 +417,7 @@ def _data(root: Path) -> dict[str, Kind]:
     pairs = FileSource(str(_pairs(root / "stream.jsonl", ["ann", "bob", "cy"], 40)))
 
     def counted() -> str:
-        census = census_of(pairs, "train", root / "counts")
+        census = count_users(pairs, "train", root / "counts")
         return _digest([census.rows, census.texts])
 
     counted()

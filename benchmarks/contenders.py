@@ -23,9 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.losses import DPOLoss
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.training import PersonalizedLM, RowwiseAdamW
 from prlhf_lightning.training.optim import clip_gradients
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.types import PreferenceBatch, Tokens
 from prlhf_lightning.user_models import IndividualUserModel, UniformUserModel
 

@@ -41,11 +41,10 @@ import yaml
 
 import prlhf_lightning.cli.adapt
 import prlhf_lightning.cli.export
-import prlhf_lightning.cli.report
 import prlhf_lightning.cli.fit  # noqa: F401
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.simulation.blank_model import vocabulary
+from prlhf_lightning.training import checkpoint_files
 
 ROOM = 96 << 20  # bytes; enough for every command
 PAGE = 4096

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.errors import DamagedCheckpointError
-from prlhf_lightning.training.checkpointing import SealedCheckpointIO
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpointing import ChecksummedCheckpointIO
 
 PAGE = 4096
 
@@ -123,7 +123,7 @@ def swap_seal(raw: bytes, draw: random.Random) -> bytes:
     return raw[:-64] + draw.randbytes(32).hex().encode()
 
 
-_LOAD = SealedCheckpointIO().load_checkpoint
+_LOAD = ChecksummedCheckpointIO().load_checkpoint
 
 
 class _Runs:

@@ -34,8 +34,8 @@ import odd_files
 import torch
 from odd_files import Case, Sound
 
-from prlhf_lightning.cli.main import main as command_line
 from prlhf_lightning.cli.commands import COMMANDS, Group, Task
+from prlhf_lightning.cli.main import main as command_line
 
 SECONDS, BYTES = 5.0, 1 << 30  # beyond what the same command takes with sound files
 _GIVEN_UP = 60.0  # seconds on the clock, beyond four times what sound files take

@@ -38,11 +38,10 @@ from typing import Any
 import torch
 from kill_resume import distance
 
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.utils import io
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 from prlhf_lightning.training.loggers import MetricsFile
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.utils import io
 
 COMMAND = {
     "trainer.max_epochs": 2,

@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.training import checkpoint_files
 
 COMMAND = [
     "fit",

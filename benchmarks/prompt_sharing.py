@@ -29,16 +29,16 @@ from contenders import MODELS, save_model
 from reporting import tell
 
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
-from prlhf_lightning.policies.scoring import Shortcuts
+from prlhf_lightning.policies.scoring import Capabilities
 from prlhf_lightning.types import Tokens
 
 SHAPES = ["300/150/150", "512/100/100", "1024/64/64", "100/250/250"]
 MODES = {"lora": {}, "checkpointing": {"gradient_checkpointing": True}, "full": {"lora": None}}
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WAYS = {
-    "twice": Shortcuts(head=True, shared_prompt=False),
-    "cache": Shortcuts(head=True, shared_prompt=True),
-    "tree": Shortcuts(head=True, shared_prompt=False, trees=True),
+    "twice": Capabilities(head=True, shared_prompt=False),
+    "cache": Capabilities(head=True, shared_prompt=True),
+    "tree": Capabilities(head=True, shared_prompt=False, trees=True),
 }
 
 

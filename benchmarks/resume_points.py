@@ -32,12 +32,11 @@ import torch
 from kill_resume import distance
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.callbacks.outputs import BestAndLast, SaveOnInterrupt
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import BCOLoss, DPOLoss, KTOLoss, PreferenceLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.callbacks.outputs import BestAndLast, SaveOnInterrupt
 from prlhf_lightning.user_models import AmortizedUserModel, ClusterUserModel, IndividualUserModel, UserModel
 
 MODEL = "builtin:byte-lm"

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from prlhf_lightning.training import RowwiseAdamW
-from prlhf_lightning.training.optim import clip_gradients
 from prlhf_lightning.training.distributed import average_dense_gradients, average_sparse_gradients, sparse_tables
+from prlhf_lightning.training.optim import clip_gradients
 from prlhf_lightning.types import Users
 from prlhf_lightning.user_models import ClusterUserModel, IndividualUserModel, UserModel
 

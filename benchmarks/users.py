@@ -25,8 +25,8 @@ from reporting import tell
 
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.training import PersonalizedLM, RowwiseAdamW
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import PersonalizedLM, RowwiseAdamW
 from prlhf_lightning.user_models import IndividualUserModel
 
 

@@ -10,10 +10,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from prlhf_lightning.data import DataSource, FileSource, HubSource, PreferenceDataModule, SimulatedSource
     from prlhf_lightning.data.users import UserVocabulary
-    from prlhf_lightning.inference import Generation, PersonalizedWriter
-    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss, ThumbsLoss
-    from prlhf_lightning.training import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
+    from prlhf_lightning.inference import GenerationRequest, Generator
+    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss, UnpairedLoss
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
+    from prlhf_lightning.training import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
     from prlhf_lightning.user_models import (
         AmortizedUserModel,
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
-    "inference": ["Generation", "PersonalizedWriter"],
-    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss", "ThumbsLoss"],
+    "inference": ["GenerationRequest", "Generator"],
+    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss", "UnpairedLoss"],
     "training": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
@@ -56,7 +56,8 @@ __all__ = [
     "FSDP1Strategy",
     "FSDP2Strategy",
     "FileSource",
-    "Generation",
+    "GenerationRequest",
+    "Generator",
     "HubSource",
     "IndividualUserModel",
     "LoRA",
@@ -67,7 +68,6 @@ __all__ = [
     "Optim",
     "PairLogProbs",
     "PersonalizedLM",
-    "PersonalizedWriter",
     "Policy",
     "PreferenceBatch",
     "PreferenceDataModule",
@@ -76,9 +76,9 @@ __all__ = [
     "SimulatedSource",
     "SoftPrompt",
     "TextUserModel",
-    "ThumbsLoss",
     "Tokens",
     "UniformUserModel",
+    "UnpairedLoss",
     "UserModel",
     "UserVocabulary",
     "Users",

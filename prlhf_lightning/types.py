@@ -48,7 +48,7 @@ class _TensorStruct:
 _Sent = TypeVar("_Sent", bound=Tensor | _TensorStruct)
 
 
-def sent(value: _Sent, device: torch.device) -> _Sent:
+def to_device(value: _Sent, device: torch.device) -> _Sent:
     """Return tensors on a device, without having the host wait for the copy where that is safe.
 
     CUDA holds or has copied what it is yet to read; other devices may read memory that is used for something else.
@@ -124,7 +124,7 @@ class SoftPrompt(_TensorStruct):
         return cls(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
 
     @classmethod
-    def side_by_side(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
+    def cat_time(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
         """Join the parts of each row along time, `[B, T1 + T2 + ..., d]`."""
         return cls(
             torch.cat([part.vectors for part in parts], dim=1),
@@ -132,7 +132,7 @@ class SoftPrompt(_TensorStruct):
         )
 
     @classmethod
-    def stacked(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
+    def cat_batch(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
         """Stack batches of rows; all parts must have the same T."""
         return cls(torch.cat([part.vectors for part in parts]), torch.cat([part.mask for part in parts]))
 
@@ -215,15 +215,15 @@ class PreferenceBatch(_TensorStruct):
         return len(self.user_ids)
 
     @property
-    def judged(self) -> Tokens:
+    def completion(self) -> Tokens:
         """The one completion of each row of thumbs, whether it was liked or not."""
         both = Tokens.concat([self.chosen, self.rejected])
         (liked, disliked), (is_liked, is_disliked) = both.ids.chunk(2), both.mask.chunk(2)
-        up = self.up[:, None]
+        up = self.desirable[:, None]
         return Tokens(torch.where(up, liked, disliked), torch.where(up, is_liked, is_disliked))
 
     @property
-    def up(self) -> Tensor:
+    def desirable(self) -> Tensor:
         """`[B]` bool, true for each row of thumbs whose completion was liked."""
         return self.chosen.mask.any(1)
 

@@ -6,11 +6,11 @@ import torch
 from lightning.pytorch import Callback
 from quiet_trainer import quiet_trainer
 
-from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import Optim, PersonalizedLM
+from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.user_models import IndividualUserModel
 
 

@@ -14,11 +14,11 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning import CausalLMPolicy
+from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.inference import Generation
-from prlhf_lightning.cli.checkpoints import open_writer
+from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.types import Tokens
 
 QUESTION, ANSWER = next(iter(ANSWERS.items()))
@@ -129,7 +129,7 @@ def test_checkpoints_and_exports_write_prompts_with_the_arguments_and_the_date_o
     checkpoint, folder = dated
     for model in (checkpoint, folder / "export"):
         writer = open_writer(model)
-        text = writer.tokenizer.decode(writer.prepare(Generation(row()["prompt"], "ann")).prompt)
+        text = writer.tokenizer.decode(writer.prepare(GenerationRequest(row()["prompt"], "ann")).prompt)
         assert text.endswith("<|im_start|>assistant\n01 May 2026<think></think>")
 
 

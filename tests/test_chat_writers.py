@@ -13,13 +13,13 @@ from serving.serving_helpers import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import PersonalizedLM, Sampling
+from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data.schema import FeedbackRecord
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.inference import Engine, Generation
+from prlhf_lightning.inference import Engine, GenerationRequest
 from prlhf_lightning.serving.services import Services
-from prlhf_lightning.cli.checkpoints import open_writer
 
 GREEDY = Sampling(max_new_tokens=40, temperature=0.0)
 
@@ -105,11 +105,11 @@ def test_the_bases_own_generation_config_stops_at_the_same_token(family, chat_mo
 def test_the_engine_stops_and_shows_no_special_token(trained, expected, kind):
     _, checkpoint, folder = trained
     writer = open_writer(checkpoint if kind == "checkpoint" else folder / kind)
-    written = writer.generate([Generation(ask(question), max_new_tokens=40) for question in ANSWERS])
+    written = writer.generate([GenerationRequest(ask(question), max_new_tokens=40) for question in ANSWERS])
     assert [answer.ids for answer in written] == list(expected.values())
     assert [answer.text for answer in written] == list(ANSWERS.values())
     assert {answer.finish_reason for answer in written} == {"stop"}
-    streamed = writer.stream(Generation(ask(next(iter(ANSWERS))), max_new_tokens=40))
+    streamed = writer.stream(GenerationRequest(ask(next(iter(ANSWERS))), max_new_tokens=40))
     assert "".join(piece.text for piece in streamed) == next(iter(ANSWERS.values()))
 
 
@@ -153,10 +153,10 @@ def test_an_answer_is_continued_where_that_is_asked(trained, tmp_path, expected)
     assert (begun, rest[0]) == ("Go to bed", " ")
     turns = [*ask(question), {"role": "assistant", "content": begun}]
     writer = open_writer(trained[1])
-    (written,) = writer.generate([Generation(turns, max_new_tokens=40, continue_final_message=True)])
+    (written,) = writer.generate([GenerationRequest(turns, max_new_tokens=40, continue_final_message=True)])
     assert (written.text, written.finish_reason) == (rest, "stop")
     prompt = tokenizer.apply_chat_template(turns, continue_final_message=True, return_dict=False)
-    assert writer.prepare(Generation(turns, continue_final_message=True)).prompt == prompt
+    assert writer.prepare(GenerationRequest(turns, continue_final_message=True)).prompt == prompt
     writer.name = "m"
     with serving(Services(writer, lambda: Engine(writer))) as url:
         body = {"model": "m", "messages": turns, "temperature": 0, "add_generation_prompt": False}
@@ -173,9 +173,9 @@ def test_a_conversation_that_ends_with_an_answer_is_not_answered_again(trained):
     turns = [*ask("What"), {"role": "assistant", "content": "Go"}]
     writer = open_writer(trained[1])
     with pytest.raises(FeedbackFormatError, match="the last message is the assistant's"):
-        writer.generate([Generation(turns)])
+        writer.generate([GenerationRequest(turns)])
     with pytest.raises(FeedbackFormatError, match="which must be the assistant's"):
-        writer.generate([Generation(ask("What"), continue_final_message=True)])
+        writer.generate([GenerationRequest(ask("What"), continue_final_message=True)])
     with pytest.raises(ConfigurationError, match="the last message is the assistant's"):
         PersonalizedLM.load_from_checkpoint(trained[1]).generate([turns], ["ann"])
 
@@ -236,7 +236,7 @@ def test_a_plain_prompt_is_taken_as_it_stands_where_that_is_asked(trained):
     tokenizer, lm = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     ids = torch.tensor([tokenizer("What helps")["input_ids"]])
     expected = lm.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)[0]
-    raw = Generation("What helps", max_new_tokens=4, chat_template=False)
+    raw = GenerationRequest("What helps", max_new_tokens=4, chat_template=False)
     writer = open_writer(checkpoint)
     (written,) = writer.generate([raw])
     whole, start = (tokenizer.decode(part, skip_special_tokens=True) for part in (expected, ids[0]))

@@ -16,17 +16,16 @@ from quiet_trainer import quiet_trainer
 
 from prlhf_lightning import losses
 from prlhf_lightning.adaptation import adapt_users, cold_start, encode_users, fit_shrinkage, suggest
-from prlhf_lightning.training.callbacks.outputs import UserTable
+from prlhf_lightning.cli.adapt import _table, read_pairs
+from prlhf_lightning.cli.serve import NewUsers
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.batching import collate
-from prlhf_lightning.training.callbacks import CollapseMonitor
-from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.inference import GenerationRequest, Generator
 from prlhf_lightning.losses import DPOLoss, KTOLoss, PreferenceLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
-from prlhf_lightning.cli.adapt import _table
-from prlhf_lightning.cli.serve import NewUsers
-from prlhf_lightning.cli.adapt import read_pairs
+from prlhf_lightning.training import Optim, PersonalizedLM
+from prlhf_lightning.training.callbacks import CollapseMonitor
+from prlhf_lightning.training.callbacks.outputs import UserTable
 from prlhf_lightning.user_models import (
     AmortizedUserModel,
     ClusterUserModel,
@@ -187,11 +186,11 @@ def test_users_are_read_off_their_pairs_on_a_gpu(model_path, votes, tmp_path, pl
 
 def test_writing_for_users_blends_and_new_ones_on_a_gpu(model_path, votes, tmp_path, place):
     module = trained(model_path, votes, tmp_path, place)
-    writer = PersonalizedWriter(module.policy.lm, module.policy.tokenizer, module.user_model, module.vocabulary)
+    writer = Generator(module.policy.lm, module.policy.tokenizer, module.user_model, module.vocabulary)
     NewUsers(module, writer)("eve", [json.loads(line) for line in votes.open()][:6])
     users, how = ("eve", None, {"ann": 0.5, "bob": 0.5}), ({}, {"temperature": 1.0, "top_p": 0.8, "seed": 1})
     asked = [
-        Generation("the cat", user, strength=strength, max_new_tokens=2 + len(more), **more)
+        GenerationRequest("the cat", user, strength=strength, max_new_tokens=2 + len(more), **more)
         for user in users
         for strength in (0.0, 2.0)
         for more in how

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from odd_texts import ODD
 from safetensors import safe_open
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.utils.io import as_cell, from_cell
-from prlhf_lightning.utils.terminal import printable
 from prlhf_lightning.cli.user_rows import UserRows
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.utils.io import escape_cell, unescape_cell
+from prlhf_lightning.utils.terminal import printable
 
 IDS = [
     *(text for text in ODD if text.strip() and len(text) < 100),
@@ -147,13 +147,13 @@ def test_no_id_is_a_formula_of_a_spreadsheet(run_folder):
     with (run_folder / "users_seen.csv").open(newline="") as file:
         cells = [row["user_id"] for row in csv.DictReader(file)]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
-    assert {from_cell(cell) for cell in cells} <= set(IDS)
+    assert {unescape_cell(cell) for cell in cells} <= set(IDS)
 
 
 @given(st.text())
 def test_a_cell_is_no_formula_and_is_read_back(text):
-    assert from_cell(as_cell(text)) == text
-    assert not as_cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
+    assert unescape_cell(escape_cell(text)) == text
+    assert not escape_cell(text).startswith(("=", "+", "-", "@", "\t", "\r"))
 
 
 def test_a_page_is_written_with_odd_ids(run_folder, tmp_path):

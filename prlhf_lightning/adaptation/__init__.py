@@ -1,12 +1,10 @@
 """New users of a trained model: their rows from a handful of pairs, and which pairs to ask them next."""
 
-from prlhf_lightning.adaptation.adapt import Adapted, adapt_users, fit_prior, trained_rows
-from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start
-from prlhf_lightning.adaptation.adapt import Encoded, encode_users
+from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
+from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start, information_gain, suggest
 from prlhf_lightning.adaptation.laplace import Posterior, laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
-from prlhf_lightning.adaptation.cold_start import information_gain, suggest
 from prlhf_lightning.adaptation.shrinkage import Shrinkage, fit_shrinkage
 
 __all__ = [

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
 from prlhf_lightning.adaptation.laplace import laplace
 from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows, users_in
+from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.types import PreferenceBatch
-from prlhf_lightning.adaptation.margins import table_rows, users_in
-from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.training.histories import pooled
 from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
-
 
 # A kind that is less likely than this after a user's first pairs is not looked at again.
 _FIRST, _RULED_OUT = 4, 1e-3

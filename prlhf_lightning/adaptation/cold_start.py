@@ -6,17 +6,15 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+
 import torch
 from torch import Tensor
-from prlhf_lightning.adaptation.adapt import Adapted, adapt_users, fit_prior, trained_rows
-from prlhf_lightning.adaptation.adapt import Encoded, encode_users
+
+from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch
-from prlhf_lightning.adaptation.adapt import Adapted
-from prlhf_lightning.adaptation.margins import Margins
-
 
 COUNTS = (0, 2, 5, 10, 20, 30)
 _MOST_USERS = 2 / 3  # have as many pairs as the last point asks for

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
 import torch
 from torch import Tensor
 from torch.func import functional_call
+
 from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.modes import evaluating
 from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt, Users
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from prlhf_lightning.types import PreferenceBatch, Tokens
-
+from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
+from prlhf_lightning.utils.modes import eval_mode
 
 # In a pass of the policy, for either completion of its pairs. In a model of 8B parameters in 16 bits the keys and
 # values of a position take up to 0.5 MB, and what a backward pass needs of it 6 MB (counted: 46 bytes a layer and
@@ -50,7 +48,7 @@ class Margins:
         self._batch_size, self._longest = batch_size, vectors + sum(part.mask.shape[1] for part in parts)
         self._every = torch.arange(len(texts.chosen), device=self._device)
         every = torch.ones(len(texts.completion), dtype=torch.bool, device=self._device)
-        with evaluating(model):
+        with eval_mode(model):
             self._reference = self._log_probs(every, None) if model.loss.requires_reference else None
 
     def __call__(self, rows: Tensor, of: Tensor | None = None, only: Tensor | None = None) -> Tensor:
@@ -64,7 +62,7 @@ class Margins:
         """
         margins = rows.new_zeros(len(self._texts.chosen))
         wanted = self._every if only is None else only.to(self._device).nonzero().flatten()
-        with evaluating(self._model), torch.no_grad():
+        with eval_mode(self._model), torch.no_grad():
             if of is not None:
                 of = of.to(self._device)
                 for some in self._batches(wanted, self._positions):
@@ -89,7 +87,7 @@ class Margins:
         """
         of, margins = of.to(self._device), rows.new_zeros(len(self._texts.chosen))
         slopes = rows.new_zeros(len(margins), len(directions))
-        with evaluating(self._model), torch.enable_grad():
+        with eval_mode(self._model), torch.enable_grad():
             for some in self._batches(self._every, _POSITIONS_WITH_GRADIENT):
                 pause()
                 own = {name: table.requires_grad_() for name, table in self._own_tables(rows[of[some]]).items()}
@@ -127,7 +125,7 @@ class Margins:
         for completions in texts.groups(wanted, most):
             pause()
             prompts, prompt_of = torch.unique(texts.prompt_of[completions], return_inverse=True)
-            found = (self._policy if own else self._model.policy).log_probs_of_each(
+            found = (self._policy if own else self._model.policy).grouped_log_probs(
                 texts.prompt.select(prompts).trimmed(),
                 texts.completion.select(completions).trimmed(),
                 prompt_of,

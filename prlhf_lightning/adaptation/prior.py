@@ -6,6 +6,7 @@ U trained users, rows of p numbers, k main directions, K kinds of users.
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 

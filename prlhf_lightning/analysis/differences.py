@@ -23,7 +23,7 @@ _NOTABLE, _LARGEST_CORRECTION = 0.1, 2.0  # a factor is not known of spreads tha
 
 
 @dataclass(frozen=True)
-class TasteSpread:
+class PreferenceSpread:
     """How users weigh each feature, in log-odds by one unit of it.
 
     Attributes:
@@ -43,7 +43,7 @@ class TasteSpread:
     stds: Floats
 
 
-def taste_spread(users: Indices, differences: Floats, num_users: int, seed: int = 0) -> TasteSpread:
+def preference_spread(users: Indices, differences: Floats, num_users: int, seed: int = 0) -> PreferenceSpread:
     """Fit how far users' weights of some features lie apart.
 
     The quadratic approximation makes spreads too small where users gave few votes. By how much is measured on votes
@@ -73,7 +73,7 @@ def taste_spread(users: Indices, differences: Floats, num_users: int, seed: int 
     weights, stds = np.tile(mean, (num_users, 1)), np.tile(spread, (num_users, 1))
     weights[present] += deviations
     stds[present] = np.sqrt(np.diagonal(covariances, axis1=1, axis2=2))
-    return TasteSpread(
+    return PreferenceSpread(
         mean,
         spread * lost,
         np.minimum(ends[:, 0], spread) * lost,

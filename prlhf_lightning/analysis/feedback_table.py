@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
+import re
 from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from hashlib import blake2b
+
 import numpy as np
 import numpy.typing as npt
+
 from prlhf_lightning.data.conversations import plain_text
-from prlhf_lightning.utils.progress import counted
 from prlhf_lightning.data.schema import Columns, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split
-import math
-import re
-
+from prlhf_lightning.utils.progress import counted
 
 _Indices = npt.NDArray[np.int64]
 

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from torch.nn.functional import softplus
 
-from prlhf_lightning.analysis.preference_models import TasteFamily, TasteModel
+from prlhf_lightning.analysis.preference_models import PreferenceFamily, PreferenceModel
 from prlhf_lightning.analysis.votes import Floats, Indices, Mask, Votes
 
 Verdict: TypeAlias = Literal["something", "next to nothing", "cannot tell"]
@@ -68,7 +68,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Headroom:
+class PersonalizationGain:
     """What users' own tastes add, on held-out votes of users whom training meets.
 
     Attributes:
@@ -145,13 +145,13 @@ def folds(votes: Votes, scheme: Scheme, seed: int, count: int = _FOLDS) -> Itera
         yield (part != fold).all(0), (part == fold).all(0)
 
 
-def headroom(
+def personalization_gain(
     parts: Sequence[tuple[Votes, Votes]],
-    family: TasteFamily,
+    family: PreferenceFamily,
     scheme: Scheme,
     seed: int = 0,
     on_fit: Callable[[], object] = lambda: None,
-) -> Headroom | None:
+) -> PersonalizationGain | None:
     """Fit both models to votes and compare them on others.
 
     Args:
@@ -186,7 +186,7 @@ def headroom(
     who = np.concatenate(users)
     (before, counts), (after, _), *losses = (_sums(np.concatenate(value), who) for value in values)
     gains = np.sort(after - before)[::-1].clip(min=0)
-    return Headroom(
+    return PersonalizationGain(
         by_user=_compared(before / counts, after / counts, np.ones_like(counts), seed),
         by_vote=_compared(before, after, counts, seed),
         shared_loss=float((losses[0][0] / counts).mean()),
@@ -199,8 +199,8 @@ def headroom(
 
 
 def _well_regularised(
-    votes: Votes, parts: list[tuple[Votes, Votes]], family: TasteFamily, on_fit: Callable[[], object]
-) -> tuple[TasteModel, TasteModel, Choice]:
+    votes: Votes, parts: list[tuple[Votes, Votes]], family: PreferenceFamily, on_fit: Callable[[], object]
+) -> tuple[PreferenceModel, PreferenceModel, Choice]:
     """Return both models of some votes, and how they are regularised: as is best over the parts of these votes."""
     starts, shared_ridge = _choose_shared(parts, family, on_fit)
     shared = family.shared(votes, shared_ridge)
@@ -210,14 +210,14 @@ def _well_regularised(
     return shared, personal, Choice(shared_ridge, ridge, rank)
 
 
-def number_of_fits(family: TasteFamily, num_ridges: int = 6) -> int:
+def number_of_fits(family: PreferenceFamily, num_ridges: int = 6) -> int:
     """Return about how many models are fitted on the way, for one part."""
     return _FOLDS * (len(family.shared_ridges) + num_ridges + len(family.ranks) - 1) + 1
 
 
 def _choose_shared(
-    parts: list[tuple[Votes, Votes]], family: TasteFamily, on_fit: Callable[[], object]
-) -> tuple[list[TasteModel], float]:
+    parts: list[tuple[Votes, Votes]], family: PreferenceFamily, on_fit: Callable[[], object]
+) -> tuple[list[PreferenceModel], float]:
     """Return each fold's model of what users share, and the penalty that is best over all folds."""
     models, losses = [], np.zeros(len(family.shared_ridges))
     for train, test in parts:
@@ -231,15 +231,15 @@ def _choose_shared(
 
 def _choose_personal(
     parts: list[tuple[Votes, Votes]],
-    starts: list[TasteModel],
-    family: TasteFamily,
+    starts: list[PreferenceModel],
+    family: PreferenceFamily,
     ridges: list[float],
     shared_ridge: float,
     on_fit: Callable[[], object],
 ) -> tuple[int, float]:
     """Return the rank and penalty of tastes that are best over all folds: the penalty at the largest rank first."""
     ridges = list(ridges)
-    paths: list[list[TasteModel]] = []
+    paths: list[list[PreferenceModel]] = []
     losses = np.zeros(len(ridges))
     for (train, test), start in zip(parts, starts, strict=True):
         path = []
@@ -306,18 +306,18 @@ def _compared(before: Floats, after: Floats, weights: Floats, seed: int) -> Comp
     return Comparison(shared, personal, personal - shared, low, high)
 
 
-def _right(model: TasteModel, votes: Votes) -> Floats:
+def _right(model: PreferenceModel, votes: Votes) -> Floats:
     """Return `[N]` 1 for each vote whose winner is ahead, 0.5 for a tie, 0 otherwise."""
     right: Floats = ((model.margins(votes).sign() + 1) / 2).numpy()
     return right
 
 
-def _held_out_loss(model: TasteModel, votes: Votes) -> float:
+def _held_out_loss(model: PreferenceModel, votes: Votes) -> float:
     """Return the mean over users of their log-loss: what is good for most users is chosen, not for the busiest."""
     return mean_over_users(_losses(model, votes), votes.users)
 
 
-def _losses(model: TasteModel, votes: Votes) -> Floats:
+def _losses(model: PreferenceModel, votes: Votes) -> Floats:
     """Return `[N]` the log-loss of each vote."""
     losses: Floats = softplus(-model.margins(votes)).numpy()
     return losses

@@ -21,7 +21,7 @@ _ITERATIONS = 100
 
 
 @dataclass(frozen=True)
-class TasteModel:
+class PreferenceModel:
     """Margins `s_w - s_l + <t_u, v_w - v_l>` of the winner w over the loser l for user u.
 
     Attributes:
@@ -43,16 +43,16 @@ class TasteModel:
         own = embedding(users, self.tastes) * (embedding(winners, self.items) - embedding(losers, self.items))
         return shared[:, 0] + own.sum(1)
 
-    def truncated(self, rank: int) -> TasteModel:
+    def truncated(self, rank: int) -> PreferenceModel:
         """Return the model with the best approximation of lower rank of what users add, both factors of one size."""
         left, left_factor = torch.linalg.qr(self.tastes)
         right, right_factor = torch.linalg.qr(self.items)
         u, sizes, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
         root = sizes[:rank].sqrt()
-        return TasteModel(self.scores, left @ u[:, :rank] * root, right @ v[:rank].T * root)
+        return PreferenceModel(self.scores, left @ u[:, :rank] * root, right @ v[:rank].T * root)
 
 
-class TasteFamily(ABC):
+class PreferenceFamily(ABC):
     """Models of one kind, which cross-validation chooses among.
 
     Attributes:
@@ -64,19 +64,21 @@ class TasteFamily(ABC):
     ranks: Sequence[int]
 
     @abstractmethod
-    def shared(self, votes: Votes, ridge: float) -> TasteModel:
+    def shared(self, votes: Votes, ridge: float) -> PreferenceModel:
         """Fit what all users share."""
 
     @abstractmethod
-    def ridges(self, votes: Votes, shared: TasteModel) -> list[float]:
+    def ridges(self, votes: Votes, shared: PreferenceModel) -> list[float]:
         """Return penalties of what a user adds, the weakest first; under the last next to nothing of it is left."""
 
     @abstractmethod
-    def personal(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float, rank: int) -> TasteModel:
+    def personal(
+        self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float, rank: int
+    ) -> PreferenceModel:
         """Fit both what users share and what each adds, from a model with less or with more of a taste."""
 
 
-class ItemTastes(TasteFamily):
+class ItemPreferences(PreferenceFamily):
     """A free score an item, and a free low-rank term of users and items.
 
     The penalty `ridge / 2 * (|t|² + |v|²)` on the two factors is that of the trace norm of their product (Srebro et al.
@@ -92,12 +94,12 @@ class ItemTastes(TasteFamily):
     def __init__(self, seed: int = 0) -> None:
         self.seed = seed
 
-    def shared(self, votes: Votes, ridge: float) -> TasteModel:
+    def shared(self, votes: Votes, ridge: float) -> PreferenceModel:
         """Fit a Bradley-Terry score an item."""
-        start = TasteModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
+        start = PreferenceModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
         return self._fitted(votes, start, ridge, 0.0)
 
-    def ridges(self, votes: Votes, shared: TasteModel) -> list[float]:
+    def ridges(self, votes: Votes, shared: PreferenceModel) -> list[float]:
         """Return shares of the ridge from which on there is no low-rank term.
 
         That is the largest singular value of the matrix `[U, I]` of the residuals of the votes, up to a sign.
@@ -115,19 +117,21 @@ class ItemTastes(TasteFamily):
             vector = torch.zeros_like(vector).index_add_(0, winners, pull).index_add_(0, losers, -pull)
         return [share * max(float(largest), 1e-3) for share in (0.2, 0.3, 0.4, 0.55, 0.75, 1.0)]
 
-    def personal(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float, rank: int) -> TasteModel:
+    def personal(
+        self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float, rank: int
+    ) -> PreferenceModel:
         """Fit scores and the low-rank term."""
         if start.tastes.shape[1] < rank:  # nothing to start from: at zero there is no slope
             draw = torch.Generator().manual_seed(self.seed)
             factors = (0.1 * torch.randn(s, generator=draw, dtype=torch.float64) for s in _sizes(votes, rank)[1:])
-            start = TasteModel(start.scores, *factors)
+            start = PreferenceModel(start.scores, *factors)
         elif start.tastes.shape[1] > rank:
             start = start.truncated(rank)
         return self._fitted(votes, start, shared_ridge, ridge)
 
-    def _fitted(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float) -> TasteModel:
+    def _fitted(self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float) -> PreferenceModel:
         weights = [start.scores.clone(), start.tastes.clone(), start.items.clone()]
-        model, penalties = TasteModel(*weights), (shared_ridge, ridge, ridge)
+        model, penalties = PreferenceModel(*weights), (shared_ridge, ridge, ridge)
 
         def objective() -> tuple[float, list[Tensor]]:
             loss, slopes = _loss_and_slopes(model, votes)
@@ -138,7 +142,7 @@ class ItemTastes(TasteFamily):
         return model
 
 
-class FeatureTastes(TasteFamily):
+class FeaturePreferences(PreferenceFamily):
     """Weights of an item's features that all users share, and what each user adds to each weight.
 
     For items that only one user has seen: what can be known of them is what their features say.
@@ -153,28 +157,30 @@ class FeatureTastes(TasteFamily):
         self.features = features
         self.ranks = (features.shape[1],)
 
-    def shared(self, votes: Votes, ridge: float) -> TasteModel:
+    def shared(self, votes: Votes, ridge: float) -> PreferenceModel:
         """Fit a weight a feature, by ridge logistic regression."""
-        nothing = TasteModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
+        nothing = PreferenceModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
         return self._fitted(votes, nothing, ridge, 0.0)
 
-    def ridges(self, votes: Votes, shared: TasteModel) -> list[float]:
+    def ridges(self, votes: Votes, shared: PreferenceModel) -> list[float]:
         """Return inverse variances of a user's weights around the shared ones: a standard deviation of 1 to 0.03."""
         return [1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
 
-    def personal(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float, rank: int) -> TasteModel:
+    def personal(
+        self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float, rank: int
+    ) -> PreferenceModel:
         """Fit shared weights and each user's deviations from them, which are shrunk towards none."""
         if not start.tastes.shape[1]:
             tastes = start.scores.new_zeros(votes.num_users, self.features.shape[1])
-            start = TasteModel(start.scores, tastes, self.features)
+            start = PreferenceModel(start.scores, tastes, self.features)
         return self._fitted(votes, start, shared_ridge, ridge)
 
-    def _fitted(self, votes: Votes, start: TasteModel, shared_ridge: float, ridge: float) -> TasteModel:
+    def _fitted(self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float) -> PreferenceModel:
         shared = torch.linalg.lstsq(self.features, start.scores[:, None], driver="gelsd").solution[:, 0]
         weights, penalties = [shared, start.tastes.clone()], (shared_ridge, ridge)
 
-        def model() -> TasteModel:
-            return TasteModel(self.features @ weights[0], weights[1], start.items)
+        def model() -> PreferenceModel:
+            return PreferenceModel(self.features @ weights[0], weights[1], start.items)
 
         def objective() -> tuple[float, list[Tensor]]:
             loss, (by_score, by_taste, _) = _loss_and_slopes(model(), votes)
@@ -187,11 +193,11 @@ class FeatureTastes(TasteFamily):
 
 
 def _sizes(votes: Votes, rank: int) -> list[tuple[int, ...]]:
-    """Return the shapes of a `TasteModel`."""
+    """Return the shapes of a `PreferenceModel`."""
     return [(votes.num_items,), (votes.num_users, rank), (votes.num_items, rank)]
 
 
-def _loss_and_slopes(model: TasteModel, votes: Votes) -> tuple[float, list[Tensor]]:
+def _loss_and_slopes(model: PreferenceModel, votes: Votes) -> tuple[float, list[Tensor]]:
     """Return the log-loss, and its gradients by scores, tastes and items.
 
     Written out, a dimension at a time, since counting with weights is five times as fast as what autograd does.

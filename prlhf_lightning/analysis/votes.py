@@ -76,7 +76,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class Ballots:
+class VoteRecord:
     """The votes of each user on each pair, counted.
 
     Attributes:
@@ -92,7 +92,7 @@ class Ballots:
     total: Indices
 
     @classmethod
-    def of(cls, votes: Votes) -> Ballots:
+    def of(cls, votes: Votes) -> VoteRecord:
         """Count votes."""
         pairs, pair = np.unique(votes.pairs, return_inverse=True)
         keys, group = np.unique(votes.users * len(pairs) + pair, return_inverse=True)
@@ -107,7 +107,7 @@ def agreement_between_users(votes: Votes) -> Rate:
     Chance is one half: which item of a pair is called the first means nothing. A user's opposite votes on a pair are
     no vote. The interval is of the mean over pairs of items, taken as independent.
     """
-    ballots = Ballots.of(votes)
+    ballots = VoteRecord.of(votes)
     opinion = np.sign(2 * ballots.first - ballots.total)
     _, group = np.unique(ballots.pairs[opinion != 0], return_inverse=True)
     count = np.bincount(group).astype(float)
@@ -123,7 +123,7 @@ def contradictions(votes: Votes) -> Rate:
 
     Those with votes for either side count.
     """
-    ballots = Ballots.of(votes)
+    ballots = VoteRecord.of(votes)
     repeated = ballots.total > 1
     return _share(int(((ballots.first > 0) & (ballots.first < ballots.total)).sum()), int(repeated.sum()))
 
@@ -134,7 +134,7 @@ def cycles(votes: Votes) -> Rate:
     It is a share of the triples of which the user has voted on each pair; votes at random would make it a quarter. Of
     a user of more than 500 items, the 500 that they voted on most often are looked at.
     """
-    ballots = Ballots.of(votes)
+    ballots = VoteRecord.of(votes)
     decided = 2 * ballots.first != ballots.total
     order = np.argsort(ballots.users[decided], kind="stable")
     users, pairs = ballots.users[decided][order], ballots.pairs[decided][order]

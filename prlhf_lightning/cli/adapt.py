@@ -4,33 +4,30 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from prlhf_lightning.training import checkpoint_files
+
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
-from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
-from prlhf_lightning.data.privacy import hashed
-from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.utils.io import check_output
-from prlhf_lightning.utils.finite import are_finite
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.checkpoints import module_of, pick_device
-from prlhf_lightning.utils.terminal import plain_console, printable
-from prlhf_lightning.cli.user_rows import UserRows, rows_of
-from prlhf_lightning.types import PreferenceBatch
-from collections.abc import Collection, Mapping, Sequence
 from prlhf_lightning.adaptation.margins import check_ranks_pairs
-from prlhf_lightning.data import DataSource
+from prlhf_lightning.cli.checkpoints import module_of, pick_device, read_checkpoint
+from prlhf_lightning.cli.user_rows import UserRows, user_rows
+from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.batching import collate
+from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
-from prlhf_lightning.errors import ConfigurationError
-
+from prlhf_lightning.errors import ConfigurationError, NonFiniteError
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
+from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.utils.finite import are_finite
+from prlhf_lightning.utils.io import check_output
+from prlhf_lightning.utils.terminal import plain_console, printable
 
 _SHOWN = 20
 _LEAST_FOR_ACCURACY = 5
@@ -89,7 +86,7 @@ def adapt(
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
-    rows_of(content, checkpoint).require_trained(checkpoint)
+    user_rows(content, checkpoint).require_trained(checkpoint)
     module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
     if module.user_model.history_size and (suggest or steps):
         raise ConfigurationError(

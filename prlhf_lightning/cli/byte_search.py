@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
-import numpy as np
-import numpy.typing as npt
 import html
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
-from urllib.parse import quote, quote_plus
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias
+from urllib.parse import quote, quote_plus
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
-from prlhf_lightning.training.checkpointing import KEY
 
+from prlhf_lightning.training.checkpointing import KEY
 
 _BLOCK = 8 << 20  # bytes in memory at once
 _HEAD = 1 << 16  # bytes that tell a text from other files: a text has no zero bytes

@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
-import torch
-from prlhf_lightning.training.checkpoint_files import checkpoint_of
-from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.utils.hashing import SETTINGS
-from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.utils.load_errors import opening
-from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import entry_of
-from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
-from prlhf_lightning.training.checkpoint_schema import check_content
-from collections.abc import Mapping
-import yaml  # type: ignore[import-untyped]  # it has no stubs
-from lightning.pytorch.utilities import rank_zero_warn
-from prlhf_lightning.errors import DamagedCheckpointError
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from hashlib import sha256
-from prlhf_lightning.utils.trust import words_beside
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import write_whole
+from pathlib import Path
+from typing import Any
 
+import torch
+import yaml  # type: ignore[import-untyped]  # it has no stubs
+from lightning.pytorch.utilities import rank_zero_warn
+
+from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError, NonFiniteError
+from prlhf_lightning.inference import Generator
+from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.training.checkpoint_schema import check_content
+from prlhf_lightning.training.checkpointing import entry_of
+from prlhf_lightning.utils.hashing import SETTINGS
+from prlhf_lightning.utils.io import atomic_write_bytes
+from prlhf_lightning.utils.load_errors import opening
+from prlhf_lightning.utils.trust import words_beside
 
 _FIX = "Use a checkpoint that `fit` wrote, with the version that wrote it."
 
@@ -90,7 +85,7 @@ def open_writer(
     device: str | torch.device = "cpu",
     trust_remote_code: bool = False,
     trust_classes: Collection[str] | None = None,
-) -> PersonalizedWriter:
+) -> Generator:
     """Load a model to write with.
 
     Args:
@@ -108,13 +103,13 @@ def open_writer(
         path = checkpoint_of(path, option)
     if path.is_dir():
         try:
-            return PersonalizedWriter.from_folder(path, device, trust_remote_code, trust_classes)
+            return Generator.from_folder(path, device, trust_remote_code, trust_classes)
         except (ConfigurationError, NonFiniteError) as error:
             raise type(error)(f"{option}: {error}") from error
     return writer_of(load_module(path, option, trust_remote_code, trust_classes).to(device), path, option)
 
 
-def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> PersonalizedWriter:
+def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> Generator:
     """Return a writer with the model of a checkpoint, which it shares.
 
     Args:
@@ -131,9 +126,7 @@ def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -
             f"{option}: the policy of {path} is a {type(policy).__name__}; only CausalLMPolicy can be written with."
         )
     name = policy.name.rpartition("/")[2].removeprefix("builtin:")
-    return PersonalizedWriter(
-        policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, module.tokenization
-    )
+    return Generator(policy.lm, policy.tokenizer, module.user_model, module.vocabulary, name, module.tokenization)
 
 
 def pick_device(device: str) -> str:
@@ -313,7 +306,7 @@ _MARK = "# sha256 of the lines below: "
 def seal_configuration(path: Path) -> None:
     """Put the SHA-256 of a configuration into a comment before it."""
     content = path.read_bytes()
-    write_whole(path, f"{_MARK}{sha256(content).hexdigest()}\n".encode() + content)
+    atomic_write_bytes(path, f"{_MARK}{sha256(content).hexdigest()}\n".encode() + content)
 
 
 def check_configuration(path: Path) -> None:

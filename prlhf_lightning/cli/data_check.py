@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from json import dumps
 from pathlib import Path
 from typing import Any
+
 from transformers import PreTrainedTokenizerBase
-from prlhf_lightning.data.store import Ties
+
 from prlhf_lightning.data.checks import Inspector, Report
 from prlhf_lightning.data.sources.base import DataSource
-from prlhf_lightning.data.sources.files import Paths
+from prlhf_lightning.data.sources.files import FileSource, Paths
+from prlhf_lightning.data.store import Ties
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import check_output, write_whole
-from prlhf_lightning.utils.terminal import printable
 from prlhf_lightning.types import Feedback
-from collections.abc import Mapping
-from prlhf_lightning.data.sources.files import FileSource, Paths
+from prlhf_lightning.utils.io import atomic_write_bytes, check_output
+from prlhf_lightning.utils.terminal import printable
 
 
 def check(
@@ -83,7 +84,7 @@ def check(
     )
     report = inspector()
     if output is not None:
-        write_whole(output, dumps(report.as_dict(), indent=1).encode() + b"\n")
+        atomic_write_bytes(output, dumps(report.as_dict(), indent=1).encode() + b"\n")
     print(described(report))
     sys.exit(0 if report.ok else 1)
 

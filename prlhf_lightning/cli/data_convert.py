@@ -13,18 +13,24 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prlhf_lightning.cli.data_check import the_source
 from prlhf_lightning.data.conversations import EXTRAS, plain_text
 from prlhf_lightning.data.problems import Problem
-from prlhf_lightning.utils.progress import counted
 from prlhf_lightning.data.readers import Unreadable
 from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.utils.io import all_or_none, check_output, check_output_folder, replacing, sync
-from prlhf_lightning.utils.io import not_left_empty
-from prlhf_lightning.cli.data_check import the_source
 from prlhf_lightning.types import Feedback
+from prlhf_lightning.utils.io import (
+    all_or_none,
+    atomic_writer,
+    check_output,
+    check_output_folder,
+    flush_to_disk,
+    not_left_empty,
+)
+from prlhf_lightning.utils.progress import counted
 
 # Most rows, and about as many characters, held before they are written.
 _GROUP_ROWS, _GROUP_CHARACTERS = 10_000, 1 << 25
@@ -123,14 +129,14 @@ def convert_source(
     names = [folder / f"{split}{end}" for split in splits for end in (".parquet", ".rejected.jsonl")]
     with all_or_none(names), ExitStack() as files:
         for split in splits:
-            good = files.enter_context(replacing(folder / f"{split}.parquet"))
+            good = files.enter_context(atomic_writer(folder / f"{split}.parquet"))
             bad = None
             if on_error == "report":
-                bad = files.enter_context(replacing(folder / f"{split}.rejected.jsonl"))
+                bad = files.enter_context(atomic_writer(folder / f"{split}.rejected.jsonl"))
             done[split] = _converted(source, split, feedback, good, bad)
             for file in (good, bad):
                 if file is not None:
-                    sync(file)  # before any of them takes its name
+                    flush_to_disk(file)  # before any of them takes its name
     for split, counts in done.items():
         if not counts.rejected and not counts.unread:
             (folder / f"{split}.rejected.jsonl").unlink(missing_ok=True)  # empty, or of an earlier conversion

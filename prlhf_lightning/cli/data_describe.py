@@ -8,24 +8,24 @@ import numpy as np
 import torch
 
 from prlhf_lightning.analysis.feedback_table import FeedbackTable, read_table
-from prlhf_lightning.utils.progress import bars
-from prlhf_lightning.data.sources.base import DataSource, Split
-from prlhf_lightning.data.sources.files import Paths
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import check_output
 from prlhf_lightning.analysis.personalization_gain import (
     Scheme,
     folds,
-    headroom,
     known_from_others,
     number_of_fits,
+    personalization_gain,
     scheme_for,
 )
-from prlhf_lightning.analysis.preference_models import FeatureTastes, ItemTastes, TasteFamily
+from prlhf_lightning.analysis.preference_models import FeaturePreferences, ItemPreferences, PreferenceFamily
 from prlhf_lightning.analysis.votes import Votes
 from prlhf_lightning.cli.data_check import the_source
+from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.sources.files import Paths
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.reports.description import Description, Finding, in_words, page_of
 from prlhf_lightning.reports.differences import find_differences, votes_of
+from prlhf_lightning.utils.io import check_output
+from prlhf_lightning.utils.progress import progress_bars
 
 _FEW_PROMPTS = 20
 _HELD_OUT: dict[Scheme, str] = {
@@ -74,7 +74,7 @@ def describe(
     table = read_table(feedback, splits)
     if not table.rows["train"]:
         raise ConfigurationError("train: there are no votes in it, but for ties; name other files.")
-    finding = find_headroom(table, max_votes, seed)
+    finding = find_personalization_gain(table, max_votes, seed)
     votes = votes_of(table, "train")
     name = title or (Path(str(train)).name if isinstance(train, str | Path) else type(feedback).__name__)
     page = page_of(Description(name, table, votes, finding, find_differences(table, votes, seed)))
@@ -83,7 +83,7 @@ def describe(
     print(f"The page: {output}")
 
 
-def find_headroom(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0) -> Finding:
+def find_personalization_gain(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0) -> Finding:
     """Fit models with and without tastes, of the kind that the votes allow, and compare them on held-out votes."""
     votes, remarks = votes_of(table, "train"), []
     validation = votes_of(table, "validation") if table.rows.get("validation") else None
@@ -92,7 +92,9 @@ def find_headroom(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0)
         remarks.append(remark)
     shared_items = known_from_others(votes, votes if validation is None else validation) >= 0.5
     scheme = scheme_for(votes, validation)
-    family: TasteFamily = ItemTastes(seed) if shared_items else FeatureTastes(_scaled_features(table, votes))
+    family: PreferenceFamily = (
+        ItemPreferences(seed) if shared_items else FeaturePreferences(_scaled_features(table, votes))
+    )
     if validation is not None:
         held_out, parts = "the votes of the validation split", [(votes, validation)]
         there = np.isin(validation.users, votes.users)
@@ -107,9 +109,9 @@ def find_headroom(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0)
         # Between an eighth of a user's items there are few pairs, one in 64: these of all eighths are needed.
         parts = [(votes[train], votes[test]) for train, test in folds(votes, scheme, seed + 1, count=8)]
         parts = parts if scheme == "items" else parts[:2]
-    with bars() as progress:
+    with progress_bars() as progress:
         task = progress.add_task("Fitting small models of tastes", total=len(parts) * number_of_fits(family))
-        result = headroom(parts, family, scheme, seed, lambda: progress.advance(task))
+        result = personalization_gain(parts, family, scheme, seed, lambda: progress.advance(task))
     return Finding(result, "items" if shared_items else "features", held_out, remarks)
 
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from io import BytesIO
 from pathlib import Path
-from prlhf_lightning.utils.progress import bars
-from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.utils.cache_dir import cache_folder
-from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.file_contents import SQLITE, UnreadContentError, contents, head_of
-from prlhf_lightning.utils.terminal import listed, printable
-from prlhf_lightning.cli.byte_search import is_of_no_user, texts
-from prlhf_lightning.cli.user_rows import rows_of
-from prlhf_lightning.cli.byte_search import IdSearch
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from prlhf_lightning.utils.hashing import SETTINGS
-from prlhf_lightning.cli.export import is_card
 
+from prlhf_lightning.cli.byte_search import IdSearch, is_of_no_user, texts
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.export import is_card
+from prlhf_lightning.cli.file_contents import SQLITE, UnreadContentError, contents, head_of
+from prlhf_lightning.cli.user_rows import user_rows
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.utils.cache_dir import default_cache_dir
+from prlhf_lightning.utils.hashing import SETTINGS
+from prlhf_lightning.utils.progress import progress_bars
+from prlhf_lightning.utils.terminal import listed, printable
 
 _MB = 1 << 20
 _SHOWN = 20  # options of a command
@@ -45,8 +43,8 @@ def report_other_copies(
     cached = [path for path in _cached() if os.path.realpath(path) not in written]
     report = _Report(user_ids)
     report.names(_named_paths(files, search, user_ids))
-    with bars() as progress:
-        everything = [*files, *((cache_folder(), path) for path in cached)]
+    with progress_bars() as progress:
+        everything = [*files, *((default_cache_dir(), path) for path in cached)]
         task = progress.add_task("Searching other files, MB", total=max(1, sum(_size(p) for _, p in everything) // _MB))
         for root, path in everything:
             found = _named_in(path, search, lambda count: progress.advance(task, count / _MB))
@@ -82,7 +80,7 @@ class _Report:
             _report_checkpoint(path, found)
         elif path.suffix == ".partial":
             print(f"{_shown(path)}, which a killed process left, names {listed(found)}: delete it.")
-        elif path.is_relative_to(cache_folder()):
+        elif path.is_relative_to(default_cache_dir()):
             print(f"{_shown(path)}, a copy of data that training makes again, names {listed(found)}: delete it.")
         else:
             more = " (SQLite keeps what is deleted until VACUUM)" if head_of(path).startswith(SQLITE) else ""
@@ -139,7 +137,7 @@ def _named_paths(
 def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
     try:
         content = read_checkpoint(path, "model")
-        known = rows_of(content, path).vocabulary
+        known = user_rows(content, path).vocabulary
     except PRLHFError:
         print(f"{_shown(path)} can't be read, and names {listed(found)}: delete it.")
         return
@@ -158,7 +156,7 @@ def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
 
 def _cached() -> Iterator[Path]:
     """Yield the files of the cache that may name users: tokenized data, and counts of users of streams."""
-    folder = cache_folder()
+    folder = default_cache_dir()
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
         # The reference's log-probs are kept by digests of texts.
         if path.is_file() and path.relative_to(folder).parts[0] != "reference":

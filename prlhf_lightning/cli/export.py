@@ -3,41 +3,36 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
+
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from peft import PeftModel
+from peft import PeftModel, PromptTuningConfig
 from safetensors.torch import save as safetensors_bytes
+from torch import Tensor
 from transformers import PreTrainedModel
-from prlhf_lightning.training.checkpoint_files import checkpoint_of
+
+from prlhf_lightning.cli.checkpoints import module_of, read_checkpoint
+from prlhf_lightning.cli.user_rows import check_known_users
+from prlhf_lightning.data import UserVocabulary
+from prlhf_lightning.data.tokenization import writes_bos
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.utils.hashing import SETTINGS
-from prlhf_lightning.utils.io import check_output_folder, write_whole
-from prlhf_lightning.utils.finite import named_not_finite
-from prlhf_lightning.utils.io import UNFINISHED, not_left_empty, whole_folder
 from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
 from prlhf_lightning.policies.loading import unused_ids
-from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.user_rows import require_known
-from prlhf_lightning.cli.checkpoints import module_of
-from collections.abc import Sequence
-from urllib.parse import quote
-from peft import PromptTuningConfig
-from torch import Tensor
-from prlhf_lightning.data import UserVocabulary
-from prlhf_lightning.utils.progress import tracked
-from prlhf_lightning.data.tokenization import writes_bos
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import write_whole
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.training.checkpointing import users_of
 from prlhf_lightning.types import Users
 from prlhf_lightning.user_models import UserModel
-from collections.abc import Mapping
-from prlhf_lightning.training.checkpointing import users_of
-
+from prlhf_lightning.utils.finite import named_not_finite
+from prlhf_lightning.utils.hashing import SETTINGS
+from prlhf_lightning.utils.io import UNFINISHED, atomic_write_bytes, check_output_folder, not_left_empty, whole_folder
+from prlhf_lightning.utils.progress import tracked
 
 # What an export may leave that the next one does not replace.
 _LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]
@@ -97,11 +92,11 @@ def export(
     only = [user] if isinstance(user, str) else user or []
     if only and not peft_users:
         raise ConfigurationError("user: it names who gets a PEFT folder; add `--peft_users true`.")
-    require_known(only, module.vocabulary, "user")
+    check_known_users(only, module.vocabulary, "user")
     card = model_card(checkpoint, content, adapters, include_users, user_vectors).encode()
     with whole_folder(output, _LEFT, last=SETTINGS) as folder:
         _write_lm(policy, folder, adapters)
-        write_whole(folder / "README.md", card)  # after PEFT, which writes a card of its own
+        atomic_write_bytes(folder / "README.md", card)  # after PEFT, which writes a card of its own
         if include_users:
             with torch.no_grad():
                 if user_vectors:
@@ -169,9 +164,9 @@ def _check_merged(lm: PreTrainedModel) -> None:
 
 def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
     weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
-    write_whole(folder / WEIGHTS, safetensors_bytes(weights))
+    atomic_write_bytes(folder / WEIGHTS, safetensors_bytes(weights))
     ids = list(module.vocabulary.ids) if module.vocabulary else []
-    write_whole(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False).encode() + b"\n")
+    atomic_write_bytes(folder / USERS, json.dumps({"format": 1, "users": ids}, ensure_ascii=False).encode() + b"\n")
     settings = settings_json(
         folder,
         policy.name.rpartition("/")[2].removeprefix("builtin:"),
@@ -181,7 +176,7 @@ def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, 
         base_dtype=str(policy.lm.dtype).removeprefix("torch."),
         base_identity=policy.base_identity(),
     )
-    write_whole(folder / SETTINGS, settings.encode())
+    atomic_write_bytes(folder / SETTINGS, settings.encode())
 
 
 #: The generic user's key, which no user can have: ids are not empty.
@@ -229,7 +224,9 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
         weight_map |= dict.fromkeys(content, path.name)
     if len(starts) > 1:
         index = {"metadata": {"users": len(ids) - 1}, "weight_map": weight_map}
-        write_whole(folder / "user_vectors.safetensors.index.json", json.dumps(index, ensure_ascii=False).encode())
+        atomic_write_bytes(
+            folder / "user_vectors.safetensors.index.json", json.dumps(index, ensure_ascii=False).encode()
+        )
 
 
 def write_token_embeddings(folder: Path, policy: CausalLMPolicy) -> None:
@@ -297,7 +294,7 @@ def peft_name(user_id: str) -> str:
 
 
 def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    write_whole(path, safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))
+    atomic_write_bytes(path, safetensors_bytes({name: tensor.detach() for name, tensor in tensors.items()}))
 
 
 _TAG = "prlhf_lightning"

@@ -15,8 +15,8 @@ from typing import Any, BinaryIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.cli.byte_search import Stream
+from prlhf_lightning.errors import PRLHFError
 
 _HEAD = 16
 _GZIP, _BZIP2, _XZ = b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0"

@@ -22,7 +22,22 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli.checkpoints import (
+    configuration_of_run,
+    is_start_of,
+    last_checkpoint,
+    read_checkpoint,
+    seal_configuration,
+    tell_of_changes,
+    with_configuration,
+)
+from prlhf_lightning.cli.parser import Explaining
+from prlhf_lightning.data import PreferenceDataModule
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, NonFiniteError
+from prlhf_lightning.reports.comparison import Contender, compare
+from prlhf_lightning.reports.evaluation_table import evaluation_table
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.callbacks import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
 from prlhf_lightning.training.callbacks.outputs import (
     BestAndLast,
     LogShortRuns,
@@ -31,12 +46,8 @@ from prlhf_lightning.training.callbacks.outputs import (
     UserTable,
     kept_by,
 )
+from prlhf_lightning.training.callbacks.stats import TrainingStats
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
-from prlhf_lightning.utils.trust import words_of_user
-from prlhf_lightning.data import PreferenceDataModule
-from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, NonFiniteError
-from prlhf_lightning.utils.io import write_whole
-from prlhf_lightning.training.callbacks import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
 from prlhf_lightning.training.loggers import (
     MetricsTable,
     folders_of_runs,
@@ -45,25 +56,14 @@ from prlhf_lightning.training.loggers import (
     run_folder,
     with_run_folder,
 )
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.restoring import refuse_odd_checkpoints
-from prlhf_lightning.training.sharding import is_sharded
-from prlhf_lightning.cli.parser import Explaining
-from prlhf_lightning.utils.cache_dir import located
 from prlhf_lightning.training.run_history import RunHistory
-from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.reports.comparison import Contender, compare
-from prlhf_lightning.reports.evaluation_table import evaluation_table
-from prlhf_lightning.cli.checkpoints import is_start_of, last_checkpoint
-from prlhf_lightning.cli.checkpoints import (
-    configuration_of_run,
-    seal_configuration,
-    tell_of_changes,
-    with_configuration,
-)
-from prlhf_lightning.utils.terminal import plain_console
-from prlhf_lightning.training.callbacks.stats import TrainingStats
+from prlhf_lightning.training.sharding import is_sharded
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.utils.cache_dir import resolve_path
+from prlhf_lightning.utils.io import atomic_write_bytes
+from prlhf_lightning.utils.terminal import plain_console
+from prlhf_lightning.utils.trust import words_of_user
 
 _RUNS = "runs"  # where runs go that were not told a folder
 
@@ -102,7 +102,7 @@ class SaveConfig(SaveConfigCallback):
             self.parser.save(self.config, f"{self._folder}/{self.config_filename}", skip_none=False, overwrite=True)
         else:
             path = Path(self._folder, self.config_filename)
-            write_whole(path, self.parser.dump(self.config, skip_none=False).encode())
+            atomic_write_bytes(path, self.parser.dump(self.config, skip_none=False).encode())
             seal_configuration(path)
         settings = hyper_parameters(self.config.as_dict())
         for logger in trainer.loggers[1:]:
@@ -205,7 +205,7 @@ class PRLHFCLI(LightningCLI):
         keep_under(trainer.default_root_dir, trainer.logger)
         settings = config.model.policy.get("init_args") or {}
         model = settings.get("model")
-        if model and Path(found := located(model, folders)).is_dir():
+        if model and Path(found := resolve_path(model, folders)).is_dir():
             settings["model"] = found
 
     def _parse_ckpt_path(self) -> None:
@@ -465,6 +465,6 @@ def _locate_data(settings: Any, folders: Sequence[Path]) -> None:
         if isinstance(value, Namespace | list) and not (name in _PATHS and isinstance(value, list)):
             _locate_data(value, folders)
         elif name in _PATHS and isinstance(value, list):
-            settings[name] = [located(str(one), folders) for one in value]
+            settings[name] = [resolve_path(str(one), folders) for one in value]
         elif name in _PATHS and isinstance(value, str | Path) and value not in _FORMATS:
-            settings[name] = located(str(value), folders)
+            settings[name] = resolve_path(str(value), folders)

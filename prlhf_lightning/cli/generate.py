@@ -14,13 +14,13 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from prlhf_lightning.cli.checkpoints import open_writer, pick_device
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.conversations import message_text, read_text, read_tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.utils.io import check_output, replacing
-from prlhf_lightning.inference import Completion, Generation, PersonalizedWriter
+from prlhf_lightning.inference import Completion, GenerationRequest, Generator
 from prlhf_lightning.inference.requests import Message
-from prlhf_lightning.cli.checkpoints import open_writer, pick_device
+from prlhf_lightning.utils.io import atomic_writer, check_output
 from prlhf_lightning.utils.terminal import LAYOUT, plain_console, printable
 
 _LISTED = 5
@@ -31,7 +31,7 @@ _NARROWEST = 30  # columns of a panel
 class _Request:
     """A generation, with what its row of the output says of it."""
 
-    generation: Generation
+    generation: GenerationRequest
     id: str | int
 
     def renamed(self, name: Callable[[str], str]) -> _Request:
@@ -196,10 +196,10 @@ def _requests(
         for user in named if row.get("user") is None else [row["user"]]:
             text = row.get("user_text") or user_text
             tools = row.get("tools")
-            yield _Request(Generation(prompt, user, user_text=text, tools=tools, **how), row.get("id", number))
+            yield _Request(GenerationRequest(prompt, user, user_text=text, tools=tools, **how), row.get("id", number))
 
 
-def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) -> None:
+def _report_unknown(writer: Generator, requests: Sequence[_Request]) -> None:
     """Say who is not known, and is written for as the generic user."""
     users = [one.generation.user for one in requests if one.generation.user is not None]
     named = dict.fromkeys(name for user in users for name in ([user] if isinstance(user, str) else user))
@@ -210,7 +210,7 @@ def _report_unknown(writer: PersonalizedWriter, requests: Sequence[_Request]) ->
         )
 
 
-def _report_empty(writer: PersonalizedWriter, requests: Sequence[_Request], texts: Sequence[str]) -> None:
+def _report_empty(writer: Generator, requests: Sequence[_Request], texts: Sequence[str]) -> None:
     """Say that answers are empty, and what may be the reason."""
     empty = [one.generation for one, text in zip(requests, texts, strict=True) if not text.strip()]
     if not empty:
@@ -247,7 +247,7 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
 
 
 def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         for one, answer in zip(requests, written, strict=True):
             row = {
                 "id": one.id,

@@ -15,8 +15,8 @@ from jsonargparse._formatters import DefaultHelpFormatter  # it is in no public 
 from prlhf_lightning.cli import literals
 from prlhf_lightning.cli.class_arguments import begin_other_classes_anew
 from prlhf_lightning.cli.commands import PROGRAM
-from prlhf_lightning.utils.trust import current_folder, raise_refusal, words_of_user
 from prlhf_lightning.utils.terminal import LAYOUT, printable, shortened
+from prlhf_lightning.utils.trust import current_folder, raise_refusal, words_of_user
 
 #: The settings that are a class, by what they end in.
 _COMPONENTS = {

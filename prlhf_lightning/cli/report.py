@@ -10,22 +10,17 @@ import torch
 from lightning.pytorch import seed_everything
 from rich.progress import Progress
 
-from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.analysis.feedback_table import read_table
+from prlhf_lightning.analysis.judges import Judge, RewardJudge, UtilityJudge
+from prlhf_lightning.cli.checkpoints import load_module, pick_device
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.holdout import Pairs
-from prlhf_lightning.analysis.feedback_table import read_table
-from prlhf_lightning.utils.progress import bars
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import check_output, write_together
-from prlhf_lightning.analysis.judges import Judge, RewardJudge, UtilityJudge
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.reports.differences import Differences, correlations, find_differences, votes_of
-from prlhf_lightning.cli.checkpoints import load_module, pick_device
 from prlhf_lightning.reports.answers import (
     OWN,
+    AnswerGenerator,
     Answers,
-    Scribe,
     features_written,
     find_people,
     find_prompts,
@@ -33,10 +28,15 @@ from prlhf_lightning.reports.answers import (
     with_utility,
 )
 from prlhf_lightning.reports.as_json import json_path, to_json
-from prlhf_lightning.reports.user_map import UserMap, map_users, most_unlike
+from prlhf_lightning.reports.differences import Differences, correlations, find_differences, votes_of
 from prlhf_lightning.reports.page import Findings, in_words, page_of
 from prlhf_lightning.reports.pairs import Scores, cold_start_of, score
 from prlhf_lightning.reports.run import data_of, open_run
+from prlhf_lightning.reports.user_map import UserMap, map_users, most_unlike
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.utils.io import check_output, write_together
+from prlhf_lightning.utils.progress import progress_bars
 from prlhf_lightning.utils.terminal import LAYOUT, printable
 
 _ON_THE_MAP = 2000
@@ -137,14 +137,14 @@ def report(
         found.votes = whose.votes_by_user()
         if module.loss.feedback == "pairs":
             found.differences = _differences(whose, seed)
-    with bars() as progress:
+    with progress_bars() as progress:
         if whose is not None:
             if module.loss.feedback == "pairs":
                 _score_pairs(found, module, without, whose, max_pairs, batch_size, progress)
             sampling = replace(
                 module.sampling, **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens})
             )
-            scribe = Scribe(module, whose, sampling, without)
+            scribe = AnswerGenerator(module, whose, sampling, without)
             _write_answers(found, module, whose, scribe, (num_users, num_prompts), judge, seed, progress)
             if isinstance(judge, RewardJudge) and judge.model.resolve() == checkpoint.resolve():
                 found.judge = (found.judge[0], "The judge is the very model that is judged: it likes what it writes.")
@@ -186,7 +186,7 @@ def _write_answers(
     found: Findings,
     module: PersonalizedLM,
     data: PreferenceDataModule,
-    scribe: Scribe,
+    scribe: AnswerGenerator,
     counts: tuple[int, int],
     judge: Judge | None,
     seed: int,

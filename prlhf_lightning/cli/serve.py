@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from prlhf_lightning.training.checkpoint_files import checkpoint_of
-from prlhf_lightning.data import Pseudonyms
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.serving.limits import Limits
-from prlhf_lightning.cli.checkpoints import load_module, open_writer, pick_device, writer_of
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
 import torch
+
 from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
 from prlhf_lightning.adaptation.pauses import pausing
-from prlhf_lightning.data.tokenization import FeedbackTokenizer
-from prlhf_lightning.utils.finite import are_finite
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.cli.adapt import to_batch
+from prlhf_lightning.cli.checkpoints import load_module, open_writer, pick_device, writer_of
+from prlhf_lightning.data import Pseudonyms
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import Generator
+from prlhf_lightning.serving.limits import Limits
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.utils.finite import are_finite
 
 
 def serve(
@@ -94,7 +96,7 @@ def serve(
     if adapt and not feedback_log:
         raise ConfigurationError("adapt: users are learned by a model's checkpoint (.ckpt) from a feedback log.")
 
-    def load() -> tuple[PersonalizedWriter, NewUsers | None]:
+    def load() -> tuple[Generator, NewUsers | None]:
         place = pick_device(device)
         if adapt:
             module = load_module(model, "model", trust_remote_code, trust_classes).to(place).eval()
@@ -132,7 +134,7 @@ class NewUsers:
         writer: Writes with the same policy and user model.
     """
 
-    def __init__(self, model: PersonalizedLM, writer: PersonalizedWriter) -> None:
+    def __init__(self, model: PersonalizedLM, writer: Generator) -> None:
         self._model, self._writer = model, writer
         self._tokenize = FeedbackTokenizer(model.policy.tokenizer, model.tokenization)
         self._trained = writer.vocabulary

@@ -6,25 +6,23 @@ from pathlib import Path
 
 from rich.table import Table
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
 from prlhf_lightning.adaptation.margins import check_ranks_pairs
 from prlhf_lightning.adaptation.shrinkage import MOST_PAIRS
+from prlhf_lightning.cli.adapt import read_pairs
+from prlhf_lightning.cli.checkpoints import module_of, pick_device, read_checkpoint
+from prlhf_lightning.cli.user_rows import user_rows
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.utils.io import check_output
-from prlhf_lightning.utils.finite import are_finite
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.checkpoints import module_of, pick_device
-from prlhf_lightning.cli.adapt import read_pairs
 from prlhf_lightning.reports.run import data_of, open_run
-from prlhf_lightning.utils.terminal import plain_console
-from prlhf_lightning.cli.user_rows import rows_of
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.utils.finite import are_finite
+from prlhf_lightning.utils.io import check_output
+from prlhf_lightning.utils.terminal import plain_console
 
 
 def shrink(
@@ -62,7 +60,7 @@ def shrink(
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
-    users = rows_of(content, checkpoint)
+    users = user_rows(content, checkpoint)
     users.require_trained(checkpoint)
     module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
     if validation is None:

@@ -5,23 +5,23 @@ Works on what a checkpoint holds, without its model: the checkpoint names the ta
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
-from pathlib import Path
-from typing import Any
-import torch
-from torch import Tensor
-from prlhf_lightning.training.checkpointing import entry_of, users_of
-from prlhf_lightning.data import UserVocabulary
-from prlhf_lightning.errors import ConfigurationError, PRLHFError
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.data.users import look_alikes
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
+from prlhf_lightning.training.checkpointing import entry_of, users_of
 
 
-def rows_of(content: dict[str, Any], path: Path) -> UserRows:
+def user_rows(content: dict[str, Any], path: Path) -> UserRows:
     """Return the users of a checkpoint that has been read, or say why it can't be had.
 
     Args:
@@ -72,7 +72,7 @@ class UserRows:
 
     def row(self, user_id: str) -> int:
         """Return the row of a user; an unknown one is an error."""
-        require_known([user_id], self.vocabulary)
+        check_known_users([user_id], self.vocabulary)
         return int(self.vocabulary.rows([user_id])[0])
 
     def vectors(self) -> Tensor:
@@ -184,7 +184,9 @@ _NEAREST = 3
 _PSEUDONYM = re.compile("[0-9a-f]{32}")  # see `Pseudonyms`
 
 
-def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user", more: str = "") -> None:
+def check_known_users(
+    user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user", more: str = ""
+) -> None:
     """Refuse ids that are not in a vocabulary, with those in it that look alike.
 
     Args:
@@ -200,7 +202,7 @@ def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: s
     if not missing:
         return
     others = f" (nor are {len(missing) - 1} others)" if len(missing) > 1 else ""
-    near = nearest(missing[0], vocabulary.ids)
+    near = closest_ids(missing[0], vocabulary.ids)
     meant = f"did you mean {' or '.join(near)}?" if near else "`users list` shows who is."
     if vocabulary.ids and not near and all(map(_PSEUDONYM.fullmatch, vocabulary.ids)):
         meant = (
@@ -211,7 +213,7 @@ def require_known(user_ids: Iterable[str], vocabulary: UserVocabulary, option: s
     raise ConfigurationError(f"{option}: {missing[0]!r} is not in this model{others}; {meant}{more}")
 
 
-def nearest(user_id: str, known: Sequence[str]) -> list[str]:
+def closest_ids(user_id: str, known: Sequence[str]) -> list[str]:
     """Return the known ids that look most like one, as they are to be shown."""
     alike = next((group for group in look_alikes([user_id, *known]) if group[0] == user_id), [user_id])[1:]
     found = alike[:_NEAREST] or difflib.get_close_matches(user_id, known, n=_NEAREST, cutoff=0.75)

@@ -12,22 +12,18 @@ from typing import Any
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli.byte_search import ByteSearch, Place, Vectors, id_bytes, is_of_no_user, texts
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.erasure import report_other_copies
+from prlhf_lightning.cli.user_rows import UserRows, check_known_users, user_rows
 from prlhf_lightning.data import Pseudonyms, UserVocabulary
 from prlhf_lightning.data.users import look_alikes
-from prlhf_lightning.utils.progress import bars
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.utils.io import check_output, check_output_folder, write_together
+from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.utils.finite import check_finite, wrong_numbers
-from prlhf_lightning.utils.io import not_left_empty
-from prlhf_lightning.cli.byte_search import ByteSearch
-from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.user_rows import require_known
-from prlhf_lightning.cli.erasure import report_other_copies
+from prlhf_lightning.utils.io import check_output, check_output_folder, not_left_empty, write_together
+from prlhf_lightning.utils.progress import progress_bars
 from prlhf_lightning.utils.terminal import listed, printable
-from prlhf_lightning.cli.byte_search import Place, Vectors, is_of_no_user, texts
-from prlhf_lightning.cli.user_rows import UserRows, rows_of
-from prlhf_lightning.cli.byte_search import id_bytes
 
 _NEAREST = 5
 _TOLD = 20  # users whose result is told, of many who are erased at once
@@ -161,9 +157,9 @@ def remove(
             known[path] = [user_id for user_id in user_ids if user_id in vocabulary]
             anyone |= dict.fromkeys(vocabulary.ids)
     if not skip_unknown:
-        require_known(user_ids, UserVocabulary(anyone), more="; `--skip_unknown true` goes on without")
+        check_known_users(user_ids, UserVocabulary(anyone), more="; `--skip_unknown true` goes on without")
     done = []
-    with bars() as progress:
+    with progress_bars() as progress:
         for path in progress.track(known, description="Checkpoints"):
             if not known[path]:
                 print(f"{path}: holds none of them")
@@ -200,7 +196,7 @@ def export(model: Path, output: Path) -> None:
         checkpoint = checkpoint_files.checkpoint_of(model)
         content = read_checkpoint(checkpoint, "model")
         check_finite(content, f"model: {checkpoint}")
-        rows = rows_of(content, checkpoint)
+        rows = user_rows(content, checkpoint)
         vectors = rows.vectors()
         users = {user_id: vectors[row].clone() for row, user_id in enumerate(rows.vocabulary.ids, start=1)}
         if "__metadata__" in users:
@@ -231,7 +227,7 @@ def _rows_of(content: dict[str, Any], path: Path) -> UserRows:
     """Return the users of a checkpoint; one whose weights are not finite is good for nothing else, but to be erased."""
     if wrong := wrong_numbers(content):
         sys.stderr.write(f"{path} holds numbers that are infinite or NaN: {printable(wrong)}\n")
-    return rows_of(content, path)
+    return user_rows(content, path)
 
 
 def _targets(model: Path, all: bool) -> tuple[Path, list[Path]]:
@@ -308,7 +304,7 @@ def _save(content: dict[str, Any], source: Path, target: Path) -> None:
 def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     """Write a checkpoint without some users, and see that the file holds nothing of them."""
     content = read_checkpoint(source, "model")
-    users = rows_of(content, source)
+    users = user_rows(content, source)
     rows = users.vocabulary.rows(user_ids).tolist()
     gone = set(rows)
     vectors = Vectors(users.remembered(), rows, stay=users.new_rows())  # a new row is theirs who are added

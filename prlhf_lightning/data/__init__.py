@@ -14,12 +14,11 @@ from prlhf_lightning.data.sources.feedback_log import FeedbackLogSource
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.data.sources.hh_rlhf import HHRLHFSource
 from prlhf_lightning.data.sources.hub import HubSource
-from prlhf_lightning.data.sources.ratings import LabelSource
 from prlhf_lightning.data.sources.personal_llm import PersonalLLMSource
 from prlhf_lightning.data.sources.personalized_soups import PersonalizedSoupsSource
 from prlhf_lightning.data.sources.pool import PoolSource
 from prlhf_lightning.data.sources.prism import PRISMSource
-from prlhf_lightning.data.sources.ratings import RankingSource, RatingSource
+from prlhf_lightning.data.sources.ratings import LabelSource, RankingSource, RatingSource
 from prlhf_lightning.data.sources.simulated import SimulatedSource, StyleCorpus
 from prlhf_lightning.data.sources.tldr import TLDRSource
 from prlhf_lightning.data.sources.ultrafeedback_p import UltraFeedbackPSource

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+
+import numpy as np
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader, Dataset, Sampler
-from prlhf_lightning.errors import ConfigurationError
-from collections.abc import Mapping, Sequence
-from typing import Any
-import torch
-from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
-from collections.abc import Iterator, Sequence
-import numpy as np
-from torch.utils.data import Dataset
+
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.splits import Positions
-from prlhf_lightning.types import PairTokens
-from collections.abc import Sequence
 from prlhf_lightning.data.tokenization import Ids
-
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
 
 Loader: TypeAlias = DataLoader[dict[str, Any]]
 
@@ -181,7 +177,7 @@ class PairsWithHistory(Dataset[dict[str, Any]]):
         return draw.choice(own, min(self.size, len(own)), replace=False)
 
 
-class Requests(Dataset[dict[str, Any]]):
+class PromptDataset(Dataset[dict[str, Any]]):
     """Every prompt for every user, the users of a prompt side by side; without completions or texts about users.
 
     Args:

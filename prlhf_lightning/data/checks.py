@@ -6,31 +6,30 @@ holds hashes of rows and the users' ids, never texts.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import blake2b
 from itertools import combinations, islice
 from typing import Any, NamedTuple
+
 import numpy as np
+import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
-from prlhf_lightning.data.store import Ties
-from prlhf_lightning.data.special_tokens import ControlTokens
-from prlhf_lightning.data.users import from_pandas, has_hidden_characters, look_alikes, stands_for_nobody
+
 from prlhf_lightning.data.columns import UnreadColumns
 from prlhf_lightning.data.problems import Problem, Problems, Severity
-from prlhf_lightning.utils.progress import counted
 from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
+from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
+from prlhf_lightning.data.special_tokens import ControlTokens
+from prlhf_lightning.data.splits import text_key
+from prlhf_lightning.data.store import Ties
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, TokenizedRecord
+from prlhf_lightning.data.users import from_pandas, has_hidden_characters, look_alikes, stands_for_nobody
 from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.types import Feedback
-from array import array
-from dataclasses import dataclass, field
-from hashlib import blake2b
-import numpy.typing as npt
-from prlhf_lightning.data.schema import FeedbackRecord, Text
-from prlhf_lightning.data.splits import text_key
-
+from prlhf_lightning.utils.progress import counted
 
 _BATCH = 1000  # rows tokenised together
 _UNLIMITED = 1 << 60
@@ -147,8 +146,8 @@ class Inspector:
         self._compare_ids(judgements)
         return Report(counts, self._problems)
 
-    def _read(self, split: Split, counts: SplitCounts) -> Judgements:
-        judgements = Judgements()
+    def _read(self, split: Split, counts: SplitCounts) -> PairIndex:
+        judgements = PairIndex()
         items = self._records(split, counts)
         for item in items if self.tokenizer is None else self._measured(items, split, counts, self.tokenizer):
             judgements.add(item.number, item.record)
@@ -231,7 +230,7 @@ class Inspector:
             return False
         return True
 
-    def _within(self, judgements: dict[Split, Judgements]) -> Iterator[_Finding]:
+    def _within(self, judgements: dict[Split, PairIndex]) -> Iterator[_Finding]:
         for split, rows in judgements.items():
             yield _Finding(
                 f"duplicate judgement in {split}", split, rows.duplicates(self.examples), split,
@@ -243,7 +242,7 @@ class Inspector:
                 "drop both if neither is right; a model learns nothing from the two",
             )  # fmt: skip
 
-    def _between(self, judgements: dict[Split, Judgements]) -> Iterator[_Finding]:
+    def _between(self, judgements: dict[Split, PairIndex]) -> Iterator[_Finding]:
         for first, later in combinations(judgements, 2):
             for by in ("judgement", "pair", "prompt"):
                 leaked = judgements[later].leaked(judgements[first], by, self.examples)
@@ -275,7 +274,7 @@ class Inspector:
                 if number in numbers:
                     yield number, where
 
-    def _count_users(self, judgements: dict[Split, Judgements]) -> None:
+    def _count_users(self, judgements: dict[Split, PairIndex]) -> None:
         trained = judgements.get("train")
         if trained is None:
             return
@@ -294,7 +293,7 @@ class Inspector:
                 )  # fmt: skip
                 self._problems.add("warning", problem, f"user of {split} who is not in train")
 
-    def _compare_ids(self, judgements: dict[Split, Judgements]) -> None:
+    def _compare_ids(self, judgements: dict[Split, PairIndex]) -> None:
         """Tell ids that may be one person's, or nobody's, in any of the splits."""
         of_id: dict[str, dict[Split, int]] = {}
         for split, rows in judgements.items():
@@ -357,7 +356,7 @@ class Matches:
 
 
 @dataclass
-class Judgements:
+class PairIndex:
     """The judgements of a split.
 
     Attributes:
@@ -399,7 +398,7 @@ class Judgements:
         later = np.flatnonzero(earliest[group] != np.arange(len(first)))
         return self._found(first[later], first[earliest[group[later]]], most)
 
-    def leaked(self, training: Judgements, by: str, most: int) -> Matches:
+    def leaked(self, training: PairIndex, by: str, most: int) -> Matches:
         """Return judgements on what stands in training too, each with the first row of training that it stands in.
 
         Args:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
-from prlhf_lightning.data.conversations import check_characters
-from prlhf_lightning.errors import FeedbackFormatError
 import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-import json
-from collections.abc import Mapping, Sequence
-from typing import Any
-from prlhf_lightning.data.conversations import fail
+from typing import Any, NoReturn, TypeVar
 
+from prlhf_lightning.data.conversations import check_characters, fail
+from prlhf_lightning.errors import FeedbackFormatError
 
 _T = TypeVar("_T")
 _KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "a list", dict: "an object"}
@@ -116,7 +112,7 @@ _SYNONYMS = {
 }
 
 
-def near(field: str, column: str, columns: Sequence[object]) -> str | None:
+def similar_columns(field: str, column: str, columns: Sequence[object]) -> str | None:
     """Return the column that may be meant for a field, or None.
 
     Args:
@@ -135,9 +131,9 @@ def near(field: str, column: str, columns: Sequence[object]) -> str | None:
     return next((name for name in names if words.intersection(re.split(r"[^0-9a-z]+", name.lower()))), None)
 
 
-def advice(field: str, column: str, columns: Sequence[object]) -> str:
+def column_advice(field: str, column: str, columns: Sequence[object]) -> str:
     """Return how to name the column of one field."""
-    close = near(field, column, columns)
+    close = similar_columns(field, column, columns)
     if close is None:
         return f"name the column that holds it with columns: {{{field}: <its name>}}"
     return f"if {close!r} holds it, rename that column or set columns: {{{field}: {_in_yaml(close)}}}"
@@ -154,7 +150,7 @@ def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object
     found: dict[str, str] = {}
     for field, column in missing.items():
         left = [name for name in columns if name not in found.values()]
-        if close := near(field, column, left):
+        if close := similar_columns(field, column, left):
             found[field] = close
     named = [f"{field!r}" + (f" (column {column!r})" if column != field else "") for field, column in missing.items()]
     mapping = ", ".join(f"{field}: {_in_yaml(found[field]) if field in found else '<its name>'}" for field in missing)

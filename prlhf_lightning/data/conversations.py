@@ -11,11 +11,9 @@ import json
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, TypeAlias
-from prlhf_lightning.errors import FeedbackFormatError
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
+from prlhf_lightning.errors import FeedbackFormatError
 
 Message: TypeAlias = dict[str, Any]
 """One turn: `role`, `content` (a string; None only beside `tool_calls`), and those of `EXTRAS` that it has."""

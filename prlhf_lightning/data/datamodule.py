@@ -18,13 +18,19 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.store import Ties
-from prlhf_lightning.data.batching import collate
-from prlhf_lightning.data.holdout import HoldOut, Pairs
-from prlhf_lightning.data.batching import PairsWithHistory
-from prlhf_lightning.data.batching import Loader, make_loader, refuse_injected_sampler, resume_point, share_of
-from prlhf_lightning.data.order import TrainingOrder
+from prlhf_lightning.data.batching import (
+    Loader,
+    PairsWithHistory,
+    PromptDataset,
+    collate,
+    make_loader,
+    refuse_injected_sampler,
+    resume_point,
+    share_of,
+)
+from prlhf_lightning.data.holdout import Pairs, SplitConfig
 from prlhf_lightning.data.order import (
+    TrainingOrder,
     differences,
     earlier_rows,
     has_other_texts,
@@ -33,20 +39,19 @@ from prlhf_lightning.data.order import (
     record,
     trained_rows,
 )
-from prlhf_lightning.data.preparation import PreparedFeedback, Stage
+from prlhf_lightning.data.preparation import PreparedFeedback, Stage, summary
 from prlhf_lightning.data.privacy import Pseudonyms
-from prlhf_lightning.data.schema import Text
-from prlhf_lightning.data.batching import Requests
 from prlhf_lightning.data.sampling import SequentialBatchSampler, UserGroupedBatchSampler
+from prlhf_lightning.data.schema import Text
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.splits import SplitBy, spread
+from prlhf_lightning.data.store import Ties
 from prlhf_lightning.data.streaming import FeedbackStream, StreamBatchSampler, StreamedRows
-from prlhf_lightning.data.preparation import summary
 from prlhf_lightning.data.tokenization import Overlong, TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.cache_dir import cache_folder
-from prlhf_lightning.types import Feedback, PairTokens, PreferenceBatch, Tokens, sent
+from prlhf_lightning.types import Feedback, PairTokens, PreferenceBatch, Tokens, to_device
+from prlhf_lightning.utils.cache_dir import default_cache_dir
 
 
 class PreferenceDataModule(LightningDataModule):
@@ -171,7 +176,7 @@ class PreferenceDataModule(LightningDataModule):
             streaming,
             shuffle_buffer,
         )
-        self.hold_out = HoldOut(validation_fraction, unseen_user_fraction, split_by, seed)
+        self.hold_out = SplitConfig(validation_fraction, unseen_user_fraction, split_by, seed)
         self._settings = TokenizationSettings(
             max_prompt_length,
             max_completion_length,
@@ -190,7 +195,7 @@ class PreferenceDataModule(LightningDataModule):
         self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
         self._left_out: tuple[int, npt.NDArray[np.int64]] | None = None  # an epoch, and rows that it is without
         self.num_workers = num_workers
-        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache_folder()
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
         # Fewer rows than processes leave some without a batch, which is nothing to stop for.
         self.allow_zero_length_dataloader_with_multiple_devices = True
@@ -355,7 +360,7 @@ class PreferenceDataModule(LightningDataModule):
             stage: The stage whose row it is.
             number: Which of the stage's dataloaders gave it.
         """
-        sets: list[Pairs | Requests] = list(self._prepared.evaluation(stage).values())
+        sets: list[Pairs | PromptDataset] = list(self._prepared.evaluation(stage).values())
         return (self._prepared.division.train if stage == "train" else sets[number]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
@@ -444,7 +449,7 @@ class PreferenceDataModule(LightningDataModule):
         self, batch: PreferenceBatch, device: torch.device, dataloader_idx: int
     ) -> PreferenceBatch:
         """Move a batch, without waiting for each of its tensors as Lightning would."""
-        return sent(batch, device)
+        return to_device(batch, device)
 
     @cached_property
     def _prepared(self) -> PreparedFeedback:
@@ -484,7 +489,7 @@ class PreferenceDataModule(LightningDataModule):
             leave_out(sampler, rows, *self._left_out)
         return sampler
 
-    def _loader(self, rows: Pairs | PairsWithHistory | Requests | FeedbackStream, batches: Sampler[Any]) -> Loader:
+    def _loader(self, rows: Pairs | PairsWithHistory | PromptDataset | FeedbackStream, batches: Sampler[Any]) -> Loader:
         return make_loader(rows, batches, self.num_workers, self.pin_memory)
 
 

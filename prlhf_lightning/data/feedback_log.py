@@ -21,8 +21,8 @@ from uuid import uuid4
 import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError, NoSuchModuleError, OperationalError, ProgrammingError, SQLAlchemyError
 
-from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.data.sqlite_file import SQLiteFile, network_file_system
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
 
 _log = logging.getLogger(__name__)
 Prompt: TypeAlias = str | list[dict[str, str]]

@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, get_args
-import numpy as np
-from torch.utils.data import Dataset
-from prlhf_lightning.data.store import TokenizedSplit
-from prlhf_lightning.data.sources.base import DataSource, Split
-from prlhf_lightning.data.splits import Positions, SplitBy, held_out_users, split_train_validation
-from prlhf_lightning.data.streaming import StreamedRows
-from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.errors import ConfigurationError
 import csv
 import json
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from prlhf_lightning.utils.progress import counting
+from typing import Any, Literal, TypeAlias, get_args
+
+import numpy as np
+from torch.utils.data import Dataset
+
 from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.data.schema import Columns, parse_user_id, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
-from prlhf_lightning.errors import FeedbackFormatError
-from prlhf_lightning.utils.io import as_text, atomically
-
+from prlhf_lightning.data.splits import Positions, SplitBy, held_out_users, split_train_validation
+from prlhf_lightning.data.store import TokenizedSplit
+from prlhf_lightning.data.streaming import StreamedRows
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.utils.io import atomic_file, text_writer
+from prlhf_lightning.utils.progress import counting
 
 EvalStage: TypeAlias = Literal["validate", "test"]
 
@@ -59,7 +56,7 @@ class Pairs(Dataset[dict[str, Any]]):
 
 
 @dataclass
-class Division:
+class SplitResult:
     """Which rows serve for what.
 
     Attributes:
@@ -76,7 +73,7 @@ class Division:
 
 
 @dataclass(frozen=True)
-class HoldOut:
+class SplitConfig:
     """How much is held out of training; the fields are arguments of `PreferenceDataModule`."""
 
     validation_fraction: float
@@ -93,14 +90,16 @@ class HoldOut:
         if not 0 <= self.seed < 2**63:
             raise ConfigurationError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
 
-    def divide(self, splits: Mapping[Split, TokenizedSplit]) -> Division:
+    def divide(self, splits: Mapping[Split, TokenizedSplit]) -> SplitResult:
         """Divide the rows of a source, whose `train` split must be there."""
         data = splits["train"]
         if "validation" not in splits:
             return _evaluated(self._without_validation(data), splits)
         return _evaluated(self._with_own_validation(data), splits)
 
-    def divide_stream(self, source: DataSource, census: Census, splits: Mapping[Split, TokenizedSplit]) -> Division:
+    def divide_stream(
+        self, source: DataSource, census: UserCounts, splits: Mapping[Split, TokenizedSplit]
+    ) -> SplitResult:
         """Divide the rows of a source whose training rows are streamed: all of them, but for held-out users.
 
         Args:
@@ -115,22 +114,22 @@ class HoldOut:
         total, size = sum(census.rows.values()), sum(census.rows[user_id] for user_id in vocabulary.ids)
         if not size:
             raise ConfigurationError(f"All {len(user_ids):,} users were held out; lower unseen_user_fraction.")
-        division = Division(StreamedRows(source, vocabulary, held_out, size), vocabulary)
+        division = SplitResult(StreamedRows(source, vocabulary, held_out, size), vocabulary)
         if total > size:
             division.remarks.append(f"{total - size:,} train rows of {len(held_out):,} held-out users are not used")
         if "validation" not in splits:
             division.remarks.append("no rows to validate on, for a stream has none held out: name a validation split")
         return _evaluated(division, splits)
 
-    def _with_own_validation(self, data: TokenizedSplit) -> Division:
+    def _with_own_validation(self, data: TokenizedSplit) -> SplitResult:
         held_out = held_out_users(data.user_ids, self.unseen_user_fraction, self.seed)
         train = np.flatnonzero(~held_out[data.users])
-        division = Division(self._train_pairs(data, train), _vocabulary(data, train))
+        division = SplitResult(self._train_pairs(data, train), _vocabulary(data, train))
         if unused := len(data) - len(train):
             division.remarks.append(f"{unused:,} train rows of {held_out.sum():,} held-out users are not used")
         return division
 
-    def _without_validation(self, data: TokenizedSplit) -> Division:
+    def _without_validation(self, data: TokenizedSplit) -> SplitResult:
         parts = split_train_validation(
             data.users,
             data.user_ids,
@@ -139,7 +138,7 @@ class HoldOut:
             self.unseen_user_fraction,
             self.seed,
         )
-        division = Division(self._train_pairs(data, parts.train), _vocabulary(data, parts.train))
+        division = SplitResult(self._train_pairs(data, parts.train), _vocabulary(data, parts.train))
         division.evaluation["validate"] = _non_empty(data, seen=parts.seen, unseen=parts.unseen)
         if parts.orphans:
             division.remarks.append(f"{parts.orphans:,} users have all their rows in validation and count as unseen")
@@ -178,7 +177,7 @@ def _vocabulary(data: TokenizedSplit, train: Positions) -> UserVocabulary:
     return UserVocabulary(sorted(data.user_ids[user] for user in np.unique(data.users[train])))
 
 
-def _evaluated(division: Division, splits: Mapping[Split, TokenizedSplit]) -> Division:
+def _evaluated(division: SplitResult, splits: Mapping[Split, TokenizedSplit]) -> SplitResult:
     """Add the source's own splits for evaluation."""
     stages: dict[Split, EvalStage] = {"validation": "validate", "test": "test"}
     for split, stage in stages.items():
@@ -203,7 +202,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Census:
+class UserCounts:
     """Who has how many rows.
 
     Attributes:
@@ -215,7 +214,7 @@ class Census:
     texts: int
 
 
-def census_of(source: DataSource, split: Split, folder: Path) -> Census:
+def count_users(source: DataSource, split: Split, folder: Path) -> UserCounts:
     """Return the census of a split of a source, counted unless `folder` has it.
 
     Raises:
@@ -232,7 +231,7 @@ def census_of(source: DataSource, split: Split, folder: Path) -> Census:
     path = folder / f"users-{digest}.csv"
     if path.exists() and _sum_file(path).exists():
         if _sum_file(path).read_bytes() == _sum(path):
-            return read_census(path)
+            return read_user_counts(path)
         _log.warning("The count of users %s is damaged. They are counted again.", path)
     census = count(source, split)
     try:
@@ -247,7 +246,7 @@ def census_of(source: DataSource, split: Split, folder: Path) -> Census:
     return census
 
 
-def count(source: DataSource, split: Split) -> Census:
+def count(source: DataSource, split: Split) -> UserCounts:
     """Count the rows of each user of a split, with a progress bar."""
     columns = Columns.from_mapping(source.columns)
     rows: dict[str, int] = {}
@@ -264,10 +263,10 @@ def count(source: DataSource, split: Split) -> Census:
                 progress.update(progress.task_ids[0], completed=number)
     if not number:
         raise FeedbackFormatError(f"The {split} split of {type(source).__name__} has no rows; give it at least one.")
-    return Census(rows, texts)
+    return UserCounts(rows, texts)
 
 
-def read_census(path: Path) -> Census:
+def read_user_counts(path: Path) -> UserCounts:
     """Read a census from a file (CSV, JSON Lines or Parquet) of the columns `user_id`, `rows` and, optionally, `texts`.
 
     Raises:
@@ -282,7 +281,7 @@ def read_census(path: Path) -> Census:
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)
         # Where it is not said how many rows have a text, all may.
         texts += rows[user_id] if row.get("texts") is None else _number(row["texts"], where, "texts", least=0)
-    return Census(rows, texts)
+    return UserCounts(rows, texts)
 
 
 def _number(value: object, where: str, field: str, least: int) -> int:
@@ -295,12 +294,15 @@ def _number(value: object, where: str, field: str, least: int) -> int:
     return number
 
 
-def _write(census: Census, path: Path) -> None:
-    with atomically(path, shared=True) as file, as_text(file) as text:  # processes that count at once write the same
+def _write(census: UserCounts, path: Path) -> None:
+    with (
+        atomic_file(path, shared=True) as file,
+        text_writer(file) as text,
+    ):  # processes that count at once write the same
         writer = csv.writer(text)
         writer.writerow(["user_id", "rows", "texts"])
         writer.writerows(_lines(census))
-    with atomically(_sum_file(path), shared=True) as file:
+    with atomic_file(_sum_file(path), shared=True) as file:
         file.write(_sum(path))
 
 
@@ -313,7 +315,7 @@ def _sum(path: Path) -> bytes:
     return f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n".encode()
 
 
-def _lines(census: Census) -> Iterable[tuple[str, int, int]]:
+def _lines(census: UserCounts) -> Iterable[tuple[str, int, int]]:
     left = census.texts  # only the total is ever used
     for user_id, rows in census.rows.items():
         texts = min(rows, left)

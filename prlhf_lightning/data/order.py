@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-import numpy as np
-from prlhf_lightning.data.holdout import Pairs
-from prlhf_lightning.data.sampling import UserGroupedBatchSampler
-from prlhf_lightning.data.streaming import StreamBatchSampler, StreamedRows, StreamOrder
-from prlhf_lightning.errors import ConfigurationError
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+import numpy as np
 import numpy.typing as npt
+
+from prlhf_lightning.data.holdout import Pairs, SplitConfig
+from prlhf_lightning.data.sampling import UserGroupedBatchSampler
 from prlhf_lightning.data.store import TokenizedSplit
-from prlhf_lightning.data.holdout import HoldOut, Pairs
-from prlhf_lightning.data.streaming import StreamedRows
+from prlhf_lightning.data.streaming import StreamBatchSampler, StreamedRows, StreamOrder
+from prlhf_lightning.errors import ConfigurationError
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ _Array = npt.NDArray[np.int64]
 _NAMES = {
     "world_size": "the number of processes",
     "accumulate": "trainer.accumulate_grad_batches",
-    **{field.name: f"data.{field.name}" for field in (*fields(TrainingOrder), *fields(HoldOut))},
+    **{field.name: f"data.{field.name}" for field in (*fields(TrainingOrder), *fields(SplitConfig))},
 }
 
 
 def record(
     order: TrainingOrder,
-    hold_out: HoldOut,
+    hold_out: SplitConfig,
     rows: Pairs | StreamedRows,
     sequences: int,
     world_size: int,
@@ -150,9 +149,9 @@ def has_other_texts(kept: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
     return "texts" in kept and "texts" in here and kept["texts"] != here["texts"]
 
 
-def hold_out_of(kept: Mapping[str, Any]) -> HoldOut:
+def hold_out_of(kept: Mapping[str, Any]) -> SplitConfig:
     """Return how the training rows of a record were chosen."""
-    return HoldOut(**{one.name: kept["settings"][one.name] for one in fields(HoldOut)})
+    return SplitConfig(**{one.name: kept["settings"][one.name] for one in fields(SplitConfig)})
 
 
 def trained_rows(kept: Mapping[str, Any], then: Pairs, epoch: int, batch: int) -> _Array:

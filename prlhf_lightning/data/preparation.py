@@ -2,37 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
 import numpy as np
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
-from prlhf_lightning.data.store import FeedbackCache, Ties, TokenizedSplit
-from prlhf_lightning.data.holdout import Census, census_of, read_census
-from prlhf_lightning.data.holdout import Division, HoldOut, Pairs
-from prlhf_lightning.data.batching import PairsWithHistory
+
+from prlhf_lightning.data.batching import PairsWithHistory, PromptDataset
+from prlhf_lightning.data.holdout import Pairs, SplitConfig, SplitResult, UserCounts, count_users, read_user_counts
+from prlhf_lightning.data.order import TrainingOrder
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.schema import Columns, parse_record
-from prlhf_lightning.data.batching import Requests
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split, read
+from prlhf_lightning.data.store import BuildReport, FeedbackCache, Ties, TokenizedSplit
 from prlhf_lightning.data.streaming import FeedbackStream, StreamedRows
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.utils.chat_tokens import remember_ends
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.hub import loading
-from prlhf_lightning.types import Feedback
-from collections.abc import Iterator, Mapping
-from itertools import chain
-from prlhf_lightning.data.store import BuildReport, TokenizedSplit
-from prlhf_lightning.data.holdout import Division, Pairs
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, Overlong, TokenizationSettings
 from prlhf_lightning.data.users import remark
-from prlhf_lightning.data.order import TrainingOrder
-from prlhf_lightning.data.sources.base import Split
-from prlhf_lightning.data.tokenization import Overlong
-
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.types import Feedback
+from prlhf_lightning.utils.chat_tokens import remember_end_tokens
+from prlhf_lightning.utils.hub import loading
 
 Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 
@@ -44,7 +38,7 @@ class PreparedFeedback:
     source: DataSource
     tokenizer: PreTrainedTokenizerBase | str | None
     settings: TokenizationSettings
-    hold_out: HoldOut
+    hold_out: SplitConfig
     feedback: Feedback
     ties: Ties
     streaming: bool
@@ -73,15 +67,15 @@ class PreparedFeedback:
         return {split: cache.open(self.source, split) for split in stored}
 
     @cached_property
-    def census(self) -> Census:
+    def census(self) -> UserCounts:
         """The users of a stream."""
         if self.users_file is None:
-            return census_of(self._streamed_source, "train", self.cache_dir)
-        census = read_census(self.users_file)
+            return count_users(self._streamed_source, "train", self.cache_dir)
+        census = read_user_counts(self.users_file)
         return replace(census, rows={self.known_as(user_id): rows for user_id, rows in census.rows.items()})
 
     @cached_property
-    def division(self) -> Division:
+    def division(self) -> SplitResult:
         """Which rows serve for what."""
         if self.streaming:
             splits = self.splits  # first, as it checks that there is a train split
@@ -116,7 +110,7 @@ class PreparedFeedback:
         """Return the id by which a user is known here whom the source calls `user_id`."""
         return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
 
-    def evaluation(self, stage: Stage) -> Mapping[str, Pairs | Requests]:
+    def evaluation(self, stage: Stage) -> Mapping[str, Pairs | PromptDataset]:
         """Return the sets of a stage that are not empty, by name."""
         evaluation = self.division.evaluation
         if stage == "predict":
@@ -165,23 +159,23 @@ class PreparedFeedback:
         with loading(path, "tokenizer", f"tokenizer: {self.tokenizer!r}", "give a folder with one, or a hub name."):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         with suppress(OSError):  # a tokenizer may stand alone
-            remember_ends(tokenizer, GenerationConfig.from_pretrained(path))
+            remember_end_tokens(tokenizer, GenerationConfig.from_pretrained(path))
         return tokenizer
 
     @cached_property
-    def _requests(self) -> dict[str, Requests]:
+    def _requests(self) -> dict[str, PromptDataset]:
         prompts = list(self.source.prompts())
         if not prompts:
             return {}
         places, texts = zip(*prompts, strict=True)
-        return {"prompts": Requests(places, self.tokenize.prompts(texts), self.division.vocabulary.ids)}
+        return {"prompts": PromptDataset(places, self.tokenize.prompts(texts), self.division.vocabulary.ids)}
 
 
 _NAMED = 6  # columns that are named
 
 
 def summary(
-    division: Division,
+    division: SplitResult,
     splits: Mapping[Split, TokenizedSplit],
     order: TrainingOrder,
     sequences: int,
@@ -213,7 +207,7 @@ def summary(
 
 
 def _training(
-    division: Division, order: TrainingOrder, sequences: int, counts: Mapping[str, int], feedback: Feedback
+    division: SplitResult, order: TrainingOrder, sequences: int, counts: Mapping[str, int], feedback: Feedback
 ) -> Iterator[str]:
     rows = f"{len(division.train):,} training {feedback} by {len(division.vocabulary.ids):,} users"
     if not isinstance(division.train, Pairs):

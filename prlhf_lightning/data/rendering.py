@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
-from transformers import PreTrainedTokenizerBase
-from prlhf_lightning.data.conversations import THOUGHTS
-from prlhf_lightning.data.special_tokens import MARK, TokenEscaper, unescaped
-from prlhf_lightning.data.schema import FeedbackRecord, Message, Text
-from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
-from prlhf_lightning.utils.chat_tokens import end_token_ids
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.utils.template_limits import TemplateLimitError
-import json
 from datetime import date, datetime, time
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from string import ascii_letters
-from jinja2 import TemplateSyntaxError
-from prlhf_lightning.errors import ConfigurationError
+from typing import Any
 
+from jinja2 import TemplateSyntaxError
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.data.conversations import THOUGHTS
+from prlhf_lightning.data.schema import FeedbackRecord, Message, Text
+from prlhf_lightning.data.special_tokens import MARK, TokenEscaper, unescaped
+from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.utils.chat_tokens import end_token_ids
+from prlhf_lightning.utils.template_limits import TemplateLimitError
 
 _OPEN = re.compile(r"(<[\w:]+>|\[\w+\])\s*\Z")  # the start of a thought
 _CLOSED = re.compile(r"(?:<([\w:]+)>\s*(</\1>)|\[(\w+)\]\s*(\[/\3\]))\s*\Z")  # a thought that is empty

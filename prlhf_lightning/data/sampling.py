@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
+
 import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
-from prlhf_lightning.errors import ConfigurationError
 
+from prlhf_lightning.errors import ConfigurationError
 
 _Array = npt.NDArray[np.int64]
 

@@ -7,18 +7,26 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
+from prlhf_lightning.data.columns import (
+    all_missing,
+    column_advice,
+    only_turns,
+    similar_columns,
+    winner_is_named,
+    winner_of,
+)
 from prlhf_lightning.data.conversations import Message as Message
-from prlhf_lightning.data.conversations import Text as Text
 from prlhf_lightning.data.conversations import (
+    Note,
     check_characters,
     fail,
+    implicit_prompt,
     is_blank,
     read_text,
     read_tools,
+    without_prompt,
 )
-from prlhf_lightning.data.conversations import Note, implicit_prompt, without_prompt
-from prlhf_lightning.data.columns import advice, all_missing, near
-from prlhf_lightning.data.columns import only_turns, winner_is_named, winner_of
+from prlhf_lightning.data.conversations import Text as Text
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.types import Feedback
 
@@ -226,9 +234,13 @@ def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedba
     missing = [field for field in needed if getattr(columns, field) not in row]
     # The prompt may stand inside the responses, or inside chosen and rejected.
     inside = by_winner or any(isinstance(value, list) or str(value).startswith("[{") for value in row.values())
-    taken = {near(field, getattr(columns, field), list(row)) for field in missing}
+    taken = {similar_columns(field, getattr(columns, field), list(row)) for field in missing}
     others = [column for column in row if column not in taken]
-    if columns.prompt not in row and not by_winner and (not inside or near("prompt", columns.prompt, others)):
+    if (
+        columns.prompt not in row
+        and not by_winner
+        and (not inside or similar_columns("prompt", columns.prompt, others))
+    ):
         missing.append("prompt")
     if missing == ["winner"]:
         _required(row, where, "winner", columns)
@@ -284,7 +296,7 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
         where,
         field,
         f"is missing: there is no column {column!r} among {', '.join(repr(str(name)) for name in row)}; "
-        + advice(field, column, list(row)),
+        + column_advice(field, column, list(row)),
     )
 
 
@@ -354,7 +366,7 @@ def _without_shared_start(
 ) -> tuple[str, dict[str, str], list[Note]]:
     """Return the prompt that plain answers begin with, the answers without it, and what is to be told."""
     values = list(answers.values())
-    may_be_there = columns.prompt in row or near("prompt", columns.prompt, list(row)) is not None
+    may_be_there = columns.prompt in row or similar_columns("prompt", columns.prompt, list(row)) is not None
     found = None if may_be_there else implicit_prompt(values[0], values[1] if len(values) > 1 else None)
     prompt, notes = found or _required(row, where, "prompt", columns)  # which says what to do
     return prompt, {field: answer[len(prompt) :] for field, answer in answers.items()}, notes

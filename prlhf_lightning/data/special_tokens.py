@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from transformers import PreTrainedTokenizerBase
-from prlhf_lightning.utils.chat_tokens import ANSWER, QUESTION, SYSTEM, rendered
-from collections.abc import Iterator
-from prlhf_lightning.data.conversations import plain_text
-from prlhf_lightning.data.conversations import Note
-from prlhf_lightning.data.schema import FeedbackRecord
 
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.data.conversations import Note, plain_text
+from prlhf_lightning.data.schema import FeedbackRecord
+from prlhf_lightning.utils.chat_tokens import ANSWER, QUESTION, SYSTEM, rendered
 
 #: Stands inside a control token that is only text, so that no tokenizer finds the token there. It is a noncharacter of
 #: Unicode, which texts do not hold, and it is taken out again before text becomes tokens.

@@ -28,25 +28,25 @@ import pyarrow.compute as pc
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.special_tokens import ControlTokens
-from prlhf_lightning.data.conversations import Note
 from prlhf_lightning.data.columns import UnreadColumns
+from prlhf_lightning.data.conversations import Note
 from prlhf_lightning.data.privacy import Pseudonyms
-from prlhf_lightning.utils.progress import counting
 from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
+from prlhf_lightning.data.special_tokens import ControlTokens
 from prlhf_lightning.data.splits import SplitBy, text_key
-from prlhf_lightning.data.tokenization import Ids
 from prlhf_lightning.data.tokenization import (
     Excess,
     FeedbackTokenizer,
+    Ids,
     TokenizationSettings,
     TokenizedRecord,
     tokenizer_identity,
 )
 from prlhf_lightning.errors import FeedbackFormatError
-from prlhf_lightning.utils.io import sync
 from prlhf_lightning.types import Feedback
+from prlhf_lightning.utils.io import flush_to_disk
+from prlhf_lightning.utils.progress import counting
 
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
@@ -248,7 +248,7 @@ class FeedbackCache:
         try:
             with (building / _ROWS).open("wb") as file:
                 report = self._write(source, split, file)
-                sync(file)
+                flush_to_disk(file)
             _write_json(building / _REPORT, asdict(report))
             _write_json(building / _SUMS, _sums(building, folder.name))
             os.replace(building, folder)
@@ -356,7 +356,7 @@ def _sha256(path: Path) -> str:
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     with path.open("w") as file:
         json.dump(content, file)
-        sync(file)
+        flush_to_disk(file)
 
 
 def _mend(report: BuildReport) -> str:

@@ -21,10 +21,10 @@ from weakref import finalize
 import numpy as np
 from torch.utils.data import Dataset, Sampler
 
-from prlhf_lightning.data.special_tokens import ControlTokens
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sampling import UserGroupedBatchSampler
+from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
+from prlhf_lightning.data.special_tokens import ControlTokens
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import FeedbackFormatError

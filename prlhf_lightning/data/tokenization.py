@@ -14,28 +14,25 @@ decode to the whole text, though not in the tokens of the whole.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, fields, replace
 from datetime import date
+from functools import cached_property
 from hashlib import sha256
 from typing import Any, Literal, NamedTuple, Self, TypeAlias, get_args
+
 import numpy as np
-from transformers import PreTrainedTokenizerBase
-from prlhf_lightning.data.schema import FeedbackRecord, Text, TieError
-from prlhf_lightning.data.rendering import RenderedRecord, Renderer
-from prlhf_lightning.data.rendering import check_names, check_values, writes_date
-from prlhf_lightning.data.template_coverage import Tools
-from prlhf_lightning.utils.chat_tokens import end_token_ids
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-import re
-from collections.abc import Iterable, Sequence, Set
-from functools import cached_property
-from typing import Any, TypeAlias
 import numpy.typing as npt
 from tokenizers import Tokenizer
-from prlhf_lightning.data.special_tokens import MARK, unescaped
-from collections.abc import Sequence
+from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.data.rendering import RenderedRecord, Renderer, check_names, check_values, writes_date
+from prlhf_lightning.data.schema import FeedbackRecord, Text, TieError
+from prlhf_lightning.data.special_tokens import MARK, unescaped
+from prlhf_lightning.data.template_coverage import Tools
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.utils.chat_tokens import end_token_ids
 
 Overlong: TypeAlias = Literal["truncate", "drop", "error"]
 # A completion is tokenized after one of these to get its ids in the middle of a text: the first that joins nothing.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
-import torch
-from torch import Tensor
-from prlhf_lightning.errors import ConfigurationError
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
+
+import torch
+from torch import Tensor
+
+from prlhf_lightning.errors import ConfigurationError
 
 
 class UserVocabulary:

@@ -1,7 +1,7 @@
 """Writing with a trained model: many users, prompts and strengths in one batch. Knows nothing of training."""
 
 from prlhf_lightning.inference.engine import Engine
-from prlhf_lightning.inference.requests import Completion, Generation, Piece
-from prlhf_lightning.inference.generator import PersonalizedWriter
+from prlhf_lightning.inference.generator import Generator
+from prlhf_lightning.inference.requests import Chunk, Completion, GenerationRequest
 
-__all__ = ["Completion", "Engine", "Generation", "PersonalizedWriter", "Piece"]
+__all__ = ["Chunk", "Completion", "Engine", "GenerationRequest", "Generator"]

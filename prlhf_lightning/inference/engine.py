@@ -6,14 +6,19 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference.requests import FinishReason, Generation, Piece
+from prlhf_lightning.inference.requests import Chunk, FinishReason, GenerationRequest
+
 if TYPE_CHECKING:
-    from prlhf_lightning.inference.generator import PersonalizedWriter, Prepared
+    from prlhf_lightning.inference.generator import Generator, PreparedRequest
 from collections.abc import Sequence
+
 from transformers import PreTrainedTokenizerBase
+
 from prlhf_lightning.data.tokenization import decode
 
 
@@ -22,7 +27,7 @@ class _Text:
     """One text being written, or waiting to be."""
 
     number: int
-    prepared: Prepared
+    prepared: PreparedRequest
     stream: TextStream
     chance: torch.Generator
     written: int = 0
@@ -56,9 +61,7 @@ class Engine:
             number.
     """
 
-    def __init__(
-        self, writer: PersonalizedWriter, max_batch_rows: int = 64, max_batch_tokens: int | None = None
-    ) -> None:
+    def __init__(self, writer: Generator, max_batch_rows: int = 64, max_batch_tokens: int | None = None) -> None:
         if max_batch_rows < 1:
             raise ConfigurationError(f"max_batch_rows is {max_batch_rows}; it must be 1 or more.")
         self._writer = writer
@@ -68,7 +71,7 @@ class Engine:
         self._running: list[_Text] = []  # in the order of their rows
         self._next = 0
 
-    def add(self, generation: Generation) -> int:
+    def add(self, generation: GenerationRequest) -> int:
         """Line a generation up, and return the number that its pieces will bear.
 
         Raises:
@@ -112,7 +115,7 @@ class Engine:
         return len(self._running)
 
     @torch.no_grad()
-    def step(self) -> list[Piece]:
+    def step(self) -> list[Chunk]:
         """Write one token of each running generation, those included that there is room for from now on.
 
         Returns:
@@ -173,9 +176,9 @@ class Engine:
 
         temperatures = column([generation.temperature for generation in asked])
         top_ps = column([generation.top_p for generation in asked])
-        return choose(logits, temperatures, top_ps, column(draws)).tolist()
+        return sample_tokens(logits, temperatures, top_ps, column(draws)).tolist()
 
-    def _piece(self, text: _Text, token: int) -> Piece:
+    def _piece(self, text: _Text, token: int) -> Chunk:
         prepared = text.prepared
         text.last, text.written = token, text.written + 1
         ended = token in self._writer.end_token_ids
@@ -188,7 +191,7 @@ class Engine:
         if reason and not text.stream.stopped:
             shown += text.stream.finish()
             reason = "stop" if text.stream.stopped else reason
-        return Piece(text.number, shown, 1, reason, (token,), prepared.prompt_tokens, prepared.known_user)
+        return Chunk(text.number, shown, 1, reason, (token,), prepared.prompt_tokens, prepared.known_user)
 
     def _keep(self, texts: list[_Text]) -> None:
         if len(texts) == len(self._running):
@@ -199,7 +202,7 @@ class Engine:
         self._running = texts
 
 
-def choose(logits: Tensor, temperatures: Tensor, top_ps: Tensor, chances: Tensor) -> Tensor:
+def sample_tokens(logits: Tensor, temperatures: Tensor, top_ps: Tensor, chances: Tensor) -> Tensor:
     """Return the next token of each text, `[B]` int64.
 
     Args:

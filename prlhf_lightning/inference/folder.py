@@ -23,18 +23,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from prlhf_lightning.utils.trust import named_by_file, only_trusted_classes
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.hashing import SETTINGS, check_checksums, with_checksums
-from prlhf_lightning.utils.finite import check_finite
-from prlhf_lightning.utils.load_errors import opening
-from prlhf_lightning.utils.hub import loading
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, warning_of_other_base
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.user_models.shapes import shapes_when_built
+from prlhf_lightning.utils.finite import check_finite
+from prlhf_lightning.utils.hashing import SETTINGS, check_checksums, with_checksums
+from prlhf_lightning.utils.hub import loading
+from prlhf_lightning.utils.load_errors import opening
+from prlhf_lightning.utils.trust import named_by_file, only_trusted_classes
 
 #: Raised when folders can no longer be read by versions that read the last one. Format 1 has no checksums.
 FORMAT = 2

@@ -13,28 +13,27 @@ from rich.progress import Progress
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from prlhf_lightning.data.tokenization import loses_first_space, read_on_from
-from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
+from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, loses_first_space, read_on_from
 from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.utils.chat_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, PromptTooLongError
-from prlhf_lightning.inference.guidance import Condition, conditions, knows
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.folder import read_folder
-from prlhf_lightning.inference.requests import Completion, FinishReason, Generation, Piece
-from prlhf_lightning.inference.kv_cache import rows_of
+from prlhf_lightning.inference.guidance import Condition, conditions, knows
+from prlhf_lightning.inference.kv_cache import make_kv_cache
+from prlhf_lightning.inference.requests import Chunk, Completion, FinishReason, GenerationRequest
 from prlhf_lightning.policies.generation_settings import warn_of_not_applied
 from prlhf_lightning.policies.loading import unused_ids
 from prlhf_lightning.policies.scoring import segments
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.utils.chat_tokens import end_token_ids
 
 _NO_LIMIT = 2**31  # tokens; what is too long for the model is refused, and nothing is cut off in silence
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedRequest:
     """A generation, checked and tokenised.
 
     Attributes:
@@ -46,7 +45,7 @@ class Prepared:
         known_user: Whether every user named is known.
     """
 
-    generation: Generation
+    generation: GenerationRequest
     prompt: list[int]
     conditions: tuple[Condition, ...]
     max_new_tokens: int
@@ -54,7 +53,7 @@ class Prepared:
     known_user: bool
 
 
-class PersonalizedWriter:
+class Generator:
     """Writes with a policy, conditioned on users by a user model.
 
     Attributes:
@@ -86,7 +85,7 @@ class PersonalizedWriter:
         tokenization: TokenizationSettings | None = None,
     ) -> None:
         self.lm = lm.eval()
-        self.new_rows = rows_of(self.lm)
+        self.new_rows = make_kv_cache(self.lm)
         self._loses_first_space = loses_first_space(tokenizer)
         self.tokenizer = tokenizer
         self.user_model = user_model.eval().to(lm.device)
@@ -135,7 +134,7 @@ class PersonalizedWriter:
         return torch.tensor(unused_ids(self.tokenizer, self.lm), dtype=torch.long, device=self.lm.device)
 
     def generate(
-        self, generations: Sequence[Generation], progress: bool = False, max_batch_rows: int = 64
+        self, generations: Sequence[GenerationRequest], progress: bool = False, max_batch_rows: int = 64
     ) -> list[Completion]:
         """Write all of them; each comes out as if it had been written alone.
 
@@ -152,7 +151,7 @@ class PersonalizedWriter:
         engine = Engine(self, max_batch_rows)
         waiting = list(enumerate(generations))[::-1]
         place_of: dict[int, int] = {}
-        pieces: list[list[Piece]] = [[] for _ in generations]
+        pieces: list[list[Chunk]] = [[] for _ in generations]
         with Progress(disable=not progress) as bar:
             task = bar.add_task("Writing", total=len(generations))
             while waiting or not engine.idle:
@@ -164,7 +163,7 @@ class PersonalizedWriter:
                     bar.advance(task, piece.finish_reason is not None)
         return [_completion(parts) for parts in pieces]
 
-    def stream(self, generation: Generation) -> Iterator[Piece]:
+    def stream(self, generation: GenerationRequest) -> Iterator[Chunk]:
         """Write one, and yield each piece as it is written; the last has a reason to be the last."""
         engine = Engine(self)
         engine.add(generation)
@@ -172,7 +171,7 @@ class PersonalizedWriter:
             yield from engine.step()
 
     @torch.no_grad()
-    def prepare(self, generation: Generation) -> Prepared:
+    def prepare(self, generation: GenerationRequest) -> PreparedRequest:
         """Tokenise a generation and look up its users.
 
         Raises:
@@ -203,15 +202,15 @@ class PersonalizedWriter:
                 f"{self.max_positions}, of which one at least is for the answer; shorten the prompt."
             )
         limit = min(room, generation.max_new_tokens)
-        return Prepared(generation, prompt, found, limit, len(prompt) + text_tokens, known)
+        return PreparedRequest(generation, prompt, found, limit, len(prompt) + text_tokens, known)
 
-    def read_on_from(self, prepared: Prepared) -> Sequence[int]:
+    def read_on_from(self, prepared: PreparedRequest) -> Sequence[int]:
         """Return the tokens of a prompt that its answer must be decoded after; see `decoding.read_on_from`."""
         generation = prepared.generation
         goes_on = generation.continue_final_message or self.takes_as_it_stands(generation)
         return read_on_from(prepared.prompt, goes_on, self._loses_first_space)
 
-    def takes_as_it_stands(self, generation: Generation) -> bool:
+    def takes_as_it_stands(self, generation: GenerationRequest) -> bool:
         """Return whether a generation's prompt is a string that the chat template does not wrap."""
         wrapped = self.tokenization.chat_template if generation.chat_template is None else generation.chat_template
         return isinstance(generation.prompt, str) and not wrapped
@@ -225,7 +224,7 @@ class PersonalizedWriter:
         return self._encoders[wrapped]
 
     @torch.no_grad()
-    def sequences(self, generations: Sequence[Prepared]) -> SoftPrompt:
+    def sequences(self, generations: Sequence[PreparedRequest]) -> SoftPrompt:
         """Return all that stands before the completions, a row for each condition, `[R, L, d]`, padded at the start."""
         rows = [(one.prompt, condition.vectors) for one in generations for condition in one.conditions]
         width = max(len(vectors) for _, vectors in rows)
@@ -240,7 +239,7 @@ class PersonalizedWriter:
         return Tokens.from_lists(rows).to(self.lm.device)
 
 
-def _check_last_message(generation: Generation) -> None:
+def _check_last_message(generation: GenerationRequest) -> None:
     prompt = generation.prompt
     if prompt == []:
         raise FeedbackFormatError("prompt: the conversation has no message; give it one of the user.")
@@ -261,7 +260,7 @@ def _padded(vectors: Tensor, width: int) -> Tensor:
     return torch.nn.functional.pad(vectors, (0, 0, 0, width - len(vectors)))
 
 
-def _completion(pieces: Sequence[Piece]) -> Completion:
+def _completion(pieces: Sequence[Chunk]) -> Completion:
     last = pieces[-1]
     ids = tuple(token for piece in pieces for token in piece.ids)
     text = "".join(piece.text for piece in pieces)

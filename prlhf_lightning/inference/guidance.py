@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.inference.requests import Generation
+from prlhf_lightning.inference.requests import GenerationRequest
 from prlhf_lightning.types import SoftPrompt, Users
 from prlhf_lightning.user_models import UserModel
 
@@ -51,7 +51,7 @@ def knows(vocabulary: UserVocabulary, user: str | Mapping[str, float] | None) ->
 
 @torch.no_grad()
 def conditions(
-    generation: Generation,
+    generation: GenerationRequest,
     user_model: UserModel,
     vocabulary: UserVocabulary,
     text: SoftPrompt | None,

@@ -16,12 +16,12 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from prlhf_lightning.policies.continuation import Continuation, memory_of
+from prlhf_lightning.policies.continuation import CachedDecoder, cache_of
 from prlhf_lightning.policies.scoring import cache_name, embed, model_inputs, writing_inputs
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 
-class Rows:
+class BatchedKVCache:
     """The keys and values of R sequences that all end at the same place, padded at their starts.
 
     Positions are counted from a row's own first token, so that it does not matter how far it is padded.
@@ -89,24 +89,24 @@ class Rows:
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
 
-class SeparateRows:
+class SeparateKVCaches:
     """R sequences of a model that keeps other states than keys and values (Mamba and the like), one after another.
 
     Args:
         lm: The model, in evaluation mode.
-        memory: By which argument it goes on; see `memory_of`.
+        memory: By which argument it goes on; see `cache_of`.
     """
 
     def __init__(self, lm: PreTrainedModel, memory: str | None) -> None:
         self._lm, self._memory = lm, memory
-        self._rows: list[Continuation] = []
+        self._rows: list[CachedDecoder] = []
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def append(self, sequences: SoftPrompt) -> Tensor:
         """Add rows; see `Rows.append`."""
-        new = [Continuation(self._lm, self._memory) for _ in range(len(sequences.mask))]
+        new = [CachedDecoder(self._lm, self._memory) for _ in range(len(sequences.mask))]
         self._rows += new
         return torch.stack([row.read(vectors) for row, vectors in zip(new, sequences.unpadded(), strict=True)])
 
@@ -120,11 +120,11 @@ class SeparateRows:
         self._rows = [self._rows[row] for row in rows]
 
 
-def rows_of(lm: PreTrainedModel) -> Callable[[], Rows | SeparateRows]:
+def make_kv_cache(lm: PreTrainedModel) -> Callable[[], BatchedKVCache | SeparateKVCaches]:
     """Find out by trial how sequences are to be written with a model; return what makes an empty set of rows."""
     if keeps_keys_and_values(lm):
-        return partial(Rows, lm)
-    return partial(SeparateRows, lm, memory_of(lm))
+        return partial(BatchedKVCache, lm)
+    return partial(SeparateKVCaches, lm, cache_of(lm))
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ MOST_STRENGTH, MOST_TEMPERATURE, MOST_SHARE, MOST_SEED = 4.0, 2.0, 1000.0, 2**53
 
 
 @dataclass(frozen=True)
-class Generation:
+class GenerationRequest:
     """One thing to write.
 
     Attributes:
@@ -102,7 +102,7 @@ def _check_id(user: object) -> None:
 
 
 @dataclass(frozen=True)
-class Piece:
+class Chunk:
     """What one step brought of one generation.
 
     Attributes:

@@ -1,8 +1,8 @@
 """Preference losses: each turns log-probabilities of pairs into one loss a pair.
 
 RPO is `DPOLoss` (or any other) with `sft_weight > 0`; conservative DPO is `DPOLoss` with `label_smoothing > 0`.
-To add one, subclass `MarginLoss` or `ThumbsLoss` (one method), or `PreferenceLoss`, in a file of your own, and name it
-by `class_path`.
+To add one, subclass `MarginLoss`, `UnpairedLoss` (one method each) or `PreferenceLoss` in a file of your own and name
+it by `class_path`.
 """
 
 from prlhf_lightning.losses.base import MarginLoss, PreferenceLoss
@@ -33,8 +33,8 @@ from prlhf_lightning.losses.pointwise import (
     sppo_loss,
 )
 from prlhf_lightning.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, odds_ratio_loss, simpo_loss
-from prlhf_lightning.losses.unpaired import BCOUnpairedLoss, KTOLoss, ThumbsLoss, bco_unpaired_loss, kto_loss
 from prlhf_lightning.losses.transport import AOTLoss, AOTUnpairedLoss
+from prlhf_lightning.losses.unpaired import BCOUnpairedLoss, KTOLoss, UnpairedLoss, bco_unpaired_loss, kto_loss
 
 __all__ = [
     "AOTLoss",
@@ -58,7 +58,7 @@ __all__ = [
     "SFTLoss",
     "SPPOLoss",
     "SimPOLoss",
-    "ThumbsLoss",
+    "UnpairedLoss",
     "apo_down_loss",
     "apo_zero_loss",
     "bco_loss",

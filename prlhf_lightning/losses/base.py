@@ -25,7 +25,7 @@ class PreferenceLoss(nn.Module, ABC):
     Attributes:
         requires_reference: False for losses that look at the policy only; the reference is then never computed.
         requires_mismatched: True for losses that `observe` how likely completions of other prompts are, in training.
-        feedback: What the rows are that the loss takes: pairs, thumbs (subclass `ThumbsLoss`) or demonstrations.
+        feedback: What the rows are that the loss takes: pairs, thumbs (subclass `UnpairedLoss`) or demonstrations.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.

@@ -44,8 +44,8 @@ def bco_unpaired_loss(reward: Tensor, up: Tensor, shift: Tensor | float) -> Tens
     return -torch.where(up, F.logsigmoid(distance), F.logsigmoid(-distance))
 
 
-class ThumbsLoss(PreferenceLoss):
-    """A loss of each row's one completion and whether it was liked; to add one, write `thumb_loss`.
+class UnpairedLoss(PreferenceLoss):
+    """A loss of each row's one completion and whether it was liked; to add one, write `unpaired_loss`.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -55,7 +55,7 @@ class ThumbsLoss(PreferenceLoss):
     feedback: ClassVar[Feedback] = "thumbs"
 
     @abstractmethod
-    def thumb_loss(self, reward: Tensor, up: Tensor) -> Tensor:
+    def unpaired_loss(self, reward: Tensor, up: Tensor) -> Tensor:
         """Return the loss of each row, `[B]`.
 
         Args:
@@ -64,10 +64,10 @@ class ThumbsLoss(PreferenceLoss):
         """
 
     def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
-        """Return `thumb_loss` of each row, `[B]`."""
+        """Return `unpaired_loss` of each row, `[B]`."""
         chosen, rejected = super().rewards(policy, reference)
         up = policy.chosen.mask.any(-1)
-        return self.thumb_loss(torch.where(up, chosen, rejected), up)
+        return self.unpaired_loss(torch.where(up, chosen, rejected), up)
 
     def rewards(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, Tensor]:
         """Return the implicit rewards `[B]` of liked and of disliked completions, NaN where a row has not this one."""
@@ -76,7 +76,7 @@ class ThumbsLoss(PreferenceLoss):
         return chosen.masked_fill(~up, math.nan), rejected.masked_fill(up, math.nan)
 
 
-class KTOLoss(ThumbsLoss, RunningShiftLoss):
+class KTOLoss(UnpairedLoss, RunningShiftLoss):
     """Kahneman-Tversky optimisation (arXiv:2402.01306) of thumbs.
 
     The reference point z_0, in the paper the divergence of the policy from the reference, is estimated as there from
@@ -111,7 +111,7 @@ class KTOLoss(ThumbsLoss, RunningShiftLoss):
                 raise ConfigurationError(f"KTOLoss: {name} is {weight}; it must be 0 or more.")
         self.desirable_weight, self.undesirable_weight = desirable_weight, undesirable_weight
 
-    def thumb_loss(self, reward: Tensor, up: Tensor) -> Tensor:
+    def unpaired_loss(self, reward: Tensor, up: Tensor) -> Tensor:
         """Return the weighted `kto_loss` of each row, `[B]`."""
         losses = kto_loss(reward, up, self.beta * self.shift.clamp(min=0))
         return torch.where(up, self.desirable_weight * losses, self.undesirable_weight * losses)
@@ -121,7 +121,7 @@ class KTOLoss(ThumbsLoss, RunningShiftLoss):
         self.update_shift(log_ratios)
 
 
-class BCOUnpairedLoss(ThumbsLoss, RunningShiftLoss):
+class BCOUnpairedLoss(UnpairedLoss, RunningShiftLoss):
     """Binary classifier optimisation (arXiv:2404.04656) of thumbs: was this completion liked or not?
 
     The classifier's threshold δ is the mean reward of all completions, tracked as `RunningShiftLoss` says; it needs no
@@ -135,7 +135,7 @@ class BCOUnpairedLoss(ThumbsLoss, RunningShiftLoss):
         sft_weight: Weight of the negative log-likelihood per token of a liked completion, added to its row.
     """
 
-    def thumb_loss(self, reward: Tensor, up: Tensor) -> Tensor:
+    def unpaired_loss(self, reward: Tensor, up: Tensor) -> Tensor:
         """Return `bco_unpaired_loss` of each row, `[B]`, and in training mode update the running mean."""
         losses = bco_unpaired_loss(reward, up, self.shift)
         if self.training:

@@ -8,16 +8,16 @@ from prlhf_lightning.metrics.preference import (
     user_accuracies,
     wilson_interval,
 )
-from prlhf_lightning.metrics.unpaired import ThumbsAUC, UserAUC, thumbs_auc, user_aucs
+from prlhf_lightning.metrics.unpaired import UnpairedAUC, UserAUC, unpaired_auc, user_aucs
 
 __all__ = [
     "PreferenceAccuracy",
-    "ThumbsAUC",
+    "UnpairedAUC",
     "UserAUC",
     "UserAccuracy",
     "preference_accuracy",
     "repeated_ngrams",
-    "thumbs_auc",
+    "unpaired_auc",
     "user_accuracies",
     "user_aucs",
     "wilson_interval",

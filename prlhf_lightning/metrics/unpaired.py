@@ -48,7 +48,7 @@ def user_aucs(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -
     return [UserAUC(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
-def thumbs_auc(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
+def unpaired_auc(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
     """Return areas under the ROC curve, and the gap between mean rewards; NaN where nobody liked some and not others.
 
     Args:
@@ -100,16 +100,16 @@ def _by_user(
     return keys, ups.long(), downs.long(), wins, gaps
 
 
-class ThumbsAUC(RewardsByUser):
+class UnpairedAUC(RewardsByUser):
     """Area under the ROC curve over users.
 
-    `compute()` returns the dictionary of `thumbs_auc`. Of the two rewards of a row one is NaN; where both are, the
+    `compute()` returns the dictionary of `unpaired_auc`. Of the two rewards of a row one is NaN; where both are, the
     values that rest on them are NaN.
     """
 
     def compute(self) -> dict[str, Tensor]:
         """Return `auc`, `auc_user_mean`, `auc_worst_decile` and `reward_gap`, each a scalar."""
-        return thumbs_auc(*self._rewards())
+        return unpaired_auc(*self._rewards())
 
     def table(self) -> list[UserAUC]:
         """Return one row a user, over all processes; under distributed runs all of them must call it."""

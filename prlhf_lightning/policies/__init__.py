@@ -1,7 +1,7 @@
 """Policies. To add one, subclass `Policy` in a file of your own and name it by `class_path`."""
 
-from prlhf_lightning.policies.lora import LoRA
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.causal_lm import CausalLMPolicy
+from prlhf_lightning.policies.lora import LoRA
 
 __all__ = ["CausalLMPolicy", "LoRA", "Policy", "Sampling"]

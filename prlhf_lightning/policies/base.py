@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.utils.chat_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+from prlhf_lightning.utils.chat_tokens import end_token_ids
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Policy(nn.Module, ABC):
         """
         return None
 
-    def log_probs_of_each(
+    def grouped_log_probs(
         self,
         prompt: Tokens,
         completions: Tokens,

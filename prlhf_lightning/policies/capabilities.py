@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
+
 import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache, DynamicLayer
-from prlhf_lightning.utils.modes import evaluating
-from prlhf_lightning.policies.scoring import Shortcuts, arguments, cache_name, embed, model_inputs, score
-from prlhf_lightning.types import SoftPrompt, Tokens
-import warnings
+
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.prefix_sharing import take_block_masks, takes_block_masks
-from prlhf_lightning.policies.scoring import Shortcuts
+from prlhf_lightning.policies.scoring import Capabilities, arguments, cache_name, embed, model_inputs, score
+from prlhf_lightning.types import SoftPrompt, Tokens
+from prlhf_lightning.utils.modes import eval_mode
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def is_causal(lm: PreTrainedModel) -> bool:
     """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
     tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
-    with evaluating(lm):
+    with eval_mode(lm):
         logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
     changes = (logits[0] - logits[1]).abs().amax(-1)
     # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
@@ -30,17 +31,17 @@ def is_causal(lm: PreTrainedModel) -> bool:
 
 
 @torch.no_grad()
-def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
+def find_capabilities(lm: PreTrainedModel) -> Capabilities:
     """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
 
     They hold for most architectures. Models that scale or cap their logits, that keep other states than keys and values
     of all positions, or that attend otherwise than a mask tells them, are found out here, whatever they are called.
     """
     before, completions = _few_tokens(lm, lm.device)
-    with evaluating(lm):
-        truth = score(lm, before, completions, Shortcuts(head=False, shared_prompt=False))
+    with eval_mode(lm):
+        truth = score(lm, before, completions, Capabilities(head=False, shared_prompt=False))
 
-        def holds(shortcuts: Shortcuts) -> bool:
+        def holds(shortcuts: Capabilities) -> bool:
             tolerance = 1e-3 if lm.dtype == torch.float32 else 0.1
             tried = score(lm, before, completions, shortcuts)
             pairs = zip(truth, tried, strict=True)
@@ -49,19 +50,19 @@ def find_shortcuts(lm: PreTrainedModel) -> Shortcuts:
         # A cap on the logits shows only where they are large, which a few tokens need not be.
         capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
         plain = lm.get_output_embeddings() is not None and lm.base_model is not lm and not capped
-        head = plain and holds(Shortcuts(head=True, shared_prompt=False))
+        head = plain and holds(Capabilities(head=True, shared_prompt=False))
         full = head and _keeps_keys_and_values(lm, before[0])
-        shared = full and holds(Shortcuts(head=True, shared_prompt=True))
-    return Shortcuts(head, shared, trees=full and _takes_masks(lm) and trees_hold(lm, lm.device))
+        shared = full and holds(Capabilities(head=True, shared_prompt=True))
+    return Capabilities(head, shared, trees=full and _takes_masks(lm) and prefix_packing_works(lm, lm.device))
 
 
 @torch.no_grad()
-def trees_hold(lm: PreTrainedModel, device: torch.device) -> bool:
+def prefix_packing_works(lm: PreTrainedModel, device: torch.device) -> bool:
     """Try on a few tokens whether trees give the log-probabilities of padded rows, on the device that computes."""
     before, completions = _few_tokens(lm, device)
     swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
-    padded = Shortcuts(head=True, shared_prompt=False)
-    with evaluating(lm):
+    padded = Capabilities(head=True, shared_prompt=False)
+    with eval_mode(lm):
         truth = score(lm, before, completions, padded)
         others = score(lm, swapped, completions, padded)
         tried = score(lm, before, completions, replace(padded, trees=True), as_trees=True)
@@ -107,7 +108,7 @@ class Packing:
         shortcuts: What may be skipped with it.
     """
 
-    def __init__(self, lm: PreTrainedModel, name: str, shortcuts: Shortcuts) -> None:
+    def __init__(self, lm: PreTrainedModel, name: str, shortcuts: Capabilities) -> None:
         self._name = name
         self._tried: set[torch.device] = set()
         self._fits = shortcuts.trees and take_block_masks(lm)
@@ -127,7 +128,7 @@ class Packing:
         """
         if not (self._fits and takes_block_masks(lm, device)):
             return False
-        if device not in self._tried and not trees_hold(lm, device):
+        if device not in self._tried and not prefix_packing_works(lm, device):
             raise ConfigurationError(
                 f"policy.packing: packed rows don't give the log-probabilities of padded ones with {self._name!r} on "
                 f"this device ({device}); set it to false."

@@ -27,16 +27,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prlhf_lightning.utils.trust import allows_remote_code
-from prlhf_lightning.utils.chat_tokens import end_token_ids, remember_ends
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.hashing import SETTINGS, check_folder
-from prlhf_lightning.utils.modes import evaluating
-from prlhf_lightning.utils.hub import loading
-from prlhf_lightning.policies.lora import LoRA, add_adapters, merge
 from prlhf_lightning.policies.base import Policy, Sampling
+from prlhf_lightning.policies.capabilities import Packing, find_capabilities, is_causal
 from prlhf_lightning.policies.continuation import write, writes_in_batches
-from prlhf_lightning.policies.moe import note_on_router_loss, router_loss_coef
 from prlhf_lightning.policies.generation_settings import (
     as_generation_config,
     in_place_of_own,
@@ -44,12 +38,17 @@ from prlhf_lightning.policies.generation_settings import (
     warn_of_not_applied,
 )
 from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, refuse_kernels, unused_ids
-from prlhf_lightning.policies.capabilities import Packing
-from prlhf_lightning.policies.scoring import embed, score, score_each, segments, writing_inputs
+from prlhf_lightning.policies.lora import LoRA, add_adapters, merge
+from prlhf_lightning.policies.moe import note_on_router_loss, router_loss_coef
+from prlhf_lightning.policies.scoring import embed, grouped_score, score, segments, writing_inputs
 from prlhf_lightning.policies.sequences import join
-from prlhf_lightning.policies.capabilities import find_shortcuts, is_causal
-from prlhf_lightning.utils.shipped import ASSETS, check_shipped
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
+from prlhf_lightning.utils.chat_tokens import end_token_ids, remember_end_tokens
+from prlhf_lightning.utils.hashing import SETTINGS, check_folder
+from prlhf_lightning.utils.hub import loading
+from prlhf_lightning.utils.modes import eval_mode
+from prlhf_lightning.utils.shipped import ASSETS, check_shipped
+from prlhf_lightning.utils.trust import allows_remote_code
 
 _BUILTIN = "builtin:"
 # Adapters of at least this share of the weights that they adapt are merged for scoring, into a copy of up to 512 MB.
@@ -145,7 +144,7 @@ class CausalLMPolicy(Policy):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         with suppress(ConfigurationError):  # a folder that is not whole is refused when its weights are loaded
-            remember_ends(tokenizer, self.generation_config)
+            remember_end_tokens(tokenizer, self.generation_config)
         if hasattr(self, "model"):
             self._check_vocabulary(tokenizer, self.lm)
         return tokenizer
@@ -231,7 +230,7 @@ class CausalLMPolicy(Policy):
         self._router_coef = router_loss_coef(lm, self.router_aux_loss_coef)
         self._notes = [note] if (note := note_on_router_loss(lm, self.router_aux_loss_coef)) else []
         self._writes_in_batches = writes_in_batches(lm)
-        found = find_shortcuts(lm)
+        found = find_capabilities(lm)
         # Layers that are recomputed in backward keep no cache to continue a prompt from.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
         self._packing = Packing(lm, self.name, found) if self.packing else None
@@ -384,7 +383,7 @@ class CausalLMPolicy(Policy):
         with self._reference_lm() as lm:
             return self._score(lm, prompt, completions, soft_prompt)
 
-    def log_probs_of_each(
+    def grouped_log_probs(
         self,
         prompt: Tokens,
         completions: Tokens,
@@ -397,7 +396,7 @@ class CausalLMPolicy(Policy):
         with self._reference_lm() if reference else nullcontext(self.lm) as lm:
             before = self._segments(lm, prompt, soft_prompt)
             self._check_completions(before, completions, prompt_of)
-            return score_each(lm, before, completions, prompt_of, self.shortcuts, batch_size)
+            return grouped_score(lm, before, completions, prompt_of, self.shortcuts, batch_size)
 
     def reference_identity(self) -> dict[str, str]:
         """Return the digest of the weights that were loaded, and what else may change a number."""
@@ -486,7 +485,7 @@ class CausalLMPolicy(Policy):
         sequence = join(self._segments(lm, prompt, soft_prompt), align="right")
         self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens, "sampling.max_new_tokens")
         self._warn_once()
-        with evaluating(self):  # a key-value cache and gradient checkpointing exclude one another
+        with eval_mode(self):  # a key-value cache and gradient checkpointing exclude one another
             if not self._writes_in_batches:
                 self._check_not_sharded(lm)
                 return write(lm, sequence, sampling, self.end_token_ids, self._unused_ids)

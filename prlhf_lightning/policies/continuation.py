@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.generation import TopPLogitsWarper
 
-from prlhf_lightning.utils.modes import evaluating
 from prlhf_lightning.policies.base import Sampling
 from prlhf_lightning.policies.scoring import arguments, embed, model_inputs, writing_inputs
 from prlhf_lightning.policies.sequences import join
 from prlhf_lightning.types import SoftPrompt, Tokens
+from prlhf_lightning.utils.modes import eval_mode
 
 #: What models call their memory, as an argument and in the output.
 _NAMES = ("cache", "past_key_values", "cache_params", "state")
@@ -31,12 +31,12 @@ _CLOSE_PADDED, _CLOSE_GOING_ON = 0.02, 0.001
 _CLOSE_IN_16_BITS = 0.2
 
 
-class Continuation:
+class CachedDecoder:
     """A sequence that is read on.
 
     Args:
         lm: The model, in evaluation mode.
-        memory: Name of its memory; see `memory_of`. Without one the sequence is read anew each time.
+        memory: Name of its memory; see `cache_of`. Without one the sequence is read anew each time.
     """
 
     def __init__(self, lm: PreTrainedModel, memory: str | None) -> None:
@@ -70,10 +70,10 @@ def write(
 
     None of the ids of `never` is written.
     """
-    memory = memory_of(lm)
+    memory = cache_of(lm)
     written: list[list[int]] = []
     for vectors in sequences.unpadded():
-        going_on, ids = Continuation(lm, memory), list[int]()
+        going_on, ids = CachedDecoder(lm, memory), list[int]()
         logits = going_on.read(vectors)
         while True:
             logits[list(never)] = -torch.inf
@@ -87,13 +87,13 @@ def write(
 
 
 @torch.no_grad()
-def memory_of(lm: PreTrainedModel) -> str | None:
+def cache_of(lm: PreTrainedModel) -> str | None:
     """Try on a few tokens by which argument a model goes on from what it has read; None where it does by none."""
     vectors = embed(lm, _some_tokens(lm, 1, _TRIED)).vectors[0]
     truth = lm(inputs_embeds=vectors[None], use_cache=False).logits[0].float()
     for name in _NAMES:
         if name in signature(lm.forward).parameters:
-            going_on = Continuation(lm, name)
+            going_on = CachedDecoder(lm, name)
             try:
                 tried = [going_on.read(part) for part in (vectors[:-2], vectors[-2:-1], vectors[-1:])]
             except Exception:  # models fail in ways of their own
@@ -111,7 +111,7 @@ def writes_in_batches(lm: PreTrainedModel) -> bool:
     tokens = _some_tokens(lm, 2, _TRIED)
     tokens.mask[1, _TRIED // 2 :] = False
     rows = embed(lm, tokens)
-    with evaluating(lm):
+    with eval_mode(lm):
         together = lm(**model_inputs(lm, join([rows], align="right")), use_cache=False).logits[:, -1].float()
         alone = [lm(inputs_embeds=row[None], use_cache=False).logits[0, -1].float() for row in rows.unpadded()]
     return _are_close(lm, together, torch.stack(alone), _CLOSE_PADDED)

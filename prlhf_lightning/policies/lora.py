@@ -5,17 +5,17 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
 from prlhf_lightning.errors import ConfigurationError
-from typing import Any
-import torch
-from peft import PeftModel
-from peft.tuners import lora
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)

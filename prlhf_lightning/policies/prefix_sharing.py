@@ -15,23 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-import torch
-from torch import Tensor
-from torch.nn.attention.flex_attention import BlockMask
-from prlhf_lightning.types import SoftPrompt
 from typing import Any
+
+import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prlhf_lightning.types import SoftPrompt
 
 BLOCK = 128  # positions in a block of FlexAttention's mask, for queries and for keys
 
 
 @dataclass(frozen=True)
-class Forest:
+class PackedPrefixes:
     """Trees laid out in rows.
 
     Attributes:
@@ -101,9 +101,9 @@ class Forest:
         return self.rows[trees], start + offsets - 1
 
 
-def plant(
+def pack_prefixes(
     trunk: Sequence[SoftPrompt], branches: Sequence[SoftPrompt], trees_in_row: int = 1, multiple: int = 1
-) -> Forest:
+) -> PackedPrefixes:
     """Lay out trees.
 
     Args:
@@ -112,8 +112,8 @@ def plant(
         trees_in_row: Trees in a row.
         multiple: W is a multiple of it.
     """
-    segments = SoftPrompt.side_by_side([*trunk, *branches])
-    parts = [SoftPrompt.side_by_side(trunk), *branches]
+    segments = SoftPrompt.cat_time([*trunk, *branches])
+    parts = [SoftPrompt.cat_time(trunk), *branches]
     lengths = torch.stack([part.mask.sum(1) for part in parts], dim=1)
     whole = lengths.sum(1)
     rows = torch.arange(len(whole), device=whole.device) // trees_in_row
@@ -132,7 +132,7 @@ def plant(
 
     shape = (int(rows[-1]) + 1, width)
     alone = torch.arange(width, device=part.device).expand(shape)
-    return Forest(
+    return PackedPrefixes(
         vectors=segments.vectors.new_zeros(*shape, segments.vectors.shape[-1]).index_put(
             at, segments.vectors[segments.mask]
         ),

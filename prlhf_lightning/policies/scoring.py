@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from prlhf_lightning.policies.prefix_sharing import takes_block_masks
 from prlhf_lightning.policies.moe import states_and_router_loss
+from prlhf_lightning.policies.prefix_sharing import BLOCK, pack_prefixes, takes_block_masks
 from prlhf_lightning.policies.sequences import join, token_log_probs
-from prlhf_lightning.policies.prefix_sharing import BLOCK, plant
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
 # The prompt is computed once where that spares at least this share of all positions (benchmarks/prompt_sharing.py):
@@ -31,7 +30,7 @@ _ROW = 1 << 15
 
 
 @dataclass(frozen=True)
-class Shortcuts:
+class Capabilities:
     """What may be skipped with a model, without changing a number.
 
     Attributes:
@@ -70,7 +69,7 @@ def score(
     lm: PreTrainedModel,
     before: Sequence[SoftPrompt],
     completions: Sequence[Tokens],
-    shortcuts: Shortcuts,
+    shortcuts: Capabilities,
     as_trees: bool = False,
     router_losses: list[Tensor] | None = None,
 ) -> tuple[LogProbs, ...]:
@@ -122,12 +121,12 @@ def score(
 
 
 @torch.no_grad()
-def score_each(
+def grouped_score(
     lm: PreTrainedModel,
     before: Sequence[SoftPrompt],
     completions: Tokens,
     prompt_of: Tensor,
-    shortcuts: Shortcuts,
+    shortcuts: Capabilities,
     batch_size: int,
 ) -> LogProbs:
     """Score any number of completions of each of U prompts, without gradient.
@@ -216,9 +215,9 @@ def _tree_states(
     packed = takes_block_masks(lm, rows.device)
     if packed:
         longest = sum(part.mask.shape[1] for part in (*before, *branches))
-        forest = plant(before, branches, max(1, min(trees, _ROW // longest)), BLOCK)
+        forest = pack_prefixes(before, branches, max(1, min(trees, _ROW // longest)), BLOCK)
     else:
-        forest = plant(before, branches)
+        forest = pack_prefixes(before, branches)
     hidden: Tensor = lm.base_model(
         inputs_embeds=forest.vectors,
         position_ids=forest.positions,

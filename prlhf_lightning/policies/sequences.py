@@ -25,7 +25,7 @@ def join(segments: Sequence[SoftPrompt], align: str = "left") -> SoftPrompt:
     Returns:
         `[B, T, d]` with T the longest row.
     """
-    joined = SoftPrompt.side_by_side(segments)
+    joined = SoftPrompt.cat_time(segments)
     order = joined.mask.int().argsort(dim=1, descending=align == "left", stable=True)
     width = int(joined.mask.sum(1).max())
     order = order[:, :width] if align == "left" else order[:, order.shape[1] - width :]

@@ -9,19 +9,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from prlhf_lightning.analysis.feedback_table import surface_features
+from prlhf_lightning.analysis.judges import Judge, PairResult, Person, Question, UtilityJudge, Vote, judge_pair
+from prlhf_lightning.analysis.votes import Floats
+from prlhf_lightning.analysis.win_rate import UserMean, user_mean
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.conversations import message_text
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import Split, read
 from prlhf_lightning.data.splits import spread
-from prlhf_lightning.analysis.feedback_table import surface_features
-from prlhf_lightning.analysis.judges import Judge, Person, Question, Ruling, UtilityJudge, Vote, rule
-from prlhf_lightning.analysis.votes import Floats
-from prlhf_lightning.analysis.win_rate import UserMean, user_mean
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.policies import Sampling
-from prlhf_lightning.reports.pairs import rows_of
+from prlhf_lightning.reports.pairs import rows_by_user
+from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.types import Tokens
 
 OWN, GENERIC, BEFORE, BASELINE = "for this user", "generic user", "before training", "baseline without users"
@@ -77,7 +77,7 @@ def find_people(data: PreferenceDataModule, pairs: Pairs, user_ids: Sequence[str
     Returns:
         The users of whom there is anything, and the tokens of their texts.
     """
-    places = rows_of(pairs, user_ids, _VOTES)
+    places = rows_by_user(pairs, user_ids, _VOTES)
     rows = {user_id: pairs.__getitems__(own) for user_id, own in places.items()}
     records = _records(data, {row["where"] for own in rows.values() for row in own})
     people = []
@@ -120,7 +120,7 @@ def _records(data: PreferenceDataModule, wheres: set[str]) -> dict[str, Feedback
     return found
 
 
-class Scribe:
+class AnswerGenerator:
     """Writes answers by the different writers.
 
     Args:
@@ -241,11 +241,11 @@ def win_rates(answers: Answers, judge: Judge, seed: int, on_ruling: Callable[[],
             continue
         own = answers.texts[OWN]
         questions = [Question(answers.prompts[p], answers.people[u], own[u][p], texts[u][p]) for u, p in places]
-        results.append(_counted(writer, users, rule(judge, questions, on_ruling), seed))
+        results.append(_counted(writer, users, judge_pair(judge, questions, on_ruling), seed))
     return results
 
 
-def _counted(against: str, users: Sequence[str], rulings: Sequence[Ruling], seed: int) -> WinRate:
+def _counted(against: str, users: Sequence[str], rulings: Sequence[PairResult], seed: int) -> WinRate:
     errors = [ruling.error for ruling in rulings if ruling.verdict is None]
     return WinRate(
         against,

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from prlhf_lightning.analysis.win_rate import UserMean, user_mean
-from prlhf_lightning.reports.differences import Differences
 from prlhf_lightning.reports.answers import Answers
-from prlhf_lightning.reports.user_map import UserMap
+from prlhf_lightning.reports.differences import Differences
 from prlhf_lightning.reports.page import Findings, gain_of, in_words, price_of
 from prlhf_lightning.reports.pairs import Scores
+from prlhf_lightning.reports.user_map import UserMap
 
 FORMAT = 1
 

@@ -13,11 +13,11 @@ from rich.text import Text
 from torch import Tensor
 
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
-from prlhf_lightning.simulation.users import SimulatedUser
-from prlhf_lightning.utils.io import write_whole
-from prlhf_lightning.utils.modes import evaluating
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.policies import Sampling
+from prlhf_lightning.simulation.users import SimulatedUser
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.utils.io import atomic_write_bytes
+from prlhf_lightning.utils.modes import eval_mode
 from prlhf_lightning.utils.terminal import LAYOUT, plain_console, printable
 
 _BATCH = 64
@@ -53,7 +53,7 @@ def write(
         sampling: How to draw; the model's own settings by default.
     """
     answers: list[str] = []
-    with evaluating(module):
+    with eval_mode(module):
         for start in range(0, len(requests), _BATCH):
             users, prompts = zip(*requests[start : start + _BATCH], strict=True)
             ids = [data.known_as(user.user_id) for user in users]
@@ -133,7 +133,7 @@ def compare(
         _show_answers(console, contenders, data, source)
     if folder and not quiet:
         content = {**results, **({"best possible": limits} if source else {})}
-        write_whole(folder / "comparison.json", json.dumps(content, indent=2).encode() + b"\n")
+        atomic_write_bytes(folder / "comparison.json", json.dumps(content, indent=2).encode() + b"\n")
 
 
 def _limits(source: SimulatedSource) -> dict[str, float]:

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prlhf_lightning.analysis.feedback_table import FeedbackTable
-from prlhf_lightning.analysis.feedback_table import SURFACE_FEATURES
-from prlhf_lightning.analysis.personalization_gain import ENOUGH_USERS, ENOUGH_VOTES, SMALL, Headroom
+from prlhf_lightning.analysis.feedback_table import SURFACE_FEATURES, FeedbackTable
+from prlhf_lightning.analysis.personalization_gain import ENOUGH_USERS, ENOUGH_VOTES, SMALL, PersonalizationGain
 from prlhf_lightning.analysis.votes import (
     Rate,
     Votes,
@@ -19,8 +18,8 @@ from prlhf_lightning.analysis.votes import (
     cycles,
     spread_between_users,
 )
-from prlhf_lightning.reports.html import FIRST, LINE, MUTED, SECOND, Cell, Page, Section
 from prlhf_lightning.reports.differences import Differences, add_differences
+from prlhf_lightning.reports.html import FIRST, LINE, MUTED, SECOND, Cell, Page, Section
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -41,7 +40,7 @@ class Finding:
         remarks: What else there is to say of the comparison.
     """
 
-    headroom: Headroom | None
+    headroom: PersonalizationGain | None
     kind: Literal["items", "features"]
     held_out: str
     remarks: list[str]
@@ -181,7 +180,7 @@ def _headroom(section: Section, finding: Finding) -> None:
     )
 
 
-def _ranks(found: Headroom) -> str:
+def _ranks(found: PersonalizationGain) -> str:
     ranks = sorted({choice.rank for choice in found.chosen})
     return f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
 

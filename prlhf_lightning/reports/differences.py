@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from prlhf_lightning.analysis.feedback_table import FeedbackTable
+from prlhf_lightning.analysis.differences import PreferenceSpread, preference_spread
+from prlhf_lightning.analysis.feedback_table import SURFACE_FEATURES, FeedbackTable
+from prlhf_lightning.analysis.votes import Floats, Indices, Votes
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.splits import spread as spread_over
-from prlhf_lightning.analysis.feedback_table import SURFACE_FEATURES
-from prlhf_lightning.analysis.differences import TasteSpread, taste_spread
-from prlhf_lightning.analysis.votes import Floats, Indices, Votes
 from prlhf_lightning.reports.html import FIRST, LINE, MUTED, SECOND, Cell, Section
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Differences:
     """
 
     features: tuple[str, ...]
-    tastes: TasteSpread
+    tastes: PreferenceSpread
     user_ids: tuple[str, ...]
     votes: int
     seldom: tuple[str, ...]
@@ -85,12 +84,12 @@ def find_differences(table: FeedbackTable, votes: Votes, seed: int = 0) -> Diffe
     differences = differences[:, often]
     usual = np.sqrt((differences**2).sum(0) / (differences != 0).sum(0))
     place = np.unique(votes.users, return_inverse=True)[1]
-    found = taste_spread(place, differences / usual, len(users), seed)
+    found = preference_spread(place, differences / usual, len(users), seed)
     order = np.argsort(-found.spread, kind="stable")
     names = np.array(list(SURFACE_FEATURES.values()))
     return Differences(
         tuple(names[often][order].tolist()),
-        TasteSpread(
+        PreferenceSpread(
             **{name: getattr(found, name)[..., order] for name in ("mean", "spread", "low", "high", "weights", "stds")}
         ),
         tuple(table.user_ids[user] for user in users),

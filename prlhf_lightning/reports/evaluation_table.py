@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table
 from torch import Tensor
 
-from prlhf_lightning.metrics import UserAccuracy, UserAUC
 from prlhf_lightning.analysis.personalization_gain import bootstrap
+from prlhf_lightning.metrics import UserAccuracy, UserAUC
 
 Rows: TypeAlias = Sequence[tuple[str, UserAccuracy | UserAUC]]
 

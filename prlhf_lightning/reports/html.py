@@ -24,7 +24,7 @@ from xml.etree import ElementTree
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from prlhf_lightning.utils.io import write_whole
+from prlhf_lightning.utils.io import atomic_write_bytes
 from prlhf_lightning.utils.shipped import ASSETS, check_shipped
 
 if TYPE_CHECKING:
@@ -204,7 +204,7 @@ class Page:
         Raises:
             CheckpointWriteError: The file cannot be written; what was there before is untouched.
         """
-        write_whole(Path(path), self.render().encode())
+        atomic_write_bytes(Path(path), self.render().encode())
 
 
 def _cell(value: Cell) -> str:

@@ -8,17 +8,17 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from prlhf_lightning.adaptation import ColdStartPoint
+from prlhf_lightning.analysis.win_rate import UserMean, user_mean
 from prlhf_lightning.data.conversations import message_text
 from prlhf_lightning.data.schema import Text
 from prlhf_lightning.metrics import UserAccuracy
-from prlhf_lightning.analysis.win_rate import UserMean, user_mean
-from prlhf_lightning.reports.html import Cell, Page, Section
 from prlhf_lightning.reports import plots
-from prlhf_lightning.reports.differences import Differences, add_differences
 from prlhf_lightning.reports.answers import BASELINE, BEFORE, GENERIC, OWN, Answers, WinRate
-from prlhf_lightning.reports.user_map import UserMap
+from prlhf_lightning.reports.differences import Differences, add_differences
+from prlhf_lightning.reports.html import Cell, Page, Section
 from prlhf_lightning.reports.pairs import Scores
 from prlhf_lightning.reports.run import Run
+from prlhf_lightning.reports.user_map import UserMap
 
 _LISTED = 10
 _PROMPTS = 4

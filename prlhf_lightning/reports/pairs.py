@@ -109,7 +109,7 @@ def cold_start_of(module: PersonalizedLM, pairs: Pairs | None) -> list[ColdStart
     return cold_start(module, known, held)
 
 
-def rows_of(pairs: Pairs, user_ids: Sequence[str], most: int) -> dict[str, list[int]]:
+def rows_by_user(pairs: Pairs, user_ids: Sequence[str], most: int) -> dict[str, list[int]]:
     """Return up to `most` places of each user's rows in a set, of those users who have any."""
     codes = pairs.split.users[pairs.positions]
     code_of = {user_id: code for code, user_id in enumerate(pairs.split.user_ids)}

@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from prlhf_lightning.adaptation import ColdStartPoint
-from prlhf_lightning.metrics import UserAccuracy, wilson_interval
 from prlhf_lightning.analysis.win_rate import UserMean
+from prlhf_lightning.metrics import UserAccuracy, wilson_interval
 from prlhf_lightning.reports.html import FIRST, FOURTH, INK, LINE, MUTED, SECOND, THIRD, Section
-from prlhf_lightning.reports.user_map import UserMap
 from prlhf_lightning.reports.run import Run
+from prlhf_lightning.reports.user_map import UserMap
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

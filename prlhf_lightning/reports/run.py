@@ -12,12 +12,12 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prlhf_lightning.utils.trust import only_trusted_classes
+from prlhf_lightning.cli.checkpoints import check_configuration
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.utils.io import from_cell
 from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.cli.checkpoints import check_configuration
+from prlhf_lightning.utils.io import unescape_cell
+from prlhf_lightning.utils.trust import only_trusted_classes
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _users(path: Path) -> list[dict[str, str | float]]:
     try:
         with path.open(newline="", encoding="utf-8") as file:
             return [
-                {name: from_cell(value) if name == "user_id" else float(value) for name, value in row.items()}
+                {name: unescape_cell(value) if name == "user_id" else float(value) for name, value in row.items()}
                 for row in csv.DictReader(file)
                 if row["user_id"]
             ]

@@ -11,18 +11,11 @@ from starlette.staticfiles import StaticFiles
 
 import prlhf_lightning
 from prlhf_lightning.serving import errors
-from prlhf_lightning.serving import models_routes
-from prlhf_lightning.serving import models_routes
-from prlhf_lightning.serving import feedback_routes
-from prlhf_lightning.serving import completions
-from prlhf_lightning.serving import feedback_routes
-from prlhf_lightning.serving import models_routes
-from prlhf_lightning.serving.middleware import HostCheck
+from prlhf_lightning.serving.auth import RateLimiter
 from prlhf_lightning.serving.completions import completions_router
 from prlhf_lightning.serving.feedback_routes import adapt_router, feedback_router
+from prlhf_lightning.serving.middleware import AccessLog, AuthMiddleware, BodyLimit, HostCheck
 from prlhf_lightning.serving.models_routes import FOLDER, demo_router, models_router, operations_router
-from prlhf_lightning.serving.auth import RateLimiter
-from prlhf_lightning.serving.middleware import AccessLog, BodyLimit, Gate
 from prlhf_lightning.serving.services import Services
 
 
@@ -58,7 +51,7 @@ def create_app(services: Services) -> FastAPI:
     # The last is the first to see a request.
     app.add_middleware(BodyLimit, most=services.limits.max_body, seconds=services.limits.read_seconds)
     limiter = RateLimiter(services.limits.requests_per_minute, services.limits.burst)
-    app.add_middleware(Gate, keys=services.keys, limiter=limiter)
+    app.add_middleware(AuthMiddleware, keys=services.keys, limiter=limiter)
     app.add_middleware(HostCheck, names=services.hosts)
     app.add_middleware(AccessLog, metrics=services.metrics)
     return app

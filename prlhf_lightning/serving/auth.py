@@ -14,15 +14,14 @@ from fnmatch import fnmatchcase
 from hashlib import sha256
 from hmac import compare_digest
 from pathlib import Path
-from typing import Any
-from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError
-from prlhf_lightning.utils.io import append_whole
-from collections.abc import Iterable
-from typing import Annotated, TypeAlias
+from typing import Annotated, Any, TypeAlias
+
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from prlhf_lightning.serving.errors import APIError
 
+from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError
+from prlhf_lightning.serving.errors import APIError
+from prlhf_lightning.utils.io import append_whole
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _GUESSABLE = 16  # characters; wrong keys are not slowed, since those that are made here can't be guessed at any speed

@@ -17,13 +17,12 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from prlhf_lightning.errors import PRLHFError, PromptTooLongError
-from prlhf_lightning.inference import Generation, Piece
+from prlhf_lightning.inference import Chunk, GenerationRequest
 from prlhf_lightning.serving import schemas
-from prlhf_lightning.serving.auth import Caller, caller_of, check_users
+from prlhf_lightning.serving.auth import APIKey, Caller, caller_of, check_users
 from prlhf_lightning.serving.errors import APIError, documented
-from prlhf_lightning.serving.auth import APIKey
+from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded, PendingRequest
 from prlhf_lightning.serving.services import Prompt, Services
-from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded, Ticket
 
 T = TypeVar("T")
 Body: TypeAlias = schemas.ChatRequest | schemas.CompletionRequest
@@ -73,7 +72,7 @@ class _Usage:
     read: int = 0
     written: int = 0
 
-    def add(self, piece: Piece) -> None:
+    def add(self, piece: Chunk) -> None:
         self.read, self.written = piece.prompt_tokens, self.written + piece.tokens
 
     def told(self) -> dict[str, int]:
@@ -91,7 +90,7 @@ class _Answer:
         on_first: Called when there is the first piece.
     """
 
-    ticket: Ticket
+    ticket: PendingRequest
     base: dict[str, Any]
     on_first: Callable[[], None]
 
@@ -132,7 +131,7 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
     status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
     started, most = time.monotonic(), services.limits.max_tokens
     try:
-        generation = Generation(
+        generation = GenerationRequest(
             prompt=prompt,
             user=_named(body, services.rename),
             user_text=body.user_text or "",

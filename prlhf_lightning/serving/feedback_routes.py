@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import time
-from typing import Any
-from uuid import uuid4
-from fastapi import APIRouter, Response
-from prlhf_lightning.data.feedback_log import ConflictError, Feedback, FeedbackLog, FeedbackLogError
-from prlhf_lightning.serving import schemas
-from prlhf_lightning.serving.auth import Caller, check_users
-from prlhf_lightning.serving.errors import APIError, documented
-from prlhf_lightning.serving.services import Services
 import json
+import time
 from functools import partial
 from itertools import accumulate, takewhile
-from fastapi import APIRouter, Request
+from typing import Any
+from uuid import uuid4
+
+from fastapi import APIRouter, Request, Response
+
+from prlhf_lightning.data.feedback_log import ConflictError, Feedback, FeedbackLog, FeedbackLogError
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.data.feedback_log import FeedbackLog, FeedbackLogError
+from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.auth import Caller, caller_of, check_users
-from prlhf_lightning.serving.services import Learner, Services
+from prlhf_lightning.serving.errors import APIError, documented
 from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Overloaded
+from prlhf_lightning.serving.services import Learner, Services
 
 
 def feedback_router(services: Services, log: FeedbackLog) -> APIRouter:

@@ -6,21 +6,21 @@ Plain ASGI, so that streams pass through piece by piece.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import time
 import traceback
-from uuid import uuid4
-from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from prlhf_lightning.serving.errors import APIError
-from prlhf_lightning.serving.auth import ANYONE, APIKey, KeyRing, RateLimiter
-from prlhf_lightning.serving.metrics import Metrics
-import ipaddress
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
-from starlette.types import ASGIApp, Receive, Scope, Send
+from uuid import uuid4
 
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from prlhf_lightning.serving.auth import ANYONE, APIKey, KeyRing, RateLimiter
+from prlhf_lightning.serving.errors import APIError
+from prlhf_lightning.serving.metrics import Metrics
 
 _log = logging.getLogger("prlhf_lightning.serving")
 access_log = logging.getLogger("prlhf_lightning.access")
@@ -80,7 +80,7 @@ class AccessLog:
             access_log.info(json.dumps(line))
 
 
-class Gate:
+class AuthMiddleware:
     """Lets in to the API only who has a key and has not asked too often, before anything of a request is read."""
 
     def __init__(self, app: ASGIApp, keys: KeyRing, limiter: RateLimiter) -> None:

@@ -5,22 +5,21 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 from itertools import islice
-from typing import Annotated
-from fastapi import APIRouter, Query
-from prlhf_lightning.serving import schemas
-from prlhf_lightning.serving.auth import Caller
-from prlhf_lightning.serving.errors import APIError, documented
-from prlhf_lightning.serving.auth import APIKey
-from prlhf_lightning.serving.services import Services
-from fastapi import APIRouter
-from starlette.responses import PlainTextResponse, Response
-from prlhf_lightning.data.feedback_log import FeedbackLogError
-from prlhf_lightning.serving.metrics import CONTENT_TYPE
 from pathlib import Path
-from starlette.responses import FileResponse
+from typing import Annotated
+
+from fastapi import APIRouter, Query
+from starlette.responses import FileResponse, PlainTextResponse, Response
+
+from prlhf_lightning.data.feedback_log import FeedbackLogError
+from prlhf_lightning.serving import schemas
+from prlhf_lightning.serving.auth import APIKey, Caller
+from prlhf_lightning.serving.errors import APIError, documented
+from prlhf_lightning.serving.metrics import CONTENT_TYPE
+from prlhf_lightning.serving.services import Services
 
 
-class Directory:
+class UserDirectory:
     """The ids of users in their order, in which those that begin alike stand together."""
 
     def __init__(self) -> None:
@@ -42,7 +41,7 @@ class Directory:
 def models_router(services: Services) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["catalogue"])
-    directory = Directory()
+    directory = UserDirectory()
     model = schemas.Model(id=services.writer.name, created=services.started)
 
     @routes.get("/v1/models", responses=documented(401, 429, 500))

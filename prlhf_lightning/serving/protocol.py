@@ -12,7 +12,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from prlhf_lightning.serving.errors import APIError
 
 
-class PatientProtocol(H11Protocol):
+class TimeoutProtocol(H11Protocol):
     """HTTP that does not wait for ever, as uvicorn's own does: for a request's head, or for a client to read.
 
     A connection whose head is late gets 408 where some of it has come, and is closed; one that has left what was sent

@@ -7,18 +7,15 @@ import logging
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Protocol, TypeVar
-from prlhf_lightning.errors import PRLHFError
-from prlhf_lightning.inference import Generation, Piece
-from prlhf_lightning.serving.metrics import Metrics
-from collections import deque
-from collections.abc import AsyncIterator, Callable
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
+from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.inference import Chunk, GenerationRequest
+from prlhf_lightning.serving.metrics import Metrics
 
 T = TypeVar("T")
 _log = logging.getLogger("prlhf_lightning.serving")
@@ -31,13 +28,13 @@ _AHEAD = 8
 class WritingEngine(Protocol):
     """What the scheduler needs of `inference.Engine`."""
 
-    def add(self, generation: Generation) -> int:
+    def add(self, generation: GenerationRequest) -> int:
         """Take in a request; return its number."""
 
     def cancel(self, number: int) -> None:
         """Forget a request."""
 
-    def step(self) -> list[Piece]:
+    def step(self) -> list[Chunk]:
         """Write the next token of every request."""
 
     @property
@@ -51,12 +48,12 @@ class WritingEngine(Protocol):
 
 @dataclass(frozen=True)
 class _Add:
-    ticket: Ticket
+    ticket: PendingRequest
 
 
 @dataclass(frozen=True)
 class _Cancel:
-    ticket: Ticket
+    ticket: PendingRequest
 
 
 @dataclass(frozen=True)
@@ -79,13 +76,13 @@ class Scheduler:
     def __init__(self, make_engine: Callable[[], WritingEngine], max_open: int, metrics: Metrics) -> None:
         self._make_engine, self._max_open, self._metrics = make_engine, max_open, metrics
         self._inbox: SimpleQueue[_Add | _Cancel | _Call | None] = SimpleQueue()
-        self._open: dict[Ticket, None] = {}  # in the order of their arrival
+        self._open: dict[PendingRequest, None] = {}  # in the order of their arrival
         self._closing = False
         self._ended = False  # the thread, as far as the event loop knows
         self._engine = make_engine()
         self._calls: deque[_Call] = deque()  # that came while another was being made
         self._waiting = FairQueue()
-        self._writing: dict[int, Ticket] = {}
+        self._writing: dict[int, PendingRequest] = {}
         self._ending = False
         self._failures = 0  # since the last step that went well
         self._calling: dict[str, asyncio.Future[Any]] = {}  # calls that have not been answered, by who asked
@@ -102,7 +99,7 @@ class Scheduler:
         """Whether the engine can be expected to write."""
         return self._thread.is_alive() and not self._closing and self._failures < _FAILURES_UNTIL_UNWELL
 
-    async def submit(self, generation: Generation, caller: str = "") -> Ticket:
+    async def submit(self, generation: GenerationRequest, caller: str = "") -> PendingRequest:
         """Line a request up and wait until the engine has accepted it, which is when there is nearly room for it.
 
         Args:
@@ -119,7 +116,7 @@ class Scheduler:
             raise Closing
         if len(self._open) >= self._max_open:
             self._make_room(caller)
-        ticket = Ticket(generation, caller, self._close)
+        ticket = PendingRequest(generation, caller, self._close)
         self._open[ticket] = None
         self._inbox.put(_Add(ticket))
         try:
@@ -178,16 +175,16 @@ class Scheduler:
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
 
-    def _close(self, ticket: Ticket) -> None:
+    def _close(self, ticket: PendingRequest) -> None:
         if ticket in self._open:
             del self._open[ticket]
             self._inbox.put(_Cancel(ticket))
 
-    def _dismiss(self, ticket: Ticket, why: Exception) -> None:
+    def _dismiss(self, ticket: PendingRequest, why: Exception) -> None:
         ticket.put(why)
         self._close(ticket)
 
-    def _deliver(self, events: list[tuple[Ticket, Event]]) -> None:
+    def _deliver(self, events: list[tuple[PendingRequest, Event]]) -> None:
         for ticket, event in events:
             if ticket in self._open and ticket.put(event):
                 del self._open[ticket]
@@ -203,7 +200,7 @@ class Scheduler:
         for done in list(self._calling.values()):
             _settle(done, EngineFailed())
 
-    def _send(self, events: list[tuple[Ticket, Event]]) -> None:
+    def _send(self, events: list[tuple[PendingRequest, Event]]) -> None:
         if events:
             self._loop.call_soon_threadsafe(self._deliver, events)
 
@@ -271,7 +268,7 @@ class Scheduler:
                 return
             self._add(self._waiting.pop())
 
-    def _add(self, ticket: Ticket) -> None:
+    def _add(self, ticket: PendingRequest) -> None:
         try:
             ticket.number = self._engine.add(ticket.generation)
         except PRLHFError as error:
@@ -338,7 +335,7 @@ class EngineFailed(Exception):
     """The engine failed while it wrote this and other requests; the next ones are written by a new one."""
 
 
-class Ticket:
+class PendingRequest:
     """A request: once it is accepted, iterate over the pieces of its answer.
 
     Iterating raises EngineFailed where the engine fails, and Closing where the server ends before the answer.
@@ -349,14 +346,14 @@ class Ticket:
         close: Called with this ticket when nobody waits for it any more.
     """
 
-    def __init__(self, generation: Generation, caller: str, close: Callable[[Ticket], None]) -> None:
+    def __init__(self, generation: GenerationRequest, caller: str, close: Callable[[PendingRequest], None]) -> None:
         self.generation, self.caller = generation, caller
         self.accepted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.number = -1  # of the engine's thread, which alone uses it
-        self._pieces: asyncio.Queue[Piece | Exception] = asyncio.Queue()
+        self._pieces: asyncio.Queue[Chunk | Exception] = asyncio.Queue()
         self._close = close
 
-    async def __aiter__(self) -> AsyncIterator[Piece]:
+    async def __aiter__(self) -> AsyncIterator[Chunk]:
         """Yield pieces until one has a finish reason."""
         while True:
             piece = await self._pieces.get()
@@ -380,7 +377,7 @@ class Ticket:
         return isinstance(event, Exception) or event.finish_reason is not None
 
 
-Event: TypeAlias = Piece | Exception | None
+Event: TypeAlias = Chunk | Exception | None
 """A piece, an error, or nothing: the request was accepted."""
 
 
@@ -388,16 +385,16 @@ class FairQueue:
     """First come, first served among the requests of one caller; callers take turns."""
 
     def __init__(self) -> None:
-        self._lines: dict[str, deque[Ticket]] = {}  # in the order of their turns; none is empty
+        self._lines: dict[str, deque[PendingRequest]] = {}  # in the order of their turns; none is empty
 
     def __bool__(self) -> bool:
         return bool(self._lines)
 
-    def push(self, ticket: Ticket) -> None:
+    def push(self, ticket: PendingRequest) -> None:
         """Line a request up behind its caller's others."""
         self._lines.setdefault(ticket.caller, deque()).append(ticket)
 
-    def pop(self) -> Ticket:
+    def pop(self) -> PendingRequest:
         """Return the next request of the caller whose turn it is."""
         caller = next(iter(self._lines))
         line = self._lines.pop(caller)
@@ -406,7 +403,7 @@ class FairQueue:
             self._lines[caller] = line  # behind all others
         return ticket
 
-    def discard(self, ticket: Ticket) -> None:
+    def discard(self, ticket: PendingRequest) -> None:
         """Forget a request; one that is not here is no error."""
         line = self._lines.get(ticket.caller, deque())
         if ticket in line:

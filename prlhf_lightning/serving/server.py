@@ -13,16 +13,15 @@ from pathlib import Path
 
 import uvicorn
 
-from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.data.feedback_log import FeedbackLog
-from prlhf_lightning.inference import Engine, PersonalizedWriter
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.inference import Engine, Generator
 from prlhf_lightning.serving.app import create_app
-from prlhf_lightning.serving.middleware import is_loopback
 from prlhf_lightning.serving.auth import KeyRing
-from prlhf_lightning.serving.middleware import access_log
-from prlhf_lightning.serving.protocol import PatientProtocol
-from prlhf_lightning.serving.services import Learner, Services
 from prlhf_lightning.serving.limits import Limits
+from prlhf_lightning.serving.middleware import access_log, is_loopback
+from prlhf_lightning.serving.protocol import TimeoutProtocol
+from prlhf_lightning.serving.services import Learner, Services
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they never write to a closed one
@@ -30,7 +29,7 @@ _LAST_WORDS = 5  # seconds after draining in which to send what it comes to
 
 
 def run(
-    load: Callable[[], tuple[PersonalizedWriter, Learner | None]],
+    load: Callable[[], tuple[Generator, Learner | None]],
     host: str,
     port: int,
     feedback: str | None,
@@ -88,7 +87,7 @@ def make_server(services: Services, drain_seconds: float) -> uvicorn.Server:
         services: What it serves.
         drain_seconds: How long answers may still be written once it is told to end.
     """
-    protocol = type("Protocol", (PatientProtocol,), {"seconds": services.limits.read_seconds})
+    protocol = type("Protocol", (TimeoutProtocol,), {"seconds": services.limits.read_seconds})
     config = uvicorn.Config(
         create_app(services),
         http=protocol,

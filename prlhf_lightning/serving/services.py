@@ -12,12 +12,12 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 from starlette.concurrency import run_in_threadpool
 
 from prlhf_lightning.data.feedback_log import FeedbackLog, FeedbackLogError
-from prlhf_lightning.inference import PersonalizedWriter
-from prlhf_lightning.serving.errors import APIError
+from prlhf_lightning.inference import Generator
 from prlhf_lightning.serving.auth import KeyRing
+from prlhf_lightning.serving.errors import APIError
+from prlhf_lightning.serving.limits import Limits
 from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
-from prlhf_lightning.serving.limits import Limits
 
 T = TypeVar("T")
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -61,7 +61,7 @@ class Services:
         hosts: Patterns of names, besides `localhost` and addresses, by which the server may be called; None for any.
     """
 
-    writer: PersonalizedWriter
+    writer: Generator
     make_engine: Callable[[], WritingEngine]
     log: FeedbackLog | None = None
     keys: KeyRing = field(default_factory=KeyRing)

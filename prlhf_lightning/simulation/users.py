@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
-from prlhf_lightning.simulation.grammar import ATTRIBUTES, STYLES, Style, parse
 
+from prlhf_lightning.simulation.grammar import ATTRIBUTES, STYLES, Style, parse
 
 # Mutually distant directions of taste; each gives two groups, a direction and its opposite.
 _DIRECTIONS = ((1, 1, 1, 1, 1), (1, -1, 1, -1, -1), (-1, -1, 1, 1, -1), (1, -1, -1, 1, 1))

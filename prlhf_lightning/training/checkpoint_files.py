@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
-from prlhf_lightning.utils.io import replacing
+from prlhf_lightning.utils.io import atomic_writer
 
 _MARK = b"prlhf_lightning sha256 "
 _DIGEST = 64  # hexadecimal digits
@@ -39,16 +39,16 @@ def save(content: Any, path: Path, as_old_as: Path | None = None) -> None:
     Raises:
         CheckpointWriteError: The disk is full, or the like; the file is what it was before.
     """
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         torch.save(content, file)
-        seal(file)
+        append_checksum(file)
         if as_old_as is not None:
             file.flush()  # so that nothing is written after
             times = as_old_as.stat()
             os.utime(file.fileno(), ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
-def seal(file: BinaryIO) -> None:
+def append_checksum(file: BinaryIO) -> None:
     """Write the digest of a zip file, that has no comment yet, into its comment."""
     file.seek(-2, os.SEEK_END)
     file.write(_COMMENT.to_bytes(2, "little") + _MARK)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prlhf_lightning.training.checkpointing import KEY
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.training.checkpointing import KEY
 
 _FIX = "use a checkpoint that `fit` wrote"
 

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
+
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
+
 from prlhf_lightning.data.tokenization import TokenizationSettings, tokenizer_identity
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.sharding import plain_name
 from prlhf_lightning.policies import Policy
-from prlhf_lightning.user_models import UserModel
-from collections.abc import Collection, Mapping, Sequence
-from torch import Tensor
-from pathlib import Path
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch import Trainer
 from prlhf_lightning.training import checkpoint_files
-from collections.abc import Mapping
-from prlhf_lightning.data.tokenization import TokenizationSettings
-
+from prlhf_lightning.training.sharding import plain_name
+from prlhf_lightning.user_models import UserModel
 
 _RENDERING = ("chat_template", "user_text_format", "chat_template_args")  # a date is the checkpoint's unless it is set
 
@@ -209,7 +206,7 @@ def _cause(name: str, saved: Tensor, here: Sequence[int], is_table: bool) -> str
     return "another policy.model"
 
 
-class SealedCheckpointIO(TorchCheckpointIO):
+class ChecksummedCheckpointIO(TorchCheckpointIO):
     """Writes checkpoints in one step with a seal, and loads only those that are whole.
 
     A `PersonalizedLM` sees to it that its Trainer uses this; with other modules, give it to the Trainer:
@@ -251,10 +248,10 @@ def is_local(path: str | Path) -> bool:
     return "://" not in str(path)
 
 
-def use_sealed_files(trainer: Trainer) -> None:
+def use_checksummed_files(trainer: Trainer) -> None:
     """Have a trainer write and read sealed files, unless it was given a way of its own."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = SealedCheckpointIO()
+        trainer.strategy.checkpoint_io = ChecksummedCheckpointIO()
 
 
 KEY = "prlhf_lightning"

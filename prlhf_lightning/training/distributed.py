@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-import torch
-from lightning.pytorch import Trainer
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from prlhf_lightning.user_models import UserModel
 from hashlib import blake2b
 from typing import TypeVar
+
+import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from prlhf_lightning.user_models import UserModel
 
 
 def sparse_tables(user_model: UserModel) -> list[Tensor]:
@@ -35,7 +36,7 @@ def exclude_from_ddp(module: nn.Module, tables: Iterable[Tensor]) -> None:
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]
 
 
-def begin_alike(user_model: UserModel, alone: bool) -> None:
+def broadcast_parameters(user_model: UserModel, alone: bool) -> None:
     """Give all processes the first one's user model; all processes must call this.
 
     Args:
@@ -52,7 +53,7 @@ def average_gradients(user_model: UserModel, alone: bool, trainer: Trainer) -> N
 
     Args:
         user_model: A user model after its backward pass.
-        alone: As in `begin_alike`.
+        alone: As in `broadcast_parameters`.
         trainer: What trains it.
     """
     tables = sparse_tables(user_model)

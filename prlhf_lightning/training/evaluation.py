@@ -9,12 +9,12 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from prlhf_lightning.metrics import PreferenceAccuracy, ThumbsAUC, UserAccuracy, UserAUC
-from prlhf_lightning.training.objective import Term
+from prlhf_lightning.metrics import PreferenceAccuracy, UnpairedAUC, UserAccuracy, UserAUC
 from prlhf_lightning.training.distributed import gather_objects, stable_hash
+from prlhf_lightning.training.objective import Term
 from prlhf_lightning.types import Feedback
 
-_METRICS: dict[Feedback, type[PreferenceAccuracy | ThumbsAUC]] = {"pairs": PreferenceAccuracy, "thumbs": ThumbsAUC}
+_METRICS: dict[Feedback, type[PreferenceAccuracy | UnpairedAUC]] = {"pairs": PreferenceAccuracy, "thumbs": UnpairedAUC}
 HEADLINE: dict[Feedback, str] = {"pairs": "accuracy", "thumbs": "auc"}
 """The value that tells most, by the kind of feedback."""
 

@@ -20,13 +20,13 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import NonFiniteError
-from prlhf_lightning.utils.finite import are_finite, named_not_finite
 from prlhf_lightning.losses import PreferenceLoss
-from prlhf_lightning.utils.modes import evaluating
-from prlhf_lightning.training.micro_batch import place_of
-from prlhf_lightning.training.distributed import gather_objects, mean_over_processes
 from prlhf_lightning.policies import Policy
+from prlhf_lightning.training.distributed import gather_objects, mean_over_processes
+from prlhf_lightning.training.micro_batch import describe_row
 from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.utils.finite import are_finite, named_not_finite
+from prlhf_lightning.utils.modes import eval_mode
 
 _NAMED = 3  # rows
 
@@ -86,9 +86,9 @@ class FiniteGuard:
         records = self._of_losses()
         if not records and losses_of is not None:
             # Dropout, and losses that keep a running state, leave the search alone.
-            with evaluating(module), trainer.precision_plugin.train_step_context():
+            with eval_mode(module), trainer.precision_plugin.train_step_context():
                 records = self._of_gradients(losses_of, params)
-        rows = [f"{place_of(trainer, record)} (user {user_id!r})" for record, user_id in records]
+        rows = [f"{describe_row(trainer, record)} (user {user_id!r})" for record, user_id in records]
         named = [row for part in gather_objects(trainer, rows) for row in part]
         return _error(trainer.global_step, named, advice, searched=losses_of is not None)
 

@@ -28,8 +28,8 @@ from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.optim import Optimizer
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.sharding import METHODS, OneFile
 from prlhf_lightning.policies import Policy
+from prlhf_lightning.training.sharding import METHODS, OneFile
 
 _rekey = FullyShardedDataParallel.rekey_optim_state_dict
 

@@ -9,13 +9,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.functional import embedding_bag
 
 from prlhf_lightning.data.batching import USERS_AT_ONCE
-from prlhf_lightning.utils.progress import tracked
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.types import History, PairTokens, Tokens
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.utils.progress import tracked
 
 _WORTH_A_BAR = 10_000  # users
 

@@ -19,7 +19,14 @@ from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 
 from prlhf_lightning.errors import CheckpointWriteError
-from prlhf_lightning.utils.io import append_whole, check_writable, naming, partial_of, put_in_place, write_whole
+from prlhf_lightning.utils.io import (
+    append_whole,
+    atomic_write_bytes,
+    check_writable,
+    naming,
+    partial_path,
+    put_in_place,
+)
 
 #: Loggers that write into a folder of their own for each run: `save_dir/name/version_N`.
 _LOCAL = (CSVLogger, TensorBoardLogger)
@@ -93,7 +100,7 @@ _SAFE: dict[type, type] = {CSVLogger: MetricsTable, TensorBoardLogger: EventFile
 
 def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Write `hparams.yaml`, as Lightning does, in one step."""
-    partial = partial_of(path)
+    partial = partial_path(path)
     with naming(path):
         try:
             save_hparams_to_yaml(partial, dict(settings))
@@ -176,7 +183,7 @@ class MetricsFile(ExperimentWriter):
         """Begin the file with rows, such as those of an earlier run."""
         columns = sorted({name for row in rows for name in row})
         header = dict(zip(columns, columns, strict=True))
-        write_whole(Path(self.metrics_file_path), _as_csv([header, *rows], columns))
+        atomic_write_bytes(Path(self.metrics_file_path), _as_csv([header, *rows], columns))
         self._is_begun, self.metrics_keys = True, columns
 
     def save(self) -> None:

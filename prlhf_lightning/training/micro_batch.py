@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
+
 from prlhf_lightning.data.sampling import UserGroupedBatchSampler
 from prlhf_lightning.data.streaming import StreamBatchSampler
 from prlhf_lightning.metrics.preference import pair_scores
+from prlhf_lightning.training.distributed import stable_hash, sum_over_processes
 from prlhf_lightning.training.objective import Term
-from prlhf_lightning.training.distributed import stable_hash
 from prlhf_lightning.types import Feedback, LogProbs
-from collections.abc import Mapping
-from typing import TypeAlias
-from prlhf_lightning.training.distributed import sum_over_processes
 
 
-def seed_chance(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
+def seed_randomness(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
     """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
     draw = f"{seed} {trainer.global_rank} {trainer.current_epoch} {batch_idx}"
     torch.manual_seed(stable_hash(draw))
 
 
-def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
+def batch_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
     """Return a batch's pairs over the mean number in the batches of its optimiser step, over all processes.
 
     Lightning takes the mean over the batches that are accumulated, and DDP that over processes, whatever their
@@ -44,7 +44,7 @@ def share_of_step(trainer: Trainer, pairs: int, batch_idx: int) -> float:
     return pairs * window / sampler.pairs_per_rank(trainer.current_epoch, step)
 
 
-def place_of(trainer: Trainer, record: int) -> str:
+def describe_row(trainer: Trainer, record: int) -> str:
     """Return where a row of the present stage stands in the data, given its number in `PreferenceBatch.records`."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     stage = "train" if trainer.training else "test" if trainer.testing else "validate"

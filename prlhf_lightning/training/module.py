@@ -21,53 +21,71 @@ from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import KEY, entry_of, settings_of, users_of
-from prlhf_lightning.utils.trust import class_paths, only_trusted_classes
-from prlhf_lightning.data.tokenization import decode, loses_first_space, read_on_from
 from prlhf_lightning.data.batching import share_of
 from prlhf_lightning.data.schema import Text
-from prlhf_lightning.data.tokenization import TokenizationSettings
+from prlhf_lightning.data.tokenization import TokenizationSettings, decode, loses_first_space, read_on_from
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.finite import check_finite
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import UserAccuracy, UserAUC
-from prlhf_lightning.training import checkpointing
-from prlhf_lightning.training.checkpointing import names_of, trained_names
-from prlhf_lightning.training.checkpointing import check_names, check_shapes
-from prlhf_lightning.training.checkpointing import is_local, use_sealed_files
+from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.policies.loading import warning_of_other_base
+from prlhf_lightning.training import checkpoint_files, checkpointing
+from prlhf_lightning.training.checkpointing import (
+    KEY,
+    check_names,
+    check_shapes,
+    entry_of,
+    is_local,
+    names_of,
+    settings_of,
+    trained_names,
+    use_checksummed_files,
+    users_of,
+)
+from prlhf_lightning.training.distributed import (
+    average_gradients,
+    broadcast_parameters,
+    ddp_wrapper,
+    exclude_from_ddp,
+    holds_whole_model,
+    sparse_tables,
+    sum_over_processes,
+)
 from prlhf_lightning.training.evaluation import HEADLINE, Evaluation
 from prlhf_lightning.training.finite import FiniteGuard, check_state, what_to_try
-from prlhf_lightning.training.optim import StepParameters, clip_gradients
 from prlhf_lightning.training.histories import keep_histories
-from prlhf_lightning.training.micro_batch import IntervalMeans, is_logged_now
-from prlhf_lightning.training.micro_batch import seed_chance, share_of_step, sums_to_log
+from prlhf_lightning.training.micro_batch import (
+    IntervalMeans,
+    batch_weight,
+    is_logged_now,
+    seed_randomness,
+    sums_to_log,
+)
 from prlhf_lightning.training.objective import Objective, Term
 from prlhf_lightning.training.optim import (
     Optim,
+    StepParameters,
     apply_settings,
+    clip_gradients,
     make_optimizer,
     make_schedule,
     optimizer_steps,
     training_batches,
 )
 from prlhf_lightning.training.precision import cast_frozen, check_float16, described, keep_trained_in_float32
-from prlhf_lightning.training.distributed import ddp_wrapper, holds_whole_model, sum_over_processes
 from prlhf_lightning.training.prompts import to_tokens
 from prlhf_lightning.training.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.training.resume import StepProgress, end_epoch, go_on
-from prlhf_lightning.training.settings_checks import check_row_lengths
-from prlhf_lightning.training.sharding import check_strategy, is_sharded, shard, stand_in
-from prlhf_lightning.training.distributed import average_gradients, begin_alike, exclude_from_ddp, sparse_tables
-from prlhf_lightning.training.settings_checks import check_feedback, check_fit
+from prlhf_lightning.training.settings_checks import check_feedback, check_fit, check_row_lengths
+from prlhf_lightning.training.sharding import check_strategy, dummy_batch, is_sharded, shard
 from prlhf_lightning.training.warm_start import WarmStart
-from prlhf_lightning.utils.load_errors import opening
-from prlhf_lightning.policies import Policy, Sampling
-from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.user_models.shapes import shapes_when_built
+from prlhf_lightning.utils.finite import check_finite
+from prlhf_lightning.utils.load_errors import opening
+from prlhf_lightning.utils.trust import class_paths, only_trusted_classes
 
 # So that a checkpoint of a module built in code opens with `weights_only=True`.
 torch.serialization.add_safe_globals([Optim, Sampling])
@@ -170,7 +188,7 @@ class PersonalizedLM(LightningModule):
 
     def setup(self, stage: str) -> None:
         """Take the users from the data, unless a checkpoint has brought its own."""
-        use_sealed_files(self.trainer)
+        use_checksummed_files(self.trainer)
         check_strategy(self.trainer.strategy)
         keep_trained_in_float32(self.trainer)
         datamodule = getattr(self.trainer, "datamodule", None)
@@ -243,7 +261,7 @@ class PersonalizedLM(LightningModule):
             rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
         ddp = ddp_wrapper(self.trainer)
         if ddp is not None or is_sharded(self.policy):
-            begin_alike(self.user_model, alone=ddp is None)
+            broadcast_parameters(self.user_model, alone=ddp is None)
         if self.user_model.history_size and self.vocabulary is not None:
             keep_histories(self.user_model, self.policy, self.vocabulary, self.trainer.datamodule)  # type: ignore[attr-defined]
 
@@ -404,7 +422,7 @@ class PersonalizedLM(LightningModule):
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
-        seed_chance(self._seed, self.trainer, batch_idx)
+        seed_randomness(self._seed, self.trainer, batch_idx)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         """Return the mean loss of a batch's pairs, weighted so that every pair of an optimiser step counts the same."""
@@ -416,7 +434,7 @@ class PersonalizedLM(LightningModule):
             self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch))
         if is_logged:
             self._means.reset()
-        return losses.mean() * share_of_step(self.trainer, len(batch), batch_idx)
+        return losses.mean() * batch_weight(self.trainer, len(batch), batch_idx)
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Score a batch of the seen or unseen users' validation pairs."""
@@ -429,7 +447,7 @@ class PersonalizedLM(LightningModule):
     def _evaluation_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
         if not len(batch):  # a process without rows of a small set takes part in what follows all the same
             if is_sharded(self.policy):
-                self.objective(stand_in(batch), every_term=True)
+                self.objective(dummy_batch(batch), every_term=True)
             return
         losses, terms = self.objective(batch, every_term=True)
         self._evaluation.update(self.eval_sets[dataloader_idx], batch.user_ids, losses, terms)
@@ -517,7 +535,7 @@ class PersonalizedLM(LightningModule):
         """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
         if not len(batch):
             if is_sharded(self.policy):
-                batch = stand_in(batch)
+                batch = dummy_batch(batch)
                 self.generate(batch.prompt, batch.user_ids, batch.user_text)
             return []
         completions = self.generate(batch.prompt, batch.user_ids, batch.user_text)

@@ -11,10 +11,19 @@ from torch import Tensor
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.policies import Policy
 from prlhf_lightning.training.histories import pooled
 from prlhf_lightning.training.reference_store import ReferenceStore
-from prlhf_lightning.policies import Policy
-from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users, sent
+from prlhf_lightning.types import (
+    LogProbs,
+    LossOutput,
+    PairLogProbs,
+    PreferenceBatch,
+    SoftPrompt,
+    Tokens,
+    Users,
+    to_device,
+)
 from prlhf_lightning.user_models import UserModel
 
 
@@ -64,7 +73,7 @@ class Objective:
         """Look up users and embed their texts; see `PersonalizedLM.users`."""
         if self.vocabulary is None:
             raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
-        rows = sent(self.vocabulary.rows(user_ids), user_text.ids.device)
+        rows = to_device(self.vocabulary.rows(user_ids), user_text.ids.device)
         with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
         return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
 
@@ -87,7 +96,7 @@ class Objective:
         visible = visible.select(first) if visible is not None else None
         completions = [part.select(first) for part in self._completions(batch)]
         scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
-        reference = self._pair(scored, batch.up[first]).select(of_pair)
+        reference = self._pair(scored, batch.desirable[first]).select(of_pair)
         if self.store is not None and batch.reference_keys:
             reference = self.store.keep(batch, reference)
         return reference
@@ -98,7 +107,7 @@ class Objective:
         every = torch.arange(len(batch), device=users.rows.device)
         first, of_pair = self._distinct(batch) if any(generic) else (every, every)
         rows = [first if g else every for g in generic]
-        soft_prompt = SoftPrompt.stacked(
+        soft_prompt = SoftPrompt.cat_batch(
             [self.user_model.generic(users).select(first) if g else self.user_model(users) for g in generic]
         )
         index = torch.cat(rows)
@@ -150,15 +159,17 @@ class Objective:
             generic: On the host, so that nobody waits for a device to count.
         """
         users = self._users_of(batch)
-        order = sent(generic.int().argsort(stable=True), users.rows.device)
+        order = to_device(generic.int().argsort(stable=True), users.rows.device)
         own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
-        soft_prompt = SoftPrompt.stacked([self.user_model(own), self.user_model.generic(others)])
+        soft_prompt = SoftPrompt.cat_batch([self.user_model(own), self.user_model.generic(others)])
         return self._scored(batch, order, soft_prompt).select(order.argsort())
 
     def _scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
         """Score the pairs that `rows` `[N]` names under the policy, each with its own of N soft prompts."""
         completions = [part.select(rows) for part in self._completions(batch)]
-        return self._pair(self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt), batch.up[rows])
+        return self._pair(
+            self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt), batch.desirable[rows]
+        )
 
     def _distinct(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
         """Find the distinct pairs of a batch, whoever judged them.
@@ -179,7 +190,7 @@ class Objective:
         """Return what is scored of each row."""
         if self.loss.feedback == "pairs":
             return [batch.chosen, batch.rejected]
-        return [batch.judged if self.loss.feedback == "thumbs" else batch.chosen]
+        return [batch.completion if self.loss.feedback == "thumbs" else batch.chosen]
 
     def _pair(self, scores: Sequence[LogProbs], up: Tensor) -> PairLogProbs:
         """Put the scores of rows in their places, `up` `[B]` telling which rows of thumbs were liked."""

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any, Literal, TypeAlias, get_args
+from functools import partial
+from typing import Any, Literal, Self, TypeAlias, get_args
+
 import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
+
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.user_models import UserModel
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import partial
-from typing import Self
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
+from prlhf_lightning.policies import Policy
 from prlhf_lightning.training.distributed import sum_over_processes
 from prlhf_lightning.training.sharding import is_sharded
-from prlhf_lightning.policies import Policy
-
+from prlhf_lightning.user_models import UserModel
 
 _Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _HALF = (torch.bfloat16, torch.float16)

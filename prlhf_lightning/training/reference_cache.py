@@ -14,25 +14,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import time
 import warnings
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeAlias
+from uuid import uuid4
 from zlib import crc32
+
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import atomically
-import mmap
-from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias
-from uuid import uuid4
 
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.utils.io import atomic_file
 
 Identity: TypeAlias = Mapping[str, str | int | float | bool | None]
 
@@ -170,7 +169,7 @@ class ReferenceCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / "identity.json"
         if not path.exists():
-            with atomically(path, shared=True) as file:
+            with atomic_file(path, shared=True) as file:
                 file.write(self._identity.encode() + b"\n")
 
     def _read(self, row: int) -> Values | None:
@@ -332,6 +331,6 @@ def write_segment(folder: Path, entries: Entries, rows: Iterable[Values]) -> Non
     ).encode()
     header += b" " * (-len(header) % 8)  # safetensors aligns its data
     path = folder / f"{time.time_ns()}-{uuid4().hex}.safetensors"  # sorts by age, unique to this process
-    with atomically(path) as file:
+    with atomic_file(path) as file:
         file.write(len(header).to_bytes(8, "little") + header + index)
         file.writelines(row.data for row in rows)

@@ -13,11 +13,10 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.cache_dir import cache_folder
 from prlhf_lightning.policies import Policy
-from prlhf_lightning.training.reference_cache import ReferenceCache, content_key
-from prlhf_lightning.training.reference_cache import Values
+from prlhf_lightning.training.reference_cache import ReferenceCache, Values, content_key
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens
+from prlhf_lightning.utils.cache_dir import default_cache_dir
 
 
 class ReferenceStore:
@@ -90,7 +89,7 @@ def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStor
     if identity is None:
         return None
     try:
-        cache = ReferenceCache(cache_folder() / "reference", {**identity, "precision": precision})
+        cache = ReferenceCache(default_cache_dir() / "reference", {**identity, "precision": precision})
     except ConfigurationError as error:
         rank_zero_warn(
             f"{error} The reference is computed anew in each epoch and run, and a run that is broken off may go on "

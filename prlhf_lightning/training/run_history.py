@@ -18,11 +18,11 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from prlhf_lightning.training.checkpointing import KEY
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.io import naming, replacing
-from prlhf_lightning.training.loggers import MetricsFile, read_metrics, run_folder
+from prlhf_lightning.training.checkpointing import KEY
 from prlhf_lightning.training.distributed import gather_objects
+from prlhf_lightning.training.loggers import MetricsFile, read_metrics, run_folder
+from prlhf_lightning.utils.io import atomic_writer, naming
 
 _METRICS, _USER_TABLES = "metrics.csv", "users_*.csv"
 
@@ -144,6 +144,6 @@ def copy(source: Path, target: Path) -> None:
     with suppress(OSError):
         os.link(source, target)
         return
-    with source.open("rb") as original, replacing(target) as file:
+    with source.open("rb") as original, atomic_writer(target) as file:
         shutil.copyfileobj(original, file)
     shutil.copystat(source, target)

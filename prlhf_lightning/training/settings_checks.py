@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
+
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.policies import Policy
+from prlhf_lightning.training.distributed import gather_objects
 from prlhf_lightning.training.histories import check_histories
 from prlhf_lightning.training.optim import training_batches
-from prlhf_lightning.training.distributed import gather_objects
-from prlhf_lightning.types import Feedback
+from prlhf_lightning.types import Feedback, Users
 from prlhf_lightning.user_models import UserModel
-from typing import Any
-import torch
-from prlhf_lightning.policies import Policy
-from prlhf_lightning.types import Users
-
 
 _COLUMNS: dict[Feedback, str] = {
     "pairs": "pairs ('chosen' and 'rejected')",

@@ -1,7 +1,7 @@
 """Sharded training: each process holds a part of the policy (FSDP2), and all of the user model.
 
 A policy's parts are put together only while a method of it runs, layer by layer. All processes must therefore run the
-same methods as often, whatever their rows; that each has a batch to run them on is what `stand_in` is for.
+same methods as often, whatever their rows; that each has a batch to run them on is what `dummy_batch` is for.
 
 Checkpoints are those of one process: a single file of what was trained, whole tensors under the same names and numbers.
 They can be read everywhere, and training goes on from them on any number of processes, sharded or not.
@@ -265,7 +265,7 @@ def _same_everywhere(module: nn.Module, strategy: FSDP2Strategy) -> None:
             torch.distributed.broadcast(param.data, src=0)
 
 
-def stand_in(batch: PreferenceBatch) -> PreferenceBatch:
+def dummy_batch(batch: PreferenceBatch) -> PreferenceBatch:
     """Return one pair of nobody's, of a token each, for a process whose batch is empty and whose weights are needed."""
     token = Tokens(batch.prompt.ids.new_zeros(1, 1), batch.prompt.mask.new_ones(1, 1))
     nothing = Tokens(token.ids[:, :0], token.mask[:, :0])

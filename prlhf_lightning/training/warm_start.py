@@ -16,23 +16,24 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import entry_of, users_of
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
-from prlhf_lightning.utils.hashing import SETTINGS, check_checksums
-from prlhf_lightning.utils.finite import check_finite
+from prlhf_lightning.policies import Policy
+from prlhf_lightning.policies.loading import warning_of_other_base
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpoint_schema import check_content
 from prlhf_lightning.training.checkpointing import (
     base_of,
+    entry_of,
     names_of,
     trained_names,
+    users_of,
     warn_of_other_id_key,
     warn_of_other_rendering,
 )
-from prlhf_lightning.training.checkpoint_schema import check_content
-from prlhf_lightning.policies import Policy
-from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.utils.finite import check_finite
+from prlhf_lightning.utils.hashing import SETTINGS, check_checksums
 
 _NAMED = 3  # users
 #: The files of a folder that `export` wrote.

@@ -38,7 +38,7 @@ class CompositeUserModel(UserModel):
 
     def forward(self, users: Users) -> SoftPrompt:
         """Return the parts' vectors joined along time, `[B, T1 + T2 + ..., d]`."""
-        return SoftPrompt.side_by_side([part(users) for part in self._models])
+        return SoftPrompt.cat_time([part(users) for part in self._models])
 
     def row_tables(self) -> list[Tensor]:
         """Return the tables of all parts."""

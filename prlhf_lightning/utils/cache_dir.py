@@ -8,12 +8,12 @@ from glob import glob, has_magic
 from pathlib import Path
 
 
-def cache_folder() -> Path:
+def default_cache_dir() -> Path:
     """Return `$PRLHF_CACHE`, or `~/.cache/prlhf_lightning`."""
     return Path(os.environ.get("PRLHF_CACHE") or "~/.cache/prlhf_lightning").expanduser()
 
 
-def located(path: str, folders: Sequence[Path]) -> str:
+def resolve_path(path: str, folders: Sequence[Path]) -> str:
     """Return a path (or a pattern of files, or the URL of a SQLite file) named from the root.
 
     Args:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Sequence
-from transformers import GenerationConfig, PreTrainedTokenizerBase
-from prlhf_lightning.errors import ConfigurationError
-from collections.abc import Sequence
 from typing import Any
-from transformers import PreTrainedTokenizerBase
-from prlhf_lightning.utils.template_limits import TemplateLimitError, limit_templates
 
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.utils.template_limits import TemplateLimitError, limit_templates
 
 _KEPT = "model_generation_config"  # the attribute of a tokenizer that holds the generation config of its model
 
@@ -29,7 +28,7 @@ def end_token_ids(
         tokenizer: The model's tokenizer, with or without a chat template.
         generation_config: The base model's; its `eos_token_id` may be one token or a list. Ids that the tokenizer
             lacks, such as -1, end nothing: they are left out with a warning. None takes the one that
-            `remember_ends` has kept with the tokenizer, if any.
+            `remember_end_tokens` has kept with the tokenizer, if any.
 
     Raises:
         ConfigurationError: The generation config has something else than ids.
@@ -40,7 +39,7 @@ def end_token_ids(
     return tuple(dict.fromkeys([*known, *_turn_end(tokenizer, known)]))
 
 
-def remember_ends(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
+def remember_end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
     """Keep a model's generation config with its tokenizer, so that all who encode answers end them as the model does.
 
     A tokenizer that is saved to a folder does not keep it.

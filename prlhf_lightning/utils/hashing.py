@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
-import numpy as np
-import torch
-from torch import Tensor
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
-from prlhf_lightning.errors import ConfigurationError
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from prlhf_lightning.errors import ConfigurationError
 
 _BLOCK = 1 << 15  # 64-bit words summed together, few enough for a core's own cache; part of the digest
 

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Literal
-from huggingface_hub import constants
-from prlhf_lightning.errors import ConfigurationError
-import json
-import zipfile
 from typing import Any, Literal
+
+from huggingface_hub import constants
 from safetensors import SafetensorError, safe_open
 
+from prlhf_lightning.errors import ConfigurationError
 
 _log = logging.getLogger(__name__)
 #: What one of which is in a folder that `from_pretrained` reads.
@@ -31,7 +31,7 @@ _LONGEST = 500  # characters of a cause
 _WITHOUT_OWNER = ("gpt2", "distil", "openai-gpt", "ctrl", "bert-", "roberta-", "xlnet-", "xlm-")
 
 
-def problem_with(path: str, what: Literal["weights", "config", "tokenizer", "data"]) -> str | None:
+def find_source_problem(path: str, what: Literal["weights", "config", "tokenizer", "data"]) -> str | None:
     """Return why nothing can be loaded from a path or hub name; else say so where the hub is going to be asked.
 
     Args:
@@ -76,10 +76,10 @@ def loading(path: str, what: Literal["weights", "config", "tokenizer"], name: st
         ConfigurationError: It can't be loaded, or the block has found that it can't be used.
     """
     told = f"{name} could not be loaded; {fix} Cause:"
-    if (problem := problem_with(path, what)) is not None:
+    if (problem := find_source_problem(path, what)) is not None:
         raise ConfigurationError(f"{told} {problem}")
     try:
-        if Path(path).is_dir() and (problem := problem_in(Path(path), what)) is not None:
+        if Path(path).is_dir() and (problem := find_model_problem(Path(path), what)) is not None:
             raise ConfigurationError(problem)
         yield
     except ConfigurationError as error:
@@ -134,7 +134,7 @@ _TOKENIZER = (
 _TOKENIZER_TEXTS = ("*.model", "merges.txt", "vocab.txt", "*.jinja", "*.tiktoken")
 
 
-def problem_in(folder: Path, what: Literal["weights", "config", "tokenizer"]) -> str | None:
+def find_model_problem(folder: Path, what: Literal["weights", "config", "tokenizer"]) -> str | None:
     """Return which file of a model's folder can't be what it is called, with what to do, or None.
 
     Args:

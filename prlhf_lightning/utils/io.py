@@ -6,6 +6,7 @@ import errno
 import io
 import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -13,14 +14,10 @@ from shutil import copymode
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, Any, BinaryIO, TextIO
 from uuid import uuid4
+
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, PRLHFError
-import shutil
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
-from prlhf_lightning.errors import CheckpointWriteError
 
-
-# How a formula begins in a spreadsheet, and what `as_cell` puts before one.
+# How a formula begins in a spreadsheet, and what `escape_cell` puts before one.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 if TYPE_CHECKING:
@@ -28,8 +25,8 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Do as `atomically`, for files that people ask for: the error says what has become of the file and what to do.
+def atomic_writer(path: Path) -> Iterator[BinaryIO]:
+    """Do as `atomic_file`, for files that people ask for: the error says what has become of the file and what to do.
 
     Only what is the file's own fault is put down to it: what else goes wrong in the block, such as reading something
     else, is raised as it is.
@@ -44,7 +41,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     file: BinaryIO | None = None
     of_block: Exception | None = None
     try:
-        with atomically(path) as file:
+        with atomic_file(path) as file:
             try:
                 yield file
             except Exception as error:
@@ -59,18 +56,18 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         raise CheckpointWriteError(_what_is_wrong(path, cause, begun=file is not None)) from error
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file as `replacing` does."""
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Write a file as `atomic_writer` does."""
     write_together({path: content})
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write several files as `replacing` does, all of them or none."""
+    """Write several files as `atomic_writer` does, all of them or none."""
     with all_or_none(contents), ExitStack() as stack:
-        files = [(stack.enter_context(replacing(path)), content) for path, content in contents.items()]
+        files = [(stack.enter_context(atomic_writer(path)), content) for path, content in contents.items()]
         for file, content in files:
             file.write(content)
-            sync(file)
+            flush_to_disk(file)
 
 
 @contextmanager
@@ -147,7 +144,7 @@ def system_error(error: BaseException) -> OSError | None:
 
 
 @contextmanager
-def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
+def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
     """Open a file that takes the place of `path` when the block ends, complete and on the disk.
 
     A new file can be read by its owner only, since most of what is written names people. Where the block or the disk
@@ -161,12 +158,12 @@ def atomically(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
         OSError: The system refused a write.
     """
     path = _target(path)
-    partial = partial_of(path.with_name(f"{path.name}.{uuid4().hex}") if shared else path)
+    partial = partial_path(path.with_name(f"{path.name}.{uuid4().hex}") if shared else path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with io.BufferedRandom(_Output(partial, "w+b", opener=_open_private), buffer_size=1 << 20) as file:
             yield file
-            sync(file)
+            flush_to_disk(file)
         with suppress(OSError):  # whoever could read a file that was there can read the new one
             copymode(path, partial)
         os.replace(partial, path)
@@ -190,7 +187,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 
 @contextmanager
-def as_text(file: BinaryIO) -> Iterator[TextIO]:
+def text_writer(file: BinaryIO) -> Iterator[TextIO]:
     """Have a file take text, as UTF-8 with its line ends as they are, while the block lasts."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
@@ -199,13 +196,13 @@ def as_text(file: BinaryIO) -> Iterator[TextIO]:
         text.detach()
 
 
-def as_cell(text: str) -> str:
+def escape_cell(text: str) -> str:
     """Return a text for a cell of a CSV file that a spreadsheet must not take for a formula: with ' before it."""
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
-def from_cell(cell: str) -> str:
-    """Return the text that `as_cell` wrote."""
+def unescape_cell(cell: str) -> str:
+    """Return the text that `escape_cell` wrote."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
@@ -236,7 +233,7 @@ def check_output(path: Path, option: str) -> None:
         raise ConfigurationError(f"{option}: {path} is a device, or the like; name a file.")
     try:
         with suppress(FileNotFoundError):  # a name may be too long
-            os.lstat(partial_of(target))
+            os.lstat(partial_path(target))
         check_writable(target.parent)
     except OSError as error:
         reason = _in_the_way(target.parent) or error.strerror
@@ -258,7 +255,7 @@ def check_output_folder(folder: Path, option: str) -> None:
         raise ConfigurationError(f"{option}: {folder} is a file; name a folder.")
     try:
         with suppress(FileNotFoundError):  # a name may be too long
-            os.lstat(partial_of(target))
+            os.lstat(partial_path(target))
         check_writable(target)
     except OSError as error:
         reason = _in_the_way(target) or error.strerror
@@ -271,12 +268,12 @@ def _in_the_way(folder: Path) -> str | None:
     return f"{found} is a file, and no folder" if found else None
 
 
-def partial_of(path: Path) -> Path:
+def partial_path(path: Path) -> Path:
     """Return the name under which a file is written before it is complete; a killed process may leave it behind."""
     return path.with_name(f".{path.name}.partial")
 
 
-def sync(file: IO[Any]) -> None:
+def flush_to_disk(file: IO[Any]) -> None:
     """See that what was written is on the disk, as before a rename to what later starts trust."""
     try:
         file.flush()
@@ -369,7 +366,7 @@ def whole_folder(folder: Path, replaced: Iterable[str], last: str) -> Iterator[P
     """
     target = Path(os.path.realpath(folder))
     is_new = not target.exists()
-    staging = partial_of(target) if is_new else target / UNFINISHED[0]
+    staging = partial_path(target) if is_new else target / UNFINISHED[0]
     try:
         with naming(folder), not_left_empty(target.parent), _removed(staging):
             staging.mkdir(parents=True)
@@ -377,7 +374,7 @@ def whole_folder(folder: Path, replaced: Iterable[str], last: str) -> Iterator[P
             for path in staging.rglob("*"):
                 if path.is_file():
                     with path.open("rb") as file:
-                        sync(file)
+                        flush_to_disk(file)
             if is_new:
                 os.rename(staging, target)
             else:

@@ -9,7 +9,7 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
+def eval_mode(module: nn.Module) -> Iterator[None]:
     """Switch a module to evaluation mode and back, each of its parts to the mode that it was in."""
     modes = {part: part.training for part in module.modules()}
     module.eval()

@@ -21,7 +21,7 @@ _T = TypeVar("_T")
 _STEP = 1000  # rows between two looks at the clock
 
 
-def bars(show: bool = True) -> Progress:
+def progress_bars(show: bool = True) -> Progress:
     """Return bars of work of which the amount is known, to add tasks to."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return _progress(*columns, show=show)
@@ -29,7 +29,7 @@ def bars(show: bool = True) -> Progress:
 
 def tracked(items: Iterable[_T], description: str, total: float | None = None, show: bool = True) -> Iterator[_T]:
     """Yield items while a bar tells how many are done of all; of those that have a length, that is the total."""
-    with bars(show) as progress:
+    with progress_bars(show) as progress:
         yield from progress.track(items, total, description=description)
 
 

@@ -5,9 +5,8 @@ import math
 
 import pytest
 
+from prlhf_lightning.analysis.feedback_table import SURFACE_FEATURES, count_words, read_table, surface_features
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.analysis.feedback_table import read_table
-from prlhf_lightning.analysis.feedback_table import SURFACE_FEATURES, count_words, surface_features
 from prlhf_lightning.errors import FeedbackFormatError
 
 

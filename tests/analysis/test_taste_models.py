@@ -8,12 +8,12 @@ from prlhf_lightning.analysis.personalization_gain import (
     SMALL,
     bootstrap,
     folds,
-    headroom,
     known_from_others,
     mean_over_users,
+    personalization_gain,
     scheme_for,
 )
-from prlhf_lightning.analysis.preference_models import FeatureTastes, ItemTastes, TasteModel
+from prlhf_lightning.analysis.preference_models import FeaturePreferences, ItemPreferences, PreferenceModel
 from prlhf_lightning.analysis.votes import Votes
 
 
@@ -56,14 +56,14 @@ def few():
 
 
 def test_scores_are_those_of_a_slow_bradley_terry(few):
-    fast = ItemTastes().shared(few, ridge=0.5)
+    fast = ItemPreferences().shared(few, ridge=0.5)
     scores = torch.zeros(5, dtype=torch.float64, requires_grad=True)
     descended([scores], lambda: slow_loss(scores, torch.zeros(4, 5), few) + 0.25 * scores.square().sum(), 600, 0.05)
     torch.testing.assert_close(fast.scores, scores.detach(), atol=1e-3, rtol=0)
 
 
 def test_the_low_rank_term_is_as_good_as_one_under_the_trace_norm(few):
-    family = ItemTastes()
+    family = ItemPreferences()
     model = family.personal(few, family.shared(few, 0.5), 0.5, 0.8, rank=4)
     own = model.tastes @ model.items.T
     reached = (
@@ -81,7 +81,7 @@ def test_the_low_rank_term_is_as_good_as_one_under_the_trace_norm(few):
 
 def test_slopes_are_those_of_slow_ridge_regressions(few):
     features = torch.randn(5, 2, dtype=torch.float64)
-    family = FeatureTastes(features)
+    family = FeaturePreferences(features)
     model = family.personal(few, family.shared(few, 0.1), 0.1, 2.0, rank=2)
     weights = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     own = torch.zeros(4, 2, dtype=torch.float64, requires_grad=True)
@@ -98,7 +98,7 @@ def test_slopes_are_those_of_slow_ridge_regressions(few):
 
 
 def test_above_the_largest_ridge_no_taste_is_left_and_below_it_some_is(few):
-    family = ItemTastes()
+    family = ItemPreferences()
     shared = family.shared(few, 0.5)
     largest = family.ridges(few, shared)[-1]
     sizes = [float(family.personal(few, shared, 0.5, f * largest, 4).tastes.norm()) for f in (1.1, 0.9)]
@@ -106,7 +106,7 @@ def test_above_the_largest_ridge_no_taste_is_left_and_below_it_some_is(few):
 
 
 def test_truncation_keeps_the_largest_part():
-    model = TasteModel(torch.zeros(6), torch.randn(5, 4).double(), torch.randn(6, 4).double())
+    model = PreferenceModel(torch.zeros(6), torch.randn(5, 4).double(), torch.randn(6, 4).double())
     cut = model.truncated(2)
     u, s, v = torch.linalg.svd(model.tastes @ model.items.T)
     torch.testing.assert_close(cut.tastes @ cut.items.T, u[:, :2] * s[:2] @ v[:2])
@@ -114,7 +114,7 @@ def test_truncation_keeps_the_largest_part():
 
 def test_tastes_that_are_there_are_found():
     train, test = simulated(taste=1.0)
-    found = headroom([(train, test)], ItemTastes(), "votes")
+    found = personalization_gain([(train, test)], ItemPreferences(), "votes")
     assert found.verdict == "something"
     assert found.by_user.gain > 0.05
     assert found.chosen[0].rank in (2, 4)
@@ -122,7 +122,7 @@ def test_tastes_that_are_there_are_found():
 
 def test_tastes_that_are_not_there_are_not_found():
     train, test = simulated(taste=0.0)
-    found = headroom([(train, test)], ItemTastes(), "votes")
+    found = personalization_gain([(train, test)], ItemPreferences(), "votes")
     assert found.verdict == "next to nothing"
     assert found.by_user.low <= 0 <= found.by_user.high
     assert abs(found.by_user.gain) < SMALL
@@ -130,12 +130,12 @@ def test_tastes_that_are_not_there_are_not_found():
 
 def test_no_votes_to_compare_on_are_no_comparison():
     train, _ = simulated(taste=0.0, users=3, per_user=3)
-    assert headroom([(train, train[np.array([], dtype=np.int64)])], ItemTastes(), "votes") is None
+    assert personalization_gain([(train, train[np.array([], dtype=np.int64)])], ItemPreferences(), "votes") is None
 
 
 def test_few_votes_cannot_tell():
     train, test = simulated(taste=0.0, users=10, per_user=10)
-    assert headroom([(train, test)], ItemTastes(), "votes").verdict == "cannot tell"
+    assert personalization_gain([(train, test)], ItemPreferences(), "votes").verdict == "cannot tell"
 
 
 @pytest.mark.parametrize(("taste", "verdict"), [(1.0, "something"), (0.0, "next to nothing")])
@@ -149,7 +149,10 @@ def test_slopes_tell_tastes_for_features_from_none(taste, verdict):
     votes = Votes(users, *np.where(wins, pairs, pairs[::-1]), 150, 12_000)
     half = np.arange(6000) < 3000
     assert (
-        headroom([(votes[half], votes[~half])], FeatureTastes(torch.from_numpy(features)), "votes").verdict == verdict
+        personalization_gain(
+            [(votes[half], votes[~half])], FeaturePreferences(torch.from_numpy(features)), "votes"
+        ).verdict
+        == verdict
     )
 
 

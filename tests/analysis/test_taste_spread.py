@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from prlhf_lightning.analysis.differences import taste_spread
+from prlhf_lightning.analysis.differences import preference_spread
 
 SPREAD, MEAN = np.array([1.0, 0.4, 0.0]), np.array([0.5, 0.0, -0.3])
 
@@ -24,7 +24,7 @@ def votes(users, each, seed=0):
 @pytest.mark.parametrize(("users", "each"), [(150, 40), (400, 8)])
 def test_spread_and_mean_are_those_that_users_were_drawn_with(users, each):
     who, differences, weights = votes(users, each)
-    found = taste_spread(who, differences, users)
+    found = preference_spread(who, differences, users)
     assert found.spread == pytest.approx(SPREAD, abs=0.2)
     assert found.mean == pytest.approx(MEAN, abs=0.2)
     assert (found.low <= SPREAD + 0.05).all()
@@ -36,7 +36,7 @@ def test_spread_and_mean_are_those_that_users_were_drawn_with(users, each):
 
 def test_one_user_differs_from_nobody_and_users_without_votes_are_average():
     who, differences, _ = votes(1, 60)
-    found = taste_spread(who + 1, differences, 3)
+    found = preference_spread(who + 1, differences, 3)
     assert (found.low == 0).all()
     assert (found.weights[0] == found.mean).all()
     assert np.isfinite(found.weights).all()
@@ -44,6 +44,6 @@ def test_one_user_differs_from_nobody_and_users_without_votes_are_average():
 
 def test_nobody_is_told_apart_by_a_vote_each():
     who, differences, _ = votes(60, 1)
-    found = taste_spread(who, differences, 60)
+    found = preference_spread(who, differences, 60)
     assert np.isfinite(found.high).all()
     assert found.low[1:].tolist() == [0, 0]

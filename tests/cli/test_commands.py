@@ -8,9 +8,9 @@ from inspect import getdoc
 
 import pytest
 
-from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.commands import COMMANDS, Group, Task, described, find
 from prlhf_lightning.cli.fit import PRLHFCLI
+from prlhf_lightning.cli.main import main
 
 
 def tasks(group):

@@ -9,11 +9,11 @@ import datasets
 import pyarrow.parquet as pq
 import pytest
 
+from prlhf_lightning.cli import data_convert
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.errors import FeedbackFormatError
-from prlhf_lightning.cli import data_convert
 
 
 def row(number, **changes):

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from prlhf_lightning.analysis.feedback_table import read_table
+from prlhf_lightning.cli.data_describe import describe, find_personalization_gain
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.analysis.feedback_table import read_table
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.cli.data_describe import describe, find_headroom
 from prlhf_lightning.reports.description import in_words
 
 FOLDER = Path(os.environ.get("PRLHF_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -36,7 +36,7 @@ def one_judge_a_pair(count, taste, seed=0):
 @pytest.mark.parametrize(("taste", "verdict"), [(True, "something"), (False, "next to nothing")])
 def test_where_no_answer_is_shared_features_tell(tmp_path, taste, verdict):
     path = written(tmp_path / "votes.jsonl", one_judge_a_pair(6000, taste))
-    finding = find_headroom(read_table(FileSource(path), ["train"]))
+    finding = find_personalization_gain(read_table(FileSource(path), ["train"]))
     assert finding.kind == "features"
     assert "prompts" in finding.held_out
     assert finding.headroom.verdict == verdict
@@ -82,7 +82,7 @@ def test_a_few_votes_make_a_page_too(tmp_path, rows):
 
 def test_of_many_votes_those_of_some_users_are_fitted_and_it_is_said(tmp_path):
     path = written(tmp_path / "votes.jsonl", one_judge_a_pair(1200, taste=False))
-    finding = find_headroom(read_table(FileSource(path), ["train"]), max_votes=600)
+    finding = find_personalization_gain(read_table(FileSource(path), ["train"]), max_votes=600)
     assert "600 votes of 30 users" in finding.remarks[0]
 
 
@@ -90,7 +90,7 @@ def test_a_validation_file_of_ties_alone_is_as_good_as_none(tmp_path):
     train = written(tmp_path / "votes.jsonl", one_judge_a_pair(400, taste=False))
     ties = written(tmp_path / "ties.jsonl", [("u", "p", "x", "x")])
     table = read_table(FileSource(train, ties), ["train", "validation"])
-    assert "prompts" in find_headroom(table).held_out
+    assert "prompts" in find_personalization_gain(table).held_out
 
 
 def test_what_cannot_be_described_is_refused(tmp_path):
@@ -109,7 +109,7 @@ def test_real_people(name, verdict):
     if not (FOLDER / name).exists():
         pytest.skip(f"no {name} data in {FOLDER}")
     source = FileSource(FOLDER / name / "train.jsonl.gz", FOLDER / name / "validation.jsonl.gz")
-    found = find_headroom(read_table(source, ["train", "validation"])).headroom
+    found = find_personalization_gain(read_table(source, ["train", "validation"])).headroom
     assert found.verdict == verdict
     if name == "jester":
         assert found.by_vote.shared == pytest.approx(0.701, abs=0.003)

@@ -20,13 +20,13 @@ import pytest
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import FORMAT, KEY, users_of
+from prlhf_lightning.cli import users
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import Pseudonyms
-from prlhf_lightning.utils.io import as_cell
-from prlhf_lightning.utils.cache_dir import cache_folder
-from prlhf_lightning.cli import users
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpointing import FORMAT, KEY, users_of
+from prlhf_lightning.utils.cache_dir import default_cache_dir
+from prlhf_lightning.utils.io import escape_cell
 
 TABLE = "user_model.table.weight"
 ODD = ['say "hi", ann', "a\nb", " x ", "=cmd", "carla-ñandú-🦤", "O'Neil <o@x.org>", "a/b", "back\\slash", "tab\there"]
@@ -62,7 +62,7 @@ def erase(run: Path, *user_ids: str, **options) -> None:
 
 def as_csv(path: Path, user_id: str) -> None:
     with path.open("w", newline="") as file:
-        csv.writer(file).writerows([["user_id", "note"], [as_cell(user_id), 'a "note"']])
+        csv.writer(file).writerows([["user_id", "note"], [escape_cell(user_id), 'a "note"']])
 
 
 def as_compressed(opened):
@@ -150,7 +150,7 @@ def test_every_place_beside_a_run_is_searched_or_named(run, tmp_path, capsys):
         runs / "version_1/predictions.jsonl",
         runs / "mlruns/0/params/user",
         runs / "study/version_0/users_seen.csv",
-        cache_folder() / "0f/rows.json",
+        default_cache_dir() / "0f/rows.json",
         tmp_path / "data/votes.jsonl",
     ]
     for path in named:

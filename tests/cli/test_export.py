@@ -18,12 +18,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning import CausalLMPolicy, DPOLoss, FileSource, IndividualUserModel, LoRA, PersonalizedLM
+from prlhf_lightning.cli.checkpoints import open_writer
+from prlhf_lightning.cli.export import peft_name, write_user_vectors
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import PreferenceDataModule, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import Generation, PersonalizedWriter
-from prlhf_lightning.cli.export import peft_name, write_user_vectors
-from prlhf_lightning.cli.checkpoints import open_writer
+from prlhf_lightning.inference import GenerationRequest, Generator
 from prlhf_lightning.types import Tokens, Users
 
 INDIVIDUAL = {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}}
@@ -116,14 +116,16 @@ def exported(request, model_paths, tmp_path_factory):
 
 
 ASKED = [
-    Generation(p, u, max_new_tokens=12) for p in ("the cat", "a dog ran") for u in ("ann", "bob/../x", "cy", "eve")
+    GenerationRequest(p, u, max_new_tokens=12)
+    for p in ("the cat", "a dog ran")
+    for u in ("ann", "bob/../x", "cy", "eve")
 ]
 
 
 def test_folders_write_what_the_checkpoint_writes(exported):
     checkpoint, whole, adapters = exported
     written = open_writer(checkpoint).generate(ASKED)
-    assert PersonalizedWriter.from_folder(whole).generate(ASKED) == written
+    assert Generator.from_folder(whole).generate(ASKED) == written
     assert open_writer(adapters).generate(ASKED) == written
     assert len({answer.ids for answer in written}) > 2
 
@@ -188,7 +190,7 @@ def test_users_false_leaves_nothing_of_users_not_even_of_an_earlier_export(expor
     files = [path for path in (tmp_path / "e").rglob("*") if path.is_file()]
     assert not [path for path in files if "user" in path.name or b"bob/.." in path.read_bytes()]
     with pytest.raises(ConfigurationError, match=r"has no prlhf.json; give a folder that `export` wrote"):
-        PersonalizedWriter.from_folder(tmp_path / "e")
+        Generator.from_folder(tmp_path / "e")
 
 
 def test_the_card_says_what_it_is_and_warns_of_privacy(exported):

@@ -15,12 +15,11 @@ from interrupted_runs import fit
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from quiet_trainer import quiet_trainer
 
-from prlhf_lightning.training.callbacks.outputs import PredictionWriter
 from prlhf_lightning.errors import CheckpointWriteError
-from prlhf_lightning.utils.io import append_whole, naming, write_together, write_whole
-from prlhf_lightning.utils.io import whole_folder
-from prlhf_lightning.training.loggers import with_run_folder
 from prlhf_lightning.policies import Sampling
+from prlhf_lightning.training.callbacks.outputs import PredictionWriter
+from prlhf_lightning.training.loggers import with_run_folder
+from prlhf_lightning.utils.io import append_whole, atomic_write_bytes, naming, whole_folder, write_together
 
 NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -82,10 +81,10 @@ def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path
 def write_folder(folder: Path, content: bytes, names: str) -> None:
     with whole_folder(folder, ["b*", "last"], last="last") as place:
         for name in names:
-            write_whole(place / name, content)
+            atomic_write_bytes(place / name, content)
         (place / "sub").mkdir()
-        write_whole(place / "sub" / "c", content)
-        write_whole(place / "last", content)
+        atomic_write_bytes(place / "sub" / "c", content)
+        atomic_write_bytes(place / "last", content)
 
 
 def contents(folder: Path) -> dict[str, str]:
@@ -163,7 +162,7 @@ def test_predictions_get_their_name_when_all_are_there(model_path, votes, tmp_pa
     module = fit(model_path, votes, tmp_path, max_steps=1, limit_val_batches=0, enable_checkpointing=False)
     data = module.trainer.datamodule
     module.sampling = Sampling(max_new_tokens=2)
-    write_whole(tmp_path / "predictions.jsonl", b"old")
+    atomic_write_bytes(tmp_path / "predictions.jsonl", b"old")
     with monkeypatch.context() as patch:
         patch.setattr(os, "write", Full(os.write, 2))
         with (

@@ -8,10 +8,10 @@ import pytest
 import yaml
 from conftest import write_votes
 
+from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import Pseudonyms
-from prlhf_lightning.inference import Generation
-from prlhf_lightning.cli.checkpoints import open_writer
+from prlhf_lightning.inference import GenerationRequest
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def generate(checkpoint, *options):
 
 
 def answer(checkpoint, prompt, user, **how) -> str:
-    return open_writer(checkpoint).generate([Generation(prompt, user, max_new_tokens=6, **how)])[0].text
+    return open_writer(checkpoint).generate([GenerationRequest(prompt, user, max_new_tokens=6, **how)])[0].text
 
 
 def test_one_answer_is_written_as_it_is(checkpoint, capsys):

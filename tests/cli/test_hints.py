@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.fit import how_to_shrink
+from prlhf_lightning.cli.main import main
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
 
 

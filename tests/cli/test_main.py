@@ -15,10 +15,10 @@ import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 
+from prlhf_lightning.cli.fit import read_whole_numbers_first
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.losses import MarginLoss
 from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.cli.fit import read_whole_numbers_first
 
 
 @pytest.fixture

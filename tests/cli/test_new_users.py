@@ -6,13 +6,13 @@ import pytest
 import torch
 from conftest import WORDS
 
+from prlhf_lightning.cli.serve import NewUsers
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.inference import GenerationRequest, Generator
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.cli.serve import NewUsers
+from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.user_models import AmortizedUserModel, ClusterUserModel, IndividualUserModel
 
 LONG, SHORT = " ".join(WORDS[:6]), " ".join(WORDS[6:8])
@@ -35,7 +35,7 @@ def taught(request, model_path):
     with torch.no_grad():
         for table in users.row_tables():
             table[1:] += torch.randn_like(table[1:])
-    writer = PersonalizedWriter(policy.lm, policy.tokenizer, users, module.vocabulary)
+    writer = Generator(policy.lm, policy.tokenizer, users, module.vocabulary)
     return writer, NewUsers(module.eval(), writer)
 
 
@@ -45,14 +45,14 @@ def rows(writer):
 
 def test_a_new_user_is_known_afterwards_and_nobody_else_changes(taught):
     writer, learn = taught
-    asked = [Generation(word, user) for word in WORDS[:3] for user in ("ann", "cy", None)]
+    asked = [GenerationRequest(word, user) for word in WORDS[:3] for user in ("ann", "cy", None)]
     before, texts = rows(writer), [done.text for done in writer.generate(asked)]
     learn("eve", PAIRS)
     assert "eve" in writer.vocabulary
     assert all(torch.equal(old, new[: len(old)]) for old, new in zip(before, rows(writer), strict=True))
     assert [done.text for done in writer.generate(asked)] == texts
     assert any(not torch.equal(table[-1], table[0]) for table in rows(writer))
-    assert writer.generate([Generation("a", "eve")])[0].known_user
+    assert writer.generate([GenerationRequest("a", "eve")])[0].known_user
 
 
 def test_learning_again_starts_anew(taught):
@@ -83,7 +83,7 @@ def test_texts_that_are_written_while_a_user_is_learned_and_the_user_s_row_are_t
     writer, learn = taught
     learn("eve", PAIRS)
     row = [table[-1].clone() for table in rows(writer)]
-    asked = [Generation(word, user, max_new_tokens=4) for word in WORDS[:3] for user in ("ann", None)]
+    asked = [GenerationRequest(word, user, max_new_tokens=4) for word in WORDS[:3] for user in ("ann", None)]
     texts, written = [done.text for done in writer.generate(asked)], []
     learn("eve", PAIRS, lambda: written.append([done.text for done in writer.generate(asked)]))
     assert written

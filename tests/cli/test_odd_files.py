@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli.checkpoints import load_module
+from prlhf_lightning.cli.export import export
+from prlhf_lightning.cli.fit import PRLHFCLI
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference.folder import read_folder
+from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.utils.load_errors import opening
-from prlhf_lightning.cli.export import export
-from prlhf_lightning.cli.checkpoints import load_module
-from prlhf_lightning.cli.fit import PRLHFCLI
 
 TABLE = "user_model.offsets.weight"
 

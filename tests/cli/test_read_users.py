@@ -10,19 +10,18 @@ import torch
 from conftest import WORDS
 from lightning.pytorch import Trainer
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.adaptation import Margins, cold_start, encode_users, select_pairs, trained_rows
+from prlhf_lightning.cli.adapt import read_pairs
+from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.user_rows import UserRows
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import PersonalizedWriter
+from prlhf_lightning.inference import Generator
 from prlhf_lightning.losses import DPOLoss, KTOLoss, SimPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
-from prlhf_lightning.training.histories import check_histories, pooled
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.cli.checkpoints import load_module
-from prlhf_lightning.cli.adapt import read_pairs
-from prlhf_lightning.cli.user_rows import UserRows
+from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.histories import check_histories, pooled
 from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
 
@@ -157,7 +156,7 @@ def test_the_command_adds_users_whom_remove_erases(checkpoint, folder, capsys):
 
 def test_an_exported_folder_has_the_users_prompts_with_no_data_at_hand(checkpoint, model, folder):
     main(["export", "--model", str(checkpoint), "--output", str(folder / "exported")])
-    writer = PersonalizedWriter.from_folder(folder / "exported")
+    writer = Generator.from_folder(folder / "exported")
     users = Users(torch.arange(9))
     assert torch.equal(writer.user_model(users).vectors, model.user_model(users).vectors)
     assert not torch.equal(writer.user_model(users).vectors[1], writer.user_model(users).vectors[2])

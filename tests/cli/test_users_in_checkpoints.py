@@ -16,17 +16,15 @@ from quiet_trainer import quiet_trainer
 from safetensors.torch import load_file
 from torch import nn
 
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli import users
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.user_rows import UserRows, check_known_users
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import Generation
+from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
-from prlhf_lightning.cli import users
-from prlhf_lightning.cli.user_rows import require_known
-from prlhf_lightning.cli.user_rows import UserRows
+from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
 from prlhf_lightning.types import SoftPrompt
 from prlhf_lightning.user_models import (
     ClusterUserModel,
@@ -369,8 +367,8 @@ def test_users_without_rows_are_removed_from_the_vocabulary(model_path, tmp_path
         (lambda path: users.add(path, [1]), "user: 1 is of type int; ids are strings: '1'"),
         (lambda path: users.add(path, ["\ud800"]), "is not valid Unicode"),
         (lambda _: UserVocabulary(["ann", ""]), "user id is empty"),
-        (lambda _: Generation("a", ""), "an id is empty"),
-        (lambda _: Generation("a", {" ": 1}), "an id is empty"),
+        (lambda _: GenerationRequest("a", ""), "an id is empty"),
+        (lambda _: GenerationRequest("a", {" ": 1}), "an id is empty"),
     ],
 )
 def test_what_can_not_be_an_id_is_refused_in_python_too(tmp_path, call, says):
@@ -381,7 +379,7 @@ def test_what_can_not_be_an_id_is_refused_in_python_too(tmp_path, call, says):
 def test_an_id_that_was_hashed_in_training_gets_a_hint_that_works():
     pseudonyms = Pseudonyms(b"x" * 16)
     with pytest.raises(ConfigurationError, match="seem to be pseudonyms") as raised:
-        require_known(["ann"], UserVocabulary([pseudonyms("ann")]))
+        check_known_users(["ann"], UserVocabulary([pseudonyms("ann")]))
     words = shlex.split(str(raised.value).partition("prints: python ")[2].replace("SALT ID", "SALT ann"))
     said = subprocess.run(
         [sys.executable, *words], env={**os.environ, "SALT": "x" * 16}, capture_output=True, text=True

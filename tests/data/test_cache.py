@@ -14,9 +14,9 @@ import pytest
 from feedback_helpers import CHATML, row, word_tokenizer, write_jsonl
 
 import prlhf_lightning
-from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.files import FileSource
+from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import FeedbackFormatError
 

@@ -400,8 +400,8 @@ def test_thumbs_are_batched_with_one_completion_a_row(make, tmp_path, streaming)
     assert data.describe().startswith("Data: 12 training thumbs by ")
     (batch,) = data.train_dataloader()
     lengths = torch.tensor([[2, 3, 4][record % 3] for record in batch.records.tolist()])
-    assert batch.up.tolist() == [record % 2 == 0 for record in batch.records.tolist()]
-    assert torch.equal(batch.judged.mask.sum(1), lengths)
+    assert batch.desirable.tolist() == [record % 2 == 0 for record in batch.records.tolist()]
+    assert torch.equal(batch.completion.mask.sum(1), lengths)
     assert torch.equal(batch.chosen.mask.sum(1) + batch.rejected.mask.sum(1), lengths)
 
 
@@ -409,14 +409,17 @@ def test_thumbs_in_a_csv_file_and_in_conversations_are_read(make, tmp_path):
     (tmp_path / "a.csv").write_text("user_id,prompt,completion,label\nann,w1,one two,true\nann,w2,three,FALSE\n")
     settings = {"feedback": "thumbs", "validation_fraction": 0.0, "batch_size": 2}
     (batch,) = make(FileSource(tmp_path / "a.csv"), **settings).train_dataloader()
-    assert sorted(zip(batch.up.tolist(), batch.judged.mask.sum(1).tolist(), strict=True)) == [(False, 2), (True, 3)]
+    assert sorted(zip(batch.desirable.tolist(), batch.completion.mask.sum(1).tolist(), strict=True)) == [
+        (False, 2),
+        (True, 3),
+    ]
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "one two"}]
     source = FileSource(
         write_jsonl(tmp_path / "a.jsonl", [{"user_id": "ann", "completion": turns, "label": False}] * 2)
     )
     (batch,) = make(source, word_tokenizer(template=CHATML), **settings).train_dataloader()
-    assert not batch.up.any()
-    assert batch.judged.mask.sum(1).tolist() == [3, 3]
+    assert not batch.desirable.any()
+    assert batch.completion.mask.sum(1).tolist() == [3, 3]
 
 
 def test_a_thumb_over_a_limit_is_named_by_its_own_field(make, tmp_path):
@@ -429,7 +432,7 @@ def test_a_sample_of_thumbs_has_liked_completions_only(make, tmp_path):
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", THUMBS), write_jsonl(tmp_path / "b.jsonl", THUMBS))
     sample = make(source, feedback="thumbs").sample(12)
     assert len(sample) == 6
-    assert sample.up.all()
+    assert sample.desirable.all()
 
 
 TURNS = [

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 import pytest
 
 from prlhf_lightning.data import feedback_log
-from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog, FeedbackLogError
+from prlhf_lightning.errors import ConfigurationError
 
 psycopg = pytest.importorskip("psycopg", reason="psycopg, of the extra postgres, is not installed")
 

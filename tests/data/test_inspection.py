@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 from malformed import GOOD
 
 from prlhf_lightning.data import DataSource, FileSource, SimulatedSource
-from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.checks import Inspector
 from prlhf_lightning.data.problems import Problem, Problems
+from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 

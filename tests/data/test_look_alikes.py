@@ -5,11 +5,11 @@ import unicodedata
 import pytest
 from feedback_helpers import row, word_tokenizer, write_jsonl
 
+from prlhf_lightning.cli.data_check import described
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.data.checks import Inspector
 from prlhf_lightning.data.users import look_alikes, stands_for_nobody
 from prlhf_lightning.errors import FeedbackFormatError
-from prlhf_lightning.cli.data_check import described
 
 COMPOSED = unicodedata.normalize("NFC", "José")
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed import ANY_LINES, DAMAGE, FIELDS, GOOD, GOOD_LINES, SHARE, TEXT, damaged
 
-from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.sources.files import FileSource
+from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import PRLHFError
 

@@ -13,9 +13,9 @@ from prlhf_lightning.data import (
     PoolSource,
 )
 from prlhf_lightning.data.checks import Inspector
+from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 
 
 def read(source: DataSource, split="train", feedback="pairs"):

@@ -12,10 +12,10 @@ from malformed import TEXT, VALUES
 
 from prlhf_lightning.data import PoolSource, PreferenceDataModule
 from prlhf_lightning.data.checks import Inspector
-from prlhf_lightning.simulation import scores
-from prlhf_lightning.simulation.users import apportion, draw_votes
 from prlhf_lightning.data.sources.candidate_pool import Candidates, pairs_in_random_order
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, PRLHFError
+from prlhf_lightning.simulation import scores
+from prlhf_lightning.simulation.users import apportion, draw_votes
 
 LENGTH = [{"characters": 1.0}, {"characters": -1.0}]
 FEW = {"num_users": 6, "votes_per_user": 20, "num_unseen_users": 2, "validation_votes_per_user": 5}

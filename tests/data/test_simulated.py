@@ -5,10 +5,10 @@ from random import Random
 
 import pytest
 
-from prlhf_lightning.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render
-from prlhf_lightning.simulation.users import SimulatedUser, best_common_utility, state_preference
 from prlhf_lightning.data.sources.simulated import SimulatedSource, StyleCorpus
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render
+from prlhf_lightning.simulation.users import SimulatedUser, best_common_utility, state_preference
 
 SOURCE = SimulatedSource(num_users=8, pairs_per_user=20, num_unseen_users=4, validation_pairs_per_user=30)
 

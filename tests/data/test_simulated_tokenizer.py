@@ -2,9 +2,9 @@ from random import Random
 
 import pytest
 
+from prlhf_lightning.data.sources.simulated import StyleCorpus
 from prlhf_lightning.simulation.blank_model import make_tokenizer
 from prlhf_lightning.simulation.grammar import MAX_WORDS, PROMPTS, STYLES, render
-from prlhf_lightning.data.sources.simulated import StyleCorpus
 
 
 @pytest.fixture(scope="module")

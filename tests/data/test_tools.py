@@ -6,14 +6,14 @@ import pytest
 from feedback_helpers import byte_tokenizer, write_jsonl
 from transformers import GenerationConfig
 
+from prlhf_lightning.cli import generate
+from prlhf_lightning.cli.data_convert import convert_source
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.checks import Inspector
 from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
-from prlhf_lightning.utils.chat_tokens import remember_ends
 from prlhf_lightning.errors import FeedbackFormatError
-from prlhf_lightning.cli import generate
-from prlhf_lightning.cli.data_convert import convert_source
+from prlhf_lightning.utils.chat_tokens import remember_end_tokens
 
 CALL = {"type": "function", "id": "c1", "function": {"name": "look", "arguments": {"at": "sun"}}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
@@ -166,7 +166,7 @@ def test_names_and_roles_write_no_control_tokens(place):
 def test_an_answer_that_calls_a_tool_ends_with_the_end_that_only_the_generation_config_names():
     tokenizer = with_template(CALLS.replace("<eos>", "{% if m.tool_calls %}<call>{% else %}<eos>{% endif %}") + END)
     tokenizer.add_tokens(["<call>"])
-    remember_ends(tokenizer, GenerationConfig(eos_token_id=[tokenizer.convert_tokens_to_ids("<call>")]))
+    remember_end_tokens(tokenizer, GenerationConfig(eos_token_id=[tokenizer.convert_tokens_to_ids("<call>")]))
     raw = row(chosen=[{"role": "assistant", "content": "", "tool_calls": [CALL]}], tools=None)
     (ids,) = FeedbackTokenizer(tokenizer, TokenizationSettings())([parse_record(raw, "f:1")], ["f:1"])
     whole = tokenizer.apply_chat_template([*raw["prompt"], *raw["chosen"]], tokenize=True, return_dict=False)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prlhf_lightning.inference.engine import choose
+from prlhf_lightning.inference.engine import sample_tokens
 
 
 def one(logits, temperature, top_p, chance) -> int:
     values = (torch.tensor([value], dtype=torch.float64) for value in (temperature, top_p, chance))
-    return int(choose(torch.tensor([logits]), *values)[0])
+    return int(sample_tokens(torch.tensor([logits]), *values)[0])
 
 
 def test_tokens_are_drawn_as_often_as_they_are_likely():
@@ -47,4 +47,4 @@ def test_any_settings_choose_a_token_that_exists(logits, temperature, top_p, cha
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 def test_logits_that_are_no_numbers_do_not_reach_other_texts(bad):
     logits, ones = torch.tensor([[bad] * 3, [0.0, 9.0, 0.0]]), torch.ones(2, dtype=torch.float64)
-    assert choose(logits, ones, ones, ones / 2)[1] == 1
+    assert sample_tokens(logits, ones, ones, ones / 2)[1] == 1

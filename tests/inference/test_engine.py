@@ -10,9 +10,9 @@ from torch import nn
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.inference import Engine, Generation, PersonalizedWriter
+from prlhf_lightning.inference import Engine, GenerationRequest, Generator
 from prlhf_lightning.inference.guidance import conditions
-from prlhf_lightning.inference.kv_cache import Rows
+from prlhf_lightning.inference.kv_cache import BatchedKVCache
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.types import SoftPrompt, Tokens, Users
 from prlhf_lightning.user_models import (
@@ -27,7 +27,7 @@ IDS = ["ann", "bob", "cy"]
 PROMPTS = ["the cat sat", "a", "hello user likes long answers", "red sun", "dog ran fast slow", "no"]
 
 
-def make_writer(path: str, user_model: UserModel | None = None) -> tuple[PersonalizedWriter, CausalLMPolicy]:
+def make_writer(path: str, user_model: UserModel | None = None) -> tuple[Generator, CausalLMPolicy]:
     torch.manual_seed(0)
     policy = CausalLMPolicy(path, lora=LoRA(rank=4))
     policy.build(with_reference=False)
@@ -39,7 +39,7 @@ def make_writer(path: str, user_model: UserModel | None = None) -> tuple[Persona
     for table in user_model.row_tables():
         table.data[0] = 0.0
     vocabulary = UserVocabulary(IDS)
-    return PersonalizedWriter(policy.lm, policy.tokenizer, user_model, vocabulary), policy
+    return Generator(policy.lm, policy.tokenizer, user_model, vocabulary), policy
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,12 @@ def by_policy(writer, policy, prompt: str, row: int, count: int) -> tuple[int, .
     return tuple(written.ids[0][written.mask[0]].tolist())
 
 
-def everyone(**how) -> list[Generation]:
+def everyone(**how) -> list[GenerationRequest]:
     users = ["ann", "bob", None, "cy", {"ann": 0.3, "cy": 0.7}, "stranger"]
     return [
-        Generation(prompt, users[i % 6], strength=[1.0, 0.5, 2.0, 0.0][i % 4], max_new_tokens=3 + 5 * (i % 4), **how)
+        GenerationRequest(
+            prompt, users[i % 6], strength=[1.0, 0.5, 2.0, 0.0][i % 4], max_new_tokens=3 + 5 * (i % 4), **how
+        )
         for i, prompt in enumerate(PROMPTS * 3)
     ]
 
@@ -66,7 +68,7 @@ def everyone(**how) -> list[Generation]:
 @pytest.mark.parametrize("name", ["llama", "qwen", "gpt2", "neox"])
 def test_greedy_text_in_a_crowd_is_what_the_policy_writes_alone(model_paths, name):
     writer, policy = make_writer(model_paths[name])
-    asked = [Generation(PROMPTS[i % 6], IDS[i % 3], max_new_tokens=4 + 3 * (i % 5)) for i in range(12)]
+    asked = [GenerationRequest(PROMPTS[i % 6], IDS[i % 3], max_new_tokens=4 + 3 * (i % 5)) for i in range(12)]
     written = writer.generate(asked, max_batch_rows=4)  # so that rows join and leave all the time
     alone = [by_policy(writer, policy, one.prompt, 1 + i % 3, one.max_new_tokens) for i, one in enumerate(asked)]
     assert [one.ids for one in written] == alone
@@ -86,7 +88,7 @@ def test_a_text_does_not_depend_on_what_else_is_written(model_paths, name, how):
 def test_strength_0_is_the_generic_user_and_1_the_user(llama):
     writer, policy = llama
     for row, user in enumerate(IDS, start=1):
-        asked = [Generation("the cat", user, strength=s, max_new_tokens=12) for s in (0.0, 1.0)]
+        asked = [GenerationRequest("the cat", user, strength=s, max_new_tokens=12) for s in (0.0, 1.0)]
         generic, own = (one.ids for one in writer.generate(asked))
         assert generic == by_policy(writer, policy, "the cat", 0, 12)
         assert own == by_policy(writer, policy, "the cat", row, 12)
@@ -96,8 +98,8 @@ def test_strength_0_is_the_generic_user_and_1_the_user(llama):
 @pytest.mark.parametrize("strength", [0.25, 0.5, 1.5, 3.0])
 def test_logits_between_and_beyond_are_the_formula_in_float64(llama, strength):
     writer, _ = llama
-    prepared = writer.prepare(Generation("the cat sat", "bob", strength=strength))
-    rows = Rows(writer.lm).append(writer.sequences([prepared]))
+    prepared = writer.prepare(GenerationRequest("the cat sat", "bob", strength=strength))
+    rows = BatchedKVCache(writer.lm).append(writer.sequences([prepared]))
     mixed = sum(part.weight * logits for part, logits in zip(prepared.conditions, rows, strict=True))
 
     lm, ids = writer.lm.double(), writer.tokenizer("the cat sat")["input_ids"]
@@ -112,19 +114,19 @@ def test_logits_between_and_beyond_are_the_formula_in_float64(llama, strength):
     lm.float()
     expected = generic + strength * (own - generic)
     torch.testing.assert_close(mixed.double(), expected, rtol=1e-4, atol=1e-4)
-    token = writer.generate([Generation("the cat sat", "bob", strength=strength, max_new_tokens=1)])[0].ids[0]
+    token = writer.generate([GenerationRequest("the cat sat", "bob", strength=strength, max_new_tokens=1)])[0].ids[0]
     assert token == int(expected.argmax())
     assert (generic - own).abs().max() > 0.1
 
 
 def test_a_blend_of_vectors_is_their_weighted_mean(llama):
     writer, _ = llama
-    (blend,) = writer.prepare(Generation("a", {"ann": 0.25, "cy": 0.75})).conditions
+    (blend,) = writer.prepare(GenerationRequest("a", {"ann": 0.25, "cy": 0.75})).conditions
     vectors = writer.user_model(Users(torch.tensor([1, 3]))).vectors.double()
     torch.testing.assert_close(blend.vectors.double(), 0.25 * vectors[0] + 0.75 * vectors[1])
-    (same,) = writer.prepare(Generation("a", {"ann": 1.0, "cy": 3.0})).conditions  # shares count by their ratio
+    (same,) = writer.prepare(GenerationRequest("a", {"ann": 1.0, "cy": 3.0})).conditions  # shares count by their ratio
     assert torch.equal(same.vectors, blend.vectors)
-    (stranger,) = writer.prepare(Generation("a", {"nobody": 1.0})).conditions
+    (stranger,) = writer.prepare(GenerationRequest("a", {"nobody": 1.0})).conditions
     assert torch.equal(stranger.vectors, writer.user_model.generic_prompt)
 
 
@@ -141,9 +143,9 @@ class Ragged(UserModel):
 
 def test_users_with_soft_prompts_of_unequal_length_are_blended_by_their_logits(model_paths):
     writer, _ = make_writer(model_paths["llama"], Ragged())
-    parts = writer.prepare(Generation("a", {"ann": 0.4, "cy": 0.6}, strength=0.5)).conditions
+    parts = writer.prepare(GenerationRequest("a", {"ann": 0.4, "cy": 0.6}, strength=0.5)).conditions
     assert [(part.weight, len(part.vectors)) for part in parts] == [(0.5, 1), (0.2, 2), (0.3, 4)]
-    asked = [Generation(prompt, {"ann": 0.4, "cy": 0.6}, strength=0.5, max_new_tokens=6) for prompt in PROMPTS]
+    asked = [GenerationRequest(prompt, {"ann": 0.4, "cy": 0.6}, strength=0.5, max_new_tokens=6) for prompt in PROMPTS]
     assert writer.generate(asked, max_batch_rows=7) == [writer.generate([one])[0] for one in asked]
     with pytest.raises(ConfigurationError, match="takes 3 rows, more than max_batch_rows"):
         Engine(writer, max_batch_rows=2).add(asked[0])
@@ -151,7 +153,7 @@ def test_users_with_soft_prompts_of_unequal_length_are_blended_by_their_logits(m
 
 def test_the_users_text_stays_at_strength_0(model_paths):
     writer, _ = make_writer(model_paths["llama"], CompositeUserModel([IndividualUserModel(2), TextUserModel()]))
-    asked = Generation("a", "ann", user_text="likes short answers", strength=0.0)
+    asked = GenerationRequest("a", "ann", user_text="likes short answers", strength=0.0)
     prepared = writer.prepare(asked)
     (generic,) = prepared.conditions
     words = writer.lm.get_input_embeddings()(torch.tensor(writer.tokenizer("likes short answers\n")["input_ids"][1:]))
@@ -163,25 +165,29 @@ def test_the_users_text_stays_at_strength_0(model_paths):
 @pytest.mark.parametrize("user_model", [UniformUserModel(0), TextUserModel()], ids=["vanilla", "text"])
 def test_models_that_tell_no_users_apart_write_the_same_for_all(model_paths, user_model):
     writer, _ = make_writer(model_paths["llama"], user_model)
-    asked = [Generation("the cat", user, strength=s, max_new_tokens=6) for user in ("ann", None) for s in (0, 1, 2)]
+    asked = [
+        GenerationRequest("the cat", user, strength=s, max_new_tokens=6) for user in ("ann", None) for s in (0, 1, 2)
+    ]
     assert len({answer.ids for answer in writer.generate(asked)}) == 1
     assert len(writer.prepare(asked[2]).conditions) == 1
 
 
 def test_a_text_that_no_user_model_reads_is_refused(llama):
     with pytest.raises(ConfigurationError, match="IndividualUserModel reads no text"):
-        llama[0].prepare(Generation("a", user_text="likes short answers"))
+        llama[0].prepare(GenerationRequest("a", user_text="likes short answers"))
 
 
 def test_a_stranger_is_the_generic_user_and_reported(llama):
-    stranger, nobody, ann = llama[0].generate([Generation("the", user) for user in ("eve", None, "ann")])
+    stranger, nobody, ann = llama[0].generate([GenerationRequest("the", user) for user in ("eve", None, "ann")])
     assert stranger.ids == nobody.ids
     assert (stranger.known_user, nobody.known_user, ann.known_user) == (False, False, True)
 
 
 def test_seeds_decide_samples(llama):
     def sample(seed):
-        return llama[0].generate([Generation("the", "ann", temperature=1.5, seed=seed, max_new_tokens=20)])[0].ids
+        return (
+            llama[0].generate([GenerationRequest("the", "ann", temperature=1.5, seed=seed, max_new_tokens=20)])[0].ids
+        )
 
     assert sample(1) == sample(1) != sample(2)
     assert sample(None) != sample(None)
@@ -189,7 +195,9 @@ def test_seeds_decide_samples(llama):
 
 def test_engine_admits_as_rows_become_free_and_cancels(llama):
     engine = Engine(llama[0], max_batch_rows=2)
-    first, second, third = (engine.add(Generation("the", "ann", max_new_tokens=9, strength=s)) for s in (1, 1, 0.5))
+    first, second, third = (
+        engine.add(GenerationRequest("the", "ann", max_new_tokens=9, strength=s)) for s in (1, 1, 0.5)
+    )
     assert {piece.number for piece in engine.step()} == {first, second}
     assert (engine.running, engine.waiting) == (2, 1)  # the third takes two rows
     engine.cancel(first)
@@ -202,8 +210,8 @@ def test_engine_admits_as_rows_become_free_and_cancels(llama):
 
 
 def test_a_long_text_does_not_fill_the_memory_with_the_padding_of_short_ones(llama):
-    short = [Generation("the cat", user, max_new_tokens=4) for user in IDS * 4]
-    long, longest = (Generation("a " * words, "ann", strength=0.5, max_new_tokens=4) for words in (40, 90))
+    short = [GenerationRequest("the cat", user, max_new_tokens=4) for user in IDS * 4]
+    long, longest = (GenerationRequest("a " * words, "ann", strength=0.5, max_new_tokens=4) for words in (40, 90))
     asked = [*short, long, *short, longest, *short]
     engine, texts = Engine(llama[0], max_batch_tokens=120), [[] for _ in asked]
     for one in asked:
@@ -217,7 +225,7 @@ def test_a_long_text_does_not_fill_the_memory_with_the_padding_of_short_ones(lla
 
 
 def test_streaming_gives_the_whole_text_in_pieces(llama):
-    asked = Generation("the cat", "ann", max_new_tokens=10)
+    asked = GenerationRequest("the cat", "ann", max_new_tokens=10)
     pieces = list(llama[0].stream(asked))
     whole = llama[0].generate([asked])[0]
     assert "".join(piece.text for piece in pieces) == whole.text
@@ -226,7 +234,7 @@ def test_streaming_gives_the_whole_text_in_pieces(llama):
 
 
 def test_a_stop_string_ends_the_text(llama):
-    asked = [Generation(prompt, user, max_new_tokens=10) for prompt in PROMPTS for user in IDS]
+    asked = [GenerationRequest(prompt, user, max_new_tokens=10) for prompt in PROMPTS for user in IDS]
     one, whole = max(zip(asked, llama[0].generate(asked), strict=True), key=lambda pair: len(set(pair[1].text.split())))
     word = whole.text.split()[-2]
     cut = llama[0].generate([replace(one, stop=("nothing", word))])[0]
@@ -238,10 +246,10 @@ def test_a_stop_string_ends_the_text(llama):
 
 def test_writing_ends_at_the_models_last_position_and_what_leaves_no_room_is_refused(model_paths):
     writer, _ = make_writer(model_paths["gpt2"])  # of 64 positions, three are the user's and one is BOS
-    (written,) = writer.generate([Generation("a " * 58, "ann", max_new_tokens=9)])
+    (written,) = writer.generate([GenerationRequest("a " * 58, "ann", max_new_tokens=9)])
     assert (written.completion_tokens, written.finish_reason) == (2, "length")
     with pytest.raises(ConfigurationError, match="take 64 positions, and this model has 64"):
-        Engine(writer).add(Generation("a " * 60, "ann"))
+        Engine(writer).add(GenerationRequest("a " * 60, "ann"))
 
 
 @pytest.mark.parametrize(
@@ -265,9 +273,9 @@ def test_writing_ends_at_the_models_last_position_and_what_leaves_no_room_is_ref
 )
 def test_what_can_not_be_asked_is_refused(how, says):
     with pytest.raises(ConfigurationError, match=says):
-        Generation("a", **how)
+        GenerationRequest("a", **how)
 
 
 def test_an_empty_conversation_template_is_refused_before_anything_is_written(llama):
     with pytest.raises(PRLHFError, match="the tokenizer has no chat template"):
-        llama[0].generate([Generation("a"), Generation([{"role": "user", "content": "a"}])])
+        llama[0].generate([GenerationRequest("a"), GenerationRequest([{"role": "user", "content": "a"}])])

@@ -13,7 +13,7 @@ from prlhf_lightning.types import LogProbs, PairLogProbs
 CLASSES = [
     getattr(L, name)
     for name in L.__all__
-    if name.endswith("Loss") and name not in ("PreferenceLoss", "MarginLoss", "ThumbsLoss")
+    if name.endswith("Loss") and name not in ("PreferenceLoss", "MarginLoss", "UnpairedLoss")
 ]
 
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from prlhf_lightning.metrics import ThumbsAUC, thumbs_auc, user_aucs
+from prlhf_lightning.metrics import UnpairedAUC, unpaired_auc, user_aucs
 
 
 def rows(*given):
@@ -31,7 +31,7 @@ def test_it_agrees_with_counting_pairs():
         scores = (up[:, None] > down).double() + 0.5 * (up[:, None] == down)
         wins, pairs = wins + scores.sum(), pairs + scores.numel()
         by_user.append(scores.mean().item())
-    values = thumbs_auc(users, rewards.masked_fill(~ups, math.nan), rewards.masked_fill(ups, math.nan))
+    values = unpaired_auc(users, rewards.masked_fill(~ups, math.nan), rewards.masked_fill(ups, math.nan))
     assert values["auc"] == pytest.approx(wins / pairs)
     assert values["auc_user_mean"] == pytest.approx(sum(by_user) / 9)
     assert values["auc_worst_decile"] == pytest.approx(min(by_user))
@@ -41,18 +41,18 @@ def test_it_agrees_with_counting_pairs():
 def test_a_user_who_likes_everything_says_nothing_about_the_ranking():
     likes_all = [(3, 0.0, True), (3, 1.0, True)]
     given = [(1, 2.0, True), (1, 1.0, False)]
-    assert thumbs_auc(*rows(*given, *likes_all))["auc"] == thumbs_auc(*rows(*given))["auc"] == 1.0
-    assert math.isnan(thumbs_auc(*rows(*likes_all))["auc"])
+    assert unpaired_auc(*rows(*given, *likes_all))["auc"] == unpaired_auc(*rows(*given))["auc"] == 1.0
+    assert math.isnan(unpaired_auc(*rows(*likes_all))["auc"])
     assert math.isnan(user_aucs(*rows(*likes_all))[0].auc)
 
 
 def test_a_nan_reward_shows_rather_than_counting_as_wrong():
     users, chosen, rejected = rows((1, 2.0, True), (1, 1.0, False), (1, math.nan, False))
-    assert math.isnan(thumbs_auc(users, chosen, rejected)["auc"])
+    assert math.isnan(unpaired_auc(users, chosen, rejected)["auc"])
 
 
 def test_the_metric_goes_on_from_batch_to_batch_and_is_nan_without_rows():
-    metric = ThumbsAUC()
+    metric = UnpairedAUC()
     assert math.isnan(metric.compute()["auc"])
     metric.update(*rows((1, 2.0, True)))
     metric.update(*rows((1, 1.0, False)))

@@ -7,8 +7,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from prlhf_lightning.policies import LoRA
-from prlhf_lightning.policies.lora import AdaptedLinear, _Product
-from prlhf_lightning.policies.lora import add_adapters
+from prlhf_lightning.policies.lora import AdaptedLinear, _Product, add_adapters
 
 
 def adapted(path: str, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> nn.Module:

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.inference import GenerationRequest, Generator
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
-from prlhf_lightning.policies.continuation import memory_of
+from prlhf_lightning.policies.continuation import cache_of
 from prlhf_lightning.types import Tokens, Users
 from prlhf_lightning.user_models import IndividualUserModel
 
@@ -87,7 +87,7 @@ def test_a_model_in_16_bits_may_return_states_of_32(build):
 def test_a_model_with_states_beside_its_keys_is_not_continued_from_them(build):
     policy = build(MINIMAX)
     answers, prompt_of = [[4, 20, 2], [11, 2], [5, 6, 7, 2], [8, 9, 2]], [0, 1, 1, 0]
-    scores = policy.log_probs_of_each(
+    scores = policy.grouped_log_probs(
         Tokens.from_lists(PROMPTS), Tokens.from_lists(answers), torch.tensor(prompt_of), batch_size=1
     )
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(bui
     users = IndividualUserModel(num_tokens=3)
     users.build(3, policy.token_embeddings())
     torch.nn.init.normal_(users.offsets.weight, std=0.5)
-    writer = PersonalizedWriter(policy.lm, policy.tokenizer, users, UserVocabulary(["ann", "bob"]))
+    writer = Generator(policy.lm, policy.tokenizer, users, UserVocabulary(["ann", "bob"]))
     asked = [("ann", "the cat sat"), ("bob", "a"), ("ann", "hello user likes long answers"), ("bob", "red sun")]
     prompts = [policy.tokenizer(prompt)["input_ids"] for _, prompt in asked]
     soft_prompt = users(Users(torch.tensor([1, 2, 1, 2])))
@@ -152,7 +152,7 @@ def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(bui
         expected.append(ids)
     written = policy.generate(Tokens.from_lists(prompts), soft_prompt, Sampling(8, temperature=0.0))
     assert [ids[mask].tolist() for ids, mask in zip(written.ids, written.mask, strict=True)] == expected
-    wanted = [Generation(prompt, user, max_new_tokens=8) for user, prompt in asked]
+    wanted = [GenerationRequest(prompt, user, max_new_tokens=8) for user, prompt in asked]
     assert [list(one.ids) for one in writer.generate(wanted, max_batch_rows=3)] == expected
     assert len({token for ids in expected for token in ids}) > 2
 
@@ -169,4 +169,4 @@ def test_a_model_that_writes_one_text_at_a_time_draws_as_it_is_told(build):
 
 @pytest.mark.parametrize(("config", "memory"), [(MAMBA, "cache"), (RWKV, "state"), (GRIFFIN, None), (ZAMBA2, None)])
 def test_a_memory_is_used_that_gives_the_numbers_of_the_whole_sequence(build, config, memory):
-    assert memory_of(build(config).lm.eval()) == memory
+    assert cache_of(build(config).lm.eval()) == memory

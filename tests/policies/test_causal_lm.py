@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, MambaConf
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
-from prlhf_lightning.policies.scoring import Shortcuts
-from prlhf_lightning.policies.capabilities import find_shortcuts
+from prlhf_lightning.policies.capabilities import find_capabilities
+from prlhf_lightning.policies.scoring import Capabilities
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "gpt2", "neox"]
@@ -159,9 +159,9 @@ def test_the_reference_writes_as_the_policy_did_before_training(model_path, lora
 def paths(policy: CausalLMPolicy):
     """Every way of scoring that the policy may take."""
     return {
-        "logits": Shortcuts(head=False, shared_prompt=False),
-        "head": Shortcuts(head=True, shared_prompt=False),
-        "shared prompt": Shortcuts(head=True, shared_prompt=True),
+        "logits": Capabilities(head=False, shared_prompt=False),
+        "head": Capabilities(head=True, shared_prompt=False),
+        "shared prompt": Capabilities(head=True, shared_prompt=True),
     }
 
 
@@ -171,7 +171,7 @@ def paths(policy: CausalLMPolicy):
 @given(data=st.data())
 def test_every_way_of_scoring_gives_the_same_log_probs_and_gradients(model_paths, name, lora, data):
     policy = build(model_paths[name], lora=lora).train()
-    assert policy.shortcuts == Shortcuts(head=True, shared_prompt=True, trees=True)
+    assert policy.shortcuts == Capabilities(head=True, shared_prompt=True, trees=True)
     token, rows = st.integers(4, 20), data.draw(st.integers(1, 3))
     prompt = Tokens.from_lists([[1, *data.draw(st.lists(token, max_size=9))] for _ in range(rows)])
     completions = [
@@ -206,7 +206,7 @@ def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_pa
         return out
 
     monkeypatch.setattr(policy.lm, "forward", capped)
-    assert find_shortcuts(policy.lm) == Shortcuts(head=False, shared_prompt=False)
+    assert find_capabilities(policy.lm) == Capabilities(head=False, shared_prompt=False)
 
 
 def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import Generation, PersonalizedWriter
+from prlhf_lightning.inference import GenerationRequest, Generator
 from prlhf_lightning.policies.generation_settings import end_tokens_only, not_applied
 from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import UniformUserModel
@@ -75,9 +75,9 @@ def test_all_writers_write_the_same_and_none_applies_the_bases_settings(opiniona
     assert policy.generate(asked(policy), None, GREEDY).ids[0].tolist() == expected
     user_model = UniformUserModel(num_tokens=0)
     user_model.build(1, policy.token_embeddings())
-    writer = PersonalizedWriter(policy.lm, policy.tokenizer, user_model, UserVocabulary([]))
+    writer = Generator(policy.lm, policy.tokenizer, user_model, UserVocabulary([]))
     message = [{"role": "user", "content": QUESTION}]
-    assert list(writer.generate([Generation(message, max_new_tokens=30)])[0].ids) == expected
+    assert list(writer.generate([GenerationRequest(message, max_new_tokens=30)])[0].ids) == expected
     exported = end_tokens_only(policy.tokenizer, policy.end_token_ids)
     assert by_transformers(policy, exported) == expected
 

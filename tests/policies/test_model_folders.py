@@ -9,8 +9,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from prlhf_lightning import CausalLMPolicy
-from prlhf_lightning.utils import hub
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.utils import hub
 
 
 def test_a_folder_of_adapters_is_refused_since_the_reference_would_be_without_them(model_path, tmp_path):

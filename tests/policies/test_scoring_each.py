@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy
-from prlhf_lightning.policies.scoring import Shortcuts
+from prlhf_lightning.policies.scoring import Capabilities
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 
@@ -28,7 +28,7 @@ def build(path: str, lora: LoRA | None) -> CausalLMPolicy:
 def test_each_completion_is_scored_as_alone_with_its_prompt(model_paths, name, data):
     policy = build(model_paths[name], data.draw(st.sampled_from([None, LoRA(rank=4)])))
     if data.draw(st.booleans()):
-        policy.shortcuts = Shortcuts(head=True, shared_prompt=False)
+        policy.shortcuts = Capabilities(head=True, shared_prompt=False)
     token, prompts = st.integers(4, 20), data.draw(st.integers(1, 3))
     prompt = Tokens.from_lists([[1, *data.draw(st.lists(token, max_size=5))] for _ in range(prompts)])
     texts = data.draw(st.lists(st.lists(token, min_size=1, max_size=6), min_size=1, max_size=7))
@@ -36,9 +36,9 @@ def test_each_completion_is_scored_as_alone_with_its_prompt(model_paths, name, d
     soft_prompt = data.draw(st.sampled_from([None, SoftPrompt.full(torch.randn(prompts, 2, 32))]))
     reference, completions = data.draw(st.booleans()), Tokens.from_lists(texts)
     scorer = policy if reference else policy.settled()
-    found = scorer.log_probs_of_each(prompt, completions, prompt_of, soft_prompt, reference, batch_size=3)
+    found = scorer.grouped_log_probs(prompt, completions, prompt_of, soft_prompt, reference, batch_size=3)
     # What a policy does that brings no way of its own.
-    expected = Policy.log_probs_of_each(policy, prompt, completions, prompt_of, soft_prompt, reference, batch_size=1)
+    expected = Policy.grouped_log_probs(policy, prompt, completions, prompt_of, soft_prompt, reference, batch_size=1)
     torch.testing.assert_close(found.tokens, expected.tokens, rtol=1e-5, atol=2e-5)
     assert torch.equal(found.mask, completions.mask)
 
@@ -59,4 +59,4 @@ def test_too_long_a_completion_names_the_settings(model_path):
     limit = policy.max_positions
     short, long = Tokens.from_lists([[1, 5]]), Tokens.from_lists([[6], [7] * limit])
     with pytest.raises(ConfigurationError, match=f"A sequence of {limit + 2} positions"):
-        policy.log_probs_of_each(short, long, torch.tensor([0, 0]))
+        policy.grouped_log_probs(short, long, torch.tensor([0, 0]))

@@ -20,11 +20,10 @@ from transformers import (
 from transformers.integrations import flex_attention as integration
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
-from prlhf_lightning.policies import capabilities
-from prlhf_lightning.policies.scoring import Shortcuts, score, segments
-from prlhf_lightning.policies.capabilities import find_shortcuts
-from prlhf_lightning.policies.prefix_sharing import BLOCK, Forest, plant
+from prlhf_lightning.policies import CausalLMPolicy, LoRA, capabilities, scoring
+from prlhf_lightning.policies.capabilities import find_capabilities
+from prlhf_lightning.policies.prefix_sharing import BLOCK, PackedPrefixes, pack_prefixes
+from prlhf_lightning.policies.scoring import Capabilities, score, segments
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 ARCHITECTURES = ["llama", "qwen", "qwen3", "gpt2", "neox"]
@@ -40,8 +39,8 @@ UNFIT = {
     "attention of its own": FalconConfig(vocab_size=25, hidden_size=32, num_hidden_layers=2, num_attention_heads=4),
     "recurrent": MambaConfig(vocab_size=25, hidden_size=32, num_hidden_layers=2),
 }
-ROWS = Shortcuts(head=True, shared_prompt=False)
-TREES = Shortcuts(head=True, shared_prompt=False, trees=True)
+ROWS = Capabilities(head=True, shared_prompt=False)
+TREES = Capabilities(head=True, shared_prompt=False, trees=True)
 RAGGED = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -98,11 +97,11 @@ def assert_equal(tried, expected, tolerance=1e-5):
         assert (tried[name] - value).norm() <= tolerance * value.norm() + rounding, name
 
 
-def pack(monkeypatch, mask=Forest.dense_mask):
+def pack(monkeypatch, mask=PackedPrefixes.dense_mask):
     """Score as on a GPU, trees many in a row, but with a mask that a CPU can go backward through."""
     monkeypatch.setattr(capabilities, "takes_block_masks", lambda lm, device: True)
     monkeypatch.setattr(scoring, "takes_block_masks", lambda lm, device: True)
-    monkeypatch.setattr(Forest, "block_mask", mask)
+    monkeypatch.setattr(PackedPrefixes, "block_mask", mask)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["a tree a row", "packed"])
@@ -149,7 +148,7 @@ def test_both_masks_let_a_position_see_its_trunk_and_its_own_branch_before_it(da
     segment = lambda low: st.lists(st.integers(low, 90), min_size=trees, max_size=trees)  # noqa: E731
     lengths = [data.draw(segment(1)), *(data.draw(segment(0)) for _ in range(n))]
     parts = [SoftPrompt(torch.zeros(trees, 90, 1), torch.arange(90) < torch.tensor(part)[:, None]) for part in lengths]
-    forest = plant(parts[:1], parts[1:], trees_in_row, BLOCK)
+    forest = pack_prefixes(parts[:1], parts[1:], trees_in_row, BLOCK)
     rows, width = forest.trunk.shape
     expected = torch.eye(width, dtype=torch.bool).repeat(rows, 1, 1)
     for row in range(rows):
@@ -184,7 +183,7 @@ def test_flex_attention_under_the_block_mask_scores_as_sdpa_does(paths, name, mo
     completions = [Tokens.from_lists([[5, 6] * 30, [7], [8, 2]]), Tokens.from_lists([[4], [9, 9, 2] * 20, [3]])]
     with torch.no_grad():
         expected = policy.log_probs(prompt, completions)
-        pack(monkeypatch, Forest.block_mask)
+        pack(monkeypatch, PackedPrefixes.block_mask)
         monkeypatch.setattr(integration, "compile_friendly_flex_attention", eager)
         tried = policy.log_probs(prompt, completions)
     assert [mask.shape for mask in calls[-2:]] == 2 * [(1, 1, 3 * BLOCK, 3 * BLOCK)]  # two layers
@@ -242,7 +241,7 @@ def test_a_model_that_goes_by_places_in_the_row_is_found_out(model_path, monkeyp
         return forward(**inputs)
 
     monkeypatch.setattr(base, "forward", ignoring)
-    assert find_shortcuts(policy.lm) == Shortcuts(head=True, shared_prompt=True)
+    assert find_capabilities(policy.lm) == Capabilities(head=True, shared_prompt=True)
 
 
 LONG, SHORT = Tokens.from_lists([[1, *[5] * 30], [1, 6]]), Tokens.from_lists([[1], [1]])

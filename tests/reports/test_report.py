@@ -12,10 +12,10 @@ import torch
 import yaml
 from conftest import write_votes
 
-from prlhf_lightning.cli.main import main
-from prlhf_lightning.errors import JudgeError
 from prlhf_lightning.analysis.judges import Judge, Person, RewardJudge
 from prlhf_lightning.cli.checkpoints import load_module
+from prlhf_lightning.cli.main import main
+from prlhf_lightning.errors import JudgeError
 from prlhf_lightning.reports.user_map import map_users, most_unlike
 
 TEXT = "user likes long answers"

@@ -14,7 +14,7 @@ from conftest import make_tokenizer
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.inference import Generation, Piece
+from prlhf_lightning.inference import Chunk, GenerationRequest
 from prlhf_lightning.serving.server import make_server
 from prlhf_lightning.serving.services import Services
 
@@ -28,7 +28,7 @@ def writer(chat_template: str | None = None) -> Any:
     return SimpleNamespace(name="echo", vocabulary=UserVocabulary(USERS), tokenizer=tokenizer, max_positions=None)
 
 
-def echo(generation: Generation) -> str:
+def echo(generation: GenerationRequest) -> str:
     """What the engine answers: the user, then the prompt."""
     prompt = generation.prompt
     text = prompt if isinstance(prompt, str) else " ".join(message["content"] for message in prompt)
@@ -41,7 +41,7 @@ class EchoEngine:
     def __init__(self, seconds: float = 0.0, room: int = 1000) -> None:
         self.seconds, self.room, self.texts, self.count = seconds, room, dict[int, list[str]](), 0
 
-    def add(self, generation: Generation) -> int:
+    def add(self, generation: GenerationRequest) -> int:
         if "refuse" in echo(generation):
             raise ConfigurationError("no: refuse")
         self.count += 1
@@ -54,14 +54,14 @@ class EchoEngine:
     def cancel(self, number: int) -> None:
         self.texts.pop(number, None)
 
-    def step(self) -> list[Piece]:
+    def step(self) -> list[Chunk]:
         time.sleep(self.seconds)
         pieces = []
         for number, words in list(self.texts.items())[: self.room]:
             text, _, finish = words.pop(0).partition("\0")
             if text.strip() == "break":
                 raise RuntimeError(f"broken by {text}")
-            pieces.append(Piece(number, text, 1, finish or None, prompt_tokens=7))
+            pieces.append(Chunk(number, text, 1, finish or None, prompt_tokens=7))
             if finish:
                 del self.texts[number]
         return pieces

@@ -15,14 +15,14 @@ import openai
 import pytest
 from serving_helpers import CHAT, EchoEngine, serving, writer
 
-from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.data.feedback_log import FeedbackLog
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.serving import schemas
 from prlhf_lightning.serving.auth import APIKey, KeyRing
-from prlhf_lightning.serving.metrics import Metrics
-from prlhf_lightning.serving.protocol import PatientProtocol
-from prlhf_lightning.serving.services import Services
 from prlhf_lightning.serving.limits import Limits
+from prlhf_lightning.serving.metrics import Metrics
+from prlhf_lightning.serving.protocol import TimeoutProtocol
+from prlhf_lightning.serving.services import Services
 
 ANSWER = {"role": "assistant", "content": "four"}
 PAIR = {"user": "ann", "prompt": "which?", "chosen": "this", "rejected": "that"}
@@ -393,8 +393,8 @@ def test_what_is_wrong_with_the_log_is_told_once_in_the_servers_own_log(tmp_path
 
 
 def test_answers_are_sent_without_waiting_for_acknowledgments(monkeypatch):
-    made, connected = PatientProtocol.connection_made, []
-    monkeypatch.setattr(PatientProtocol, "connection_made", lambda self, to: connected.append(to) or made(self, to))
+    made, connected = TimeoutProtocol.connection_made, []
+    monkeypatch.setattr(TimeoutProtocol, "connection_made", lambda self, to: connected.append(to) or made(self, to))
     with serving(Services(writer(), EchoEngine)) as url, httpx.Client() as kept_open:
         kept_open.get(f"{url}/healthz")
         (connection,) = connected

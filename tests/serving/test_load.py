@@ -15,8 +15,8 @@ from serving_helpers import CHAT, EchoEngine, serving, writer
 
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.serving.auth import APIKey, KeyRing
-from prlhf_lightning.serving.services import Services
 from prlhf_lightning.serving.limits import Limits
+from prlhf_lightning.serving.services import Services
 
 
 async def stream(client, user, text, most_lines=None):

@@ -17,11 +17,11 @@ from serving_helpers import serving
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.simulation.grammar import PROMPTS
-from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.data.feedback_log import FeedbackLog
-from prlhf_lightning.inference import Engine, Generation, PersonalizedWriter
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.inference import Engine, GenerationRequest, Generator
 from prlhf_lightning.serving.services import Services
+from prlhf_lightning.simulation.grammar import PROMPTS
 from prlhf_lightning.user_models import IndividualUserModel
 
 USERS = [f"user-{i}" for i in range(64)]
@@ -39,12 +39,12 @@ def writer(repo_root):
     with torch.no_grad():
         for parameter in users.parameters():
             parameter.normal_(std=float(words.std()) * 3)
-    return PersonalizedWriter(lm, tokenizer, users, UserVocabulary(USERS), "style-lm")
+    return Generator(lm, tokenizer, users, UserVocabulary(USERS), "style-lm")
 
 
 def test_64_streams_at_once_are_what_each_is_alone(writer):
     asked = [
-        Generation(PROMPTS[i % len(PROMPTS)], user, max_new_tokens=24, temperature=1.0, seed=i)
+        GenerationRequest(PROMPTS[i % len(PROMPTS)], user, max_new_tokens=24, temperature=1.0, seed=i)
         for i, user in enumerate(USERS)
     ]
     alone = [writer.generate([generation])[0].text for generation in asked]
@@ -66,7 +66,7 @@ def test_64_streams_at_once_are_what_each_is_alone(writer):
 
 
 def test_a_stop_string_ends_a_stream_wherever_its_tokens_begin(writer):
-    whole = writer.generate([Generation(PROMPTS[0], USERS[0], max_new_tokens=24, temperature=1.0, seed=1)])[0]
+    whole = writer.generate([GenerationRequest(PROMPTS[0], USERS[0], max_new_tokens=24, temperature=1.0, seed=1)])[0]
     ask = {"model": "style-lm", "prompt": PROMPTS[0], "user": USERS[0], "seed": 1, "max_tokens": 24, "stream": True}
     with serving(Services(writer, lambda: Engine(writer))) as url, httpx.Client(base_url=url) as client:
         for begin in range(2, len(whole.text) - 5, 5):
@@ -82,7 +82,7 @@ def test_a_stop_string_ends_a_stream_wherever_its_tokens_begin(writer):
 
 
 def test_usage_counts_what_was_read_and_written(writer):
-    alone = writer.generate([Generation(PROMPTS[0], USERS[0], max_new_tokens=9)])[0]
+    alone = writer.generate([GenerationRequest(PROMPTS[0], USERS[0], max_new_tokens=9)])[0]
     ask = {"model": "style-lm", "prompt": PROMPTS[0], "user": USERS[0], "max_tokens": 9, "temperature": 0}
     with serving(Services(writer, lambda: Engine(writer))) as url:
         usage = httpx.post(f"{url}/v1/completions", json=ask).json()["usage"]

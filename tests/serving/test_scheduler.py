@@ -7,10 +7,9 @@ import asyncio
 import pytest
 from serving_helpers import EchoEngine
 
-from prlhf_lightning.inference import Generation
+from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.serving.metrics import Metrics
-from prlhf_lightning.serving.scheduler import Scheduler
-from prlhf_lightning.serving.scheduler import Closing, EngineFailed
+from prlhf_lightning.serving.scheduler import Closing, EngineFailed, Scheduler
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -18,7 +17,7 @@ def test_nobody_waits_for_a_thread_that_has_ended(monkeypatch):
     engines = iter([EchoEngine()])  # there is no second one
 
     async def ask(scheduler):
-        ticket = await scheduler.submit(Generation("break", "ann"))
+        ticket = await scheduler.submit(GenerationRequest("break", "ann"))
         async for _ in ticket:
             pass
 
@@ -60,7 +59,7 @@ def test_texts_are_written_and_taken_in_while_a_call_goes_on():
         await begun.wait()
         second = asyncio.create_task(scheduler.call(lambda: "second", "bob"))
         async with asyncio.timeout(5):
-            ticket = await scheduler.submit(Generation("hello", "cy"))
+            ticket = await scheduler.submit(GenerationRequest("hello", "cy"))
             assert [piece async for piece in ticket]
             assert not called.done()
             assert not second.done()  # calls wait for one another

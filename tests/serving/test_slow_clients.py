@@ -14,9 +14,9 @@ import uvicorn
 from serving_helpers import EchoEngine, serving, writer
 from uvicorn.server import ServerState
 
+from prlhf_lightning.serving.limits import Limits
 from prlhf_lightning.serving.server import make_server
 from prlhf_lightning.serving.services import Services
-from prlhf_lightning.serving.limits import Limits
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n"
 

@@ -10,19 +10,19 @@ from pathlib import Path
 
 import pytest
 
-from prlhf_lightning.utils import shipped
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.hashing import check_folder, with_checksums
-from prlhf_lightning.training.checkpointing import base_of
-from prlhf_lightning.reports.html import Page
-from prlhf_lightning.policies import CausalLMPolicy, causal_lm
-from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.cli.checkpoints import (
     check_configuration,
     configuration_of_run,
     seal_configuration,
     tell_of_changes,
 )
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies import CausalLMPolicy, causal_lm
+from prlhf_lightning.policies.loading import warning_of_other_base
+from prlhf_lightning.reports.html import Page
+from prlhf_lightning.training.checkpointing import base_of
+from prlhf_lightning.utils import shipped
+from prlhf_lightning.utils.hashing import check_folder, with_checksums
 
 
 def replace_in(path: Path, old: str, new: str) -> None:

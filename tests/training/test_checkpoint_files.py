@@ -12,8 +12,8 @@ import zipfile
 import pytest
 import torch
 
-from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.errors import CheckpointWriteError, DamagedCheckpointError
+from prlhf_lightning.training import checkpoint_files
 
 
 @pytest.fixture

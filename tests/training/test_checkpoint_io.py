@@ -18,14 +18,13 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from quiet_trainer import quiet_trainer
 
-from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM, SealedCheckpointIO
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import ChecksummedCheckpointIO, Optim, PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.user_models import IndividualUserModel
 
 
@@ -115,8 +114,8 @@ def test_checkpoints_in_shards_are_left_to_lightning(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(TorchCheckpointIO, "load_checkpoint", lambda self, *args, **kwargs: asked.append(kwargs))
     monkeypatch.setattr(TorchCheckpointIO, "save_checkpoint", lambda self, *args: asked.append(args[1]))
-    SealedCheckpointIO().load_checkpoint(tmp_path)
-    SealedCheckpointIO().save_checkpoint({}, "memory://a.ckpt")
+    ChecksummedCheckpointIO().load_checkpoint(tmp_path)
+    ChecksummedCheckpointIO().save_checkpoint({}, "memory://a.ckpt")
     assert asked == [{"weights_only": True}, "memory://a.ckpt"]
 
 

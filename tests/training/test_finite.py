@@ -8,9 +8,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from test_training import make, make_data, make_trainer
 
-from prlhf_lightning.training.callbacks.outputs import BestAndLast, SaveOnInterrupt
 from prlhf_lightning.errors import NonFiniteError
 from prlhf_lightning.losses import DPOLoss
+from prlhf_lightning.training.callbacks.outputs import BestAndLast, SaveOnInterrupt
 
 
 class Exploding(DPOLoss):

@@ -16,8 +16,8 @@ from lightning.pytorch.loggers.wandb import WandbLogger
 from recording_logger import RecordingLogger
 
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.training.loggers import hyper_parameters, keep_under, run_folder, with_run_folder
 from prlhf_lightning.cli.parser import Explaining
+from prlhf_lightning.training.loggers import hyper_parameters, keep_under, run_folder, with_run_folder
 
 FILES = {"config.yaml", "metrics.csv", "users_seen.csv", "checkpoints"}
 TENSORBOARD = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "events"}}

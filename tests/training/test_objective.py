@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.losses import DPOLoss, SFTLoss
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.types import PreferenceBatch, Tokens
 from prlhf_lightning.user_models import (
     ClusterUserModel,

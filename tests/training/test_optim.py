@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.optim import clip_gradients
-from prlhf_lightning.training.optim import Optim, RowwiseAdamW
+from prlhf_lightning.training.optim import Optim, RowwiseAdamW, clip_gradients
 
 SETTINGS = {"lr": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.05}
 

@@ -9,8 +9,8 @@ from test_training import make, make_data, make_trainer
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training import Optim
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import Optim
 
 SLOW = Optim(lr=1e-5, user_lr=1e-4, warmup_steps=0)  # steps far below the rounding of bfloat16
 

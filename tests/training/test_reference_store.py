@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss, SimPOLoss
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.training.reference_store import ReferenceStore
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.reference_cache import ReferenceCache
+from prlhf_lightning.training.reference_store import ReferenceStore
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens
 from prlhf_lightning.user_models import CompositeUserModel, IndividualUserModel, TextUserModel, UserModel
 

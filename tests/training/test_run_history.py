@@ -9,11 +9,11 @@ import pytest
 import torch
 import yaml
 
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.cli.checkpoints import last_checkpoint
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.training.loggers import MetricsFile, read_metrics
 from prlhf_lightning.training.run_history import best_of_earlier_run, rows_until
-from prlhf_lightning.cli.checkpoints import last_checkpoint
 
 TRAIN, VALIDATION = {"train/loss": "0.7", "val/loss": ""}, {"train/loss": "", "val/loss": "0.6"}
 

@@ -16,13 +16,13 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
+from prlhf_lightning.training.distributed import average_dense_gradients
+from prlhf_lightning.training.fsdp import FSDP1Strategy
 from prlhf_lightning.training.optim import clip_gradients, gradient_norm
 from prlhf_lightning.training.sharding import FSDP2Strategy, check_strategy, is_sharded, shard
-from prlhf_lightning.training.fsdp import FSDP1Strategy
-from prlhf_lightning.training.distributed import average_dense_gradients
-from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.types import SoftPrompt, Tokens
 
 MAX_NORM = 0.1

@@ -10,12 +10,12 @@ from conftest import write_votes
 from lightning.pytorch import Callback
 from quiet_trainer import quiet_trainer
 
-from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import Optim, PersonalizedLM
+from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.user_models import IndividualUserModel
 
 

@@ -11,12 +11,12 @@ import torch
 from lightning.pytorch import Callback
 from quiet_trainer import quiet_trainer
 
-from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt, UserTable
 from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOUnpairedLoss, DPOLoss, KTOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import Optim, PersonalizedLM
+from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt, UserTable
 from prlhf_lightning.types import PreferenceBatch, Tokens
 from prlhf_lightning.user_models import IndividualUserModel
 
@@ -65,7 +65,7 @@ def batch_of(completions=COMPLETIONS, up=UP):
 
 def log_ratios(module, batch, generic):
     """Log-ratios of completions `[B]`, from scoring them as those of a pair."""
-    as_pairs = replace(batch, chosen=batch.judged, rejected=batch.judged)
+    as_pairs = replace(batch, chosen=batch.completion, rejected=batch.completion)
     loss, module.loss = module.loss, DPOLoss()
     (policy,), reference = module.policy_log_probs(as_pairs, [generic]), module.reference_log_probs(as_pairs)
     module.loss = loss

@@ -11,14 +11,14 @@ from lightning.pytorch import Callback, Trainer
 from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
 
-from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOLoss, DPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, Sampling
+from prlhf_lightning.training import Optim, PersonalizedLM
+from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
     AmortizedUserModel,

@@ -6,8 +6,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, models
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
-from prlhf_lightning.utils.chat_tokens import end_token_ids
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.utils.chat_tokens import end_token_ids
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

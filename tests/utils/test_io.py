@@ -10,11 +10,11 @@ import pytest
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data.readers import read_rows
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, FeedbackFormatError
-from prlhf_lightning.utils.io import as_text, atomically, check_output, check_output_folder, replacing
+from prlhf_lightning.utils.io import atomic_file, atomic_writer, check_output, check_output_folder, text_writer
 
 
 def test_text_is_written_as_it_is_in_a_folder_that_is_made(tmp_path):
-    with replacing(tmp_path / "new" / "a.csv") as file, as_text(file) as text:
+    with atomic_writer(tmp_path / "new" / "a.csv") as file, text_writer(file) as text:
         text.write("né\r\n")
     assert (tmp_path / "new" / "a.csv").read_bytes() == "né\r\n".encode()
 
@@ -22,29 +22,29 @@ def test_text_is_written_as_it_is_in_a_folder_that_is_made(tmp_path):
 def test_an_error_in_the_middle_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("old")
-    with pytest.raises(ZeroDivisionError), atomically(path) as file, as_text(file) as text:
+    with pytest.raises(ZeroDivisionError), atomic_file(path) as file, text_writer(file) as text:
         text.write(str(1 / 0))
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["a.csv"]
 
 
 def test_a_new_file_is_its_owners_alone(tmp_path):
-    with replacing(tmp_path / "a.csv") as file:
+    with atomic_writer(tmp_path / "a.csv") as file:
         file.write(b"ann")
     assert (tmp_path / "a.csv").stat().st_mode & 0o777 == 0o600
 
 
 def test_who_may_read_a_file_stays_as_it_was(tmp_path):
     (path := tmp_path / "a.csv").touch(0o600)
-    with replacing(path) as file:
+    with atomic_writer(path) as file:
         file.write(b"new")
     assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"new", 0o600)
 
 
 def test_of_several_writers_at_once_the_last_counts(tmp_path):
     path = tmp_path / "a.csv"
-    with atomically(path, shared=True) as last:
-        with atomically(path, shared=True) as first:
+    with atomic_file(path, shared=True) as last:
+        with atomic_file(path, shared=True) as first:
             first.write(b"first")
         assert path.read_bytes() == b"first"
         last.write(b"last")
@@ -55,14 +55,14 @@ def test_of_several_writers_at_once_the_last_counts(tmp_path):
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
     says = r"file/new/a.csv could not be written: \S+/file is a file, and no folder. Choose another folder."
-    with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / "file" / "new" / "a.csv"):
+    with pytest.raises(CheckpointWriteError, match=says), atomic_writer(tmp_path / "file" / "new" / "a.csv"):
         pass
 
 
 @pytest.mark.parametrize(("path", "kind"), [("", "a folder"), (os.devnull, "a device")])
 def test_what_is_no_file_is_not_replaced(tmp_path, path, kind):
     says = f"is {kind}.* and no file that can be written; give the name of a file"
-    with pytest.raises(CheckpointWriteError, match=says), replacing(tmp_path / path):
+    with pytest.raises(CheckpointWriteError, match=says), atomic_writer(tmp_path / path):
         pytest.fail("nothing should be computed")
 
 
@@ -84,7 +84,7 @@ def test_the_error_names_the_file_and_what_to_do(tmp_path, monkeypatch, number, 
     monkeypatch.setattr(os, "replace", fails)
     with (
         pytest.raises(CheckpointWriteError, match=f"a.csv could not be written: .*{says}"),
-        replacing(tmp_path / "a.csv"),
+        atomic_writer(tmp_path / "a.csv"),
     ):
         pass
     assert not os.listdir(tmp_path)
@@ -97,21 +97,21 @@ def test_a_refused_write_is_told_though_a_library_raises_something_else(tmp_path
         except OSError:
             raise RuntimeError("write failed") from None
 
-    with pytest.raises(CheckpointWriteError, match="File too large"), replacing(tmp_path / "a.csv") as file:
+    with pytest.raises(CheckpointWriteError, match="File too large"), atomic_writer(tmp_path / "a.csv") as file:
         write(file)
 
 
 def test_an_input_that_cannot_be_read_meanwhile_is_not_blamed_on_the_file_that_is_written(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no such input"), replacing(tmp_path / "a.csv"):
+    with pytest.raises(FileNotFoundError, match="no such input"), atomic_writer(tmp_path / "a.csv"):
         raise FileNotFoundError("no such input")
-    with pytest.raises(OSError, match="the network") as told, replacing(tmp_path / "a.csv"):
+    with pytest.raises(OSError, match="the network") as told, atomic_writer(tmp_path / "a.csv"):
         raise OSError("the network is down")
     assert not isinstance(told.value, CheckpointWriteError)
 
 
 def test_what_is_wrong_with_a_file_that_is_read_meanwhile_is_not_blamed_on_the_one_that_is_written(tmp_path):
     (damaged := tmp_path / "votes.jsonl.gz").write_bytes(b"no gzip data")
-    with pytest.raises(FeedbackFormatError, match="gzip data is damaged"), replacing(tmp_path / "a.csv"):
+    with pytest.raises(FeedbackFormatError, match="gzip data is damaged"), atomic_writer(tmp_path / "a.csv"):
         list(read_rows(damaged))
     assert os.listdir(tmp_path) == ["votes.jsonl.gz"]
 

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from prlhf_lightning.utils.modes import evaluating
+from prlhf_lightning.utils.modes import eval_mode
 
 
 def modes(module):
@@ -14,7 +14,7 @@ def test_each_part_returns_to_its_own_mode_also_after_an_error():
     module = nn.Sequential(nn.Dropout(), nn.Sequential(nn.Dropout(), nn.Dropout()))
     module[1][0].eval()
 
-    @evaluating(module)
+    @eval_mode(module)
     def fail():
         assert not any(modes(module))
         raise ZeroDivisionError

@@ -15,11 +15,11 @@ import pytest
 import torch
 import yaml
 
-from prlhf_lightning import PersonalizedLM, PersonalizedWriter
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning import Generator, PersonalizedLM
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.inference import Generation
+from prlhf_lightning.inference import GenerationRequest
+from prlhf_lightning.training import checkpoint_files
 
 FIXTURE = Path(__file__).parent / "fixtures/format_1.ckpt"
 MODULE = """
@@ -297,8 +297,8 @@ def test_an_exported_folder_runs_no_code(name, files, exported, others, mark, tm
     folder = changed(exported, name, tmp_path, {**files, "others_code.py": MODULE.format(mark=str(mark))})
     monkeypatch.chdir(folder)
     with suppress(PRLHFError):
-        writer = PersonalizedWriter.from_folder(folder)
-        writer.generate([Generation("I", chat_template="chat_template.jinja" in files, max_new_tokens=1)])
+        writer = Generator.from_folder(folder)
+        writer.generate([GenerationRequest("I", chat_template="chat_template.jinja" in files, max_new_tokens=1)])
     assert not mark.exists()
 
 
@@ -311,7 +311,7 @@ def test_what_is_pickled_leaves_a_mark_where_it_is_trusted(mark):
 def test_a_model_is_refused_that_asks_for_attention_code_of_the_hub(value, exported, tmp_path):
     folder = changed(exported, "whole", tmp_path, {"config.json": {"attn_implementation": value}})
     with pytest.raises(ConfigurationError, match=r"asks for code of the hub \(attn_implementation: 'others/kernel'\)"):
-        PersonalizedWriter.from_folder(folder)
+        Generator.from_folder(folder)
 
 
 def test_the_argument_lets_an_exported_folder_name_a_user_model(exported, others, tmp_path):
@@ -320,7 +320,7 @@ def test_the_argument_lets_an_exported_folder_name_a_user_model(exported, others
     assert first["class_path"].endswith("IndividualUserModel")
     first["class_path"] = f"{others}.Users"
     folder = changed(exported, "whole", tmp_path, {"prlhf.json": {"user_model": settings["user_model"], "format": 1}})
-    writer = PersonalizedWriter.from_folder(folder, trust_classes=[f"{others}.Users"])
+    writer = Generator.from_folder(folder, trust_classes=[f"{others}.Users"])
     assert type(next(iter(writer.user_model.children()))[0]).__module__ == others
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, TypeAlias
-from prlhf_lightning.data import PreferenceDataModule
-from prlhf_lightning.data.schema import Text
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from prlhf_lightning.errors import JudgeError
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, TypeAlias
 
+from prlhf_lightning.data import PreferenceDataModule
+from prlhf_lightning.data.schema import Text
+from prlhf_lightning.errors import JudgeError
 
 Verdict: TypeAlias = Literal["a", "b", "tie"]
 
@@ -64,7 +63,7 @@ class Judge(ABC):
         caveat: What a reader of its verdicts should know.
     """
 
-    minds_order: ClassVar[bool] = True
+    position_sensitive: ClassVar[bool] = True
     workers: int = 1
     caveat: str = ""
 
@@ -94,7 +93,7 @@ _SWAPPED: dict[Verdict, Verdict] = {"a": "b", "b": "a", "tie": "tie"}
 
 
 @dataclass(frozen=True)
-class Ruling:
+class PairResult:
     """What became of one question.
 
     Attributes:
@@ -113,7 +112,9 @@ class Ruling:
         return {"a": 1.0, "tie": 0.5, "b": 0.0, None: float("nan")}[self.verdict]
 
 
-def rule(judge: Judge, questions: Sequence[Question], on_ruling: Callable[[], object] = lambda: None) -> list[Ruling]:
+def judge_pair(
+    judge: Judge, questions: Sequence[Question], on_ruling: Callable[[], object] = lambda: None
+) -> list[PairResult]:
     """Put each question to a judge, in both orders where order may matter.
 
     Disagreement between the orders is a tie, as are two equal answers, about which nobody is asked.
@@ -127,7 +128,7 @@ def rule(judge: Judge, questions: Sequence[Question], on_ruling: Callable[[], ob
         A ruling for each question, in their order.
     """
 
-    def ruling(question: Question) -> Ruling:
+    def ruling(question: Question) -> PairResult:
         found = _ruling(judge, question)
         on_ruling()
         return found
@@ -142,15 +143,15 @@ def rule(judge: Judge, questions: Sequence[Question], on_ruling: Callable[[], ob
             raise
 
 
-def _ruling(judge: Judge, question: Question) -> Ruling:
+def _ruling(judge: Judge, question: Question) -> PairResult:
     if question.a == question.b:
-        return Ruling("tie")
+        return PairResult("tie")
     try:
         first = judge.judge(question.prompt, question.user, question.a, question.b)
-        if not judge.minds_order:
-            return Ruling(first)
+        if not judge.position_sensitive:
+            return PairResult(first)
         other = question.swapped()
         second = _SWAPPED[judge.judge(other.prompt, other.user, other.a, other.b)]
     except JudgeError as error:
-        return Ruling(None, error=str(error))
-    return Ruling(first) if first == second else Ruling("tie", agrees=False)
+        return PairResult(None, error=str(error))
+    return PairResult(first) if first == second else PairResult("tie", agrees=False)

@@ -8,10 +8,10 @@ import re
 import time
 from typing import Any, cast
 
+from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.schema import Text
 from prlhf_lightning.errors import ConfigurationError, JudgeError
-from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 
 _SYSTEM = (
     "You decide which of two answers one particular person would like better. You are given a JSON object: what is "

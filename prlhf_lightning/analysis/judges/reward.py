@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.schema import FeedbackRecord, Text
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, JudgeError
-from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 
 
 class RewardJudge(Judge):
@@ -28,7 +27,7 @@ class RewardJudge(Judge):
         trust_classes: Classes of your own that the model was trained with; their modules are imported.
     """
 
-    minds_order = False
+    position_sensitive = False
 
     def __init__(self, model: Path, device: str = "cpu", trust_classes: list[str] | None = None) -> None:
         self.model, self.device, self.trust_classes = Path(model), device, trust_classes

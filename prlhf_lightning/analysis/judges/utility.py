@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.schema import Text
 from prlhf_lightning.data.sources.simulated import Judgement
 from prlhf_lightning.errors import ConfigurationError, JudgeError
-from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 
 _SAME = 1e-9
 
@@ -14,7 +14,7 @@ _SAME = 1e-9
 class UtilityJudge(Judge):
     """Simulated users, whose true utility of every text is known; for the data of `SimulatedSource` only."""
 
-    minds_order = False
+    position_sensitive = False
 
     @property
     def name(self) -> str:

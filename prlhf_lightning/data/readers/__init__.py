@@ -5,7 +5,7 @@ with the file. (Libraries that read these formats report broken input without a 
 that a user needs.)
 """
 
-from prlhf_lightning.data.readers.text import Unreadable
 from prlhf_lightning.data.readers.read import is_readable, read_rows, scan_rows
+from prlhf_lightning.data.readers.text import Unreadable
 
 __all__ = ["Unreadable", "is_readable", "read_rows", "scan_rows"]

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
-from prlhf_lightning.data.readers.text import Items, Unreadable, refuse_twins
-from prlhf_lightning.data.readers.text import lines
+from prlhf_lightning.data.readers.text import Items, Unreadable, lines, refuse_twins
 from prlhf_lightning.errors import FeedbackFormatError
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}

@@ -8,8 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NoReturn
 
-from prlhf_lightning.data.readers.text import Items, Row, Unreadable
-from prlhf_lightning.data.readers.text import chunks, decoded, pieces
+from prlhf_lightning.data.readers.text import Items, Row, Unreadable, chunks, decoded, pieces
 from prlhf_lightning.errors import FeedbackFormatError
 
 

@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 
 from prlhf_lightning.data.readers.csv_rows import read_csv
-from prlhf_lightning.data.readers.text import Items, Row, Unreadable
 from prlhf_lightning.data.readers.json_rows import read_json, read_jsonl
 from prlhf_lightning.data.readers.parquet_rows import read_parquet
+from prlhf_lightning.data.readers.text import Items, Row, Unreadable
 from prlhf_lightning.errors import FeedbackFormatError
 
 #: How the names of files end that can be read; all but Parquet may have .gz after it.

@@ -5,14 +5,12 @@ from __future__ import annotations
 import codecs
 import gzip
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import IO, NoReturn
-from prlhf_lightning.errors import FeedbackFormatError
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import IO, Any, NoReturn, TypeAlias
 
+from prlhf_lightning.errors import FeedbackFormatError
 
 _CHUNK = 1 << 16  # bytes read at a time where lines mean nothing
 

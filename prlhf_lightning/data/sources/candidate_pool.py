@@ -10,8 +10,8 @@ from random import Random
 from typing import Any
 
 from prlhf_lightning.data.columns import Schema
-from prlhf_lightning.simulation.scores import Score
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.simulation.scores import Score
 
 _SCHEMA = Schema("a pool of answers", 'write {"prompt": "...", "responses": ["...", "..."]}')
 

@@ -11,7 +11,7 @@ from prlhf_lightning.data.readers.text import without_gaps
 from prlhf_lightning.data.schema import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.utils.hub import problem_with
+from prlhf_lightning.utils.hub import find_source_problem
 
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # what `datasets` reads `data_files` with, and no places
 
@@ -76,7 +76,7 @@ class HubSource(DataSource):
             wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
             told = f"Data set {self._path!r}, {wanted}: cannot be loaded"
             own = "Files of your own are better read by FileSource, which names the line of an error."
-            if self._path not in _BUILDERS and (problem := problem_with(self._path, "data")) is not None:
+            if self._path not in _BUILDERS and (problem := find_source_problem(self._path, "data")) is not None:
                 raise ConfigurationError(f"{told}: {problem}. {own}")
             try:
                 loaded = self._load_as(split, self._path == "csv")

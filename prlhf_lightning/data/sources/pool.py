@@ -9,14 +9,14 @@ from hashlib import sha256
 from random import Random
 from typing import Any, NamedTuple
 
-from prlhf_lightning.simulation.users import Member, draw_members, draw_votes
-from prlhf_lightning.data.sources.candidate_pool import Candidates, Pool, finite, pairs_in_random_order
-from prlhf_lightning.simulation.scores import SCORES, Score
 from prlhf_lightning.data.sources.base import DataSource, Split
+from prlhf_lightning.data.sources.candidate_pool import Candidates, Pool, finite, pairs_in_random_order
 from prlhf_lightning.data.sources.derived import left_out
 from prlhf_lightning.data.sources.files import FileSource, Paths
 from prlhf_lightning.data.splits import text_key
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.simulation.scores import SCORES, Score
+from prlhf_lightning.simulation.users import Member, draw_members, draw_votes
 
 _SAME = 1e-9  # utilities that differ by less are one
 

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
-from prlhf_lightning.data.columns import all_missing
-from prlhf_lightning.data.schema import Text, spell_user_id
-from prlhf_lightning.data.columns import Schema
-from prlhf_lightning.data.sources.base import DataSource, Split
-from prlhf_lightning.data.sources.derived import DerivedSource, Part
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-from typing import Any, TypeAlias
-from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Columns
-from prlhf_lightning.data.sources.base import DataSource, Split, read
-from prlhf_lightning.data.sources.derived import left_out
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Literal, NamedTuple, TypeAlias, get_args
-from prlhf_lightning.data.schema import Text
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
+
+from prlhf_lightning.data.columns import Schema, all_missing
+from prlhf_lightning.data.readers import Unreadable
+from prlhf_lightning.data.schema import Columns, Text, spell_user_id
+from prlhf_lightning.data.sources.base import DataSource, Split, read
+from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out
 from prlhf_lightning.data.splits import text_key
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 
 class _Judged(NamedTuple):

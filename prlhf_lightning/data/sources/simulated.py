@@ -9,10 +9,10 @@ from functools import cached_property
 from random import Random
 from typing import Any
 
-from prlhf_lightning.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render, sample
-from prlhf_lightning.simulation.users import MAX_GROUPS, SimulatedUser, draw_tastes, draw_users, state_preference
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render, sample
+from prlhf_lightning.simulation.users import MAX_GROUPS, SimulatedUser, draw_tastes, draw_users, state_preference
 
 
 @dataclass(frozen=True)

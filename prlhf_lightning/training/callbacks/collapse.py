@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
-from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.training.distributed import holds_whole_model
-from collections.abc import Sequence
-import torch
 from torch import Tensor
+
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.metrics import repeated_ngrams
 from prlhf_lightning.policies import Sampling
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.distributed import holds_whole_model
 from prlhf_lightning.types import PreferenceBatch, Tokens
-
 
 _PATIENCE = 3  # readings in a row, for a batch may be an exception
 

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.training.micro_batch import place_of
 from prlhf_lightning.policies import CausalLMPolicy
+from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.micro_batch import describe_row
 from prlhf_lightning.types import PreferenceBatch
 
 _NAMED = 3  # rows
@@ -66,7 +66,7 @@ def _what_happened(trainer: Trainer, batch: PreferenceBatch | None) -> Iterator[
     longer = torch.maximum(batch.chosen.mask.sum(1), batch.rejected.mask.sum(1))
     lengths: list[int] = (batch.user_text.mask.sum(1) + batch.prompt.mask.sum(1) + longer).tolist()
     longest = sorted(range(len(batch)), key=lambda row: -lengths[row])[:_NAMED]
-    named = [f"{place_of(trainer, int(batch.records[row]))} ({lengths[row]} tokens)" for row in longest]
+    named = [f"{describe_row(trainer, int(batch.records[row]))} ({lengths[row]} tokens)" for row in longest]
     yield f"Longest: {', '.join(named)}."
 
 

@@ -17,14 +17,14 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.utils.io import append_whole, as_cell, as_text, naming, put_in_place, replacing
-from prlhf_lightning.utils.finite import are_finite
-from prlhf_lightning.training.loggers import run_folder
 from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.finite import finite_everywhere, trained_state
+from prlhf_lightning.training.loggers import run_folder
 from prlhf_lightning.training.optim import optimizer_steps
-from prlhf_lightning.training.sharding import is_sharded
 from prlhf_lightning.training.run_history import best_of_earlier_run, copy_on_first
+from prlhf_lightning.training.sharding import is_sharded
+from prlhf_lightning.utils.finite import are_finite
+from prlhf_lightning.utils.io import append_whole, atomic_writer, escape_cell, naming, put_in_place, text_writer
 
 
 def kept_by(trainer: Trainer) -> list[str]:
@@ -278,10 +278,10 @@ class UserTable(Callback):
             if trainer.is_global_zero and table:
                 path = folder / f"users_{name}.csv"
                 columns = ["user_id", *(field.name for field in fields(table[0][1]) if field.name != "user")]
-                with replacing(path) as file, as_text(file) as text:
+                with atomic_writer(path) as file, text_writer(file) as text:
                     writer = csv.writer(text)
                     writer.writerow(columns)
-                    writer.writerows([as_cell(user_id), *astuple(row)[1:]] for user_id, row in table)
+                    writer.writerows([escape_cell(user_id), *astuple(row)[1:]] for user_id, row in table)
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -8,9 +8,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from prlhf_lightning.analysis.judges import OpenAIJudge, Person, Question, Vote, judge_pair, openai_chat
 from prlhf_lightning.errors import ConfigurationError, JudgeError
-from prlhf_lightning.analysis.judges import OpenAIJudge, Person, Question, Vote, rule
-from prlhf_lightning.analysis.judges import openai_chat
 
 PERSON = Person("secret-id", "likes cats", (Vote("p", "purr", "bark"),))
 
@@ -75,7 +74,7 @@ def likes_cats(question, number):
 
 def test_it_is_asked_with_what_is_known_of_the_user_and_in_both_orders(endpoint):
     fake = endpoint(likes_cats)
-    (ruling,) = rule(judge_at(fake), [Question("say", PERSON, "woof", "purr")])
+    (ruling,) = judge_pair(judge_at(fake), [Question("say", PERSON, "woof", "purr")])
     assert (ruling.verdict, ruling.agrees, len(fake.requests)) == ("b", True, 2)
     path, key, body = fake.requests[0]
     assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer sk-very-secret", "some-model")
@@ -86,7 +85,7 @@ def test_it_is_asked_with_what_is_known_of_the_user_and_in_both_orders(endpoint)
 
 
 def test_a_judge_who_always_says_a_makes_ties(endpoint):
-    (ruling,) = rule(judge_at(endpoint(lambda *_: completion("A"))), [Question("say", PERSON, "woof", "purr")])
+    (ruling,) = judge_pair(judge_at(endpoint(lambda *_: completion("A"))), [Question("say", PERSON, "woof", "purr")])
     assert (ruling.verdict, ruling.agrees) == ("tie", False)
 
 
@@ -107,7 +106,7 @@ def test_what_is_no_verdict_is_an_error(reply):
     "body", ["", "no json", "[]", "{}", '{"choices": []}', '{"choices": [{"message": {"content": null}}]}']
 )
 def test_a_malformed_answer_is_an_error_and_no_tie(endpoint, body):
-    (ruling,) = rule(judge_at(endpoint(lambda *_: (200, body))), [Question("say", PERSON, "x", "y")])
+    (ruling,) = judge_pair(judge_at(endpoint(lambda *_: (200, body))), [Question("say", PERSON, "x", "y")])
     assert (ruling.verdict, ruling.error) == (None, "the reply is no chat completion with a text")
 
 
@@ -133,7 +132,7 @@ def test_silence_is_an_error_after_the_timeout(endpoint):
 
 def test_an_endpoint_that_is_not_there_is_given_up_after_a_while(endpoint):
     judge = judge_at(endpoint(likes_cats), base_url="http://127.0.0.1:9", retries=0, workers=1)
-    errors = [ruling.error for ruling in rule(judge, [Question("say", PERSON, "x", "y")] * 15)]
+    errors = [ruling.error for ruling in judge_pair(judge, [Question("say", PERSON, "x", "y")] * 15)]
     assert errors[:10] == ["the endpoint cannot be reached (ConnectError)"] * 10
     assert set(errors[10:]) == {"not asked any more, after 10 failures one after the other"}
 
@@ -141,13 +140,13 @@ def test_an_endpoint_that_is_not_there_is_given_up_after_a_while(endpoint):
 def test_a_refused_key_stops_all_and_is_not_told(endpoint):
     fake = endpoint(lambda *_: (401, json.dumps({"error": {"message": "wrong key"}})))
     with pytest.raises(ConfigurationError, match="status 401: wrong key") as found:
-        rule(judge_at(fake), [Question("say", PERSON, "x", "y")] * 9)
+        judge_pair(judge_at(fake), [Question("say", PERSON, "x", "y")] * 9)
     assert "sk-very-secret" not in str(found.value)
 
 
 def test_one_question_that_is_refused_is_one_error(endpoint):
     fake = endpoint(lambda q, n: (400, '{"error": "too long"}') if "x" in q["A"] + q["B"] else likes_cats(q, n))
-    rulings = rule(judge_at(fake), [Question("say", PERSON, "x", "y"), Question("say", PERSON, "purr", "y")])
+    rulings = judge_pair(judge_at(fake), [Question("say", PERSON, "x", "y"), Question("say", PERSON, "purr", "y")])
     assert [(one.verdict, one.error) for one in rulings] == [(None, "status 400: too long"), ("a", "")]
 
 

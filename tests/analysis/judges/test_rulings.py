@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from prlhf_lightning.analysis.judges import Judge, Person, Question, UtilityJudge, judge_pair
 from prlhf_lightning.data import FileSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.errors import ConfigurationError, JudgeError
-from prlhf_lightning.analysis.judges import Judge, Person, Question, UtilityJudge, rule
 
 ANN = Person("ann")
 
@@ -32,7 +32,7 @@ class LongJudge(Judge):
 
 
 def ruled(judge, *pairs):
-    return rule(judge, [Question("why", ANN, a, b) for a, b in pairs])
+    return judge_pair(judge, [Question("why", ANN, a, b) for a, b in pairs])
 
 
 def test_a_judge_who_likes_whatever_comes_first_only_makes_ties():

@@ -12,11 +12,11 @@ from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import DPOLoss, SimPOLoss
+from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.training.callbacks import CollapseMonitor
 from prlhf_lightning.training.callbacks.collapse import measure
-from prlhf_lightning.losses import DPOLoss, SimPOLoss
-from prlhf_lightning.training import Optim, PersonalizedLM
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import IndividualUserModel
 

@@ -9,8 +9,8 @@ import torch
 import yaml
 
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.training.callbacks import is_out_of_memory
 from prlhf_lightning.losses import DPOLoss
+from prlhf_lightning.training.callbacks import is_out_of_memory
 
 SAID_BY = [
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 
-from prlhf_lightning.training.callbacks import StopOnSignal
 from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training.callbacks import StopOnSignal
 
 
 class Kill(Callback):
