@@ -20,8 +20,7 @@ from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training import PersonalizedLM
-from prlhf_lightning.training.histories import pooled
+from prlhf_lightning.model import PersonalizedModel, pool_history
 from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
 
 # A kind that is less likely than this after a user's first pairs is not looked at again.
@@ -124,7 +123,7 @@ def _open(weights: Tensor, judgements: Tensor) -> Tensor:
     return (weights @ judgements.square() - (weights @ judgements).square()).mean(-1)
 
 
-def trained_rows(model: PersonalizedLM, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def trained_rows(model: PersonalizedModel, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side.
 
     Args:
@@ -136,7 +135,7 @@ def trained_rows(model: PersonalizedLM, users: Tensor | None = None) -> tuple[Te
     return table_rows([table[1:] if users is None else table[users] for table in tables]), table_rows(new)[0]
 
 
-def _told_apart(model: PersonalizedLM, first: int | None) -> Tensor:
+def _told_apart(model: PersonalizedModel, first: int | None) -> Tensor:
     """Return which rows `[U]` of the tables are not those of a new user, as theirs are who were added, not trained."""
     tables = [table.detach() for table in row_tables(model).values()]
     differs = [
@@ -148,7 +147,7 @@ def _told_apart(model: PersonalizedLM, first: int | None) -> Tensor:
 
 
 def fit_prior(
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     pairs: PreferenceBatch,
     kinds: int | None = None,
     rank: int = 8,
@@ -176,7 +175,7 @@ def fit_prior(
 
 
 def adapt_users(
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     pairs: PreferenceBatch,
     user_ids: Sequence[str] | None = None,
     prior: UserPrior | None = None,
@@ -289,7 +288,7 @@ class Encoded:
 
 
 @torch.no_grad()
-def encode_users(model: PersonalizedLM, pairs: PreferenceBatch, user_ids: Sequence[str] | None = None) -> Encoded:
+def encode_users(model: PersonalizedModel, pairs: PreferenceBatch, user_ids: Sequence[str] | None = None) -> Encoded:
     """Read users off their pairs; the model is left as it is.
 
     Tables that pairs say nothing of, such as those of an `IndividualUserModel` beside, get the rows of a new user.
@@ -333,12 +332,12 @@ def _groups(places: Sequence[Sequence[int]]) -> list[list[int]]:
     return groups
 
 
-def _read(model: PersonalizedLM, pairs: PreferenceBatch, places: Sequence[Sequence[int]]) -> list[Tensor]:
+def _read(model: PersonalizedModel, pairs: PreferenceBatch, places: Sequence[Sequence[int]]) -> list[Tensor]:
     """Return the history rows of users whose pairs stand at `places`."""
     pause()
     most = max(map(len, places), default=0)
     index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places], dtype=torch.long)
-    history = pooled(model.policy, PairTokens(*(_block(part, index) for part in (pairs.chosen, pairs.rejected))))
+    history = pool_history(model.policy, PairTokens(*(_block(part, index) for part in (pairs.chosen, pairs.rejected))))
     return model.user_model.history_rows(history)
 
 

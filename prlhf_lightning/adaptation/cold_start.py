@@ -13,7 +13,7 @@ from torch import Tensor
 from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.types import PreferenceBatch
 
 COUNTS = (0, 2, 5, 10, 20, 30)
@@ -42,7 +42,7 @@ class ColdStartPoint:
 
 
 def cold_start(
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     pairs: PreferenceBatch,
     held_out: PreferenceBatch,
     counts: Sequence[int] = COUNTS,
@@ -119,7 +119,7 @@ def information_gain(weights: Tensor, margins: Tensor) -> Tensor:
     return (_bits(weights @ chances.T) - weights @ _bits(chances).T).clamp(min=0)
 
 
-def suggest(model: PersonalizedLM, adapted: Adapted, pool: PreferenceBatch, count: int) -> tuple[Tensor, Tensor]:
+def suggest(model: PersonalizedModel, adapted: Adapted, pool: PreferenceBatch, count: int) -> tuple[Tensor, Tensor]:
     """Choose pairs of a pool to ask each user, the most telling first.
 
     Args:

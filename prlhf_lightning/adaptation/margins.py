@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
 from prlhf_lightning.utils.modes import eval_mode
 
@@ -35,7 +35,7 @@ class Margins:
             CPU's cache.
     """
 
-    def __init__(self, model: PersonalizedLM, pairs: PreferenceBatch, batch_size: int = 32) -> None:
+    def __init__(self, model: PersonalizedModel, pairs: PreferenceBatch, batch_size: int = 32) -> None:
         check_ranks_pairs(model)
         self._tables = row_tables(model)
         self._device = next(iter(self._tables.values())).device
@@ -163,7 +163,7 @@ class Margins:
         return chosen - rejected
 
 
-def check_ranks_pairs(model: PersonalizedLM) -> None:
+def check_ranks_pairs(model: PersonalizedModel) -> None:
     """Refuse a model whose loss says nothing of which of two completions somebody prefers."""
     if model.loss.feedback != "pairs":
         raise ConfigurationError(
@@ -204,7 +204,7 @@ def table_rows(tables: Sequence[Tensor]) -> Tensor:
     return torch.cat([table.detach().flatten(1).float() for table in tables], dim=1)
 
 
-def row_tables(model: PersonalizedLM) -> dict[str, Tensor]:
+def row_tables(model: PersonalizedModel) -> dict[str, Tensor]:
     """Return the tables of users' rows by their names in the user model, or raise where there are none."""
     by_id = {id(parameter): name for name, parameter in model.user_model.named_parameters()}
     tables = {by_id[id(table)]: table for table in model.user_model.row_tables()}

@@ -19,7 +19,7 @@ from prlhf_lightning.adaptation.adapt import trained_rows
 from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.types import PreferenceBatch
 
 MOST_PAIRS = 4000
@@ -56,7 +56,7 @@ class Shrinkage:
 
 
 def fit_shrinkage(
-    model: PersonalizedLM, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = MOST_PAIRS
+    model: PersonalizedModel, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = MOST_PAIRS
 ) -> Shrinkage:
     """Try factors on pairs of trained users that they were not trained on.
 

@@ -23,7 +23,8 @@ from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
-from prlhf_lightning.training import PersonalizedLM, checkpoint_files
+from prlhf_lightning.model import PersonalizedModel
+from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
 from prlhf_lightning.utils.io import check_output
@@ -124,13 +125,15 @@ def adapt(
             _print_suggestions(module, found, *asked, suggest)
 
 
-def _read(model: PersonalizedLM, pairs: PreferenceBatch, console: Console) -> Encoded:
+def _read(model: PersonalizedModel, pairs: PreferenceBatch, console: Console) -> Encoded:
     encoded = encode_users(model, pairs)
     console.print(f"{len(encoded.user_ids)} users read off {len(pairs)} pairs")
     return encoded
 
 
-def _learn(model: PersonalizedLM, pairs: PreferenceBatch, kinds: int | None, steps: int, console: Console) -> Adapted:
+def _learn(
+    model: PersonalizedModel, pairs: PreferenceBatch, kinds: int | None, steps: int, console: Console
+) -> Adapted:
     start = time.perf_counter()
     with console.status("Learning the new users"):
         prior = fit_prior(model, pairs, kinds)
@@ -193,7 +196,7 @@ def _expected(values: Tensor) -> tuple[str, str]:
 
 
 def _print_suggestions(
-    model: PersonalizedLM, adapted: Adapted, pool: PreferenceBatch, wheres: list[str], count: int
+    model: PersonalizedModel, adapted: Adapted, pool: PreferenceBatch, wheres: list[str], count: int
 ) -> None:
     places, bits = suggest(model, adapted, pool, count)
     for user_id, own, told in zip(adapted.user_ids, places.tolist(), bits.tolist(), strict=True):
@@ -203,7 +206,7 @@ def _print_suggestions(
 
 
 def read_pairs(
-    model: PersonalizedLM,
+    model: PersonalizedModel,
     source: DataSource,
     leave_out: Collection[str] = (),
     anyone: bool = False,

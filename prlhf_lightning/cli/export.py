@@ -21,10 +21,10 @@ from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.data.tokenization import writes_bos
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.inference.folder import USERS, WEIGHTS, settings_json
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
 from prlhf_lightning.policies.loading import unused_ids
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.training.checkpointing import users_of
 from prlhf_lightning.types import Users
@@ -162,7 +162,7 @@ def _check_merged(lm: PreTrainedModel) -> None:
         )
 
 
-def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedLM, policy: CausalLMPolicy) -> None:
+def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedModel, policy: CausalLMPolicy) -> None:
     weights = {name: weight.detach().clone().contiguous() for name, weight in module.user_model.state_dict().items()}
     atomic_write_bytes(folder / WEIGHTS, safetensors_bytes(weights))
     ids = list(module.vocabulary.ids) if module.vocabulary else []

@@ -17,6 +17,7 @@ from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSour
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.reports.answers import (
     OWN,
     AnswerGenerator,
@@ -33,7 +34,6 @@ from prlhf_lightning.reports.page import Findings, in_words, page_of
 from prlhf_lightning.reports.pairs import Scores, cold_start_of, score
 from prlhf_lightning.reports.run import data_of, open_run
 from prlhf_lightning.reports.user_map import UserMap, map_users, most_unlike
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.utils.io import check_output, write_together
 from prlhf_lightning.utils.progress import progress_bars
@@ -160,14 +160,14 @@ def report(
 
 def _score_pairs(
     found: Findings,
-    module: PersonalizedLM,
-    without: PersonalizedLM | None,
+    module: PersonalizedModel,
+    without: PersonalizedModel | None,
     data: PreferenceDataModule,
     most: int,
     batch_size: int,
     progress: Progress,
 ) -> None:
-    def scored(model: PersonalizedLM, pairs: Pairs, what: str) -> Scores:
+    def scored(model: PersonalizedModel, pairs: Pairs, what: str) -> Scores:
         places = spread(len(pairs), most)
         task = progress.add_task(what, total=len(places))
         return score(model, pairs, places, batch_size, lambda count: progress.advance(task, count))
@@ -184,7 +184,7 @@ def _score_pairs(
 
 def _write_answers(
     found: Findings,
-    module: PersonalizedLM,
+    module: PersonalizedModel,
     data: PreferenceDataModule,
     scribe: AnswerGenerator,
     counts: tuple[int, int],
@@ -242,7 +242,7 @@ def _differences(data: PreferenceDataModule, seed: int) -> Differences | str:
     return replace(differences, user_ids=tuple(map(data.known_as, differences.user_ids)))
 
 
-def _map(found: Findings, module: PersonalizedLM, data: PreferenceDataModule | None) -> None:
+def _map(found: Findings, module: PersonalizedModel, data: PreferenceDataModule | None) -> None:
     known = module.vocabulary
     size = len(known) - 1 if known else 0
     mapped = map_users(module, torch.from_numpy(spread(size, _ON_THE_MAP)) + 1) if size else None
@@ -269,7 +269,7 @@ def _map(found: Findings, module: PersonalizedLM, data: PreferenceDataModule | N
 
 
 def _call_users(
-    found: Findings, module: PersonalizedLM, data: PreferenceDataModule | None, ids: bool, texts: bool
+    found: Findings, module: PersonalizedModel, data: PreferenceDataModule | None, ids: bool, texts: bool
 ) -> None:
     """Decide by what users are called, and what is said of them."""
     known = module.vocabulary.ids if module.vocabulary else ()
@@ -284,7 +284,7 @@ def _call_users(
         }
 
 
-def _described(module: PersonalizedLM) -> str:
+def _described(module: PersonalizedModel) -> str:
     policy = getattr(module.policy, "name", type(module.policy).__name__)
     users = len(module.vocabulary) - 1 if module.vocabulary else 0
     return (

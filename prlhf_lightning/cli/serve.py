@@ -16,8 +16,8 @@ from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generator
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.serving.limits import Limits
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
@@ -134,7 +134,7 @@ class NewUsers:
         writer: Writes with the same policy and user model.
     """
 
-    def __init__(self, model: PersonalizedLM, writer: Generator) -> None:
+    def __init__(self, model: PersonalizedModel, writer: Generator) -> None:
         self._model, self._writer = model, writer
         self._tokenize = FeedbackTokenizer(model.policy.tokenizer, model.tokenization)
         self._trained = writer.vocabulary

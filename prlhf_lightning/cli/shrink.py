@@ -17,8 +17,9 @@ from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.privacy import hashed
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.reports.run import data_of, open_run
-from prlhf_lightning.training import PersonalizedLM, checkpoint_files
+from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
 from prlhf_lightning.utils.io import check_output
@@ -84,7 +85,7 @@ def shrink(
         console.print(f"Written to {output}, with {how}")
 
 
-def _held_out(checkpoint: Path, model: PersonalizedLM, trust_classes: list[str] | None) -> PreferenceBatch:
+def _held_out(checkpoint: Path, model: PersonalizedModel, trust_classes: list[str] | None) -> PreferenceBatch:
     """Return pairs that the run of a checkpoint was validated on, spread over all of those of trained users."""
     check_ranks_pairs(model)
     data = data_of(open_run(checkpoint), None, model, trust_classes)

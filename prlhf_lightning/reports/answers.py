@@ -19,9 +19,9 @@ from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import Split, read
 from prlhf_lightning.data.splits import spread
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.policies import Sampling
 from prlhf_lightning.reports.pairs import rows_by_user
-from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.types import Tokens
 
 OWN, GENERIC, BEFORE, BASELINE = "for this user", "generic user", "before training", "baseline without users"
@@ -132,10 +132,10 @@ class AnswerGenerator:
 
     def __init__(
         self,
-        module: PersonalizedLM,
+        module: PersonalizedModel,
         data: PreferenceDataModule,
         sampling: Sampling,
-        baseline: PersonalizedLM | None = None,
+        baseline: PersonalizedModel | None = None,
     ) -> None:
         self._module, self._data, self._sampling, self._baseline = module, data, sampling, baseline
 
@@ -194,7 +194,7 @@ class AnswerGenerator:
         return module.texts_of(tokens, prompt)
 
 
-def _to(tokens: Tokens, module: PersonalizedLM) -> Tokens:
+def _to(tokens: Tokens, module: PersonalizedModel) -> Tokens:
     return tokens.to(module.device)
 
 

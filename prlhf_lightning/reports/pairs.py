@@ -15,7 +15,7 @@ from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.splits import Positions, spread
 from prlhf_lightning.metrics import UserAccuracy, user_accuracies
 from prlhf_lightning.metrics.preference import pair_scores
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.model import PersonalizedModel
 
 LEARNED, TESTED = 30, 20
 """Most pairs of a new user to learn from, and to test on."""
@@ -50,7 +50,7 @@ class Scores:
 
 @torch.no_grad()
 def score(
-    module: PersonalizedLM, pairs: Pairs, places: Positions, batch_size: int, on_batch: Callable[[int], object]
+    module: PersonalizedModel, pairs: Pairs, places: Positions, batch_size: int, on_batch: Callable[[int], object]
 ) -> Scores:
     """Rank pairs, those of like length together.
 
@@ -67,11 +67,12 @@ def score(
     log_probs: dict[str, list[Tensor]] = {"own": [], "generic": []}
     for start in range(0, len(places), batch_size):
         batch = collate(pairs.__getitems__(places[start : start + batch_size].tolist())).to(module.device)
-        terms = module.objective(batch, every_term=True)[1]
-        for name, term in (("own", terms[0]), ("generic", terms[-1])):
-            columns[name].append(pair_scores(term.output.chosen_rewards, term.output.rejected_rewards).cpu())
-            log_probs[name].append(term.log_probs.chosen.mean.cpu())
-        if (reference := terms[0].reference) is not None:
+        reference = module.reference_log_probs(batch)
+        scored = module.log_probs(batch, [False, True] if module.user_model.personalizes else [False])
+        for name, found in (("own", scored[0]), ("generic", scored[-1])):
+            columns[name].append(pair_scores(*module.loss.rewards(found, reference)).cpu())
+            log_probs[name].append(found.chosen.mean.cpu())
+        if reference is not None:
             log_probs.setdefault("reference", []).append(reference.chosen.mean.cpu())
         users += batch.user_ids
         on_batch(len(batch))
@@ -79,7 +80,7 @@ def score(
     return Scores(tuple(users), own, generic, {name: torch.cat(parts) for name, parts in log_probs.items()})
 
 
-def cold_start_of(module: PersonalizedLM, pairs: Pairs | None) -> list[ColdStartPoint] | str:
+def cold_start_of(module: PersonalizedModel, pairs: Pairs | None) -> list[ColdStartPoint] | str:
     """Learn users whom the model has never met from their first pairs, and test on their last.
 
     Args:

@@ -15,7 +15,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from prlhf_lightning.cli.checkpoints import check_configuration
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.utils.io import unescape_cell
 from prlhf_lightning.utils.trust import only_trusted_classes
 
@@ -68,7 +68,7 @@ def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
 
 
 def data_of(
-    run: Run, source: DataSource | None, module: PersonalizedLM, trust_classes: Collection[str] | None = None
+    run: Run, source: DataSource | None, module: PersonalizedModel, trust_classes: Collection[str] | None = None
 ) -> PreferenceDataModule | None:
     """Return the data that a model was trained on, or None where nobody says which.
 
@@ -93,7 +93,7 @@ def data_of(
 
 
 def _configured(
-    path: Path, source: DataSource | None, module: PersonalizedLM, trust_classes: Collection[str] | None
+    path: Path, source: DataSource | None, module: PersonalizedModel, trust_classes: Collection[str] | None
 ) -> PreferenceDataModule:
     check_configuration(path)
     parser = ArgumentParser(exit_on_error=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.types import Users
 
 _BATCH = 256
@@ -33,7 +33,7 @@ class UserMap:
 
 
 @torch.no_grad()
-def user_vectors(module: PersonalizedLM, rows: Tensor) -> Tensor:
+def user_vectors(module: PersonalizedModel, rows: Tensor) -> Tensor:
     """Return the soft prompts of users without texts, `[U, T * d]` float32 on the CPU.
 
     Args:
@@ -44,7 +44,7 @@ def user_vectors(module: PersonalizedLM, rows: Tensor) -> Tensor:
     return torch.cat([part.flatten(1).float().cpu() for part in parts])
 
 
-def map_users(module: PersonalizedLM, rows: Tensor) -> UserMap | None:
+def map_users(module: PersonalizedModel, rows: Tensor) -> UserMap | None:
     """Put users on a plane by the first two principal components of their vectors.
 
     Args:

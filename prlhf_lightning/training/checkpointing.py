@@ -283,8 +283,3 @@ def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
     """Return the users of a checkpoint; raises as `entry_of`."""
     return UserVocabulary(entry_of(checkpoint)["users"])
-
-
-def settings_of(kept: Mapping[str, Any]) -> TokenizationSettings:
-    """Return settings as a checkpoint keeps them; see `TokenizationSettings.from_kept`."""
-    return TokenizationSettings.from_kept(kept)

@@ -6,41 +6,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_only
-from torch.nn.functional import embedding_bag
 
 from prlhf_lightning.data.batching import USERS_AT_ONCE
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.model import pool_history
 from prlhf_lightning.policies import Policy
-from prlhf_lightning.types import History, PairTokens, Tokens
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.utils.progress import tracked
 
 _WORTH_A_BAR = 10_000  # users
-
-
-@torch.no_grad()
-def pooled(policy: Policy, pairs: PairTokens) -> History:
-    """Return the mean input embeddings of users' completions, as the reference embeds them.
-
-    The reference does not change in training, so that what is kept of a history stays true. The policy is asked once,
-    whatever there is to embed, as all processes must ask as often where it is sharded; and for each token once, as the
-    vectors `[2 * B * K, L, d]` of all would be many times those of a batch.
-
-    Args:
-        policy: A policy that has been built with a reference.
-        pairs: Histories `[B, K, L]`.
-    """
-    sides = pairs.chosen, pairs.rejected
-    lengths = torch.stack([side.mask.sum(-1) for side in sides])
-    ids = torch.cat([side.ids[side.mask] for side in sides] + [lengths.new_zeros(1)])  # the last one is nobody's
-    words, places = torch.unique(ids, return_inverse=True)
-    vectors = policy.embed(Tokens(words[None], torch.ones_like(words[None], dtype=torch.bool)), reference=True).vectors
-    starts = torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)])
-    means = embedding_bag(places, vectors[0].float(), starts, mode="mean")[:-1]
-    chosen, rejected = means.view(*lengths.shape, means.shape[1])
-    return History(chosen, rejected, lengths.permute(1, 2, 0))
 
 
 @torch.no_grad()
@@ -60,7 +36,7 @@ def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabu
     for user_ids, pairs in tracked(data.histories(), "Users' histories", blocks, show=not is_short):
         rows = vocabulary.rows(user_ids).to(device)
         known = rows > 0  # a checkpoint may not know all of the data's users
-        for table, found in zip(tables, user_model.history_rows(pooled(policy, pairs.to(device))), strict=True):
+        for table, found in zip(tables, user_model.history_rows(pool_history(policy, pairs.to(device))), strict=True):
             table[rows[known]] = found[known].to(table.dtype)
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cached_property
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,12 +21,12 @@ from torch.nn.modules.module import _IncompatibleKeys
 from torch.optim import Optimizer
 
 from prlhf_lightning.data.batching import share_of
-from prlhf_lightning.data.schema import Text
-from prlhf_lightning.data.tokenization import TokenizationSettings, decode, loses_first_space, read_on_from
+from prlhf_lightning.data.tokenization import TokenizationSettings, decode
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.metrics import UserAccuracy, UserAUC
+from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.training import checkpoint_files, checkpointing
@@ -38,7 +37,6 @@ from prlhf_lightning.training.checkpointing import (
     entry_of,
     is_local,
     names_of,
-    settings_of,
     trained_names,
     use_checksummed_files,
     users_of,
@@ -74,13 +72,12 @@ from prlhf_lightning.training.optim import (
     training_batches,
 )
 from prlhf_lightning.training.precision import cast_frozen, check_float16, described, keep_trained_in_float32
-from prlhf_lightning.training.prompts import to_tokens
 from prlhf_lightning.training.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.training.resume import StepProgress, end_epoch, go_on
 from prlhf_lightning.training.settings_checks import check_feedback, check_fit, check_row_lengths
 from prlhf_lightning.training.sharding import check_strategy, dummy_batch, is_sharded, shard
 from prlhf_lightning.training.warm_start import WarmStart
-from prlhf_lightning.types import PairLogProbs, PreferenceBatch, Tokens, Users
+from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.user_models.shapes import shapes_when_built
 from prlhf_lightning.utils.finite import check_finite
@@ -91,7 +88,7 @@ from prlhf_lightning.utils.trust import class_paths, only_trusted_classes
 torch.serialization.add_safe_globals([Optim, Sampling])
 
 
-class PersonalizedLM(LightningModule):
+class PersonalizedLM(PersonalizedModel, LightningModule):
     """A policy conditioned on users, trained on who preferred which completion.
 
     The objective of a pair is `alpha * l(u) + (1 - alpha) * l(u_0)`: the loss under the pair's own user and under
@@ -113,6 +110,9 @@ class PersonalizedLM(LightningModule):
             `alpha * (1 - alpha) * |g(u) - g(u_0)|^2` to the variance of a pair's gradient g.
     """
 
+    reference_store: ReferenceStore | None
+    device = LightningModule.device  # which Lightning keeps up to date, also where the weights are sharded
+
     def __init__(
         self,
         user_model: UserModel,
@@ -124,25 +124,19 @@ class PersonalizedLM(LightningModule):
         cache_reference: bool = True,
         sample_terms: bool = False,
     ) -> None:
-        super().__init__()
+        super().__init__(user_model, policy, loss)
         if not 0.0 <= alpha <= 1.0:
             raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term lies in [0, 1].")
         # From the CLI these are the components' configurations, from which a checkpoint can be loaded without more.
         # Built in code there are only live modules, which belong in no checkpoint (nor in the copy made here).
         live = [] if _given_hyperparameters.get() else ["user_model", "policy", "loss"]
         self.save_hyperparameters(ignore=live, logger=False)
-        self.user_model = user_model
-        self.policy = policy
-        self.loss = loss
         self.alpha = alpha
         self.optim = optim
         self.sampling = sampling
         self.cache_reference = cache_reference
         self.sample_terms = sample_terms
-        self._reference_store: ReferenceStore | None = None
         self._has_asked_for_store = False
-        #: The users that the table has a row for; taken from the data, or from a checkpoint.
-        self.vocabulary: UserVocabulary | None = None
         self._built_for: UserVocabulary | None = None
         self._width = 0  # of the policy's embeddings, once it is built
         self._expected: Mapping[str, Tensor] = {}  # weights of a checkpoint that is being loaded
@@ -156,7 +150,7 @@ class PersonalizedLM(LightningModule):
         self._saves_alone = False
         self._seed: int | None = None
         self._id_key: str | None = None  # which key hashes users' ids, kept in checkpoints; see `id_key_of`
-        self._tokenization: dict[str, Any] = {}  # kept in checkpoints, for writers to make ids of prompts by
+        self._rendering: dict[str, Any] = {}  # the tokenization as checkpoints keep it
 
     # ---- set-up
 
@@ -204,11 +198,11 @@ class PersonalizedLM(LightningModule):
         check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
-            self._tokenization = _rendering_of(datamodule)
+            self._render_as(_rendering_of(datamodule))
             self._id_key = checkpointing.id_key_of(datamodule)
             if self._warm_start is not None:
                 self._warm_start.check_id_key(self._id_key)
-                self._warm_start.check_rendering(self._tokenization)
+                self._warm_start.check_rendering(self._rendering)
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback)
@@ -245,9 +239,9 @@ class PersonalizedLM(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """Write out what the reference cache still holds in memory."""
-        if self._reference_store is not None:
-            self._reference_store.cache.close()
-            self._reference_store = None
+        if self.reference_store is not None:
+            self.reference_store.cache.close()
+            self.reference_store = None
         self._has_asked_for_store = False
 
     def on_fit_start(self) -> None:
@@ -354,31 +348,6 @@ class PersonalizedLM(LightningModule):
 
     # ---- objective
 
-    def users(self, user_ids: Sequence[str], user_text: Tokens, reference: bool = False) -> Users:
-        """Look up users and embed their texts.
-
-        Args:
-            user_ids: B ids; one that the model does not know becomes the generic user.
-            user_text: B texts, empty where there is none.
-            reference: Embed the texts as the reference policy does.
-        """
-        return self._objective.users(user_ids, user_text, reference)
-
-    def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
-        """Score a batch's completions under the reference, which never sees who the user is."""
-        return self._objective.reference_log_probs(batch)
-
-    def policy_log_probs(self, batch: PreferenceBatch, generic: Sequence[bool]) -> list[PairLogProbs]:
-        """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
-
-        Pairs that several users of the batch judged are scored once under the generic user.
-
-        Args:
-            batch: B pairs.
-            generic: For each result wanted, whether the generic user stands in each user's place.
-        """
-        return self._objective.policy_log_probs(batch, generic)
-
     def objective(
         self, batch: PreferenceBatch, every_term: bool = False, sampled: bool = False
     ) -> tuple[Tensor, list[Term]]:
@@ -393,12 +362,7 @@ class PersonalizedLM(LightningModule):
             The losses `[B]`, and the terms: the user's own and the generic user's. Where the user model does not tell
             users apart the two are one, and it comes once. Terms that were drawn come as one too.
         """
-        return self._objective.compute(batch, every_term, sampled)
-
-    @property
-    def _objective(self) -> Objective:
-        # Made for each use, as its parts may be replaced: a checkpoint brings its users, and FSDP1 wraps the policy.
-        return Objective(self.user_model, self.policy, self.loss, self.alpha, self.vocabulary, self._reference_store)
+        return Objective(self, self.alpha).compute(batch, every_term, sampled)
 
     # ---- steps
 
@@ -406,10 +370,10 @@ class PersonalizedLM(LightningModule):
         """Give a batch its reference log-probs where they are known, while its ids are still in the host's memory."""
         if not (self._caches_reference and len(batch)) or self.trainer.predicting:
             return batch
-        if self._reference_store is None and not self._has_asked_for_store:
+        if self.reference_store is None and not self._has_asked_for_store:
             self._has_asked_for_store = True
-            self._reference_store = open_store(self.policy, self.user_model.uses_text, described(self.trainer))
-        return batch if self._reference_store is None else self._reference_store.attach(batch)
+            self.reference_store = open_store(self.policy, self.user_model.uses_text, described(self.trainer))
+        return batch if self.reference_store is None else self.reference_store.attach(batch)
 
     @property
     def _caches_reference(self) -> bool:
@@ -418,7 +382,7 @@ class PersonalizedLM(LightningModule):
     def on_train_epoch_end(self) -> None:
         """Let every process know what the others computed of the reference: the next epoch deals out pairs anew."""
         if self._caches_reference and self.trainer.world_size > 1:
-            exchange(self._reference_store, self.trainer)
+            exchange(self.reference_store, self.trainer)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
         """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
@@ -492,45 +456,6 @@ class PersonalizedLM(LightningModule):
 
     # ---- writing
 
-    @property
-    def tokenization(self) -> TokenizationSettings:
-        """How text became ids in training: as the checkpoint says, or the data module of a fit; the default before."""
-        return settings_of(self._tokenization)
-
-    @torch.no_grad()
-    def generate(
-        self,
-        prompt: Tokens | Sequence[Text],
-        user_ids: Sequence[str],
-        user_text: Tokens | Sequence[str] | None = None,
-        sampling: Sampling | None = None,
-        chat_template: bool | None = None,
-    ) -> list[str]:
-        """Write a completion of each prompt for its user.
-
-        Args:
-            prompt: B prompts: strings, conversations, or their ids. Texts become ids as those of the data did, so that
-                of a prompt over `max_prompt_length` the end is kept.
-            user_ids: B ids; an unknown one gets the generic user.
-            user_text: B texts about the users (empty where there is none) or their ids, or None.
-            sampling: How to draw; the module's own settings by default.
-            chat_template: Whether a string is wrapped in the chat template as one turn of the user; by default as the
-                strings of the training rows were, and where those rows were conversations.
-
-        Raises:
-            ConfigurationError: There are not as many users, or texts about them, as prompts.
-        """
-        settings = self.tokenization
-        if chat_template is not None:
-            settings = replace(settings, chat_template=chat_template)
-        how = self.policy.tokenizer, settings
-        tokens, texts = to_tokens(prompt, user_ids, user_text, *how, self.device)
-        soft_prompt = self.user_model(self.users(user_ids, texts))
-        written = self.policy.generate(tokens, soft_prompt, sampling or self.sampling)
-        if isinstance(prompt, Tokens):
-            return self.texts_of(written, tokens)
-        return self.texts_of(written, tokens, [isinstance(one, str) and not settings.chat_template for one in prompt])
-
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
         """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
         if not len(batch):
@@ -542,23 +467,6 @@ class PersonalizedLM(LightningModule):
         prompts = [decode(self.policy.tokenizer, row.tolist()) for row in batch.prompt.unpadded()]
         rows = zip(batch.user_ids, prompts, completions, strict=True)
         return [{"user_id": user, "prompt": prompt, "completion": text} for user, prompt, text in rows]
-
-    def texts_of(self, written: Tokens, prompt: Tokens, as_they_stand: Sequence[bool] | None = None) -> list[str]:
-        """Return what is written as text, without special tokens.
-
-        Args:
-            written: B answers.
-            prompt: Their prompts.
-            as_they_stand: For each prompt, whether no chat template has written it; by default as in training.
-        """
-        tokenizer, lost = self.policy.tokenizer, self._loses_first_space
-        goes_on = [not self.tokenization.chat_template] * len(prompt) if as_they_stand is None else as_they_stand
-        rows = zip(written.unpadded(), prompt.unpadded(), goes_on, strict=True)
-        return [decode(tokenizer, ids.tolist(), read_on_from(before.tolist(), on, lost)) for ids, before, on in rows]
-
-    @cached_property
-    def _loses_first_space(self) -> bool:
-        return loses_first_space(self.policy.tokenizer)
 
     # ---- checkpoints
 
@@ -639,12 +547,12 @@ class PersonalizedLM(LightningModule):
         """
         if self._trainer is not None:
             self._check_state()
-        if self._reference_store is not None:
+        if self.reference_store is not None:
             # A run that goes on from here must find what this one knows: computed anew, in another batch, the
             # reference's log-probs would differ in their last bits.
-            self._reference_store.cache.flush()
+            self.reference_store.cache.flush()
         seed = torch.initial_seed() if self._seed is None else self._seed
-        checkpointing.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._tokenization)
+        checkpointing.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._rendering)
         checkpoint[KEY]["base"] = checkpointing.base_of(self.policy)
         for name, value in (("started_from", self._started_from), ("id_key", self._id_key)):
             if value is not None:
@@ -695,7 +603,10 @@ class PersonalizedLM(LightningModule):
             data.use_template_date(kept["chat_template_date"])
         now = _rendering_of(data)
         checkpointing.warn_of_other_rendering("The checkpoint", kept, now)
-        self._tokenization = now if self._tokenization and now else kept
+        self._render_as(now if self._rendering and now else kept)
+
+    def _render_as(self, kept: dict[str, Any]) -> None:
+        self._rendering, self.tokenization = kept, TokenizationSettings.from_kept(kept)
 
     def _interval_so_far(self) -> dict[str, Tensor]:
         """Return the sums of what is logged next, over all processes unless this one saves alone."""

@@ -19,9 +19,10 @@ from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generator
 from prlhf_lightning.losses import DPOLoss, KTOLoss, SimPOLoss
+from prlhf_lightning.model import pool_history
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
-from prlhf_lightning.training.histories import check_histories, pooled
+from prlhf_lightning.training.histories import check_histories
 from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
 
@@ -108,7 +109,7 @@ def test_pooled_histories_are_the_means_of_what_the_reference_embeds(model, pair
     ]
     for block in blocks:
         block.mask[1, 2] = False
-    history = pooled(model.policy, PairTokens(*blocks))
+    history = pool_history(model.policy, PairTokens(*blocks))
     for part, block, length in zip((history.chosen, history.rejected), blocks, history.lengths.unbind(-1), strict=True):
         assert torch.equal(length, block.mask.sum(-1))
         for place in ((0, 0), (0, 2), (1, 1)):
@@ -133,7 +134,9 @@ def test_users_are_read_in_blocks_that_depend_on_no_ones_number_of_pairs(model, 
     together = encode_users(model, uneven, ("moon", "nobody", "sun"))
     blocks, encode = [], "prlhf_lightning.adaptation.adapt"
     monkeypatch.setattr(f"{encode}._PAIRS_AT_ONCE", 4)
-    monkeypatch.setattr(f"{encode}.pooled", lambda policy, block: blocks.append(block) or pooled(policy, block))
+    monkeypatch.setattr(
+        f"{encode}.pool_history", lambda policy, block: blocks.append(block) or pool_history(policy, block)
+    )
     torch.testing.assert_close(encode_users(model, uneven, ("moon", "nobody", "sun")).rows, together.rows)
     assert [tuple(block.chosen.ids.shape[:2]) for block in blocks] == [(2, 1), (1, 4)]
 
@@ -171,7 +174,7 @@ def test_what_is_kept_stays_true_where_the_embeddings_are_trained_too(model_path
     ids, shown = next(data.histories())
     token = Tokens.from_lists([[5]])
     assert not torch.equal(policy.embed(token).vectors, policy.embed(token, reference=True).vectors)
-    (rows,) = module.user_model.history_rows(pooled(policy, shown))
+    (rows,) = module.user_model.history_rows(pool_history(policy, shown))
     assert torch.equal(module.user_model.row_tables()[0][module.vocabulary.rows(ids)], rows)
 
 
@@ -199,10 +202,10 @@ def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
     class Asked(Exception):
         pass
 
-    def pooled(policy, pairs):
+    def pool_history(policy, pairs):
         raise Asked(pairs.chosen.ids.device.type)
 
-    monkeypatch.setattr("prlhf_lightning.adaptation.adapt.pooled", pooled)
+    monkeypatch.setattr("prlhf_lightning.adaptation.adapt.pool_history", pool_history)
     users = AmortizedUserModel(1)
     users.build(3, torch.randn(4, 8))
     with pytest.raises(Asked, match="meta"):

@@ -203,9 +203,9 @@ def test_a_user_whose_generic_term_was_drawn_gets_no_gradient(model_path):
 def test_an_unseen_user_is_the_generic_user_exactly(model_path, user_model):
     module = make_module(model_path, user_model)
     pairs = make_pairs(4)
-    (stranger,) = module.policy_log_probs(make_batch([("nobody", *pair[1:]) for pair in pairs]), [False])
-    (generic,) = module.policy_log_probs(make_batch([("ann", *pair[1:]) for pair in pairs]), [True])
-    (known,) = module.policy_log_probs(make_batch([("ann", *pair[1:]) for pair in pairs]), [False])
+    (stranger,) = module.log_probs(make_batch([("nobody", *pair[1:]) for pair in pairs]), [False])
+    (generic,) = module.log_probs(make_batch([("ann", *pair[1:]) for pair in pairs]), [True])
+    (known,) = module.log_probs(make_batch([("ann", *pair[1:]) for pair in pairs]), [False])
     assert torch.equal(stranger.chosen.tokens, generic.chosen.tokens)
     assert not torch.allclose(known.chosen.tokens, generic.chosen.tokens)
 

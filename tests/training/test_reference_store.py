@@ -98,7 +98,7 @@ def test_a_checkpoint_writes_out_what_was_scored_before_it(model_path, votes, tm
     store = ReferenceStore(ReferenceCache(tmp_path / "own", {"model": "a"}), sees_text=False)
     batch = store.attach(batch_of([[5]], [[6]]))
     store.keep(batch, PairLogProbs(scores_of(batch.chosen, 1), scores_of(batch.rejected, 1)))
-    module._reference_store = store
+    module.reference_store = store
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
     other = ReferenceStore(ReferenceCache(tmp_path / "own", {"model": "a"}), sees_text=False)
     assert other.attach(batch_of([[5]], [[6]])).reference is not None

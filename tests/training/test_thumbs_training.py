@@ -67,7 +67,7 @@ def log_ratios(module, batch, generic):
     """Log-ratios of completions `[B]`, from scoring them as those of a pair."""
     as_pairs = replace(batch, chosen=batch.completion, rejected=batch.completion)
     loss, module.loss = module.loss, DPOLoss()
-    (policy,), reference = module.policy_log_probs(as_pairs, [generic]), module.reference_log_probs(as_pairs)
+    (policy,), reference = module.log_probs(as_pairs, [generic]), module.reference_log_probs(as_pairs)
     module.loss = loss
     return (policy.chosen.sum - reference.chosen.sum).detach().double()
 

@@ -79,7 +79,7 @@ def test_every_user_model_trains_and_comes_back_from_a_checkpoint(model_path, vo
     assert loaded.vocabulary == module.vocabulary
     batch = next(iter(data.val_dataloader()[0]))
     for generic in (False, True):
-        (before,), (after,) = (m.eval().policy_log_probs(batch, [generic]) for m in (module, loaded))
+        (before,), (after,) = (m.eval().log_probs(batch, [generic]) for m in (module, loaded))
         assert torch.equal(before.chosen.tokens, after.chosen.tokens)
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)  # opens without running anybody's code
     assert not any("base_layer" in key or "embed_tokens" in key for key in state["state_dict"])

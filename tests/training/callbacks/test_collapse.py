@@ -84,7 +84,7 @@ def test_what_is_measured(model_path, votes, tmp_path):
     assert values["generated_repetition"] == pytest.approx(3 / 7)
     assert values["generated_empty"] == 0
     assert values["chosen_repetition"] == 0
-    own, generic = module.policy_log_probs(batch, [False, True])
+    own, generic = module.log_probs(batch, [False, True])
     assert not torch.equal(own.chosen.tokens, generic.chosen.tokens)
     expected = (own.chosen.mean - module.reference_log_probs(batch).chosen.mean).mean()
     assert values["chosen_log_ratio"] == pytest.approx(expected.item(), abs=1e-6)

@@ -1,0 +1,347 @@
+"""A policy conditioned on users: what training, inference, adaptation, judges and reports share, free of Lightning.
+
+Shapes: B pairs or prompts in a batch, K pairs of a user's history, L tokens, d the policy's embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding_bag
+from transformers import PreTrainedTokenizerBase
+
+from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.tokenization import (
+    FeedbackTokenizer,
+    TokenizationSettings,
+    decode,
+    loses_first_space,
+    read_on_from,
+)
+from prlhf_lightning.data.users import UserVocabulary
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.types import (
+    History,
+    LogProbs,
+    PairLogProbs,
+    PairTokens,
+    PreferenceBatch,
+    SoftPrompt,
+    Tokens,
+    Users,
+    to_device,
+)
+from prlhf_lightning.user_models import UserModel
+
+
+class KeepsReference(Protocol):
+    """Where the reference's log-probs are kept."""
+
+    def keep(self, batch: PreferenceBatch, computed: PairLogProbs) -> PairLogProbs:
+        """Keep a batch's log-probs and return them."""
+
+
+class PersonalizedModel(nn.Module):
+    """A policy conditioned on users by a user model, with the loss that says what an implicit reward is.
+
+    Args:
+        user_model: Turns users into soft-prompt vectors.
+        policy: The language model that the vectors condition.
+        loss: Says what is scored of a row, and turns log-probs into rewards.
+
+    Attributes:
+        vocabulary: The users that the user model has a row for; None until they are known.
+        tokenization: How text becomes token ids.
+        sampling: How `generate` draws where it is not told.
+        reference_store: Where the reference's log-probs are kept; None for nowhere.
+    """
+
+    def __init__(self, user_model: UserModel, policy: Policy, loss: PreferenceLoss) -> None:
+        super().__init__()
+        self.user_model = user_model
+        self.policy = policy
+        self.loss = loss
+        self.vocabulary: UserVocabulary | None = None
+        self.tokenization = TokenizationSettings()
+        self.sampling = Sampling()
+        self.reference_store: KeepsReference | None = None
+
+    # ---- users
+
+    def users(self, user_ids: Sequence[str], user_text: Tokens, reference: bool = False) -> Users:
+        """Look up users and embed their texts.
+
+        Args:
+            user_ids: B ids; unknown ones become the generic user.
+            user_text: B texts, empty where there is none.
+            reference: Embed the texts as the reference policy does.
+
+        Raises:
+            ConfigurationError: The model has no users yet.
+        """
+        if self.vocabulary is None:
+            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
+        rows = to_device(self.vocabulary.rows(user_ids), user_text.ids.device)
+        with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
+        return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
+
+    def users_of(self, batch: PreferenceBatch) -> Users:
+        """Look up a batch's users, with their earlier pairs where the user model reads these."""
+        users = self.users(batch.user_ids, batch.user_text)
+        if batch.history is None or not self.user_model.history_size:
+            return users
+        return replace(users, history=pool_history(self.policy, batch.history))
+
+    # ---- log-probs and rewards
+
+    def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
+        """Score a batch's completions under the reference, which never sees who the user is.
+
+        Returns:
+            The log-probs, without gradient; None where the loss needs no reference.
+        """
+        if not self.loss.requires_reference:
+            return None
+        if batch.reference is not None:
+            return batch.reference
+        first, of_pair = self._distinct(batch)
+        with torch.no_grad():
+            visible = self.user_model.reference(self.users(batch.user_ids, batch.user_text, reference=True))
+        visible = visible.select(first) if visible is not None else None
+        completions = [part.select(first) for part in self._completions(batch)]
+        scored = self.policy.reference_log_probs(batch.prompt.select(first), completions, visible)
+        reference = self._pair(scored, batch.desirable[first]).select(of_pair)
+        if self.reference_store is not None and batch.reference_keys:
+            reference = self.reference_store.keep(batch, reference)
+        return reference
+
+    def log_probs(self, batch: PreferenceBatch, generic: Sequence[bool] = (False,)) -> list[PairLogProbs]:
+        """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
+
+        Pairs that several users of the batch judged are scored once under the generic user.
+
+        Args:
+            batch: B pairs.
+            generic: For each result, whether the generic user replaces each user.
+
+        Returns:
+            Differentiable log-probs, one result for each entry of `generic`.
+        """
+        users = self.users_of(batch)
+        every = torch.arange(len(batch), device=users.rows.device)
+        first, of_pair = self._distinct(batch) if any(generic) else (every, every)
+        rows = [first if g else every for g in generic]
+        soft_prompt = SoftPrompt.cat_batch(
+            [self.user_model.generic(users).select(first) if g else self.user_model(users) for g in generic]
+        )
+        index = torch.cat(rows)
+        scored = self._scored(batch, index, soft_prompt)
+        ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
+        places = [torch.arange(end - len(r), end, device=index.device) for r, end in zip(rows, ends, strict=True)]
+        return [scored.select(place[of_pair] if g else place) for place, g in zip(places, generic, strict=True)]
+
+    def log_probs_under_either(self, batch: PreferenceBatch, generic: Tensor) -> PairLogProbs:
+        """Score each pair once, under its own user or under the generic one.
+
+        Args:
+            batch: B pairs.
+            generic: `[B]` bool, true where the generic user replaces the user; on the CPU, to avoid a device sync.
+
+        Returns:
+            Differentiable log-probs of B pairs.
+        """
+        users = self.users_of(batch)
+        order = to_device(generic.int().argsort(stable=True), users.rows.device)
+        own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
+        soft_prompt = SoftPrompt.cat_batch([self.user_model(own), self.user_model.generic(others)])
+        return self._scored(batch, order, soft_prompt).select(order.argsort())
+
+    @torch.no_grad()
+    def rewards(self, batch: PreferenceBatch, generic: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the implicit rewards of a batch's chosen and rejected completions, `[B]` each.
+
+        Args:
+            batch: B pairs.
+            generic: Whether the generic user replaces each user.
+        """
+        (scored,) = self.log_probs(batch, [generic])
+        return self.loss.rewards(scored, self.reference_log_probs(batch))
+
+    def _scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
+        """Score the pairs that `rows` `[N]` names under the policy, each with its own of N soft prompts."""
+        completions = [part.select(rows) for part in self._completions(batch)]
+        scores = self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt)
+        return self._pair(scores, batch.desirable[rows])
+
+    def _distinct(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+        """Find the distinct pairs of a batch, whoever judged them.
+
+        Returns:
+            The first row of each distinct pair `[U]`, and for each row the number of its pair `[B]`.
+        """
+        # Both sides of an unpaired row: by its one completion, a thumbs-up and a thumbs-down would be the same.
+        completions = self._completions(batch) if self.loss.feedback != "thumbs" else [batch.chosen, batch.rejected]
+        parts = [batch.prompt, *completions, *([batch.user_text] if self.user_model.uses_text else [])]
+        content = torch.cat([part.ids.masked_fill(~part.mask, -1) for part in parts], dim=1)
+        _, of_pair = torch.unique(content, dim=0, return_inverse=True)
+        rows = torch.arange(len(batch), device=content.device)
+        first = rows.new_full((int(of_pair.max()) + 1,), len(batch)).scatter_reduce(0, of_pair, rows, "amin")
+        return first, of_pair
+
+    def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
+        """Return what is scored of each row."""
+        if self.loss.feedback == "pairs":
+            return [batch.chosen, batch.rejected]
+        return [batch.completion if self.loss.feedback == "thumbs" else batch.chosen]
+
+    def _pair(self, scores: Sequence[LogProbs], desirable: Tensor) -> PairLogProbs:
+        """Return the scores of rows as pairs; `desirable` `[B]` says which unpaired rows were liked."""
+        if self.loss.feedback == "thumbs":
+            (completion,) = scores
+            return PairLogProbs(*(_where(kind[:, None], completion) for kind in (desirable, ~desirable)))
+        nothing = LogProbs(scores[0].tokens[:, :0], scores[0].mask[:, :0])
+        return PairLogProbs(scores[0], scores[1] if len(scores) > 1 else nothing)
+
+    # ---- writing
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tokens | Sequence[Text],
+        user_ids: Sequence[str],
+        user_text: Tokens | Sequence[str] | None = None,
+        sampling: Sampling | None = None,
+        chat_template: bool | None = None,
+    ) -> list[str]:
+        """Write a completion of each prompt for its user.
+
+        Args:
+            prompt: B prompts: strings, conversations, or their ids. Texts become ids as those of the data did, so that
+                of a prompt over `max_prompt_length` the end is kept.
+            user_ids: B ids; unknown ones fall back to the generic user.
+            user_text: B texts about the users (empty where there is none) or their ids, or None.
+            sampling: How to draw; the model's own settings by default.
+            chat_template: Whether a string is wrapped in the chat template as one turn of the user; by default as the
+                strings of the training rows were, and where those rows were conversations.
+
+        Raises:
+            ConfigurationError: There are not as many users, or texts about them, as prompts.
+        """
+        settings = self.tokenization
+        if chat_template is not None:
+            settings = replace(settings, chat_template=chat_template)
+        inputs = _Inputs.of(prompt, user_ids, user_text, self.policy.tokenizer, settings, self.device)
+        soft_prompt = self.user_model(self.users(user_ids, inputs.user_text))
+        written = self.policy.generate(inputs.prompt, soft_prompt, sampling or self.sampling)
+        if isinstance(prompt, Tokens):
+            return self.texts_of(written, inputs.prompt)
+        is_raw = [isinstance(one, str) and not settings.chat_template for one in prompt]
+        return self.texts_of(written, inputs.prompt, is_raw)
+
+    def texts_of(self, written: Tokens, prompt: Tokens, is_raw: Sequence[bool] | None = None) -> list[str]:
+        """Return completions as text, without special tokens.
+
+        Args:
+            written: B completions.
+            prompt: Their prompts.
+            is_raw: For each prompt, whether no chat template rendered it; by default as in training.
+        """
+        tokenizer, lost = self.policy.tokenizer, self._loses_first_space
+        goes_on = [not self.tokenization.chat_template] * len(prompt) if is_raw is None else is_raw
+        rows = zip(written.unpadded(), prompt.unpadded(), goes_on, strict=True)
+        return [decode(tokenizer, ids.tolist(), read_on_from(before.tolist(), on, lost)) for ids, before, on in rows]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the user model's weights are; the CPU where it has none."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    @cached_property
+    def _loses_first_space(self) -> bool:
+        return loses_first_space(self.policy.tokenizer)
+
+
+@torch.no_grad()
+def pool_history(policy: Policy, pairs: PairTokens) -> History:
+    """Return the mean input embeddings of users' completions, as the reference embeds them.
+
+    Training does not change the reference, so pooled histories stay valid. The policy is called once, since all
+    processes must call a sharded policy equally often, and embeds each distinct token once: the embeddings
+    `[2 * B * K, L, d]` of all tokens would be many times larger than a batch.
+
+    Args:
+        policy: A policy that has been built with a reference.
+        pairs: Histories `[B, K, L]`.
+    """
+    sides = pairs.chosen, pairs.rejected
+    lengths = torch.stack([side.mask.sum(-1) for side in sides])
+    ids = torch.cat([side.ids[side.mask] for side in sides] + [lengths.new_zeros(1)])  # the last one is padding
+    words, places = torch.unique(ids, return_inverse=True)
+    vectors = policy.embed(Tokens(words[None], torch.ones_like(words[None], dtype=torch.bool)), reference=True).vectors
+    starts = torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)])
+    means = embedding_bag(places, vectors[0].float(), starts, mode="mean")[:-1]
+    chosen, rejected = means.view(*lengths.shape, means.shape[1])
+    return History(chosen, rejected, lengths.permute(1, 2, 0))
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """B prompts and B texts about their users, as token ids."""
+
+    prompt: Tokens
+    user_text: Tokens
+
+    @classmethod
+    def of(
+        cls,
+        prompts: Tokens | Sequence[Text],
+        user_ids: Sequence[str],
+        user_texts: Tokens | Sequence[str] | None,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: TokenizationSettings,
+        device: torch.device,
+    ) -> _Inputs:
+        """Tokenize what is text; the new ids are on `device`.
+
+        Raises:
+            ConfigurationError: A string stands where a list belongs, or the lists' lengths differ.
+        """
+        given: dict[str, Any] = {"prompt": prompts, "user_ids": user_ids, "user_text": user_texts}
+        for name, value in given.items():
+            if isinstance(value, str):
+                raise ConfigurationError(
+                    f"{name} is a string; give a list, one entry a prompt, such as [{value[:40]!r}]."
+                )
+        if len(prompts) != len(user_ids) or (user_texts is not None and len(user_texts) != len(prompts)):
+            texts = "" if user_texts is None else f" and {len(user_texts)} texts about users"
+            raise ConfigurationError(
+                f"There are {len(prompts)} prompts for {len(user_ids)} users{texts}; give as many of each, repeating a "
+                "prompt for each of its users."
+            )
+        nothing = Tokens.from_lists([[]] * len(prompts)).to(device)
+        if isinstance(prompts, Tokens) and not isinstance(user_texts, Sequence):
+            return cls(prompts, nothing if user_texts is None else user_texts)
+        encode = FeedbackTokenizer(tokenizer, settings)
+        if not isinstance(prompts, Tokens):
+            if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in prompts if prompt):
+                raise ConfigurationError(
+                    "prompt: the last message is the assistant's, which needs no answer; end with a message of the "
+                    "user, or go on with it by Generator and GenerationRequest(..., continue_final_message=True)."
+                )
+            prompts = Tokens.from_lists(encode.prompts(prompts)).to(device)
+        if isinstance(user_texts, Sequence):
+            limit = settings.max_user_text_length
+            user_texts = Tokens.from_lists([ids[:limit] for ids in encode.user_texts(user_texts)]).to(device)
+        return cls(prompts, nothing if user_texts is None else user_texts)
+
+
+def _where(kept: Tensor, scores: LogProbs) -> LogProbs:
+    """Return scores with the rows that `kept` `[B, 1]` leaves out empty."""
+    return LogProbs(torch.where(kept, scores.tokens, 0.0), scores.mask & kept)
