@@ -56,12 +56,13 @@ from prlhf_lightning.training.loggers import (
     run_folder,
     with_run_folder,
 )
-from prlhf_lightning.training.restoring import refuse_odd_checkpoints
 from prlhf_lightning.training.run_history import RunHistory
 from prlhf_lightning.training.sharding import is_sharded
 from prlhf_lightning.user_models import UserModel
+from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.cache_dir import resolve_path
 from prlhf_lightning.utils.io import atomic_write_bytes
+from prlhf_lightning.utils.load_errors import opening
 from prlhf_lightning.utils.terminal import plain_console
 from prlhf_lightning.utils.trust import words_of_user
 
@@ -345,7 +346,9 @@ class PRLHFCLI(LightningCLI):
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
-        refuse_odd_checkpoints(trainer)
+        lightning_compat.wrap_restoring(
+            trainer, lambda: opening(f"ckpt_path: {trainer.ckpt_path}", "Use a checkpoint that `fit` wrote.")
+        )
         if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
             raise ConfigurationError("trainer.strategy: the command line can't be sent to spawned processes; use ddp.")
         return trainer

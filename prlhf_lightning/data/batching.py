@@ -17,6 +17,7 @@ from prlhf_lightning.data.splits import Positions
 from prlhf_lightning.data.tokenization import Ids
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
+from prlhf_lightning.utils import lightning_compat
 
 Loader: TypeAlias = DataLoader[dict[str, Any]]
 
@@ -74,8 +75,7 @@ def refuse_injected_sampler(trainer: Trainer) -> None:
     Raises:
         ConfigurationError: Names the setting.
     """
-    connector = trainer._accelerator_connector  # the setting has no public name
-    if connector.use_distributed_sampler and connector.is_distributed:
+    if lightning_compat.replaces_sampler(trainer):
         raise ConfigurationError(
             "The trainer would replace the sampler that groups pairs by user, which divides the data over processes "
             "itself; set trainer.use_distributed_sampler: false."

@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
-from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
@@ -30,6 +29,7 @@ from torch.optim import Optimizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.training.sharding import METHODS, OneFile
+from prlhf_lightning.utils import lightning_compat
 
 _rekey = FullyShardedDataParallel.rekey_optim_state_dict
 
@@ -47,7 +47,7 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
                 child.to(self.root_device)
         if not isinstance(policy, FullyShardedDataParallel):
             model.policy = self._wrapped(policy)
-        _update_properties(model, device=self.root_device)  # where batches and metrics go
+        lightning_compat.set_device(model, self.root_device)  # where batches and metrics go
         return model
 
     def _wrapped(self, policy: Policy) -> FullyShardedDataParallel:

@@ -15,6 +15,7 @@ from prlhf_lightning.metrics.preference import pair_scores
 from prlhf_lightning.training.distributed import stable_hash, sum_over_processes
 from prlhf_lightning.training.objective import Term
 from prlhf_lightning.types import Feedback, LogProbs
+from prlhf_lightning.utils import lightning_compat
 
 
 def seed_randomness(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
@@ -120,5 +121,4 @@ class IntervalMeans:
 
 def is_logged_now(trainer: Trainer) -> bool:
     """Whether Lightning will log what a training step of this batch gives: at an interval's last micro-batch."""
-    ends_step = not trainer.fit_loop._should_accumulate()
-    return ends_step and (trainer._logger_connector.should_update_logs or bool(trainer.fast_dev_run))  # type: ignore[attr-defined]
+    return lightning_compat.ends_optimizer_step(trainer) and lightning_compat.logs_this_step(trainer)

@@ -10,9 +10,7 @@ from typing import Any, Self
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.core.mixins.hparams_mixin import _given_hyperparameters
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from lightning.pytorch.core.saving import _load_state
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -80,6 +78,7 @@ from prlhf_lightning.training.warm_start import WarmStart
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.user_models.shapes import shapes_when_built
+from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.finite import check_finite
 from prlhf_lightning.utils.load_errors import opening
 from prlhf_lightning.utils.trust import class_paths, only_trusted_classes
@@ -129,7 +128,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term lies in [0, 1].")
         # From the CLI these are the components' configurations, from which a checkpoint can be loaded without more.
         # Built in code there are only live modules, which belong in no checkpoint (nor in the copy made here).
-        live = [] if _given_hyperparameters.get() else ["user_model", "policy", "loss"]
+        live = [] if lightning_compat.is_built_from_config() else ["user_model", "policy", "loss"]
         self.save_hyperparameters(ignore=live, logger=False)
         self.alpha = alpha
         self.optim = optim
@@ -211,6 +210,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         """Load the policy and create the user model's parameters, once the users are known."""
         if self.vocabulary is None:
             return
+        trainer = lightning_compat.trainer_of(self)
         if self._built_for is not self.vocabulary:
             if self._built_for is None:
                 # Histories are embedded as the reference does, which training does not change.
@@ -230,12 +230,12 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
                 self._warm_start = None
             exclude_from_ddp(self, sparse_tables(self.user_model))
             if self._built_for is None:
-                cast_frozen(self.policy, self._trainer)
-                shard(self.policy, self._trainer.strategy if self._trainer is not None else None)
+                cast_frozen(self.policy, trainer)
+                shard(self.policy, trainer.strategy if trainer is not None else None)
             self._built_for = self.vocabulary
         if not is_sharded(self.policy):  # what was built in code, or for another trainer
-            cast_frozen(self.policy, self._trainer)
-        check_row_lengths(self._trainer, self.policy, self.user_model)
+            cast_frozen(self.policy, trainer)
+        check_row_lengths(trainer, self.policy, self.user_model)
 
     def teardown(self, stage: str) -> None:
         """Write out what the reference cache still holds in memory."""
@@ -535,9 +535,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         if trust_remote_code or "trust_remote_code" in arguments:
             arguments["trust_remote_code"] = trust_remote_code
         with only_trusted_classes(source, trust_classes, trust_remote_code, parts):
-            # Lightning offers this for files only.
-            module: Self = _load_state(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})  # type: ignore[assignment]
-        return module
+            return lightning_compat.load_from_content(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what was trained, and the users whose rows it holds; not the frozen backbone.
@@ -545,7 +543,8 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         Raises:
             NonFiniteError: What was trained is infinite or NaN.
         """
-        if self._trainer is not None:
+        trainer = lightning_compat.trainer_of(self)
+        if trainer is not None:
             self._check_state()
         if self.reference_store is not None:
             # A run that goes on from here must find what this one knows: computed anew, in another batch, the
@@ -557,7 +556,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         for name, value in (("started_from", self._started_from), ("id_key", self._id_key)):
             if value is not None:
                 checkpoint[KEY][name] = value
-        if (place := self._progress.entry(self.trainer) if self._trainer is not None else None) is not None:
+        if (place := self._progress.entry(trainer) if trainer is not None else None) is not None:
             checkpoint[KEY]["place"] = place
             of_loss = self._progress.of_loss
             checkpoint["state_dict"].update({k: v for k, v in of_loss.items() if k in checkpoint["state_dict"]})
@@ -573,9 +572,9 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         """
         kept, users = entry_of(checkpoint), users_of(checkpoint)
         source, is_fitted = "The checkpoint", False
-        if self._trainer is not None:
-            source = str(self.trainer.ckpt_path or source)
-            is_fitted = self.trainer.state.fn == TrainerFn.FITTING
+        if (trainer := lightning_compat.trainer_of(self)) is not None:
+            source = str(trainer.ckpt_path or source)
+            is_fitted = trainer.state.fn == TrainerFn.FITTING
         check_finite(checkpoint, source, with_optimizer=is_fitted)
         self._seed, self._started_from = kept.get("seed"), kept.get("started_from")
         self._take_rendering(kept.get("tokenization") or {})
@@ -598,7 +597,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
 
     def _take_rendering(self, kept: dict[str, Any]) -> None:
         """Have data and writers render text as the checkpoint's was; warn where the data module is set otherwise."""
-        data: Any = getattr(self._trainer, "datamodule", None)
+        data: Any = getattr(lightning_compat.trainer_of(self), "datamodule", None)
         if kept.get("chat_template_date") and hasattr(data, "use_template_date"):
             data.use_template_date(kept["chat_template_date"])
         now = _rendering_of(data)
@@ -622,7 +621,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
     def log_last_step(self) -> None:
         """Log what the last whole step gave, where training was broken off between the step and that."""
         if not self._progress.is_logged(self.trainer):
-            self.trainer._logger_connector.update_train_step_metrics()
+            lightning_compat.log_training_step(self.trainer)
 
     def validate_again(self) -> None:
         """Have a checkpoint that is saved before the next batch make the last validation again.
@@ -663,7 +662,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
 
     @property
     def _data_id_key(self) -> str | None:
-        return checkpointing.id_key_of(getattr(self._trainer, "datamodule", None))
+        return checkpointing.id_key_of(getattr(lightning_compat.trainer_of(self), "datamodule", None))
 
     @property
     def _sharing(self) -> tuple[int, int]:

@@ -16,6 +16,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from prlhf_lightning.utils import lightning_compat
+
 _PROGRESS = ("batch_progress", "scheduler_progress", "automatic_optimization.optim_progress")
 
 
@@ -104,12 +106,11 @@ class StepProgress:
         self._of_loss = {f"loss.{name}": value.detach().clone() for name, value in loss.named_buffers()}
 
     def _is_due(self, trainer: Trainer) -> bool:
-        loop, fetcher = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
-        here = (trainer.current_epoch, loop.batch_progress.current.ready)
+        here = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         # One that is made since training stops is not due when it goes on.
-        if here != self._place or not here[1] or self._validated == here or fetcher is None or trainer.should_stop:
+        if here != self._place or not here[1] or self._validated == here or trainer.should_stop:
             return False
-        return bool(loop._should_check_val_fx(fetcher))
+        return lightning_compat.is_validation_due(trainer)
 
 
 def go_on(checkpoint: Mapping[str, Any], place: Mapping[str, Any], batch: int, batches: int, window: int) -> None:

@@ -22,6 +22,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.training.checkpointing import KEY
 from prlhf_lightning.training.distributed import gather_objects
 from prlhf_lightning.training.loggers import MetricsFile, read_metrics, run_folder
+from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.io import atomic_writer, naming
 
 _METRICS, _USER_TABLES = "metrics.csv", "users_*.csv"
@@ -66,7 +67,7 @@ class RunHistory(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Have what was logged last stand as if it had been now: there may be no validation, or no step, to come."""
-        trainer._logger_connector._callback_metrics.update(self._last)
+        lightning_compat.set_callback_metrics(trainer, self._last)
         self._last = {}
 
 

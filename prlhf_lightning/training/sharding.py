@@ -16,7 +16,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from torch.optim import Optimizer
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.types import PreferenceBatch, Tokens
+from prlhf_lightning.utils import lightning_compat
 
 #: What is called on a policy from outside, and needs its weights.
 METHODS = ("log_probs", "reference_log_probs", "embed", "token_embeddings", "generate")
@@ -128,7 +128,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
                     getattr(module, name).data = param.data.to(self.root_device)
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.root_device))
-        _update_properties(self.model, device=self.root_device)  # where batches and metrics go
+        lightning_compat.set_device(self.model, self.root_device)  # where batches and metrics go
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """Return the trained weights, whole, on the first process, and nothing on the others."""

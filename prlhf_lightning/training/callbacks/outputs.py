@@ -23,6 +23,7 @@ from prlhf_lightning.training.loggers import run_folder
 from prlhf_lightning.training.optim import optimizer_steps
 from prlhf_lightning.training.run_history import best_of_earlier_run, copy_on_first
 from prlhf_lightning.training.sharding import is_sharded
+from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.finite import are_finite
 from prlhf_lightning.utils.io import append_whole, atomic_writer, escape_cell, naming, put_in_place, text_writer
 
@@ -150,7 +151,7 @@ class BestAndLast(ModelCheckpoint):
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         """Save the best, or say that nothing was validated yet to judge it by, where Lightning hints at a bug."""
-        if self.monitor in (None, *monitor_candidates) or trainer.fit_loop.epoch_loop.val_loop._has_run:
+        if self.monitor in (None, *monitor_candidates) or lightning_compat.has_validated(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         else:
             rank_zero_info(f"Nothing has been validated yet: no {self.monitor} to judge a best checkpoint by.")
@@ -225,7 +226,7 @@ class SaveOnInterrupt(Callback):
             if together:
                 trainer.save_checkpoint(path, weights_only=False)
             else:
-                trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+                lightning_compat.save_checkpoint_alone(trainer, path)
         except Exception as error:  # must not take the place of the one that interrupted
             why = str(error).rstrip(".")
             rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {why}.")
