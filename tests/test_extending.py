@@ -1,4 +1,4 @@
-"""Components from outside the package, as the README shows them."""
+"""Components from outside the package, as docs/extending.md and the README show them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ class TemperedPolicy(CausalLMPolicy):
 
 @pytest.fixture
 def my_modules(repo_root, tmp_path, monkeypatch):
-    """The README's modules, importable."""
-    readme = (repo_root / "README.md").read_text()
-    sources = {name: code for name, code in re.findall(r"```python\n# (\w+)\.py\n(.*?)```", readme, re.DOTALL)}
+    """The guide's modules, importable; the README shows the loss as well."""
+    guide, readme = ((repo_root / name).read_text() for name in ("docs/extending.md", "README.md"))
+    blocks = [dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", text, re.DOTALL)) for text in (guide, readme)]
+    sources = blocks[0]
+    assert blocks[1] == {"my_losses": sources["my_losses"]}
     assert set(sources) == {"my_losses", "my_users"}
     for name, code in {**sources, "my_policies": POLICY}.items():
         (tmp_path / f"{name}.py").write_text(code)
