@@ -32,6 +32,7 @@ from prlhf_lightning.cli.checkpoints import (
     with_configuration,
 )
 from prlhf_lightning.cli.parser import Explaining
+from prlhf_lightning.cli.shipped_configs import with_shipped_configs
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, NonFiniteError
 from prlhf_lightning.reports.comparison import Contender, compare
@@ -81,8 +82,8 @@ class Parser(Explaining, LightningArgumentParser):
     """Lightning's parser, which explains mistakes in a few lines."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse words; what measures a checkpoint and has no configuration takes that of the checkpoint's run."""
-        words = sys.argv[1:] if args is None else args
+        """Parse words; a command about a checkpoint that names no configuration takes that of the checkpoint's run."""
+        words = with_shipped_configs(sys.argv[1:] if args is None else args)
         tell_of_changes(words)
         if (config := configuration_of_run(words, _RUNS)) is not None:
             words = with_configuration(words, config)
