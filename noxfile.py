@@ -1,4 +1,4 @@
-"""Sessions: `nox` runs lint, typecheck and tests; `nox -s bench` the speed benchmarks.
+"""Sessions: `nox` runs lint, typecheck and tests; `nox -s docs` builds the site, `nox -s bench` measures speed.
 
 `nox --no-venv` uses the environment that it is started from, whose packages are then left as they are.
 """
@@ -17,10 +17,11 @@ def _install(session: nox.Session, *extras: str) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and format."""
+    """Check style, format and spelling."""
     _install(session, "lint")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
+    session.run("codespell")
 
 
 @nox.session
@@ -35,6 +36,13 @@ def tests(session: nox.Session) -> None:
     """Run the tests; arguments after `--` go to pytest."""
     _install(session, "test")
     session.run("pytest", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation site into `site/`; a broken link fails."""
+    _install(session, "docs")
+    session.run("mkdocs", "build", "--strict", env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session

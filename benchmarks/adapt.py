@@ -31,7 +31,7 @@ TESTED = 20
 
 
 class Simulation:
-    """New users of the quickstart's model, their pairs, and their judgement of what is written for them."""
+    """New users of the quickstart's model, their pairs, and their judgment of what is written for them."""
 
     def __init__(self, model: PersonalizedLM, users: int, trained: int = 20) -> None:
         self.model = model

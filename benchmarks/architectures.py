@@ -1,6 +1,6 @@
 """Which Hugging Face architectures go all the way: `fit`, `adapt`, `generate`, `export`, and back into transformers.
 
-    python benchmarks/architectures.py --out benchmarks/results/architectures.md
+    python benchmarks/architectures.py --out docs/benchmarks/architectures.md
 
 Each model is tiny, with random weights and the byte-level tokenizer that is shipped; nothing is downloaded. With LoRA
 and with all weights trained, each goes through the command line, and these are checked:

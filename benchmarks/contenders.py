@@ -1,6 +1,6 @@
 """What the benchmarks compare: our training step, TRL's DPOTrainer, and the authors' scheme.
 
-A step is forward, loss, backward, clipping and AdamW on a batch that is already tokenised; no trainer's loop or logging
+A step is forward, loss, backward, clipping and AdamW on a batch that is already tokenized; no trainer's loop or logging
 is in it. All see the same model (random weights), the same LoRA and the same token ids. Needs the package `trl`.
 """
 

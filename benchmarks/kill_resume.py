@@ -7,7 +7,7 @@
 One run is left in peace. Then runs in folders of their own are killed, twice each where the second kill comes in time;
 every other kill waits until a checkpoint is being written. Each is gone on with by the very same command, whose
 `--ckpt_path last` finds the newest intact checkpoint, or begins anew where there is none yet. What they end with
-(weights, optimiser, schedule) must be that of the run in peace, bit for bit. A process that is killed is a fork of this
+(weights, optimizer, schedule) must be that of the run in peace, bit for bit. A process that is killed is a fork of this
 one, which has imported all that takes long; it runs the command line. Of several processes one is killed, any of them,
 and it is told where another does not then end by itself; weights must be equal to a tolerance, and how far apart they
 are is told.

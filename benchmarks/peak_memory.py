@@ -1,10 +1,10 @@
-"""Peak memory of an optimisation step at a vocabulary of 128k, each contender in a process of its own.
+"""Peak memory of an optimization step at a vocabulary of 128k, each contender in a process of its own.
 
     python benchmarks/peak_memory.py
     python benchmarks/peak_memory.py --device cuda --model 1b --dtype bfloat16
 
 Peak resident memory (on a GPU: peak of the allocator) of two steps, less what the process held when the model was
-built: what the step itself costs, gradients and optimiser state included.
+built: what the step itself costs, gradients and optimizer state included.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/profile_step.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/profile_step.md"))
     args = parser.parse_args()
     args.device = "cpu"
     transformers.logging.set_verbosity_error()

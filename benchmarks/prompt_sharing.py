@@ -1,6 +1,6 @@
 """When it pays to compute the prompt once for both completions of a pair.
 
-    python benchmarks/prompt_sharing.py --out benchmarks/results/prompt_sharing.md
+    python benchmarks/prompt_sharing.py --out docs/benchmarks/prompt_sharing.md
 
 A step is forward and backward of the chosen and the rejected completion under a Llama of random weights, in each of the
 ways that `prlhf_lightning/policies/scoring.py` knows: the prompt twice, in a row of each completion; once, its keys and

@@ -52,7 +52,7 @@ def run(config: list[str], seed: int, folder: Path) -> dict[str, dict[str, float
 
 def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
     """Lay out mean and range over seeds: a column for each user model, and one for the vanilla model beside it."""
-    columns = [(name, who) for name in results for who in ("personalised", "vanilla")]
+    columns = [(name, who) for name in results for who in ("personalized", "vanilla")]
     lines = ["| | " + " | ".join(f"{name}: {who}" for name, who in columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for label, (key, relative) in ROWS.items():
         cells = []
@@ -61,7 +61,7 @@ def table(results: dict[str, list[dict[str, dict[str, float]]]]) -> str:
             cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})")
         lines.append(f"| {label} | " + " | ".join(cells) + " |")
     seconds = {name: [r["run"]["seconds"] for r in runs] for name, runs in results.items()}
-    cells = [f"{statistics.mean(seconds[name]):.0f}" if who == "personalised" else "" for name, who in columns]
+    cells = [f"{statistics.mean(seconds[name]):.0f}" if who == "personalized" else "" for name, who in columns]
     lines.append("| seconds for all: start, both trainings, comparison | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -3,7 +3,7 @@
     python benchmarks/serve_kill.py --model last.ckpt --kills 20
 
 Each server is killed at a random moment and the next one goes on with the same log. Every client hands in again, with
-the same id, what was not acknowledged, so each judgement must be there exactly once at the end. A last server is ended
+the same id, what was not acknowledged, so each judgment must be there exactly once at the end. A last server is ended
 by SIGTERM while it writes an answer, which must come to its end, and while clients hand in feedback.
 """
 
@@ -28,7 +28,7 @@ CLIENTS = 8
 
 
 def hand_in(url: str, client: int, acknowledged: set[str], pending: dict[int, str]) -> None:
-    """Hand in one judgement after another until the server is gone."""
+    """Hand in one judgment after another until the server is gone."""
     with httpx.Client(base_url=url, timeout=10) as http:
         while True:
             name = pending.setdefault(client, f"{client}-{len(acknowledged)}-{random.random()}")

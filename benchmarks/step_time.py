@@ -1,4 +1,4 @@
-"""Time of an optimisation step: ours, TRL's DPOTrainer, and the authors' scheme, side by side in one run.
+"""Time of an optimization step: ours, TRL's DPOTrainer, and the authors' scheme, side by side in one run.
 
     python benchmarks/step_time.py                       # all shapes, 20M and 125M parameters, LoRA and full, on CPU
     python benchmarks/step_time.py --models 1b --dtype bfloat16 --device cuda --packed
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--packed", action="store_true", help="also time our P-DPO with packing (cuda)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/step_time.md"))
+    parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/step_time.md"))
     args = parser.parse_args()
     if args.packed and args.device != "cuda":
         parser.error("--packed needs --device cuda: on a CPU, packing changes nothing")

@@ -27,7 +27,7 @@ _MIB = 1 << 20
 
 
 def write(path: Path, rows: int, users: int) -> None:
-    """Write rows by a long-tailed crowd. No two texts are alike, so that each has to be tokenised."""
+    """Write rows by a long-tailed crowd. No two texts are alike, so that each has to be tokenized."""
     draw = random.Random(0)
     sentences = [" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(100_000)]
     with path.open("w", buffering=_MIB) as file:

@@ -2,7 +2,7 @@
 
     python benchmarks/users.py
 
-All sizes are in one process and take turns. A step is forward, loss, backward, clipping and the optimiser, on the same
+All sizes are in one process and take turns. A step is forward, loss, backward, clipping and the optimizer, on the same
 pairs with a cached reference; each step meets other users. The longest column of memory is exact: bytes of the user
 table and of the optimiser's state for it.
 """
@@ -88,7 +88,7 @@ def main() -> None:
         f"`python benchmarks/users.py` on {environment(args)}. {args.model} parameters, LoRA, "
         f"{args.num_tokens} vectors a user, {args.pairs} pairs, prompt {args.shape[0]}, completions {args.shape[1]}.",
         "",
-        f"| users | ms a step, median (quartiles) of {args.repeats} | ratio | MiB of table and optimiser state |",
+        f"| users | ms a step, median (quartiles) of {args.repeats} | ratio | MiB of table and optimizer state |",
         "|---:|---:|---:|---:|",
     ]
     for users, (_, memory) in runs.items():
