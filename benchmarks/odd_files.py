@@ -578,7 +578,7 @@ def runs(sound: Sound) -> Iterator[Case]:
     for name, raw in _raw_json():
         yield Case("report", f"comparison.json {name}", "run", text_change("comparison.json", raw))
     for value in ODD:
-        raw = json.dumps({"vanilla": {"accuracy": value}, "personalised": value}).encode()
+        raw = json.dumps({"vanilla": {"accuracy": value}, "personalized": value}).encode()
         yield Case("report", f"comparison.json: {_short(value)}", "run", text_change("comparison.json", raw))
 
 

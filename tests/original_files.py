@@ -92,7 +92,7 @@ def write_koala(path: Path, count: int = 3) -> Path:
 
 def respondent(user_id: str, dialogues: int = 1, **changes: object) -> dict:
     """A row of survey.jsonl."""
-    names = ["values", "creativity", "fluency", "factuality", "diversity", "safety", "personalisation", "helpfulness"]
+    names = ["values", "creativity", "fluency", "factuality", "diversity", "safety", "personalization", "helpfulness"]
     return {
         "user_id": user_id,
         "survey_only": not dialogues,

@@ -1,7 +1,7 @@
 """New users' rows from a handful of pairs each, everything else frozen.
 
 For every user, in two parts: which kind of user is it (the pairs are scored under each kind), and how does it differ
-from its kind (margins are linearised there, and the Bayesian logistic regression that is left is solved exactly in few
+from its kind (margins are linearized there, and the Bayesian logistic regression that is left is solved exactly in few
 dimensions). Passes of the policy over the pairs are all that costs anything; all users share them.
 """
 
@@ -77,7 +77,7 @@ class Adapted:
     def expected_accuracy(self) -> Tensor:
         """`[B]` pair accuracy that is to be expected of each user's row, by what the model thinks of them so far.
 
-        On the pairs of `prior.judgements`, which are the same for all users. It is right as far as the model's margins
+        On the pairs of `prior.judgments`, which are the same for all users. It is right as far as the model's margins
         are calibrated.
         """
         return (self.weights * self._accuracies).sum(1)
@@ -91,7 +91,7 @@ class Adapted:
     @property
     def _accuracies(self) -> Tensor:
         """`[B, 1 + K]` pair accuracy of what is believed of each user, if they are of one kind."""
-        chances = self.prior.judgements
+        chances = self.prior.judgments
         first = self.weights @ chances > 0.5  # [B, M]
         return torch.where(first[:, None], chances, 1 - chances).mean(2)
 
@@ -102,8 +102,8 @@ class Adapted:
         That is the share by which the variance of what they would judge, over the kinds that they may be of, is smaller
         than before the first pair. It may fall below 0 where the first pairs point away from the usual kinds.
         """
-        before = _open(self.prior.weights, self.prior.judgements)
-        return 1 - _open(self.weights, self.prior.judgements) / before.clamp(min=1e-12)
+        before = _open(self.prior.weights, self.prior.judgments)
+        return 1 - _open(self.weights, self.prior.judgments) / before.clamp(min=1e-12)
 
     def left_out(self) -> Tensor:
         """Return the probability `[N]` that the user's other pairs give each one: leave-one-out, of the kinds alone."""
@@ -118,9 +118,9 @@ class Adapted:
         return torch.einsum("kp,bkl,lp->bp", directions, self.covariance, directions).clamp(min=0).sqrt()
 
 
-def _open(weights: Tensor, judgements: Tensor) -> Tensor:
+def _open(weights: Tensor, judgments: Tensor) -> Tensor:
     """Return the variance over kinds `[1 + K, M]` of weights `[..., 1 + K]`, mean over pairs, `[...]`."""
-    return (weights @ judgements.square() - (weights @ judgements).square()).mean(-1)
+    return (weights @ judgments.square() - (weights @ judgments).square()).mean(-1)
 
 
 def trained_rows(model: PersonalizedModel, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -170,8 +170,8 @@ def fit_prior(
     users = _told_apart(model, first)
     rows, generic = trained_rows(model, users[torch.from_numpy(spread(len(users), _USERS))])
     margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
-    judgements = torch.stack([margins_of(row).sigmoid() for row in (generic, *rows)])
-    return UserPrior.fit(rows, generic, judgements[1:], kinds, rank, judgements[0])
+    judgments = torch.stack([margins_of(row).sigmoid() for row in (generic, *rows)])
+    return UserPrior.fit(rows, generic, judgments[1:], kinds, rank, judgments[0])
 
 
 def adapt_users(
@@ -189,7 +189,7 @@ def adapt_users(
         pairs: N pairs of new users, in any order, on any device.
         user_ids: The users; those of the pairs by default. One without a pair gets the generic row, bit by bit.
         prior: What is known before the pairs; fitted to the model's users by default.
-        steps: Linearisations, each a forward and backward pass over the pairs; 0 settles only the kind.
+        steps: Linearizations, each a forward and backward pass over the pairs; 0 settles only the kind.
         batch_size: Pairs in a pass of the policy.
 
     Raises:
@@ -234,7 +234,7 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
         `[N, 1 + K]` margins, 0 where they were not computed, and `[B, 1 + K]` posterior weights.
     """
     first = layout.slot < _FIRST
-    under = torch.stack([margins_of(prior.rows(centre), only=first) for centre in prior.centres], dim=1)
+    under = torch.stack([margins_of(prior.rows(center), only=first) for center in prior.centers], dim=1)
 
     def log_joint() -> Tensor:
         # A pair that was not scored has the margin 0 under every kind, which tells none from another.
@@ -242,8 +242,8 @@ def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> 
 
     likely = log_joint().softmax(1) > _RULED_OUT
     likely[:, 0] = True  # the generic user, to compare with
-    for kind, centre in enumerate(prior.centres):
-        under[:, kind] += margins_of(prior.rows(centre), only=~first & likely[layout.user, kind])
+    for kind, center in enumerate(prior.centers):
+        under[:, kind] += margins_of(prior.rows(center), only=~first & likely[layout.user, kind])
     return under, log_joint().masked_fill(~likely, -torch.inf).softmax(1)
 
 
@@ -251,18 +251,18 @@ def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins
     batch, user = len(user_ids), layout.user
     under, weights = _under_each_kind(prior, layout, margins_of)
     kind = weights.argmax(1)
-    modes = prior.centres.expand(batch, -1, -1).clone()
+    modes = prior.centers.expand(batch, -1, -1).clone()
     eye = torch.eye(prior.rank, device=user.device)
     covariances = (prior.stds.square()[:, None, None] * eye).expand(batch, -1, -1, -1).clone()
-    centre, std = prior.centres[kind], prior.stds[kind]
-    codes = centre
+    center, std = prior.centers[kind], prior.stds[kind]
+    codes = center
     for _ in range(steps):
         found, slopes = margins_of.along(prior.directions, prior.rows(codes), user)
-        # As a function of the deviation from the kind's centre in units of its spread, which is N(0, I).
-        offsets = found - (slopes * (codes - centre)[user]).sum(1)
+        # As a function of the deviation from the kind's center in units of its spread, which is N(0, I).
+        offsets = found - (slopes * (codes - center)[user]).sum(1)
         unit = slopes * std[user][:, None]
         posterior = laplace(layout.block(offsets), layout.block(unit), layout.mask)
-        codes = centre + std[:, None] * posterior.mode
+        codes = center + std[:, None] * posterior.mode
         every = torch.arange(batch)
         modes[every, kind], covariances[every, kind] = codes, std[:, None, None] ** 2 * posterior.covariance
     mean = torch.einsum("bc,bck->bk", weights, modes)

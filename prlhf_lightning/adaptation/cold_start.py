@@ -133,7 +133,7 @@ def suggest(model: PersonalizedModel, adapted: Adapted, pool: PreferenceBatch, c
     """
     margins_of = Margins(model, pool)
     prior = adapted.prior
-    under = torch.stack([margins_of(prior.rows(centre)) for centre in prior.centres], dim=1)
+    under = torch.stack([margins_of(prior.rows(center)) for center in prior.centers], dim=1)
     found = information_gain(adapted.weights, under).topk(min(count, len(pool)), dim=1)
     return found.indices, found.values
 

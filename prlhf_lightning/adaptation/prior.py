@@ -16,7 +16,7 @@ class UserPrior:
     """`row = generic + z @ directions`, `z` from a mixture of Gaussians: empirical Bayes on the trained users' rows.
 
     Users come in kinds, and what a row does saturates. A Gaussian about the generic user has its highest density where
-    nobody is and little curvature to learn from, so a few trained users stand for all: each is the centre of a kind. A
+    nobody is and little curvature to learn from, so a few trained users stand for all: each is the center of a kind. A
     user without pairs is the generic user all the same, by definition; for others the generic user is one more kind,
     as likely as any one of the trained users.
 
@@ -24,25 +24,25 @@ class UserPrior:
         generic: `[p]` row of the generic user.
         directions: `[k, p]` orthogonal directions, each as long as the trained users' root mean square along it: the
             principal ones, and those that the centers need beside.
-        centres: `[1 + K, k]` codes of the kinds; first that of the generic user, 0.
+        centers: `[1 + K, k]` codes of the kinds; first that of the generic user, 0.
         weights: `[1 + K]` how likely each is, summing to 1.
-        std: Spread of the users of a kind about its centre, in each direction.
-        judgements: `[1 + K, M]` probability with which each kind prefers the first of two completions, of M pairs.
+        std: Spread of the users of a kind about its center, in each direction.
+        judgments: `[1 + K, M]` probability with which each kind prefers the first of two completions, of M pairs.
     """
 
     generic: Tensor
     directions: Tensor
-    centres: Tensor
+    centers: Tensor
     weights: Tensor
     std: float
-    judgements: Tensor
+    judgments: Tensor
 
     @classmethod
     def fit(
         cls,
         rows: Tensor,
         generic: Tensor,
-        judgements: Tensor,
+        judgments: Tensor,
         kinds: int | None = None,
         rank: int = 8,
         generic_judgements: Tensor | None = None,
@@ -52,7 +52,7 @@ class UserPrior:
         Args:
             rows: `[U, p]` rows of the trained users.
             generic: `[p]` row of the generic user.
-            judgements: `[U, M]` probabilities with which the model has each of them prefer the first of two
+            judgments: `[U, M]` probabilities with which the model has each of them prefer the first of two
                 completions. Kinds are told apart by these and not by the rows, in which the same taste may be written
                 in many ways.
             kinds: Most kinds; by default as many as predict users best who are left out, see `choose_kinds`.
@@ -61,19 +61,19 @@ class UserPrior:
         """
         like, users = rows, len(rows)
         # On the host: many small steps, in float64, which not every device has.
-        rows, generic, judgements = rows.cpu(), generic.cpu(), judgements.cpu()
-        judgements = judgements.double()
-        undecided = judgements.new_full(judgements.shape[1:], 0.5)
+        rows, generic, judgments = rows.cpu(), generic.cpu(), judgments.cpu()
+        judgments = judgments.double()
+        undecided = judgments.new_full(judgments.shape[1:], 0.5)
         by_generic = undecided if generic_judgements is None else generic_judgements.cpu().double()
-        distances = torch.cdist(judgements, judgements)
-        medoids = medoids_of(distances, min(users, choose_kinds(judgements, by_generic) if kinds is None else kinds))
+        distances = torch.cdist(judgments, judgments)
+        medoids = medoids_of(distances, min(users, choose_kinds(judgments, by_generic) if kinds is None else kinds))
         away = (rows - generic).double()
         directions = _directions(away, medoids, rank)
         codes = away @ (directions / directions.square().sum(1, keepdim=True)).T
         kept = len(directions)
         kind = distances[:, medoids].argmin(1) if users else distances.new_zeros(0, dtype=torch.long)
         sizes = torch.bincount(kind, minlength=len(medoids)).double()
-        # Around a centre that is itself one of the n users of its kind, which spreads them a little too far apart.
+        # Around a center that is itself one of the n users of its kind, which spreads them a little too far apart.
         inside = (codes - codes[medoids][kind]).square().sum() / max(1, (users - len(medoids)) * kept)
         return cls(
             generic.to(like),
@@ -81,7 +81,7 @@ class UserPrior:
             torch.cat([codes.new_zeros(1, kept), codes[medoids]]).to(like),
             torch.cat([codes.new_ones(1), sizes]).to(like) / (1 + users),
             float(inside) ** 0.5,
-            torch.cat([by_generic[None], judgements[medoids]]).to(like),
+            torch.cat([by_generic[None], judgments[medoids]]).to(like),
         )
 
     @property
@@ -129,39 +129,39 @@ _CLOSE, _NEGLIGIBLE = 0.03, 0.005
 _CLAMP = 1e-3
 
 
-def choose_kinds(judgements: Tensor, generic: Tensor, most: int = MOST_KINDS, seed: int = 0) -> int:
+def choose_kinds(judgments: Tensor, generic: Tensor, most: int = MOST_KINDS, seed: int = 0) -> int:
     """Return how many kinds predict users best who had no part in choosing them.
 
-    Some users are left out at a time, and kinds are chosen among the rest. Judgements of those who were left out are
+    Some users are left out at a time, and kinds are chosen among the rest. Judgments of those who were left out are
     drawn; their kind is inferred from a few of these, and the score is the log-likelihood of the others. Too few kinds
     miss tastes, too many make it take longer to find one's own. The smallest number is taken whose score is next to the
     best one: by a standard error over users, by 3% of what kinds gain, or by 0.005 nats a pair. Each kind costs a pass
     over new users' pairs.
 
     Args:
-        judgements: `[U, M]` float64 probabilities of trained users.
+        judgments: `[U, M]` float64 probabilities of trained users.
         generic: `[M]` those of the generic user.
         most: Most kinds.
-        seed: Draws folds, pairs and judgements.
+        seed: Draws folds, pairs and judgments.
     """
-    users, pairs = judgements.shape
+    users, pairs = judgments.shape
     most = min(most, users - -(-users // _FOLDS))
     if most < 2 or pairs < 2:
         return max(1, min(users, most))
     draw = torch.Generator().manual_seed(seed)
-    judgements, generic = judgements.clamp(_CLAMP, 1 - _CLAMP), generic.clamp(_CLAMP, 1 - _CLAMP)
+    judgments, generic = judgments.clamp(_CLAMP, 1 - _CLAMP), generic.clamp(_CLAMP, 1 - _CLAMP)
     fold = torch.randperm(users, generator=draw) % min(_FOLDS, users)
     orders = torch.stack([torch.randperm(pairs, generator=draw) for _ in range(_DRAWS)])
-    answers = torch.rand(_DRAWS, users, pairs, generator=draw, dtype=judgements.dtype) < judgements
-    scores = judgements.new_zeros(most, users)
+    answers = torch.rand(_DRAWS, users, pairs, generator=draw, dtype=judgments.dtype) < judgments
+    scores = judgments.new_zeros(most, users)
     for part in range(int(fold.max()) + 1):
         rest, out = (fold != part).nonzero().flatten(), (fold == part).nonzero().flatten()
-        distances = torch.cdist(judgements[rest], judgements[rest])
+        distances = torch.cdist(judgments[rest], judgments[rest])
         for kinds in range(1, most + 1):
             medoids = medoids_of(distances, kinds)
-            sizes = torch.bincount(distances[:, medoids].argmin(1), minlength=kinds).to(judgements)
+            sizes = torch.bincount(distances[:, medoids].argmin(1), minlength=kinds).to(judgments)
             weights = torch.cat([sizes.new_ones(1), sizes]) / (1 + len(rest))
-            under = torch.cat([generic[None], judgements[rest][medoids]])
+            under = torch.cat([generic[None], judgments[rest][medoids]])
             scores[kinds - 1, out] = _predicted(answers[:, out], orders, under, weights)
     behind = scores[int(scores.mean(1).argmax())] - scores
     close = (behind.std(1) / users**0.5).clamp(min=max(_NEGLIGIBLE, _CLOSE * float(behind.mean(1)[0])))

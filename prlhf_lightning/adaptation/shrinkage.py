@@ -1,6 +1,6 @@
 """How far trained users' rows are to be believed.
 
-A row that was trained on a few dozen noisy judgements fits the noise as well, and predicts its user's other judgements
+A row that was trained on a few dozen noisy judgments fits the noise as well, and predicts its user's other judgments
 worse than it could, or even worse than the generic user does. One factor for all users, by which rows are drawn to the
 generic user, is fitted to pairs that training did not see (James and Stein 1961; here by likelihood, as margins are not
 Gaussian).

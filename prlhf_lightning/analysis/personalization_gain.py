@@ -1,6 +1,6 @@
-"""How much there is to personalise: held-out accuracy with what users have in common, and with their own tastes.
+"""How much there is to personalize: held-out accuracy with what users have in common, and with their own tastes.
 
-Both models are small (see `taste_models`), and as well regularised as cross-validation within the training votes can
+Both models are small (see `taste_models`), and as well regularized as cross-validation within the training votes can
 make them: an overfitted user is worse than none, and would hide what there is. What a language model can gain from
 knowing the user is then about the difference; it may gain less, or, as it reads the texts, more.
 """
@@ -54,7 +54,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Choice:
-    """How models are regularised.
+    """How models are regularized.
 
     Attributes:
         shared_ridge: Penalty of what users share.
@@ -93,7 +93,7 @@ class PersonalizationGain:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether there is something to personalise for a user, whoever it is."""
+        """Whether there is something to personalize for a user, whoever it is."""
         if self.by_user.low > 0:
             return "something"
         enough = self.votes >= ENOUGH_VOTES and self.users >= ENOUGH_USERS
@@ -201,7 +201,7 @@ def personalization_gain(
 def _well_regularised(
     votes: Votes, parts: list[tuple[Votes, Votes]], family: PreferenceFamily, on_fit: Callable[[], object]
 ) -> tuple[PreferenceModel, PreferenceModel, Choice]:
-    """Return both models of some votes, and how they are regularised: as is best over the parts of these votes."""
+    """Return both models of some votes, and how they are regularized: as is best over the parts of these votes."""
     starts, shared_ridge = _choose_shared(parts, family, on_fit)
     shared = family.shared(votes, shared_ridge)
     rank, ridge = _choose_personal(parts, starts, family, family.ridges(votes, shared), shared_ridge, on_fit)

@@ -1,6 +1,6 @@
 """Small models of votes, with one score an item that all users share, and without or with what a user adds to it.
 
-They see who voted on which items, not a text, and fit in seconds: a yardstick of what there is to personalise. N votes
+They see who voted on which items, not a text, and fit in seconds: a yardstick of what there is to personalize. N votes
 by U users on I items; K dimensions of taste.
 """
 
@@ -229,7 +229,7 @@ def _by_item(values: Floats, votes: Votes) -> Tensor:
 
 
 def _minimise(weights: list[Tensor], objective: Callable[[], tuple[float, list[Tensor]]], votes: int) -> None:
-    """Minimise a smooth function, that comes with its gradients, of some weights, in place."""
+    """Minimize a smooth function, that comes with its gradients, of some weights, in place."""
     # What a vote gains in a step below the tolerance, no held-out vote will tell.
     optimizer = torch.optim.LBFGS(
         weights, max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-4, tolerance_change=1e-7 * votes

@@ -213,7 +213,7 @@ def read_pairs(
     left_out: set[str] | None = None,
     option: str = "feedback",
 ) -> tuple[PreferenceBatch, list[str]]:
-    """Read and tokenise the pairs of a source.
+    """Read and tokenize the pairs of a source.
 
     Args:
         model: Texts become ids as they did in its training.
@@ -259,7 +259,7 @@ def to_batch(
     wheres: Sequence[str],
     columns: Columns = Columns(),  # noqa: B008 - frozen, hence safe to share
 ) -> tuple[PreferenceBatch, list[str]] | None:
-    """Tokenise rows as one batch.
+    """Tokenize rows as one batch.
 
     Args:
         tokenize: The model's.

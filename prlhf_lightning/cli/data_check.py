@@ -43,7 +43,7 @@ def check(
 ) -> None:
     """Check every row of feedback and tell all that is wrong with it; exits with 1 if there is any error.
 
-    Errors are what would stop a run. Warnings are duplicate and contradictory judgements, users with few judgements,
+    Errors are what would stop a run. Warnings are duplicate and contradictory judgments, users with few judgments,
     rows over a limit of tokens, and what stands in training and evaluation alike.
 
     Args:
@@ -107,7 +107,7 @@ def described(report: Report) -> str:
         )
         lines += [f"  {count:,} {what}" for what, count in counts.left_out.items()]
         if split == "train" and counts.users == 1:
-            lines.append("  one user only, so there is nothing to personalize: gather judgements of others")
+            lines.append("  one user only, so there is nothing to personalize: gather judgments of others")
         if counts.unread_columns:
             lines.append(f"  columns not read: {printable(', '.join(map(repr, counts.unread_columns)))}")
             if "system" in counts.unread_columns:

@@ -37,7 +37,7 @@ def report_other_copies(
         user_ids: The users.
         also: More files and folders to look at.
     """
-    search, near = IdSearch(user_ids), Neighbours.of(folders, also)
+    search, near = IdSearch(user_ids), Neighbors.of(folders, also)
     written = {os.path.realpath(path) for path in done}
     files = [(root, path) for root, path in near.files if os.path.realpath(path) not in written]
     cached = [path for path in _cached() if os.path.realpath(path) not in written]
@@ -182,7 +182,7 @@ def is_export(folder: Path) -> bool:
 
 
 @dataclass
-class Neighbours:
+class Neighbors:
     """The files in and beside a run.
 
     Attributes:
@@ -198,7 +198,7 @@ class Neighbours:
     _above: set[str] = field(default_factory=set)  # folders in which something was looked at
 
     @classmethod
-    def of(cls, folders: Iterable[Path], also: Sequence[Path] = ()) -> Neighbours:
+    def of(cls, folders: Iterable[Path], also: Sequence[Path] = ()) -> Neighbors:
         """Find the files.
 
         In the run of a folder of checkpoints, and in all runs, exports and folders of loggers that are in the folder

@@ -248,7 +248,7 @@ def write_peft_users(
     """Write a PEFT prompt-tuning folder for each user, and one for the generic user: `peft_users/<id>`.
 
     PEFT puts a prompt's vectors before all tokens, and the policy was trained with them after BOS. So BOS becomes the
-    first of the vectors where the tokenizer writes one, and prompts are then tokenised without it.
+    first of the vectors where the tokenizer writes one, and prompts are then tokenized without it.
 
     Args:
         folder: Where the files go.
@@ -333,7 +333,7 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
     user_model = str(settings["user_model"]["class_path"]).rpartition(".")[2]
     parts = [
         "\n".join(["---", *(f"{key}: {json.dumps(value)}" for key, value in head.items()), "---"]),
-        f"# A personalised `{base.rpartition('/')[2].removeprefix('builtin:')}`",
+        f"# A personalized `{base.rpartition('/')[2].removeprefix('builtin:')}`",
         f"`{base}`, trained with [prlhf_lightning] on who preferred which answer (arXiv:2402.05133): "
         f"{loss}, users as {user_model}. This folder holds "
         + ("LoRA adapters that refer to the base model." if adapters else "the whole language model."),
@@ -358,7 +358,7 @@ def _users(number: int, vectors: bool) -> str:
         'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
         "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "
         "data. Give this folder to nobody whom the users have not agreed to; `export --include_users false` writes it "
-        "without. What users' judgements taught the weights that all share is in any copy."
+        "without. What users' judgments taught the weights that all share is in any copy."
     )
 
 

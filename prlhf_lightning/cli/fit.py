@@ -328,7 +328,7 @@ class PRLHFCLI(LightningCLI):
         if self.trainer.is_global_zero or is_sharded(self.model.policy):
             contenders = {
                 "vanilla": Contender(fresh.model, trainer.callback_metrics),
-                "personalised": Contender(self.model, self.trainer.callback_metrics),
+                "personalized": Contender(self.model, self.trainer.callback_metrics),
             }
             written_to = None if config.trainer.fast_dev_run else folder
             compare(contenders, self.datamodule, written_to, quiet=not self.trainer.is_global_zero)

@@ -1,4 +1,4 @@
-"""The users of a checkpoint as rows: of every table of the model, and of what the optimiser remembers of each.
+"""The users of a checkpoint as rows: of every table of the model, and of what the optimizer remembers of each.
 
 Works on what a checkpoint holds, without its model: the checkpoint names the tables and keeps the row of a new user.
 """
@@ -81,7 +81,7 @@ class UserRows:
         return torch.cat(parts, dim=1) if parts else torch.zeros(len(self.vocabulary), 0)
 
     def steps(self) -> Tensor | None:
-        """Return in how many steps each row was trained, `[1 + number of users]`, where the optimiser counts them."""
+        """Return in how many steps each row was trained, `[1 + number of users]`, where the optimizer counts them."""
         counts = [state["row_steps"] for state in self._states if "row_steps" in state]
         return torch.stack(counts).amax(0).long() if counts else None
 
@@ -159,7 +159,7 @@ class UserRows:
         self.vocabulary = UserVocabulary(user_ids)
 
     def _by_row(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        """Return those parts of a table's optimiser state that have a row a user."""
+        """Return those parts of a table's optimizer state that have a row a user."""
         return {
             key: value
             for key, value in state.items()

@@ -31,7 +31,7 @@ from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.types import Feedback
 from prlhf_lightning.utils.progress import counted
 
-_BATCH = 1000  # rows tokenised together
+_BATCH = 1000  # rows tokenized together
 _UNLIMITED = 1 << 60
 _TIE = "equal completions"
 _NO_WINNER = "winner: is a tie"
@@ -45,7 +45,7 @@ class SplitCounts:
     Attributes:
         rows: Rows that were read, broken ones included: `accepted + ties + too_long + rejected`.
         accepted: Rows that can be trained on.
-        ties: Rows whose completions are equal, as they stand or once tokenised and cut.
+        ties: Rows whose completions are equal, as they stand or once tokenized and cut.
         too_long: Rows over a limit, where such rows are dropped.
         rejected: Rows with errors.
         users: Users of the accepted rows.
@@ -140,21 +140,21 @@ class Inspector:
         self._problems = Problems(self.examples)
         splits = [split for split in SPLITS if split in self.source.splits()]
         counts = {split: SplitCounts() for split in splits}
-        judgements = {split: self._read(split, counts[split]) for split in splits}
-        self._place([*self._within(judgements), *self._between(judgements)])
-        self._count_users(judgements)
-        self._compare_ids(judgements)
+        judgments = {split: self._read(split, counts[split]) for split in splits}
+        self._place([*self._within(judgments), *self._between(judgments)])
+        self._count_users(judgments)
+        self._compare_ids(judgments)
         return Report(counts, self._problems)
 
     def _read(self, split: Split, counts: SplitCounts) -> PairIndex:
-        judgements = PairIndex()
+        judgments = PairIndex()
         items = self._records(split, counts)
         for item in items if self.tokenizer is None else self._measured(items, split, counts, self.tokenizer):
-            judgements.add(item.number, item.record)
-        counts.accepted, counts.users = len(judgements), len(judgements.users)
-        counts.prompts = judgements.distinct("prompt")
+            judgments.add(item.number, item.record)
+        counts.accepted, counts.users = len(judgments), len(judgments.users)
+        counts.prompts = judgments.distinct("prompt")
         counts.left_out = self.source.counts(split)
-        return judgements
+        return judgments
 
     def _records(self, split: Split, counts: SplitCounts) -> Iterator[_Item]:
         unread = UnreadColumns(self._columns.named())
@@ -194,7 +194,7 @@ class Inspector:
     def _measured(
         self, items: Iterator[_Item], split: Split, counts: SplitCounts, tokenizer: PreTrainedTokenizerBase
     ) -> Iterator[_Item]:
-        """Yield the rows that can be tokenised, and tell those over a limit."""
+        """Yield the rows that can be tokenized, and tell those over a limit."""
         settings, free = self.settings, _UNLIMITED
         limits = {"max_prompt_length": free, "max_completion_length": free, "max_user_text_length": free}
         whole = replace(settings, **limits, overlong="error")  # type: ignore[arg-type]
@@ -224,29 +224,29 @@ class Inspector:
             return False
         most = settings.max_completion_length
         if len(ids.rejected) and np.array_equal(ids.chosen[:most], ids.rejected[:most]):
-            what = f"equals 'rejected' once tokenised and cut to {most} tokens"
+            what = f"equals 'rejected' once tokenized and cut to {most} tokens"
             fix = "raise max_completion_length, use another tokenizer, or drop the row"
             self._tie(Problem.at(split, item.where, what, fix, "chosen"), counts)
             return False
         return True
 
-    def _within(self, judgements: dict[Split, PairIndex]) -> Iterator[_Finding]:
-        for split, rows in judgements.items():
+    def _within(self, judgments: dict[Split, PairIndex]) -> Iterator[_Finding]:
+        for split, rows in judgments.items():
             yield _Finding(
-                f"duplicate judgement in {split}", split, rows.duplicates(self.examples), split,
-                "repeats the judgement of its user at {}", "drop one of them, unless it was made twice",
+                f"duplicate judgment in {split}", split, rows.duplicates(self.examples), split,
+                "repeats the judgment of its user at {}", "drop one of them, unless it was made twice",
             )  # fmt: skip
             yield _Finding(
-                f"contradictory judgements in {split}", split, rows.contradictions(self.examples), split,
+                f"contradictory judgments in {split}", split, rows.contradictions(self.examples), split,
                 "prefers the opposite of what its user prefers at {}",
                 "drop both if neither is right; a model learns nothing from the two",
             )  # fmt: skip
 
-    def _between(self, judgements: dict[Split, PairIndex]) -> Iterator[_Finding]:
-        for first, later in combinations(judgements, 2):
-            for by in ("judgement", "pair", "prompt"):
-                leaked = judgements[later].leaked(judgements[first], by, self.examples)
-                what = "user, prompt and completions" if by == "judgement" else f"{by}"
+    def _between(self, judgments: dict[Split, PairIndex]) -> Iterator[_Finding]:
+        for first, later in combinations(judgments, 2):
+            for by in ("judgment", "pair", "prompt"):
+                leaked = judgments[later].leaked(judgments[first], by, self.examples)
+                what = "user, prompt and completions" if by == "judgment" else f"{by}"
                 yield _Finding(
                     f"same {by} in {first} and {later}", later, leaked, first,
                     f"has the same {what} as {{}} of {first}",
@@ -274,29 +274,29 @@ class Inspector:
                 if number in numbers:
                     yield number, where
 
-    def _count_users(self, judgements: dict[Split, PairIndex]) -> None:
-        trained = judgements.get("train")
+    def _count_users(self, judgments: dict[Split, PairIndex]) -> None:
+        trained = judgments.get("train")
         if trained is None:
             return
         for user_id, votes in trained.users.items():
             if votes < self.min_votes:
                 problem = Problem(
-                    "train", None, None, "user_id", f"{user_id!r} has {votes} judgement{'s' * (votes != 1)}",
+                    "train", None, None, "user_id", f"{user_id!r} has {votes} judgment{'s' * (votes != 1)}",
                     "gather more, or expect little beyond the generic user",
                 )  # fmt: skip
-                self._problems.add("warning", problem, f"user with fewer than {self.min_votes} judgements")
-        for split, rows in judgements.items():
+                self._problems.add("warning", problem, f"user with fewer than {self.min_votes} judgments")
+        for split, rows in judgments.items():
             for user_id in [user_id for user_id in rows.users if user_id not in trained.users]:
                 problem = Problem(
-                    split, None, None, "user_id", f"{user_id!r} has no judgement in train",
+                    split, None, None, "user_id", f"{user_id!r} has no judgment in train",
                     "only the generic user serves such users; nothing to do if that is meant",
                 )  # fmt: skip
                 self._problems.add("warning", problem, f"user of {split} who is not in train")
 
-    def _compare_ids(self, judgements: dict[Split, PairIndex]) -> None:
+    def _compare_ids(self, judgments: dict[Split, PairIndex]) -> None:
         """Tell ids that may be one person's, or nobody's, in any of the splits."""
         of_id: dict[str, dict[Split, int]] = {}
-        for split, rows in judgements.items():
+        for split, rows in judgments.items():
             for user_id, votes in rows.users.items():
                 of_id.setdefault(user_id, {})[split] = votes
 
@@ -327,7 +327,7 @@ class Inspector:
 
 
 def _tokenized(tokenize: FeedbackTokenizer, batch: list[_Item]) -> list[TokenizedRecord | PRLHFError]:
-    """Tokenise rows together, and in ever smaller parts where one of them cannot be."""
+    """Tokenize rows together, and in ever smaller parts where one of them cannot be."""
     try:
         rows = tokenize([item.record for item in batch], [item.where for item in batch])
         return [row for row in rows if row is not None]  # none is: no row is over an unlimited length
@@ -357,10 +357,10 @@ class Matches:
 
 @dataclass
 class PairIndex:
-    """The judgements of a split.
+    """The judgments of a split.
 
     Attributes:
-        users: Number of judgements of each user, in order of appearance.
+        users: Number of judgments of each user, in order of appearance.
     """
 
     users: dict[str, int] = field(default_factory=dict)
@@ -374,7 +374,7 @@ class PairIndex:
         return len(self._rows)
 
     def add(self, row: int, record: FeedbackRecord) -> None:
-        """Add the judgement in the row of a number."""
+        """Add the judgment in the row of a number."""
         prompt, chosen, rejected = (_key(text) for text in (record.prompt, record.chosen, record.rejected))
         pair = _mixed(prompt, *sorted((chosen, rejected)))  # the same whoever won
         self.users[record.user_id] = self.users.get(record.user_id, 0) + 1
@@ -385,13 +385,13 @@ class PairIndex:
         self._sides.append(chosen > rejected)
 
     def duplicates(self, most: int) -> Matches:
-        """Return judgements that their user has made before: the same prompt, chosen and rejected."""
+        """Return judgments that their user has made before: the same prompt, chosen and rejected."""
         _, first, group = np.unique(self._ballots(), return_index=True, return_inverse=True)
         again = np.flatnonzero(first[group] != np.arange(len(self)))
         return self._found(again, first[group[again]], most)
 
     def contradictions(self, most: int) -> Matches:
-        """Return judgements whose opposite their user has made before; each user and pair once."""
+        """Return judgments whose opposite their user has made before; each user and pair once."""
         _, first = np.unique(self._ballots(), return_index=True)
         first.sort()
         _, earliest, group = np.unique(_array(self._judged)[first], return_index=True, return_inverse=True)
@@ -399,11 +399,11 @@ class PairIndex:
         return self._found(first[later], first[earliest[group[later]]], most)
 
     def leaked(self, training: PairIndex, by: str, most: int) -> Matches:
-        """Return judgements on what stands in training too, each with the first row of training that it stands in.
+        """Return judgments on what stands in training too, each with the first row of training that it stands in.
 
         Args:
-            training: The judgements trained on.
-            by: `prompt`; `pair`, the prompt with both completions; or `judgement`, a pair with its user.
+            training: The judgments trained on.
+            by: `prompt`; `pair`, the prompt with both completions; or `judgment`, a pair with its user.
             most: Up to how many are returned.
         """
         there, first = np.unique(training._by(by), return_index=True)
@@ -416,11 +416,11 @@ class PairIndex:
         return Matches(len(found), _array(self._rows)[found[:most]].astype(np.int64), rows)
 
     def distinct(self, by: str) -> int:
-        """Return the number of different prompts, pairs or judgements."""
+        """Return the number of different prompts, pairs or judgments."""
         return len(np.unique(self._by(by)))
 
     def _by(self, by: str) -> _Keys:
-        return _array({"prompt": self._prompts, "pair": self._pairs, "judgement": self._judged}[by])
+        return _array({"prompt": self._prompts, "pair": self._pairs, "judgment": self._judged}[by])
 
     def _ballots(self) -> _Keys:
         """`[n]` hash of user, pair and the side that was chosen."""

@@ -62,7 +62,7 @@ class Schema:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(where, path, f"is {_found(value)} where {self.name} has a number")
         if not math.isfinite(value):
-            self.fail(where, path, f"is {value}, which is no judgement")
+            self.fail(where, path, f"is {value}, which is no judgment")
         return float(value)
 
     def fail(self, where: str, path: tuple[str | int, ...], problem: str) -> NoReturn:

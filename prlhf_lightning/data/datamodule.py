@@ -55,7 +55,7 @@ from prlhf_lightning.utils.cache_dir import default_cache_dir
 
 
 class PreferenceDataModule(LightningDataModule):
-    """Validates, tokenises, splits and batches the feedback of a source, grouped by user.
+    """Validates, tokenizes, splits and batches the feedback of a source, grouped by user.
 
     Evaluation is divided into the sets `seen` (users that training meets) and `unseen` (users that it does not, whom
     only the generic user can serve); `eval_sets` names those that are not empty, in the order of their dataloaders.
@@ -78,12 +78,12 @@ class PreferenceDataModule(LightningDataModule):
         unseen_user_fraction: Share of the users who are held out of training altogether. Where the source has a
             validation split of its own, its rows about them are the unseen set.
         split_by: What is held out together: all pairs on a `prompt`, so that no prompt of the seen set was trained
-            on, or all judgements of the same `pair`, for data with few prompts.
+            on, or all judgments of the same `pair`, for data with few prompts.
         max_prompt_length: Most tokens of a prompt, BOS included; of longer ones the end is kept.
         max_completion_length: Most tokens of a completion, EOS included; of longer ones the start is kept.
         max_user_text_length: Most tokens of the text about a user; of longer ones the start is kept.
         overlong: Whether rows over these limits are truncated, dropped (both are counted and reported), or an error.
-        ties: Whether rows whose two completions are the same, as they stand or once tokenised and truncated, are an
+        ties: Whether rows whose two completions are the same, as they stand or once tokenized and truncated, are an
             error, or dropped (counted and reported).
         chat_template: Whether plain strings are wrapped in the tokenizer's chat template as one turn. Rows that are
             conversations always are.
@@ -94,7 +94,7 @@ class PreferenceDataModule(LightningDataModule):
             if none is given, or the checkpoint's where one is gone on from. It is kept in checkpoints and exports.
         feedback: What the rows are: `pairs` (`chosen` and `rejected`), `thumbs` (`completion` and `label`) or
             `demonstrations` (`chosen`). The command line links it from the loss.
-        streaming: Whether training rows are read, validated and tokenised as they are needed, and never stored, for
+        streaming: Whether training rows are read, validated and tokenized as they are needed, and never stored, for
             sets larger than disk or memory. They are counted once, to know the users and the length of an epoch.
             Evaluation splits are stored as always; nothing is held out of the training split but users.
         shuffle_buffer: Rows that are shuffled, grouped and bucketed together in a stream, and held in memory.
@@ -102,7 +102,7 @@ class PreferenceDataModule(LightningDataModule):
             Parquet file of `user_id` and `rows`.
         seed: Seed of the splits and of the order of training.
         num_workers: Processes that load batches; none is fast enough for stored rows, whose ids are memory-mapped.
-        cache_dir: Folder of the tokenised data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
+        cache_dir: Folder of the tokenized data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
         pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
         history_size: Most other training pairs of the same user that come with a training pair, for user models that
             read them. The command line links it from the user model.
@@ -341,7 +341,7 @@ class PreferenceDataModule(LightningDataModule):
         return iter(()) if pairs is None else pairs.of_users()
 
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
-        """Tokenise prompts to be answered exactly as those of the data are.
+        """Tokenize prompts to be answered exactly as those of the data are.
 
         Args:
             prompts: B strings, or conversations that end with what is to be answered. Where the training rows are
@@ -389,7 +389,7 @@ class PreferenceDataModule(LightningDataModule):
             self.__dict__.pop("_prepared", None)  # which is made anew
 
     def prepare_data(self) -> None:
-        """Validate and tokenise every split of the source, or count its users, unless the cache has them."""
+        """Validate and tokenize every split of the source, or count its users, unless the cache has them."""
         _ = self._prepared.splits
         if self.streaming:
             _ = self._prepared.census
@@ -440,7 +440,7 @@ class PreferenceDataModule(LightningDataModule):
     def predict_dataloader(self) -> list[Loader]:
         """Return one dataloader for each of `eval_sets["predict"]`.
 
-        It is the source's prompts without judgements, for every seen user (`prompts`), if it has any; or else the rows
+        It is the source's prompts without judgments, for every seen user (`prompts`), if it has any; or else the rows
         of the test split, or of validation.
         """
         return self._evaluation_loaders("predict")

@@ -222,7 +222,7 @@ class FeedbackLog:
                 found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
                 self._check_same_file(connection)
         if any(found[name] != value for name, value in row.items() if name != "received"):
-            raise ConflictError(f"The id {feedback.id!r} stands for other feedback; give each judgement its own.")
+            raise ConflictError(f"The id {feedback.id!r} stands for other feedback; give each judgment its own.")
         return False
 
     def extent(self, until: int | None = None) -> Extent:

@@ -37,7 +37,7 @@ class TrainingOrder:
             )
         if self.streaming:
             self._check_streaming()
-        # Refuses impossible settings now, not after the data has been tokenised.
+        # Refuses impossible settings now, not after the data has been tokenized.
         UserGroupedBatchSampler(np.zeros(1, dtype=np.int64), self.batch_size, self.pairs_per_user, self.balance)
 
     def max_row_tokens(self, sequences: int) -> int | None:

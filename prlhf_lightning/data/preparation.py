@@ -1,4 +1,4 @@
-"""The rows of a source made ready: tokenised or counted once, kept, and divided into what trains and what evaluates."""
+"""The rows of a source made ready: tokenized or counted once, kept, and divided into what trains and what evaluates."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class PreparedFeedback:
         return evaluation.get(stage, {}) if stage != "train" else {}
 
     def stream(self, rows: StreamedRows, sampler: Any) -> FeedbackStream:
-        """Return streamed rows as they are read and tokenised, in a sampler's order."""
+        """Return streamed rows as they are read and tokenized, in a sampler's order."""
         tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.dated_settings)
         return FeedbackStream(rows, sampler.order, tokenize, self.feedback, drop_ties=self.ties == "drop")
 
@@ -232,7 +232,7 @@ def _kept(split: Split, report: BuildReport, overlong: Overlong) -> Iterator[str
     if report.ties:
         yield f"{report.ties:,} {split} rows left out (equal completions)"
     if report.token_ties:
-        yield f"{report.token_ties:,} {split} rows left out (completions equal once tokenised and truncated)"
+        yield f"{report.token_ties:,} {split} rows left out (completions equal once tokenized and truncated)"
     for note, found in report.notes.items():
         yield f"{found.count:,} {split} rows: {note.partition('; ')[0]}"
     if unread := report.unread_columns:

@@ -73,7 +73,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class FeedbackRecord:
-    """One judgement of one user.
+    """One judgment of one user.
 
     Attributes:
         user_id: Who judged.

@@ -97,7 +97,7 @@ def _below(hashes: npt.NDArray[np.uint64], fraction: float, seed: int) -> Mask:
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scramble 64-bit integers (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Scramble 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,4 +1,4 @@
-"""The rows of a split, validated and tokenised once, then memory-mapped from disk at every later start.
+"""The rows of a split, validated and tokenized once, then memory-mapped from disk at every later start.
 
 A cache is a folder named by a hash of all that its content depends on. It is built under another name and renamed when
 complete, so a build that was killed leaves nothing that could be taken for data. Its files are checked against their
@@ -52,7 +52,7 @@ Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
 _FORMAT = 7  # raise it when the meaning of what is stored changes, so that older caches are not read
-_BATCH = 1000  # rows tokenised and written together
+_BATCH = 1000  # rows tokenized and written together
 _ROWS, _REPORT, _SUMS = "rows.arrow", "report.json", "sha256.json"
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class BuildReport:
     Attributes:
         read: Rows that the source gave.
         ties: Rows left out because their completions were the same.
-        token_ties: Rows left out because their completions became the same when they were tokenised or cut.
+        token_ties: Rows left out because their completions became the same when they were tokenized or cut.
         too_long: Rows left out because a field was over its limit.
         user_texts: Rows kept that have a text about the user.
         conversations: Rows kept whose prompt is a conversation, and not a plain string.
@@ -207,7 +207,7 @@ class FeedbackCache:
                         self._build(source, split, folder)
         except OSError as error:  # no rights, a file in the way, a full disk; the source's own errors are others
             _log.warning(
-                "data.cache_dir is %s, where the tokenised %s split cannot be written (%s). It is held in memory, and "
+                "data.cache_dir is %s, where the tokenized %s split cannot be written (%s). It is held in memory, and "
                 "made again at the next start; free space there, or set data.cache_dir (or the variable PRLHF_CACHE) "
                 "to a folder that can be written.",
                 self.root, split, error,
@@ -261,7 +261,7 @@ class FeedbackCache:
         report, digest = BuildReport(excess=tokenize.excess), sha256()
         with (
             pa.ipc.new_stream(file, _SCHEMA) as writer,
-            counting(f"Tokenising the {split} split") as progress,
+            counting(f"Tokenizing the {split} split") as progress,
         ):
             for batch in _batches(self._records(source, split, report)):
                 wheres, records = zip(*batch, strict=True)
@@ -286,7 +286,7 @@ class FeedbackCache:
             raise FeedbackFormatError(
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
                 f"({report.ties} with equal completions, {report.token_ties} with completions that are equal once "
-                f"tokenised or cut, {report.too_long} too long); {_mend(report)}."
+                f"tokenized or cut, {report.too_long} too long); {_mend(report)}."
                 + "".join(f" Before that: {count} {what}." for what, count in report.source.items())
             )
         return report
@@ -330,7 +330,7 @@ class FeedbackCache:
             )
         if report.token_ties:
             _log.warning(
-                "%d of %d %s rows have completions that are equal once tokenised and cut to max_completion_length=%d, "
+                "%d of %d %s rows have completions that are equal once tokenized and cut to max_completion_length=%d, "
                 "and were left out.", report.token_ties, report.read, split, self.settings.max_completion_length,
             )  # fmt: skip
 

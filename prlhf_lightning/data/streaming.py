@@ -1,11 +1,11 @@
-"""Training rows that are read, validated and tokenised as they are needed, for sets larger than disk or memory.
+"""Training rows that are read, validated and tokenized as they are needed, for sets larger than disk or memory.
 
 The rows of a source are taken in their order, in blocks of about `shuffle_buffer`. Within a block they are shuffled and
 grouped by user just as `UserGroupedBatchSampler` does it for a whole set, in a draw of (seed, epoch, block). What that
-needs (the user, the length of the texts) is there before tokenising, so every process and every worker lays out every
-block in the same way, and each validates and tokenises the batches that it hands out, and no others.
+needs (the user, the length of the texts) is there before tokenizing, so every process and every worker lays out every
+block in the same way, and each validates and tokenizes the batches that it hands out, and no others.
 
-To go on in the middle of an epoch, the rows before are read again and skipped, neither validated nor tokenised.
+To go on in the middle of an epoch, the rows before are read again and skipped, neither validated nor tokenized.
 """
 
 from __future__ import annotations
@@ -303,7 +303,7 @@ class FeedbackStream(Dataset[dict[str, Any]]):
             if ids.tie:
                 if not self._drop_ties:
                     raise self._tokenize.token_tie(ids, where)
-                self._report("have completions that are equal once tokenised and cut, and are left out", where)
+                self._report("have completions that are equal once tokenized and cut, and are left out", where)
                 continue
             parts = {f"{name}_ids": part for name, part in ids._asdict().items()}
             rows.append({"user_id": record.user_id, "record": number, **parts})

@@ -135,7 +135,7 @@ class TokenizationSettings:
 
 @dataclass
 class FeedbackTokenizer:
-    """Tokenises records in batches and keeps count of those over a limit.
+    """Tokenizes records in batches and keeps count of those over a limit.
 
     Attributes:
         tokenizer: The policy's tokenizer. It needs an EOS token, to end completions with.
@@ -165,7 +165,7 @@ class FeedbackTokenizer:
         self._ids = TextIds(self.tokenizer)
 
     def __call__(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> list[TokenizedRecord | None]:
-        """Tokenise records that stand at `wheres`; None stands for a record dropped as overlong."""
+        """Tokenize records that stand at `wheres`; None stands for a record dropped as overlong."""
         rendered = [self._render(record, where) for record, where in zip(records, wheres, strict=True)]
         self._ids.make_room()
         self._ids.learn(text for row in rendered for text in (row.user_text, row.prompt))
@@ -176,7 +176,7 @@ class FeedbackTokenizer:
         ]
 
     def prompts(self, prompts: Sequence[Text], tools: Tools = None, continued: bool = False) -> list[Ids]:
-        """Tokenise prompts to be answered, as those of records are; of one over the limit the end is kept.
+        """Tokenize prompts to be answered, as those of records are; of one over the limit the end is kept.
 
         Args:
             prompts: The prompts.
@@ -195,7 +195,7 @@ class FeedbackTokenizer:
         return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
 
     def user_texts(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenise texts about users, as those of records are, whatever their length."""
+        """Tokenize texts about users, as those of records are, whatever their length."""
         written = [self._render.user_text(text) for text in texts]
         self._ids.make_room()
         self._ids.learn(written)

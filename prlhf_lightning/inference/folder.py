@@ -1,4 +1,4 @@
-"""The exported folder: what makes a Hugging Face model folder a personalised one.
+"""The exported folder: what makes a Hugging Face model folder a personalized one.
 
 Beside the model (whole, or as adapters to a base model) and its tokenizer stand
 

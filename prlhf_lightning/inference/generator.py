@@ -34,7 +34,7 @@ _NO_LIMIT = 2**31  # tokens; what is too long for the model is refused, and noth
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A generation, checked and tokenised.
+    """A generation, checked and tokenized.
 
     Attributes:
         generation: What is asked.
@@ -172,7 +172,7 @@ class Generator:
 
     @torch.no_grad()
     def prepare(self, generation: GenerationRequest) -> PreparedRequest:
-        """Tokenise a generation and look up its users.
+        """Tokenize a generation and look up its users.
 
         Raises:
             PromptTooLongError: It leaves no position of the model for an answer.

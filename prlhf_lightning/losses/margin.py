@@ -30,7 +30,7 @@ def ipo_loss(margin: Tensor, beta: float) -> Tensor:
 
     Args:
         margin: `[B]` reward margins, β included.
-        beta: Strength of the regularisation towards the reference.
+        beta: Strength of the regularization towards the reference.
     """
     return ((margin - 0.5) / beta) ** 2
 
@@ -80,7 +80,7 @@ def discopop_loss(margin: Tensor, tau: float) -> Tensor:
 
 
 class DPOLoss(MarginLoss):
-    """Direct preference optimisation (arXiv:2305.18290); under a user model and α mix, the paper's P-DPO.
+    """Direct preference optimization (arXiv:2305.18290); under a user model and α mix, the paper's P-DPO.
 
     With `label_smoothing > 0` it is conservative DPO; with `sft_weight > 0` it is RPO (arXiv:2404.19733, Eq. 1).
 
@@ -100,13 +100,13 @@ class DPOLoss(MarginLoss):
 
 
 class IPOLoss(MarginLoss):
-    """Identity preference optimisation (arXiv:2310.12036): regression of the margin onto 1/2.
+    """Identity preference optimization (arXiv:2310.12036): regression of the margin onto 1/2.
 
     Rewards are log-ratios per token, not per completion: the square would otherwise weigh long completions more. The
     paper does not say so; its authors confirmed to TRL's that their results are of this form.
 
     Args:
-        beta: Strength of the regularisation (the paper's τ); the log-ratios per token are drawn 1/(2 beta) apart.
+        beta: Strength of the regularization (the paper's τ); the log-ratios per token are drawn 1/(2 beta) apart.
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
@@ -152,7 +152,7 @@ class RobustLoss(MarginLoss):
 
 
 class EXOLoss(MarginLoss):
-    """Efficient exact optimisation (arXiv:2402.00856): reverse KL from the policy's choice to the smoothed label.
+    """Efficient exact optimization (arXiv:2402.00856): reverse KL from the policy's choice to the smoothed label.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.

@@ -29,7 +29,7 @@ def nca_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
 
 def bco_loss(chosen: Tensor, rejected: Tensor, shift: Tensor | float) -> Tensor:
-    """`-log σ(r_c - δ) - log σ(-(r_r - δ))`: binary classifier optimisation of a pair (arXiv:2404.04656).
+    """`-log σ(r_c - δ) - log σ(-(r_r - δ))`: binary classifier optimization of a pair (arXiv:2404.04656).
 
     Args:
         chosen: `[B]` rewards of the chosen completions.
@@ -51,7 +51,7 @@ def sppo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 class APOZeroLoss(PreferenceLoss):
-    """Anchored preference optimisation, zero (arXiv:2408.06266): chosen up, rejected down.
+    """Anchored preference optimization, zero (arXiv:2408.06266): chosen up, rejected down.
 
     For data whose chosen completions are better than what the policy writes.
 
@@ -66,7 +66,7 @@ class APOZeroLoss(PreferenceLoss):
 
 
 class APODownLoss(PreferenceLoss):
-    """Anchored preference optimisation, down (arXiv:2408.06266): chosen down, rejected further down.
+    """Anchored preference optimization, down (arXiv:2408.06266): chosen down, rejected further down.
 
     For data whose chosen completions are worse than what the policy writes.
 
@@ -94,7 +94,7 @@ class NCALoss(PreferenceLoss):
 
 
 class SPPOLoss(PreferenceLoss):
-    """Self-play preference optimisation with hard labels (arXiv:2405.00675): regression of rewards onto ±1/2.
+    """Self-play preference optimization with hard labels (arXiv:2405.00675): regression of rewards onto ±1/2.
 
     Args:
         beta: Inverse of the paper's η; each log-ratio is drawn to 1/(2 beta), up for chosen, down for rejected.
@@ -107,7 +107,7 @@ class SPPOLoss(PreferenceLoss):
 
 
 class BCOLoss(RunningShiftLoss):
-    """Binary classifier optimisation of pairs (arXiv:2404.04656): is this completion chosen or rejected?
+    """Binary classifier optimization of pairs (arXiv:2404.04656): is this completion chosen or rejected?
 
     The classifier's threshold δ is the mean reward of all completions, tracked as `RunningShiftLoss` says.
 

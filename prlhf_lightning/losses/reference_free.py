@@ -40,7 +40,7 @@ def _log_one_minus_exp(log_prob: Tensor) -> Tensor:
 
 
 class SimPOLoss(MarginLoss):
-    """Simple preference optimisation (arXiv:2405.14734): mean log-probability per token as the reward.
+    """Simple preference optimization (arXiv:2405.14734): mean log-probability per token as the reward.
 
     Args:
         beta: Scale of the rewards; they are means per token, so it is far larger than DPO's.
@@ -66,7 +66,7 @@ class SimPOLoss(MarginLoss):
 
 
 class CPOLoss(MarginLoss):
-    """Contrastive preference optimisation (arXiv:2401.08417): DPO against a uniform reference, plus an SFT term.
+    """Contrastive preference optimization (arXiv:2401.08417): DPO against a uniform reference, plus an SFT term.
 
     The SFT term is part of the method, hence its weight of 1; as in TRL it is per token, the paper's per completion.
 
@@ -86,7 +86,7 @@ class CPOLoss(MarginLoss):
 
 
 class ORPOLoss(PreferenceLoss):
-    """Odds ratio preference optimisation (arXiv:2403.07691, Eq. 6): an SFT term plus beta times the odds-ratio loss.
+    """Odds ratio preference optimization (arXiv:2403.07691, Eq. 6): an SFT term plus beta times the odds-ratio loss.
 
     The SFT term is the method's main part, hence its weight of 1.
 

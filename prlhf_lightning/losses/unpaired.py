@@ -77,7 +77,7 @@ class UnpairedLoss(PreferenceLoss):
 
 
 class KTOLoss(UnpairedLoss, RunningShiftLoss):
-    """Kahneman-Tversky optimisation (arXiv:2402.01306) of thumbs.
+    """Kahneman-Tversky optimization (arXiv:2402.01306) of thumbs.
 
     The reference point z_0, in the paper the divergence of the policy from the reference, is estimated as there from
     completions that answer other prompts of the batch: the mean of their log-ratios, and 0 where that is negative. But
@@ -122,7 +122,7 @@ class KTOLoss(UnpairedLoss, RunningShiftLoss):
 
 
 class BCOUnpairedLoss(UnpairedLoss, RunningShiftLoss):
-    """Binary classifier optimisation (arXiv:2404.04656) of thumbs: was this completion liked or not?
+    """Binary classifier optimization (arXiv:2404.04656) of thumbs: was this completion liked or not?
 
     The classifier's threshold δ is the mean reward of all completions, tracked as `RunningShiftLoss` says; it needs no
     further pass through the policy. (`BCOLoss` is the same for pairs.) The paper's weights for prompts whose thumbs-up

@@ -82,9 +82,9 @@ def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float
     Unlike share ± z·sd it stays within [0, 1] and has a width also at shares of 0 and 1, which users with few pairs
     often have.
     """
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return max(0.0, center - half), min(1.0, center + half)
 
 
 def user_accuracies(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> list[UserAccuracy]:

@@ -1,4 +1,4 @@
-"""A personalised model and its vanilla counterpart, side by side."""
+"""A personalized model and its vanilla counterpart, side by side."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def compare(
     results: dict[str, dict[str, float]] = {}
     for name, contender in contenders.items():
         values = {key: float(value) for key, value in contender.metrics.items()}
-        # Without personalisation everyone is the generic user.
+        # Without personalization everyone is the generic user.
         for key in ("accuracy", "auc"):
             if f"val/seen/{key}" in values:
                 values.setdefault(f"val/seen/generic_{key}", values[f"val/seen/{key}"])

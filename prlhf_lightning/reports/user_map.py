@@ -59,13 +59,13 @@ def map_users(module: PersonalizedModel, rows: Tensor) -> UserMap | None:
     vectors = user_vectors(module, rows)
     mean = vectors.mean(0)
     # Of U users with many more numbers each: the Gram matrix [U, U] has the same principal components.
-    centred = (vectors - mean).double()
-    values, sides = torch.linalg.eigh(centred @ centred.T)
+    centered = (vectors - mean).double()
+    values, sides = torch.linalg.eigh(centered @ centered.T)
     values, sides = values.flip(0).clamp(min=0), sides.flip(1)
     if values[0] <= 1e-12 * vectors.double().square().sum():
         return None
     points = sides[:, :2] * values[:2].sqrt()
-    directions = centred.T @ sides[:, :2] / values[:2].sqrt().clamp(min=1e-12)
+    directions = centered.T @ sides[:, :2] / values[:2].sqrt().clamp(min=1e-12)
     generic = (user_vectors(module, torch.zeros(1, dtype=torch.long)).double() - mean) @ directions
     shares = values[:2] / values.sum()
     tables = module.user_model.share_tables()

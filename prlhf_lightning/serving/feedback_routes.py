@@ -42,8 +42,8 @@ def feedback_router(services: Services, log: FeedbackLog) -> APIRouter:
             raise APIError(400, message, "prompt_ends_with_answer", "prompt")
         prompt = services.prompt(given)
         services.check_conversation(prompt, "prompt")  # training would stop at it
-        judgement = _judgement(body)
-        for name, text in judgement.items():
+        judgment = _judgement(body)
+        for name, text in judgment.items():
             if isinstance(text, str):
                 services.check_size(name, text)
         feedback = Feedback(
@@ -53,7 +53,7 @@ def feedback_router(services: Services, log: FeedbackLog) -> APIRouter:
             user_id=body.user,
             prompt=prompt,
             user_text=body.user_text,
-            **judgement,
+            **judgment,
         )
         try:
             new = await services.use_log(log.append, feedback)

@@ -40,7 +40,7 @@ class UserDirectory:
 
 def models_router(services: Services) -> APIRouter:
     """Return the routes."""
-    routes = APIRouter(tags=["catalogue"])
+    routes = APIRouter(tags=["catalog"])
     directory = UserDirectory()
     model = schemas.Model(id=services.writer.name, created=services.started)
 

@@ -21,7 +21,7 @@ T = TypeVar("T")
 _log = logging.getLogger("prlhf_lightning.serving")
 _FAILURES_UNTIL_UNWELL = 3
 _MOST_CALLS = 4  # that wait; each holds up all that is being written
-# Requests that the engine holds, tokenised and embedded, before there is room for them, and that join it in one step.
+# Requests that the engine holds, tokenized and embedded, before there is room for them, and that join it in one step.
 _AHEAD = 8
 
 
@@ -262,7 +262,7 @@ class Scheduler:
             self._recover(error)
 
     def _feed(self) -> None:
-        """Hand the engine the next few requests; those that wait here are text still, nothing tokenised or embedded."""
+        """Hand the engine the next few requests; those that wait here are text still, nothing tokenized or embedded."""
         for _ in range(_AHEAD - self._engine.waiting):
             if not self._waiting:
                 return

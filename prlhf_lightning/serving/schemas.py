@@ -1,4 +1,4 @@
-"""What requests and answers hold: OpenAI's fields, and those of personalisation.
+"""What requests and answers hold: OpenAI's fields, and those of personalization.
 
 The OpenAPI document is made of this.
 """

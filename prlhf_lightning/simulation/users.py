@@ -61,7 +61,7 @@ def state_preference(values: Sequence[str]) -> str:
 
 
 def draw_tastes(groups: int, rng: Random) -> list[tuple[float, ...]]:
-    """Draw the weights that each group is centred on.
+    """Draw the weights that each group is centered on.
 
     Groups 2i and 2i + 1 care about the same attributes in the same order and want the opposite of each, so no text
     pleases both.

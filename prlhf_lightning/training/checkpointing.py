@@ -63,7 +63,7 @@ def fill(
         "users": list(users.ids) if users is not None else [],
         # So that users can be added to and removed from a file without building its model.
         "new_rows": _new_rows(names_of(module, user_model.row_tables()), user_model, weights),
-        "shares": names_of(module, user_model.share_tables()),  # tables whose rows are unnormalised weights
+        "shares": names_of(module, user_model.share_tables()),  # tables whose rows are unnormalized weights
         "seed": seed,
         "tokenization": dict(tokenization),
     }

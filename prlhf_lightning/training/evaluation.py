@@ -67,7 +67,7 @@ class Evaluation:
         values = {"loss": self._losses[name].compute()}
         if self._headline:
             values |= self._own[name].compute()
-        # Without personalisation, and for users who are not known, the generic user is what was just computed.
+        # Without personalization, and for users who are not known, the generic user is what was just computed.
         if self._headline and self._personalizes and name != "unseen":
             values[f"generic_{self._headline}"] = self._generic[name].compute()[self._headline]
         return values

@@ -1,6 +1,6 @@
-"""Stops training before an optimiser step on a loss or a gradient that is not finite, and says which rows it came from.
+"""Stops training before an optimizer step on a loss or a gradient that is not finite, and says which rows it came from.
 
-Such a step would make every weight NaN. The check is one read of one number an optimiser step: the norm of the
+Such a step would make every weight NaN. The check is one read of one number an optimizer step: the norm of the
 gradients, which clipping needs anyhow, plus the losses. On a GPU the read waits for the backward pass. That can't be
 put off to the next step, for by then the weights are lost, and it costs little: user tables with sparse gradients wait
 at the same place, to count their rows.
@@ -32,7 +32,7 @@ _NAMED = 3  # rows
 
 
 class FiniteGuard:
-    """Looks at the batches of each optimiser step before it is taken."""
+    """Looks at the batches of each optimizer step before it is taken."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[PreferenceBatch, Tensor]] = []

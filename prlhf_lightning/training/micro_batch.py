@@ -25,7 +25,7 @@ def seed_randomness(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
 
 
 def batch_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
-    """Return a batch's pairs over the mean number in the batches of its optimiser step, over all processes.
+    """Return a batch's pairs over the mean number in the batches of its optimizer step, over all processes.
 
     Lightning takes the mean over the batches that are accumulated, and DDP that over processes, whatever their
     sizes. The sampler knows all sizes of the epoch, so no process has to ask the others. A window of accumulation

@@ -389,7 +389,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         seed_randomness(self._seed, self.trainer, batch_idx)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        """Return the mean loss of a batch's pairs, weighted so that every pair of an optimiser step counts the same."""
+        """Return the mean loss of a batch's pairs, weighted so that every pair of an optimizer step counts the same."""
         losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
         self._means.add(sums_to_log(losses, terms[0], self.loss.feedback))

@@ -1,4 +1,4 @@
-"""The optimiser: one AdamW for dense weights and for user tables, whose absent users stay as they are."""
+"""The optimizer: one AdamW for dense weights and for user tables, whose absent users stay as they are."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ class RowwiseAdamW(torch.optim.AdamW):
 
 
 def make_optimizer(optim: Optim, policy: nn.Module, user_model: UserModel) -> RowwiseAdamW:
-    """Return an optimiser that gives the policy, the user model and its tables their own rates.
+    """Return an optimizer that gives the policy, the user model and its tables their own rates.
 
     Args:
         optim: The settings.
@@ -231,19 +231,19 @@ def make_optimizer(optim: Optim, policy: nn.Module, user_model: UserModel) -> Ro
 
 
 def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Return the one schedule of all rates, over `steps` optimiser steps."""
+    """Return the one schedule of all rates, over `steps` optimizer steps."""
     name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
     schedule: LambdaLR = get_scheduler(name, optimizer, optim.warmup(steps), steps)
     return schedule
 
 
 def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
-    """Have the settings of a run hold in an optimiser and a schedule that a checkpoint has brought those of another.
+    """Have the settings of a run hold in an optimizer and a schedule that a checkpoint has brought those of another.
 
     Args:
         optim: The settings.
         optimizer: Its groups bear the names that `Optim.group` knows.
-        scheduler: Of that optimiser; it stays at its step.
+        scheduler: Of that optimizer; it stays at its step.
     """
     for number, group in enumerate(optimizer.param_groups):
         settings = optim.group(group["name"])
@@ -260,7 +260,7 @@ def training_batches(trainer: Trainer) -> int:
 
 
 def optimizer_steps(trainer: Trainer) -> int:
-    """Return how many optimiser steps a fit will take.
+    """Return how many optimizer steps a fit will take.
 
     Counted from the data module: `trainer.estimated_stepping_batches` makes a loader in passing, and with that drops
     the loader's state on resume (Lightning issue 20550).
@@ -298,7 +298,7 @@ class StepParameters:
 
     @classmethod
     def of(cls, optimizer: Optimizer, policy: Policy) -> Self:
-        """Return those of an optimiser that trains a policy, sharded or not, and a user model."""
+        """Return those of an optimizer that trains a policy, sharded or not, and a user model."""
         parts = list(policy.parameters()) if is_sharded(policy) else []
         ids = {id(param) for param in parts}
         return cls([p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids], parts)

@@ -45,7 +45,7 @@ class OneFile(Strategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """Say that weights are loaded before optimisers are made, as in one process: a checkpoint brings its users."""
+        """Say that weights are loaded before optimizers are made, as in one process: a checkpoint brings its users."""
         return False
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
@@ -110,7 +110,7 @@ class FSDP2Strategy(OneFile, ModelParallelStrategy):
         super().setup_environment()
 
     def setup(self, trainer: Trainer) -> None:
-        """Make the optimisers; see `Strategy.setup`."""
+        """Make the optimizers; see `Strategy.setup`."""
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
             loop.inference_mode = False  # parameters that are gathered in it could not be trained later
         self._reshard()

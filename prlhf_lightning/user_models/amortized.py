@@ -13,10 +13,10 @@ class AmortizedUserModel(UserModel):
     """`f_im(u) = e_0 + B tanh(A h_u)`, where `h_u` sums up the user's pairs, and `f_im(u_0) = e_0` exactly.
 
     In place of the parameters that `IndividualUserModel` has for each user, two matrices that all users share infer
-    the prompt from what the user preferred (amortised inference). A pair says by how much the mean embedding of the
+    the prompt from what the user preferred (amortized inference). A pair says by how much the mean embedding of the
     chosen completion differs from that of the rejected one, and how much longer it is; `h_u` is the sum over at most
     `num_pairs` pairs, whatever their order (Deep Sets, arXiv:1703.06114, with features that are not learned), so that
-    what is known of a user grows with each pair and opposite judgements cancel. Without a bias, no pairs give `e_0`.
+    what is known of a user grows with each pair and opposite judgments cancel. Without a bias, no pairs give `e_0`.
 
     Each training pair comes with some of its user's other training pairs, from none to `num_pairs`. What users' pairs
     sum up to is kept in a table, which is all that evaluation, writing and serving read; it is not trained.

@@ -11,10 +11,10 @@ from prlhf_lightning.user_models.base import UserModel, check_count, sample_toke
 
 
 class LowRankUserModel(UserModel):
-    """`f_im(u) = e_0 + sum_r c_ur B_r`, and `f_im(u_0) = e_0`: `IndividualUserModel` with factorised offsets.
+    """`f_im(u) = e_0 + sum_r c_ur B_r`, and `f_im(u_0) = e_0`: `IndividualUserModel` with factorized offsets.
 
     What directions tastes differ in is learned from all users together (`B`), and of a user only the code `c_u`: a row
-    is `rank` numbers instead of `num_tokens * d`, and few pairs a user suffice. (LoRe, arXiv:2504.14439, factorises
+    is `rank` numbers instead of `num_tokens * d`, and few pairs a user suffice. (LoRe, arXiv:2504.14439, factorizes
     reward models so.) Codes start at zero, so that every user starts as the generic user, and the basis at orthogonal
     directions in which a code of 1 moves each vector about as far as word vectors lie apart.
 

@@ -9,7 +9,7 @@ from prlhf_lightning.user_models.base import UserModel, check_count, sample_toke
 
 
 class UniformUserModel(UserModel):
-    """`f_im(u) = e_0` for every user (arXiv:2402.05133, uniform preference): the baseline without personalisation.
+    """`f_im(u) = e_0` for every user (arXiv:2402.05133, uniform preference): the baseline without personalization.
 
     Args:
         num_tokens: Length T of the soft prompt; 0 trains the policy alone, as vanilla DPO does.

@@ -26,7 +26,7 @@ def weights_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
     Every block of words `w_i` is reduced to `Σ a_i w_i` and `Σ b_i (w_i >> 32)` modulo 2^64 with fixed odd random
     multipliers. Integer sums come out the same on every device and in every order of summation. The second sum is for
     the upper halves of the words, whose highest bits (signs) could cancel in the first. A difference goes unnoticed
-    with a probability of about 2^-32; this is no defence against someone who seeks one.
+    with a probability of about 2^-32; this is no defense against someone who seeks one.
 
     Args:
         parameters: Names and tensors, as from `Module.named_parameters()`; on any device, not sharded.

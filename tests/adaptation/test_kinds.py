@@ -12,7 +12,7 @@ PAIRS = 32
 
 
 def population(sizes, seed=0, noise=0.3):
-    """Judgements of users of some tastes, each of which is a direction of its own, and their tastes."""
+    """Judgments of users of some tastes, each of which is a direction of its own, and their tastes."""
     draw = torch.Generator().manual_seed(seed)
     tastes = 2.0 * torch.randn(len(sizes), PAIRS, generator=draw, dtype=torch.float64)
     kind = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
@@ -23,9 +23,9 @@ def population(sizes, seed=0, noise=0.3):
 @pytest.mark.parametrize("sizes", [[40], [20, 20], [30, 12, 8, 5], [8] * 6])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_there_are_as_many_kinds_as_tastes_and_none_is_missed(sizes, seed):
-    judgements, kind = population(sizes, seed)
-    count = choose_kinds(judgements, torch.full((PAIRS,), 0.5, dtype=torch.float64))
-    found = kind[medoids_of(torch.cdist(judgements, judgements), count)]
+    judgments, kind = population(sizes, seed)
+    count = choose_kinds(judgments, torch.full((PAIRS,), 0.5, dtype=torch.float64))
+    found = kind[medoids_of(torch.cdist(judgments, judgments), count)]
     assert set(found.tolist()) == set(range(len(sizes)))
     assert count <= len(sizes) + 1
 
@@ -38,9 +38,9 @@ def test_few_users_or_pairs_have_a_kind_too(users, pairs):
 
 def test_a_kind_is_the_row_of_a_user_however_few_directions_there_are():
     draw = torch.Generator().manual_seed(0)
-    rows, judgements = torch.randn(20, 50, generator=draw), population([5] * 4)[0].float()
-    prior = UserPrior.fit(rows, torch.ones(50), judgements, kinds=4, rank=2)
-    centers = prior.rows(prior.centres)[1:]
+    rows, judgments = torch.randn(20, 50, generator=draw), population([5] * 4)[0].float()
+    prior = UserPrior.fit(rows, torch.ones(50), judgments, kinds=4, rank=2)
+    centers = prior.rows(prior.centers)[1:]
     assert torch.cdist(centers, rows).amin(1).max() < 1e-4
     gram = prior.directions @ prior.directions.T
     torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-4, rtol=0)
@@ -49,7 +49,7 @@ def test_a_kind_is_the_row_of_a_user_however_few_directions_there_are():
 def known(prior, weights):
     """What is known of users of whom only their kinds' probabilities are."""
     users, kinds = weights.shape
-    codes = prior.centres.expand(users, -1, -1)
+    codes = prior.centers.expand(users, -1, -1)
     covariances = torch.zeros(users, kinds, prior.rank, prior.rank)
     nothing = torch.zeros(0, kinds)
     ids = tuple(map(str, range(users)))
@@ -58,15 +58,15 @@ def known(prior, weights):
 
 
 def test_expected_accuracy_is_what_users_of_these_kinds_reach():
-    judgements, _ = population([6, 3, 3])
-    prior = UserPrior.fit(torch.randn(12, 5), torch.zeros(5), judgements.float(), kinds=3)
+    judgments, _ = population([6, 3, 3])
+    prior = UserPrior.fit(torch.randn(12, 5), torch.zeros(5), judgments.float(), kinds=3)
     weights = torch.tensor([[0.1, 0.6, 0.2, 0.1], [0.0, 1.0, 0.0, 0.0]])
     found = known(prior, weights)
     draw = torch.Generator().manual_seed(0)
-    guess = weights @ prior.judgements > 0.5
+    guess = weights @ prior.judgments > 0.5
     for user in range(2):
         kinds = torch.multinomial(weights[user], 4000, replacement=True, generator=draw)
-        answers = torch.rand(4000, PAIRS, generator=draw) < prior.judgements[kinds]
+        answers = torch.rand(4000, PAIRS, generator=draw) < prior.judgments[kinds]
         right = (answers == guess[user]).float().mean(1)
         by_kind = torch.stack([right[kinds == kind].mean() for kind in range(4)]).nan_to_num()
         spread = (weights[user] * (by_kind - right.mean()).square()).sum().sqrt()
@@ -75,8 +75,8 @@ def test_expected_accuracy_is_what_users_of_these_kinds_reach():
 
 
 def test_nothing_is_settled_before_the_first_pair_and_all_once_the_kind_is_certain():
-    judgements, _ = population([6, 3, 3])
-    prior = UserPrior.fit(torch.randn(12, 5), torch.zeros(5), judgements.float(), kinds=3)
+    judgments, _ = population([6, 3, 3])
+    prior = UserPrior.fit(torch.randn(12, 5), torch.zeros(5), judgments.float(), kinds=3)
     certain = torch.eye(len(prior.weights))[1]
     found = known(prior, torch.stack([prior.weights, (prior.weights + certain) / 2, certain]))
     first, some, last = found.settled.tolist()

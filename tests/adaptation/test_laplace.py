@@ -51,11 +51,11 @@ def test_users_of_opposite_tastes_become_kinds_of_their_own():
     draw = torch.Generator().manual_seed(0)
     taste = torch.tensor([1.0] * 6 + [-1.0] * 3)
     rows = taste[:, None] + 0.1 * torch.randn(9, 5, generator=draw)
-    judgements = (taste[:, None] * torch.ones(9, 7)).sigmoid()
-    prior = UserPrior.fit(rows, torch.zeros(5), judgements, kinds=2)
+    judgments = (taste[:, None] * torch.ones(9, 7)).sigmoid()
+    prior = UserPrior.fit(rows, torch.zeros(5), judgments, kinds=2)
     torch.testing.assert_close(prior.weights, torch.tensor([0.1, 0.6, 0.3]))
-    assert prior.rows(prior.centres)[1:].mean(1).sign().tolist() == [1.0, -1.0]
-    assert torch.equal(prior.rows(prior.centres)[0], torch.zeros(5))
+    assert prior.rows(prior.centers)[1:].mean(1).sign().tolist() == [1.0, -1.0]
+    assert torch.equal(prior.rows(prior.centers)[0], torch.zeros(5))
 
 
 def test_a_question_on_which_the_kinds_differ_tells_most():

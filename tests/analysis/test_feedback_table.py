@@ -73,7 +73,7 @@ def test_words_are_counted_in_any_script(text, words):
     ("text", "name", "count"),
     [
         ("- a\n* b\n 1. c\n(2) d\na) e\n• f", "list items (log)", 6),
-        ("I. am 5 - x\nNo. 5\n-5 degrees\n3.5 metres", "list items (log)", 0),
+        ("I. am 5 - x\nNo. 5\n-5 degrees\n3.5 meters", "list items (log)", 0),
         ("\u8336\u3002\u597d\u304d\uff1f\u306f\u3044\uff01", "sentences (log)", 3),
         ("\u597d\u304d\uff1f \u0645\u0627 \u0647\u0630\u0627\u061f", "question marks (log)", 2),
         ("fine 😀🎉", "emoji (log)", 2),

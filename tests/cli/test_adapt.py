@@ -170,12 +170,12 @@ def test_users_who_were_added_and_not_trained_say_nothing_of_what_users_are_like
     for table, data in zip(tables, whole, strict=True):
         table.data = data
     torch.testing.assert_close(asdict(found), asdict(expected))
-    assert len(fit_prior(model, pairs, kinds=8, first=2).centres) == 3
+    assert len(fit_prior(model, pairs, kinds=8, first=2).centers) == 3
 
 
 def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
     found = adapt_users(model, pairs)
-    margins = torch.stack([Margins(model, pairs)(row) for row in found.prior.rows(found.prior.centres)], 1).double()
+    margins = torch.stack([Margins(model, pairs)(row) for row in found.prior.rows(found.prior.centers)], 1).double()
     own = margins[[user_id == "long" for user_id in pairs.user_ids]]
     joint = found.prior.weights.double() * F.logsigmoid(own).sum(0).exp()
     torch.testing.assert_close(found.weights[0].double(), joint / joint.sum(), atol=2e-3, rtol=0)
@@ -266,7 +266,7 @@ def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder)
     blocks = Tokens.concat([pairs.chosen, pairs.rejected])
     (first, second), (is_first, is_second) = blocks.ids.chunk(2), blocks.mask.chunk(2)
 
-    def labelled(swap):
+    def labeled(swap):
         chosen = Tokens(torch.where(swap, second, first), torch.where(swap, is_second, is_first))
         rejected = Tokens(torch.where(swap, first, second), torch.where(swap, is_first, is_second))
         return replace(pairs, chosen=chosen, rejected=rejected)
@@ -274,8 +274,8 @@ def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder)
     found = fit_shrinkage(model, pairs, factors=(0.0, 1.0))
     for place, margins in enumerate((generic, own)):
         assert float(found.log_likelihoods[place]) == pytest.approx(float(F.logsigmoid(margins).mean()), abs=1e-4)
-    assert fit_shrinkage(model, labelled(turned)).best == 1.0  # judged as the rows say
-    assert fit_shrinkage(model, labelled(~turned)).best == 0.0
+    assert fit_shrinkage(model, labeled(turned)).best == 1.0  # judged as the rows say
+    assert fit_shrinkage(model, labeled(~turned)).best == 0.0
     with pytest.raises(ConfigurationError, match="none of these pairs is of a user in the checkpoint"):
         fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
 

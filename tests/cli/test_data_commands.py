@@ -136,7 +136,7 @@ def test_thumbs_keep_their_columns(tmp_path, capsys):
     assert run("data", "check", *args) == 1
     shown = capsys.readouterr().out
     assert "label: is '…', of type str (1)" in shown
-    assert "contradictory judgements in train (1)" in shown
+    assert "contradictory judgments in train (1)" in shown
     assert run("data", "convert", "--output", tmp_path, *args, "--on_error", "report") == 0
     assert pq.read_table(tmp_path / "train.parquet").to_pylist() == [{**t, "user_text": None} for t in thumbs[:2]]
 

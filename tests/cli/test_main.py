@@ -129,7 +129,7 @@ def test_with_a_baseline_both_models_are_compared_and_kept(config, tmp_path, cap
     run("fit", "-c", config, "--train_baseline", "true")
     (path,) = (tmp_path / "runs").glob("*/comparison.json")
     results = json.loads(path.read_text())
-    assert set(results) == {"vanilla", "personalised"}
+    assert set(results) == {"vanilla", "personalized"}
     baseline = PersonalizedLM.load_from_checkpoint(path.parent / "baseline/last.ckpt", weights_only=True)
     assert not baseline.user_model.personalizes
     assert f"The baseline's checkpoint: {path.parent / 'baseline/last.ckpt'}" in caplog.text

@@ -1,4 +1,4 @@
-"""Prompts without judgements, from the configuration to the file of predictions."""
+"""Prompts without judgments, from the configuration to the file of predictions."""
 
 from __future__ import annotations
 

@@ -279,7 +279,7 @@ def test_ids_that_are_also_words_of_a_checkpoint_are_erased_from_all_files(model
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("notes", {"favourites": [CARLA]}), ("notes", {CARLA: 1}), ("callbacks", {"Votes": {CARLA: 1}})],
+    [("notes", {"favorites": [CARLA]}), ("notes", {CARLA: 1}), ("callbacks", {"Votes": {CARLA: 1}})],
 )
 def test_what_a_module_or_callback_of_ones_own_keeps_of_a_user_is_found(plain, capsys, key, value):
     content = checkpoint_files.load(plain)
@@ -292,7 +292,7 @@ def test_what_a_module_or_callback_of_ones_own_keeps_of_a_user_is_found(plain, c
 
 def test_a_file_that_can_not_be_done_does_not_keep_users_in_the_others(plain, tmp_path, capsys):
     folder, content = tmp_path / "run/checkpoints", checkpoint_files.load(plain)
-    for name, notes in {"last.ckpt": {}, "best.ckpt": {"favourites": CARLA}, "bad.ckpt": {}, "c.ckpt": {}}.items():
+    for name, notes in {"last.ckpt": {}, "best.ckpt": {"favorites": CARLA}, "bad.ckpt": {}, "c.ckpt": {}}.items():
         checkpoint_files.save({**content, "notes": notes}, folder / name)
     (folder / "bad.ckpt").write_bytes((folder / "bad.ckpt").read_bytes()[:-1])
     with pytest.raises(SystemExit, match=r"(?s)^error: 2 of 4 files are not done:.*bad.ckpt.*best.ckpt still holds"):

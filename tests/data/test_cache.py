@@ -240,7 +240,7 @@ def test_completions_that_truncation_made_equal_are_ties(cache, caplog):
         cache.open(source, "train")
     split = replace(cache, ties="drop").open(source, "train")
     assert (len(split), split.report.read, split.report.token_ties) == (1, 2, 1)
-    assert "1 of 2 train rows have completions that are equal once tokenised and cut" in caplog.text
+    assert "1 of 2 train rows have completions that are equal once tokenized and cut" in caplog.text
 
 
 def test_completions_that_the_tokenizer_cannot_tell_apart_are_ties(cache):

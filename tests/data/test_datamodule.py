@@ -274,7 +274,7 @@ def test_the_summary_counts_pairs_that_truncation_made_equal(make, tmp_path):
     rows = [*ROWS[:4], row(5, chosen="one two three", rejected="one two four")]
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", rows))
     data = make(source, max_completion_length=2, ties="drop")
-    assert "1 train rows left out (completions equal once tokenised and truncated)" in data.describe()
+    assert "1 train rows left out (completions equal once tokenized and truncated)" in data.describe()
     assert data.batches_per_epoch() == 1
 
 

@@ -78,8 +78,8 @@ def test_repeated_and_contradictory_judgements_name_both_places(tmp_path):
     rows = [row(0), row(1), row(0), row(0, user="bob"), swapped, swapped]
     report = inspect(tmp_path, rows)
     assert report.ok
-    assert kinds(report) == {"duplicate judgement in train": 2, "contradictory judgements in train": 1}
-    assert lines(report, "duplicate judgement in train") == [3, 6]
+    assert kinds(report) == {"duplicate judgment in train": 2, "contradictory judgments in train": 1}
+    assert lines(report, "duplicate judgment in train") == [3, 6]
     (group,) = (group for group in report.problems if "contra" in group.kind)
     assert group.examples[0].line == 5
     assert f"{tmp_path}/train.jsonl:1" in group.examples[0].problem
@@ -91,18 +91,18 @@ def test_what_stands_in_two_splits_is_told_with_both_places(tmp_path):
     report = inspect(tmp_path, [row(9), row(0), row(1), row(2)], [row(0), swapped, other, row(3)])
     found = {name: count for name, count in kinds(report).items() if name.startswith("same")}
     assert found == {
-        "same judgement in train and validation": 1,
+        "same judgment in train and validation": 1,
         "same pair in train and validation": 2,
         "same prompt in train and validation": 3,
     }
-    (group,) = (group for group in report.problems if group.kind.startswith("same judgement"))
+    (group,) = (group for group in report.problems if group.kind.startswith("same judgment"))
     assert (group.examples[0].split, group.examples[0].line) == ("validation", 1)
     assert f"{tmp_path}/train.jsonl:2" in group.examples[0].problem
 
 
 def test_users_with_few_judgements_or_none_in_training_are_told(tmp_path):
     report = inspect(tmp_path, [row(0), row(1), row(2, "bob")], [row(3, "cy"), row(4)], min_votes=2)
-    assert kinds(report) == {"user with fewer than 2 judgements": 1, "user of validation who is not in train": 1}
+    assert kinds(report) == {"user with fewer than 2 judgments": 1, "user of validation who is not in train": 1}
     assert [group.examples[0].problem.split()[0] for group in report.problems] == ["'bob'", "'cy'"]
 
 
@@ -138,7 +138,7 @@ def test_unknown_columns_are_a_mistake_of_settings_not_of_rows(tmp_path):
 
 
 def test_simulated_data_has_no_fault():
-    assert set(kinds(Inspector(SimulatedSource(num_users=4, num_unseen_users=0))())) <= {"duplicate judgement in train"}
+    assert set(kinds(Inspector(SimulatedSource(num_users=4, num_unseen_users=0))())) <= {"duplicate judgment in train"}
 
 
 def test_rows_that_cannot_be_tokenised_are_told_each_for_itself(tmp_path):

@@ -228,7 +228,7 @@ def test_prism_prompts_hold_the_dialogue_with_the_chosen_replies(tmp_path):
     [
         (
             {},
-            "preference: helpfulness, personalisation, safety; self_description: user0 likes the sun; "
+            "preference: helpfulness, personalization, safety; self_description: user0 likes the sun; "
             "age: 25-34 years old; gender: Female; education: University Bachelors Degree; employment: Working "
             "full-time; marital: Never been married; english_proficiency: Fluent; ",
         ),

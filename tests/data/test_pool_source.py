@@ -170,7 +170,7 @@ def test_scores_are_finite_for_any_text_and_tell_some_apart(name):
         ({"prompt": "q", "responses": ["a", 7]}, r"field 'responses\[1\]' is a whole number"),
         ({"prompt": "q", "responses": ["a", " "]}, r"field 'responses\[1\]' is empty"),
         ({"prompt": "q", "responses": ["a", "b"], "characters": [1]}, "has 1 numbers for 2 responses"),
-        ({"prompt": "q", "responses": ["a", "b"], "characters": [1, float("nan")]}, "which is no judgement"),
+        ({"prompt": "q", "responses": ["a", "b"], "characters": [1, float("nan")]}, "which is no judgment"),
     ],
 )
 def test_a_bad_row_of_the_pool_is_named(tmp_path, row, says):

@@ -32,16 +32,16 @@ def test_utility_is_the_weighted_sum_of_the_styles_scores():
 
 
 def test_ill_formed_text_earns_the_least():
-    judgement = SOURCE.judge("user-01", "How do I cook rice?", "rice rice rice")
-    assert (judgement.utility, judgement.well_formed) == (-1.0, False)
+    judgment = SOURCE.judge("user-01", "How do I cook rice?", "rice rice rice")
+    assert (judgment.utility, judgment.well_formed) == (-1.0, False)
 
 
 def test_a_user_judges_the_best_text_as_one():
     user = SOURCE.seen_users[3]
     prompt = SOURCE.eval_prompts()[0]
-    judgement = SOURCE.judge(user.user_id, prompt, render(prompt, user.best_style, Random(0)))
-    assert judgement.utility == pytest.approx(1.0)
-    assert judgement.well_formed
+    judgment = SOURCE.judge(user.user_id, prompt, render(prompt, user.best_style, Random(0)))
+    assert judgment.utility == pytest.approx(1.0)
+    assert judgment.well_formed
 
 
 def test_rows_are_the_same_each_time_and_differ_between_seeds():

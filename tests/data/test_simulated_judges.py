@@ -49,8 +49,8 @@ def test_personal_llm_has_users_whom_only_validation_meets(prompts):
     seen, held_out = ({row["user_id"] for row in rows(source, split)} for split in ("train", "validation"))
     assert seen <= {f"user-{i}" for i in range(8)}
     assert held_out - seen == {f"unseen-{i}" for i in range(4)}
-    judgements = Counter(row["user_id"].partition("-")[0] for row in rows(source, "validation"))
-    assert judgements == {"user": 20 * 4, "unseen": 20 * 2}
+    judgments = Counter(row["user_id"].partition("-")[0] for row in rows(source, "validation"))
+    assert judgments == {"user": 20 * 4, "unseen": 20 * 2}
     assert np.allclose(source.weights.sum(1), 1)
 
 
@@ -74,7 +74,7 @@ def test_personal_llm_counts_answers_that_are_alike(tmp_path):
     [
         ({"response_3": None}, "field 'response_3' is null where"),
         ({"response_3_gemma_2b": "x"}, "field 'response_3_gemma_2b' is a string that is no number"),
-        ({"response_3_gemma_2b": float("nan")}, "field 'response_3_gemma_2b' is nan, which is no judgement"),
+        ({"response_3_gemma_2b": float("nan")}, "field 'response_3_gemma_2b' is nan, which is no judgment"),
     ],
 )
 def test_a_malformed_row_of_personal_llm_is_named(tmp_path, changes, says):

@@ -138,7 +138,7 @@ def test_ties_stop_training_or_are_left_out_with_a_warning(make, caplog):
     with caplog.at_level(logging.WARNING):
         assert len(contents(make(rows, ties="drop").train_dataloader())) == 8
     assert "equal completions" in caplog.text
-    assert "equal once tokenised" in caplog.text
+    assert "equal once tokenized" in caplog.text
 
 
 def test_a_batch_all_of_whose_rows_are_left_out_gets_another(make):

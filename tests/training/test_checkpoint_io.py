@@ -185,7 +185,7 @@ def test_a_checkpoint_of_format_1_does_what_it_did(made, repo_root):
     path, make_checkpoint = made
     expected = json.loads((repo_root / FIXTURES / "format_1.json").read_text())
     module = PersonalizedLM.load_from_checkpoint(path)
-    assert make_checkpoint.behaviour(module) == pytest.approx(expected, abs=2e-3)
+    assert make_checkpoint.behavior(module) == pytest.approx(expected, abs=2e-3)
     values = sorted(expected.values())
     assert min(b - a for a, b in pairwise(values)) > 0.1  # users differ by far more than that
 

@@ -278,7 +278,7 @@ def test_with_nobody_to_personalise_for_the_loss_and_gradients_are_trls_dpo(mode
     )  # fmt: skip
     batch = next(iter(trainer.get_train_dataloader()))
 
-    # What TRL tokenised is what we score: completion_mask tells prompt from completion.
+    # What TRL tokenized is what we score: completion_mask tells prompt from completion.
     rows = []
     for ids, attention, completion in zip(
         batch["input_ids"], batch["attention_mask"], batch["completion_mask"], strict=True

@@ -575,7 +575,7 @@ CHANGES = {
     "one missing": lambda w: {name: t for name, t in w.items() if name != "empty"},
     "rows permuted": lambda w: w | {"a": w["a"][torch.randperm(300)]},
     "rows rolled by a block": lambda w: w | {"a": w["a"].flatten().roll(1 << 16).reshape(300, 500)},
-    "neighbours swapped": lambda w: w | {"double": w["double"][[1, 0, 2, 3, 4, 5, 6, 7]]},
+    "neighbors swapped": lambda w: w | {"double": w["double"][[1, 0, 2, 3, 4, 5, 6, 7]]},
     "negated": lambda w: w | {"a": -w["a"]},
     "negated, eight bytes each": lambda w: w | {"double": -w["double"]},
     "two signs flipped": lambda w: w | {"a": w["a"] * (1 - 2.0 * (torch.arange(150_000) % 70_000 == 1)).view(300, 500)},

@@ -17,7 +17,7 @@ Verdict: TypeAlias = Literal["a", "b", "tie"]
 
 @dataclass(frozen=True)
 class Vote:
-    """A judgement that a user is known to have made."""
+    """A judgment that a user is known to have made."""
 
     prompt: Text
     chosen: Text

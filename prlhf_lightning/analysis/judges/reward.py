@@ -16,7 +16,7 @@ from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 
 
 class RewardJudge(Judge):
-    """The implicit personalised reward of a trained model: `beta log pi(y|x, u) / pi_ref(y|x)`, or as its loss says.
+    """The implicit personalized reward of a trained model: `beta log pi(y|x, u) / pi_ref(y|x)`, or as its loss says.
 
     A model is no judge of its own answers: it likes what it writes. Take one that was trained on other votes of the
     same users, or with another seed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.schema import Text
-from prlhf_lightning.data.sources.simulated import Judgement
+from prlhf_lightning.data.sources.simulated import Judgment
 from prlhf_lightning.errors import ConfigurationError, JudgeError
 
 _SAME = 1e-9
@@ -32,7 +32,7 @@ class UtilityJudge(Judge):
         users = data.source.seen_users + data.source.unseen_users
         self._named = {data.known_as(user.user_id): user.user_id for user in users}
 
-    def utility(self, prompt: Text, user: Person, answer: str) -> Judgement:
+    def utility(self, prompt: Text, user: Person, answer: str) -> Judgment:
         """Return what a user makes of one answer.
 
         Raises:

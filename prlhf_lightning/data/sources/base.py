@@ -17,7 +17,7 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 class DataSource(ABC):
     """Raw feedback rows, split by split.
 
-    A source only finds and reads rows: validating, tokenising, caching, splitting and grouping by user are done by
+    A source only finds and reads rows: validating, tokenizing, caching, splitting and grouping by user are done by
     `PreferenceDataModule`, the same for every source. Rows are mappings with the fields `user_id`, `prompt`, `chosen`,
     `rejected` (thumbs: `completion` and `label`) and, optionally, `user_text`, or other names that `columns` maps to
     these.
@@ -51,7 +51,7 @@ class DataSource(ABC):
     def fingerprint(self, split: Split) -> str:
         """Return a string that changes whenever the rows of a split may have changed.
 
-        It is the key of the tokenised cache, so it is cheap to compute (path, size and modification time of files, or
+        It is the key of the tokenized cache, so it is cheap to compute (path, size and modification time of files, or
         the settings of a generator) and names everything that the rows depend on.
         """
 
@@ -64,7 +64,7 @@ class DataSource(ABC):
         return {}
 
     def prompts(self) -> Iterator[tuple[str, Text]]:
-        """Yield prompts without judgements, each after where it stands, for `predict` to answer for every seen user.
+        """Yield prompts without judgments, each after where it stands, for `predict` to answer for every seen user.
 
         Without any, which is the default, the prompts of the test or the validation split are answered.
         """

@@ -92,7 +92,7 @@ class CombinedSource(DataSource):
         return dict(counts)
 
     def prompts(self) -> Iterator[tuple[str, Text]]:
-        """Yield the prompts without judgements of all sources."""
+        """Yield the prompts without judgments of all sources."""
         for source in self.sources:
             yield from source.prompts()
 

@@ -20,7 +20,7 @@ class HubSource(DataSource):
     """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`, or streamed.
 
     Args:
-        path: Name on the hub, such as `organisation/name`, or a local folder of data files.
+        path: Name on the hub, such as `organization/name`, or a local folder of data files.
         name: Configuration of the data set, where it has several.
         train_split: Its split to train on; slices such as `train[:10%]` work.
         validation_split: Its split to validate on; without it the data module holds out a part of the training split.
@@ -57,7 +57,7 @@ class HubSource(DataSource):
         return set(self._names)
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the rows of a split in order, each after its place such as `organisation/name[train]:17`."""
+        """Yield the rows of a split in order, each after its place such as `organization/name[train]:17`."""
         files = self._data_files.get(self._names[split])
         place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):

@@ -45,7 +45,7 @@ class PersonalLLMSource(DerivedSource):
     of each by ten reward models, `response_1_gemma_2b` and so on (columns and names of the models as read in
     `PersonalLLM/prepare.py` and `train_basis.py` of github.com/facebookresearch/LoRe). Users are drawn as in
     `data/gen_pref_interaction_database.py` of github.com/namkoong-lab/PersonalLLM: weights from a symmetric Dirichlet
-    distribution, scores standardised, the answer of the higher weighted sum preferred. Which user judges what is ours:
+    distribution, scores standardized, the answer of the higher weighted sum preferred. Which user judges what is ours:
     for each prompt `judges` users are drawn, and for each of them two answers. (Theirs draws 25 to 49 prompts a user,
     and never the eighth answer.) The data set's test split is the validation split; in it `num_unseen_users` more
     users judge as often as the others.
@@ -101,7 +101,7 @@ class PersonalLLMSource(DerivedSource):
         return weights
 
     def pairs(self, split: Split, counts: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the judgements on each prompt in turn."""
+        """Yield the judgments on each prompt in turn."""
         for part in self._parts[split]:
             for number, (where, row) in enumerate(part.rows()):
                 draw = Random(f"{self.seed} {split} {number}")  # one a row: a longer file keeps what was drawn
@@ -122,7 +122,7 @@ class PersonalLLMSource(DerivedSource):
         seen = draw.sample(range(self.num_users), self.judges)
         if split == "train" or not self.num_unseen_users:
             return seen
-        share = self.judges * self.num_unseen_users / self.num_users  # as many judgements each as the seen users
+        share = self.judges * self.num_unseen_users / self.num_users  # as many judgments each as the seen users
         count = min(int(share) + (draw.random() < share % 1), self.num_unseen_users)
         return seen + draw.sample(range(self.num_users, self.num_users + self.num_unseen_users), count)
 
@@ -131,7 +131,7 @@ class PersonalLLMSource(DerivedSource):
 
 
 def _scores(row: Mapping[str, Any], where: str, response: int) -> list[float]:
-    """Return one response's ten standardised scores."""
+    """Return one response's ten standardized scores."""
     return [
         (_SCHEMA.number(row, where, f"response_{response}_{name}") - mean) / deviation
         for name, (mean, deviation) in REWARD_MODELS.items()

@@ -16,7 +16,7 @@ from prlhf_lightning.simulation.users import MAX_GROUPS, SimulatedUser, draw_tas
 
 
 @dataclass(frozen=True)
-class Judgement:
+class Judgment:
     """What one simulated user makes of one text.
 
     Attributes:
@@ -119,14 +119,14 @@ class SimulatedSource(DataSource):
         names = [f"unseen-{i + 1:02d}" for i in range(self.num_unseen_users)]
         return draw_users(names, self._tastes, Random(f"{self.seed} unseen users"))
 
-    def judge(self, user_id: str, prompt: str, completion: str) -> Judgement:
+    def judge(self, user_id: str, prompt: str, completion: str) -> Judgment:
         """Return what a user makes of a completion, given as text without special tokens.
 
         Generate with room for more than `grammar.MAX_WORDS` tokens: a text cut off before its end token is then
         longer than any text of the grammar, so it is ill-formed.
         """
         user = self._user_by_id[user_id]
-        return Judgement(user.utility(prompt, completion), parse(prompt, completion) is not None)
+        return Judgment(user.utility(prompt, completion), parse(prompt, completion) is not None)
 
     def noise_ceiling(self, split: Split = "validation", unseen: bool = False) -> float:
         """Return the accuracy of the true utilities on the noisy labels of the seen (or of the unseen) users."""

@@ -140,11 +140,11 @@ function listJudges() {
   }));
 }
 
-async function handIn(button, ...judgements) {
+async function handIn(button, ...judgments) {
   const user = document.querySelector("#judges input:checked")?.value;
   if (!user) return tell("Name a reader first.", true);
   try {
-    for (const judgement of judgements) await api("v1/feedback", { user, id: crypto.randomUUID?.(), ...judgement });
+    for (const judgment of judgments) await api("v1/feedback", { user, id: crypto.randomUUID?.(), ...judgment });
     mark(button, true);
     tell(`Kept as a vote of ${user}.`);
   } catch (error) {

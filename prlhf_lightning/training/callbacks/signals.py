@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 
 class StopOnSignal(Callback):
-    """Stops after the optimiser step in which SIGTERM (SLURM, Kubernetes) or SIGINT (Ctrl+C) comes, on all processes.
+    """Stops after the optimizer step in which SIGTERM (SLURM, Kubernetes) or SIGINT (Ctrl+C) comes, on all processes.
 
     Lightning by itself stops at SIGINT wherever it is, be it that half of the weights have made a step; and at SIGTERM
     it broadcasts from within the signal's handler, in between the collective calls of training. Here all processes
