@@ -99,6 +99,28 @@ class PersonalizedModel(nn.Module):
             return users
         return replace(users, history=pool_history(self.policy, batch.history))
 
+    @torch.no_grad()
+    def add_users(self, user_ids: Sequence[str], rows: Tensor) -> None:
+        """Add users who were learned elsewhere, as by `adapt_users`, or replace the rows of known ones.
+
+        Args:
+            user_ids: B ids.
+            rows: `[B, p]` the numbers of each user in all tables of the user model, side by side.
+
+        Raises:
+            ConfigurationError: The model has no users yet.
+        """
+        if self.vocabulary is None:
+            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
+        tables = self.user_model.row_tables()
+        new = [user_id for user_id in user_ids if user_id not in self.vocabulary]
+        for table in tables:
+            table.data = torch.cat([table.data, table.data[:1].expand(len(new), *table.shape[1:])])
+        self.vocabulary = self.vocabulary.plus(*new)
+        places = self.vocabulary.rows(user_ids)
+        for table, part in zip(tables, torch.split(rows, [table[0].numel() for table in tables], dim=1), strict=True):
+            table.data[places.to(table.device)] = part.view(len(rows), *table.shape[1:]).to(table)
+
     # ---- log-probs and rewards
 
     def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:

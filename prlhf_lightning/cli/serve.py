@@ -158,7 +158,10 @@ class NewUsers:
             row = self._row(user_id, pairs)
         if not are_finite([row]):
             raise ConfigurationError("What was learned of this user is infinite or NaN, and was dropped.")
-        self._put(user_id, row)
+        # The writer shares the user model; its own list of users is replaced, so that running requests keep theirs.
+        self._model.add_users([user_id], row[None])
+        if self._model.vocabulary is not None:
+            self._writer.vocabulary = self._model.vocabulary
 
     def _row(self, user_id: str, pairs: PreferenceBatch) -> torch.Tensor:
         """Return a user's row, the numbers of all tables side by side."""
@@ -181,14 +184,3 @@ class NewUsers:
         if found is None:
             raise ConfigurationError("In every pair both answers are the same to the model.")
         return found[0]
-
-    def _put(self, user_id: str, row: torch.Tensor) -> None:
-        """Give a user their row at the end of all tables, or where they have it already."""
-        tables = self._model.user_model.row_tables()
-        if user_id not in self._writer.vocabulary:
-            for table in tables:
-                table.data = torch.cat([table.data, table.data[:1]])
-            self._writer.vocabulary = self._writer.vocabulary.plus(user_id)
-        place = int(self._writer.vocabulary.rows([user_id])[0])
-        for table, part in zip(tables, torch.split(row, [table[0].numel() for table in tables]), strict=True):
-            table.data[place] = part.view_as(table[place]).to(table)
