@@ -22,12 +22,11 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from prlhf_lightning.cli.checkpoints import (
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.earlier_runs import (
     configuration_of_run,
     is_start_of,
     last_checkpoint,
-    read_checkpoint,
-    seal_configuration,
     tell_of_changes,
     with_configuration,
 )
@@ -62,6 +61,7 @@ from prlhf_lightning.training.sharding import is_sharded
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.cache_dir import resolve_path
+from prlhf_lightning.utils.config_checksum import add_checksum
 from prlhf_lightning.utils.io import atomic_write_bytes
 from prlhf_lightning.utils.load_errors import opening
 from prlhf_lightning.utils.terminal import plain_console
@@ -105,7 +105,7 @@ class SaveConfig(SaveConfigCallback):
         else:
             path = Path(self._folder, self.config_filename)
             atomic_write_bytes(path, self.parser.dump(self.config, skip_none=False).encode())
-            seal_configuration(path)
+            add_checksum(path)
         settings = hyper_parameters(self.config.as_dict())
         for logger in trainer.loggers[1:]:
             logger.log_hyperparams(settings)

@@ -12,10 +12,10 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
 
-from prlhf_lightning.cli.checkpoints import check_configuration
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.model import PersonalizedModel
+from prlhf_lightning.utils.config_checksum import check_configuration
 from prlhf_lightning.utils.io import unescape_cell
 from prlhf_lightning.utils.trust import only_trusted_classes
 

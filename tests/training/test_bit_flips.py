@@ -10,18 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from prlhf_lightning.cli.checkpoints import (
-    check_configuration,
-    configuration_of_run,
-    seal_configuration,
-    tell_of_changes,
-)
+from prlhf_lightning.cli.earlier_runs import configuration_of_run, tell_of_changes
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, causal_lm
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.reports.html import Page
 from prlhf_lightning.training.checkpointing import base_of
 from prlhf_lightning.utils import shipped
+from prlhf_lightning.utils.config_checksum import add_checksum, check_configuration
 from prlhf_lightning.utils.hashing import check_folder, with_checksums
 
 
@@ -107,7 +103,7 @@ def configuration(tmp_path):
     path.write_text("data:\n  batch_size: 8\n")
     (path.parent / "checkpoints").mkdir()
     (path.parent / "checkpoints/last.ckpt").touch()
-    seal_configuration(path)
+    add_checksum(path)
     return path
 
 

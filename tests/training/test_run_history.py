@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from prlhf_lightning.cli.checkpoints import last_checkpoint
+from prlhf_lightning.cli.earlier_runs import last_checkpoint
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.training.loggers import MetricsFile, read_metrics
