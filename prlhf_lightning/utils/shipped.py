@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prlhf_lightning.errors import ConfigurationError
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 _SUMS = "sha256.json"
 
 

@@ -21,7 +21,7 @@ from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.training import checkpoint_files
 
-FIXTURE = Path(__file__).parent / "fixtures/format_1.ckpt"
+FIXTURE = Path(__file__).parents[1] / "fixtures/format_1.ckpt"
 MODULE = """
 open({mark!r}, "w").close()
 from lightning.pytorch.callbacks import Callback
