@@ -1,0 +1,1 @@
+"""Statistics of preference data, small preference models, and judges of answers."""

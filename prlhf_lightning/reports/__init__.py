@@ -1,0 +1,1 @@
+"""HTML pages and JSON about data and trained models."""

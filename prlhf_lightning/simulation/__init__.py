@@ -1,0 +1,1 @@
+"""Simulated users, and the small language in which they judge answers."""

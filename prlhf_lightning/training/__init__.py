@@ -1,4 +1,4 @@
-"""LightningModules: composition only."""
+"""Training: the LightningModule and all that trains it."""
 
 from prlhf_lightning.training.checkpointing import ChecksummedCheckpointIO
 from prlhf_lightning.training.fsdp import FSDP1Strategy

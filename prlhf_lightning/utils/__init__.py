@@ -1,0 +1,1 @@
+"""Files, hashing, progress bars, and other helpers without a part of their own."""
