@@ -57,12 +57,17 @@ class LimitedTemplate(Template):
         """Render; see `jinja2.Template.render`.
 
         Raises:
-            TemplateLimitError: It takes too long, or makes something too large.
+            TemplateLimitError: It takes too long, makes something too large, or writes what is no text.
         """
         before = _budget.deadline, _budget.characters
         _budget.deadline, _budget.characters = time.thread_time() + SECONDS, _LARGEST
         try:
-            return super().render(*args, **kwargs)
+            text = super().render(*args, **kwargs)
+            text.encode()  # Python's texts can hold half a surrogate pair; a tokenizer fails over it with a trace
+            return text
+        except UnicodeEncodeError as error:
+            code = ord(error.object[error.start])
+            raise TemplateLimitError(f"writes U+{code:X}, half of a surrogate pair") from error
         except MemoryError as error:
             raise TemplateLimitError("needs more memory than there is") from error
         finally:

@@ -74,3 +74,10 @@ def test_the_time_is_counted_for_each_conversation(monkeypatch):
     start = time.thread_time()
     while time.thread_time() - start < 0.5:
         template.render()
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ '\\ud800' }}"
+    with pytest.raises(TemplateLimitError, match=r"U\+D800, half of a surrogate pair"):
+        rendered(tokenizer, MESSAGES)
