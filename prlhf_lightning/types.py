@@ -1,7 +1,7 @@
-"""The values that components hand to one another.
+"""Data classes that components pass to one another: tokens, soft prompts, users, batches, log-probs, losses.
 
 Shapes: B pairs (or rows) in a batch, L tokens, T soft-prompt positions, d the policy's embedding width.
-All token blocks are padded on the right and carry a mask that is true where a token is real.
+Token tensors are padded on the right; their mask is true on real tokens.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 Feedback: TypeAlias = Literal["pairs", "thumbs", "demonstrations"]
-"""What a row says: which of two completions is better, whether one completion is good, or a completion to imitate."""
+"""Kind of feedback in a row: a preference between two completions, a label of one completion, or one to imitate."""
 
 _T = TypeVar("_T", bound="_TensorStruct")
 
 
 class _TensorStruct:
-    """A dataclass of tensors and nested structs that moves and indexes as one value."""
+    """Dataclass of tensors and nested structs; moves and indexes all of them together."""
 
     def _map(self: _T, fn: Any) -> _T:
         changes = {}
@@ -37,11 +37,11 @@ class _TensorStruct:
         return self._map(lambda value: value.to(*args, **kwargs))
 
     def select(self: _T, rows: Tensor) -> _T:
-        """Return the rows of every tensor that an index `[n]` names."""
+        """Index every tensor by rows `[n]`."""
         return self._map(lambda value: value.select(rows) if isinstance(value, _TensorStruct) else value[rows])
 
     def pin_memory(self: _T) -> _T:
-        """Return a copy whose tensors live in pinned host memory."""
+        """Return a copy with its tensors in pinned host memory."""
         return self._map(lambda value: value.pin_memory())
 
 
@@ -49,14 +49,14 @@ _Sent = TypeVar("_Sent", bound=Tensor | _TensorStruct)
 
 
 def to_device(value: _Sent, device: torch.device) -> _Sent:
-    """Return tensors on a device, without having the host wait for the copy where that is safe.
+    """Move tensors to a device, asynchronously on CUDA.
 
-    CUDA holds or has copied what it is yet to read; other devices may read memory that is used for something else.
+    CUDA keeps or copies the source until it has read it. Other devices may read memory that is already reused.
     """
     return cast(_Sent, value.to(device, non_blocking=device.type == "cuda"))
 
 
-@dataclass  # not frozen, as Lightning's precision plugins rebuild batches field by field
+@dataclass  # not frozen: Lightning's precision plugins rebuild batches field by field
 class Tokens(_TensorStruct):
     """Token ids of a batch of texts.
 
@@ -74,7 +74,7 @@ class Tokens(_TensorStruct):
 
     @classmethod
     def from_lists(cls, rows: Sequence[Sequence[int] | npt.NDArray[np.integer]], pad_id: int = 0) -> Tokens:
-        """Pad ragged lists (or arrays) of ids on the right into one block `[B, max length]`."""
+        """Pad ragged lists (or arrays) of ids on the right to `[B, max length]`."""
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.long)
         mask = torch.arange(int(lengths.max()) if len(rows) else 0) < lengths[:, None]
         ids = torch.full(mask.shape, pad_id, dtype=torch.long)
@@ -83,17 +83,17 @@ class Tokens(_TensorStruct):
         return cls(ids, mask)
 
     def trimmed(self) -> Tokens:
-        """Cut padding that no row needs; there must be a row."""
+        """Cut to the length of the longest row; needs at least one row."""
         width = int(self.mask.sum(1).max())
         return Tokens(self.ids[:, :width], self.mask[:, :width])
 
     def unpadded(self) -> list[Tensor]:
-        """Return the ids of each row, `[its length]`."""
+        """Return the ids of each row without padding, `[length]` each."""
         return [ids[mask] for ids, mask in zip(self.ids, self.mask, strict=True)]
 
     @classmethod
     def concat(cls, parts: Sequence[Tokens]) -> Tokens:
-        """Stack batches of rows, padding each to the longest."""
+        """Concatenate along the batch, padding to the longest part."""
         width = max(part.ids.shape[1] for part in parts)
         pad = torch.nn.functional.pad
         return cls(
@@ -104,28 +104,28 @@ class Tokens(_TensorStruct):
 
 @dataclass(frozen=True)
 class SoftPrompt(_TensorStruct):
-    """Vectors in the policy's input-embedding space that stand before the prompt.
+    """Vectors in the policy's input-embedding space, placed before the prompt.
 
     Attributes:
         vectors: `[B, T, d]` float.
-        mask: `[B, T]` bool, false where a row has no vector at that place.
+        mask: `[B, T]` bool, true on real vectors, false on padding.
     """
 
     vectors: Tensor
     mask: Tensor
 
     def unpadded(self) -> list[Tensor]:
-        """Return the vectors of each row that count, `[their number, d]`."""
+        """Return the vectors of each row without padding, `[length, d]` each."""
         return [vectors[mask] for vectors, mask in zip(self.vectors, self.mask, strict=True)]
 
     @classmethod
     def full(cls, vectors: Tensor) -> SoftPrompt:
-        """Wrap vectors `[B, T, d]` all of which count."""
+        """Wrap vectors `[B, T, d]` without padding."""
         return cls(vectors, torch.ones(vectors.shape[:2], dtype=torch.bool, device=vectors.device))
 
     @classmethod
     def cat_time(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
-        """Join the parts of each row along time, `[B, T1 + T2 + ..., d]`."""
+        """Concatenate along time, `[B, T1 + T2 + ..., d]`."""
         return cls(
             torch.cat([part.vectors for part in parts], dim=1),
             torch.cat([part.mask for part in parts], dim=1),
@@ -133,17 +133,17 @@ class SoftPrompt(_TensorStruct):
 
     @classmethod
     def cat_batch(cls, parts: Sequence[SoftPrompt]) -> SoftPrompt:
-        """Stack batches of rows; all parts must have the same T."""
+        """Concatenate along the batch; all parts must have the same T."""
         return cls(torch.cat([part.vectors for part in parts]), torch.cat([part.mask for part in parts]))
 
 
-@dataclass  # not frozen, as `Tokens`
+@dataclass  # not frozen, like `Tokens`
 class PairTokens(_TensorStruct):
-    """Token ids of up to K pairs for each of B users; a place without a pair is empty in both.
+    """Token ids of up to K pairs for each of B users; missing pairs are fully masked.
 
     Attributes:
-        chosen: `[B, K, L]` ids and mask of the preferred completions.
-        rejected: `[B, K, L]` those of the other completions.
+        chosen: `[B, K, L]` ids and mask of the chosen completions.
+        rejected: `[B, K, L]` ids and mask of the rejected completions.
     """
 
     chosen: Tokens
@@ -152,12 +152,12 @@ class PairTokens(_TensorStruct):
 
 @dataclass(frozen=True)
 class History(_TensorStruct):
-    """Up to K pairs that each of B users has judged before, in the policy's input-embedding space.
+    """Up to K earlier pairs of each of B users, in the policy's input-embedding space.
 
     Attributes:
-        chosen: `[B, K, d]` float32 mean embedding of the preferred completion, zero where there is no pair.
-        rejected: `[B, K, d]` float32 mean embedding of the other completion, zero where there is no pair.
-        lengths: `[B, K, 2]` int64 tokens of both, 0 where there is no pair.
+        chosen: `[B, K, d]` float32 mean embedding of the chosen completion, zero for a missing pair.
+        rejected: `[B, K, d]` float32 mean embedding of the rejected completion, zero for a missing pair.
+        lengths: `[B, K, 2]` int64 number of tokens of both, 0 for a missing pair.
     """
 
     chosen: Tensor
@@ -167,12 +167,12 @@ class History(_TensorStruct):
 
 @dataclass(frozen=True)
 class Users(_TensorStruct):
-    """The users of a batch, as a user model sees them.
+    """The users of a batch: the input of a user model.
 
     Attributes:
         rows: `[B]` int64 rows of the user table; 0 is the generic (unknown) user.
-        text: The users' texts embedded by the policy, `[B, L, d]` with a mask, or None where no row has a text.
-        history: What the users preferred before, or None where the user model is to go by its own rows.
+        text: The users' texts embedded by the policy, `[B, L, d]` with a mask; None if no row has a text.
+        history: The users' earlier pairs; None makes the user model use the rows of its own tables.
     """
 
     rows: Tensor
@@ -180,24 +180,24 @@ class Users(_TensorStruct):
     history: History | None = None
 
     def anonymous(self) -> Users:
-        """Return the same users with their identity hidden: `u_0` with the text kept."""
+        """Replace each user by the generic user `u_0`; keep the text."""
         return replace(self, rows=torch.zeros_like(self.rows), history=None)
 
 
 @dataclass
 class PreferenceBatch(_TensorStruct):
-    """One batch of feedback: pairs, or rows that have one completion each.
+    """One batch of feedback: pairs, or rows with one completion each.
 
     Attributes:
-        user_ids: B ids as they stand in the data.
-        user_text: Tokens of the text about each user; empty rows where there is none.
-        prompt: Tokens of the prompts, with BOS where the tokenizer writes one.
-        chosen: Tokens of the preferred completions, with EOS; empty for a thumbs-down.
-        rejected: Tokens of the other completions; empty in demonstrations, and for a thumbs-up.
-        records: `[B]` int64 position of each pair in its data set, to name rows in messages.
-        reference: The reference's log-probabilities, where they are known already.
-        reference_keys: B pairs of keys, of chosen and rejected, under which the reference's log-probabilities are kept.
-        history: Other pairs of each row's user, in training for user models that read them.
+        user_ids: B ids, as in the data.
+        user_text: Tokens of the text about each user; an empty row if there is none.
+        prompt: Tokens of the prompts, with BOS if the tokenizer adds one.
+        chosen: Tokens of the chosen completions, with EOS; empty for a thumbs-down.
+        rejected: Tokens of the rejected completions, with EOS; empty in demonstrations and for a thumbs-up.
+        records: `[B]` int64 position of each row in its data set, to name rows in messages.
+        reference: Log-probs under the reference, if they are already known.
+        reference_keys: B pairs of cache keys (chosen, rejected) for the reference log-probs.
+        history: Other pairs of each row's user; only in training, for user models that read them.
     """
 
     user_ids: tuple[str, ...]
@@ -211,12 +211,12 @@ class PreferenceBatch(_TensorStruct):
     history: PairTokens | None = None
 
     def __len__(self) -> int:
-        """Return the number of pairs, B."""
+        """Return the number of rows, B."""
         return len(self.user_ids)
 
     @property
     def completion(self) -> Tokens:
-        """The one completion of each row of thumbs, whether it was liked or not."""
+        """The completion of each row of unpaired feedback, liked or not."""
         both = Tokens.concat([self.chosen, self.rejected])
         (liked, disliked), (is_liked, is_disliked) = both.ids.chunk(2), both.mask.chunk(2)
         up = self.desirable[:, None]
@@ -224,16 +224,16 @@ class PreferenceBatch(_TensorStruct):
 
     @property
     def desirable(self) -> Tensor:
-        """`[B]` bool, true for each row of thumbs whose completion was liked."""
+        """`[B]` bool, true for rows of unpaired feedback whose completion was liked."""
         return self.chosen.mask.any(1)
 
 
 @dataclass(frozen=True)
 class LogProbs(_TensorStruct):
-    """Log-probabilities of one completion a row.
+    """Log-probabilities of one completion per row.
 
     Attributes:
-        tokens: `[B, L]` float32 log-probability of each token, 0 where masked.
+        tokens: `[B, L]` float32 log-probability of each token, 0 on masked positions.
         mask: `[B, L]` bool, true on completion tokens.
     """
 
@@ -252,7 +252,7 @@ class LogProbs(_TensorStruct):
 
     @property
     def mean(self) -> Tensor:
-        """`[B]` mean log-probability a token."""
+        """`[B]` mean log-probability per token."""
         return self.sum / self.lengths
 
     def chunk(self, n: int) -> tuple[LogProbs, ...]:
@@ -270,7 +270,7 @@ class PairLogProbs(_TensorStruct):
 
 @dataclass(frozen=True)
 class LossOutput(_TensorStruct):
-    """What a preference loss returns for each pair.
+    """Output of a preference loss.
 
     Attributes:
         losses: `[B]` loss of each pair, differentiable.

@@ -1,7 +1,7 @@
-"""Preference losses: each turns log-probabilities of pairs into one loss a pair.
+"""Preference losses: each maps log-probabilities of pairs to one loss per pair.
 
 RPO is `DPOLoss` (or any other) with `sft_weight > 0`; conservative DPO is `DPOLoss` with `label_smoothing > 0`.
-To add one, subclass `MarginLoss`, `UnpairedLoss` (one method each) or `PreferenceLoss` in a file of your own and name
+To add a loss, subclass `MarginLoss` or `UnpairedLoss` (one method each), or `PreferenceLoss`, in your own file. Select
 it by `class_path`.
 """
 

@@ -1,4 +1,4 @@
-"""What every preference loss is: log-probabilities of a batch of pairs in, one loss a pair out."""
+"""Base classes of preference losses: log-probabilities of a batch of pairs in, one loss per pair out."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ from prlhf_lightning.types import Feedback, LossOutput, PairLogProbs
 
 
 class PreferenceLoss(nn.Module, ABC):
-    """A loss for each pair of completions, from their log-probabilities.
+    """Base class: computes one loss per pair of completions from their log-probabilities.
 
-    To write a loss of the margin between the two rewards, subclass `MarginLoss`; for anything else, subclass this and
-    write `pair_loss`. A loss knows nothing of users: the training module mixes its user and generic terms, per pair.
+    For a loss of the margin between the two rewards, subclass `MarginLoss`. For any other loss, subclass this class and
+    implement `pair_loss`. A loss does not depend on users: the training module mixes the user term and the generic
+    term, per pair.
 
-    With `sft_weight > 0` each pair's loss gains `sft_weight` times the mean negative log-likelihood per token of the
-    chosen completion, which keeps generated text fluent (with `DPOLoss` this is RPO, arXiv:2404.19733, Eq. 1).
+    `sft_weight > 0` adds `sft_weight` times the mean negative log-likelihood per token of the chosen completion to
+    each pair's loss. It keeps generated text fluent. With `DPOLoss` this is RPO (arXiv:2404.19733, Eq. 1).
 
     Attributes:
-        requires_reference: False for losses that look at the policy only; the reference is then never computed.
-        requires_mismatched: True for losses that `observe` how likely completions of other prompts are, in training.
-        feedback: What the rows are that the loss takes: pairs, thumbs (subclass `UnpairedLoss`) or demonstrations.
+        requires_reference: False for losses that use only the policy; the reference is then never computed.
+        requires_mismatched: True for losses that `observe` the log-ratios of mismatched completions in training.
+        feedback: Kind of rows that the loss takes: pairs, thumbs (subclass `UnpairedLoss`) or demonstrations.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -52,14 +53,14 @@ class PreferenceLoss(nn.Module, ABC):
 
         Args:
             policy: Log-probabilities under the policy.
-            reference: The same under the reference; None exactly where `requires_reference` is False.
+            reference: The same under the reference; None if and only if `requires_reference` is False.
         """
 
     def rewards(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, Tensor]:
         """Return the implicit rewards `[B]` of the chosen and of the rejected completions, differentiable.
 
         By default `β (log π(y|x) - log π_ref(y|x))`, DPO's Eq. 5 (arXiv:2305.18290) up to a constant of the prompt.
-        Without a reference the last term is left out. Override where a loss ranks completions by something else.
+        Without a reference the last term is dropped. Override it in a loss that defines rewards differently.
         """
         chosen, rejected = policy.chosen.sum, policy.rejected.sum
         if reference is not None:
@@ -67,9 +68,9 @@ class PreferenceLoss(nn.Module, ABC):
         return self.beta * chosen, self.beta * rejected
 
     def observe(self, log_ratios: Tensor) -> None:
-        """Take in, in training, the log-ratios `log π(y|x) - log π_ref(y|x)` `[B]` of completions to other prompts.
+        """Receive the log-ratios `log π(y|x) - log π_ref(y|x)` `[B]` of completions paired with other prompts.
 
-        The module calls this after the loss of a batch where `requires_mismatched` is True.
+        In training, the module calls this after each batch's loss if `requires_mismatched` is True.
         """
 
     def forward(self, policy: PairLogProbs, reference: PairLogProbs | None = None) -> LossOutput:
@@ -77,7 +78,11 @@ class PreferenceLoss(nn.Module, ABC):
 
         Args:
             policy: Log-probabilities under the policy.
-            reference: The same under the reference. Ignored where `requires_reference` is False.
+            reference: The same under the reference. Ignored if `requires_reference` is False.
+
+        Raises:
+            ConfigurationError: The reference or the rejected completions are missing, or `pair_loss` returned another
+                shape than `[B]`.
         """
         name = type(self).__name__
         if not self.requires_reference:
@@ -93,13 +98,13 @@ class PreferenceLoss(nn.Module, ABC):
                 "give data with a 'rejected' field, or train on the chosen ones with SFTLoss."
             )
         losses = self.pair_loss(policy, reference)
-        if losses.shape != (pairs := policy.chosen.sum.shape):  # a mean would be broadcast, and pass for a loss
+        if losses.shape != (pairs := policy.chosen.sum.shape):  # broadcasting would hide a mean
             raise ConfigurationError(
                 f"{name} returned a loss of shape {list(losses.shape)} for {pairs[0]} pairs; return one for each, "
                 f"{list(pairs)}, neither averaged nor summed."
             )
         if self.sft_weight:
-            # Where there is no chosen completion, as of a thumbs-down, there is none to imitate.
+            # A row without a chosen completion (a thumbs-down) gets no SFT term.
             losses = losses - self.sft_weight * policy.chosen.sum / policy.chosen.lengths.clamp(min=1)
         with torch.no_grad():
             chosen_rewards, rejected_rewards = self.rewards(policy, reference)
@@ -107,7 +112,7 @@ class PreferenceLoss(nn.Module, ABC):
 
 
 class MarginLoss(PreferenceLoss):
-    """A loss that depends on a pair only through the margin between its two implicit rewards.
+    """Base class of losses that depend only on the margin between the two implicit rewards of a pair.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -119,7 +124,7 @@ class MarginLoss(PreferenceLoss):
         """Return the loss of each pair, `[B]`.
 
         Args:
-            margin: `[B]` reward of the chosen completion minus that of the rejected one, β included.
+            margin: `[B]` reward of the chosen minus that of the rejected completion, β included.
         """
 
     def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
@@ -129,7 +134,7 @@ class MarginLoss(PreferenceLoss):
 
 
 def check_label_smoothing(loss: nn.Module, value: float) -> float:
-    """Return a probability that a label is flipped, or raise where it is not in [0, 0.5)."""
+    """Return a label-smoothing probability, or raise if it is not in [0, 0.5)."""
     if not 0 <= value < 0.5:
         raise ConfigurationError(
             f"{type(loss).__name__}: label_smoothing is {value}; as the probability that a preference is "

@@ -1,6 +1,6 @@
 """Losses of the margin between the implicit rewards of the chosen and the rejected completion.
 
-Throughout, `margin` is `Δ = β [log π(y_c|x) - log π_ref(y_c|x) - log π(y_r|x) + log π_ref(y_r|x)]`, `[B]`.
+`margin` is always `Δ = β [log π(y_c|x) - log π_ref(y_c|x) - log π(y_r|x) + log π_ref(y_r|x)]`, `[B]`.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def hinge_loss(margin: Tensor) -> Tensor:
 def robust_loss(margin: Tensor, label_smoothing: float) -> Tensor:
     """`[-(1-ε) log σ(Δ) + ε log σ(-Δ)] / (1 - 2ε)`: robust DPO (arXiv:2403.00409).
 
-    Its mean over labels flipped with probability ε is the DPO loss of the clean labels. It can be negative, and falls
-    without bound as the margin grows.
+    Its expectation over labels flipped with probability ε is the DPO loss of the clean labels. It can be negative and
+    has no lower bound as the margin grows.
 
     Args:
         margin: `[B]` reward margins.
@@ -59,7 +59,7 @@ def exo_loss(margin: Tensor, label_smoothing: float) -> Tensor:
 
     Args:
         margin: `[B]` reward margins.
-        label_smoothing: ε, above 0: the reverse divergence is infinite against labels without doubt.
+        label_smoothing: ε, above 0: with hard labels the reverse KL is infinite.
     """
     win = F.sigmoid(margin) * (F.logsigmoid(margin) - math.log1p(-label_smoothing))
     lose = F.sigmoid(-margin) * (F.logsigmoid(-margin) - math.log(label_smoothing))
@@ -74,13 +74,13 @@ def discopop_loss(margin: Tensor, tau: float) -> Tensor:
         tau: Temperature of the switch between the logistic and the exponential part.
     """
     logistic = -F.logsigmoid(margin) * F.sigmoid(-margin / tau)
-    # In one exponent: apart, e^{-Δ} overflows at large negative margins, where m is 0, and the product is NaN.
+    # One exponential: computed separately, e^{-Δ} overflows at large negative margins, m is 0, and the product is NaN.
     exponential = (F.logsigmoid(margin / tau) - margin).exp()
     return logistic + exponential
 
 
 class DPOLoss(MarginLoss):
-    """Direct preference optimization (arXiv:2305.18290); under a user model and α mix, the paper's P-DPO.
+    """Direct preference optimization (arXiv:2305.18290); P-DPO (arXiv:2402.05133) with a user model and α mixing.
 
     With `label_smoothing > 0` it is conservative DPO; with `sft_weight > 0` it is RPO (arXiv:2404.19733, Eq. 1).
 
@@ -102,11 +102,11 @@ class DPOLoss(MarginLoss):
 class IPOLoss(MarginLoss):
     """Identity preference optimization (arXiv:2310.12036): regression of the margin onto 1/2.
 
-    Rewards are log-ratios per token, not per completion: the square would otherwise weigh long completions more. The
-    paper does not say so; its authors confirmed to TRL's that their results are of this form.
+    Rewards are log-ratios per token, not per completion: otherwise the square would weight long completions more. The
+    paper does not state this; its authors confirmed it to the authors of TRL.
 
     Args:
-        beta: Strength of the regularization (the paper's τ); the log-ratios per token are drawn 1/(2 beta) apart.
+        beta: Strength of the regularization (the paper's τ); the target gap of the per-token log-ratios is 1/(2 beta).
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
@@ -121,10 +121,10 @@ class IPOLoss(MarginLoss):
 
 
 class HingeLoss(MarginLoss):
-    """Hinge loss (SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657): pairs with a margin above 1 are left alone.
+    """Hinge loss (SLiC, arXiv:2305.10425; RSO, arXiv:2309.06657); zero for pairs with a margin above 1.
 
     Args:
-        beta: Scale of the implicit rewards; the log-ratios are drawn 1/beta apart.
+        beta: Scale of the implicit rewards; the target gap of the log-ratios is 1/beta.
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
@@ -134,7 +134,7 @@ class HingeLoss(MarginLoss):
 
 
 class RobustLoss(MarginLoss):
-    """Robust DPO (arXiv:2403.00409): unbiased when a known share of the preferences is flipped at random.
+    """Robust DPO (arXiv:2403.00409): unbiased if a known share of the preferences is flipped at random.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -184,8 +184,8 @@ class DiscoPOPLoss(MarginLoss):
         super().__init__(beta, sft_weight)
         if not 0 < tau < 1:
             raise ConfigurationError(
-                f"DiscoPOPLoss: tau is {tau}; it must lie between 0 and 1 (the paper's is 0.05), "
-                "for from 1 on the loss grows exponentially with the error."
+                f"DiscoPOPLoss: tau is {tau}; it must be between 0 and 1 (the paper uses 0.05): "
+                "from 1 on, the loss grows exponentially with the error."
             )
         self.tau = tau
 

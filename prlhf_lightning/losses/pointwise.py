@@ -1,6 +1,6 @@
-"""Losses that judge the chosen and the rejected completion each by its own implicit reward, not only their margin.
+"""Losses of the two implicit rewards of a pair, not only of their margin.
 
-Throughout, `chosen` and `rejected` are `r = β [log π(y|x) - log π_ref(y|x)]`, `[B]`.
+Always, `chosen` and `rejected` are `r = β [log π(y|x) - log π_ref(y|x)]`, `[B]`.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def sppo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
 
 
 class APOZeroLoss(PreferenceLoss):
-    """Anchored preference optimization, zero (arXiv:2408.06266): chosen up, rejected down.
+    """Anchored preference optimization, zero (arXiv:2408.06266): raises the chosen, lowers the rejected reward.
 
-    For data whose chosen completions are better than what the policy writes.
+    For data whose chosen completions are better than the policy's own.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -66,9 +66,9 @@ class APOZeroLoss(PreferenceLoss):
 
 
 class APODownLoss(PreferenceLoss):
-    """Anchored preference optimization, down (arXiv:2408.06266): chosen down, rejected further down.
+    """Anchored preference optimization, down (arXiv:2408.06266): lowers both rewards, the rejected one more.
 
-    For data whose chosen completions are worse than what the policy writes.
+    For data whose chosen completions are worse than the policy's own.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -81,7 +81,7 @@ class APODownLoss(PreferenceLoss):
 
 
 class NCALoss(PreferenceLoss):
-    """Noise contrastive alignment (arXiv:2402.05369): absolute likelihoods, so the chosen one's does not sink.
+    """Noise contrastive alignment (arXiv:2402.05369): keeps the likelihood of the chosen completion from falling.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -97,7 +97,7 @@ class SPPOLoss(PreferenceLoss):
     """Self-play preference optimization with hard labels (arXiv:2405.00675): regression of rewards onto ±1/2.
 
     Args:
-        beta: Inverse of the paper's η; each log-ratio is drawn to 1/(2 beta), up for chosen, down for rejected.
+        beta: Inverse of the paper's η; the targets of the log-ratios are 1/(2 beta) (chosen), -1/(2 beta) (rejected).
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
@@ -107,14 +107,14 @@ class SPPOLoss(PreferenceLoss):
 
 
 class BCOLoss(RunningShiftLoss):
-    """Binary classifier optimization of pairs (arXiv:2404.04656): is this completion chosen or rejected?
+    """Binary classifier optimization of pairs (arXiv:2404.04656): classifies completions as chosen or rejected.
 
-    The classifier's threshold δ is the mean reward of all completions, tracked as `RunningShiftLoss` says.
+    The classifier's threshold δ is the mean reward of all completions, tracked by `RunningShiftLoss`.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
-        window: Number of recent pairs, over all processes, that the running mean reward remembers; one that has a user
-            and a generic term counts twice.
+        window: Number of recent pairs, over all processes, in the running mean reward; a pair with a user term and a
+            generic term counts twice.
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 

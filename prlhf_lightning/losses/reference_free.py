@@ -1,4 +1,4 @@
-"""Losses that need no reference: SimPO, CPO and ORPO for pairs, and supervised fine-tuning."""
+"""Losses without a reference: SimPO, CPO and ORPO for pairs, and supervised fine-tuning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def simpo_loss(margin: Tensor, gamma: float) -> Tensor:
 
     Args:
         margin: `[B]` reward margins.
-        gamma: Margin that a pair should have.
+        gamma: Target margin.
     """
     return -F.logsigmoid(margin - gamma)
 
@@ -29,13 +29,13 @@ def odds_ratio_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 
     Args:
         chosen: `[B]` mean log-probability per token of the chosen completions.
-        rejected: `[B]` the same of the rejected completions.
+        rejected: `[B]` the same for the rejected completions.
     """
     return -F.logsigmoid((chosen - _log_one_minus_exp(chosen)) - (rejected - _log_one_minus_exp(rejected)))
 
 
 def _log_one_minus_exp(log_prob: Tensor) -> Tensor:
-    """Return `log(1 - e^x)`, finite also where a completion is certain (x = 0)."""
+    """Return `log(1 - e^x)`; finite even for a certain completion (x = 0)."""
     return torch.log(-torch.expm1(log_prob.clamp(max=-torch.finfo(log_prob.dtype).tiny)))
 
 
@@ -43,8 +43,8 @@ class SimPOLoss(MarginLoss):
     """Simple preference optimization (arXiv:2405.14734): mean log-probability per token as the reward.
 
     Args:
-        beta: Scale of the rewards; they are means per token, so it is far larger than DPO's.
-        gamma: Margin that a pair should have, in units of the reward.
+        beta: Scale of the rewards; far larger than in DPO, because rewards are means per token.
+        gamma: Target margin, in units of the reward.
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
@@ -68,10 +68,10 @@ class SimPOLoss(MarginLoss):
 class CPOLoss(MarginLoss):
     """Contrastive preference optimization (arXiv:2401.08417): DPO against a uniform reference, plus an SFT term.
 
-    The SFT term is part of the method, hence its weight of 1; as in TRL it is per token, the paper's per completion.
+    The SFT term is part of the method, so its weight is 1. It is per token as in TRL; the paper's is per completion.
 
     Args:
-        beta: Scale of the rewards, which are log-probabilities of whole completions.
+        beta: Scale of the rewards; a reward is the log-probability of the whole completion.
         sft_weight: Weight of the negative log-likelihood per token of the chosen completion, added to every pair.
     """
 
@@ -88,7 +88,7 @@ class CPOLoss(MarginLoss):
 class ORPOLoss(PreferenceLoss):
     """Odds ratio preference optimization (arXiv:2403.07691, Eq. 6): an SFT term plus beta times the odds-ratio loss.
 
-    The SFT term is the method's main part, hence its weight of 1.
+    The SFT term is the main part of the method, so its weight is 1.
 
     Args:
         beta: Weight of the odds-ratio loss (the paper's λ).
@@ -112,8 +112,8 @@ class ORPOLoss(PreferenceLoss):
 class SFTLoss(PreferenceLoss):
     """Supervised fine-tuning: mean negative log-likelihood per token of each chosen completion.
 
-    For the stage before preference learning, or as a baseline. Rejected completions are not looked at and may be
-    missing; the reward is the mean log-probability per token, NaN for a completion that is missing.
+    For the stage before preference learning, or as a baseline. It ignores rejected completions, which may be missing.
+    The reward is the mean log-probability per token, NaN for a missing completion.
     """
 
     requires_reference: ClassVar[bool] = False

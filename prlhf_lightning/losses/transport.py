@@ -1,8 +1,8 @@
 """Alignment via optimal transport (AOT, arXiv:2406.05882): losses of quantiles, not of pairs.
 
-AOT asks that the distribution of rewards of one side dominate the other's, so it sorts each side within the batch and
+AOT trains the reward distribution of one side to dominate that of the other. It sorts each side within the batch and
 compares them rank by rank. A row's loss therefore **depends on the other rows of its batch, by definition**: on the
-micro-batch of one process, whatever gradient accumulation or the number of processes. At batch size 1 it is DPO.
+micro-batch of one process, whatever the gradient accumulation or number of processes. At batch size 1 it is DPO.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ def same_rank(values: Tensor, like: Tensor) -> Tensor:
 
 
 class AOTLoss(PreferenceLoss):
-    """AOT for paired data: the policy's chosen-minus-rejected margins are to dominate the reference's.
+    """AOT for paired data: trains the policy's chosen-minus-rejected margins to dominate the reference's.
 
-    Each quantile's loss stands at the row whose policy margin it is. Depends on the batch (see the module's text);
-    the larger the micro-batch, the better the quantiles.
+    Each quantile's loss is returned at the row of its policy margin. It depends on the batch (see the module
+    docstring); a larger micro-batch gives better quantiles.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -37,18 +37,18 @@ class AOTLoss(PreferenceLoss):
         self.label_smoothing = check_label_smoothing(self, label_smoothing)
 
     def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
-        """Return the loss of each quantile, `[B]`, at the row that holds it."""
-        assert reference is not None  # forward has checked; for the type checker
+        """Return the loss of each quantile, `[B]`, at the row of its policy margin."""
+        assert reference is not None  # for the type checker; forward has checked it
         margin = policy.chosen.sum - policy.rejected.sum
         reference_margin = reference.chosen.sum - reference.rejected.sum
         return dpo_loss(self.beta * (margin - same_rank(reference_margin, margin)), self.label_smoothing)
 
 
 class AOTUnpairedLoss(AOTLoss):
-    """AOT for unpaired data: the rewards of the chosen completions are to dominate those of the rejected ones.
+    """AOT for unpaired data: trains the rewards of chosen completions to dominate those of rejected ones.
 
-    Which rejected completion belongs to which chosen one is of no account within a batch. Each quantile's loss stands
-    at the row whose chosen completion it is. Depends on the batch (see the module's text).
+    It ignores which chosen and rejected completions of a batch form a pair. Each quantile's loss is returned at the row
+    of its chosen completion. It depends on the batch (see the module docstring).
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.

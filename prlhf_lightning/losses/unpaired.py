@@ -1,7 +1,7 @@
-"""Losses for unpaired feedback: one completion a row, which its user liked (thumbs up) or not (thumbs down).
+"""Losses for unpaired feedback: one completion per row, liked (thumbs up) or disliked (thumbs down) by its user.
 
-A row's one completion stands where that of a pair would: as the chosen one if it was liked, as the rejected one if not.
-The other is empty, and its reward is NaN.
+A liked completion is stored as the chosen one, a disliked one as the rejected one. The other side of the row is empty,
+and its reward is NaN.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def bco_unpaired_loss(reward: Tensor, up: Tensor, shift: Tensor | float) -> Tens
 
 
 class UnpairedLoss(PreferenceLoss):
-    """A loss of each row's one completion and whether it was liked; to add one, write `unpaired_loss`.
+    """Base class of losses of one labeled completion per row; subclasses implement `unpaired_loss`.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
@@ -59,8 +59,8 @@ class UnpairedLoss(PreferenceLoss):
         """Return the loss of each row, `[B]`.
 
         Args:
-            reward: `[B]` reward of the row's completion.
-            up: `[B]` bool, whether it was liked.
+            reward: `[B]` reward of each row's completion.
+            up: `[B]` bool, true for a liked completion.
         """
 
     def pair_loss(self, policy: PairLogProbs, reference: PairLogProbs | None) -> Tensor:
@@ -70,28 +70,28 @@ class UnpairedLoss(PreferenceLoss):
         return self.unpaired_loss(torch.where(up, chosen, rejected), up)
 
     def rewards(self, policy: PairLogProbs, reference: PairLogProbs | None) -> tuple[Tensor, Tensor]:
-        """Return the implicit rewards `[B]` of liked and of disliked completions, NaN where a row has not this one."""
+        """Return the implicit rewards `[B]` of liked and of disliked completions, NaN on the side a row lacks."""
         chosen, rejected = super().rewards(policy, reference)
         up = policy.chosen.mask.any(-1)
         return chosen.masked_fill(~up, math.nan), rejected.masked_fill(up, math.nan)
 
 
 class KTOLoss(UnpairedLoss, RunningShiftLoss):
-    """Kahneman-Tversky optimization (arXiv:2402.01306) of thumbs.
+    """Kahneman-Tversky optimization (arXiv:2402.01306) of unpaired feedback.
 
-    The reference point z_0, in the paper the divergence of the policy from the reference, is estimated as there from
-    completions that answer other prompts of the batch: the mean of their log-ratios, and 0 where that is negative. But
-    it is a running mean (see `RunningShiftLoss`; `shift` is z_0 before it is cut off at 0), and a batch is judged by
-    the batches before it. So a row's loss depends on no other row of its batch, and small batches do not make z_0
-    noisy. Under user and generic term alike z_0 is the mean over both. It costs a forward pass of policy and reference
-    for each batch, without gradient, and needs batches of two rows or more.
+    The reference point z_0 is the KL divergence of the policy from the reference. As in the paper, it is estimated from
+    completions of other prompts of the batch: the mean of their log-ratios, clamped at 0. Unlike in the paper, it is
+    a running mean (see `RunningShiftLoss`; `shift` is z_0 before clamping), and each batch uses the z_0 of the earlier
+    batches. So a row's loss does not depend on the other rows of its batch, and small batches do not make z_0 noisy.
+    The user and the generic term use the same z_0, the mean over both. Each batch costs one more forward pass of policy
+    and reference, without gradient, and needs two rows or more.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
         desirable_weight: Weight of rows with a thumbs-up (the paper's λ_D).
-        undesirable_weight: Weight of rows with a thumbs-down (λ_U). Where one kind is much rarer, weigh it more, so
-            that both kinds have about the same weight in all.
-        window: Number of recent rows, over all processes, that z_0 remembers.
+        undesirable_weight: Weight of rows with a thumbs-down (λ_U). If one kind is much rarer, give it more weight, so
+            that both kinds have about the same total weight.
+        window: Number of recent rows, over all processes, in the running mean z_0.
         sft_weight: Weight of the negative log-likelihood per token of a liked completion, added to its row.
     """
 
@@ -117,21 +117,21 @@ class KTOLoss(UnpairedLoss, RunningShiftLoss):
         return torch.where(up, self.desirable_weight * losses, self.undesirable_weight * losses)
 
     def observe(self, log_ratios: Tensor) -> None:
-        """Move z_0 towards the log-ratios `[B]` of mismatched completions."""
+        """Update z_0 with the log-ratios `[B]` of mismatched completions."""
         self.update_shift(log_ratios)
 
 
 class BCOUnpairedLoss(UnpairedLoss, RunningShiftLoss):
-    """Binary classifier optimization (arXiv:2404.04656) of thumbs: was this completion liked or not?
+    """Binary classifier optimization (arXiv:2404.04656) of unpaired feedback: classifies completions as liked or not.
 
-    The classifier's threshold δ is the mean reward of all completions, tracked as `RunningShiftLoss` says; it needs no
-    further pass through the policy. (`BCOLoss` is the same for pairs.) The paper's weights for prompts whose thumbs-up
-    and thumbs-down differ are not used.
+    The classifier's threshold δ is the mean reward of all completions, tracked by `RunningShiftLoss`; it needs no extra
+    forward pass. (`BCOLoss` is the same loss for pairs.) The paper's weights for prompts whose thumbs-up and
+    thumbs-down differ are not used.
 
     Args:
         beta: Scale of the implicit rewards; the larger, the closer the policy stays to the reference.
-        window: Number of recent rows, over all processes, that the running mean reward remembers; one that has a user
-            and a generic term counts twice.
+        window: Number of recent rows, over all processes, in the running mean reward; a row with a user term and a
+            generic term counts twice.
         sft_weight: Weight of the negative log-likelihood per token of a liked completion, added to its row.
     """
 

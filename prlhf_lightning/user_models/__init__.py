@@ -1,4 +1,4 @@
-"""User models. To add one, subclass `UserModel` in a file of your own and name it by `class_path`."""
+"""User models. To add one, subclass `UserModel` in your own file and select it by `class_path`."""
 
 from prlhf_lightning.user_models.amortized import AmortizedUserModel
 from prlhf_lightning.user_models.base import UserModel, sample_token_embeddings

@@ -1,4 +1,4 @@
-"""A few shared prompts and each user's weights over them."""
+"""User model with a few shared prompts and mixture weights for each user."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prlhf_lightning.user_models.base import UserModel, check_count, sample_toke
 class ClusterUserModel(UserModel):
     """`f_im(u) = sum_k softmax(w_u)_k V_k` (arXiv:2402.05133, cluster-based preference).
 
-    The generic user has a weight row of its own, trained by the generic term.
+    The generic user has its own row of weights, trained by the generic term.
 
     Args:
         num_clusters: Number K of shared prompts.

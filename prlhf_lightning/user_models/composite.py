@@ -1,4 +1,4 @@
-"""Several user models side by side."""
+"""User model that concatenates the vectors of other user models."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from prlhf_lightning.user_models.base import UserModel
 
 
 class CompositeUserModel(UserModel):
-    """`f_P(u) = concat(f_im(u_p), f_ex(u_t))` (arXiv:2402.05133), or any other models' vectors one after another.
+    """`f_P(u) = concat(f_im(u_p), f_ex(u_t))` (arXiv:2402.05133), or the concatenated vectors of any other models.
 
     Args:
-        parts: The models, in the order in which their vectors stand before the prompt.
+        parts: The models, in the order of their vectors before the prompt.
     """
 
     def __init__(self, parts: list[UserModel]) -> None:
         super().__init__()
         if not parts:
-            raise ConfigurationError("CompositeUserModel: parts is empty; name one user model or more.")
+            raise ConfigurationError("CompositeUserModel: parts is empty; give one user model or more.")
         self.parts = nn.ModuleList(parts)
         self.personalizes = any(part.personalizes for part in parts)
         self.uses_text = any(part.uses_text for part in parts)
@@ -37,7 +37,7 @@ class CompositeUserModel(UserModel):
             part.build(num_rows, token_embeddings)
 
     def forward(self, users: Users) -> SoftPrompt:
-        """Return the parts' vectors joined along time, `[B, T1 + T2 + ..., d]`."""
+        """Concatenate the parts' vectors along time, `[B, T1 + T2 + ..., d]`."""
         return SoftPrompt.cat_time([part(users) for part in self._models])
 
     def row_tables(self) -> list[Tensor]:
@@ -50,7 +50,7 @@ class CompositeUserModel(UserModel):
         return [row for part in self._models for row in part.new_rows(list(islice(left, len(part.row_tables()))))]
 
     def history_tables(self) -> list[Tensor]:
-        """Return those of all parts."""
+        """Return the history tables of all parts."""
         return [table for part in self._models for table in part.history_tables()]
 
     def history_rows(self, history: History) -> list[Tensor]:
@@ -58,5 +58,5 @@ class CompositeUserModel(UserModel):
         return [rows for part in self._models for rows in part.history_rows(history)]
 
     def share_tables(self) -> list[Tensor]:
-        """Return those of all parts."""
+        """Return the share tables of all parts."""
         return [table for part in self._models for table in part.share_tables()]

@@ -1,4 +1,4 @@
-"""One offset a user around the generic user."""
+"""User model with one offset per user from the generic user."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prlhf_lightning.user_models.base import UserModel, check_count, sample_toke
 class IndividualUserModel(UserModel):
     """`f_im(u) = e_0 + o_u`, and `f_im(u_0) = e_0` (arXiv:2402.05133, individualized preference).
 
-    `e_0` starts at word vectors and the offsets at zero, so that every user starts as the generic user.
+    `e_0` is initialized with word vectors and the offsets with zeros, so every user starts as the generic user.
 
     Args:
         num_tokens: Length T_u of the soft prompt.

@@ -1,4 +1,4 @@
-"""Offsets around the generic user in a space of few dimensions, which all users share."""
+"""User model with low-rank offsets from the generic user, in a basis shared by all users."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from prlhf_lightning.user_models.base import UserModel, check_count, sample_toke
 class LowRankUserModel(UserModel):
     """`f_im(u) = e_0 + sum_r c_ur B_r`, and `f_im(u_0) = e_0`: `IndividualUserModel` with factorized offsets.
 
-    What directions tastes differ in is learned from all users together (`B`), and of a user only the code `c_u`: a row
-    is `rank` numbers instead of `num_tokens * d`, and few pairs a user suffice. (LoRe, arXiv:2504.14439, factorizes
-    reward models so.) Codes start at zero, so that every user starts as the generic user, and the basis at orthogonal
-    directions in which a code of 1 moves each vector about as far as word vectors lie apart.
+    The basis `B`, the directions in which preferences differ, is learned from all users together; each user has only a
+    code `c_u`. A row has `rank` numbers instead of `num_tokens * d`, so few pairs per user suffice. (LoRe,
+    arXiv:2504.14439, factorizes reward models in the same way.) Codes start at zero, so every user starts as the
+    generic user. The basis starts orthogonal; a code of 1 moves a vector by about the distance between word vectors.
 
     Args:
         num_tokens: Length T_u of the soft prompt.
-        rank: Dimensions of a user's code; at most `num_tokens * d`.
+        rank: Dimension of a user's code; at most `num_tokens * d`.
     """
 
     def __init__(self, num_tokens: int = 10, rank: int = 8) -> None:
@@ -33,7 +33,9 @@ class LowRankUserModel(UserModel):
         self.generic_prompt = nn.Parameter(sample_token_embeddings(token_embeddings, self.num_tokens))
         size = self.generic_prompt.numel()
         if self.rank > size:
-            raise ConfigurationError(f"LowRankUserModel: rank is {self.rank}; {size} numbers have no more directions.")
+            raise ConfigurationError(
+                f"LowRankUserModel: rank is {self.rank}; it must be at most num_tokens * d = {size}."
+            )
         directions = torch.empty(self.rank, size, device=token_embeddings.device)
         nn.init.orthogonal_(directions, gain=token_embeddings.std().item() * size**0.5)
         self.basis = nn.Parameter(directions)

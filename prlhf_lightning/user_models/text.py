@@ -1,4 +1,4 @@
-"""What is written about a user, as it stands."""
+"""User model that reads the text about a user."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from prlhf_lightning.user_models.base import UserModel
 class TextUserModel(UserModel):
     """`f_ex(u_t)`: the policy's own input embeddings of the user's text (arXiv:2402.05133, explicit preference).
 
-    It has no parameters. A user without a text gets no vectors. The reference policy sees the text too, since
-    it is part of the prompt; the two terms of the objective are then the same, unless a `CompositeUserModel`
-    adds an implicit model.
+    It has no parameters. A user without a text gets no vectors. The reference policy sees the text too, because it is
+    part of the prompt. The two terms of the objective are then equal, unless a `CompositeUserModel` adds an implicit
+    model.
     """
 
     personalizes = False
     uses_text = True
 
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
-        """Remember the width d of a vector, for batches in which nobody has a text."""
+        """Store the embedding width d, for batches in which no user has a text."""
         self.hidden_size = token_embeddings.shape[1]
 
     def forward(self, users: Users) -> SoftPrompt:

@@ -1,4 +1,4 @@
-"""The same vectors for everyone: vanilla RLHF."""
+"""User model with the same vectors for all users: vanilla RLHF, the baseline."""
 
 from __future__ import annotations
 

@@ -75,8 +75,8 @@ def test_low_rank_directions_are_orthogonal_and_as_long_as_word_vectors_lie_apar
     torch.testing.assert_close(model.basis @ model.basis.T, square * torch.eye(2))
 
 
-def test_more_directions_than_numbers_are_refused():
-    with pytest.raises(ConfigurationError, match="rank is 25; 24 numbers"):
+def test_a_rank_above_the_size_of_the_prompt_is_refused():
+    with pytest.raises(ConfigurationError, match="rank is 25; it must be at most"):
         LowRankUserModel(num_tokens=3, rank=25).build(5, VOCABULARY)
 
 
