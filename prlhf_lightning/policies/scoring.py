@@ -37,7 +37,7 @@ class Capabilities:
         head: Logits are the output embedding applied to the last hidden state and nothing more, so that it can be
             applied to completion positions alone.
         shared_prompt: Completions can be continued from the key-value cache of their prompt.
-        trees: Completions can be branches of a tree whose trunk is their prompt; see `trees.py`.
+        trees: Completions can be branches of a tree whose trunk is their prompt; see `prefix_sharing.py`.
     """
 
     head: bool
