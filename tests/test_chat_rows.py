@@ -49,7 +49,7 @@ def by_transformers(folder, messages, answer, ends):
 
 @pytest.mark.parametrize("earlier", [[], EARLIER], ids=["one turn", "two turns"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_log_probs_are_those_of_transformers_on_the_whole_conversation(name, earlier, chat_model):
+def test_log_probs_are_transformers_on_the_whole_conversation(name, earlier, chat_model):
     policy = CausalLMPolicy(str(chat_model(name)))
     policy.build()
     policy.eval()
@@ -66,7 +66,7 @@ def test_log_probs_are_those_of_transformers_on_the_whole_conversation(name, ear
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_tokens_are_those_of_trls_dpo_up_to_the_end_of_the_answer(name, chat_model):
+def test_tokens_are_those_of_trls_dpo_up_to_the_answers_end(name, chat_model):
     pytest.importorskip("trl")
     from trl import DPOTrainer  # slow to import
 
@@ -125,7 +125,7 @@ def dated(chat_model, tmp_path_factory):
     return checkpoint, folder
 
 
-def test_checkpoints_and_exports_write_prompts_with_the_arguments_and_the_date_of_training(dated):
+def test_checkpoints_and_exports_keep_arguments_and_date(dated):
     checkpoint, folder = dated
     for model in (checkpoint, folder / "export"):
         writer = open_writer(model)
@@ -133,7 +133,7 @@ def test_checkpoints_and_exports_write_prompts_with_the_arguments_and_the_date_o
         assert text.endswith("<|im_start|>assistant\n01 May 2026<think></think>")
 
 
-def test_data_that_are_validated_with_a_checkpoint_get_its_date_and_are_told_of_other_arguments(dated):
+def test_validation_takes_a_checkpoints_date_and_arguments(dated):
     checkpoint, folder = dated
     options = ["--ckpt_path", str(checkpoint), "--data.source.init_args.validation", str(folder / "rows.jsonl")]
     with pytest.warns(UserWarning, match=r"data.chat_template_args was {'enable_thinking': False} and is {}"):

@@ -96,7 +96,7 @@ def expected(family, chat_model):
     return written
 
 
-def test_the_bases_own_generation_config_stops_at_the_same_token(family, chat_model, expected):
+def test_the_bases_generation_config_stops_at_the_same_token(family, chat_model, expected):
     if family != "chatml-over-base":  # whose makers left the end of a turn out
         assert tuple(by_transformers(chat_model(family), next(iter(ANSWERS)))) == next(iter(expected.values()))
 
@@ -169,7 +169,7 @@ def test_an_answer_is_continued_where_that_is_asked(trained, tmp_path, expected)
     assert json.loads((tmp_path / "o.jsonl").read_text())["completion"] == rest
 
 
-def test_a_conversation_that_ends_with_an_answer_is_not_answered_again(trained):
+def test_a_conversation_that_ends_with_an_answer_is_refused(trained):
     turns = [*ask("What"), {"role": "assistant", "content": "Go"}]
     writer = open_writer(trained[1])
     with pytest.raises(FeedbackFormatError, match="the last message is the assistant's"):
@@ -180,7 +180,7 @@ def test_a_conversation_that_ends_with_an_answer_is_not_answered_again(trained):
         PersonalizedLM.load_from_checkpoint(trained[1]).generate([turns], ["ann"])
 
 
-def test_an_empty_answer_in_a_conversation_and_a_long_prompt_are_as_with_other_servers(trained):
+def test_empty_answers_and_long_prompts_are_as_in_other_servers(trained):
     writer = open_writer(trained[1])
     writer.name = "m"
     with serving(Services(writer, lambda: Engine(writer))) as url:
@@ -209,7 +209,7 @@ def test_a_plain_prompt_to_a_model_of_conversations_is_answered(trained, capsys)
             assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).json()["choices"][0]["text"] == text
 
 
-def test_plain_rows_of_new_users_become_the_ids_of_conversations(trained):
+def test_plain_rows_of_new_users_become_conversation_ids(trained):
     module = PersonalizedLM.load_from_checkpoint(trained[1])
     encode = FeedbackTokenizer(module.policy.tokenizer, module.tokenization)
     question, text = next(iter(ANSWERS.items()))
@@ -231,7 +231,7 @@ def test_an_empty_answer_is_told_with_what_may_help(family, trained, tmp_path, c
     assert "`--chat_template true`" not in capsys.readouterr().err
 
 
-def test_a_plain_prompt_is_taken_as_it_stands_where_that_is_asked(trained):
+def test_a_plain_prompt_is_taken_as_it_stands_on_request(trained):
     base, checkpoint, _ = trained
     tokenizer, lm = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base)
     ids = torch.tensor([tokenizer("What helps")["input_ids"]])

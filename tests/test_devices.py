@@ -135,7 +135,7 @@ def test_other_settings_train_on_a_gpu(model_path, votes, tmp_path, place, how):
     make_trainer(tmp_path, place, limit_train_batches=2, limit_val_batches=0).fit(module, data)
 
 
-def test_a_model_is_validated_after_the_fit_that_left_it_on_the_host(model_path, votes, tmp_path, place):
+def test_validation_after_a_fit_that_left_the_model_on_the_host(model_path, votes, tmp_path, place):
     module = make(model_path)
     data = make_data(module, without_texts(votes))  # with texts, that nothing reads, rows' lengths are not looked at
     trainer = make_trainer(tmp_path, place, limit_train_batches=1)
@@ -165,7 +165,7 @@ def test_random_weights_are_the_same_on_a_gpu_as_on_the_host(model_path, place):
         assert torch.equal(torch.rand(2), expected)  # chance goes on as if nothing had been drawn
 
 
-def test_users_are_learned_on_a_gpu_from_pairs_wherever_they_are(model_path, votes, tmp_path, place):
+def test_users_are_learned_on_a_gpu_from_pairs_on_any_device(model_path, votes, tmp_path, place):
     module = trained(model_path, votes, tmp_path, place)
     new = FileSource(str(write_votes(tmp_path / "new.jsonl", {"eve": 5, "fay": 4}, seed=5)))
     pairs = read_pairs(module, new)[0]
@@ -226,7 +226,7 @@ def test_the_host_waits_for_the_gpu_no_oftener_than_it_must(model_path, votes, t
     assert waits.steps[4].total() <= most, waits.steps[4]  # in the second epoch, which the reference is cached for
 
 
-def test_the_pretended_gpu_refuses_what_a_gpu_does_and_counts_waits():
+def test_the_pretended_gpu_refuses_like_one_and_counts_waits():
     with PretendedGPU() as gpu:
         there, here = torch.arange(4.0, device="cuda"), torch.arange(4.0)
         for mixes in (

@@ -45,7 +45,7 @@ def my_modules(repo_root, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_a_loss_a_user_model_and_a_policy_from_outside_train_by_class_path(my_modules, model_path, votes, tmp_path):
+def test_outside_loss_user_model_and_policy_train_by_class_path(my_modules, model_path, votes, tmp_path):
     main(
         ["fit", "--model.loss", "my_losses.SquaredHingeLoss", "--model.loss.beta", "0.5",
          "--model.user_model", "my_users.MyLowRankUserModel", "--model.user_model.rank", "2",

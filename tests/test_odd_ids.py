@@ -124,7 +124,7 @@ def test_all_are_removed_by_a_file(model, tmp_path):
 @pytest.mark.parametrize(
     ("typed", "meant"), [("[x]]", "'[x]'"), ("8", None), ("1e3 ", "'1e3'"), ("\u00e9 ", "'\u00e9'"), ("NULL", "'null'")]
 )
-def test_an_id_that_is_not_there_is_answered_by_those_that_look_alike(model, typed, meant):
+def test_a_missing_id_is_answered_with_those_that_look_alike(model, typed, meant):
     with pytest.raises(SystemExit) as exit_info:
         main(["users", "remove", "--model", str(model), f"--user={typed}"])
     assert f"{typed!r} is not in this model" in str(exit_info.value)

@@ -36,7 +36,7 @@ def test_few_users_or_pairs_have_a_kind_too(users, pairs):
     assert 1 <= count <= max(1, users)
 
 
-def test_a_kind_is_the_row_of_a_user_however_few_directions_there_are():
+def test_a_kind_is_a_users_row_with_any_number_of_directions():
     draw = torch.Generator().manual_seed(0)
     rows, judgments = torch.randn(20, 50, generator=draw), population([5] * 4)[0].float()
     prior = UserPrior.fit(rows, torch.ones(50), judgments, kinds=4, rank=2)
@@ -74,7 +74,7 @@ def test_expected_accuracy_is_what_users_of_these_kinds_reach():
         assert float(found.expected_accuracy_std[user]) == pytest.approx(float(spread), abs=0.02)
 
 
-def test_nothing_is_settled_before_the_first_pair_and_all_once_the_kind_is_certain():
+def test_a_kind_is_settled_only_once_it_is_certain():
     judgments, _ = population([6, 3, 3])
     prior = UserPrior.fit(torch.randn(12, 5), torch.zeros(5), judgments.float(), kinds=3)
     certain = torch.eye(len(prior.weights))[1]

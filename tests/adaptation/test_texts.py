@@ -54,7 +54,7 @@ def test_groups_hold_what_is_wanted_once_and_few_whole_prompts(batch, most, data
     assert sum(map(len, owners)) == len(set().union(*owners))
 
 
-def test_a_text_about_the_user_tells_prompts_apart_only_where_it_is_read():
+def test_a_user_text_matters_only_where_the_model_reads_it():
     batch = PreferenceBatch(
         ("a", "b"),
         Tokens.from_lists([[1], [2]]),

@@ -16,7 +16,7 @@ def written(path, rows):
     return path
 
 
-def test_a_response_to_a_prompt_is_one_item_for_all_users_and_splits(tmp_path):
+def test_a_response_to_a_prompt_is_one_item_everywhere(tmp_path):
     train = written(tmp_path / "a.jsonl", [("u", "p", "x y", "z"), ("v", "p", "z", "x y"), ("v", "q", "z", "w")])
     validation = written(tmp_path / "b.jsonl", [("w", "p", "z", "new")])
     table = read_table(FileSource(train, validation), ["train", "validation"])

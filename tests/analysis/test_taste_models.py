@@ -62,7 +62,7 @@ def test_scores_are_those_of_a_slow_bradley_terry(few):
     torch.testing.assert_close(fast.scores, scores.detach(), atol=1e-3, rtol=0)
 
 
-def test_the_low_rank_term_is_as_good_as_one_under_the_trace_norm(few):
+def test_the_low_rank_term_is_as_good_as_under_the_trace_norm(few):
     family = ItemPreferences()
     model = family.personal(few, family.shared(few, 0.5), 0.5, 0.8, rank=4)
     own = model.tastes @ model.items.T
@@ -97,7 +97,7 @@ def test_slopes_are_those_of_slow_ridge_regressions(few):
     torch.testing.assert_close(model.tastes, own.detach(), atol=2e-3, rtol=0)
 
 
-def test_above_the_largest_ridge_no_taste_is_left_and_below_it_some_is(few):
+def test_only_the_largest_ridge_leaves_no_taste(few):
     family = ItemPreferences()
     shared = family.shared(few, 0.5)
     largest = family.ridges(few, shared)[-1]

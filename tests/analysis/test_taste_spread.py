@@ -34,7 +34,7 @@ def test_spread_and_mean_are_those_that_users_were_drawn_with(users, each):
     assert np.corrcoef(found.weights[:, 0], weights[:, 0])[0, 1] > 0.6
 
 
-def test_one_user_differs_from_nobody_and_users_without_votes_are_average():
+def test_single_users_and_users_without_votes_are_average():
     who, differences, _ = votes(1, 60)
     found = preference_spread(who + 1, differences, 3)
     assert (found.low == 0).all()

@@ -9,7 +9,7 @@ import pytest
 from prlhf_lightning.analysis.win_rate import user_mean
 
 
-def test_each_user_weighs_the_same_whatever_their_number_of_values():
+def test_users_weigh_the_same_however_many_values_they_have():
     found = user_mean(["ann", "bob", "bob", "bob"], [1.0, 0.0, 0.5, 0.1])
     assert (found.value, found.users, found.count) == (pytest.approx((1 + 0.2) / 2), 2, 4)
 

@@ -131,7 +131,7 @@ def test_gradients_are_those_of_each_pair_alone(model, pairs):
         torch.testing.assert_close(change, slope, atol=2e-4, rtol=0.05)
 
 
-def test_passes_with_gradients_are_bounded_by_their_positions_and_give_the_same(model, pairs, monkeypatch):
+def test_passes_in_parts_stay_in_the_limit_and_give_the_same(model, pairs, monkeypatch):
     directions, (rows, _) = torch.randn(2, trained_rows(model)[0].shape[1]), trained_rows(model)
     of, passes = torch.arange(len(pairs)) % len(rows), []
     log_probs = CausalLMPolicy.log_probs
@@ -151,7 +151,7 @@ def test_passes_with_gradients_are_bounded_by_their_positions_and_give_the_same(
     torch.testing.assert_close(apart, together)
 
 
-def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model, pairs, folder):
+def test_margins_are_the_objectives_whichever_answer_is_longer(model, pairs, folder):
     likes_long = read_pairs(model, FileSource(write_votes(folder / "likes_long.jsonl", {"x": 4})))[0]
     likes_short = replace(likes_long, chosen=likes_long.rejected, rejected=likes_long.chosen)
     for batch in (pairs, likes_long, likes_short):
@@ -161,7 +161,7 @@ def test_margins_are_those_of_the_objective_whichever_completion_is_longer(model
         torch.testing.assert_close(found, generic.margins, atol=1e-4, rtol=1e-4)
 
 
-def test_users_who_were_added_and_not_trained_say_nothing_of_what_users_are_like(model, pairs):
+def test_added_untrained_users_do_not_count_in_the_prior(model, pairs):
     expected, tables = fit_prior(model, pairs), model.user_model.row_tables()
     whole = [table.data for table in tables]
     for table, new in zip(tables, model.user_model.new_rows(whole), strict=True):
@@ -184,7 +184,7 @@ def test_weights_and_left_out_chances_follow_bayes_rule(model, pairs):
     assert float(found.left_out()[0]) == pytest.approx(float(expected), abs=2e-3)
 
 
-def test_the_model_is_left_as_it_was_and_other_rows_are_bit_identical_in_the_file(model, pairs, folder):
+def test_adapting_changes_only_the_new_rows_of_the_file(model, pairs, folder):
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     found = adapt_users(model, pairs, steps=1)
     assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
@@ -200,7 +200,7 @@ def test_the_model_is_left_as_it_was_and_other_rows_are_bit_identical_in_the_fil
     torch.testing.assert_close(rows.vectors()[-2:], found.rows)
 
 
-def test_the_curve_starts_at_the_generic_user_and_is_of_the_same_users_throughout(model, pairs):
+def test_the_curve_starts_at_the_generic_user_with_fixed_users(model, pairs):
     points = cold_start(model, pairs, pairs, counts=(0, 6, 9))  # "short" has six pairs
     assert [(point.pairs, point.users) for point in points] == [(0, 2), (6, 2)]
     assert (points[0].gain, points[0].interval, points[0].accuracy) == (0.0, 0.0, points[0].generic)
@@ -231,7 +231,7 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
         trained_rows(PersonalizedLM(UniformUserModel(1), CausalLMPolicy(model_path), DPOLoss()))
 
 
-def test_kinds_that_are_ruled_out_stay_so_however_badly_the_others_do():
+def test_kinds_that_are_ruled_out_stay_ruled_out():
     codes, weights = torch.tensor([[0.0], [1.0]]), torch.tensor([0.5, 0.5])
     prior = UserPrior(torch.zeros(1), torch.ones(1, 1), codes, weights, 0.0, torch.full((2, 1), 0.5))
 
@@ -257,7 +257,7 @@ def test_pairs_go_to_the_device_of_the_model(model_path, pairs, monkeypatch):
         Margins(PersonalizedLM(users, CausalLMPolicy(model_path), SimPOLoss()).to("meta"), pairs)
 
 
-def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder):
+def test_held_out_pairs_decide_how_far_rows_are_shrunk(model, folder):
     users = {f"user{i}": 3 for i in range(8)}
     pairs = read_pairs(model, FileSource(write_votes(folder / "held_out.jsonl", users, seed=9)))[0]
     with torch.no_grad():
@@ -280,7 +280,7 @@ def test_rows_are_believed_as_far_as_held_out_pairs_bear_them_out(model, folder)
         fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
 
 
-def test_rows_that_are_read_off_pairs_stay_where_trained_ones_are_drawn(model_path, folder):
+def test_rows_read_from_pairs_stay_when_trained_ones_shrink(model_path, folder):
     users = CompositeUserModel([IndividualUserModel(1), AmortizedUserModel(1)])
     module = PersonalizedLM(users, CausalLMPolicy(model_path), DPOLoss())
     module.vocabulary = UserVocabulary(["ann", "bob"])
@@ -317,7 +317,7 @@ def trained_file(model_path, folder):
     return folder / "runs" / "version_0" / "checkpoints" / "last.ckpt"
 
 
-def test_new_users_of_a_study_with_pseudonyms_are_stored_by_theirs(trained_file, folder, capsys, monkeypatch):
+def test_new_users_of_a_pseudonymous_study_get_pseudonyms(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     monkeypatch.setenv("STUDY_SALT", "a secret of many bytes")
     new, output = write_votes(folder / "secret.jsonl", {"person-1": 2}), folder / "secret.ckpt"
@@ -347,7 +347,7 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main([*command, "--output", str(folder)])
 
 
-def test_the_model_is_rebuilt_of_what_is_read_once_and_left_as_it_is(trained_file, folder, monkeypatch):
+def test_the_model_is_rebuilt_from_one_read_and_left_as_it_is(trained_file, folder, monkeypatch):
     content = read_checkpoint(trained_file, "x")
     untouched = read_checkpoint(trained_file, "x")
     module = module_of(content, trained_file, "x")
@@ -384,7 +384,7 @@ def test_the_commands_compute_on_the_device_that_is_named(trained_file, folder, 
         main([*args, "--device", "nonsense"])
 
 
-def test_known_users_of_a_file_are_left_out_where_that_is_asked_for(trained_file, folder, capsys, monkeypatch):
+def test_known_users_of_a_file_are_left_out_on_request(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     mixed = write_votes(folder / "mixed.jsonl", {"user0": 2, "user1": 1, "late": 2})
     mixed.write_text(mixed.read_text().replace('"user_id"', '"worker"'))
@@ -396,7 +396,7 @@ def test_known_users_of_a_file_are_left_out_where_that_is_asked_for(trained_file
     assert read_checkpoint(folder / "late.ckpt", "x")["prlhf_lightning"]["users"][4:] == ["late"]
 
 
-def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
+def test_the_command_shrinks_rows_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
     turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
     output = folder / "shrunk.ckpt"
@@ -409,7 +409,7 @@ def test_the_command_draws_rows_to_the_generic_user_and_leaves_the_rest(trained_
     assert all(torch.equal(old["state_dict"][k], v) for k, v in new["state_dict"].items() if k not in rows.tables)
 
 
-def test_where_there_is_nothing_to_draw_or_to_learn_by_the_commands_say_so(trained_file, folder, capsys, monkeypatch):
+def test_commands_say_when_nothing_can_be_shrunk_or_learned(trained_file, folder, capsys, monkeypatch):
     votes, output, frozen = (
         write_votes(folder / "any.jsonl", {"user0": 2}),
         folder / "same.ckpt",
@@ -453,7 +453,7 @@ def test_a_checkpoint_follows_its_base_model(trained_file, folder, model_path, c
     assert output.read_bytes() == before
 
 
-def test_a_base_model_that_is_gone_is_named_with_the_command_that_tells_where_it_is(trained_file, folder):
+def test_a_missing_base_model_is_named_with_the_next_command(trained_file, folder):
     content = read_checkpoint(trained_file, "x")
     content["hyper_parameters"]["policy"]["init_args"]["model"] = "/gone/base"
     checkpoint_files.save(content, folder / "gone.ckpt")
@@ -463,9 +463,7 @@ def test_a_base_model_that_is_gone_is_named_with_the_command_that_tells_where_it
             main([*command, str(folder / "gone.ckpt")])
 
 
-def test_a_base_model_with_other_weights_is_refused_as_its_new_place_and_warned_of_in_its_old_one(
-    trained_file, folder, model_path
-):
+def test_a_changed_base_is_refused_as_new_and_warned_of_as_old(trained_file, folder, model_path):
     other, output = Path(shutil.copytree(model_path, folder / "other base")), folder / "other.ckpt"
     weights = load_file(other / "model.safetensors")
     weights["model.norm.weight"] *= 2

@@ -53,14 +53,14 @@ def test_in_a_second_file(config_of, tmp_path):
     assert "IPOLoss takes the place of DPOLoss" in said
 
 
-def test_what_is_given_after_the_class_holds_and_what_stood_before_it_is_told(config_of):
+def test_arguments_after_the_class_hold_and_earlier_are_told(config_of):
     config, said = config_of("--model.loss.beta", "3", "--model.loss", "SimPOLoss", "--model.loss.gamma", "2")
     assert config["model"]["loss"]["init_args"] == defaults(SimPOLoss) | {"gamma": 2.0}
     assert "Not kept from DPOLoss: beta=3.0, sft_weight=0.2." in said
 
 
 @pytest.mark.parametrize("name", ["DPOLoss", "prlhf_lightning.DPOLoss", "prlhf_lightning.losses.margin.DPOLoss"])
-def test_the_same_class_keeps_its_arguments_by_whatever_path_it_is_named(config_of, name):
+def test_a_class_keeps_its_arguments_under_any_of_its_paths(config_of, name):
     config, said = config_of("--model.loss", name, "--model.loss.label_smoothing", "0.1")
     expected = defaults(DPOLoss) | {"beta": 0.1, "sft_weight": 0.2, "label_smoothing": 0.1}
     assert config["model"]["loss"]["init_args"] == expected

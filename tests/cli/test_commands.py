@@ -59,7 +59,7 @@ def test_nothing_is_loaded_that_a_command_does_not_need(words, not_loaded):
     assert "loaded: False" in subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
 
 
-def test_lightning_reads_the_process_words_itself_and_does_not_warn_of_them(monkeypatch, recwarn, capsys):
+def test_lightning_reads_the_process_words_without_a_warning(monkeypatch, recwarn, capsys):
     monkeypatch.setattr(
         sys, "argv", ["prlhf_lightning", "fit", "--print_config", "--config", "configs/quickstart.yaml"]
     )
@@ -69,7 +69,7 @@ def test_lightning_reads_the_process_words_itself_and_does_not_warn_of_them(monk
     assert not [warning for warning in recwarn if "args parameter" in str(warning.message)]
 
 
-def test_an_interrupt_while_modules_are_loaded_is_no_stack_trace(monkeypatch):
+def test_ctrl_c_while_modules_load_gives_no_stack_trace(monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
 

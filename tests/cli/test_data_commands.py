@@ -36,7 +36,7 @@ def records(path):
     return [parse_record(row, where) for where, row in FileSource(path).rows("train")]
 
 
-def test_check_shows_what_is_wrong_writes_it_as_json_and_exits_with_1(tmp_path, capsys):
+def test_check_shows_problems_writes_json_and_exits_with_1(tmp_path, capsys):
     votes = write(tmp_path / "votes.jsonl", [row(1), "{", row(2, user_id=None), row(3)])
     assert run("data", "check", "--train", votes, "--output", tmp_path / "out" / "report.json") == 1
     shown = capsys.readouterr().out
@@ -64,7 +64,7 @@ def test_check_measures_with_a_tokenizer(model_path, tmp_path, capsys):
     assert run("data", "check", *args, "--overlong", "error") == 1
 
 
-def test_check_takes_the_tokenizer_that_is_shipped_and_names_one_that_is_missing(tmp_path):
+def test_check_takes_shipped_tokenizers_and_names_missing_ones(tmp_path):
     votes = write(tmp_path / "votes.jsonl", [row(1)])
     assert run("data", "check", "--train", votes, "--tokenizer", "builtin:byte-lm") == 0
     assert str(tmp_path / "none") in run("data", "check", "--train", votes, "--tokenizer", tmp_path / "none")
@@ -78,7 +78,7 @@ def test_check_and_convert_take_any_source(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.glob("*")) == ["train.parquet", "validation.parquet"]
 
 
-def test_a_file_that_is_damaged_part_way_is_read_so_far_and_what_is_lost_is_said(tmp_path, capsys):
+def test_a_damaged_file_is_read_as_far_as_possible_and_reported(tmp_path, capsys):
     whole = gzip.compress("".join(json.dumps(row(i, chosen=f"{i * 7919}")) + "\n" for i in range(20000)).encode())
     votes = tmp_path / "votes.jsonl.gz"
     votes.write_bytes(whole[: len(whole) // 2])
@@ -93,7 +93,7 @@ def test_a_file_that_is_damaged_part_way_is_read_so_far_and_what_is_lost_is_said
     assert f"{len(records(tmp_path / 'out' / 'train.parquet')):,} written" in shown
 
 
-def test_convert_keeps_every_record_for_this_package_and_for_datasets(tmp_path, monkeypatch):
+def test_convert_keeps_every_record_here_and_for_datasets(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     votes = write(tmp_path / "votes.jsonl", [row(i, user_text="é\0" * (i % 2) or None, extra=i) for i in range(5)])
     assert run("data", "convert", "--output", tmp_path, "--train", votes) == 0
@@ -104,7 +104,7 @@ def test_convert_keeps_every_record_for_this_package_and_for_datasets(tmp_path, 
     assert pq.ParquetFile(tmp_path / "train.parquet").metadata.row_group(0).column(0).compression == "ZSTD"
 
 
-def test_no_changed_byte_of_a_converted_file_changes_a_record_unnoticed(tmp_path):
+def test_a_changed_byte_of_a_converted_file_is_always_noticed(tmp_path):
     votes = write(tmp_path / "votes.jsonl", [row(i) for i in range(50)])
     assert run("data", "convert", "--output", tmp_path, "--train", votes) == 0
     path = tmp_path / "train.parquet"
@@ -120,7 +120,7 @@ def test_no_changed_byte_of_a_converted_file_changes_a_record_unnoticed(tmp_path
     assert caught > 30
 
 
-def test_conversations_become_lists_of_messages_with_the_prompt_apart(tmp_path):
+def test_conversations_become_message_lists_with_their_prompt(tmp_path):
     said = [{"role": "user", "content": "hi"}]
     answers = {name: [*said, {"role": "assistant", "content": name}] for name in ("chosen", "rejected")}
     votes = write(tmp_path / "votes.jsonl", [{"user_id": "ann", **answers}])
@@ -148,7 +148,7 @@ def test_texts_and_conversations_do_not_go_into_one_file(tmp_path, capsys):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_convert_stops_at_the_first_error_and_leaves_what_was_there(tmp_path):
+def test_convert_stops_at_the_first_error_and_keeps_old_files(tmp_path):
     votes = write(tmp_path / "votes.jsonl", [row(1)])
     assert run("data", "convert", "--output", tmp_path / "out", "--train", votes) == 0
     before = (tmp_path / "out" / "train.parquet").read_bytes()
@@ -171,7 +171,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path, monkeypatch, recwarn):
     assert not (tmp_path / "out").exists()
 
 
-def test_rejected_rows_stand_beside_with_the_reason_until_there_are_none(tmp_path, capsys):
+def test_rejected_rows_are_written_aside_until_there_are_none(tmp_path, capsys):
     votes = write(tmp_path / "votes.jsonl", [row(1), row(2, rejected="yes"), "[" * 3000, row(3)])
     command = ("data", "convert", "--output", tmp_path, "--train", votes, "--on_error", "report", "--overwrite", "true")
     assert run(*command) == 0
@@ -184,7 +184,7 @@ def test_rejected_rows_stand_beside_with_the_reason_until_there_are_none(tmp_pat
     assert not (tmp_path / "train.rejected.jsonl").exists()
 
 
-def test_where_no_row_is_good_the_first_reason_is_told_and_nothing_written(tmp_path):
+def test_without_a_good_row_the_first_reason_is_the_error(tmp_path):
     votes = write(tmp_path / "votes.jsonl", [row(1, chosen=""), "{"])
     for path, reason in ((votes, "votes.jsonl:1: field 'chosen' is empty"), (tmp_path / "none.csv", "no such file")):
         said = run("data", "convert", "--output", tmp_path / "out", "--train", path, "--on_error", "report")
@@ -233,7 +233,7 @@ class Mentions:
         return float(answer.count(self.word))
 
 
-def test_a_pool_with_scores_from_outside_the_package_is_converted(tmp_path, monkeypatch):
+def test_a_pool_with_scores_of_another_package_is_converted(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_scores", module := ModuleType("my_scores"))
     module.Mentions, module.negated = Mentions, lambda prompt, answer: -len(answer)
     monkeypatch.setattr(Mentions, "__module__", "my_scores")

@@ -80,7 +80,7 @@ def test_a_few_votes_make_a_page_too(tmp_path, rows):
     assert "too few votes" in (tmp_path / "page.html").read_text()
 
 
-def test_of_many_votes_those_of_some_users_are_fitted_and_it_is_said(tmp_path):
+def test_of_many_votes_some_users_are_fitted_and_it_says_so(tmp_path):
     path = written(tmp_path / "votes.jsonl", one_judge_a_pair(1200, taste=False))
     finding = find_personalization_gain(read_table(FileSource(path), ["train"]), max_votes=600)
     assert "600 votes of 30 users" in finding.remarks[0]

@@ -135,7 +135,7 @@ def test_logs_of_tensorboard_are_searched(run, capsys):
     assert "events.out.tfevents" in capsys.readouterr().out
 
 
-def test_other_people_whose_ids_contain_an_id_are_not_taken_for_it(run, capsys):
+def test_ids_that_contain_an_erased_id_are_left_alone(run, capsys):
     (run / "users_seen.csv").write_text("user_id,accuracy\nannabel,0.51\njoanna,0.21\n21,0.2\n")
     erase(run, "ann", "1")
     assert "users_seen.csv" not in capsys.readouterr().out
@@ -171,7 +171,7 @@ def test_every_place_beside_a_run_is_searched_or_named(run, tmp_path, capsys):
     assert f"Not looked into: {runs / 'notes'};" in said
 
 
-def test_files_beside_a_checkpoint_that_is_of_no_run_are_searched(tmp_path, capsys):
+def test_files_beside_a_checkpoint_of_no_run_are_searched(tmp_path, capsys):
     save(tmp_path / "shrunk.ckpt", ["zoe", "bob"])
     save(tmp_path / "adapted.ckpt", ["zoe"])
     (tmp_path / "answers.jsonl").write_text('{"user_id": "zoe"}')
@@ -202,7 +202,7 @@ def test_what_can_not_be_looked_into_as_a_whole_is_told(run, capsys):
     assert f"{run / 'a.jsonl.gz'} was not looked into as a whole" in said
 
 
-def test_many_are_erased_at_once_and_the_result_is_told_in_a_few_lines(run, tmp_path, capsys):
+def test_many_users_are_erased_at_once_with_a_short_result(run, tmp_path, capsys):
     everyone = [f"user-{number}" for number in range(300)]
     last = save(run / "checkpoints/last.ckpt", everyone)
     before = checkpoint_files.load(last)["state_dict"][TABLE]
@@ -261,7 +261,7 @@ def test_ids_that_look_alike_and_stay_are_told(run, capsys):
     assert "Other ids look like these, and stay: 'Zoe', 'zoe ', " in capsys.readouterr().out
 
 
-def test_a_checkpoint_that_names_a_person_in_an_unknown_place_is_told(run, capsys):
+def test_an_unknown_place_that_names_a_person_is_reported(run, capsys):
     other = save(run.parent / "version_1/checkpoints/last.ckpt", ["bob"], notes={"favorite": "zoe"})
     erase(run, "zoe")
     assert f"{other} names zoe in a place not known to this tool" in capsys.readouterr().out

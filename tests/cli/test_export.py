@@ -84,7 +84,7 @@ def test_a_file_that_is_no_checkpoint_is_named(votes, tmp_path):
         export(votes, tmp_path / "exported")
 
 
-def test_a_checkpoint_of_a_module_built_in_code_says_how_to_load_it(model_path, votes, tmp_path):
+def test_a_module_built_in_code_says_how_to_load_its_checkpoint(model_path, votes, tmp_path):
     module = PersonalizedLM(IndividualUserModel(2), CausalLMPolicy(model_path, lora=LoRA(rank=2)), DPOLoss())
     data = PreferenceDataModule(FileSource(train=[str(votes)]), tokenizer=module.policy.tokenizer)
     trainer = Trainer(
@@ -136,7 +136,7 @@ def lines_of_docs(repo_root, name: str) -> str:
 
 
 @pytest.mark.parametrize("asked", ASKED, ids=lambda asked: f"{asked.prompt}-{asked.user[:3]}")
-def test_the_documented_lines_write_the_same_tokens_without_this_package(exported, repo_root, asked):
+def test_the_documented_lines_give_the_same_tokens_without_us(exported, repo_root, asked):
     checkpoint, whole, _ = exported
     ours = open_writer(checkpoint).generate([replace(asked, max_new_tokens=40)])[0]
     code = lines_of_docs(repo_root, "peft")
@@ -170,7 +170,7 @@ def test_user_vectors_are_the_user_models_own(exported):
         assert torch.equal(vectors[user_id], module.user_model(Users(torch.tensor([row]))).vectors[0])
 
 
-def test_vectors_of_many_users_are_written_in_parts_with_an_index(tmp_path):
+def test_many_users_vectors_are_written_in_parts_with_an_index(tmp_path):
     user_model, ids = IndividualUserModel(num_tokens=2), [f"user-{i}" for i in range(24)]
     user_model.build(25, torch.randn(9, 8))
     nn.init.normal_(user_model.offsets.weight.data[1:])
@@ -183,7 +183,7 @@ def test_vectors_of_many_users_are_written_in_parts_with_an_index(tmp_path):
         assert torch.equal(vectors, user_model(Users(torch.tensor([row]))).vectors[0])
 
 
-def test_users_false_leaves_nothing_of_users_not_even_of_an_earlier_export(exported, tmp_path):
+def test_users_false_also_removes_users_of_an_earlier_export(exported, tmp_path):
     checkpoint = exported[0]
     export(checkpoint, tmp_path / "e", "--peft_users", "true")
     export(checkpoint, tmp_path / "e", "--include_users", "false")
@@ -317,7 +317,7 @@ def test_a_folder_that_was_changed_on_purpose_can_be_read(exported, tmp_path):
     assert open_writer(folder).name == "mine"
 
 
-def test_a_folder_that_lacks_a_weight_is_refused_and_does_not_get_a_random_one(exported, tmp_path):
+def test_a_folder_that_lacks_a_weight_is_refused(exported, tmp_path):
     shutil.copytree(exported[1], tmp_path / "e")
     weights = load_file(tmp_path / "e" / "model.safetensors")
     name = next(name for name in weights if name.endswith("weight") and "0" in name)
@@ -327,7 +327,7 @@ def test_a_folder_that_lacks_a_weight_is_refused_and_does_not_get_a_random_one(e
         open_writer(tmp_path / "e")
 
 
-def test_adapters_name_a_base_model_that_is_gone_and_warn_of_one_with_other_weights(exported, tmp_path):
+def test_adapters_name_a_missing_base_and_warn_of_other_weights(exported, tmp_path):
     export(exported[0], tmp_path / "e", "--adapters", "true")
     settings = json.loads((tmp_path / "e" / "adapter_config.json").read_text())
     base = Path(shutil.copytree(settings["base_model_name_or_path"], tmp_path / "base"))

@@ -53,7 +53,7 @@ def half_written(monkeypatch):
         yield patch
 
 
-def test_what_is_added_to_a_file_is_added_as_a_whole_or_not_at_all(tmp_path, half_written):
+def test_an_append_is_whole_or_does_not_happen(tmp_path, half_written):
     (tmp_path / "a.jsonl").write_text("1\n")
     with pytest.raises(
         CheckpointWriteError, match=r"a.jsonl could not be written: No space left.*untouched. Make room"
@@ -69,7 +69,7 @@ def test_what_is_added_to_a_file_is_added_as_a_whole_or_not_at_all(tmp_path, hal
 
 @pytest.mark.parametrize("function", ["fsync", "replace"])
 @pytest.mark.parametrize("at", [1, 2])
-def test_files_that_belong_together_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, function, at):
+def test_files_that_belong_together_are_replaced_together(tmp_path, monkeypatch, function, at):
     (tmp_path / "page.html").write_text("old")
     with monkeypatch.context() as patch:
         patch.setattr(os, function, Full(getattr(os, function), at))
@@ -93,9 +93,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("function", ["fsync", "rename", "mkdir"])
 @pytest.mark.parametrize("is_new", [False, True])
-def test_a_folder_is_replaced_as_a_whole_or_not_at_all_whichever_call_is_refused(
-    tmp_path, monkeypatch, function, is_new
-):
+def test_a_folder_is_replaced_whole_whichever_call_fails(tmp_path, monkeypatch, function, is_new):
     folder = tmp_path / "made" / "folder"
     if not is_new:
         write_folder(folder, b"1", "ab")
@@ -124,7 +122,7 @@ def test_errors_that_only_quote_the_system_are_understood(tmp_path):
         raise RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-def test_a_table_of_metrics_has_whole_rows_and_goes_on_once_there_is_room(tmp_path, half_written):
+def test_a_metrics_table_has_whole_rows_and_goes_on_with_room(tmp_path, half_written):
     half_written.undo()
     (logger,), _ = with_run_folder(None, str(tmp_path))
     path = Path(logger.log_dir) / "metrics.csv"
@@ -148,7 +146,7 @@ def test_a_table_of_metrics_has_whole_rows_and_goes_on_once_there_is_room(tmp_pa
     assert [one.name for one in path.parent.iterdir()] == ["metrics.csv"]
 
 
-def test_loggers_that_were_given_stay_the_same_objects_and_name_what_is_refused(tmp_path, monkeypatch):
+def test_given_loggers_stay_the_same_and_name_a_failed_write(tmp_path, monkeypatch):
     given = [CSVLogger(tmp_path, name="a"), TensorBoardLogger(tmp_path, name="a")]
     assert with_run_folder(given, "runs")[0] == given
     given[1].log_metrics({"a": 1.0}, 0)
@@ -187,7 +185,7 @@ def test_output_that_cannot_be_printed_is_an_error_in_one_line(tmp_path):
     )  # fmt: skip
 
 
-def test_commands_on_a_disk_that_fills_up_lose_nothing_and_leave_nothing_half(repo_root):
+def test_commands_on_a_full_disk_lose_nothing_and_leave_no_part(repo_root):
     words = ["--only", "api-key", "data convert", "--points", "3", "--ways", "call"]
     command = [sys.executable, str(repo_root / "benchmarks/full_disk.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -52,7 +52,7 @@ def test_one_answer_is_written_as_it_is(checkpoint, capsys):
     assert capsys.readouterr().out == answer(checkpoint, "the cat", "ann") + "\n"
 
 
-def test_several_answers_stand_side_by_side_and_strangers_are_named(checkpoint, capsys, monkeypatch):
+def test_answers_stand_side_by_side_and_unknown_users_are_named(checkpoint, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "150")
     generate(checkpoint, "--prompt", "the cat", "--user", "ann", "eve", "--blend", "{ann: 0.25, bob: 0.75}")
     shown = capsys.readouterr()

@@ -95,7 +95,7 @@ def test_a_logger_that_is_not_installed_says_what_to_install(settings, monkeypat
         main([*settings, "--trainer.logger", "WandbLogger"])
 
 
-def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(settings, model_path, tmp_path, caplog):
+def test_a_run_ends_with_its_checkpoints_or_warns_of_others(settings, model_path, tmp_path, caplog):
     main(settings)
     assert "Checkpoints: runs/version_0/checkpoints/last.ckpt" in caplog.text
     shutil.copytree(model_path, tmp_path / "elsewhere")
@@ -103,9 +103,7 @@ def test_a_run_ends_by_naming_its_checkpoints_and_one_of_another_model_warns(set
         main([*settings, "--model.policy.model=elsewhere", "--ckpt_path=runs/version_0", "--trainer.max_steps=2"])
 
 
-def test_rows_that_are_no_better_than_the_generic_user_end_a_run_with_what_to_do(
-    settings, tmp_path, caplog, capsys, monkeypatch
-):
+def test_rows_no_better_than_the_generic_user_end_with_advice(settings, tmp_path, caplog, capsys, monkeypatch):
     # These votes are drawn at random: a model that learned nothing of them would be advised to learn first.
     monkeypatch.setattr("prlhf_lightning.training.callbacks.LearningMonitor.advice", lambda *_: None)
     main([*settings, "--trainer.max_steps", "-1", "--model.optim.user_lr", "1e-12"])  # so that both rank alike
@@ -120,7 +118,7 @@ def test_rows_that_are_no_better_than_the_generic_user_end_a_run_with_what_to_do
         main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
 
 
-def test_shrinking_is_advised_where_trained_rows_gain_nothing_and_nowhere_else():
+def test_shrinking_is_advised_only_where_rows_gain_nothing():
     users, last = IndividualUserModel(1), Path("a run/checkpoints/last.ckpt")
     users.build(3, torch.randn(4, 8))
     found = {"val/seen/accuracy": torch.tensor(0.6), "val/seen/generic_accuracy": torch.tensor(0.62)}
@@ -141,7 +139,7 @@ def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path
     assert (tmp_path / "runs/exported/model.safetensors").exists()
 
 
-def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, tmp_path, caplog, capsys, recwarn):
+def test_without_validation_nothing_is_best_or_compared(settings, tmp_path, caplog, capsys, recwarn):
     main([*settings, "--train_baseline", "true"])
     assert "Nothing has been validated yet: no val/seen/loss" in caplog.text
     assert not [warned for warned in recwarn if "could not find the monitored key" in str(warned.message)]
@@ -149,13 +147,13 @@ def test_without_a_validation_there_is_no_best_and_nothing_to_compare(settings, 
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/*")] == ["last.ckpt"]
 
 
-def test_nothing_is_learned_of_users_by_a_model_that_keeps_nothing_of_them(settings, votes):
+def test_a_model_that_keeps_no_users_is_told_nothing_of_them(settings, votes):
     main([*settings, "--model.user_model", "UniformUserModel"])
     with pytest.raises(SystemExit, match="holds no trained rows of users, so that there is nothing to learn"):
         main(["adapt", "--model", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
 
 
-def test_a_folder_of_a_run_without_an_intact_checkpoint_is_no_model(tmp_path):
+def test_a_run_without_an_intact_checkpoint_is_no_model(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
     for command in (["generate", "--prompt", "Hi"], ["users", "list"], ["report"]):

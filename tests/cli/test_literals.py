@@ -112,7 +112,7 @@ def test_what_is_no_text_is_named(words, says, capsys):
         ["--config", "a.yaml", "--config", "b.yaml"],
     ],
 )
-def test_a_list_that_is_given_in_two_places_is_refused_and_not_cut_to_the_last(words, capsys, tmp_path, monkeypatch):
+def test_a_list_that_is_given_in_two_places_is_refused(words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.yaml").write_text("user: [ann]\n")
     Path("b.yaml").write_text("user: bob\n")

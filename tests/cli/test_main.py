@@ -68,7 +68,7 @@ def test_fit_leaves_checkpoints_a_log_and_a_table_of_users(config, tmp_path):
 
 
 @pytest.mark.parametrize("prompts", [4, 0])
-def test_what_is_written_in_validation_is_measured_unless_told_not_to(config, tmp_path, prompts):
+def test_validation_measures_answers_unless_told_not_to(config, tmp_path, prompts):
     run("fit", "-c", config, "--collapse.prompts", prompts)
     (path,) = (tmp_path / "runs").glob("*/metrics.csv")
     with path.open() as file:
@@ -78,7 +78,7 @@ def test_what_is_written_in_validation_is_measured_unless_told_not_to(config, tm
     assert len(values) == (1 if prompts else 0)
 
 
-def test_a_checkpoint_rebuilds_the_model_without_being_told_its_parts(config, tmp_path):
+def test_a_checkpoint_rebuilds_the_model_from_its_own_settings(config, tmp_path):
     run("fit", "-c", config)
     checkpoint = next((tmp_path / "runs").glob("*/checkpoints/last.ckpt"))
     module = PersonalizedLM.load_from_checkpoint(checkpoint, weights_only=True)
@@ -227,7 +227,7 @@ def test_a_mistake_is_named_in_a_few_lines(config, capsys, args, says):
         ('{"user_id": "ann", "prompt": "a", "chosen": "b"', "votes.jsonl:49"),
     ],
 )
-def test_a_bad_row_is_named_by_file_line_and_field_and_nothing_is_written(config, votes, tmp_path, capsys, row, says):
+def test_a_bad_row_is_named_by_line_and_field_before_any_output(config, votes, tmp_path, capsys, row, says):
     with votes.open("a") as file:
         file.write(row + "\n")
     said = fails(capsys, "fit", "-c", config)
@@ -237,14 +237,14 @@ def test_a_bad_row_is_named_by_file_line_and_field_and_nothing_is_written(config
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
-def test_a_bad_row_of_a_stream_is_named_in_a_line_by_whichever_process_reads_it(config, votes, capsys):
+def test_any_process_names_a_bad_row_of_a_stream_in_one_line(config, votes, capsys):
     with votes.open("a") as file:
         file.write('{"user_id": "ann", "prompt": "a", "chosen": "b"}\n')
     said = fails(capsys, "fit", "-c", config, "--data.streaming", "true", "--data.num_workers", "1")
     assert f"error: {votes}:49: field 'rejected' is missing" in said
 
 
-def test_training_goes_on_from_a_checkpoint_with_the_settings_of_the_command(config, tmp_path):
+def test_training_resumes_with_the_settings_of_the_command(config, tmp_path):
     run("fit", "-c", config)
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoints/last.ckpt")
     steps = torch.load(checkpoint, weights_only=True)["global_step"]
@@ -266,7 +266,7 @@ def test_an_interval_over_epochs_may_be_longer_than_one(config):
     run("fit", "-c", config, "--trainer.val_check_interval", 1000, *more)
 
 
-def test_the_last_is_saved_every_so_many_steps_and_the_best_after_each_validation(config, tmp_path, monkeypatch):
+def test_last_is_saved_by_steps_and_best_after_each_validation(config, tmp_path, monkeypatch):
     saved = []
     save = Trainer.save_checkpoint
 
@@ -284,7 +284,7 @@ def test_the_last_is_saved_every_so_many_steps_and_the_best_after_each_validatio
     assert len(lasts) == len({*range(3, 2 * steps + 1, 3)}) + 2  # once a step, and after each validation
 
 
-def test_last_goes_on_from_the_newest_intact_checkpoint_of_the_last_run(config, tmp_path, capsys):
+def test_last_resumes_from_the_newest_intact_checkpoint(config, tmp_path, capsys):
     fit = ["fit", "-c", config, "--ckpt_path", "last", "--trainer.max_epochs"]
     run(*fit, 1)  # there is none yet
     first = tmp_path / "runs/version_0/checkpoints"
@@ -303,7 +303,7 @@ def test_last_is_an_error_where_there_is_nothing_to_validate(config, capsys):
     assert "there is no checkpoint of any run" in fails(capsys, "validate", "-c", config, "--ckpt_path", "last")
 
 
-def test_a_full_disk_is_told_in_one_line_and_a_damaged_file_names_an_intact_one(config, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_damage_names_a_whole_file(config, tmp_path, capsys, monkeypatch):
     run("fit", "-c", config)
     folder = tmp_path / "runs/version_0/checkpoints"
     (folder / "last.ckpt").write_bytes((folder / "last.ckpt").read_bytes()[:-100])
@@ -319,7 +319,7 @@ def test_a_full_disk_is_told_in_one_line_and_a_damaged_file_names_an_intact_one(
         run("fit", "-c", config, "--model.cache_reference", "false")
 
 
-def test_users_are_removed_from_a_run_which_then_goes_on_validates_and_exports(config, tmp_path):
+def test_a_run_whose_users_were_removed_goes_on_and_exports(config, tmp_path):
     run("fit", "-c", config)
     last = tmp_path / "runs/version_0/checkpoints/last.ckpt"
     run("users", "remove", "--model", last, "--user", "bob", "--all", "true")
@@ -342,7 +342,7 @@ def test_a_run_shorter_than_the_logging_interval_is_logged(config, tmp_path, rec
     assert not [w for w in recwarn if any(words in str(w.message) for words in ours)]
 
 
-def test_a_best_checkpoint_is_done_without_where_its_set_is_not_there(config, tmp_path):
+def test_training_goes_on_without_best_where_its_set_is_missing(config, tmp_path):
     run("fit", "-c", config, "--checkpoint.monitor", "val/unseen/loss")
     (folder,) = (tmp_path / "runs").glob("*/checkpoints")
     assert [path.name for path in folder.iterdir() if path.name != "last.ckpt"] == ["best-step5.ckpt"]
@@ -367,7 +367,7 @@ def test_help_explains_the_fields(capsys):
     assert "(type: float, default: 0.5)" in text
 
 
-def test_files_are_looked_for_beside_the_configuration_and_saved_from_the_root(config, votes, tmp_path, monkeypatch):
+def test_files_are_found_beside_their_configuration(config, votes, tmp_path, monkeypatch):
     content = yaml.safe_load(config.read_text())
     content["data"]["source"] = {
         "class_path": "CombinedSource",

@@ -79,7 +79,7 @@ def test_texts_are_not_kept(taught):
     assert len(learn._tokenize._ids) == 1  # the empty text
 
 
-def test_texts_that_are_written_while_a_user_is_learned_and_the_user_s_row_are_the_same_as_else(taught):
+def test_texts_written_while_a_user_is_learned_are_the_same(taught):
     writer, learn = taught
     learn("eve", PAIRS)
     row = [table[-1].clone() for table in rows(writer)]

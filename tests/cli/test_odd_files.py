@@ -103,7 +103,7 @@ def test_lists_within_lists_without_end_are_refused(tmp_path):
         read_folder(tmp_path)
 
 
-def test_a_panic_of_a_library_is_told_with_the_file_and_ctrl_c_is_not():
+def test_a_library_panic_names_the_file_and_ctrl_c_does_not():
     class Panic(BaseException):
         """As those of Rust are."""
 

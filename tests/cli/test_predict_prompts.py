@@ -9,7 +9,7 @@ from original_files import write_koala, write_psoups
 from prlhf_lightning.cli.main import main
 
 
-def test_each_koala_prompt_is_answered_for_each_of_the_six_users(model_path, repo_root, tmp_path):
+def test_each_koala_prompt_is_answered_for_all_six_users(model_path, repo_root, tmp_path):
     koala = write_koala(tmp_path / "koala_eval_50.json")
     options = ["--config", repo_root / "configs/paper/psoups_individual.yaml", "--data.source.folder",
                write_psoups(tmp_path), "--data.source.koala", koala, "--model.policy.model", model_path,

@@ -72,7 +72,7 @@ def pairs(model, folder):
     return read_pairs(model, FileSource(write_votes(folder / "new.jsonl", {"sun": 12, "moon": 12}, seed=5)))[0]
 
 
-def test_new_users_with_four_pairs_are_told_better_than_the_generic_user(model, pairs):
+def test_four_pairs_tell_a_new_user_from_the_generic_user(model, pairs):
     first = [i for i in range(len(pairs)) if i % 12 < 4]
     found = encode_users(model, select_pairs(pairs, torch.tensor(first)))
     assert found.user_ids == ("sun", "moon")
@@ -92,7 +92,7 @@ def test_the_cold_start_curve_is_of_what_is_read(model, pairs):
     assert four.accuracy > 0.9 > four.generic
 
 
-def test_the_checkpoint_keeps_what_training_pairs_say_of_each_user(model, folder, model_path):
+def test_the_checkpoint_keeps_what_training_pairs_tell(model, folder, model_path):
     votes = FileSource(folder / "votes.jsonl")
     data = PreferenceDataModule(votes, model_path, history_size=4, cache_dir=folder / "c")
     (ids, _), (rows, generic) = next(data.histories()), trained_rows(model)
@@ -102,7 +102,7 @@ def test_the_checkpoint_keeps_what_training_pairs_say_of_each_user(model, folder
     assert not generic.any()
 
 
-def test_pooled_histories_are_the_means_of_what_the_reference_embeds(model, pairs):
+def test_pooled_histories_are_means_of_reference_embeddings(model, pairs):
     some = select_pairs(pairs, torch.arange(6))
     blocks = [
         Tokens(part.ids.view(2, 3, -1), part.mask.view(2, 3, -1).clone()) for part in (some.chosen, some.rejected)
@@ -129,7 +129,7 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
         encode_users(model, pairs, ("moon",))
 
 
-def test_users_are_read_in_blocks_that_depend_on_no_ones_number_of_pairs(model, pairs, monkeypatch):
+def test_reading_in_blocks_does_not_depend_on_others_pairs(model, pairs, monkeypatch):
     uneven = select_pairs(pairs, torch.tensor([0, 12, 13, 14, 15]))
     together = encode_users(model, uneven, ("moon", "nobody", "sun"))
     blocks, encode = [], "prlhf_lightning.adaptation.adapt"
@@ -157,7 +157,7 @@ def test_the_command_adds_users_whom_remove_erases(checkpoint, folder, capsys):
         main([*command, "--steps", "1"])
 
 
-def test_an_exported_folder_has_the_users_prompts_with_no_data_at_hand(checkpoint, model, folder):
+def test_an_exported_folder_has_the_prompts_without_the_data(checkpoint, model, folder):
     main(["export", "--model", str(checkpoint), "--output", str(folder / "exported")])
     writer = Generator.from_folder(folder / "exported")
     users = Users(torch.arange(9))
@@ -165,7 +165,7 @@ def test_an_exported_folder_has_the_users_prompts_with_no_data_at_hand(checkpoin
     assert not torch.equal(writer.user_model(users).vectors[1], writer.user_model(users).vectors[2])
 
 
-def test_what_is_kept_stays_true_where_the_embeddings_are_trained_too(model_path, folder):
+def test_kept_histories_stay_true_while_embeddings_train(model_path, folder):
     votes, policy = FileSource(folder / "votes.jsonl"), CausalLMPolicy(model_path, lora=None)
     module = PersonalizedLM(AmortizedUserModel(2, num_pairs=4), policy, SimPOLoss(), optim=Optim(lr=1e-2))
     data = PreferenceDataModule(votes, model_path, history_size=4, cache_dir=folder / "c")

@@ -13,7 +13,7 @@ def test_what_is_plain_or_may_stay_is_left_as_it_is():
     assert printable("né 🙂\n\t\x07", keep="\n\t") == "né 🙂\n\t\\u0007"
 
 
-def test_spaces_of_all_scripts_and_joined_letters_stay_in_answers():
+def test_spaces_of_all_scripts_and_joined_letters_are_kept():
     assert printable("l\u00a0un\u3000👩\u200d🚀\u202e", LAYOUT) == "l\u00a0un\u3000👩\u200d🚀\\u202e"
 
 

@@ -101,7 +101,7 @@ def run(*args: object) -> None:
     main(["users", *map(str, args)])
 
 
-def test_a_removed_user_leaves_nothing_and_the_others_stay_as_they_are(checkpoint, capsys):
+def test_a_removed_user_leaves_no_trace_and_others_no_change(checkpoint, capsys):
     before, raw = of(checkpoint), checkpoint.read_bytes()
     row = before.row(CARLA)
     secrets = [CARLA.encode(), *(table[row].numpy().tobytes() for table in before.remembered())]
@@ -128,7 +128,7 @@ def test_a_checkpoint_without_a_user_loads_and_goes_on(checkpoint, model_path, t
     assert all(len(table) == 4 for table in module.user_model.row_tables())
 
 
-def test_users_are_added_as_the_generic_user_and_trained_from_there(checkpoint, model_path, tmp_path, make_user_model):
+def test_users_are_added_as_the_generic_user_and_then_train(checkpoint, model_path, tmp_path, make_user_model):
     before = of(checkpoint)
     run("add", "--model", checkpoint, "--user+", "eve", "--user+", "7")
     after = of(checkpoint)
@@ -149,7 +149,7 @@ def test_users_are_added_as_the_generic_user_and_trained_from_there(checkpoint, 
         assert torch.equal(first[seven], next(iter(was))[seven])  # who is not in the data does not move
 
 
-def test_a_user_who_is_added_and_removed_again_leaves_the_same_checkpoint(checkpoint, tmp_path):
+def test_adding_and_removing_a_user_gives_the_same_checkpoint(checkpoint, tmp_path):
     run("add", "--model", checkpoint, "--user", "eve", "--output", tmp_path / "b.ckpt")
     run("remove", "--model", tmp_path / "b.ckpt", "--user", "eve")
     a, b = of(checkpoint), of(tmp_path / "b.ckpt")
@@ -220,7 +220,7 @@ def test_runs_beside_are_searched_whatever_they_are_called(plain, tmp_path, caps
     assert all(f"{one / 'checkpoints/last.ckpt'} still holds {CARLA}" in said for one in runs[1:])
 
 
-def test_an_export_in_a_run_is_named_whole_and_names_of_folders_are_searched(plain, tmp_path, capsys):
+def test_an_export_in_a_run_is_named_and_folders_are_searched(plain, tmp_path, capsys):
     folder = tmp_path / "run"
     checkpoint_files.save(checkpoint_files.load(plain), folder / "checkpoints/last.ckpt")
     for path in (
@@ -257,7 +257,7 @@ def test_a_checkpoint_that_is_changed_in_place_keeps_its_age(plain):
     assert plain.stat().st_ino != before.st_ino  # a new file took its place
 
 
-def test_letters_that_are_part_of_another_id_are_told_from_the_user(plain, capsys):
+def test_an_id_inside_another_id_is_not_taken_for_the_user(plain, capsys):
     run("add", "--model", plain, "--user+", "eve", "--user+", "evelyn")
     run("remove", "--model", plain, "--user", "eve")
     assert "eve and 0 vectors: nothing left; its letters are also a part of evelyn" in capsys.readouterr().out
@@ -266,7 +266,7 @@ def test_letters_that_are_part_of_another_id_are_told_from_the_user(plain, capsy
 WORDS_OF_CHECKPOINTS = ["model", "epoch", "state_dict", "user_model", "optimizer_states", "name", "users", "policy"]
 
 
-def test_ids_that_are_also_words_of_a_checkpoint_are_erased_from_all_files(model_path, tmp_path, capsys):
+def test_ids_that_are_checkpoint_words_are_erased_everywhere(model_path, tmp_path, capsys):
     trainer, _ = fit(model_path, tmp_path, IndividualUserModel(2), dict.fromkeys(["ann", *WORDS_OF_CHECKPOINTS], 4))
     folder = tmp_path / "run/checkpoints"
     for name in ("last.ckpt", "best.ckpt"):
@@ -281,7 +281,7 @@ def test_ids_that_are_also_words_of_a_checkpoint_are_erased_from_all_files(model
     ("key", "value"),
     [("notes", {"favorites": [CARLA]}), ("notes", {CARLA: 1}), ("callbacks", {"Votes": {CARLA: 1}})],
 )
-def test_what_a_module_or_callback_of_ones_own_keeps_of_a_user_is_found(plain, capsys, key, value):
+def test_what_own_modules_and_callbacks_keep_of_users_is_found(plain, capsys, key, value):
     content = checkpoint_files.load(plain)
     content[key] = value
     checkpoint_files.save(content, plain)
@@ -290,7 +290,7 @@ def test_what_a_module_or_callback_of_ones_own_keeps_of_a_user_is_found(plain, c
     assert f"STILL THERE, in {key}." in capsys.readouterr().out
 
 
-def test_a_file_that_can_not_be_done_does_not_keep_users_in_the_others(plain, tmp_path, capsys):
+def test_a_file_that_fails_does_not_keep_users_in_the_others(plain, tmp_path, capsys):
     folder, content = tmp_path / "run/checkpoints", checkpoint_files.load(plain)
     for name, notes in {"last.ckpt": {}, "best.ckpt": {"favorites": CARLA}, "bad.ckpt": {}, "c.ckpt": {}}.items():
         checkpoint_files.save({**content, "notes": notes}, folder / name)
@@ -335,7 +335,7 @@ def test_a_mistake_is_named_and_nothing_is_changed(plain, args, says):
     assert plain.read_bytes() == before
 
 
-def test_a_checkpoint_that_does_not_tell_its_tables_says_what_to_do(plain):
+def test_a_checkpoint_without_a_list_of_tables_gives_advice(plain):
     content = checkpoint_files.load(plain)
     del content["prlhf_lightning"]["new_rows"]
     checkpoint_files.save(content, plain)
@@ -376,7 +376,7 @@ def test_what_can_not_be_an_id_is_refused_in_python_too(tmp_path, call, says):
         call(tmp_path / "none.ckpt")
 
 
-def test_an_id_that_was_hashed_in_training_gets_a_hint_that_works():
+def test_an_id_that_training_hashed_gets_a_hint_that_works():
     pseudonyms = Pseudonyms(b"x" * 16)
     with pytest.raises(ConfigurationError, match="seem to be pseudonyms") as raised:
         check_known_users(["ann"], UserVocabulary([pseudonyms("ann")]))

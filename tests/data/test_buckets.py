@@ -42,7 +42,7 @@ def test_every_pair_comes_once_an_epoch(rows, batch_size, per_user, budget, epoc
 
 
 @given(ROWS, SIZES, st.floats(0, 1), BUDGETS, EPOCHS)
-def test_balanced_every_user_has_the_share_of_pairs_of_an_epoch_without_buckets(rows, size, balance, budget, epoch):
+def test_balanced_users_keep_their_share_of_an_epoch_in_buckets(rows, size, balance, budget, epoch):
     users = np.array(rows)[:, 0]
     order = flat(make(rows, size, epoch, balance=balance, max_tokens=budget))
     assert len(order) == len(rows)
@@ -53,9 +53,7 @@ def test_balanced_every_user_has_the_share_of_pairs_of_an_epoch_without_buckets(
 
 
 @given(ROWS, SIZES, SIZES, WORLDS, st.sampled_from([0.0, 0.5]), st.integers(1, 200), EPOCHS)
-def test_no_batch_is_over_its_rows_or_its_budget_unless_it_is_one_row(
-    rows, batch_size, per_user, world, balance, budget, epoch
-):
+def test_a_batch_over_its_rows_or_budget_is_a_single_row(rows, batch_size, per_user, world, balance, budget, epoch):
     settings = {"batch_size": batch_size, "pairs_per_user": per_user, "balance": balance, "max_tokens": budget}
     for batch in flat(ranks(rows, world, epoch=epoch, **settings)):
         longest = max(rows[position][1] for position in batch)
@@ -64,9 +62,7 @@ def test_no_batch_is_over_its_rows_or_its_budget_unless_it_is_one_row(
 
 
 @given(ROWS, SIZES, SIZES, WORLDS, st.sampled_from([0.0, 1.0]), BUDGETS)
-def test_every_rank_has_the_number_of_batches_that_was_announced_in_every_epoch(
-    rows, batch_size, per_user, world, balance, budget
-):
+def test_every_rank_has_the_announced_number_of_batches(rows, batch_size, per_user, world, balance, budget):
     settings = {"batch_size": batch_size, "pairs_per_user": per_user, "balance": balance, "max_tokens": budget}
     announced = len(make(rows, world_size=world, **settings))
     for epoch in (0, 3, 7):
@@ -74,14 +70,14 @@ def test_every_rank_has_the_number_of_batches_that_was_announced_in_every_epoch(
 
 
 @given(ROWS, SIZES, WORLDS, BUDGETS, EPOCHS)
-def test_the_ranks_share_out_each_pair_once_and_fill_up_only_where_there_are_too_few(rows, size, world, budget, epoch):
+def test_ranks_share_each_pair_once_and_only_fill_up_when_short(rows, size, world, budget, epoch):
     drawn = Counter(flat(flat(ranks(rows, world, batch_size=size, max_tokens=budget, epoch=epoch))))
     assert set(drawn) == set(range(len(rows)))
     assert drawn.total() - len(rows) < world
 
 
 @given(ROWS, SIZES, BUDGETS, st.floats(0, 1), EPOCHS, st.data())
-def test_an_epoch_entered_midway_goes_on_as_if_it_had_not_stopped(rows, per_user, budget, balance, epoch, data):
+def test_an_epoch_entered_midway_continues_as_if_unbroken(rows, per_user, budget, balance, epoch, data):
     settings = {"epoch": epoch, "pairs_per_user": per_user, "balance": balance, "max_tokens": budget}
     whole = list(make(rows, **settings))
     start = data.draw(st.integers(0, len(whole)))
@@ -91,7 +87,7 @@ def test_an_epoch_entered_midway_goes_on_as_if_it_had_not_stopped(rows, per_user
 
 
 @given(ROWS, SIZES, st.sampled_from([2, 3, 4]))
-def test_without_a_budget_the_number_of_processes_does_not_change_a_step(rows, batch_size, world):
+def test_without_a_budget_the_process_count_changes_no_step(rows, batch_size, world):
     alone = make(rows, batch_size * world).steps(0)
     assert [step.tolist() for step in make(rows, batch_size, world_size=world).steps(0)] == [s.tolist() for s in alone]
 

@@ -137,7 +137,7 @@ FeedbackCache(Path({str(cache.root)!r}), word_tokenizer(), TokenizationSettings(
 
 
 @pytest.mark.parametrize("folder", ["file", "file/below"])
-def test_where_no_cache_folder_can_be_made_rows_are_held_in_memory(cache, tmp_path, caplog, folder):
+def test_without_a_cache_folder_rows_are_held_in_memory(cache, tmp_path, caplog, folder):
     (tmp_path / "file").write_text("in the way")
     kept = cache.open(ListSource([row(0), row(1)]), "train")
     held = replace(cache, root=tmp_path / folder).open(ListSource([row(0), row(1)]), "train")
@@ -211,7 +211,7 @@ def test_a_source_that_fails_is_not_taken_for_a_full_disk(cache):
         cache.open(source, "train")
 
 
-def test_truncations_are_reported_once_with_count_and_first_place(cache, caplog):
+def test_truncations_are_reported_once_with_count_and_place(cache, caplog):
     cache = replace(cache, settings=TokenizationSettings(max_prompt_length=2))
     source = ListSource([row(0, prompt="one"), row(1), row(2)])
     with caplog.at_level(logging.WARNING):
@@ -243,7 +243,7 @@ def test_completions_that_truncation_made_equal_are_ties(cache, caplog):
     assert "1 of 2 train rows have completions that are equal once tokenized and cut" in caplog.text
 
 
-def test_completions_that_the_tokenizer_cannot_tell_apart_are_ties(cache):
+def test_completions_with_the_same_tokens_are_ties(cache):
     source = ListSource([row(0, chosen="strange", rejected="unheard")])
     with pytest.raises(FeedbackFormatError, match=r"list:1: .* have the same tokens in this tokenizer"):
         cache.open(source, "train")

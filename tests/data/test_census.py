@@ -51,7 +51,7 @@ def test_where_texts_are_not_counted_all_rows_may_have_one(tmp_path):
     assert read_user_counts(tmp_path / "users.csv") == UserCounts({"ann": 2, "bob": 3}, texts=5)
 
 
-def test_a_count_is_on_disk_before_it_gets_its_name_and_leaves_no_parts(tmp_path, monkeypatch, caplog):
+def test_a_count_is_on_disk_before_its_name_and_leaves_no_parts(tmp_path, monkeypatch, caplog):
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", ROWS))
     flushed = []
     monkeypatch.setattr(os, "fsync", flushed.append)

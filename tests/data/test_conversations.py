@@ -52,13 +52,13 @@ def renamed(role, content):
     ],
 )
 @pytest.mark.parametrize("written", [list, json.dumps, lambda messages: json.dumps(json.dumps(messages))])
-def test_messages_of_other_formats_are_read_in_lists_and_in_texts_whose_roles_are_known(change, written):
+def test_foreign_message_formats_are_read_where_roles_are_known(change, written):
     prompt, chosen, rejected = (written([change(one)]) for one in (ASK, GOOD, BAD))
     record = read(prompt=prompt, chosen=chosen, rejected=rejected)
     assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
 
 
-def test_messages_may_be_json_lines_and_begin_with_a_byte_order_mark():
+def test_messages_may_be_json_lines_after_a_byte_order_mark():
     text = "\ufeff" + "\n".join(json.dumps(one) for one in (ASK, GOOD, ASK))
     assert read(prompt=text).prompt == [ASK, GOOD, ASK]
 
@@ -88,7 +88,7 @@ def test_a_response_with_several_choices_is_refused():
         read(chosen=json.dumps({"choices": [{"message": GOOD}, {"message": BAD}]}))
 
 
-def test_text_with_the_keys_of_messages_but_no_known_roles_stays_text_and_is_told():
+def test_messages_without_known_roles_stay_text_with_a_warning():
     text = json.dumps([{"speaker": "Hamlet", "text": "To be"}])
     with pytest.warns(UserWarning, match="Field 'chosen' holds text that is JSON of objects with 'speaker', 'text'"):
         assert parse_record(row(chosen=text), "f:1").chosen == text
@@ -116,7 +116,7 @@ def test_other_names_of_roles_are_read_as_those_of_templates(role, meant):
     assert read(prompt=[turn(role, "x"), turn("tool", "y")]).prompt[0] == turn(meant, "x")
 
 
-def test_content_in_text_parts_is_joined_and_other_parts_are_refused():
+def test_text_parts_are_joined_and_other_parts_are_refused():
     parts = [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]
     assert read(prompt=[turn("user", parts)]).prompt == [ASK]
     with pytest.raises(FeedbackFormatError, match="message 1 has a part of type 'image_url'; only text is supported"):
@@ -134,7 +134,7 @@ def test_content_in_text_parts_is_joined_and_other_parts_are_refused():
         {"prompt": "Hi", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]},
     ],
 )
-def test_rows_that_are_conversations_in_part_are_read_as_whole_ones(changes):
+def test_partly_conversational_rows_are_read_as_whole_ones(changes):
     record = read(**changes)
     assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
 
@@ -153,7 +153,7 @@ def test_tools_that_are_none_are_refused_by_name():
         read(tools="hammer")
 
 
-def test_a_system_message_of_a_column_stands_first_where_the_column_is_named():
+def test_a_named_system_column_becomes_the_first_message():
     columns = Columns.from_mapping({"system": "sys"})
     system = turn("system", "Be brief.")
     assert parse_record({**PLAIN, "sys": "Be brief."}, "f:1", columns).prompt == [system, ASK]
@@ -170,14 +170,14 @@ def test_a_system_message_of_a_column_stands_first_where_the_column_is_named():
         ("Question: why is it so? Because.", "Question: why is it so? No idea."),
     ],
 )
-def test_a_prompt_inside_plain_answers_is_split_off_as_by_trl_and_told(chosen, rejected):
+def test_a_prompt_inside_plain_answers_is_split_off_as_in_trl(chosen, rejected):
     record = parse_record({"user_id": "a", "chosen": chosen, "rejected": rejected}, "f:1")
     theirs = extract_prompt({"chosen": chosen, "rejected": rejected})
     assert (record.prompt, record.chosen, record.rejected) == tuple(theirs[k] for k in ("prompt", "chosen", "rejected"))
     assert [note.field for note in record.notes] == ["prompt"]
 
 
-def test_a_prompt_repeated_in_the_answers_of_a_conversation_or_of_a_thumb_is_left_out_too():
+def test_a_prompt_repeated_in_conversation_answers_is_left_out():
     ask = turn("user", "What helps to sleep well?")
     chosen, rejected = ([turn("assistant", f"{ask['content']} {text}")] for text in ("Tea.", "Walks."))
     assert read(prompt=[ask], chosen=chosen, rejected=rejected).chosen == [turn("assistant", " Tea.")]
@@ -205,7 +205,7 @@ def test_answers_that_share_little_need_a_prompt():
         parse_record({"user_id": "a", "question": "q", "chosen": "I like this", "rejected": "I like that"}, "f:1")
 
 
-def test_a_prompt_repeated_in_both_answers_is_left_out_of_them_and_told():
+def test_a_prompt_repeated_in_both_answers_is_left_out_and_told():
     prompt = "What helps to sleep well?"
     record = parse_record(row(prompt=prompt, chosen=f"{prompt} Walks.", rejected=f"{prompt} Tea."), "f:1")
     assert (record.chosen, record.rejected) == (" Walks.", " Tea.")
@@ -292,7 +292,7 @@ def test_rows_of_chatbot_arena_and_kaggle_are_read():
          "{user_id: worker, chosen: <its name>, rejected: <its name>, prompt: user_prompt}"),
     ],
 )  # fmt: skip
-def test_the_mapping_that_mends_all_missing_columns_is_written_out(raw, mapping):
+def test_the_mapping_that_mends_missing_columns_is_written_out(raw, mapping):
     with pytest.raises(FeedbackFormatError, match=re.escape(f"as in columns: {mapping}.")):
         parse_record(raw, "f:1")
 
@@ -302,7 +302,7 @@ def test_a_whole_conversation_needs_no_column_for_the_prompt():
         parse_record({"user_id": "a", "messages": [ASK, GOOD]}, "f:1", feedback="demonstrations")
 
 
-def test_all_missing_columns_are_told_at_once_with_those_that_may_be_meant():
+def test_all_missing_columns_are_told_at_once_with_candidates():
     with pytest.raises(FeedbackFormatError) as error:
         parse_record({"worker": "a", "question": "p", "choosen": "x", "worse": "y"}, "f:1")
     assert "'user_id', 'chosen', 'rejected' and 'prompt' are missing" in str(error.value)
@@ -313,7 +313,7 @@ def kaggle(prompt, first, second):
     return arena("a", prompt=json.dumps(prompt), response_a=json.dumps(first), response_b=json.dumps(second))
 
 
-def test_arena_rows_of_several_turns_or_without_a_text_are_refused_and_never_trained_as_json():
+def test_arena_rows_of_many_turns_or_without_text_are_refused():
     for fields in ((["Hi", "And?"], ["one", "1"], ["two", "2"]), (["Hi"], ["one", "1"], ["two"])):
         with pytest.raises(FeedbackFormatError, match=r"f:1: field '(prompt|response_a)' is a list of 2 turns.*keep"):
             parse_record(kaggle(*fields), "f:1")

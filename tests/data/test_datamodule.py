@@ -91,7 +91,7 @@ def test_training_resumes_with_the_very_next_batch(make, tmp_path, step, num_wor
 
 
 @pytest.mark.parametrize("step", [3, 4, 7])
-def test_training_in_buckets_under_a_budget_resumes_with_the_very_next_batch(make, tmp_path, step):
+def test_training_under_a_budget_resumes_with_the_next_batch(make, tmp_path, step):
     rows = [row(i, user=f"u{i % 10}", chosen="one " * (1 + i % 23)) for i in range(100)]
     path = write_jsonl(tmp_path / "uneven.jsonl", rows)
     settings = {"batch_size": 40, "max_tokens_per_batch": 900, "validation_fraction": 0.0, "pairs_per_user": 2}
@@ -179,7 +179,7 @@ def test_a_validation_split_of_the_source_is_used_as_it_is(make, votes, tmp_path
     assert data.batches_per_epoch() == 13  # all 100 rows are trained on, 8 at a time
 
 
-def test_held_out_users_are_the_unseen_set_of_the_sources_validation_split(make, votes, tmp_path):
+def test_held_out_users_are_unseen_in_the_sources_validation(make, votes, tmp_path):
     held_out = [row(7, user=f"u{i}") for i in range(10)]
     source = FileSource(votes, validation=write_jsonl(tmp_path / "held.jsonl", held_out))
     data = make(source, unseen_user_fraction=0.3)
@@ -203,7 +203,7 @@ def test_a_test_without_a_test_split_is_refused(make):
         make().setup("test")
 
 
-def test_a_trainers_test_without_a_test_split_is_refused_in_plain_words(make):
+def test_a_test_without_a_test_split_is_refused_in_plain_words(make):
     with pytest.raises(ConfigurationError, match="There is nothing to test on; give the source a test split"):
         trainer().test(Recorder(), datamodule=make())
 
@@ -213,7 +213,7 @@ def test_a_prediction_without_held_out_rows_is_refused(make):
         make(validation_fraction=0.0).setup("predict")
 
 
-def test_the_longest_row_counts_user_text_prompt_and_the_longer_completion_of_any_split(make, tmp_path):
+def test_the_longest_row_counts_user_text_and_all_splits(make, tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", [row(0), row(1, chosen="one two three four", user_text="six")])
     held_out = write_jsonl(tmp_path / "b.jsonl", [row(2), row(3, rejected="one " * 30)])
     assert make(FileSource(train)).longest_row == 1 + 3 + 5
@@ -293,7 +293,7 @@ def test_one_prompt_for_all_can_only_be_split_by_pair(make, tmp_path):
     assert data.eval_sets["validate"] == ("seen",)
 
 
-def test_that_nothing_is_held_out_of_seen_users_is_told_with_the_reason(make, tmp_path):
+def test_a_seen_set_that_holds_nothing_is_told_with_the_reason(make, tmp_path):
     lone = FileSource(write_jsonl(tmp_path / "lone.jsonl", [row(i, user=f"u{i}") for i in range(40)]))
     told = make(lone, validation_fraction=0.2).describe()
     assert "no rows of seen users to validate on, for each of them has one row only" in told

@@ -44,7 +44,7 @@ def end_of(tokenizer, name):
 
 @pytest.mark.parametrize("answer", ANSWERS)
 @pytest.mark.parametrize(("name", "kind"), FITTING)
-def test_ids_are_those_of_the_whole_conversation_up_to_the_end_of_the_answer(name, kind, answer):
+def test_ids_are_those_of_the_whole_conversation_to_its_end(name, kind, answer):
     tokenizer, messages = family(name), CONVERSATIONS[kind]
     row = encode(tokenizer, conversation(messages, answer))
     prompt = templated(tokenizer, messages, add_generation_prompt=True)
@@ -68,7 +68,7 @@ def test_plain_rows_are_tokenized_as_one_text(name):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_where_the_tokenizer_joins_prompt_and_completion_the_completion_has_no_space_before_it(name):
+def test_a_joined_completion_has_no_space_before_it(name):
     tokenizer = family(name)
     for prompt, completion in [
         ("Sle", "ep early"),
@@ -85,7 +85,7 @@ def test_where_the_tokenizer_joins_prompt_and_completion_the_completion_has_no_s
         assert row.prompt.tolist() == tokenizer(prompt)["input_ids"]
 
 
-def test_mistral_gets_its_system_message_in_the_prompt_although_the_template_leaves_it_out_of_answered_ones():
+def test_mistral_gets_its_system_message_in_the_prompt():
     tokenizer = family("mistral-3")
     with pytest.warns(UserWarning, match="writes a prompt otherwise once it is answered"):
         row = encode(tokenizer, conversation([SYSTEM, QUESTION]))
@@ -105,7 +105,7 @@ def test_answers_follow_the_thought_that_the_prompt_opens(thought):
 
 
 @pytest.mark.parametrize("last", ["hi", "n", "t", "think", "<", "Assistant"])
-def test_answers_follow_the_thought_although_the_last_message_stands_in_the_template_too(last):
+def test_answers_follow_the_thought_in_templates_with_messages(last):
     tokenizer, question = family("deepseek-v3", DEEPSEEK_R1), {"role": "user", "content": last}
     row = encode(tokenizer, conversation([question], "<think>\nhm\n</think>\n\nsleep", "<think>no</think>"))
     assert row.prompt.tolist() == templated(tokenizer, [question], add_generation_prompt=True)
@@ -113,7 +113,7 @@ def test_answers_follow_the_thought_although_the_last_message_stands_in_the_temp
 
 
 @pytest.mark.parametrize("answer", ["<think>\nhm\n</think>\n\nsleep", "hm</think>sleep"])
-def test_thoughts_are_left_out_after_prompts_that_close_an_empty_one_which_is_told(answer):
+def test_thoughts_are_left_out_after_prompts_that_close_theirs(answer):
     tokenizer, off = family("qwen-3"), {"enable_thinking": False}
     with pytest.warns(UserWarning, match="ends prompts in an empty thought"):
         row = encode(tokenizer, conversation([QUESTION], answer), chat_template_args=off)
@@ -123,7 +123,7 @@ def test_thoughts_are_left_out_after_prompts_that_close_an_empty_one_which_is_to
     assert tokenizer.decode(row.chosen) == "sleep" + tokenizer.eos_token
 
 
-def test_an_answer_without_the_thought_that_the_prompt_opens_is_told():
+def test_an_answer_that_lacks_the_opened_thought_is_reported():
     tokenizer = family("deepseek-v3", DEEPSEEK_R1)
     with pytest.warns(UserWarning, match=r"ends prompts in '<think>', and answers without '</think>'"):
         row = encode(tokenizer, conversation([QUESTION], "<b>Sleep", "Asleep"))
@@ -145,7 +145,7 @@ def test_control_tokens_in_messages_are_text(name):
 
 
 @pytest.mark.parametrize("answer", ["<think>hm</think>sleep", "sleep"])
-def test_thoughts_of_answers_are_tokens_where_the_template_writes_empty_ones_into_earlier_answers(answer):
+def test_thoughts_are_tokens_where_templates_write_empty_ones(answer):
     tokenizer, messages = family("qwen-3", GLM_4_5), [*EARLIER, QUESTION]
     row = encode(tokenizer, conversation(messages, answer))
     whole = templated(tokenizer, [*messages, {"role": "assistant", "content": answer}])
@@ -171,14 +171,14 @@ def test_an_assistant_writes_no_system_message():
     assert not set(tokenizer.convert_tokens_to_ids(["[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]"])) & set(row.chosen.tolist())
 
 
-def test_tokens_of_turns_are_known_where_the_template_asks_for_a_system_message():
+def test_turn_tokens_are_known_if_a_system_message_is_required():
     refusal = "{% if messages[0].role != 'system' %}{{ raise_exception('No system message.') }}{% endif %}"
     tokenizer = family("deepseek-v3", refusal + family("deepseek-v3").chat_template)
     row = encode(tokenizer, conversation([SYSTEM, {"role": "user", "content": "<｜User｜>x"}]))
     assert row.prompt.tolist().count(tokenizer.convert_tokens_to_ids("<｜User｜>")) == 1
 
 
-def test_control_tokens_in_a_text_about_the_user_are_text_and_those_of_its_format_are_not():
+def test_control_tokens_in_user_texts_are_plain_text():
     tokenizer = family("chatml")
     record = parse_record(
         {"user_id": "a", "prompt": "x", "chosen": "y", "rejected": "z", "user_text": "<|im_end|>!"}, "f:1"
@@ -212,13 +212,13 @@ def test_control_tokens_in_a_text_about_the_user_are_text_and_those_of_its_forma
         ("mistral-1", "<s>[INST] What? [/INST]", "Rest.</s>", "<s>[INST] What? [/INST]Rest.</s>"),
     ],
 )
-def test_plain_rows_that_are_rendered_already_have_bos_and_end_once(name, prompt, chosen, whole):
+def test_rendered_plain_rows_have_bos_and_end_once(name, prompt, chosen, whole):
     tokenizer = family(name)
     row = encode(tokenizer, parse_record({"user_id": "a", "prompt": prompt, "chosen": chosen, "rejected": "x"}, "f:1"))
     assert [*row.prompt, *row.chosen] == tokenizer(whole, add_special_tokens=False)["input_ids"]
 
 
-def test_a_tokenizer_in_python_gives_the_ids_of_the_whole_and_takes_control_tokens_in_messages_as_text():
+def test_a_python_tokenizer_gives_the_ids_of_the_whole():
     tokenizer = ByT5Tokenizer()  # of bytes, and without any file
     tokenizer.chat_template = ZEPHYR
     answers = ["Yes.", "Say </s>\n<|user|>\nno."]

@@ -232,7 +232,7 @@ def test_a_file_that_is_not_what_it_was_takes_no_feedback(tmp_path, accident, sa
 
 @pytest.mark.parametrize("end", ["-wal", "-shm"])
 @pytest.mark.parametrize("opened_by_another", [False, True])
-def test_what_is_acknowledged_is_there_though_a_file_beside_it_was_deleted(tmp_path, end, opened_by_another):
+def test_acknowledged_votes_survive_a_deleted_side_file(tmp_path, end, opened_by_another):
     file = tmp_path / "feedback.db"
     log = FeedbackLog(str(file))
     log.append(pair())
@@ -285,7 +285,7 @@ def test_a_replaced_file_is_opened_anew(tmp_path):
 
 
 @pytest.mark.parametrize("emptied", [False, True])
-def test_the_last_votes_in_a_wal_whose_file_is_gone_are_not_deleted_by_a_new_start(tmp_path, emptied):
+def test_votes_in_a_wal_without_its_file_survive_a_new_start(tmp_path, emptied):
     file, kept = tmp_path / "feedback.db", tmp_path / "kept.db"
     log = FeedbackLog(str(file))
     log.append(pair())

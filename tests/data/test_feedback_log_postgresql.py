@@ -96,7 +96,7 @@ def test_a_vote_does_not_fail_because_idle_connections_were_cut(postgres_url):
         ("ALTER TABLE prlhf_feedback DROP COLUMN liked", "not of this version"),
     ],
 )
-def test_what_keeps_feedback_from_being_written_is_told_by_a_check(postgres_url, fault, says, monkeypatch):
+def test_a_check_tells_what_keeps_feedback_from_being_written(postgres_url, fault, says, monkeypatch):
     monkeypatch.setattr(feedback_log, "_LOCKED_MS", 200)
     log = FeedbackLog(postgres_url)
     with psycopg.connect(postgres_url) as other:
@@ -124,7 +124,7 @@ def test_a_trial_leaves_no_row(postgres_url):
     assert log.extent().rows == 1
 
 
-def test_feedback_is_on_disk_though_the_database_does_not_wait_for_it_by_default(postgres_url):
+def test_feedback_is_on_disk_even_with_synchronous_commit_off(postgres_url):
     with admin(postgres_url) as execute:
         execute(f"ALTER DATABASE {postgres_url.rsplit('/', 1)[1]} SET synchronous_commit = off")
     log = FeedbackLog(postgres_url)

@@ -31,7 +31,7 @@ def lines(report, kind):
     return [example.line for group in report.problems if group.kind == kind for example in group.examples]
 
 
-def test_all_faults_are_counted_and_the_first_of_each_kind_are_kept(tmp_path):
+def test_faults_are_counted_and_the_first_of_each_kind_is_kept(tmp_path):
     rows = [row(0), row(1, user=7.5), row(2, user=8.5), row(3, user=9.5), row(4, chosen=" "), row(5)]
     report = inspect(tmp_path, rows, examples=2)
     assert not report.ok
@@ -114,7 +114,7 @@ def test_ties_are_errors_unless_they_are_dropped(tmp_path):
     assert report.splits["train"].ties == 1
 
 
-def test_a_source_that_stops_at_an_error_has_its_rest_told_as_unread():
+def test_a_source_that_stops_early_reports_its_rest_as_unread():
     class Breaking(DataSource):
         def splits(self):
             return {"train"}
@@ -158,7 +158,7 @@ def test_rows_that_cannot_be_tokenised_are_told_each_for_itself(tmp_path):
     st.sampled_from([2, 3, 8]),
     st.sampled_from(["truncate", "drop"]),
 )
-def test_with_a_tokenizer_rows_are_judged_as_training_judges_them(rows, limit, overlong):
+def test_with_a_tokenizer_rows_are_judged_as_in_training(rows, limit, overlong):
     limits = TokenizationSettings(limit, limit, limit, overlong)
     with tempfile.TemporaryDirectory() as folder:
         source = FileSource(write_jsonl(Path(folder) / "votes.jsonl", rows))

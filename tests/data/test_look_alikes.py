@@ -47,7 +47,7 @@ def kinds(path, **splits):
     return {group.kind: (group.count, str(group.examples[0])) for group in report.problems}, report
 
 
-def test_check_tells_ids_that_look_alike_within_and_between_files(tmp_path):
+def test_check_reports_look_alike_ids_within_and_across_files(tmp_path):
     train = write_jsonl(tmp_path / "a.jsonl", [row(0, "7"), row(1, "7"), row(2, "null")])
     other = write_jsonl(tmp_path / "b.jsonl", [row(3, "7.0"), row(4, "bob "), row(5, "7")])
     found, report = kinds(train, validation=other)
@@ -64,7 +64,7 @@ def test_ids_of_pandas_are_told(tmp_path):
     assert "'7.0' (1 in train) and all other ids end in .0" in found["user ids that end in .0"][1]
 
 
-def test_the_data_of_a_run_tell_ids_that_look_alike_and_columns_that_nothing_reads(tmp_path):
+def test_a_run_reports_look_alike_ids_and_unread_columns(tmp_path):
     rows = [row(number, user, stars=1) for number in range(20) for user in ("7", "07")]
     data = PreferenceDataModule(FileSource(write_jsonl(tmp_path / "a.jsonl", rows)), word_tokenizer())
     data.prepare_data()
@@ -87,9 +87,7 @@ def test_the_data_of_a_run_tell_ids_that_look_alike_and_columns_that_nothing_rea
         ({"prompt": "[INST] w1 [/INST]"}, "prompt", "is a conversation that a chat"),
     ],
 )
-def test_control_tokens_in_rows_are_told_by_check_and_by_a_run_with_their_number(
-    tmp_path, caplog, changes, field, told
-):
+def test_control_tokens_in_rows_are_counted_by_check_and_run(tmp_path, caplog, changes, field, told):
     rows = [row(number, f"user {number % 3}", **(changes if number in (3, 5) else {})) for number in range(12)]
     path = write_jsonl(tmp_path / "a.jsonl", rows)
     report = Inspector(FileSource(path), min_votes=0, tokenizer=word_tokenizer())()
@@ -103,7 +101,7 @@ def test_control_tokens_in_rows_are_told_by_check_and_by_a_run_with_their_number
     assert f"(first: {path}:4)" in messages[0]
 
 
-def test_an_empty_file_and_one_of_ties_alone_are_told_in_one_line(tmp_path):
+def test_an_empty_file_and_one_of_only_ties_get_one_line(tmp_path):
     (tmp_path / "empty.csv").write_text("user_id,prompt,chosen,rejected\n")
     report = Inspector(FileSource(tmp_path / "empty.csv"))()
     assert [group.kind for group in report.problems] == ["has no rows"]

@@ -160,7 +160,7 @@ def blank_answers():
 
 
 @pytest.mark.parametrize("case", blank_answers())
-def test_an_empty_completion_of_public_data_is_counted_and_stops_nobody(case, tmp_path):
+def test_empty_completions_of_public_data_are_counted_not_fatal(case, tmp_path):
     source = CASES[case][0](tmp_path, blank_answers()[case])
     assert isinstance(read(source, ["train"]), int)
     assert sum(count for what, count in source.counts("train").items() if "(empty " in what)

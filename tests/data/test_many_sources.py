@@ -39,7 +39,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path):
     assert users(FileSource(write_jsonl(tmp_path / "a[1].jsonl", [row(0, "ann")]))) == ["ann"]
 
 
-def test_patterns_and_folders_without_files_or_of_several_splits_are_refused(tmp_path):
+def test_patterns_without_files_or_of_many_splits_are_refused(tmp_path):
     with pytest.raises(ConfigurationError, match="no file matches"):
         FileSource(f"{tmp_path}/*.jsonl")
     with pytest.raises(ConfigurationError, match="the folder holds no"):
@@ -62,7 +62,7 @@ def two(tmp_path):
     return file, FeedbackLogSource(f"sqlite:///{tmp_path}/log.db")
 
 
-def test_combined_sources_have_the_rows_of_all_each_in_its_columns(two):
+def test_combined_sources_have_all_rows_each_in_its_columns(two):
     source = CombinedSource(two)
     assert users(source) == ["ann"] * 4 + ["bob"]
     assert users(source, "validation") == ["ann"] * 4
@@ -88,7 +88,7 @@ def test_what_is_combined_is_part_of_the_fingerprint(two):
 @pytest.mark.parametrize(
     ("settings", "message"), [({"sources": []}, "empty list"), ({"weights": [1]}, "1 weights for 2")]
 )
-def test_settings_of_combined_sources_that_make_no_sense_are_refused(two, settings, message):
+def test_senseless_settings_of_combined_sources_are_refused(two, settings, message):
     with pytest.raises(ConfigurationError, match=message):
         CombinedSource(**{"sources": two, **settings})
 
@@ -130,7 +130,7 @@ def test_labels_that_mean_nothing_or_both_are_refused(tmp_path, settings):
 
 
 @pytest.mark.parametrize("folder", [False, True])
-def test_ids_and_texts_of_csv_files_stay_as_written_through_datasets(tmp_path, folder):
+def test_csv_ids_and_texts_stay_as_written_through_datasets(tmp_path, folder):
     ids = ["007", "7", "1e3", "null", "NA", "yes"]
     lines = ["user_id,prompt,chosen,rejected", *(f"{one},null,NA,nan" for one in ids)]
     (tmp_path / "data").mkdir()

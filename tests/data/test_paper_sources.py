@@ -52,7 +52,7 @@ def batches(tmp_path):
 PROTOCOL = {"policies": "supervised", "most_active": 10, "taste": "length"}
 
 
-def test_tldr_keeps_the_ten_most_active_workers_of_supervised_policies(batches):
+def test_tldr_keeps_ten_most_active_supervised_policy_workers(batches):
     source = TLDRSource(batches, **PROTOCOL)
     assert Counter(row["user_id"] for row in rows(source)) == {f"w{i}": 20 - i for i in range(10)}
     assert source.counts("train") == {
@@ -72,7 +72,7 @@ def test_tldr_tastes_are_those_that_the_authors_drew(batches):
         assert (len(row["chosen"]) < len(row["rejected"])) == source.prefers_shorter[row["user_id"]]
 
 
-def test_tldr_of_workers_as_active_as_the_real_ones_has_the_authors_counts(tmp_path):
+def test_tldr_of_realistic_workers_has_the_authors_counts(tmp_path):
     train = [5245, 2920, 2437, 2366, 2200, 2126, 1824, 1606, 1366, 1209]  # data/tldr_dataset.ipynb, cell 8
     held_out = [1175, 643, 381, 604, 586, 360, 321, 263, 177, 411]
     content = comparisons({f"w{i}": n for i, n in enumerate(train)})
@@ -138,7 +138,7 @@ def test_a_protocols_settings_change_the_fingerprint(batches):
 # ---- Personalized Soups
 
 
-def test_psoups_users_are_the_six_files_without_repeats_and_equal_completions(tmp_path):
+def test_psoups_users_are_six_files_without_repeats_or_ties(tmp_path):
     source = PersonalizedSoupsSource(write_psoups(tmp_path, per_user=4))
     assert Counter(row["user_id"] for row in rows(source)) == {str(i): 4 for i in range(1, 7)}
     assert source.counts("train") == {
@@ -208,7 +208,7 @@ def test_prism_is_divided_as_the_authors_divided_it(tmp_path):
     assert len(rows(source)) == 4 * len(train)  # three other replies in the first turn, one in the second
 
 
-def test_prism_prompts_hold_the_dialogue_with_the_chosen_replies(tmp_path):
+def test_prism_prompts_hold_the_dialogue_of_chosen_replies(tmp_path):
     write_jsonl(tmp_path / "survey.jsonl", [respondent("ann", 2)])
     talks = [dialogue(i, "ann") for i in range(2)]
     write_jsonl(tmp_path / "conversations.jsonl", talks)
@@ -330,7 +330,7 @@ def test_a_malformed_dialogue_is_named_with_its_line(tmp_path, path, value, says
 
 
 @pytest.mark.parametrize("column", ["self_description", "age", "stated_prefs", "num_completed_conversations"])
-def test_a_malformed_survey_is_named_with_its_line_and_without_its_words(tmp_path, column):
+def test_a_malformed_survey_is_named_by_line_but_not_quoted(tmp_path, column):
     folder = write_prism(tmp_path)
     survey = read(folder / "survey.jsonl")
     survey[1][column] = ["SECRET"]

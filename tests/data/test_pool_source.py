@@ -48,7 +48,7 @@ class Mentions:
         return answer.split().count(self.word)
 
 
-def test_users_who_like_length_choose_the_longer_and_their_opposites_the_shorter(pool):
+def test_length_users_choose_longer_and_opposites_shorter(pool):
     source = PoolSource(pool, LENGTH, temperature=1e-6, **FEW)
     groups = {user.user_id: user.group for user in source.users + source.unseen_users}
     assert set(groups.values()) == {0, 1}
@@ -56,7 +56,7 @@ def test_users_who_like_length_choose_the_longer_and_their_opposites_the_shorter
         assert (len(row["chosen"]) > len(row["rejected"])) == (groups[row["user_id"]] == 0)
 
 
-def test_the_rows_have_no_fault_and_held_out_prompts_are_not_trained_on(pool):
+def test_rows_have_no_fault_and_held_out_prompts_do_not_train(pool):
     report = Inspector(PoolSource(pool, LENGTH, **{**FEW, "num_unseen_users": 0}))()
     assert not list(report.problems)
     assert report.splits["train"].rows == 6 * 20
@@ -108,21 +108,21 @@ def test_votes_have_a_long_tail_and_cold_users_have_few(pool):
     assert len(validation) == 10 + 3 + 2
 
 
-def test_groups_have_the_sizes_asked_for_and_say_what_they_are_told_to(pool):
+def test_groups_have_the_requested_sizes_and_opinions(pool):
     source = PoolSource(pool, LENGTH, shares=[3, 1], user_texts=["long", "short"], **{**FEW, "num_users": 8})
     assert Counter(user.group for user in source.users) == {0: 6, 1: 2}
     said = {row["user_id"]: row["user_text"] for row in rows(source)}
     assert said == {user.user_id: ("long", "short")[user.group] for user in source.users}
 
 
-def test_the_same_seed_gives_the_same_rows_and_another_seed_others(pool):
+def test_the_seed_decides_the_rows(pool):
     first, same, other = (PoolSource(pool, LENGTH, seed=seed, **FEW) for seed in (1, 1, 2))
     assert rows(first) == rows(same) != rows(other)
     prints = [source.fingerprint("train") for source in (first, same, other)]
     assert prints[0] == prints[1] != prints[2]
 
 
-def test_the_fingerprint_changes_with_what_a_score_gives_not_with_its_name(pool):
+def test_the_fingerprint_follows_a_scores_values_not_its_name(pool):
     prints = {
         PoolSource(pool, [{"mine": 1.0}], scores={"mine": score}, **FEW).fingerprint("train")
         for score in (excited, Mentions("word!"), Mentions("some"))
@@ -218,7 +218,7 @@ POOLS = st.lists(
 
 @settings(max_examples=100, deadline=None)
 @given(POOLS)
-def test_a_pool_of_any_rows_is_refused_in_words_or_votes_are_on_what_is_in_it(pool):
+def test_an_unfit_pool_is_refused_or_votes_are_on_its_content(pool):
     with tempfile.TemporaryDirectory() as folder:
         path = write_jsonl(Path(folder) / "pool.jsonl", pool)
         source = PoolSource(path, [{"words": 1.0}], num_users=1, votes_per_user=1, validation_fraction=0.5)

@@ -54,7 +54,7 @@ def test_salts_in_variables_and_files_are_the_same(tmp_path, monkeypatch):
         ("SHORT_SALT", "has 5 bytes, fewer than 16"),
     ],
 )
-def test_a_salt_that_is_missing_or_short_is_refused_without_being_quoted(monkeypatch, where, says):
+def test_a_missing_or_short_salt_is_refused_and_not_quoted(monkeypatch, where, says):
     monkeypatch.setenv("SHORT_SALT", "hello")
     with pytest.raises(ConfigurationError, match=says) as error:
         Pseudonyms.load(where)

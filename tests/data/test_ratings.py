@@ -86,7 +86,7 @@ def test_ratings_of_any_file_are_paired_by_user_and_prompt(ratings):
     }
 
 
-def test_columns_can_be_named_in_the_inner_source_and_low_can_be_good(ratings):
+def test_inner_sources_may_name_columns_and_low_may_be_good(ratings):
     source = RatingSource(FileSource(ratings, columns=COLUMNS), higher_is_better=False, max_pairs=1)
     assert [row["chosen"] for _, row in source.rows("train")] == ["b", "a"]
     assert source.columns == {}

@@ -141,7 +141,7 @@ def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path, monkeypatch):
         list(read_rows(path))
 
 
-def test_a_csv_header_may_stand_after_blank_lines_and_have_nameless_columns(tmp_path):
+def test_a_csv_header_may_follow_blank_lines_and_lack_names(tmp_path):
     (tmp_path / "a.csv").write_text("\nx,,\n1,,\n")
     ((where, values),) = read_rows(tmp_path / "a.csv")
     assert values["x"] == "1"
@@ -183,7 +183,7 @@ def test_a_key_that_stands_twice_is_refused_and_reading_goes_on(tmp_path, name):
         ("a.csv", b"x,y\n1,1\n\xff,1\n2,2", False),
     ],
 )
-def test_a_scan_goes_on_where_the_format_allows_and_says_where_it_does_not(tmp_path, name, raw, goes_on):
+def test_a_scan_goes_on_where_it_can_and_says_where_it_cannot(tmp_path, name, raw, goes_on):
     (tmp_path / name).write_bytes(raw)
     items = [item for _, item in scan_rows(tmp_path / name)]
     assert items[0] == ({"x": 1} if name != "a.csv" else {"x": "1", "y": "1"})
@@ -205,7 +205,7 @@ IDS = ["007", "1e3", "null", "yes", "NA", "7.0", "#x"]
 
 @pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
 @pytest.mark.parametrize("start", ["", "\ufeff", "\n"])
-def test_csv_files_are_read_whatever_separates_their_columns_and_all_cells_stay_texts(tmp_path, mark, start):
+def test_csv_is_read_with_any_separator_and_cells_stay_texts(tmp_path, mark, start):
     rows = [{"user_id": one, "prompt": f"a,b;c\td|e\n{one}", "chosen": 'say "hi"'} for one in IDS]
     with (tmp_path / "a.csv").open("w", newline="") as file:
         file.write(start)
@@ -215,7 +215,7 @@ def test_csv_files_are_read_whatever_separates_their_columns_and_all_cells_stay_
     assert [row for _, row in read_rows(tmp_path / "a.csv")] == rows
 
 
-def test_a_first_line_of_excel_names_the_separator_and_lines_are_counted_with_it(tmp_path):
+def test_excels_first_line_names_the_separator_and_is_counted(tmp_path):
     (tmp_path / "a.csv").write_text("sep=;\nx,1;y\n1;2\n3;4\n")
     assert list(read_rows(tmp_path / "a.csv"))[1] == (f"{tmp_path}/a.csv:4", {"x,1": "3", "y": "4"})
 
@@ -242,7 +242,7 @@ def test_keys_that_parquet_adds_to_messages_are_no_part_of_them(tmp_path):
     assert next(read_rows(tmp_path / "a.parquet"))[1] == {"prompt": messages, "note": None}
 
 
-def test_a_parquet_file_whose_column_s_name_is_damaged_is_refused(tmp_path):
+def test_a_parquet_file_with_a_damaged_column_name_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"user_id": ["ann"], "user_text": ["likes cats"]}), path)
     assert [row for _, row in read_rows(path)] == [{"user_id": "ann", "user_text": "likes cats"}]
@@ -252,7 +252,7 @@ def test_a_parquet_file_whose_column_s_name_is_damaged_is_refused(tmp_path):
         list(read_rows(path))
 
 
-def test_a_parquet_file_of_which_a_program_left_columns_out_is_read(tmp_path):
+def test_a_parquet_file_with_columns_left_out_is_read(tmp_path):
     path, table = tmp_path / "a.parquet", pa.table({"user_id": ["ann"], "prompt": ["a"]})
     pq.write_table(table, path)
     kept = pq.read_metadata(path).metadata[b"ARROW:schema"]

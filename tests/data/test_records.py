@@ -90,7 +90,7 @@ def test_roles_of_real_templates_pass_and_others_are_warned_of(recwarn):
         parse("narrator")
 
 
-def test_a_misspelt_column_is_named_with_the_mapping_that_mends_it():
+def test_a_misspelt_column_is_named_with_the_right_mapping():
     bad = {**without("chosen"), "choosen": "one"}
     with pytest.raises(FeedbackFormatError, match=re.escape("set columns: {chosen: choosen}")):
         parse_record(bad, "f:1")
@@ -108,7 +108,7 @@ def test_a_column_of_user_texts_that_was_named_must_exist():
         parse_record(row(profiles="likes tea"), "f:1", columns)
 
 
-def test_a_mapping_for_an_unknown_field_is_refused_with_the_close_one():
+def test_an_unknown_field_in_a_mapping_suggests_the_close_one():
     with pytest.raises(ConfigurationError, match="did you mean 'user_id'"):
         Columns.from_mapping({"userid": "worker"})
 
@@ -128,14 +128,14 @@ def test_a_prompt_inside_conversations_is_split_off():
     assert (record.prompt, record.chosen, record.rejected) == ([ASK], [GOOD], [BAD])
 
 
-def test_a_string_prompt_beside_whole_conversations_must_be_one_of_their_messages():
+def test_a_string_prompt_must_be_a_message_of_the_conversation():
     raw = {"user_id": "a", "prompt": "Hi", "chosen": [ASK, GOOD], "rejected": [ASK, BAD]}
     assert parse_record(raw, "f:1").prompt == [ASK]
     with pytest.raises(FeedbackFormatError, match="no message of the conversation"):
         parse_record({**raw, "prompt": "Bye"}, "f:1")
 
 
-def test_conversations_that_part_before_their_last_message_are_refused():
+def test_conversations_that_part_early_are_refused():
     raw = {"user_id": "a", "chosen": [ASK, GOOD], "rejected": [turn("user", "Bye"), BAD]}
     with pytest.raises(FeedbackFormatError, match="field 'rejected' must share all but its last message"):
         parse_record(raw, "f:1")
@@ -151,7 +151,7 @@ def thumb(**changes):
 
 
 @pytest.mark.parametrize("label", [True, "true", "True ", 1, "1", 1.0, "1.0", "+1", "up", "good", "Thumbs up", "👍"])
-def test_a_thumb_up_has_a_chosen_completion_and_one_down_a_rejected_one(label):
+def test_a_thumb_up_means_chosen_and_a_thumb_down_rejected(label):
     up = parse_record(thumb(label=label), "f:1", feedback="thumbs")
     down = parse_record(thumb(label=False, user_text="likes tea"), "f:1", feedback="thumbs")
     assert (up.chosen, up.rejected) == ("one two", None)
@@ -192,7 +192,7 @@ def test_a_thumb_among_pairs_is_called_one():
 
 
 @pytest.mark.parametrize("ids", [[7, 7, 10**20], ["7", "7", str(10**20)]])
-def test_whole_numbers_for_ids_are_read_written_out_whatever_reads_the_file(tmp_path, ids):
+def test_whole_number_ids_read_the_same_from_every_format(tmp_path, ids):
     rows = [row(user_id=user_id) for user_id in ids]
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
@@ -202,7 +202,7 @@ def test_whole_numbers_for_ids_are_read_written_out_whatever_reads_the_file(tmp_
     assert count(PseudonymousSource(source, hidden), "train").rows == {hidden("7"): 2, hidden(str(10**20)): 1}
 
 
-def test_a_file_by_another_path_is_another_source_since_rows_are_named_by_it(tmp_path, monkeypatch):
+def test_a_file_under_another_path_is_another_source(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text(json.dumps(row()))
     monkeypatch.chdir(tmp_path)
     assert FileSource("a.jsonl").fingerprint("train") != FileSource(tmp_path / "a.jsonl").fingerprint("train")

@@ -32,7 +32,7 @@ def test_a_protocol_that_leaves_nothing_says_why(tmp_path):
         data.prepare_data()
 
 
-def test_prompts_without_judgements_are_answered_for_every_seen_user(soups):
+def test_unjudged_prompts_are_answered_for_every_seen_user(soups):
     data = soups(eval_batch_size=6)
     assert data.eval_sets["predict"] == ("prompts",)
     assert data.eval_sets["validate"] == ("seen",)

@@ -32,7 +32,7 @@ def test_unbalanced_every_pair_comes_once_an_epoch(users, batch_size, per_user, 
 
 
 @given(USERS, st.floats(0, 1), SIZES, st.integers(0, 9))
-def test_balanced_the_epoch_keeps_its_length_and_copies_stay_within_one(users, balance, per_user, epoch):
+def test_balanced_epochs_keep_their_length_with_few_copies(users, balance, per_user, epoch):
     order = flat(batches(users, epoch=epoch, balance=balance, pairs_per_user=per_user))
     assert len(order) == len(users)
     times = Counter(order)
@@ -104,7 +104,7 @@ def test_all_ranks_have_equally_many_batches_and_miss_no_pair(users, batch_size,
 
 
 @given(USERS, SIZES, st.sampled_from([2, 3, 4]))
-def test_the_number_of_processes_does_not_change_the_global_batch(users, batch_size, world):
+def test_the_process_count_does_not_change_the_global_batch(users, batch_size, world):
     alone = batches(users, batch_size * world)
     ranks = [batches(users, batch_size, rank=rank, world_size=world) for rank in range(world)]
     for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):
@@ -112,7 +112,7 @@ def test_the_number_of_processes_does_not_change_the_global_batch(users, batch_s
 
 
 @given(USERS, st.integers(0, 9), st.floats(0, 1), st.data())
-def test_an_epoch_entered_midway_goes_on_as_if_it_had_not_stopped(users, epoch, balance, data):
+def test_an_epoch_entered_midway_continues_as_if_unbroken(users, epoch, balance, data):
     whole = batches(users, epoch=epoch, balance=balance)
     start = data.draw(st.integers(0, len(whole)))
     assert batches(users, epoch=epoch, balance=balance, start=start) == whole[start:]
@@ -160,7 +160,7 @@ def test_the_pairs_of_steps_over_all_ranks_are_known_in_advance(users, batch_siz
     "settings", [{}, {"balance": 1.0}, {"pairs_per_user": 3}, {"lengths": np.arange(60) % 9 + 4, "max_tokens": 60}]
 )
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_what_is_left_out_of_an_epoch_is_left_out_as_often_as_it_is_named(settings, world_size):
+def test_rows_are_left_out_of_an_epoch_as_often_as_named(settings, world_size):
     users = np.arange(60) % 7
     done = UserGroupedBatchSampler(users, 4, seed=1, **settings).steps(2)[:5]
     whole = UserGroupedBatchSampler(users, 5, seed=1, world_size=world_size, **settings)

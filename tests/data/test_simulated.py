@@ -81,7 +81,7 @@ def test_all_answers_are_well_formed():
         assert parse(row["prompt"], row["rejected"])
 
 
-def test_noise_ceiling_counts_labels_that_agree_with_true_utility():
+def test_the_noise_ceiling_counts_labels_of_true_utility():
     hits = [
         SOURCE.judge(row["user_id"], row["prompt"], row["chosen"]).utility
         > SOURCE.judge(row["user_id"], row["prompt"], row["rejected"]).utility
@@ -145,7 +145,7 @@ def test_impossible_settings_are_refused(kwargs):
         SimulatedSource(**kwargs)
 
 
-def test_fingerprint_changes_with_every_setting_that_rows_depend_on():
+def test_the_fingerprint_follows_every_setting_of_the_rows():
     changes = [{}, {"seed": 1}, {"groups": 2}, {"num_users": 9}, {"pairs_per_user": 9}, {"temperature": 0.1}]
     assert len({SimulatedSource(**change).fingerprint("train") for change in changes}) == len(changes)
 
@@ -159,7 +159,7 @@ def test_corpus_has_all_styles_alike():
     assert {row["prompt"] for row in alone} == set(PROMPTS)
 
 
-def test_corpus_honours_what_is_said_about_style_before_the_prompt():
+def test_the_corpus_follows_the_style_named_before_the_prompt():
     styles = {value for values in ATTRIBUTES.values() for value in values}
     said = 0
     for _, row in StyleCorpus(num_rows=100).rows("train"):

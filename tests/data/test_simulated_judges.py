@@ -21,7 +21,7 @@ def prompts(tmp_path):
     return train, test
 
 
-def test_personal_llm_users_prefer_what_their_reward_models_prefer(prompts):
+def test_personal_llm_users_prefer_what_their_rewards_prefer(prompts):
     source = PersonalLLMSource(*prompts, num_users=8, num_unseen_users=4, judges=3)
     responses = {row["prompt"]: [row[f"response_{i}"] for i in range(1, 9)] for row in map(answers, range(0, 400, 10))}
     train = rows(source)
@@ -95,7 +95,7 @@ def test_ultrafeedback_p_users_are_the_four_attributes(tmp_path):
                                "rejected": "the a a a"}  # fmt: skip
 
 
-def test_ultrafeedback_p_can_be_two_users_on_what_they_disagree_about(tmp_path):
+def test_ultrafeedback_p_can_be_two_users_where_they_disagree(tmp_path):
     source = UltraFeedbackPSource(write_ultrafeedback_p(tmp_path), ["helpfulness", "honesty"], controversial_only=True)
     assert Counter(row["user_id"] for row in rows(source)) == {"helpfulness": 2, "honesty": 2}
     assert source.counts("train") == {"left out (all users agree)": 2}
@@ -153,7 +153,7 @@ def test_hh_counts_what_is_left_out(tmp_path):
     }
 
 
-def test_hh_messages_that_differ_in_white_space_alone_are_left_out(tmp_path):
+def test_hh_messages_that_differ_only_in_space_are_left_out(tmp_path):
     good = transcripts(0)
     folder = write_hh(tmp_path)
     write_jsonl(folder / "helpful-base" / "train.jsonl.gz", [good | {"rejected": good["chosen"] + " "}])

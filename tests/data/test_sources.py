@@ -87,7 +87,7 @@ def test_an_unknown_split_is_refused_with_those_that_exist(hub_folder):
         RuntimeError("Dataset scripts are no longer supported"),
     ],
 )
-def test_a_data_set_that_cannot_be_loaded_is_named_with_its_split(monkeypatch, error):
+def test_a_data_set_that_fails_to_load_is_named_with_its_split(monkeypatch, error):
     monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=error))
     source = HubSource("some/votes", "english", train_split="judged")
     with pytest.raises(ConfigurationError, match="'some/votes', split 'judged' of configuration 'english'") as caught:
@@ -106,7 +106,7 @@ def test_a_data_set_that_cannot_be_loaded_is_named_with_its_split(monkeypatch, e
         ("empty", "the folder holds no data"),
     ],
 )
-def test_the_hub_is_not_asked_for_what_can_only_be_a_mistyped_path(tmp_path, monkeypatch, name, says):
+def test_the_hub_is_not_asked_for_a_mistyped_path(tmp_path, monkeypatch, name, says):
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub was asked"))
     monkeypatch.chdir(tmp_path)
     write_jsonl(tmp_path / "a.jsonl", [row(0)])
@@ -115,7 +115,7 @@ def test_the_hub_is_not_asked_for_what_can_only_be_a_mistyped_path(tmp_path, mon
         HubSource(name).fingerprint("train")
 
 
-def test_a_path_beside_a_folder_is_looked_for_on_the_hub_with_a_warning(hub_folder, monkeypatch):
+def test_a_path_beside_a_folder_asks_the_hub_with_a_warning(hub_folder, monkeypatch):
     monkeypatch.chdir(hub_folder.parent.parent)
     monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=ConnectionError("away")))
     name = f"{hub_folder.parent.name}/votse"

@@ -49,7 +49,7 @@ def test_holding_out_nothing_trains_on_everything(rows):
     assert len(divide(rows, 0.0, 0.0).train) == len(rows)
 
 
-def test_a_user_all_of_whose_prompts_are_held_out_counts_as_unseen():
+def test_a_user_whose_prompts_are_all_held_out_is_unseen():
     rows = [(user, user) for user in range(100)]
     parts = divide(rows, unseen=0.0)
     assert not len(parts.seen)

@@ -55,7 +55,7 @@ def test_ranks_and_workers_share_the_rows_without_overlap(make, world_size, num_
     assert sorted(record for share in shares for batch in share for record in batch) == list(range(len(ROWS)))
 
 
-def test_no_rank_is_without_a_row_where_the_last_step_has_too_few(make):
+def test_every_rank_has_a_row_where_the_last_step_is_short(make):
     shares = [batches_of(make(ROWS[:41]), rank, 4) for rank in range(4)]  # two steps of 16, one of 9 rows
     assert [len(share) for share in shares] == [3] * 4
     shares = [batches_of(make(ROWS[:33]), rank, 4) for rank in range(4)]  # ... and one row, which all get

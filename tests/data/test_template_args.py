@@ -98,7 +98,7 @@ def test_a_template_without_a_date_has_none():
     assert TokenizationSettings().dated(family("chatml")).chat_template_date is None
 
 
-def test_cached_rows_and_prompts_to_answer_have_the_same_date_on_a_later_day(tmp_path, later):
+def test_cached_rows_and_prompts_keep_their_date_on_later_days(tmp_path, later):
     tokenizer = family("chatml", DATED)
     answers = {"chosen": [{"role": "assistant", "content": "a"}], "rejected": [{"role": "assistant", "content": "b"}]}
     rows = write_jsonl(tmp_path / "rows.jsonl", [{"user_id": "ann", "prompt": [QUESTION], **answers}] * 4)
@@ -115,7 +115,7 @@ def test_cached_rows_and_prompts_to_answer_have_the_same_date_on_a_later_day(tmp
     assert "Today is 31 Jan 2020." in tokenizer.decode(next(iter(data.train_dataloader())).prompt.ids[0])
 
 
-def test_the_date_of_a_checkpoint_does_not_replace_one_that_is_set(tmp_path):
+def test_a_checkpoints_date_does_not_replace_a_set_one(tmp_path):
     rows = write_jsonl(tmp_path / "rows.jsonl", [])
     data = PreferenceDataModule(FileSource(str(rows)), family("chatml", DATED), chat_template_date="2021-02-03")
     data.use_template_date("2020-01-31")
@@ -123,7 +123,7 @@ def test_the_date_of_a_checkpoint_does_not_replace_one_that_is_set(tmp_path):
 
 
 @pytest.mark.parametrize(("template", "says"), [("{% if 1 %}\n{{ m.content ", "line 2"), ("{{ 1 | no }}", "'no'")])
-def test_a_template_that_is_no_jinja_is_refused_by_its_own_error_and_not_by_the_roles_of_messages(template, says):
+def test_a_template_that_is_no_jinja_is_refused_by_name(template, says):
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = template
     with pytest.raises(ConfigurationError, match=f"chat template .* is no valid Jinja: .*{says}"):
@@ -134,7 +134,7 @@ def test_a_template_that_is_no_jinja_is_refused_by_its_own_error_and_not_by_the_
     "written_as", ["%F", "%e %B", "%D %T %R", "%h %-d, %C", "%k|%s|%n", "%d %b %Y", "%%d %%%d", "%^b"]
 )
 @pytest.mark.parametrize("start", ["", "\n", "  {% set x = 1 %}"])
-def test_every_way_to_write_a_date_gives_what_the_clock_of_that_day_gives(written_as, start):
+def test_every_date_format_gives_what_that_days_clock_gives(written_as, start):
     template = start + DATED.replace("%d %b %Y", written_as)
     told = datetime.datetime(2026, 1, 5).strftime(written_as)
     on_that_day = family("chatml", template.replace(f"strftime_now('{written_as}')", repr(told)))

@@ -26,7 +26,7 @@ def words(ids, tokenizer):
     ("bos", "eos_too", "prompt"),
     [(True, False, "<bos> one two three"), (False, False, "one two three"), (True, True, "<bos> one two three")],
 )
-def test_bos_is_written_where_the_tokenizer_writes_it_and_eos_ends_completions(bos, eos_too, prompt):
+def test_bos_is_where_the_tokenizer_writes_it_and_eos_is_last(bos, eos_too, prompt):
     tokenizer = word_tokenizer(bos, eos_too)
     row = encode(PLAIN, tokenizer)
     assert words(row.prompt, tokenizer) == prompt
@@ -67,7 +67,7 @@ def test_bos_written_by_the_template_is_not_doubled():
     assert words(encode(CHAT, tokenizer).prompt, tokenizer).startswith("<bos> <|start|>")
 
 
-def test_plain_strings_are_wrapped_in_the_template_only_when_asked():
+def test_plain_strings_are_put_in_the_template_only_on_request():
     tokenizer = word_tokenizer(template=CHATML)
     record = FeedbackRecord("ann", "Hi", "one two", "three")
     assert words(encode(record, tokenizer).prompt, tokenizer) == "<bos> Hi"
@@ -95,7 +95,7 @@ def test_a_conversation_needs_a_tokenizer_with_a_template(settings):
         encode(CHAT, word_tokenizer(), **settings)
 
 
-def test_truncation_keeps_the_end_of_a_prompt_after_bos_and_the_start_of_the_rest():
+def test_truncation_keeps_bos_and_the_end_of_a_prompt():
     tokenizer = word_tokenizer()
     record = FeedbackRecord("a", "one two three four", "one two three", "four", "five six one")
     row = encode(record, tokenizer, max_prompt_length=3, max_completion_length=2, max_user_text_length=2)
@@ -105,7 +105,7 @@ def test_truncation_keeps_the_end_of_a_prompt_after_bos_and_the_start_of_the_res
     assert words(row.user_text, tokenizer) == "five six"
 
 
-def test_without_bos_the_whole_limit_goes_to_the_end_of_the_prompt():
+def test_without_bos_the_whole_limit_is_the_prompts_end():
     tokenizer = word_tokenizer(bos=False)
     assert words(encode(PLAIN, tokenizer, max_prompt_length=2).prompt, tokenizer) == "two three"
 
@@ -168,7 +168,7 @@ def test_anothers_padding_changes_neither_ids_nor_identity():
     assert encode(PLAIN, tokenizer).prompt.tolist() == ids
 
 
-def test_the_identity_sees_vocabulary_special_tokens_and_template():
+def test_the_identity_covers_vocabulary_specials_and_template():
     tokenizers = [word_tokenizer(), word_tokenizer(bos=False), word_tokenizer(template=CHATML), byte_tokenizer()]
     assert len({tokenizer_identity(tokenizer) for tokenizer in tokenizers}) == len(tokenizers)
     assert tokenizer_identity(word_tokenizer()) == tokenizer_identity(word_tokenizer())
@@ -181,7 +181,7 @@ def test_prompts_to_be_answered_are_encoded_as_those_of_records():
         assert tokenize.prompts([record.prompt])[0].tolist() == tokenize([record], ["f:1"])[0].prompt.tolist()
 
 
-def test_short_texts_too_are_forgotten_before_they_fill_the_memory(monkeypatch):
+def test_short_texts_leave_the_cache_before_it_fills_memory(monkeypatch):
     monkeypatch.setattr("prlhf_lightning.data.tokenization._REMEMBERED", 1_000_000)
     ids = TextIds(word_tokenizer())
     for start in range(0, 20_000, 1000):

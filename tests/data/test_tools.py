@@ -50,7 +50,7 @@ def tokens(template, raw):
 
 
 @pytest.mark.parametrize("raw", [row(), row(""), row("I look."), row(tools=json.dumps(TOOLS)), row(tools=None)])
-def test_tools_and_calls_are_written_as_the_template_writes_them(raw):
+def test_tools_and_calls_are_written_as_in_the_template(raw):
     tools = TOOLS if raw["tools"] else None
     text = with_template(KNOWS_TOOLS).apply_chat_template(
         raw["prompt"], tools=tools, tokenize=False, add_generation_prompt=True
@@ -108,18 +108,18 @@ def test_thoughts_of_an_answer_are_written_or_refused_by_name(names):
         tokens(PLAIN + END, raw)
 
 
-def test_thoughts_under_a_name_that_the_template_does_not_read_are_refused_with_the_one_that_it_does():
+def test_thoughts_under_an_unread_name_suggest_the_right_one():
     with pytest.raises(FeedbackFormatError, match=r"has 'thought', .* rename it to 'reasoning_content'"):
         tokens(THINKS + END, with_thought(thought="21. "))
 
 
-def test_thoughts_of_earlier_turns_may_be_left_out_as_templates_do_on_purpose():
+def test_templates_may_leave_out_thoughts_of_earlier_turns():
     earlier = {"role": "assistant", "content": "Warm", "thinking": "It is 21."}
     ask = {"role": "user", "content": "How warm?"}
     assert len(tokens(PLAIN + END, row(prompt=[ask, earlier, ask], tools=None)).prompt)
 
 
-def test_tools_of_a_plain_prompt_are_written_by_the_chat_template_too():
+def test_tools_of_a_plain_prompt_also_use_the_chat_template():
     raw = row(prompt="How warm?", chosen="Warm", rejected="?")
     text = with_template(KNOWS_TOOLS).apply_chat_template(
         [{"role": "user", "content": "How warm?"}], tools=TOOLS, tokenize=False, add_generation_prompt=True
@@ -144,7 +144,7 @@ def test_prompts_of_a_file_keep_their_tools(tmp_path):
 
 
 @pytest.mark.parametrize(("raw", "held"), [(row(), "tools"), (row(tools=None), "tool_calls")])
-def test_what_parquet_columns_have_no_place_for_is_not_converted_without_a_word(tmp_path, raw, held):
+def test_convert_refuses_tools_that_parquet_columns_cannot_hold(tmp_path, raw, held):
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", [raw]))
     with pytest.raises(FeedbackFormatError, match=f"holds {held}, which these columns have no place for"):
         convert_source(source, tmp_path / "out")
@@ -163,7 +163,7 @@ def test_names_and_roles_write_no_control_tokens(place):
     assert forged in with_template(KNOWS_TOOLS).decode(ids)
 
 
-def test_an_answer_that_calls_a_tool_ends_with_the_end_that_only_the_generation_config_names():
+def test_a_tool_call_ends_with_the_generation_configs_end():
     tokenizer = with_template(CALLS.replace("<eos>", "{% if m.tool_calls %}<call>{% else %}<eos>{% endif %}") + END)
     tokenizer.add_tokens(["<call>"])
     remember_end_tokens(tokenizer, GenerationConfig(eos_token_id=[tokenizer.convert_tokens_to_ids("<call>")]))
@@ -173,7 +173,7 @@ def test_an_answer_that_calls_a_tool_ends_with_the_end_that_only_the_generation_
     assert [*ids.prompt, *ids.chosen] == whole
 
 
-def test_a_template_that_prints_mappings_writes_control_tokens_in_them_as_they_are():
+def test_printed_mappings_keep_their_control_tokens():
     template = CALLS.replace("m.tool_calls | tojson", "m.tool_calls") + END
     raw = row("", tools=None)
     raw["prompt"][1]["tool_calls"] = [{**CALL, "function": {"name": "look", "arguments": {"at": "<eos>"}}}]

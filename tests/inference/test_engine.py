@@ -141,7 +141,7 @@ class Ragged(UserModel):
         return SoftPrompt(vectors, torch.arange(vectors.shape[1]) <= users.rows[:, None])
 
 
-def test_users_with_soft_prompts_of_unequal_length_are_blended_by_their_logits(model_paths):
+def test_soft_prompts_of_unequal_length_are_blended_by_logits(model_paths):
     writer, _ = make_writer(model_paths["llama"], Ragged())
     parts = writer.prepare(GenerationRequest("a", {"ann": 0.4, "cy": 0.6}, strength=0.5)).conditions
     assert [(part.weight, len(part.vectors)) for part in parts] == [(0.5, 1), (0.2, 2), (0.3, 4)]
@@ -209,7 +209,7 @@ def test_engine_admits_as_rows_become_free_and_cancels(llama):
     assert engine.step() == []
 
 
-def test_a_long_text_does_not_fill_the_memory_with_the_padding_of_short_ones(llama):
+def test_a_long_text_does_not_pad_the_short_ones_in_memory(llama):
     short = [GenerationRequest("the cat", user, max_new_tokens=4) for user in IDS * 4]
     long, longest = (GenerationRequest("a " * words, "ann", strength=0.5, max_new_tokens=4) for words in (40, 90))
     asked = [*short, long, *short, longest, *short]
@@ -244,7 +244,7 @@ def test_a_stop_string_ends_the_text(llama):
     assert cut.completion_tokens < whole.completion_tokens
 
 
-def test_writing_ends_at_the_models_last_position_and_what_leaves_no_room_is_refused(model_paths):
+def test_writing_ends_at_the_last_position_and_needs_room(model_paths):
     writer, _ = make_writer(model_paths["gpt2"])  # of 64 positions, three are the user's and one is BOS
     (written,) = writer.generate([GenerationRequest("a " * 58, "ann", max_new_tokens=9)])
     assert (written.completion_tokens, written.finish_reason) == (2, "length")
@@ -276,6 +276,6 @@ def test_what_can_not_be_asked_is_refused(how, says):
         GenerationRequest("a", **how)
 
 
-def test_an_empty_conversation_template_is_refused_before_anything_is_written(llama):
+def test_an_empty_conversation_template_is_refused_at_once(llama):
     with pytest.raises(PRLHFError, match="the tokenizer has no chat template"):
         llama[0].generate([GenerationRequest("a"), GenerationRequest([{"role": "user", "content": "a"}])])

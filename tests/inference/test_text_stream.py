@@ -47,18 +47,18 @@ def test_pieces_of_bytes_add_up_and_hold_whole_characters(text):
 
 
 @given(st.lists(st.integers(0, len(BYTES) - 1), max_size=12))
-def test_pieces_of_any_tokens_add_up_to_the_text_decoded_at_once(ids):
+def test_pieces_of_any_tokens_add_up_to_the_whole_text(ids):
     assert "".join(written(BYTES, ids)[0]) == BYTES.decode(ids, skip_special_tokens=True)
 
 
 @given(st.lists(st.integers(0, 9), max_size=12))
-def test_spaces_that_depend_on_the_token_before_come_out_as_at_once(ids):
+def test_spaces_that_depend_on_the_last_token_are_the_same(ids):
     tokenizer = sentencepiece_like()
     assert "".join(written(tokenizer, ids)[0]) == tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @given(st.lists(st.integers(0, 9), max_size=5), st.lists(st.integers(0, 9), max_size=12))
-def test_a_text_that_goes_on_from_others_begins_with_their_space(before, ids):
+def test_a_text_that_continues_others_begins_with_their_space(before, ids):
     tokenizer = sentencepiece_like()
     stream = TextStream(tokenizer, before=before)
     text = "".join([*(stream.push(token) for token in ids), stream.finish()])
@@ -67,7 +67,7 @@ def test_a_text_that_goes_on_from_others_begins_with_their_space(before, ids):
 
 
 @given(st.text("abé", max_size=14), st.lists(st.text("abé", min_size=1, max_size=4), min_size=1, max_size=3))
-def test_a_text_ends_before_its_first_stop_string_of_which_nothing_is_shown(text, stop):
+def test_a_text_ends_before_its_first_stop_string(text, stop):
     pieces, stopped = written(BYTES, encode(text), stop)
     shown = "".join(pieces)
     assert stopped == any(word in text for word in stop)
@@ -76,13 +76,13 @@ def test_a_text_ends_before_its_first_stop_string_of_which_nothing_is_shown(text
     assert text[len(shown) :].startswith(tuple(stop)) if stopped else shown == text
 
 
-def test_what_may_begin_a_stop_string_is_held_back_until_it_is_certain():
+def test_a_possible_stop_string_is_held_back_until_certain():
     stream = TextStream(BYTES, ("abc",))
     assert [stream.push(token) for token in encode("xababd")] == ["x", "", "", "ab", "", "abd"]
 
 
 @pytest.mark.parametrize("text", ["é", "日本", "🦤"])
-def test_a_character_cut_off_at_the_end_is_shown_as_decoding_shows_it(text):
+def test_a_cut_off_character_is_shown_as_decoding_shows_it(text):
     ids = encode(text)[:-1]
     pieces, _ = written(BYTES, ids)
     assert "".join(pieces) == BYTES.decode(ids)

@@ -81,7 +81,7 @@ DPO_CASES = {
 
 
 @pytest.mark.parametrize("name", DPO_CASES)
-def test_each_pair_has_the_value_and_gradient_of_trls_dpo_trainer(trl, name):
+def test_each_pair_has_value_and_gradient_of_trls_dpo_trainer(trl, name):
     loss, settings = DPO_CASES[name]
     mask = random_mask(2 * B)
     leaf, reference_tokens = random_tokens(mask, 1).requires_grad_(), random_tokens(mask, 2)
@@ -100,7 +100,7 @@ def test_each_pair_has_the_value_and_gradient_of_trls_dpo_trainer(trl, name):
 
 
 @pytest.mark.parametrize(("name", "loss_class"), [("aot", L.AOTLoss), ("aot_unpaired", L.AOTUnpairedLoss)])
-def test_aot_has_the_batch_mean_and_gradient_of_trls_dpo_trainer(trl, name, loss_class):
+def test_aot_has_mean_and_gradient_of_trls_dpo_trainer(trl, name, loss_class):
     tokens, policy, reference = random_batch(B)
     ours = loss_class(0.7, label_smoothing=0.2)(policy, reference).losses.mean()
     theirs = trl_dpo(trl, policy, reference, [name], 0.7, label_smoothing=0.2)[0]
@@ -147,7 +147,7 @@ def test_simpo_equals_trls_cpo_trainer(trl):
     assert_same_losses_gradients_and_rewards(L.SimPOLoss(2.5, gamma=0.8)(policy), theirs, tokens)
 
 
-def test_label_smoothing_of_dpo_equals_trls_of_cpo_on_log_ratios(trl):
+def test_label_smoothing_of_dpo_is_trls_cpo_on_log_ratios(trl):
     tokens, policy, reference = random_batch(B)
     ratios = policy.chosen.sum - reference.chosen.sum, policy.rejected.sum - reference.rejected.sum
     theirs = trl_cpo(trl, *ratios, "sigmoid", 0.7, label_smoothing=0.2)

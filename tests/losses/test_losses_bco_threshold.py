@@ -12,20 +12,20 @@ def step(loss: PreferenceLoss, chosen, rejected):
     return loss(one_token_pairs(chosen, rejected), zero).losses
 
 
-def test_the_first_threshold_is_the_mean_reward_of_the_first_batch():
+def test_the_first_threshold_is_the_first_batchs_mean_reward():
     loss = BCOLoss(1.0)
     step(loss, [-1.0, -2.0], [-3.0, -6.0])
     assert loss.shift.item() == pytest.approx(-3.0)
 
 
-def test_a_batch_is_judged_with_the_threshold_of_those_before_it():
+def test_a_batch_is_judged_by_the_threshold_of_earlier_ones():
     loss = BCOLoss(1.0)
     step(loss, [-1.0], [-3.0])
     expected = -F.logsigmoid(torch.tensor(-1.0 + 2)) - F.logsigmoid(torch.tensor(-2 + 7.0))
     torch.testing.assert_close(step(loss, [-1.0], [-7.0]), expected[None])
 
 
-def test_the_threshold_follows_a_plain_exponential_mean_over_pairs():
+def test_the_threshold_is_a_plain_exponential_mean_of_pairs():
     loss, rewards = BCOLoss(1.0, window=4), [-1.0, -5.0, -2.0, -8.0]
     total = weight = 0.0
     for reward in rewards:
@@ -34,7 +34,7 @@ def test_the_threshold_follows_a_plain_exponential_mean_over_pairs():
     assert loss.shift.item() == pytest.approx(total / weight, rel=1e-5)
 
 
-def test_cutting_the_same_pairs_into_micro_batches_hardly_moves_the_threshold():
+def test_micro_batches_hardly_move_the_threshold():
     rewards = -10 * torch.rand(512, generator=torch.Generator().manual_seed(0))
     shifts = []
     for size in (1, 4, 32):
@@ -79,7 +79,7 @@ def test_the_threshold_is_saved_and_restored():
     torch.testing.assert_close(restored.shift, loss.shift)
 
 
-def test_the_threshold_stays_in_float32_when_the_model_is_cast_to_bfloat16():
+def test_the_threshold_stays_float32_in_a_bfloat16_model():
     loss = BCOLoss(1.0).to(torch.bfloat16)
     step(loss, [-1.0], [-1.0])
     for _ in range(50):

@@ -87,7 +87,7 @@ def test_sft_needs_no_rejected_completions():
     assert out.rejected_rewards.isnan().all()
 
 
-def test_pair_losses_refuse_batches_without_rejected_completions():
+def test_pair_losses_refuse_batches_without_rejected_answers():
     with pytest.raises(ConfigurationError, match="no rejected ones"):
         L.SimPOLoss()(supervised(3))
 

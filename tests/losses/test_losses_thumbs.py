@@ -94,7 +94,7 @@ def test_gradients_are_exact_and_a_row_has_none_from_another(scored, loss):
     assert not gradient[[0, 2, 3, 4]].any()
 
 
-def test_bco_is_a_classifier_of_rewards_around_their_running_mean(scored):
+def test_bco_classifies_rewards_around_their_running_mean(scored):
     policy, reference = scored
     loss = BCOUnpairedLoss(BETA)
     rewards = BETA * (policy - reference).detach().sum(-1)
@@ -105,7 +105,7 @@ def test_bco_is_a_classifier_of_rewards_around_their_running_mean(scored):
     torch.testing.assert_close(loss(thumbs(policy), thumbs(reference)).losses, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_reference_point_follows_mismatched_completions_and_is_saved():
+def test_the_reference_point_follows_mismatches_and_is_saved():
     loss, restored = KTOLoss(), KTOLoss()
     loss.observe(torch.tensor([1.0, 3.0]))
     loss.observe(torch.empty(0))

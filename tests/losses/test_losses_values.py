@@ -95,18 +95,18 @@ def test_robust_without_noise_is_dpo():
     torch.testing.assert_close(robust, L.DPOLoss(0.7)(policy, reference).losses)
 
 
-def test_robust_averaged_over_flipped_labels_is_dpo_of_the_clean_ones():
+def test_robust_averaged_over_flipped_labels_is_clean_dpo():
     margin = torch.linspace(-3, 3, 7)
     mean = 0.8 * L.robust_loss(margin, 0.2) + 0.2 * L.robust_loss(-margin, 0.2)
     torch.testing.assert_close(mean, L.dpo_loss(margin))
 
 
-def test_exo_is_zero_exactly_where_the_policy_agrees_with_the_smoothed_label():
+def test_exo_is_zero_only_where_policy_meets_smoothed_label():
     assert L.exo_loss(torch.tensor(log(0.9 / 0.1)), 0.1).item() == pytest.approx(0, abs=1e-6)
     assert L.exo_loss(torch.tensor(log(0.8 / 0.2)), 0.1).item() > 0.01
 
 
-def test_discopop_equals_the_papers_formula_where_that_is_finite():
+def test_discopop_equals_the_papers_formula_where_finite():
     margin = torch.linspace(-20, 20, 81, dtype=torch.float64)
     weight = torch.sigmoid(margin / 0.05)
     naive = -torch.nn.functional.logsigmoid(margin) * (1 - weight) + torch.exp(-margin) * weight
@@ -144,7 +144,7 @@ def test_aot_puts_each_quantile_at_the_row_of_its_policy_margin():
     torch.testing.assert_close(L.AOTLoss(1.0)(policy, reference).losses, L.dpo_loss(torch.tensor([2.0, 2.0])))
 
 
-def test_unpaired_aot_ignores_which_rejected_completion_belongs_to_which_chosen_one():
+def test_unpaired_aot_ignores_which_answers_form_a_pair():
     chosen, rejected, zero = [-1.0, -2.0, -3.0], [-4.0, -6.0, -5.0], one_token_pairs([0.0] * 3, [0.0] * 3)
     paired = L.AOTUnpairedLoss(1.0)(one_token_pairs(chosen, rejected), zero).losses
     shuffled = L.AOTUnpairedLoss(1.0)(one_token_pairs(chosen, rejected[::-1]), zero).losses

@@ -150,7 +150,7 @@ def rank_worker(rank: int, path: str) -> None:
 
 
 @pytest.mark.slow
-def test_processes_with_different_numbers_of_pairs_merge_exactly(tmp_path):
+def test_processes_with_unequal_numbers_of_pairs_merge_exactly(tmp_path):
     torch.multiprocessing.spawn(rank_worker, args=(str(tmp_path),), nprocs=2)
     together = filled([1, 1, 2**60, -5, 1], [1.0, 1.0, 0.0, 3.0, 0.0], [0.0, 2.0, 0.0, 0.0, 4.0])
     for result in (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)):

@@ -38,7 +38,7 @@ def test_it_agrees_with_counting_pairs():
     assert values["reward_gap"] == pytest.approx(rewards[ups].mean() - rewards[~ups].mean())
 
 
-def test_a_user_who_likes_everything_says_nothing_about_the_ranking():
+def test_a_user_who_likes_everything_tells_no_ranking():
     likes_all = [(3, 0.0, True), (3, 1.0, True)]
     given = [(1, 2.0, True), (1, 1.0, False)]
     assert unpaired_auc(*rows(*given, *likes_all))["auc"] == unpaired_auc(*rows(*given))["auc"] == 1.0
@@ -51,7 +51,7 @@ def test_a_nan_reward_shows_rather_than_counting_as_wrong():
     assert math.isnan(unpaired_auc(users, chosen, rejected)["auc"])
 
 
-def test_the_metric_goes_on_from_batch_to_batch_and_is_nan_without_rows():
+def test_the_metric_spans_batches_and_is_nan_without_rows():
     metric = UnpairedAUC()
     assert math.isnan(metric.compute()["auc"])
     metric.update(*rows((1, 2.0, True)))

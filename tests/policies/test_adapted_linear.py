@@ -52,7 +52,7 @@ def test_the_product_and_its_gradients_equal_the_formula(has_bias):
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen", "gpt2", "neox"])
-def test_a_model_gives_the_logits_and_gradients_that_it_gives_through_peft(model_paths, name):
+def test_a_model_gives_the_logits_and_gradients_of_peft(model_paths, name):
     model = adapted(model_paths[name], torch.float64)
     # GPT-2 keeps its weights transposed, in layers of its own.
     assert any(type(module) is AdaptedLinear for module in model.modules()) == (name != "gpt2")

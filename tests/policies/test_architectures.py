@@ -84,7 +84,7 @@ def test_a_model_in_16_bits_may_return_states_of_32(build):
     torch.testing.assert_close(scores.tokens[scores.mask], expected, rtol=0.02, atol=0.02)
 
 
-def test_a_model_with_states_beside_its_keys_is_not_continued_from_them(build):
+def test_a_model_with_other_states_is_not_continued_from_keys(build):
     policy = build(MINIMAX)
     answers, prompt_of = [[4, 20, 2], [11, 2], [5, 6, 7, 2], [8, 9, 2]], [0, 1, 1, 0]
     scores = policy.grouped_log_probs(
@@ -112,7 +112,7 @@ def test_all_linear_layers_are_those_that_an_adapter_can_act_on(build, config):
     torch.testing.assert_close(scores.tokens[1, :2], logits.gather(-1, torch.tensor([[11], [2]]))[:, 0])
 
 
-def test_experts_are_adapted_without_a_warning_and_left_where_they_are_to_score_with(build, recwarn):
+def test_experts_are_adapted_quietly_and_scored_in_place(build, recwarn):
     policy = build(MIXTRAL, lora=LoRA(rank=2))
     assert not [warned for warned in recwarn if "_pattern keys" in str(warned.message)]
     experts = [param for name, param in policy.named_parameters() if "experts" in name and "lora_B" in name]
@@ -129,7 +129,7 @@ def test_experts_are_adapted_without_a_warning_and_left_where_they_are_to_score_
 @pytest.mark.parametrize(
     "config", [MAMBA, BAMBA, RWKV, GRIFFIN, ZAMBA2, *EXPERTS], ids=lambda config: config.model_type
 )
-def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(build, config):
+def test_batched_writing_follows_the_models_own_logits(build, config):
     torch.manual_seed(0)
     policy = build(config)
     users = IndividualUserModel(num_tokens=3)
@@ -157,7 +157,7 @@ def test_what_is_written_in_a_crowd_is_what_follows_by_the_models_own_logits(bui
     assert len({token for ids in expected for token in ids}) > 2
 
 
-def test_a_model_that_writes_one_text_at_a_time_draws_as_it_is_told(build):
+def test_a_model_that_writes_one_text_at_a_time_samples_as_told(build):
     policy = build(BAMBA)
     prompts = Tokens.from_lists(PROMPTS * 20)
     surely = policy.generate(prompts, None, Sampling(3, temperature=0.0))
@@ -168,5 +168,5 @@ def test_a_model_that_writes_one_text_at_a_time_draws_as_it_is_told(build):
 
 
 @pytest.mark.parametrize(("config", "memory"), [(MAMBA, "cache"), (RWKV, "state"), (GRIFFIN, None), (ZAMBA2, None)])
-def test_a_memory_is_used_that_gives_the_numbers_of_the_whole_sequence(build, config, memory):
+def test_a_cache_that_gives_the_same_numbers_is_used(build, config, memory):
     assert cache_of(build(config).lm.eval()) == memory

@@ -96,7 +96,7 @@ def sharded(sharded_path, tmp_path):
         ({"model__norm__weight": torch.ones(16)}, r"model\.norm\.weight is \[16\] in the file and \[32\] here"),
     ],
 )  # fmt: skip
-def test_weights_that_are_not_those_of_the_configuration_are_named(copied, changed, says):
+def test_weights_that_do_not_fit_the_configuration_are_named(copied, changed, says):
     edit_weights(copied, **changed)
     assert re.search(says, refusal(copied))
 
@@ -123,7 +123,7 @@ def test_a_reward_model_is_no_policy(tmp_path, tied):
     assert "LlamaForSequenceClassification" in said
 
 
-def test_a_value_head_beside_a_whole_model_is_left_out_with_a_word(copied, caplog):
+def test_a_value_head_beside_a_whole_model_is_left_out_and_told(copied, caplog):
     edit_weights(copied, v_head__summary__weight=torch.zeros(1, 32))
     CausalLMPolicy(str(copied)).build()
     assert caplog.messages == ["1 weight that a LlamaForCausalLM lacks, left out: v_head.summary.weight."]
@@ -156,7 +156,7 @@ def test_layers_that_begin_by_changing_nothing_are_taken(copied):
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_matrices_in_8_bits_that_nothing_says_how_to_read_are_refused(copied, dtype):
+def test_8_bit_matrices_that_nothing_describes_are_refused(copied, dtype):
     name = "model.layers.0.mlp.up_proj.weight"
     edit_weights(copied, **{name: (load_file(copied / "model.safetensors")[name] * 9).to(dtype)})
     assert f"model.safetensors holds {name} in 8 bits" in refusal(copied)
@@ -255,7 +255,7 @@ def test_models_of_other_kinds_are_refused(tmp_path):
         assert says in refusal(save(tmp_path / str(number), AutoModel.from_config(config)))
 
 
-def test_a_head_of_its_own_is_used_and_kept_where_the_configuration_says_tied(copied):
+def test_an_own_head_is_kept_where_the_configuration_says_tied(copied):
     edit_json(copied / "config.json", tie_word_embeddings=True)
     policy = CausalLMPolicy(str(copied), lora=None)
     policy.build()
@@ -274,7 +274,7 @@ def test_more_tokens_than_embeddings_are_told_with_both_numbers(tmp_path):
     assert "resize_token_embeddings" in said
 
 
-def test_an_added_token_needs_an_embedding_and_has_one_after_resizing(copied):
+def test_an_added_token_needs_an_embedding_as_after_resizing(copied):
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|im_start|>"])
     tokenizer.save_pretrained(copied)

@@ -169,7 +169,7 @@ def paths(policy: CausalLMPolicy):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_way_of_scoring_gives_the_same_log_probs_and_gradients(model_paths, name, lora, data):
+def test_every_way_of_scoring_gives_the_same_numbers(model_paths, name, lora, data):
     policy = build(model_paths[name], lora=lora).train()
     assert policy.shortcuts == Capabilities(head=True, shared_prompt=True, trees=True)
     token, rows = st.integers(4, 20), data.draw(st.integers(1, 3))
@@ -196,7 +196,7 @@ def test_every_way_of_scoring_gives_the_same_log_probs_and_gradients(model_paths
             assert (tried - expected).norm() <= 1e-4 * expected.norm() + 2e-5
 
 
-def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_path, monkeypatch):
+def test_a_model_that_caps_logits_uses_its_own_forward(model_path, monkeypatch):
     policy = build(model_path)
     forward = policy.lm.forward
 
@@ -209,7 +209,7 @@ def test_a_model_that_caps_its_logits_is_scored_through_its_own_forward(model_pa
     assert find_capabilities(policy.lm) == Capabilities(head=False, shared_prompt=False)
 
 
-def test_a_compiled_model_gives_the_same_numbers_and_keeps_its_names(model_path, tmp_path, monkeypatch):
+def test_a_compiled_model_gives_the_same_numbers_and_names(model_path, tmp_path, monkeypatch):
     config = AutoConfig.from_pretrained(model_path, num_hidden_layers=1)  # all layers are traced alike, and slowly
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     make_tokenizer().save_pretrained(tmp_path)
@@ -301,7 +301,7 @@ def test_impossible_sampling_is_refused_by_name(settings, field):
 
 
 @pytest.mark.parametrize("target_modules", ["nope", ["nope"], ["q_proj", "nope"]])
-def test_layers_that_are_not_there_are_refused_with_those_that_are(model_path, target_modules):
+def test_missing_layers_are_refused_with_those_that_exist(model_path, target_modules):
     with pytest.raises(ConfigurationError, match=r"target_modules is .*nope.* LlamaForCausalLM.* q_proj"):
         CausalLMPolicy(model_path, lora=LoRA(target_modules=target_modules)).build()
 
@@ -323,7 +323,7 @@ def test_layers_that_peft_cannot_adapt_are_named(tmp_path):
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @pytest.mark.parametrize("lora", [SMALL, None], ids=["lora", "full"])
-def test_the_merged_model_scores_as_the_policy_and_leaves_it_as_it_was(model_paths, name, lora):
+def test_the_merged_model_scores_the_same_and_changes_nothing(model_paths, name, lora):
     policy = build(model_paths[name], lora=lora)
     prompt, completion = Tokens.from_lists([[1, 5, 6]]), Tokens.from_lists([[7, 8, 2]])
     identity, before = policy.reference_identity(), policy.log_probs(prompt, [completion])[0].tokens
@@ -336,7 +336,7 @@ def test_the_merged_model_scores_as_the_policy_and_leaves_it_as_it_was(model_pat
     assert torch.equal(policy.log_probs(prompt, [completion])[0].tokens, before)
 
 
-def test_an_unknown_builtin_model_is_refused_with_those_that_are_shipped():
+def test_an_unknown_builtin_model_is_refused_with_known_ones():
     with pytest.raises(ConfigurationError, match=r"'builtin:nope'.*builtin:byte-lm"):
         CausalLMPolicy("builtin:nope")
 

@@ -57,7 +57,7 @@ def score(policy: CausalLMPolicy) -> torch.Tensor | None:
 
 @pytest.mark.parametrize("lora", [LoRA(rank=2, target_modules=["q_proj"]), None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", list(CONFIGS))
-def test_the_load_balancing_loss_and_its_gradient_are_those_of_transformers(tmp_path, name, lora):
+def test_the_load_balancing_loss_is_that_of_transformers(tmp_path, name, lora):
     path = saved(CONFIGS[name], tmp_path)
     policy = CausalLMPolicy(path, lora=lora)
     policy.build()
@@ -74,7 +74,7 @@ def test_the_load_balancing_loss_and_its_gradient_are_those_of_transformers(tmp_
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_the_setting_goes_before_the_configuration_and_nothing_is_added_but_in_training(tmp_path):
+def test_the_setting_wins_and_adds_a_loss_only_in_training(tmp_path):
     path = saved(CONFIGS["mixtral"], tmp_path)
     losses = []
     for setting in (None, 0.5, 0):
@@ -88,7 +88,7 @@ def test_the_setting_goes_before_the_configuration_and_nothing_is_added_but_in_t
     assert losses[2] is None
 
 
-def test_a_mixture_that_is_trained_without_it_says_so_with_the_setting(tmp_path):
+def test_training_a_mixture_without_balancing_names_the_setting(tmp_path):
     policy = CausalLMPolicy(saved(CONFIGS["mixtral"], tmp_path, wanted=False))
     policy.build()
     assert score(policy) is None

@@ -63,7 +63,7 @@ def by_transformers(policy, config) -> list[int]:
 
 
 @pytest.mark.filterwarnings("ignore:The generation config")
-def test_all_writers_write_the_same_and_none_applies_the_bases_settings(opinionated):
+def test_all_writers_agree_and_ignore_the_bases_settings(opinionated):
     policy = build(opinionated)
     neutral = GenerationConfig(eos_token_id=[2, 0], pad_token_id=0)
     expected = by_transformers(policy, neutral)
@@ -111,7 +111,7 @@ def test_a_config_that_changes_nothing_is_not_mentioned(config):
     assert not_applied(config) == {}
 
 
-def test_sampling_draws_from_all_tokens_where_the_base_would_take_the_likeliest(model_path, tmp_path):
+def test_sampling_draws_from_all_tokens_of_a_greedy_base(model_path, tmp_path):
     folder = shutil.copytree(model_path, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "do_sample": True, "top_k": 1}))
     policy = build(folder)
@@ -121,7 +121,7 @@ def test_sampling_draws_from_all_tokens_where_the_base_would_take_the_likeliest(
     assert len({tuple(row) for row in written.ids.tolist()}) > 1
 
 
-def test_a_folder_without_generation_config_ends_as_its_config_says(model_path, tmp_path):
+def test_a_folder_without_generation_config_ends_by_its_config(model_path, tmp_path):
     folder = shutil.copytree(model_path, tmp_path / "model")
     (folder / "generation_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())
@@ -129,7 +129,7 @@ def test_a_folder_without_generation_config_ends_as_its_config_says(model_path, 
     assert CausalLMPolicy(str(folder)).end_token_ids == (2, 7)
 
 
-def test_an_end_token_that_is_no_id_is_refused_when_the_policy_is_built(model_path, tmp_path):
+def test_an_end_token_that_is_no_id_is_refused_at_construction(model_path, tmp_path):
     folder = shutil.copytree(model_path, tmp_path / "model")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": "<|im_end|>"}))
     policy = CausalLMPolicy(str(folder))

@@ -13,7 +13,7 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.utils import hub
 
 
-def test_a_folder_of_adapters_is_refused_since_the_reference_would_be_without_them(model_path, tmp_path):
+def test_a_folder_of_adapters_is_refused(model_path, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers has renamed
         get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig()).save_pretrained(tmp_path)
@@ -27,7 +27,7 @@ def test_a_folder_without_a_tokenizer_is_told_as_such(model_path, tmp_path):
         _ = CausalLMPolicy(str(tmp_path)).tokenizer
 
 
-def test_a_mistyped_folder_is_told_at_once_and_before_a_name_is_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_a_mistyped_folder_is_reported_without_asking_the_hub(tmp_path, monkeypatch):
     with pytest.raises(ConfigurationError, match="Cause: there is no such folder"):
         CausalLMPolicy("models/of/mine").build()
     monkeypatch.chdir(tmp_path)
@@ -51,9 +51,7 @@ def test_a_folder_in_the_home_folder_is_found(model_path, tmp_path, monkeypatch)
     assert CausalLMPolicy("~/model").tokenizer.eos_token
 
 
-def test_a_name_that_can_be_neither_folder_nor_hub_name_is_told_at_once_and_others_before_they_are_asked_for(
-    monkeypatch, caplog
-):
+def test_an_impossible_hub_name_is_reported_without_asking(monkeypatch, caplog):
     def offline(name: str, **_: object) -> None:
         asked.append(name)
         raise OSError("away")

@@ -42,7 +42,7 @@ def test_a_kind_that_has_no_gradient_is_refused(model_path, quantized):
         CausalLMPolicy(model_path).build()
 
 
-def test_adapters_are_not_merged_into_it_and_scores_are_those_of_the_adapters(model_path, quantized):
+def test_unmerged_adapters_give_the_scores_of_the_adapters(model_path, quantized):
     policy = CausalLMPolicy(model_path, lora=LoRA(rank=8))
     policy.build()
     assert policy.settled() is policy
@@ -51,7 +51,7 @@ def test_adapters_are_not_merged_into_it_and_scores_are_those_of_the_adapters(mo
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_adapters_of_a_bitsandbytes_model_are_trained_and_exported(tmp_path, bits):
+def test_adapters_of_a_bitsandbytes_model_train_and_export(tmp_path, bits):
     pytest.importorskip("bitsandbytes")
     config = LlamaConfig(
         vocab_size=25, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,

@@ -43,7 +43,7 @@ def test_each_completion_is_scored_as_alone_with_its_prompt(model_paths, name, d
     assert torch.equal(found.mask, completions.mask)
 
 
-def test_only_adapters_that_weigh_are_merged_and_into_no_large_copy(model_path, monkeypatch):
+def test_only_weighing_adapters_merge_and_large_ones_never(model_path, monkeypatch):
     policy = build(model_path, LoRA(rank=4))
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
     assert not any("lora" in name for name, _ in policy.settled().named_parameters())

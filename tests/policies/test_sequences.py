@@ -23,7 +23,7 @@ def plain(hidden, targets, head):
     bias=st.booleans(),
     frozen=st.booleans(),
 )
-def test_scores_and_gradients_equal_full_log_softmax_in_any_chunks(n, vocab, rows, bias, frozen):
+def test_any_chunks_equal_the_scores_of_a_full_log_softmax(n, vocab, rows, bias, frozen):
     head = nn.Linear(6, vocab, bias=bias).requires_grad_(not frozen)
     targets, weights = torch.randint(vocab, (n,)), torch.randn(n)
     results = []

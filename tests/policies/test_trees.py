@@ -126,7 +126,7 @@ def test_trees_give_the_log_probs_and_gradients_of_padded_rows(paths, name, lora
 
 @pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["lora", "full"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_in_single_precision_trees_equal_padded_rows_to_a_part_in_a_hundred_thousand(paths, name, lora, monkeypatch):
+def test_single_precision_trees_equal_padded_rows_to_1e_5(paths, name, lora, monkeypatch):
     policy = build(paths[name], lora=lora)
     pack(monkeypatch)
     prompt = Tokens.from_lists([[1, *range(4, 20)], [1, 7], [1], [1, 9, 3, 3, 8]])
@@ -143,7 +143,7 @@ def test_in_single_precision_trees_equal_padded_rows_to_a_part_in_a_hundred_thou
 
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_both_masks_let_a_position_see_its_trunk_and_its_own_branch_before_it(data):
+def test_both_masks_show_the_trunk_and_the_own_branch_so_far(data):
     trees, n, trees_in_row = data.draw(st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4)))
     segment = lambda low: st.lists(st.integers(low, 90), min_size=trees, max_size=trees)  # noqa: E731
     lengths = [data.draw(segment(1)), *(data.draw(segment(0)) for _ in range(n))]
@@ -172,7 +172,7 @@ def test_both_masks_let_a_position_see_its_trunk_and_its_own_branch_before_it(da
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", ["llama", "qwen3"])
-def test_flex_attention_under_the_block_mask_scores_as_sdpa_does(paths, name, monkeypatch):
+def test_flex_attention_under_the_mask_scores_as_sdpa_does(paths, name, monkeypatch):
     policy, calls = build(paths[name], packing=True), []
 
     def eager(*args, training, **kwargs):
@@ -206,7 +206,7 @@ def test_packing_is_tried_where_the_policy_is_before_it_is_used(model_path, monk
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("lora", [LoRA(rank=4), None], ids=["lora", "full"])
-def test_on_a_gpu_packed_trees_give_the_log_probs_and_gradients_of_padded_rows(paths, lora, checkpointing):
+def test_packed_trees_give_the_numbers_of_padded_rows_on_a_gpu(paths, lora, checkpointing):
     policy = build(paths["qwen3"], packing=True, lora=lora, gradient_checkpointing=checkpointing).cuda()
     assert scoring.takes_block_masks(policy.lm, torch.device("cuda"))
     for length in (5, 200, 90):  # in one block, over several, and compiled for another width
@@ -218,7 +218,7 @@ def test_on_a_gpu_packed_trees_give_the_log_probs_and_gradients_of_padded_rows(p
 
 
 @pytest.mark.parametrize("name", ["gpt2", *UNFIT])
-def test_models_that_cannot_be_packed_are_scored_in_padded_rows_and_say_so(paths, name):
+def test_models_that_cannot_be_packed_say_so_and_are_padded(paths, name):
     with pytest.warns(UserWarning, match=r"policy\.packing: .* padded rows"):
         policy = build(paths[name], packing=True, lora=None)
     assert policy.shortcuts.trees == (name == "gpt2")  # which FlexAttention alone doesn't fit
@@ -272,7 +272,7 @@ def test_trees_are_taken_where_they_pay_and_no_cache_is_kept(
     assert widths[-1] == width
 
 
-def test_the_head_sees_the_places_alone_that_predict_completions(model_path, monkeypatch):
+def test_the_head_sees_only_positions_that_predict_completions(model_path, monkeypatch):
     policy, seen = build(model_path, gradient_checkpointing=True), []
     real = scoring.token_log_probs
     monkeypatch.setattr(scoring, "token_log_probs", lambda hidden, *rest: seen.append(hidden) or real(hidden, *rest))

@@ -13,7 +13,7 @@ def printed(table):
     return [" ".join(line.split()) for line in out.getvalue().splitlines()]
 
 
-def test_pairs_are_counted_and_accuracies_have_intervals_over_users():
+def test_pairs_are_counted_and_accuracies_have_user_intervals():
     rows = [("ann", UserAccuracy(1, 30, 0.9, 0, 1, 0)), ("[/]", UserAccuracy(2, 10, 0.5, 0, 1, 0))]
     metrics = {"val/seen/loss": torch.tensor(0.25), "val/seen/generic_accuracy": torch.tensor(0.5)}
     said = printed(evaluation_table(metrics, {"seen": rows}, ["seen", "unseen"], "val"))
@@ -27,7 +27,7 @@ def test_pairs_are_counted_and_accuracies_have_intervals_over_users():
     assert "loss 0.2500" in said
 
 
-def test_one_user_has_no_interval_and_demonstrations_have_a_loss_alone():
+def test_one_user_has_no_interval_and_sft_has_only_a_loss():
     said = printed(evaluation_table({}, {"seen": [("ann", UserAUC(1, 3, 2, 0.75, 0))]}, ["seen"], "test"))
     assert {"Test", "users 1", "thumbs up, down 3, 2", "AUC of thumbs, mean over users 0.750"} <= set(said)
     said = printed(evaluation_table({"val/seen/loss": torch.tensor(2.0)}, {}, ["seen"], "val"))

@@ -103,7 +103,7 @@ def test_logarithmic_axes_have_plain_numbers(limits, axis):
     assert len(values) > 6
 
 
-def test_line_breaks_and_direction_of_what_people_wrote_are_kept():
+def test_line_breaks_and_direction_of_peoples_texts_are_kept():
     text = "- one\n- two\n\n    code\n\u0634\u0643\u0631\u0627"
     page = Page("t")
     page.section("s").quotes("Prompt:", text, [("ann", text)])

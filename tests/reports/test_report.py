@@ -104,7 +104,7 @@ class LongJudge(Judge):
         return "a" if len(a) > len(b) else "b"
 
 
-def test_a_run_of_simulated_users_gets_every_section_without_more(simulated, capsys):
+def test_a_run_of_simulated_users_gets_every_section(simulated, capsys):
     page = report(simulated, "--num_users", "2", "--num_prompts", "2", small=False)
     assert page.tags.count("figure") == 7
     assert "UtilityJudge" in page.text
@@ -145,7 +145,7 @@ def test_files_of_real_users_need_a_judge_named_for_win_rates(run):
     assert "true groups" not in page.text
 
 
-def test_what_users_are_called_and_said_to_be_stands_there_on_demand_only(run):
+def test_user_names_and_descriptions_appear_only_on_request(run):
     page = report(run)
     assert "<b>u" not in page.text
     assert TEXT not in page.text
@@ -245,7 +245,7 @@ def test_the_vanilla_numbers_of_a_run_are_taken_over(run, tmp_path):
     assert "0.777" in report(run, "--run", str(tmp_path / "copy")).texts
 
 
-def test_the_baseline_that_a_run_kept_is_compared_with_of_itself(run, tmp_path):
+def test_the_baseline_that_a_run_kept_is_compared_by_itself(run, tmp_path):
     shutil.copytree(run.parent.parent, tmp_path / "copy")
     (tmp_path / "copy" / "baseline").mkdir()
     shutil.copy(run, tmp_path / "copy" / "baseline" / "last.ckpt")

@@ -26,7 +26,7 @@ def test_a_user_who_was_learned_meanwhile_is_listed():
     assert list(directory.find(("bob", "ann"), "", key)) == ["ann", "bob"]
 
 
-def test_of_many_users_only_those_are_looked_at_whom_the_key_may_be_for():
+def test_of_many_users_only_those_that_fit_the_key_are_checked():
     ids = tuple(f"user-{number:05}" for number in range(10_000))
     with mock.patch.object(APIKey, "may_act_for", return_value=True) as looked_at:
         assert list(UserDirectory().find(ids, "", APIKey("", "", "user-0001*"))) == list(ids[10:20])

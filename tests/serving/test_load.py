@@ -55,7 +55,7 @@ def test_no_text_reaches_another_user():
         together(url, *(talk(i) for i in range(64)))
 
 
-def test_only_those_who_were_being_written_for_see_an_engine_fail():
+def test_an_engine_failure_is_seen_only_by_requests_in_progress():
     def ask(text):
         return lambda client: client.post("/v1/completions", json={"model": "echo", "prompt": text})
 

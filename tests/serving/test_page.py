@@ -115,7 +115,7 @@ def test_the_page_has_a_new_user_learned_where_that_is_possible(browser, log):
     assert [row["chosen"] for row in taught["you"]] == ["ann: which"] * 2
 
 
-def test_line_breaks_are_kept_and_text_runs_in_its_own_direction(page):
+def test_line_breaks_are_kept_and_text_has_its_own_direction(page):
     box = page.find_element(By.ID, "prompt")
     box.clear()
     page.execute_script("arguments[0].value = '\u0634\u0643\u0631\u0627\\n\u0646\u0639\u0645'", box)

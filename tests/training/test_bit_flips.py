@@ -42,7 +42,7 @@ def identity(folder: Path) -> dict[str, str]:
         ("tokenizer.json", '"cat": ', '"cau": '),
     ],
 )
-def test_a_base_model_with_the_same_weights_and_another_file_is_told_of_by_name(model_path, tmp_path, file, old, new):
+def test_equal_weights_in_another_base_file_are_told_by_name(model_path, tmp_path, file, old, new):
     folder = Path(shutil.copytree(model_path, tmp_path / "base"))
     before = identity(folder)
     assert warning_of_other_base(before, identity(folder), "base") is None
@@ -52,7 +52,7 @@ def test_a_base_model_with_the_same_weights_and_another_file_is_told_of_by_name(
     )
 
 
-def test_settings_of_a_base_model_that_change_nothing_are_not_told_of(model_path, tmp_path):
+def test_harmless_settings_of_a_base_model_are_not_reported(model_path, tmp_path):
     folder = Path(shutil.copytree(model_path, tmp_path / "base"))
     before = identity(folder)
     replace_in(folder / "config.json", '"use_cache": true', '"use_cache": false')
@@ -60,7 +60,7 @@ def test_settings_of_a_base_model_that_change_nothing_are_not_told_of(model_path
     assert warning_of_other_base(before, identity(folder), "base") is None
 
 
-def test_identities_of_earlier_versions_and_of_another_transformers_are_not_compared_by_files(model_path):
+def test_identities_of_other_versions_are_not_compared_by_files(model_path):
     now = identity(Path(model_path))
     earlier = {name: now[name] for name in ("weights", "transformers", "dtype", "sample")}
     assert warning_of_other_base(earlier, now, "base") is None
@@ -107,7 +107,7 @@ def configuration(tmp_path):
     return path
 
 
-def test_a_run_s_configuration_that_was_damaged_measures_no_checkpoint(configuration):
+def test_a_damaged_run_configuration_measures_no_checkpoint(configuration):
     words = ["validate", "--ckpt_path", str(configuration.parent / "checkpoints/last.ckpt")]
     assert configuration_of_run(words, "runs") == configuration
     replace_in(configuration, "8", "9")
@@ -150,7 +150,7 @@ def test_a_file_of_an_exported_folder_that_is_damaged_is_named(exported, name):
         check_folder(exported)
 
 
-def test_a_file_that_has_come_to_an_exported_folder_is_refused_where_models_are_made_of_it(exported):
+def test_a_file_added_to_an_exported_folder_is_refused(exported):
     (exported / "notes.txt").write_text("mine")
     check_folder(exported)
     (exported / "chat_template.jinja").write_text("")
@@ -158,7 +158,7 @@ def test_a_file_that_has_come_to_an_exported_folder_is_refused_where_models_are_
         check_folder(exported)
 
 
-def test_an_exported_model_is_checked_where_it_is_trained_further(model_path, tmp_path):
+def test_an_exported_model_is_checked_before_further_training(model_path, tmp_path):
     folder = Path(shutil.copytree(model_path, tmp_path / "base"))
     (folder / "prlhf.json").write_text(json.dumps(with_checksums(folder, {"format": 2})))
     CausalLMPolicy(str(folder)).build()
@@ -176,7 +176,7 @@ def benchmark(repo_root, monkeypatch):
         sys.modules.pop(name, None)
 
 
-def test_the_benchmark_tells_what_is_silent_from_what_is_refused_or_makes_a_trace(benchmark, tmp_path):
+def test_the_benchmark_tells_silent_from_refused_and_crashing(benchmark, tmp_path):
     folder = tmp_path / "files"
     folder.mkdir()
     for name in ("silent", "checked", "trace", "unread"):

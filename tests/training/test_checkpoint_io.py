@@ -55,7 +55,7 @@ def damage(path) -> None:
     path.write_bytes(raw)
 
 
-def test_any_trainer_writes_sealed_files_unless_it_has_a_way_of_its_own(checkpoint, model_path, votes, tmp_path):
+def test_a_trainer_without_a_way_of_its_own_writes_sealed_files(checkpoint, model_path, votes, tmp_path):
     assert zipfile.ZipFile(checkpoint).comment
 
     class Own(TorchCheckpointIO):
@@ -88,7 +88,7 @@ class Code:
         return (os.mkdir, (self.proof,))
 
 
-def test_code_in_a_checkpoint_is_not_run_even_if_its_seal_is_right(checkpoint, model_path, votes, tmp_path):
+def test_code_in_a_checkpoint_with_a_right_seal_is_not_run(checkpoint, model_path, votes, tmp_path):
     buffer = io.BytesIO()
     with zipfile.ZipFile(checkpoint) as old, zipfile.ZipFile(buffer, "w") as new:
         for name in old.namelist():
@@ -133,7 +133,7 @@ class DiskFull(Callback):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_a_full_disk_stops_training_and_leaves_the_last_checkpoint(model_path, votes, tmp_path, monkeypatch):
+def test_a_full_disk_stops_training_and_keeps_the_checkpoint(model_path, votes, tmp_path, monkeypatch):
     every_step = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=1)
     callbacks = [DiskFull(monkeypatch, 2), every_step, SaveOnInterrupt()]
     says = r"last.ckpt could not be written: No space left on device. What was there before is untouched"
@@ -219,7 +219,7 @@ def test_the_users_of_format_1_are_listed(made, capsys):
         ("users", "was not written by prlhf_lightning"),
     ],
 )
-def test_a_checkpoint_that_this_version_does_not_understand_is_named(made, entry, says, tmp_path):
+def test_a_checkpoint_that_this_version_cannot_read_is_named(made, entry, says, tmp_path):
     path, make_checkpoint = made
     content = checkpoint_files.load(path)
     content["prlhf_lightning"] = entry

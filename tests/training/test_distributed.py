@@ -150,7 +150,7 @@ def test_they_write_the_same_table_of_users(folder, name):
     ]
 
 
-def test_neither_computes_of_the_reference_what_the_other_has_computed(folder):
+def test_neither_repeats_reference_work_of_the_other(folder):
     keys = []
     for path in (folder / "cache/reference").glob("*/*.safetensors"):
         with safe_open(path, "np") as segment:

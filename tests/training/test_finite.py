@@ -58,9 +58,7 @@ def test_training_stops_before_the_step_and_names_the_rows(model_path, votes, tm
     assert min(3, len(bad)) == len(named.split(", "))
 
 
-def test_the_state_before_the_step_is_left_and_training_goes_on_from_it_as_if_nothing_had_been(
-    model_path, votes, tmp_path
-):
+def test_training_resumes_from_the_state_before_the_bad_step(model_path, votes, tmp_path):
     with pytest.raises(NonFiniteError):
         fit(model_path, votes, tmp_path / "bad", Exploding(gradient=float("inf")))
     checkpoint = tmp_path / "bad/checkpoints/interrupted.ckpt"
@@ -154,7 +152,7 @@ def test_the_users_whose_rows_are_infinite_are_named(model_path, votes, tmp_path
         trainer.fit(module, make_data(votes, model_path))
 
 
-def test_a_checkpoint_that_is_not_finite_is_refused_by_who_loads_it(model_path, votes, tmp_path):
+def test_a_checkpoint_that_is_not_finite_is_refused_on_load(model_path, votes, tmp_path):
     fit(model_path, votes, tmp_path, DPOLoss(), max_steps=2)
     module = make(model_path)
     trainer = make_trainer(tmp_path, limit_val_batches=0, max_steps=2)

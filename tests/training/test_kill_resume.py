@@ -32,7 +32,7 @@ def test_a_run_that_is_broken_off_anywhere_ends_as_one_in_peace(repo_root, names
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and kill -9")
-def test_a_run_that_is_killed_twice_at_chosen_moments_leaves_what_one_in_peace_does(repo_root):
+def test_a_run_killed_twice_at_chosen_moments_leaves_the_same(repo_root):
     """Curve, best checkpoints and the tables of users included."""
     script = [sys.executable, repo_root / "benchmarks/kill_points.py", "--only", "accumulated"]
     script += ["--singles", "1", "--pairs", "1"]

@@ -57,7 +57,7 @@ def settings(model_path, votes, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_all_files_of_a_run_are_in_its_folder_and_the_next_goes_on_from_there(logger, folder, settings, tmp_path):
+def test_a_runs_files_are_in_its_folder_and_the_next_resumes(logger, folder, settings, tmp_path):
     before = {path.name for path in tmp_path.iterdir()}
     command = [*settings, "--trainer.logger", json.dumps(logger)]
     main(command)
@@ -74,9 +74,7 @@ def test_all_files_of_a_run_are_in_its_folder_and_the_next_goes_on_from_there(lo
 @pytest.mark.parametrize(
     ("logger", "folder"), [(True, "mine/version_0"), (TENSORBOARD, "events/lightning_logs/version_0")]
 )
-def test_a_run_is_gone_on_with_from_any_folder_by_its_own_configuration(
-    logger, folder, settings, tmp_path, monkeypatch
-):
+def test_a_run_resumes_from_any_folder_by_its_own_configuration(logger, folder, settings, tmp_path, monkeypatch):
     main([*settings, "--trainer.default_root_dir=mine", "--trainer.logger", json.dumps(logger)])
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -90,7 +88,7 @@ def test_a_run_is_gone_on_with_from_any_folder_by_its_own_configuration(
     assert last == 2 * first > 0
 
 
-def test_loggers_are_told_the_settings_and_how_training_goes_but_no_user(settings):
+def test_loggers_get_the_settings_and_metrics_but_no_user(settings):
     main([*settings, "--trainer.logger", "recording_logger.RecordingLogger", "--model.optim.lr", "0.003",
           "--model.optim.user_lr", "0.05"])  # fmt: skip
     assert RecordingLogger.settings["model.optim.lr"] == 0.003
@@ -114,7 +112,7 @@ def test_settings_that_may_be_secret_are_kept_from_loggers():
     }  # fmt: skip
 
 
-def test_a_run_that_fails_before_it_wrote_anything_leaves_no_folder(settings, tmp_path):
+def test_a_run_that_fails_before_it_writes_leaves_no_folder(settings, tmp_path):
     with pytest.raises(SystemExit):
         main([*settings, "--data.source.train", "missing.jsonl"])
     assert list((tmp_path / "runs").iterdir()) == []
@@ -136,14 +134,14 @@ def test_a_named_version_is_the_runs_folder(tmp_path):
     assert loggers[0].log_dir == loggers[1].log_dir == str(tmp_path / "study" / "high-rate")
 
 
-def test_a_logger_of_tables_that_was_given_is_the_one_that_writes_them(tmp_path):
+def test_a_given_logger_of_tables_is_the_one_that_writes(tmp_path):
     given = CSVLogger(tmp_path, name="study")
     loggers, made = with_run_folder([given], "runs")
     assert loggers == [given]
     assert made == tmp_path / "study" / "version_0" == Path(given.log_dir)
 
 
-def test_loggers_that_write_to_the_current_directory_write_beside_the_runs(monkeypatch):
+def test_loggers_of_the_current_directory_write_beside_runs(monkeypatch):
     # Its constructor asks for the package, which is not needed to read its settings.
     parser = Explaining()
     parser.add_argument("--logger", type=WandbLogger)
@@ -154,7 +152,7 @@ def test_loggers_that_write_to_the_current_directory_write_beside_the_runs(monke
     assert [by_default.init_args.save_dir, given.init_args.save_dir] == ["runs", "mine"]
 
 
-def test_in_python_the_folder_is_where_lightning_puts_checkpoints(tmp_path):
+def test_in_python_the_folder_is_lightnings_checkpoint_folder(tmp_path):
     from quiet_trainer import quiet_trainer
 
     assert run_folder(quiet_trainer(tmp_path, logger=False)) == tmp_path

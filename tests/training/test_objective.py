@@ -132,7 +132,7 @@ def test_a_pair_weighs_the_same_in_any_batch(model_path):
 
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [2, 2, 2], [1] * 6])
-def test_gradient_does_not_depend_on_how_pairs_are_split_into_micro_batches(model_path, sizes):
+def test_gradients_do_not_depend_on_the_micro_batches(model_path, sizes):
     def gradients(splits: list[int]) -> torch.Tensor:
         torch.manual_seed(0)
         module, pairs = make_module(model_path, IndividualUserModel(2)), make_pairs(6)
@@ -145,7 +145,7 @@ def test_gradient_does_not_depend_on_how_pairs_are_split_into_micro_batches(mode
     torch.testing.assert_close(gradients(sizes), gradients([6]), rtol=1e-3, atol=1e-6)
 
 
-def test_the_authors_mix_of_group_means_does_depend_on_the_split(model_path):
+def test_the_authors_mix_of_group_means_depends_on_the_split(model_path):
     """Their code takes alpha * mean(user rows) + (1 - alpha) * mean(generic rows) of what lies in a micro-batch."""
     module = make_module(model_path, IndividualUserModel(2))
     _, (own, generic) = module.objective(make_batch(make_pairs(2)))
@@ -174,7 +174,7 @@ def test_alpha_picks_the_terms(model_path):
 
 
 @pytest.mark.parametrize("with_text", [False, True])
-def test_a_drawn_term_is_one_of_the_two_and_their_mix_on_average(model_path, with_text):
+def test_a_drawn_term_is_one_of_two_and_their_mix_on_average(model_path, with_text):
     user_model = CompositeUserModel([IndividualUserModel(2), TextUserModel()]) if with_text else IndividualUserModel(2)
     module = make_module(model_path, user_model)
     batch = make_batch(make_pairs(8, with_text))
@@ -210,14 +210,14 @@ def test_an_unseen_user_is_the_generic_user_exactly(model_path, user_model):
     assert not torch.allclose(known.chosen.tokens, generic.chosen.tokens)
 
 
-def test_without_personalisation_the_generic_term_is_not_computed_twice(model_path):
+def test_unpersonalized_generic_terms_are_computed_once(model_path):
     module = make_module(model_path, UniformUserModel(num_tokens=2))
     losses, terms = module.objective(make_batch(make_pairs(4)), every_term=True)
     assert len(terms) == 1
     assert torch.equal(losses, terms[0].output.losses)
 
 
-def test_a_pair_that_several_users_judged_is_scored_once_for_the_generic_user(model_path, monkeypatch):
+def test_a_pair_of_several_users_is_scored_once_for_the_generic(model_path, monkeypatch):
     module = make_module(model_path, IndividualUserModel(2))
     one, other = make_pairs(2)
     pairs = [("ann", *one[1:]), ("bob", *other[1:]), ("cy", *one[1:]), ("ann", *one[1:])]
@@ -252,7 +252,7 @@ def test_supervised_batches_need_no_rejected_completion(model_path):
     torch.testing.assert_close(losses, -term.log_probs.chosen.mean)
 
 
-def test_with_nobody_to_personalise_for_the_loss_and_gradients_are_trls_dpo(model_path, tmp_path):
+def test_with_only_the_generic_user_loss_and_gradients_are_trls(model_path, tmp_path):
     trl = pytest.importorskip("trl")
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -302,7 +302,7 @@ def test_with_nobody_to_personalise_for_the_loss_and_gradients_are_trls_dpo(mode
         torch.testing.assert_close(param.grad, twin.grad, rtol=1e-3, atol=1e-6)
 
 
-def test_a_mixture_of_experts_adds_its_load_balancing_loss_to_each_pair(tmp_path):
+def test_a_mixture_of_experts_adds_its_balancing_loss_to_pairs(tmp_path):
     config = MixtralConfig(
         vocab_size=25, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5,

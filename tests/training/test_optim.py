@@ -23,7 +23,7 @@ def descend(model: nn.Embedding, optimizer: torch.optim.Optimizer, rows: list[in
     optimizer.step()
 
 
-def test_a_table_whose_rows_are_all_present_moves_as_under_dense_adamw():
+def test_a_table_whose_rows_are_all_present_moves_as_in_adamw():
     sparse = table()
     dense = nn.Embedding.from_pretrained(sparse.weight.detach().clone(), freeze=False)
     ours, torchs = RowwiseAdamW(sparse.parameters(), **SETTINGS), torch.optim.AdamW(dense.parameters(), **SETTINGS)
@@ -33,7 +33,7 @@ def test_a_table_whose_rows_are_all_present_moves_as_under_dense_adamw():
         torch.testing.assert_close(sparse.weight, dense.weight)
 
 
-def test_an_absent_user_does_not_move_and_steps_only_count_when_present():
+def test_an_absent_user_does_not_move_and_counts_no_step():
     model, alone = table(), table()
     alone.weight.data = model.weight.data.clone()
     optimizer, lonely = RowwiseAdamW(model.parameters(), **SETTINGS), RowwiseAdamW(alone.parameters(), **SETTINGS)
@@ -91,7 +91,7 @@ def test_clipping_counts_sparse_and_dense_gradients_together():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_weight_in_half_precision_moves_as_its_copy_in_float32_would(dtype):
+def test_a_half_precision_weight_moves_as_in_float32(dtype):
     weight = nn.Parameter(torch.linspace(0.5, 2, 8).to(dtype))
     twin = nn.Parameter(weight.detach().float())
     how = {**SETTINGS, "lr": 1e-5}

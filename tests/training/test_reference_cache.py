@@ -125,7 +125,7 @@ def test_keys_with_zero_bytes_stay_apart(rest, place):
         assert [v[0] for v in cache.get(keys)] == list(range(len(keys)))
 
 
-def test_rows_are_read_only_and_stored_ones_are_views_of_the_file(tmp_path):
+def test_rows_are_read_only_and_stored_ones_view_the_file(tmp_path):
     cache = ReferenceCache(tmp_path, IDENTITY)
     store(cache, 1)
     cache.put([key(2)], [value(2)])

@@ -53,7 +53,7 @@ def test_training_is_the_same_with_and_without_the_cache(model_path, votes, tmp_
         assert torch.equal(b, c), name
 
 
-def test_a_cache_that_cannot_be_kept_is_told_once_and_not_missed(model_path, votes, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_kept_is_told_once(model_path, votes, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match=r"cannot be kept in .*file.*computed anew") as told:
@@ -132,7 +132,7 @@ def test_another_model_tokenizer_or_dtype_is_not_served_from_it(model_path, vote
     assert fit(str(path), votes, tmp_path, **change(path)).policy.scored == 2 * 48
 
 
-def test_the_users_text_is_part_of_the_key_where_the_reference_sees_it(model_path, votes, tmp_path):
+def test_the_user_text_is_in_the_key_if_the_reference_sees_it(model_path, votes, tmp_path):
     fit(model_path, votes, tmp_path)
     with_text = CompositeUserModel([IndividualUserModel(2), TextUserModel()])
     assert fit(model_path, votes, tmp_path, with_text).policy.scored == 2 * 48

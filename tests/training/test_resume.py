@@ -74,7 +74,7 @@ def rows_of(module: Watched, epoch: int = 0) -> list[int]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_an_epoch_that_a_limit_of_steps_cut_short_is_trained_to_its_end(model_path, votes, tmp_path, accumulate):
+def test_an_epoch_cut_short_by_max_steps_is_trained_to_its_end(model_path, votes, tmp_path, accumulate):
     how = {"accumulate_grad_batches": accumulate}
     straight = go(model_path, votes, tmp_path / "straight", **how)
     stopped = go(model_path, votes, tmp_path / "stopped", max_steps=2, **how)
@@ -97,7 +97,7 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_under_other_settings_the_rows_that_are_left_are_trained_once_each(model_path, votes, tmp_path, change):
+def test_under_other_settings_the_remaining_rows_train_once(model_path, votes, tmp_path, change):
     data, options, told = CHANGES[change]
     straight = go(model_path, votes, tmp_path, max_epochs=1)
     trained = [row for _, batch, rows in straight.seen if batch < 4 for row in rows]

@@ -93,7 +93,7 @@ def curve(folder):
         return [{k: v for k, v in row.items() if not any(part in k for part in timed)} for row in csv.DictReader(file)]
 
 
-def test_a_run_that_was_stopped_in_an_epoch_and_went_on_has_the_curve_and_the_best_of_one_in_peace(votes, tmp_path):
+def test_a_run_stopped_in_an_epoch_resumes_its_curve_and_best(votes, tmp_path):
     command = ["fit", "--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--trainer.log_every_n_steps=2",
                "--model.user_model=IndividualUserModel", "--model.user_model.num_tokens=1", "--collapse.prompts=0",
                "--model.policy=CausalLMPolicy", "--model.policy.model=builtin:byte-lm", "--model.policy.random_init=0",

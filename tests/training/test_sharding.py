@@ -131,13 +131,13 @@ def test_a_sharded_policy_does_what_a_whole_one_does(case, what):
         torch.testing.assert_close(result[what], whole[what], rtol=1e-4, atol=1e-5)
 
 
-def test_a_process_that_has_written_its_last_token_goes_on_for_the_others(case):
+def test_a_process_that_wrote_its_last_token_serves_the_others(case):
     sharded, whole = case
     assert whole["written"].shape == (2, 8)
     assert [result["written"].tolist() for result in sharded] == [whole["written"][:, :n].tolist() for n in (4, 8)]
 
 
-def test_the_reference_of_a_sharded_policy_is_the_model_without_adapters(results, model_path):
+def test_a_sharded_reference_is_the_model_without_adapters(results, model_path):
     base = CausalLMPolicy(model_path, lora=None)
     base.build()
     expected = [part.tokens.detach() for part in base.log_probs(PROMPT, COMPLETIONS)]
@@ -169,12 +169,12 @@ def test_dense_gradients_are_averaged_and_unused_ones_stay_none(results):
 
 
 @pytest.mark.parametrize("strategy", [ModelParallelStrategy(), FSDPStrategy()], ids=lambda s: type(s).__name__)
-def test_lightnings_own_sharded_strategies_are_refused_with_what_to_use(strategy):
+def test_lightnings_sharded_strategies_are_refused_with_advice(strategy):
     with pytest.raises(ConfigurationError, match=r"trainer.strategy is .*class_path: prlhf_lightning.FSDP"):
         check_strategy(strategy)
 
 
-def test_an_error_of_one_process_does_not_save_what_all_must_save_together(monkeypatch):
+def test_an_error_of_one_process_saves_no_joint_checkpoint(monkeypatch):
     monkeypatch.setattr("prlhf_lightning.training.callbacks.outputs.is_sharded", lambda policy: True)
     trainer = Mock(
         global_step=3, validating=False, fast_dev_run=False, loggers=[], log_dir="runs", world_size=2, optimizers=[]
@@ -192,7 +192,7 @@ def test_an_error_of_one_process_does_not_save_what_all_must_save_together(monke
     trainer.save_checkpoint.assert_called_once()
 
 
-def test_fsdp1_refuses_to_train_weights_that_stand_in_two_places(model_paths):
+def test_fsdp1_refuses_to_train_weights_stored_in_two_places(model_paths):
     policy = CausalLMPolicy(model_paths["qwen"], lora=None)
     policy.build()
     with pytest.raises(ConfigurationError, match=r"FSDP1Strategy.*FSDP2Strategy"):

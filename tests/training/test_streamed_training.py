@@ -62,7 +62,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, votes, tmp_p
         assert torch.equal(a, b), name
 
 
-def test_the_reference_scores_each_completion_once_for_all_epochs_and_runs(model_path, votes, tmp_path):
+def test_the_reference_scores_a_completion_once_for_all_runs(model_path, votes, tmp_path):
     first = fit(model_path, votes, tmp_path, epochs=3)
     again = fit(model_path, votes, tmp_path, epochs=3)
     plain = fit(model_path, votes, tmp_path, epochs=3, cache_reference=False)
@@ -72,7 +72,7 @@ def test_the_reference_scores_each_completion_once_for_all_epochs_and_runs(model
         torch.testing.assert_close(a, c, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_the_command_line_trains_on_a_stream_and_validates_on_stored_rows(votes, model_path, tmp_path):
+def test_the_command_trains_on_streams_and_validates_on_rows(votes, model_path, tmp_path):
     config = Path(__file__).parents[2] / "configs/p_dpo.yaml"
     validation = write_votes(tmp_path / "validation.jsonl", {"ann": 3, "stranger": 2}, seed=1)
     given = {

@@ -99,7 +99,7 @@ def test_every_process_has_the_mean_gradient_of_all_pairs(results):
             torch.testing.assert_close(grad, expected)
 
 
-def test_a_sparse_gradient_stays_sparse_and_holds_each_present_user_once(results):
+def test_a_sparse_gradient_holds_each_present_user_once(results):
     assert [result["rows"] for result in results] == [([[1, 2, 5]], 3)] * 2
 
 

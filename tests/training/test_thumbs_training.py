@@ -72,7 +72,7 @@ def log_ratios(module, batch, generic):
     return (policy.chosen.sum - reference.chosen.sum).detach().double()
 
 
-def test_each_rows_loss_mixes_the_formula_under_user_and_generic_user(module):
+def test_a_rows_loss_mixes_its_user_and_the_generic_user(module):
     module.loss.shift.fill_(0.2)
     losses, terms = module.objective(batch_of())
     expected = []
@@ -93,7 +93,7 @@ def test_a_rows_loss_does_not_depend_on_its_batch(module):
             torch.testing.assert_close(alone[0][0], together[row], rtol=1e-5, atol=1e-6)
 
 
-def test_the_reference_point_is_the_mean_log_ratio_of_the_completions_of_the_rows_before(module):
+def test_the_reference_point_is_the_mean_log_ratio_so_far(module):
     batch = batch_of()
     mixed = replace(batch_of([COMPLETIONS[i] for i in (3, 0, 1, 2)], UP[[3, 0, 1, 2]]), user_ids=batch.user_ids)
     expected = torch.stack([log_ratios(module, mixed, generic) for generic in (False, True)]).mean()
@@ -136,7 +136,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, thumbs, tmp_
     assert straight.loss.pairs_seen > 0
 
 
-def test_it_learns_that_users_like_opposite_things_and_says_how_well(model_path, tmp_path):
+def test_it_learns_that_users_like_opposites_and_how_well(model_path, tmp_path):
     with (tmp_path / "opposed.jsonl").open("w") as file:
         for number, text in enumerate(["red", "blue sun", "moon", "cat ran fast", "dog", "hello the sun"] * 2):
             for user, likes_even in (("ann", True), ("bob", False)):

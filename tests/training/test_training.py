@@ -63,7 +63,7 @@ def make_trainer(tmp_path, **kwargs) -> Trainer:
 
 @pytest.mark.parametrize("name", USER_MODELS)
 @pytest.mark.parametrize("make_loss", [DPOLoss, BCOLoss])
-def test_every_user_model_trains_and_comes_back_from_a_checkpoint(model_path, votes, tmp_path, name, make_loss):
+def test_every_user_model_trains_and_reloads_from_a_checkpoint(model_path, votes, tmp_path, name, make_loss):
     module = make(model_path, USER_MODELS[name](), make_loss())
     data = make_data(votes, model_path, history_size=module.user_model.history_size)
     trainer = make_trainer(tmp_path)
@@ -85,7 +85,7 @@ def test_every_user_model_trains_and_comes_back_from_a_checkpoint(model_path, vo
     assert not any("base_layer" in key or "embed_tokens" in key for key in state["state_dict"])
 
 
-def test_a_user_who_is_not_in_the_data_seen_so_far_does_not_move(model_path, votes, tmp_path):
+def test_a_user_who_is_not_in_the_data_yet_does_not_move(model_path, votes, tmp_path):
     module, data = make(model_path), make_data(votes, model_path)
     module.vocabulary = UserVocabulary(["ann", "bob", "cy", "dee", "elsewhere"])
     trainer = make_trainer(tmp_path)
@@ -181,7 +181,7 @@ def test_a_checkpoint_of_another_model_is_refused(model_path, votes, tmp_path):
     ],
     ids=["num_tokens", "rank", "both"],
 )
-def test_a_checkpoint_of_other_sizes_is_refused_with_the_setting(model_path, votes, tmp_path, user_model, rank, says):
+def test_a_checkpoint_of_other_sizes_is_refused_by_setting(model_path, votes, tmp_path, user_model, rank, says):
     trainer = make_trainer(tmp_path, max_steps=1, limit_val_batches=0)
     trainer.fit(make(model_path), make_data(votes, model_path))
     trainer.save_checkpoint(tmp_path / "a.ckpt")
@@ -192,7 +192,7 @@ def test_a_checkpoint_of_other_sizes_is_refused_with_the_setting(model_path, vot
     assert len(str(error.value)) < 1000
 
 
-def test_weights_of_another_number_of_clusters_or_users_are_refused(model_path):
+def test_weights_of_another_number_of_users_are_refused(model_path):
     def built(users: list[str], clusters: int) -> PersonalizedLM:
         module = make(model_path, ClusterUserModel(clusters, 2))
         module.vocabulary = UserVocabulary(users)
@@ -207,7 +207,7 @@ def test_weights_of_another_number_of_clusters_or_users_are_refused(model_path):
         built(["ann", "bob", "cy"], 2).load_state_dict(weights)
 
 
-def test_users_new_to_a_checkpoint_are_reported_and_get_the_generic_user(model_path, votes, tmp_path):
+def test_users_new_to_a_checkpoint_get_the_generic_user(model_path, votes, tmp_path):
     from conftest import write_votes
 
     module = make(model_path)
@@ -241,7 +241,7 @@ def test_that_compiling_takes_minutes_is_told_before_it_begins(
     assert any("the first steps compile the model" in said for said in caplog.messages) == torch_compile
 
 
-def test_texts_are_answered_as_the_ids_that_the_data_makes_of_them(model_path, votes, tmp_path):
+def test_texts_are_answered_as_the_ids_the_data_makes_of_them(model_path, votes, tmp_path):
     module, data = make(model_path, TextUserModel()), make_data(votes, model_path, max_prompt_length=3)
     make_trainer(tmp_path).fit(module, data)
     asked, users = ["a cat ran fast", "the dog"], ["ann", "bob"]
@@ -256,7 +256,7 @@ def test_texts_are_answered_as_the_ids_that_the_data_makes_of_them(model_path, v
         module.generate(asked, ["bob"])
 
 
-def test_metrics_are_logged_over_pairs_users_and_the_generic_user(model_path, votes, tmp_path):
+def test_metrics_cover_pairs_users_and_the_generic_user(model_path, votes, tmp_path):
     module = make(model_path)
     data = make_data(votes, model_path, unseen_user_fraction=0.4)
     trainer = make_trainer(tmp_path)
@@ -301,7 +301,7 @@ class ShortPolicy(CausalLMPolicy):
 
 
 @pytest.mark.parametrize(("num_tokens", "fits"), [(3, True), (4, False)])
-def test_rows_too_long_for_the_policy_are_refused_before_training(model_path, votes, tmp_path, num_tokens, fits):
+def test_rows_too_long_for_the_policy_are_refused_at_start(model_path, votes, tmp_path, num_tokens, fits):
     user_model = CompositeUserModel([IndividualUserModel(num_tokens), TextUserModel()])
     module = PersonalizedLM(user_model, ShortPolicy(model_path, lora=LoRA(rank=2)), DPOLoss())
     data = make_data(votes, model_path, max_user_text_length=1, max_completion_length=4)
@@ -317,7 +317,7 @@ def test_rows_too_long_for_the_policy_are_refused_before_training(model_path, vo
         assert trainer.global_step == 0
 
 
-def test_a_user_model_that_reads_texts_says_so_where_there_are_none(model_path, votes, tmp_path):
+def test_a_user_model_that_reads_texts_says_when_there_are_none(model_path, votes, tmp_path):
     without = tmp_path / "without.jsonl"
     rows = [json.loads(line) for line in votes.read_text().splitlines()]
     without.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "user_text"}) + "\n" for row in rows))

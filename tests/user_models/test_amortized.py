@@ -58,7 +58,7 @@ def test_opposite_judgements_give_opposite_offsets():
     torch.testing.assert_close(prompts(model, turned), -prompts(model, pairs))
 
 
-def test_each_pair_counts_up_to_num_pairs_and_from_there_on_the_mean_does():
+def test_pairs_up_to_num_pairs_count_and_then_their_mean():
     model, pairs = built(num_pairs=4), history(1, 1)
     once, twice, four, eight = (
         model.history_rows(
@@ -71,13 +71,13 @@ def test_each_pair_counts_up_to_num_pairs_and_from_there_on_the_mean_does():
     torch.testing.assert_close(eight, four)
 
 
-def test_a_row_of_what_was_read_gives_the_prompt_that_reading_gives():
+def test_a_stored_reading_gives_the_prompt_of_reading():
     model, pairs = built(), history(2, 3)
     model.row_tables()[0].data[1:3] = model.history_rows(pairs)[0]
     torch.testing.assert_close(model(Users(torch.tensor([1, 2]))).vectors - model.generic_prompt, prompts(model, pairs))
 
 
-def test_reading_sends_no_gradient_to_the_table_and_some_to_all_that_is_shared():
+def test_reading_trains_what_is_shared_and_not_the_table():
     model = built()
     prompts(model, history(2, 3)).square().sum().backward()
     assert model.histories.weight.grad is None

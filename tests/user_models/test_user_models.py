@@ -48,7 +48,7 @@ def test_generic_prompt_is_the_unknown_users_prompt_exactly(model):
 
 
 @pytest.mark.parametrize("model", IMPLICIT[1:], ids=lambda m: type(m).__name__)
-def test_users_differ_from_one_another_and_from_the_generic_user(model):
+def test_users_differ_from_each_other_and_the_generic_user(model):
     prompts = built(model)(users(0, 1, 2)).vectors
     assert not torch.allclose(prompts[0], prompts[1])
     assert not torch.allclose(prompts[1], prompts[2])
@@ -68,7 +68,7 @@ def test_vectors_start_at_word_vectors(model):
     assert all(any(torch.equal(vector, word) for word in VOCABULARY) for vector in vectors)
 
 
-def test_low_rank_directions_are_orthogonal_and_as_long_as_word_vectors_lie_apart():
+def test_low_rank_directions_are_orthogonal_at_word_distance():
     model = LowRankUserModel(num_tokens=3, rank=2)
     model.build(5, VOCABULARY)
     square = VOCABULARY.std() ** 2 * 3 * 8
@@ -118,7 +118,7 @@ def test_text_is_passed_on_and_seen_by_the_reference():
     assert model(users(1, 2)).vectors.shape == (2, 0, 8)
 
 
-def test_composite_joins_implicit_and_explicit_and_hides_only_the_implicit_from_the_reference():
+def test_the_reference_sees_only_the_explicit_part_of_composite():
     model = built(CompositeUserModel([IndividualUserModel(3), TextUserModel()]))
     text = SoftPrompt(torch.randn(2, 4, 8), torch.tensor([[True] * 4, [True, False, False, False]]))
     asked = users(1, 2, text=text)

@@ -88,7 +88,7 @@ def test_a_turn_end_that_is_not_a_special_token_is_not_added():
     assert end_token_ids(tokenizer(CHATML, "<|im_start|>", plain=["<|im_end|>"])) == (1,)
 
 
-def test_the_last_message_counts_where_earlier_ones_end_otherwise():
+def test_the_last_message_counts_where_earlier_ends_differ():
     made = tokenizer(HARMONY, "<|start|>", "<|message|>", "<|end|>", "<|return|>")
     assert end_token_ids(made) == (1, 5)
 
@@ -104,13 +104,13 @@ def test_all_ends_of_the_generation_config_count(configured):
 
 
 @pytest.mark.parametrize("configured", ["x", ["x"], [[3]], 3.0, True])
-def test_ends_of_the_generation_config_that_are_no_ids_are_refused_by_file_and_field(configured):
+def test_generation_config_ends_that_are_no_ids_are_refused(configured):
     with pytest.raises(ConfigurationError, match=r"eos_token_id in generation_config.json .* whole number"):
         end_token_ids(tokenizer(None, "x", "y"), SimpleNamespace(eos_token_id=configured))
 
 
 @pytest.mark.parametrize("unknown", [-1, 99])
-def test_ends_of_the_generation_config_that_are_no_tokens_are_told_and_left_out(unknown):
+def test_generation_config_ends_that_are_no_tokens_are_left_out(unknown):
     with pytest.warns(UserWarning, match=rf"eos_token_id .* holds {unknown}, which is no token"):
         assert end_token_ids(tokenizer(None, "x"), GenerationConfig(eos_token_id=[unknown, 2])) == (1, 2)
 
@@ -120,7 +120,7 @@ def test_a_generation_config_without_ends_adds_nothing():
     assert end_token_ids(tokenizer(None), SimpleNamespace()) == (1,)
 
 
-def test_a_tokenizer_without_eos_has_the_ends_of_the_generation_config():
+def test_without_eos_the_generation_configs_ends_are_used():
     made = tokenizer(None)
     made.eos_token = None
     assert end_token_ids(made, GenerationConfig(eos_token_id=[0])) == (0,)

@@ -90,7 +90,7 @@ def test_the_error_names_the_file_and_what_to_do(tmp_path, monkeypatch, number, 
     assert not os.listdir(tmp_path)
 
 
-def test_a_refused_write_is_told_though_a_library_raises_something_else(tmp_path, small_files):
+def test_a_refused_write_is_told_whatever_a_library_raises(tmp_path, small_files):
     def write(file):
         try:
             file.write(bytes(2 << 20))
@@ -101,7 +101,7 @@ def test_a_refused_write_is_told_though_a_library_raises_something_else(tmp_path
         write(file)
 
 
-def test_an_input_that_cannot_be_read_meanwhile_is_not_blamed_on_the_file_that_is_written(tmp_path):
+def test_an_unreadable_input_is_not_blamed_on_the_output(tmp_path):
     with pytest.raises(FileNotFoundError, match="no such input"), atomic_writer(tmp_path / "a.csv"):
         raise FileNotFoundError("no such input")
     with pytest.raises(OSError, match="the network") as told, atomic_writer(tmp_path / "a.csv"):
@@ -109,7 +109,7 @@ def test_an_input_that_cannot_be_read_meanwhile_is_not_blamed_on_the_file_that_i
     assert not isinstance(told.value, CheckpointWriteError)
 
 
-def test_what_is_wrong_with_a_file_that_is_read_meanwhile_is_not_blamed_on_the_one_that_is_written(tmp_path):
+def test_a_faulty_input_is_not_blamed_on_the_output(tmp_path):
     (damaged := tmp_path / "votes.jsonl.gz").write_bytes(b"no gzip data")
     with pytest.raises(FeedbackFormatError, match="gzip data is damaged"), atomic_writer(tmp_path / "a.csv"):
         list(read_rows(damaged))
@@ -118,7 +118,7 @@ def test_what_is_wrong_with_a_file_that_is_read_meanwhile_is_not_blamed_on_the_o
 
 @pytest.mark.parametrize("name", ["file/a", "file/new/a", "/proc/xx", "/proc/xx/yy", "x" * 300, "/dev/null"])
 @pytest.mark.parametrize("check", [check_output, check_output_folder])
-def test_what_can_not_be_written_is_said_before_anything_is_computed(tmp_path, name, check):
+def test_an_unwritable_output_is_told_before_any_computation(tmp_path, name, check):
     (tmp_path / "file").touch()
     with pytest.raises(ConfigurationError, match=r"^output: \S+ (cannot be written|is a device|is a file)"):
         check(tmp_path / name, "output")
@@ -135,7 +135,7 @@ def test_what_can_not_be_written_is_said_before_anything_is_computed(tmp_path, n
         ["users", "remove", "--user", "x"],
     ],
 )
-def test_every_command_that_writes_checks_where_before_it_reads_the_model(words):
+def test_every_writing_command_checks_its_output_first(words):
     with pytest.raises(SystemExit, match=r"^error: output: /proc/xx cannot be written"):
         main([*words, "--model", "none.ckpt", "--output", "/proc/xx"])
 

@@ -47,7 +47,7 @@ def points() -> DataLoader:
     return DataLoader(torch.randn(6, 1))
 
 
-def test_a_step_knows_that_it_is_the_last_of_its_accumulation_and_is_logged(tmp_path, points):
+def test_the_last_step_of_an_accumulation_is_known_and_logged(tmp_path, points):
     module = Line()
     quiet_trainer(tmp_path, max_epochs=1, accumulate_grad_batches=2, log_every_n_steps=2).fit(module, points)
     assert [ends for ends, _, _ in module.seen] == [False, True] * 3

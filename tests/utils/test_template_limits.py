@@ -60,7 +60,7 @@ def test_what_would_be_huge_is_refused_before_it_is_made(template):
         tokenizer.apply_chat_template(MESSAGES, chat_template=template, tokenize=False)
 
 
-def test_an_ordinary_template_writes_the_same_with_limits_as_without():
+def test_an_ordinary_template_writes_the_same_with_limits():
     limited, plain = (
         environment().from_string(ORDINARY).render(messages=MESSAGES)
         for environment in (LimitedEnvironment, ImmutableSandboxedEnvironment)

@@ -88,7 +88,7 @@ def test_a_checkpoint_imports_no_class_of_others(settings, others, mark, tmp_pat
     assert not mark.exists()
 
 
-def test_nor_does_one_that_hides_it_where_old_versions_of_lightning_kept_settings(others, mark, tmp_path):
+def test_nor_does_one_hidden_where_old_lightning_kept_settings(others, mark, tmp_path):
     path = crafted(tmp_path)
     content = torch.load(path, weights_only=True)
     content["module_arguments"] = {"loss": {"class_path": f"{others}.Loss"}}
@@ -104,7 +104,7 @@ def test_nor_does_one_that_hides_it_where_old_versions_of_lightning_kept_setting
     ["os.system", "builtins.eval", "subprocess.Popen", "posix.system", "prlhf_lightning.cli.main.main", "a..b",
      "prlhf_lightning.cli.parser.sys.exit", "lightning.pytorch.cli.LightningCLI", "x.y; reboot", "a" * 300 + ".b"],
 )  # fmt: skip
-def test_what_is_no_component_is_refused_without_advice_to_trust_it(path, tmp_path):
+def test_what_is_no_component_is_refused_without_trust_advice(path, tmp_path):
     checkpoint = crafted(tmp_path, {"loss": {"class_path": path, "init_args": {"args": "x"}}})
     with pytest.raises(SystemExit, match="which no model is made of") as refused:
         main(["generate", "--model", str(checkpoint), "--prompt", "I"])
@@ -203,7 +203,7 @@ def test_a_checkpoint_cannot_be_called_as_a_class(others, mark, tmp_path, monkey
     assert not mark.exists()
 
 
-def test_a_report_imports_no_class_that_the_runs_configuration_names(others, mark, tmp_path):
+def test_a_report_imports_no_class_of_the_runs_configuration(others, mark, tmp_path):
     path = crafted(tmp_path)
     (tmp_path / "run/config.yaml").write_text(yaml.safe_dump({"data": {"source": {"class_path": f"{others}.Source"}}}))
     with pytest.raises(SystemExit, match=rf"`--trust_classes {others}\.Source`"):
@@ -227,7 +227,7 @@ def pickled(mark: Path) -> bytes:
     return buffer.getvalue()
 
 
-def test_a_runs_configuration_cannot_have_its_checkpoint_unpickled(mark, tmp_path, votes):
+def test_a_runs_configuration_cannot_unpickle_its_checkpoint(mark, tmp_path, votes):
     content = torch.load(FIXTURE, weights_only=True)
     path = crafted(tmp_path)
     torch.save({**content, "x": Marks(mark)}, path)
@@ -308,7 +308,7 @@ def test_what_is_pickled_leaves_a_mark_where_it_is_trusted(mark):
 
 
 @pytest.mark.parametrize("value", ["others/kernel", {"": "sdpa", "text_config": "others/kernel"}])
-def test_a_model_is_refused_that_asks_for_attention_code_of_the_hub(value, exported, tmp_path):
+def test_a_model_that_asks_for_hub_attention_code_is_refused(value, exported, tmp_path):
     folder = changed(exported, "whole", tmp_path, {"config.json": {"attn_implementation": value}})
     with pytest.raises(ConfigurationError, match=r"asks for code of the hub \(attn_implementation: 'others/kernel'\)"):
         Generator.from_folder(folder)
@@ -324,7 +324,7 @@ def test_the_argument_lets_an_exported_folder_name_a_user_model(exported, others
     assert type(next(iter(writer.user_model.children()))[0]).__module__ == others
 
 
-def test_of_the_current_folder_only_what_the_user_names_is_imported(mark, tmp_path):
+def test_only_what_users_name_is_imported_from_the_folder(mark, tmp_path):
     for name in ("torch", "jsonargparse", "lightning", "transformers", "yaml", "wandb", "sitecustomize"):
         (tmp_path / f"{name}.py").write_text(f"open({str(mark)!r}, 'a').write({name!r})")
     (tmp_path / "mine.py").write_text(f"open({str(mark)!r}, 'a').write('mine')\n" + MODULE[MODULE.index("from") :])

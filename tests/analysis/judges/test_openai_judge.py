@@ -72,7 +72,7 @@ def likes_cats(question, number):
     return completion("A" if "purr" in question["A"] else "B" if "purr" in question["B"] else "tie")
 
 
-def test_it_is_asked_with_what_is_known_of_the_user_and_in_both_orders(endpoint):
+def test_it_is_asked_in_both_orders_and_told_of_the_user(endpoint):
     fake = endpoint(likes_cats)
     (ruling,) = judge_pair(judge_at(fake), [Question("say", PERSON, "woof", "purr")])
     assert (ruling.verdict, ruling.agrees, len(fake.requests)) == ("b", True, 2)
@@ -117,7 +117,7 @@ def test_a_busy_endpoint_is_asked_again(endpoint, status):
     assert len(fake.requests) == 3
 
 
-def test_an_endpoint_that_stays_busy_is_an_error_after_so_many_times(endpoint):
+def test_a_busy_endpoint_is_an_error_after_the_last_attempt(endpoint):
     fake = endpoint(lambda *_: (503, "busy"))
     with pytest.raises(JudgeError, match="status 503"):
         judge_at(fake, retries=2).judge("say", PERSON, "x", "y")
@@ -130,7 +130,7 @@ def test_silence_is_an_error_after_the_timeout(endpoint):
         judge_at(fake, timeout=0.2, retries=1).judge("say", PERSON, "x", "y")
 
 
-def test_an_endpoint_that_is_not_there_is_given_up_after_a_while(endpoint):
+def test_an_unreachable_endpoint_is_given_up_after_a_while(endpoint):
     judge = judge_at(endpoint(likes_cats), base_url="http://127.0.0.1:9", retries=0, workers=1)
     errors = [ruling.error for ruling in judge_pair(judge, [Question("say", PERSON, "x", "y")] * 15)]
     assert errors[:10] == ["the endpoint cannot be reached (ConnectError)"] * 10

@@ -41,12 +41,12 @@ def test_a_judge_who_likes_whatever_comes_first_only_makes_ties():
 
 
 @pytest.mark.parametrize("workers", [1, 4])
-def test_verdicts_name_the_answers_as_they_stood_in_the_question(workers):
+def test_verdicts_name_answers_by_their_place_in_the_question(workers):
     rulings = ruled(LongJudge(workers), ("long", "no"), ("no", "long"), ("ab", "cd"))
     assert [(one.verdict, one.agrees) for one in rulings] == [("a", True), ("b", True), ("tie", True)]
 
 
-def test_each_question_is_asked_in_both_orders_but_for_equal_answers():
+def test_each_question_is_asked_in_both_orders_unless_equal():
     judge = LongJudge()
     assert ruled(judge, ("x", "yy"), ("z", "z"))[1].verdict == "tie"
     assert judge.asked == [("x", "yy"), ("yy", "x")]

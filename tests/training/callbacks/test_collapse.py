@@ -92,7 +92,7 @@ def test_what_is_measured(model_path, votes, tmp_path):
     assert measure(module, batch, 10)["generated_empty"] == 1
 
 
-def test_answers_and_chosen_completions_are_cut_at_the_same_length(model_path, votes, tmp_path):
+def test_answers_and_chosen_completions_are_cut_alike(model_path, votes, tmp_path):
     module, data, _ = fit(model_path, votes, tmp_path, policy=Scripted, max_steps=1)
     module.policy.answer = (5,) * 1000
     assert measure(module.eval(), data.sample(4), 2)["generated_length_ratio"] == 1
@@ -141,7 +141,7 @@ def test_each_cause_is_told_once_with_evidence_and_advice(model_path, votes, tmp
     assert all("model.loss.sft_weight (now 0) of 0.3" in cause and "At step" in cause for cause in causes)
 
 
-def test_what_was_no_better_before_training_is_not_held_against_it(model_path, votes, tmp_path):
+def test_what_was_no_better_before_training_does_not_count(model_path, votes, tmp_path):
     policy = type("Same", (Scripted,), {"answer": (5,) * 100})
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -151,7 +151,7 @@ def test_what_was_no_better_before_training_is_not_held_against_it(model_path, v
         fit(model_path, votes, tmp_path, CollapseMonitor(), policy=policy, lr=1e-6, num_sanity_val_steps=0)
 
 
-def test_chosen_completions_that_become_unlikely_are_told_in_training(model_path, votes, tmp_path):
+def test_chosen_completions_that_become_unlikely_are_reported(model_path, votes, tmp_path):
     with pytest.warns(
         UserWarning, match=r"train/chosen_log_ratio is -.* 3 readings in a row below the -0.50 that collapse.chosen_log"
     ):

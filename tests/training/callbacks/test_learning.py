@@ -32,13 +32,13 @@ def test_few_steps_are_answered_by_settings_that_give_a_hundred(batches, epochs,
     assert all(words in advice for words in says)
 
 
-def test_a_hundred_steps_are_enough_and_fewer_by_max_steps_are_not():
+def test_a_hundred_steps_are_enough_and_fewer_are_not():
     assert more_steps(200, 2, 4, 8) is None
     assert more_steps(5, 1, 1, 8, max_steps=100) is None
     assert "trainer.max_steps to 100 or more (now 20)" in more_steps(5, -1, 1, 8, max_steps=20)
 
 
-def test_a_model_that_learned_nothing_needs_higher_rates_and_not_shrinking():
+def test_a_model_that_learned_nothing_is_told_to_raise_rates():
     advice = what_to_change(Outcome(0.52, 0.002, 1000, 0.535, 212), SETTINGS)
     assert advice.startswith("The model learned next to nothing")
     assert "training pairs 0.52 and held-out pairs 0.54 (0.50 is chance)" in advice
@@ -53,12 +53,12 @@ def test_after_few_steps_the_rates_are_not_judged():
     assert "model.optim.lr" not in advice
 
 
-def test_few_pairs_that_are_ranked_right_by_luck_are_nothing_learned():
+def test_few_pairs_ranked_right_by_luck_are_nothing_learned():
     assert what_to_change(Outcome(0.65, 0.01, 24, 0.56, 16), SETTINGS).startswith("The model learned next to nothing")
     assert what_to_change(Outcome(0.65, 0.01, 24, 0.8, 100), SETTINGS) is None
 
 
-def test_a_model_that_moved_and_learned_nothing_does_not_need_higher_rates():
+def test_a_model_that_moved_is_not_told_to_raise_rates():
     advice = what_to_change(Outcome(0.51, -4.0, 1000, 0.49, 212), SETTINGS | {"model.optim.lr": 1e-2})
     assert "lower rates" in advice
 

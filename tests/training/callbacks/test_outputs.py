@@ -75,7 +75,7 @@ class Worsen(Callback):
 
 
 @pytest.mark.parametrize("interval", [1.0, 0.5])
-def test_the_last_checkpoint_is_of_the_last_step_though_validation_got_worse(model_path, votes, tmp_path, interval):
+def test_last_is_of_the_last_step_though_validation_got_worse(model_path, votes, tmp_path, interval):
     keeper = BestAndLast(monitor="val/seen/worse")
     model = fit(model_path, votes, tmp_path, keeper, Worsen(), val_check_interval=interval)
     last, best = (torch.load(path, weights_only=True) for path in (keeper.last_model_path, keeper.best_model_path))
@@ -86,7 +86,7 @@ def test_the_last_checkpoint_is_of_the_last_step_though_validation_got_worse(mod
     ("options", "steps", "every"),
     [({"max_epochs": 1}, 10, None), ({"max_steps": 5}, 5, None), ({"max_steps": 5}, 5, 100)],
 )
-def test_steps_after_the_last_validation_are_kept_and_gone_on_from(model_path, votes, tmp_path, options, steps, every):
+def test_steps_after_the_last_validation_are_kept_and_resumed(model_path, votes, tmp_path, options, steps, every):
     settings = {"val_check_interval": 4, "schedule": "constant"}  # a constant one has no end to go by
     keeper = BestAndLast(every_n_train_steps=every)
     model = fit(model_path, votes, tmp_path / "part", keeper, **settings, **options)

@@ -57,9 +57,7 @@ def handlers():
         (Kill(signal.SIGTERM, validation=1), 1, 10),
     ],
 )
-def test_a_run_that_was_told_to_stop_goes_on_to_the_same_weights(
-    model_path, votes, tmp_path, capfd, kill, accumulate, step
-):
+def test_a_run_told_to_stop_resumes_to_the_same_weights(model_path, votes, tmp_path, capfd, kill, accumulate, step):
     options = {"accumulate_grad_batches": accumulate}
     straight = fit(model_path, votes, tmp_path / "straight", watch := Kill(0), **options)
     with pytest.raises(SystemExit) as stop:

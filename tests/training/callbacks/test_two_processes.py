@@ -87,7 +87,7 @@ def run(folder: Path, model_path: str, kind: str, rank: int) -> tuple[int, str]:
     return code, text
 
 
-def test_a_loss_that_is_not_finite_in_one_process_stops_both_in_the_same_step(model_path, tmp_path):
+def test_a_non_finite_loss_in_one_process_stops_both_at_once(model_path, tmp_path):
     code, text = run(tmp_path, model_path, "nan", rank=1)
     assert code == 1, text[-3000:]
     assert "Traceback" not in text
@@ -111,7 +111,7 @@ def test_a_signal_to_one_process_stops_both_after_the_step(model_path, tmp_path,
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_memory_that_runs_out_in_one_process_leaves_none_waiting(model_path, tmp_path, rank):
+def test_out_of_memory_in_one_process_leaves_none_waiting(model_path, tmp_path, rank):
     code, text = run(tmp_path, model_path, "memory", rank)
     assert code != 0
     assert "error: Memory ran out in training, in or after a batch of 2 pairs" in text
