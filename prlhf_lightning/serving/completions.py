@@ -127,7 +127,7 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
     check_users(key, whom, "blend" if body.blend else "user")
     unknown = [user for user in whom if services.rename(user) not in services.writer.vocabulary]
     if unknown:
-        services.metrics.count("prlhf_unknown_users_total", len(unknown))
+        services.metrics.unknown_users.inc(len(unknown))
     status = "blend" if body.blend else "none" if not whom else "unknown" if unknown else "known"
     started, most = time.monotonic(), services.limits.max_tokens
     try:
@@ -162,7 +162,7 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
         "personalization": {"status": status, "unknown_users": unknown},
     }
     metrics = services.metrics
-    return _Answer(ticket, base, lambda: metrics.observe("prlhf_first_token_seconds", time.monotonic() - started))
+    return _Answer(ticket, base, lambda: metrics.first_token_seconds.observe(time.monotonic() - started))
 
 
 def _check_last_message(body: schemas.ChatRequest) -> None:

@@ -63,7 +63,7 @@ def feedback_router(services: Services, log: FeedbackLog) -> APIRouter:
             message = "Feedback can't be written down now; try again later."
             raise APIError(503, message, "log_unavailable", retry_after=5) from error
         if new:
-            services.metrics.count("prlhf_feedback_total", kind="pair" if feedback.chosen else "thumb")
+            services.metrics.feedback.labels("pair" if feedback.chosen else "thumb").inc()
         response.status_code = 201 if new else 200
         return schemas.FeedbackReceipt(id=feedback.id, duplicate=not new)
 

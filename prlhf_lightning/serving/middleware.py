@@ -65,8 +65,8 @@ class AccessLog:
             route = getattr(scope.get("route"), "path_format", "none")
             # Of routes and methods that are not there a client can make up any number.
             method = "any" if route == "none" or status == 405 else scope["method"]
-            self.metrics.count("prlhf_http_requests_total", route=route, method=method, status=str(status))
-            self.metrics.observe("prlhf_http_request_seconds", seconds, route=route)
+            self.metrics.http_requests.labels(method, route, str(status)).inc()
+            self.metrics.http_seconds.labels(route).observe(seconds)
             line = {
                 "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
                 "request": request_id,

@@ -87,7 +87,7 @@ class Scheduler:
         self._failures = 0  # since the last step that went well
         self._calling: dict[str, asyncio.Future[Any]] = {}  # calls that have not been answered, by who asked
         self._thread = Thread(target=self._run, name="engine", daemon=True)
-        metrics.gauge("prlhf_open_requests", lambda: len(self._open))
+        metrics.open_requests.set_function(lambda: len(self._open))
 
     def start(self) -> None:
         """Start the thread; call it where the event loop runs."""
@@ -296,8 +296,8 @@ class Scheduler:
         started = time.monotonic()
         pieces = self._engine.step()
         self._failures = 0
-        self._metrics.observe("prlhf_engine_step_seconds", time.monotonic() - started)
-        self._metrics.count("prlhf_generated_tokens_total", sum(piece.tokens for piece in pieces))
+        self._metrics.engine_step_seconds.observe(time.monotonic() - started)
+        self._metrics.generated_tokens.inc(sum(piece.tokens for piece in pieces))
         self._send([(self._writing[piece.number], piece) for piece in pieces if piece.number in self._writing])
         for piece in pieces:
             if piece.finish_reason is not None:
@@ -313,7 +313,7 @@ class Scheduler:
 
     def _report(self, error: Exception) -> None:
         """Log where an error arose, but not its message, which may quote what people wrote."""
-        self._metrics.count("prlhf_engine_failures_total")
+        self._metrics.engine_failures.inc()
         frames = "".join(traceback.format_tb(error.__traceback__))
         _log.error("The engine failed: %s\n%s", type(error).__name__, frames)
 

@@ -130,7 +130,7 @@ def test_a_client_who_leaves_the_queue_frees_a_place_at_once():
     with serving(Services(writer(), lambda: EchoEngine(0.02, room=1))) as url:
         everybody = [*[ask_until(1.5)] * 9, *[later(ask_until(0.3), 0.3)] * 10]
         *_, said = together(url, *everybody, later(look, 1))
-    assert "prlhf_open_requests 9\n" in said
+    assert "prlhf_open_requests 9.0\n" in said
 
 
 def test_of_what_waits_the_engine_holds_only_a_few():
@@ -163,7 +163,7 @@ def test_nothing_more_is_written_for_a_client_who_has_left(streamed):
         while not engine.idle and time.monotonic() < left + 2:
             time.sleep(0.02)
         assert engine.idle
-        assert "prlhf_open_requests 0\n" in httpx.get(f"{url}/metrics").text
+        assert "prlhf_open_requests 0.0\n" in httpx.get(f"{url}/metrics").text
 
 
 def test_what_is_being_written_is_finished_at_the_end():
