@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from threading import Lock
 from typing import Any, NamedTuple, TypeAlias
@@ -42,6 +43,7 @@ FEEDBACK = sql.Table(
     sql.Column("rejected", sql.Text),
     sql.Column("completion", sql.Text),
     sql.Column("liked", sql.Boolean),
+    sql.Column("digest", sql.Text),  # of the columns that were handed in; none in rows of older versions
     sql.UniqueConstraint("source", "id"),
     sqlite_autoincrement=True,  # so that the number of a removed row is never given to another
 )
@@ -91,7 +93,8 @@ class Feedback:
 
     def row(self) -> dict[str, Any]:
         """Return the columns of the table. Equal prompts are equal texts."""
-        return {**vars(self), "prompt": json.dumps(self.prompt, sort_keys=True)}
+        row = {**vars(self), "prompt": json.dumps(self.prompt, sort_keys=True), "received": float(self.received)}
+        return row | {"digest": _digest(row)}
 
 
 class Extent(NamedTuple):
@@ -107,7 +110,8 @@ class FeedbackLog:
     SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
     process and of the machine; so it does in PostgreSQL with `synchronous_commit=on`, which `append` sets where it is
     off. Only the owner can read a new SQLite file. A SQLite file that is deleted, moved, replaced or damaged while it
-    is open is noticed by `append`. A database that hangs makes `append` and `check` fail after some seconds.
+    is open is noticed by `append`. A database that hangs makes `append` and `check` fail after some seconds. Each row
+    has a digest, by which a value that changed on the disk is noticed when it is read.
 
     Args:
         url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file. The query of a
@@ -180,14 +184,34 @@ class FeedbackLog:
             if not any(sign in str(error.orig) for sign in ("already exists", "duplicate key")):
                 raise
             FEEDBACK.metadata.create_all(self._engine)  # another process has made it since it was looked for
+        if self._found_columns() == {column.name for column in FEEDBACK.c} - {"digest"}:  # of an older version
+            try:
+                with self._engine.begin() as connection:
+                    connection.execute(sql.text(f"ALTER TABLE {FEEDBACK.name} ADD COLUMN digest TEXT"))
+            except (ProgrammingError, OperationalError):
+                if "digest" not in self._found_columns():  # another process may have added it
+                    _log.warning(
+                        "The feedback log %s was made by an older version, and this user may not change its table: "
+                        "its rows get no digests, by which damage on the disk would be noticed. Let the table's owner "
+                        "run ALTER TABLE %s ADD COLUMN digest TEXT, and start again.",
+                        self.name,
+                        FEEDBACK.name,
+                    )
 
-    def _check_table(self) -> None:
-        """Refuse a table that can't hold the log."""
+    def _found_columns(self) -> set[str]:
+        """Return the names of the table's columns."""
         with self._reader.connect() as connection:
             found = sql.inspect(connection)
             if not found.has_table(FEEDBACK.name):
                 raise ConfigurationError(f"{self.name} has no table {FEEDBACK.name}: it is not a feedback log.")
-            missing = {column.name for column in FEEDBACK.c} - {c["name"] for c in found.get_columns(FEEDBACK.name)}
+            return {column["name"] for column in found.get_columns(FEEDBACK.name)}
+
+    def _check_table(self) -> None:
+        """Refuse a table that can't hold the log."""
+        found = self._found_columns()
+        self._columns = [column for column in FEEDBACK.c if column.name in found or column.name != "digest"]
+        with self._reader.connect() as connection:
+            missing = {column.name for column in self._columns} - found
             if missing:
                 raise ConfigurationError(
                     f"{self.name}: the table {FEEDBACK.name} has no column {', '.join(sorted(missing))}; it was made "
@@ -203,7 +227,8 @@ class FeedbackLog:
             ConflictError: Its id stands for other feedback of the same source.
             FeedbackLogError: It could not be written.
         """
-        row = feedback.row()
+        names = {column.name for column in self._columns}
+        row = {name: value for name, value in feedback.row().items() if name in names}
         with self._errors(), self._connection(_LOCKED_MS / 1000) as connection:
             try:
                 if not self._is_sqlite:
@@ -219,9 +244,10 @@ class FeedbackLog:
                 if not self._is_sqlite:
                     connection.execute(_DURABLY, {"ms": str(_LOCKED_MS)})
                 same = (FEEDBACK.c.source == feedback.source) & (FEEDBACK.c.id == feedback.id)
-                found = connection.execute(sql.select(FEEDBACK).where(same)).mappings().one()
+                found = connection.execute(sql.select(*self._columns).where(same)).mappings().one()
                 self._check_same_file(connection)
-        if any(found[name] != value for name, value in row.items() if name != "received"):
+        _check_row(found, self.name)
+        if any(found[name] != value for name, value in row.items() if name not in ("received", "digest")):
             raise ConflictError(f"The id {feedback.id!r} stands for other feedback; give each judgment its own.")
         return False
 
@@ -239,11 +265,11 @@ class FeedbackLog:
         Args:
             until: The last row's number that counts.
         """
-        yield from self._records(sql.select(FEEDBACK).where(_IS_PAIR), until)
+        yield from self._records(sql.select(*self._columns).where(_IS_PAIR), until)
 
     def newest_pairs(self, user_id: str, most: int) -> list[dict[str, Any]]:
         """Return a user's last pairs, at most so many, in the order of receipt, without ties."""
-        query = sql.select(FEEDBACK).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
+        query = sql.select(*self._columns).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
         with self._errors(), self._reader.connect() as connection:
             rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
         return [_record(row, self.name) for row in reversed(rows)]
@@ -254,7 +280,7 @@ class FeedbackLog:
         Args:
             until: The last row's number that counts.
         """
-        yield from self._records(sql.select(FEEDBACK).where(FEEDBACK.c.completion.is_not(None)), until)
+        yield from self._records(sql.select(*self._columns).where(FEEDBACK.c.completion.is_not(None)), until)
 
     def _records(self, query: sql.Select[Any], until: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
         if until is not None:
@@ -348,6 +374,8 @@ class FeedbackLog:
         """Say what is wrong, without what was to be written."""
         cause = getattr(error, "orig", None) or error
         if isinstance(cause, sqlite3.Error):
+            if str(cause).startswith("Could not decode"):  # and then quotes it
+                return "a text in it is damaged; put a backup in its place"
             if not hasattr(cause, "sqlite_errorname"):  # of our own checks
                 return str(cause)
             if str(cause).startswith("no such table"):
@@ -409,15 +437,33 @@ def _check_durable(connection: sql.Connection, name: str) -> None:
         _log.warning("The database of the feedback log %s has fsync off: a power loss can lose feedback.", name)
 
 
-def _record(row: Any, log: str) -> dict[str, Any]:
+def _digest(row: Mapping[Any, Any]) -> str:
+    """Return the SHA-256 of what was handed in; the row's number is the database's."""
+    values = [row[column.name] for column in FEEDBACK.c if column.name not in ("number", "digest")]
+    return sha256(json.dumps(values, default=str).encode()).hexdigest()
+
+
+def _check_row(row: Mapping[Any, Any], log: str) -> None:
+    """Check that a row is as it was written, where it has a digest."""
+    if row.get("digest") is not None and row["digest"] != _digest(row):
+        raise _damaged(row, log, "does not have the values that were written")
+
+
+def _damaged(row: Mapping[Any, Any], log: str, what: str) -> FeedbackLogError:
+    number = row["number"]
+    return FeedbackLogError(
+        f"The feedback log {log} is damaged: row {number} {what}. Restore the log from a backup, or delete the row: "
+        f"DELETE FROM {FEEDBACK.name} WHERE number = {number}."
+    )
+
+
+def _record(row: Mapping[Any, Any], log: str) -> dict[str, Any]:
     """Return a row in the form that `data.records.parse_record` reads."""
+    _check_row(row, log)
     try:
         prompt = json.loads(row["prompt"])
     except ValueError:  # whose message would quote it
-        raise FeedbackLogError(
-            f"The feedback log {log} is damaged: the prompt in row {row['number']} is no JSON. Restore the log from a "
-            f"backup, or delete the row: DELETE FROM {FEEDBACK.name} WHERE number = {row['number']}."
-        ) from None
+        raise _damaged(row, log, "has a prompt that is no JSON") from None
     record = {"user_id": row["user_id"], "user_text": row["user_text"], "prompt": prompt}
     for name in ("chosen", "rejected") if row["completion"] is None else ("completion",):
         text = row[name]

@@ -315,8 +315,52 @@ def test_a_row_with_a_damaged_prompt_is_named_and_how_to_go_on(tmp_path):
     log = FeedbackLog(str(tmp_path / "feedback.db"))
     log.append(pair())
     with closing(sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)) as other:
-        other.execute("UPDATE prlhf_feedback SET prompt = 'secret'")
-    with pytest.raises(FeedbackLogError, match=r"feedback.db is damaged: .* row 1 .*DELETE FROM") as caught:
+        other.execute("UPDATE prlhf_feedback SET prompt = 'secret', digest = NULL")  # as of an older version
+    with pytest.raises(FeedbackLogError, match=r"feedback.db is damaged: row 1 .*JSON.*DELETE FROM") as caught:
+        list(log.pairs())
+    assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change", ["chosen = 'no!'", "received = 9", "user_id = 'bob'", "chosen = x'ff'", "digest = ''"]
+)
+def test_a_row_that_changed_on_the_disk_is_refused(url, change):
+    if "x'ff'" in change and "sqlite" not in url:
+        pytest.skip("PostgreSQL keeps text apart from bytes")
+    log = FeedbackLog(url)
+    log.append(pair(1))
+    log.append(pair(2))
+    with log._engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE prlhf_feedback SET {change} WHERE id = '2'")
+    rows = log.pairs()
+    assert next(rows)[1]["chosen"] == "yes"
+    with pytest.raises(FeedbackLogError, match=r"damaged: row \d+ does not have the values"):
+        next(rows)
+    with pytest.raises(FeedbackLogError, match="damaged"):
+        log.append(pair(2))
+
+
+def test_a_log_without_digests_is_read_and_gets_them_when_written_to(url):
+    log = FeedbackLog(url)
+    log.append(pair(1))
+    with log._engine.begin() as connection:
+        connection.exec_driver_sql("ALTER TABLE prlhf_feedback DROP COLUMN digest")
+    log.close()
+    assert len(list(FeedbackLog(url, create=False).pairs())) == 1
+    log = FeedbackLog(url)
+    assert [log.append(pair(1)), log.append(pair(2))] == [False, True]
+    with log._engine.connect() as connection:
+        found = connection.exec_driver_sql("SELECT digest IS NULL FROM prlhf_feedback ORDER BY number").scalars().all()
+    assert [bool(is_missing) for is_missing in found] == [True, False]
+    assert len(list(log.pairs())) == 2
+
+
+def test_text_that_is_no_longer_utf_8_is_not_quoted(tmp_path):
+    log = FeedbackLog(str(tmp_path / "feedback.db"))
+    log.append(pair())
+    with closing(sqlite3.connect(tmp_path / "feedback.db", isolation_level=None)) as other:
+        other.execute("UPDATE prlhf_feedback SET chosen = CAST(x'736563726574ff' AS TEXT)")
+    with pytest.raises(FeedbackLogError) as caught:
         list(log.pairs())
     assert "secret" not in str(caught.value)
 
