@@ -1,4 +1,4 @@
-"""Metrics that come out right over users, ragged batches and processes."""
+"""Metrics over users, exact with ragged batches and several processes."""
 
 from prlhf_lightning.metrics.degeneration import repeated_ngrams
 from prlhf_lightning.metrics.preference import (

@@ -1,6 +1,6 @@
-"""How often, and by how much, the model prefers what each user preferred.
+"""Preference accuracy and margin, over pairs and over users.
 
-B pairs, U distinct users. A user is an int64 key; any integers do.
+B pairs, U distinct users. A user is any int64 key.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ Z_95 = 1.959963984540054  # two-sided 95% quantile of the normal distribution
 
 @dataclass(frozen=True)
 class UserAccuracy:
-    """How well the model ranks one user's pairs.
+    """Preference accuracy of one user.
 
     Attributes:
         user: The user's key.
         pairs: Number of the user's pairs.
         accuracy: Share of the pairs whose chosen completion has the higher reward; ties count as half.
         low: Lower end of the 95% Wilson interval of the accuracy.
-        high: Upper end of the same.
-        margin: Mean reward of chosen minus rejected completions.
+        high: Upper end of this interval.
+        margin: Mean difference between the rewards of chosen and rejected completions.
     """
 
     user: int
@@ -38,13 +38,13 @@ class UserAccuracy:
 
 
 def pair_scores(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Return 1 for each pair ranked as the user did, 0.5 for a tie, 0 otherwise, `[B]`; NaN stays NaN."""
+    """Return 1 for each correctly ranked pair, 0.5 for a tie, 0 otherwise, `[B]`; NaN stays NaN."""
     margin = chosen_rewards - rejected_rewards
     return torch.where(margin.isnan(), margin, (margin.sign() + 1) / 2)
 
 
 def mean_by_user(users: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the distinct users' keys in ascending order, `[U]`, and the mean of each one's values, `[U]`.
+    """Return the distinct users' keys in ascending order, `[U]`, and the mean of each user's values, `[U]`.
 
     Args:
         users: `[B]` int64 key of the user of each value.
@@ -55,16 +55,16 @@ def mean_by_user(users: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def preference_accuracy(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
-    """Return accuracies over pairs and over users, and the mean margin; NaN where there are no pairs.
+    """Return accuracies over pairs and over users, and the mean margin; NaN without pairs.
 
     Args:
         users: `[B]` int64 key of the user of each pair.
-        chosen_rewards: `[B]` rewards of the completions that the users chose.
-        rejected_rewards: `[B]` rewards of the others.
+        chosen_rewards: `[B]` rewards of the chosen completions.
+        rejected_rewards: `[B]` rewards of the rejected completions.
 
     Returns:
-        `accuracy` over pairs, `accuracy_user_mean` over users, `accuracy_worst_decile` over the tenth of the users
-        with the lowest accuracies (rounded down, at least one user), and `margin`, the mean over pairs.
+        `accuracy` over pairs, `accuracy_user_mean` over users, `accuracy_worst_decile` over the tenth of users with
+        the lowest accuracies (rounded down, at least one user), and `margin`, the mean over pairs.
     """
     scores = pair_scores(chosen_rewards, rejected_rewards)
     by_user = mean_by_user(users, scores)[1]
@@ -79,8 +79,8 @@ def preference_accuracy(users: Tensor, chosen_rewards: Tensor, rejected_rewards:
 def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float]:
     """Return the Wilson score interval of a share observed in n trials (Wilson 1927, as in Brown et al. 2001, Eq. 4).
 
-    Unlike share ± z·sd it stays within [0, 1] and has a width also at shares of 0 and 1, which users with few pairs
-    often have.
+    Unlike share ± z·sd, it stays within [0, 1] and is not empty at shares of 0 and 1, which are common for users with
+    few pairs.
     """
     center = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
@@ -88,7 +88,7 @@ def wilson_interval(share: float, n: int, z: float = Z_95) -> tuple[float, float
 
 
 def user_accuracies(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> list[UserAccuracy]:
-    """Return one row a user, in ascending order of their keys; the arguments are `preference_accuracy`'s."""
+    """Return one row per user, in ascending order of keys; arguments as for `preference_accuracy`."""
     keys, accuracies = mean_by_user(users, pair_scores(chosen_rewards, rejected_rewards))
     margins = mean_by_user(users, chosen_rewards - rejected_rewards)[1]
     counts = torch.unique(users, return_counts=True)[1]
@@ -101,9 +101,9 @@ def user_accuracies(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Ten
 
 
 class RewardsByUser(Metric):
-    """What metrics over users are made of: the rewards of each row, exact under any split of rows over processes.
+    """Base class: collects the users and rewards of all rows, exact under any split of rows over processes.
 
-    Each process may see any number of rows, none included, of any users.
+    Each process may have any number of rows, or none, of any users.
     """
 
     full_state_update = False
@@ -121,17 +121,17 @@ class RewardsByUser(Metric):
         self.reset()
 
     def reset(self) -> None:
-        """Forget all pairs."""
+        """Clear all pairs."""
         super().reset()
-        # A process without pairs must still send an int64 and two float32 tensors: for an empty list torchmetrics
-        # sends one of the default float type, which the others then gather as if it held keys.
+        # A process without pairs must still send an int64 and two float32 tensors. For an empty list, torchmetrics
+        # sends a tensor of the default float type, and the other processes would gather it as keys.
         self.users.append(torch.empty(0, dtype=torch.int64, device=self.device))
         self.chosen_rewards.append(torch.empty(0, dtype=torch.float32, device=self.device))
         self.rejected_rewards.append(torch.empty(0, dtype=torch.float32, device=self.device))
 
     @property
     def update_called(self) -> bool:
-        """Always true: without pairs the values are NaN by definition, which is no cause for a warning."""
+        """Always true, to prevent a warning: without pairs the values are NaN by definition."""
         return True
 
     def update(self, users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> None:
@@ -139,8 +139,11 @@ class RewardsByUser(Metric):
 
         Args:
             users: `[B]` int64 key of the user of each pair.
-            chosen_rewards: `[B]` rewards of the completions that the users chose.
-            rejected_rewards: `[B]` rewards of the others.
+            chosen_rewards: `[B]` rewards of the chosen completions.
+            rejected_rewards: `[B]` rewards of the rejected completions.
+
+        Raises:
+            ValueError: The shapes differ or are not `[B]`.
         """
         if not users.shape == chosen_rewards.shape == rejected_rewards.shape or users.ndim != 1:
             shapes = [list(tensor.shape) for tensor in (users, chosen_rewards, rejected_rewards)]
@@ -156,8 +159,7 @@ class RewardsByUser(Metric):
 class PreferenceAccuracy(RewardsByUser):
     """Preference accuracy over pairs and over users.
 
-    `compute()` returns the dictionary of `preference_accuracy`. Rewards that are NaN make the values that rest on them
-    NaN.
+    `compute()` returns the dictionary of `preference_accuracy`. A NaN reward makes every value that depends on it NaN.
     """
 
     def compute(self) -> dict[str, Tensor]:
@@ -165,6 +167,6 @@ class PreferenceAccuracy(RewardsByUser):
         return preference_accuracy(*self._rewards())
 
     def table(self) -> list[UserAccuracy]:
-        """Return one row a user, over all processes; under distributed runs all of them must call it."""
+        """Return one row per user, over all processes; a collective that all of them must call."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return user_accuracies(*self._rewards())

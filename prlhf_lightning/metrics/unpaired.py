@@ -1,8 +1,8 @@
-"""How well rewards tell what each user liked from what they disliked, where feedback is one completion a row.
+"""AUC of rewards on unpaired feedback, within each user.
 
-The measure is the area under the ROC curve within each user: the probability that a completion that the user liked has
-a higher reward than one that they disliked. It needs no threshold, does not depend on how often a user likes things
-(as a share of right guesses does), and is what accuracy is for pairs: chance is 0.5.
+The area under the ROC curve of a user is the probability that a liked completion has a higher reward than a disliked
+one. It needs no threshold and does not depend on the user's share of likes, unlike classification accuracy. It is the
+counterpart of accuracy on pairs: chance is 0.5.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from prlhf_lightning.metrics.preference import RewardsByUser
 
 @dataclass(frozen=True)
 class UserAUC:
-    """The thumbs of one user.
+    """AUC of one user.
 
     Attributes:
         user: The user's key.
         ups: Number of completions that the user liked.
         downs: Number of completions that the user disliked.
-        auc: Share of the pairs of a liked and a disliked completion in which the liked one has the higher reward; ties
+        auc: Share of pairs of a liked and a disliked completion in which the liked one has the higher reward; ties
             count as half. NaN for a user who liked all or none.
-        gap: Mean reward of liked less that of disliked completions.
+        gap: Mean reward of liked minus that of disliked completions.
     """
 
     user: int
@@ -36,7 +36,7 @@ class UserAUC:
 
 
 def user_aucs(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> list[UserAUC]:
-    """Return one row a user, in ascending order of their keys.
+    """Return one row per user, in ascending order of keys.
 
     Args:
         users: `[B]` int64 key of the user of each row.
@@ -49,7 +49,7 @@ def user_aucs(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -
 
 
 def unpaired_auc(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor) -> dict[str, Tensor]:
-    """Return areas under the ROC curve, and the gap between mean rewards; NaN where nobody liked some and not others.
+    """Return AUCs and the gap between mean rewards; NaN if no user has both liked and disliked completions.
 
     Args:
         users: `[B]` int64 key of the user of each row.
@@ -57,9 +57,9 @@ def unpaired_auc(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
         rejected_rewards: `[B]` reward of the row's completion if it was disliked, else NaN.
 
     Returns:
-        `auc` over all pairs of a liked and a disliked completion of the same user, `auc_user_mean` over users who have
-        such pairs, `auc_worst_decile` over the tenth of them with the lowest (rounded down, at least one user), and
-        `reward_gap`, the mean reward of all liked less that of all disliked completions.
+        `auc` over all pairs of a liked and a disliked completion of the same user, `auc_user_mean` over users with such
+        pairs, `auc_worst_decile` over the tenth of these users with the lowest AUC (rounded down, at least one user),
+        and `reward_gap`, the mean reward of all liked minus that of all disliked completions.
     """
     _, ups, downs, wins, _ = _by_user(users, chosen_rewards, rejected_rewards)
     both = ups * downs > 0
@@ -75,14 +75,14 @@ def unpaired_auc(users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
 def _by_user(
     users: Tensor, chosen_rewards: Tensor, rejected_rewards: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return for each user, `[U]`: key, liked, disliked, pairs ranked right (Mann-Whitney's U), and gap of rewards."""
+    """Return for each user, `[U]`: key, liked, disliked, correctly ranked pairs (Mann-Whitney U), and reward gap."""
     up = ~chosen_rewards.isnan()
     rewards = torch.where(up, chosen_rewards, rejected_rewards).double()
     keys, user = torch.unique(users, return_inverse=True)
     order = rewards.argsort(stable=True)
     order = order[user[order].argsort(stable=True)]  # by user, then by reward
     sorted_user, sorted_rewards = user[order], rewards[order]
-    # The rank of each row within its user, ties sharing their mean rank.
+    # Rank of each row within its user; ties share their mean rank.
     starts = torch.searchsorted(sorted_user, torch.arange(len(keys), device=user.device))
     ranks = torch.arange(1, len(order) + 1, device=user.device) - starts[sorted_user]
     ties = torch.stack([sorted_user.double(), sorted_rewards], dim=1)
@@ -95,7 +95,7 @@ def _by_user(
     liked = up[order].double()
     ups, downs = total(liked), total(1 - liked)
     wins = total(mean_ranks * liked) - ups * (ups + 1) / 2
-    wins = wins + 0 * total(sorted_rewards)  # NaN where a reward is
+    wins = wins + 0 * total(sorted_rewards)  # propagates NaN rewards
     gaps = total(sorted_rewards * liked) / ups - total(sorted_rewards * (1 - liked)) / downs
     return keys, ups.long(), downs.long(), wins, gaps
 
@@ -103,8 +103,8 @@ def _by_user(
 class UnpairedAUC(RewardsByUser):
     """Area under the ROC curve over users.
 
-    `compute()` returns the dictionary of `unpaired_auc`. Of the two rewards of a row one is NaN; where both are, the
-    values that rest on them are NaN.
+    `compute()` returns the dictionary of `unpaired_auc`. One of the two rewards of a row is NaN. If both are, the
+    values that depend on them are NaN.
     """
 
     def compute(self) -> dict[str, Tensor]:
@@ -112,6 +112,6 @@ class UnpairedAUC(RewardsByUser):
         return unpaired_auc(*self._rewards())
 
     def table(self) -> list[UserAUC]:
-        """Return one row a user, over all processes; under distributed runs all of them must call it."""
+        """Return one row per user, over all processes; a collective that all of them must call."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return user_aucs(*self._rewards())

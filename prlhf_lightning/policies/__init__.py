@@ -1,4 +1,4 @@
-"""Policies. To add one, subclass `Policy` in a file of your own and name it by `class_path`."""
+"""Policies. To add one, subclass `Policy` in your own file and select it by `class_path`."""
 
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.causal_lm import CausalLMPolicy

@@ -1,4 +1,4 @@
-"""What every policy is."""
+"""Base class of policies, and sampling settings."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from prlhf_lightning.utils.chat_tokens import end_token_ids
 
 @dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn.
+    """Sampling settings of generation.
 
     Attributes:
-        max_new_tokens: Tokens to write at most.
-        temperature: Sampling temperature; 0 picks the likeliest token each time.
-        top_p: Share of the probability to sample from.
+        max_new_tokens: Most tokens to generate.
+        temperature: Sampling temperature; 0 is greedy decoding.
+        top_p: Probability mass of nucleus sampling, in (0, 1].
     """
 
     max_new_tokens: int = 256
@@ -31,32 +31,32 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        """Refuse what nothing can be drawn with."""
+        """Reject values out of range."""
         if self.max_new_tokens < 1:
             raise ConfigurationError(f"sampling.max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
         if not 0 <= self.temperature < math.inf:
             raise ConfigurationError(
-                f"sampling.temperature is {self.temperature}; it must be 0 (the likeliest token each time) or more."
+                f"sampling.temperature is {self.temperature}; it must be 0 (greedy decoding) or more."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"sampling.top_p is {self.top_p}; it must be above 0, and 1 at most.")
 
 
 class Policy(nn.Module, ABC):
-    """A language model that can be conditioned on soft-prompt vectors: `pi(y | x, u)` of arXiv:2402.05133.
+    """Base class: a language model conditioned on soft-prompt vectors, `pi(y | x, u)` of arXiv:2402.05133.
 
-    Sequences are `[BOS] [soft prompt] [prompt] [completion]`; the soft prompt stands after BOS where the prompt
-    has one. `build` loads the weights, so that constructing a policy and reading its tokenizer are cheap.
+    Sequences are `[BOS] [soft prompt] [prompt] [completion]`, without BOS if the prompt has none. `build` loads the
+    weights; constructing a policy and reading its tokenizer are cheap.
     """
 
     @property
     @abstractmethod
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer that the data must be encoded with."""
+        """The tokenizer for the data."""
 
     @property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer; see `prlhf_lightning.utils.chat_tokens`."""
+        """Ids of the tokens that end an answer; see `prlhf_lightning.utils.chat_tokens`."""
         return end_token_ids(self.tokenizer)
 
     @abstractmethod
@@ -68,20 +68,20 @@ class Policy(nn.Module, ABC):
         """
 
     def prepare_for_sharding(self) -> list[nn.Module]:
-        """Get ready to be divided among processes, and return the parts to gather one by one, such as layers.
+        """Prepare for FSDP and return the modules to wrap one by one, such as the layers.
 
-        From then on every process must call the parts equally often in each method, whatever its rows.
+        Afterwards all processes must call these modules equally often in each method, whatever their rows.
         """
         return []
 
     @property
     def max_positions(self) -> int | None:
-        """Most vectors and tokens that a sequence may have once the policy is built; None for no limit."""
+        """Most positions (vectors and tokens) of a sequence; None for no limit. Needs a built policy."""
         return None
 
     @abstractmethod
     def token_embeddings(self) -> Tensor:
-        """Return the input embeddings of words spread over the vocabulary, `[n, d]`, for soft prompts to start at."""
+        """Return input embeddings sampled evenly from the vocabulary, `[n, d]`, to initialize soft prompts."""
 
     @abstractmethod
     def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
@@ -89,7 +89,7 @@ class Policy(nn.Module, ABC):
 
         Args:
             tokens: B texts.
-            reference: Take the embeddings as they were before training.
+            reference: Use the embeddings from before training.
         """
 
     @abstractmethod
@@ -101,7 +101,7 @@ class Policy(nn.Module, ABC):
         Args:
             prompt: B prompts.
             completions: One or more batches of B completions of those prompts.
-            soft_prompt: B soft prompts, or None for none.
+            soft_prompt: B soft prompts, or None.
 
         Returns:
             For each batch of completions, its per-token log-probabilities `[B, L]`, differentiable.
@@ -111,34 +111,31 @@ class Policy(nn.Module, ABC):
     def reference_log_probs(
         self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
     ) -> tuple[LogProbs, ...]:
-        """Score completions as `log_probs` does, under the policy as it was before training, without gradient."""
+        """Score completions as `log_probs` does, under the policy from before training and without gradient."""
 
     def reference_identity(self) -> dict[str, str] | None:
-        """Return what decides the reference's log-probs: its weights and how they are computed with.
+        """Return digests and settings that determine the reference log-probs: the key of their disk cache.
 
-        The log-probs are kept on disk under it. None, for a policy that cannot tell, keeps nothing.
+        None, if the policy cannot identify its reference, disables the cache.
         """
         return None
 
     def auxiliary_loss(self) -> Tensor | None:
-        """Return what the policy itself adds to the loss of the last `log_probs`, `[]`, and forget it.
-
-        None, for a policy that adds nothing.
-        """
+        """Return and clear the policy's own loss term `[]` from the last `log_probs`; None if it has none."""
         return None
 
     def training_notes(self) -> Sequence[str]:
-        """Return what to tell once when the policy, which has been built, begins to be trained."""
+        """Return notes to show once when training starts; needs a built policy."""
         return ()
 
     def base_identity(self) -> dict[str, str] | None:
-        """Return what tells the model that training starts from.
+        """Return the identity of the base model that training starts from; None if it is unknown.
 
-        These are digests of the `weights`, the `config` and the `generation_config`, the `transformers` version, and,
-        to know the same model in another dtype, `dtype` and a `sample` of the weights.
+        It has digests of the `weights`, the `config` and the `generation_config`, and the `transformers` version. The
+        `dtype` and a `sample` of the weights identify the same model in another dtype.
 
-        A checkpoint, which does not hold these weights, notes it, and warns where it is put on others. None, for a
-        policy that cannot tell.
+        A checkpoint does not contain the base weights. It stores this identity, and loading it on another base model
+        warns.
         """
         return None
 
@@ -156,10 +153,10 @@ class Policy(nn.Module, ABC):
         Args:
             prompt: U prompts.
             completions: D completions.
-            prompt_of: `[D]` each one's prompt.
-            soft_prompt: U soft prompts, or None for none.
-            reference: Score as the policy did before training.
-            batch_size: Completions in a pass.
+            prompt_of: `[D]` int64 index of each completion's prompt.
+            soft_prompt: U soft prompts, or None.
+            reference: Score under the policy from before training.
+            batch_size: Completions per forward pass.
 
         Returns:
             Per-token log-probabilities `[D, L]`.
@@ -174,9 +171,9 @@ class Policy(nn.Module, ABC):
         return LogProbs(scores, completions.mask)
 
     def settled(self) -> Policy:
-        """Return a policy that gives the same log-probs, for while this one is not trained; quicker where it can be.
+        """Return an inference-only policy with the same log-probs; merges adapters if that is faster.
 
-        It may be asked for log-probs under the policy only, not for those of the reference.
+        The returned policy scores under the policy only, not under the reference.
         """
         return self
 
@@ -184,14 +181,14 @@ class Policy(nn.Module, ABC):
     def generate(
         self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling, reference: bool = False
     ) -> Tokens:
-        """Write a completion for each prompt.
+        """Generate a completion for each prompt.
 
         Args:
             prompt: B prompts.
-            soft_prompt: B soft prompts, or None for none.
-            sampling: How to draw.
-            reference: Write as the policy did before training.
+            soft_prompt: B soft prompts, or None.
+            sampling: Sampling settings.
+            reference: Generate with the policy from before training.
 
         Returns:
-            The completions, up to the first token that ends one, which is included.
+            B completions, each up to and including its first end token.
         """

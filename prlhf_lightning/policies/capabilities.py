@@ -1,4 +1,4 @@
-"""Finding out by trial what may be skipped with a model."""
+"""Detection of a model's capabilities by trial on a few tokens."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from prlhf_lightning.utils.modes import eval_mode
 
 @torch.no_grad()
 def is_causal(lm: PreTrainedModel) -> bool:
-    """Try on a few tokens whether what a model predicts is independent of the tokens that follow."""
+    """Return whether a model's predictions are independent of later tokens, found by trial."""
     ids = torch.tensor([[0, 1, 2, 3, 4, 5], [0, 1, 2, 6, 7, 8]], device=lm.device)
     tokens = Tokens(ids % lm.get_input_embeddings().weight.shape[0], torch.ones_like(ids, dtype=torch.bool))
     with eval_mode(lm):
         logits = lm(**model_inputs(lm, embed(lm, tokens))).logits.float()
     changes = (logits[0] - logits[1]).abs().amax(-1)
-    # Against the change where the tokens differ, since logits may be of any size; equal rows may round differently.
+    # Relative to the change where the tokens differ, because logits have any scale; equal rows may round differently.
     tolerance = 1e-4 if lm.dtype == torch.float32 else 0.03
     return bool(changes[:3].max() <= tolerance * changes[3:].max())
 
 
 @torch.no_grad()
 def find_capabilities(lm: PreTrainedModel) -> Capabilities:
-    """Try the shortcuts on a few tokens, and allow those that give the model's own log-probabilities.
+    """Return the shortcuts that reproduce the model's own log-probabilities, found by trial.
 
-    They hold for most architectures. Models that scale or cap their logits, that keep other states than keys and values
-    of all positions, or that attend otherwise than a mask tells them, are found out here, whatever they are called.
+    They hold for most architectures. The trial detects models that scale or cap their logits, that cache other states
+    than keys and values of all positions, or whose attention does not follow the mask, whatever their class.
     """
     before, completions = _few_tokens(lm, lm.device)
     with eval_mode(lm):
@@ -47,7 +47,7 @@ def find_capabilities(lm: PreTrainedModel) -> Capabilities:
             pairs = zip(truth, tried, strict=True)
             return all(torch.allclose(a.tokens, b.tokens, rtol=1e-2, atol=tolerance) for a, b in pairs)
 
-        # A cap on the logits shows only where they are large, which a few tokens need not be.
+        # A cap shows only on large logits, and those of a few tokens may be small.
         capped = getattr(lm.config.get_text_config(), "final_logit_softcapping", None) is not None
         plain = lm.get_output_embeddings() is not None and lm.base_model is not lm and not capped
         head = plain and holds(Capabilities(head=True, shared_prompt=False))
@@ -58,7 +58,7 @@ def find_capabilities(lm: PreTrainedModel) -> Capabilities:
 
 @torch.no_grad()
 def prefix_packing_works(lm: PreTrainedModel, device: torch.device) -> bool:
-    """Try on a few tokens whether trees give the log-probabilities of padded rows, on the device that computes."""
+    """Return whether packed trees give the log-probabilities of padded rows on a device, found by trial."""
     before, completions = _few_tokens(lm, device)
     swapped = [SoftPrompt(part.vectors.flip(0), part.mask.flip(0)) for part in before]
     padded = Capabilities(head=True, shared_prompt=False)
@@ -70,13 +70,13 @@ def prefix_packing_works(lm: PreTrainedModel, device: torch.device) -> bool:
         torch.stack([(a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True)]).max().item()
         for results in (tried, others)
     )
-    # Against what another prompt changes: in a model of random weights, wrong attention changes hardly anything.
+    # Relative to the effect of another prompt: with random weights, wrong attention changes very little.
     exact = lm.dtype == torch.float32 and device.type == "cpu"
     return error <= (1e-5 + 1e-3 * change if exact else 0.1)
 
 
 def _few_tokens(lm: PreTrainedModel, device: torch.device) -> tuple[list[SoftPrompt], list[Tokens]]:
-    """Return two prompts, and two batches of completions of them."""
+    """Return two prompts and two batches of their completions."""
     ids = torch.arange(24, device=device).view(4, 6) % lm.get_input_embeddings().weight.shape[0]
     lengths = torch.tensor([6, 3, 4, 1], device=device)
     tokens = Tokens(ids, torch.arange(6, device=device) < lengths[:, None])
@@ -85,27 +85,27 @@ def _few_tokens(lm: PreTrainedModel, device: torch.device) -> tuple[list[SoftPro
 
 
 def _takes_masks(lm: PreTrainedModel) -> bool:
-    # Other attention changes masks, adds what goes by places in the row, or can't have a row of more than a sequence.
-    handed_on = lm._supports_attention_backend and lm.config._attn_implementation == "sdpa"
-    return handed_on and "position_ids" in arguments(lm)
+    # Other attention changes masks, depends on the index in the row, or cannot have several sequences in a row.
+    follows_mask = lm._supports_attention_backend and lm.config._attn_implementation == "sdpa"
+    return follows_mask and "position_ids" in arguments(lm)
 
 
 def _keeps_keys_and_values(lm: PreTrainedModel, sequence: SoftPrompt) -> bool:
-    # Windowed, compressed or recurrent states may agree on a few tokens and not on many.
+    # Windowed, compressed or recurrent states may agree on a few tokens but not on many.
     cache: Any = getattr(lm.base_model(**model_inputs(lm, sequence), use_cache=True), cache_name(lm), None)
-    # A cache of the model's own has other states beside them, which do not bear to be continued twice (MiniMax).
+    # A model's own cache class has other states too, which cannot be continued twice (MiniMax).
     return type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 class Packing:
-    """Packing for one policy, which has asked for it by name.
+    """Packing for a policy with `packing: true`.
 
-    A model that can't be packed is scored as without it, and the user is warned.
+    A model that cannot be packed is scored in padded rows, with a warning.
 
     Args:
-        lm: The model, whose attention takes block masks from now on.
-        name: What the user calls it.
-        shortcuts: What may be skipped with it.
+        lm: The model; its attention is changed to accept block masks.
+        name: The user's name of the model, for messages.
+        shortcuts: The model's capabilities.
     """
 
     def __init__(self, lm: PreTrainedModel, name: str, shortcuts: Capabilities) -> None:
@@ -115,23 +115,23 @@ class Packing:
         if not self._fits:
             warnings.warn(
                 f"policy.packing: {name!r} is a {type(lm).__name__} whose attention (attn_implementation "
-                f"{lm.config._attn_implementation!r}; windows, recurrence, places other than by position ids) can't be "
-                "told which completion a token belongs to; it is scored in padded rows.",
+                f"{lm.config._attn_implementation!r}; windows, recurrence, or positions not from position ids) does "
+                "not support packed completions; it is scored in padded rows.",
                 stacklevel=3,
             )
 
     def applies(self, lm: PreTrainedModel, device: torch.device) -> bool:
-        """Whether to pack on a device; the first time there, packing is tried on a few tokens.
+        """Return whether to pack on a device; the first call for a device tries packing on a few tokens.
 
         Raises:
-            ConfigurationError: It gives other log-probabilities than padded rows do.
+            ConfigurationError: Packed rows give other log-probabilities than padded rows.
         """
         if not (self._fits and takes_block_masks(lm, device)):
             return False
         if device not in self._tried and not prefix_packing_works(lm, device):
             raise ConfigurationError(
-                f"policy.packing: packed rows don't give the log-probabilities of padded ones with {self._name!r} on "
-                f"this device ({device}); set it to false."
+                f"policy.packing: with {self._name!r} on this device ({device}), packed rows give other "
+                "log-probabilities than padded rows; set it to false."
             )
         self._tried.add(device)
         return True

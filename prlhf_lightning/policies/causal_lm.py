@@ -1,4 +1,4 @@
-"""Any Hugging Face causal language model as a policy."""
+"""Policy of a Hugging Face causal language model."""
 
 from __future__ import annotations
 
@@ -51,43 +51,43 @@ from prlhf_lightning.utils.shipped import ASSETS, check_shipped
 from prlhf_lightning.utils.trust import allows_remote_code
 
 _BUILTIN = "builtin:"
-# Adapters of at least this share of the weights that they adapt are merged for scoring, into a copy of up to 512 MB.
-_WORTH_MERGING = 0.05
-_MOST_COPIED = 1 << 27
-_WORDS = 8192  # words to start soft prompts from: the scale is what matters
+# Scoring merges adapters with at least this share of the adapted weights; the merged copy takes at most 512 MB.
+_MIN_ADAPTER_SHARE = 0.05
+_MAX_MERGED_PARAMETERS = 1 << 27
+_MAX_EMBEDDINGS = 8192  # embeddings to initialize soft prompts from: only their scale matters
 
 
 class CausalLMPolicy(Policy):
-    """A Hugging Face causal LM with LoRA, or trained in full.
+    """A Hugging Face causal LM, trained with LoRA or in full.
 
-    With LoRA the reference is the same weights with the adapters off; trained in full, a frozen copy. The backbone's
-    own dropout is switched off: it would make the reference, and the generic term, differ by chance alone.
+    With LoRA the reference is the same model with the adapters disabled; in full fine-tuning it is a frozen copy. The
+    backbone's own dropout is disabled: it would add noise to the reference and the generic term.
 
     Args:
-        model: Folder or hub name for `from_pretrained`, or `builtin:style-lm` for the small model that is shipped.
+        model: Folder or hub name for `from_pretrained`, or `builtin:style-lm` for the small model in this package.
         lora: Adapters to train, or null to train all weights.
-        dtype: Data type of the weights; `auto` takes the checkpoint's. Adapters are kept in float32.
-        random_init: Seed of random weights of the model's configuration to start from, instead of its trained ones.
+        dtype: Data type of the weights; `auto` is that of the model files. Adapters are kept in float32.
+        random_init: Seed of a random initialization from the model's configuration, instead of its trained weights.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time. On a
-            GPU, the prompt is then computed for the chosen and the rejected completion each, without `packing`.
-        torch_compile: Compile the model with `torch.compile`: quicker steps, equal but for rounding, after some minutes
-            of compiling. Writing stays uncompiled, since its length changes with each token.
-        packing: On a GPU, lay out the prompts of a batch, each with its completions as its branches, in one row
-            without padding, and pass once through the layers with FlexAttention; also with `gradient_checkpointing`,
-            and sharded. Not measured on a GPU yet. Elsewhere it changes nothing. See docs/performance.md.
-        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null leaves the choice to transformers.
+            GPU without `packing`, the prompt is then computed twice, for the chosen and for the rejected completion.
+        torch_compile: Compile the model with `torch.compile`: faster steps, equal up to rounding, after some minutes of
+            compiling. Generation is not compiled, because its length changes with each token.
+        packing: On a GPU, pack the prompts of a batch, each with its completions, into rows without padding, and
+            compute them in one pass with FlexAttention. It works with `gradient_checkpointing` and sharding. Not
+            measured on a GPU yet. On other devices it has no effect. See docs/performance.md.
+        attn_implementation: `sdpa`, `eager`, `flash_attention_2`, ...; null is the default of transformers.
         revision: Branch, tag or commit of a hub model.
-        trust_remote_code: Run code that comes with the model. Only for sources that you trust. What a checkpoint, an
-            exported folder or a run's configuration says of it does not count when it is opened.
-        router_aux_loss_coef: Of a mixture of experts, the weight of its own load-balancing loss, which is added to the
-            preference loss; null takes that of `config.json` where it says `output_router_logits: true`, and 0 adds
-            none. Each row is then computed whole: a prompt is not shared by its completions.
+        trust_remote_code: Run code that comes with the model. Only for sources that you trust. When a checkpoint, an
+            exported folder or a run's configuration is opened, its value of this setting is ignored.
+        router_aux_loss_coef: Weight of a mixture of experts' load-balancing loss, which is added to the preference
+            loss. Null takes the weight in `config.json` if that sets `output_router_logits: true`; 0 disables the loss.
+            With this loss, completions do not share the computation of their prompt.
     """
 
     def __init__(
         self,
         model: str,
-        lora: LoRA | None = LoRA(),  # noqa: B008 - frozen, hence safe to share
+        lora: LoRA | None = LoRA(),  # noqa: B008 - frozen, so it is safe to share
         dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         random_init: int | None = None,
         gradient_checkpointing: bool = False,
@@ -102,11 +102,11 @@ class CausalLMPolicy(Policy):
         shipped = sorted(folder.name for folder in ASSETS.iterdir() if folder.is_dir())
         if model.startswith(_BUILTIN) and model.removeprefix(_BUILTIN) not in shipped:
             raise ConfigurationError(
-                f"policy.model is {model!r}; these are shipped: {', '.join(_BUILTIN + name for name in shipped)}."
+                f"policy.model is {model!r}; built-in models are {', '.join(_BUILTIN + name for name in shipped)}."
             )
         if packing and torch_compile:
             raise ConfigurationError(
-                "policy.packing is true, with which policy.torch_compile has not been tried; set one of them to false."
+                "policy.packing and policy.torch_compile are both true, which is not tested; set one of them to false."
             )
         self.name = model
         self.lora = lora
@@ -122,28 +122,28 @@ class CausalLMPolicy(Policy):
             raise ConfigurationError(f"policy.router_aux_loss_coef is {router_aux_loss_coef}; it must be 0 or more.")
         self._auxiliary_loss: Tensor | None = None
         self._is_sharded = False
-        self._is_checked = False  # whether its files were
+        self._is_checked = False  # checksums of the files
         self._has_warned = False
         trusts = trust_remote_code and allows_remote_code()
         self._hub_args: dict[str, Any] = {"revision": revision, "trust_remote_code": trusts}
 
     @property
     def path(self) -> str:
-        """Where the weights and the tokenizer are: a folder, or a hub name."""
+        """Folder or hub name of the weights and the tokenizer."""
         if not self.name.startswith(_BUILTIN):
             return str(Path(self.name).expanduser()) if self.name.startswith("~") else self.name
         return str(ASSETS / self.name.removeprefix(_BUILTIN))
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The model's own tokenizer, with EOS for padding where it has no padding token, and the model's end tokens."""
+        """The model's tokenizer, with the model's end tokens, and with EOS as padding token if it has none."""
         self._check_files()
         with self._loading("tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(self.path, **self._hub_args)
-            tokenizer.decode(tokenizer("x")["input_ids"])  # where odd ones fail that can be loaded
+            tokenizer.decode(tokenizer("x")["input_ids"])  # some broken tokenizers load and fail only here
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
-        with suppress(ConfigurationError):  # a folder that is not whole is refused when its weights are loaded
+        with suppress(ConfigurationError):  # loading the weights rejects an incomplete folder
             remember_end_tokens(tokenizer, self.generation_config)
         if hasattr(self, "model"):
             self._check_vocabulary(tokenizer, self.lm)
@@ -151,19 +151,19 @@ class CausalLMPolicy(Policy):
 
     @cached_property
     def generation_config(self) -> GenerationConfig:
-        """The base model's own generation config, which is read without the weights."""
+        """The base model's generation config; does not load the weights."""
         with self._loading("config"):
             return load_generation_config(self.path, **self._hub_args)
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        """The tokens that end an answer: those of the tokenizer, the generation config and the chat template."""
+        """Ids of the tokens that end an answer, from tokenizer, generation config and chat template."""
         tokenizer = self.tokenizer
         with self._loading("config"):
             return end_token_ids(tokenizer, self.generation_config)
 
     def _check_files(self) -> None:
-        """Check, once, the files of a model that comes with checksums: one that is shipped, or was exported."""
+        """Verify, once, the checksums of a built-in or exported model."""
         if self._is_checked:
             return
         if self.name.startswith(_BUILTIN):
@@ -181,13 +181,13 @@ class CausalLMPolicy(Policy):
 
     def _loading(self, what: Literal["weights", "config", "tokenizer"]) -> AbstractContextManager[None]:
         fix = (
-            "give a folder that `save_pretrained` wrote (the tokenizer's too), or a hub name that this machine can "
+            "give a folder written by `save_pretrained` (with the tokenizer), or a hub name that this machine can "
             "reach."
         )
         return loading(self.path, what, f"policy.model: the {what} of {self.name!r}", fix)
 
     def build(self, with_reference: bool = True) -> None:
-        """Load the weights, add adapters, and keep a frozen copy where the reference needs one."""
+        """Load the weights, add adapters, and keep a frozen copy if the reference needs one."""
         self._refuse_adapters((Path(self.path) / "adapter_config.json").is_file())
         self._check_files()
         with self._loading("weights" if self.random_init is None else "config"):
@@ -196,42 +196,42 @@ class CausalLMPolicy(Policy):
                 refuse_kernels(self.path, **self._hub_args, **options)
                 config = AutoConfig.from_pretrained(self.path, **self._hub_args)
                 options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-                place = torch.get_default_device()  # which Lightning sets to where the model is trained
-                # Always the same weights, since a checkpoint holds neither a frozen backbone nor the reference. A GPU
-                # draws other numbers from a seed than a CPU does.
+                device = torch.get_default_device()  # Lightning sets it to the training device
+                # The weights must be reproducible, because a checkpoint contains neither a frozen backbone nor the
+                # reference. A GPU draws other random numbers than a CPU from the same seed.
                 with torch.random.fork_rng(devices=[]), torch.device("cpu"):
                     torch.default_generator.manual_seed(self.random_init)
                     lm = AutoModelForCausalLM.from_config(
                         config, trust_remote_code=self._hub_args["trust_remote_code"], **options
                     )
-                lm = lm.to(place)
+                lm = lm.to(device)
                 lm.generation_config = self.generation_config
             else:
                 lm = load_lm(self.path, **self._hub_args, **options)
         self._refuse_adapters(getattr(lm, "_hf_peft_config_loaded", False))
         self._check_quantized(lm)
-        if "tokenizer" in vars(self):  # else when it is asked for
+        if "tokenizer" in vars(self):  # otherwise the property checks it on first access
             self._check_vocabulary(self.tokenizer, lm)
-            _ = self.end_token_ids  # refused before training, and not when something is written
-        lm.train()  # from_pretrained leaves it in eval mode, about which Lightning would warn
+            _ = self.end_token_ids  # raises before training instead of at the first generation
+        lm.train()  # from_pretrained returns eval mode, and Lightning would warn
         _switch_off_dropout(lm)
-        lm.config.use_cache = False  # generate asks for its cache itself
+        lm.config.use_cache = False  # generate enables the cache itself
         if self.gradient_checkpointing:
-            # transformers renamed it within version 5; both names are in the range that is supported.
+            # Renamed within transformers 5; the supported versions have either name.
             enable = getattr(lm, "activation_checkpointing_enable", None) or lm.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         self._base = base_identity(lm)
         if not is_causal(lm):
             raise ConfigurationError(
-                f"policy.model: {self.name!r} is a {type(lm).__name__} whose tokens see later ones, so that it can't "
-                "score or write text from left to right. Use a causal language model (an encoder becomes one with "
-                "`is_decoder: true` in its config.json, but has to be trained as one)."
+                f"policy.model: {self.name!r} is a {type(lm).__name__} whose tokens attend to later ones, so it can't "
+                "score or generate text from left to right. Use a causal language model (an encoder becomes one with "
+                "`is_decoder: true` in its config.json, but must be trained as one)."
             )
         self._router_coef = router_loss_coef(lm, self.router_aux_loss_coef)
         self._notes = [note] if (note := note_on_router_loss(lm, self.router_aux_loss_coef)) else []
         self._writes_in_batches = writes_in_batches(lm)
         found = find_capabilities(lm)
-        # Layers that are recomputed in backward keep no cache to continue a prompt from.
+        # With activation checkpointing, layers keep no cache of the prompt.
         self.shortcuts = replace(found, shared_prompt=found.shared_prompt and not self.gradient_checkpointing)
         self._packing = Packing(lm, self.name, found) if self.packing else None
         self.model: PreTrainedModel | PeftModel = lm
@@ -243,30 +243,30 @@ class CausalLMPolicy(Policy):
         if self.torch_compile:
             for compiled in (lm, self.reference_model):
                 if compiled is not None:
-                    # In place, which keeps the names of the weights; dynamic, since each batch has other lengths.
+                    # In place, to keep the names of the weights; dynamic, because lengths differ between batches.
                     compiled.base_model.compile(dynamic=True)
 
     def _check_quantized(self, lm: PreTrainedModel) -> None:
-        """Refuse to train what is quantized, and what can't be trained beside it."""
+        """Reject quantized models that cannot be trained: without adapters, or without gradients for adapters."""
         if not getattr(lm, "is_quantized", False):
             return
         if self.lora is None:
             raise ConfigurationError(
-                f"policy.model: {self.name!r} is quantized, and its weights can't be trained: with policy.lora null "
-                "only its embeddings and norms would be. Train adapters (policy.lora), or the unquantized model."
+                f"policy.model: {self.name!r} is quantized, and its weights can't be trained: with policy.lora null, "
+                "only embeddings and norms would be trained. Train adapters (policy.lora), or the unquantized model."
             )
         quantizer = getattr(lm, "hf_quantizer", None)
         if quantizer is not None and not quantizer.is_trainable:
             method = getattr(quantizer.quantization_config, "quant_method", type(quantizer).__name__)
             raise ConfigurationError(
-                f"policy.model: {self.name!r} is quantized by {getattr(method, 'value', method)}, through which no "
-                "gradient comes back to adapters. Use the model before quantization, or one in 4 bits by bitsandbytes."
+                f"policy.model: {self.name!r} is quantized by {getattr(method, 'value', method)}, which passes no "
+                "gradient to adapters. Use the unquantized model, or one quantized to 4 bits by bitsandbytes."
             )
 
     def _refuse_adapters(self, found: bool) -> None:
         if found:
             raise ConfigurationError(
-                f"policy.model: {self.name!r} is an adapter, which the reference would be without. Merge it into its "
+                f"policy.model: {self.name!r} is an adapter, and the reference would not have it. Merge it into its "
                 "base first: `m = peft.AutoPeftModelForCausalLM.from_pretrained(folder).merge_and_unload()`, "
                 "`m.save_pretrained(merged)`, save the tokenizer there too, and train on that folder."
             )
@@ -281,7 +281,7 @@ class CausalLMPolicy(Policy):
         if self.torch_compile:
             raise ConfigurationError("policy.torch_compile: a sharded policy can't be compiled; set it to false.")
         self._is_sharded = True
-        # Whether sharing pays is decided batch by batch, and takes two passes through the layers instead of one.
+        # Sharing takes two passes through the layers and is decided for each batch, so processes might differ.
         self.shortcuts = replace(self.shortcuts, shared_prompt=False)
         models = [self.lm] if self.reference_model is None else [self.lm, self.reference_model]
         names = {name for model in models for name in model._no_split_modules or ()}
@@ -290,32 +290,34 @@ class CausalLMPolicy(Policy):
     def merged(self) -> PreTrainedModel:
         """Return the trained model without peft, to save or to serve.
 
-        Adapters are merged into a copy. Without adapters the weights are this policy's own, and are not copied.
+        Adapters are merged into a copy. Without adapters, the returned model shares its weights with this policy.
         """
         lora = isinstance(self.model, PeftModel)
         self.check_can_merge()
         lm = merge(copy.deepcopy(self.model)) if lora else copy.copy(self.model)
-        lm.config = copy.deepcopy(lm.config)  # where weights are shared, the policy's own must stay as it is
+        lm.config = copy.deepcopy(lm.config)  # the policy's config must not change if the weights are shared
         lm.config.use_cache = True
         return lm
 
     def check_can_merge(self) -> None:
-        """Refuse to merge adapters into weights that would round them; see `merged`."""
+        """Raise if merging would round the adapters to the precision of quantized weights; see `merged`."""
         if isinstance(self.model, PeftModel) and self.is_quantized:
             raise ConfigurationError(
-                f"policy.model: {self.name!r} is quantized, and adapters merged into its weights would be rounded with "
-                "them, to another model than was trained. Export the adapters instead: `--adapters true`."
+                f"policy.model: {self.name!r} is quantized, and adapters merged into its weights would be rounded: "
+                "the result would not be the trained model. Export the adapters instead: `--adapters true`."
             )
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the weights are kept in 4 or 8 bits, once the policy is built."""
+        """Whether the weights have 4 or 8 bits; needs a built policy."""
         return bool(getattr(self.lm, "is_quantized", False))
 
     def settled(self) -> CausalLMPolicy:
-        """Return a copy with the adapters in the weights where they are small; see `Policy.settled`."""
+        """Return a copy with merged adapters if the model is small; see `Policy.settled`."""
         adapted = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
-        if any(isinstance(module, ParamWrapper) for module in adapted):  # of experts, of which each token uses few
+        if any(
+            isinstance(module, ParamWrapper) for module in adapted
+        ):  # adapters of experts; each token uses few of them
             return self
         if self.is_quantized:
             return self
@@ -323,29 +325,29 @@ class CausalLMPolicy(Policy):
             part.weight.numel() for module in adapted for part in (*module.lora_A.values(), *module.lora_B.values())
         )
         weights = sum(module.get_base_layer().weight.numel() for module in adapted)
-        # Beside large weights adapters take little time, and a copy much memory; in 16 bits merging would round.
-        is_large = self.lm.num_parameters() > _MOST_COPIED
-        if own < _WORTH_MERGING * weights or is_large or self.lm.dtype != torch.float32 or not adapted:
+        # With large weights, adapters cost little time and a copy much memory; in 16 bits, merging would round.
+        is_large = self.lm.num_parameters() > _MAX_MERGED_PARAMETERS
+        if own < _MIN_ADAPTER_SHARE * weights or is_large or self.lm.dtype != torch.float32 or not adapted:
             return self
         lm = self.merged().eval()
         lm.config.use_cache = False
-        settled = copy.copy(self)
-        settled._modules = {"model": lm}
-        return settled
+        merged = copy.copy(self)
+        merged._modules = {"model": lm}
+        return merged
 
     @property
     def max_positions(self) -> int | None:
-        """The positions of the model's configuration, if it limits them."""
+        """`max_position_embeddings` of the model's configuration; None if it has no limit."""
         limit: int | None = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         return limit
 
     def token_embeddings(self) -> Tensor:
-        """Return the input embeddings of words spread over the vocabulary, `[n, d]`."""
+        """Return input embeddings sampled evenly from the vocabulary, `[n, d]`."""
         table = self.lm.get_input_embeddings()
         ids = torch.arange(table.weight.shape[0], device=table.weight.device)
         with torch.no_grad():
-            # Through the module and not from its weight: some models (Gemma) scale what they look up.
-            vectors: Tensor = table(ids[:: max(1, len(ids) // _WORDS)])
+            # Call the module instead of reading its weight: some models (Gemma) scale the embeddings.
+            vectors: Tensor = table(ids[:: max(1, len(ids) // _MAX_EMBEDDINGS)])
         return vectors
 
     def embed(self, tokens: Tokens, reference: bool = False) -> SoftPrompt:
@@ -372,14 +374,14 @@ class CausalLMPolicy(Policy):
         return loss
 
     def training_notes(self) -> Sequence[str]:
-        """Tell of a mixture of experts that is trained without its load-balancing loss; see `Policy.training_notes`."""
+        """Return a note if a mixture of experts trains without its load-balancing loss; see `Policy.training_notes`."""
         return self._notes
 
     @torch.no_grad()
     def reference_log_probs(
         self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
     ) -> tuple[LogProbs, ...]:
-        """Score completions with the adapters off, or under the frozen copy; see `Policy.reference_log_probs`."""
+        """Score completions with adapters disabled or by the frozen copy; see `Policy.reference_log_probs`."""
         with self._reference_lm() as lm:
             return self._score(lm, prompt, completions, soft_prompt)
 
@@ -392,14 +394,14 @@ class CausalLMPolicy(Policy):
         reference: bool = False,
         batch_size: int = 64,
     ) -> LogProbs:
-        """Score any number of completions of each prompt; see `Policy.log_probs_of_each`."""
+        """Score any number of completions of each prompt; see `Policy.grouped_log_probs`."""
         with self._reference_lm() if reference else nullcontext(self.lm) as lm:
             before = self._segments(lm, prompt, soft_prompt)
             self._check_completions(before, completions, prompt_of)
             return grouped_score(lm, before, completions, prompt_of, self.shortcuts, batch_size)
 
     def reference_identity(self) -> dict[str, str]:
-        """Return the digest of the weights that were loaded, and what else may change a number."""
+        """Return the digest of the loaded weights, and everything else that may change log-probs."""
         return {
             "weights": self._base["weights"],
             "config": self.lm.config.to_json_string(use_diff=False),
@@ -408,7 +410,7 @@ class CausalLMPolicy(Policy):
         }
 
     def base_identity(self) -> dict[str, str]:
-        """Return the digest of the weights that were loaded; see `Policy.base_identity`."""
+        """Return digests of the loaded weights and settings; see `Policy.base_identity`."""
         return self._base
 
     @contextmanager
@@ -443,7 +445,7 @@ class CausalLMPolicy(Policy):
     ) -> None:
         limit, masks = self.max_positions, [*(part.mask for part in before), completions.mask]
         if limit is None or sum(mask.shape[1] for mask in masks) <= limit:
-            return  # by their padding alone, without waiting for a device to count
+            return  # padded widths suffice, and need no device sync
         width = torch.stack([part.mask.sum(1) for part in before]).sum(0)
         lengths = completions.mask.sum(1) + (width if prompt_of is None else width[prompt_of])
         self._check_length(int(lengths.max()), "data.max_completion_length")
@@ -464,8 +466,8 @@ class CausalLMPolicy(Policy):
     def _check_not_sharded(self, lm: PreTrainedModel) -> None:
         if self._is_sharded:
             raise ConfigurationError(
-                f"policy.model: {self.name!r} is a {type(lm).__name__}, which writes one text at a time, so that the "
-                "processes that share it would wait for one another. Set collapse.prompts to 0, and write with the "
+                f"policy.model: {self.name!r} is a {type(lm).__name__}, which generates one text at a time, so "
+                "processes that share the model would deadlock. Set collapse.prompts to 0, and generate with the "
                 "trained model in one process."
             )
 
@@ -473,7 +475,7 @@ class CausalLMPolicy(Policy):
     def generate(
         self, prompt: Tokens, soft_prompt: SoftPrompt | None, sampling: Sampling, reference: bool = False
     ) -> Tokens:
-        """Write a completion for each prompt; see `Policy.generate`."""
+        """Generate a completion for each prompt; see `Policy.generate`."""
         if not reference:
             return self._generate(self.lm, prompt, soft_prompt, sampling)
         with self._reference_lm() as lm:
@@ -485,7 +487,7 @@ class CausalLMPolicy(Policy):
         sequence = join(self._segments(lm, prompt, soft_prompt), align="right")
         self._check_length(sequence.mask.shape[1] + sampling.max_new_tokens, "sampling.max_new_tokens")
         self._warn_once()
-        with eval_mode(self):  # a key-value cache and gradient checkpointing exclude one another
+        with eval_mode(self):  # gradient checkpointing, active in training mode, excludes a key-value cache
             if not self._writes_in_batches:
                 self._check_not_sharded(lm)
                 return write(lm, sequence, sampling, self.end_token_ids, self._unused_ids)
@@ -496,10 +498,10 @@ class CausalLMPolicy(Policy):
                     attention_mask=sequence.mask.long(),
                     generation_config=how,
                     **writing_inputs(lm),
-                    synced_gpus=self._is_sharded,  # a process that has written its last token goes on for the others
+                    synced_gpus=self._is_sharded,  # finished processes keep calling the model for the others
                 )
         ends = torch.isin(ids, torch.tensor(self.end_token_ids, device=ids.device)).long()
-        return Tokens(ids, ends.cumsum(1) - ends == 0)  # up to the first end, which is included
+        return Tokens(ids, ends.cumsum(1) - ends == 0)  # up to and including the first end token
 
     def _warn_once(self) -> None:
         if not self._has_warned:
@@ -508,7 +510,7 @@ class CausalLMPolicy(Policy):
 
 
 def _switch_off_dropout(model: PreTrainedModel) -> None:
-    # Models keep their rates in dropout modules, in attributes of attention layers, or in the configuration.
+    # Models store dropout rates in dropout modules, in attributes of attention layers, or in the configuration.
     for holder in (*model.modules(), model.config):
         for name, value in list(vars(holder).items()):
             is_rate = isinstance(value, float) and ("drop" in name or (isinstance(holder, _Dropout) and name == "p"))

@@ -1,8 +1,8 @@
-"""A base model's generation config: its end tokens are taken over, how it draws tokens is not.
+"""Generation configs of base models: their end tokens are used, their sampling settings are not.
 
-What is written follows `Sampling` alone, in every writer. The base's penalties, truncations and lists of suppressed
-tokens would make it another distribution than the one that was trained; and penalties count the prompt's tokens, of
-which a soft prompt has none, so that no two programs would agree on them.
+All generation code follows `Sampling` only. The base model's penalties, truncations and suppressed tokens would change
+the distribution that was trained. Penalties also count the prompt's tokens, but a soft prompt has no tokens, so
+different programs would apply them differently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel, PreTrain
 
 from prlhf_lightning.policies.base import Sampling
 
-#: Settings that change which tokens are written, with the value that changes nothing beside None.
+#: Settings that change which tokens are generated, with their neutral value (None is neutral too).
 _NEUTRAL: Mapping[str, Any] = MappingProxyType(
     {
         "temperature": 1.0,
@@ -53,10 +53,10 @@ _NEUTRAL: Mapping[str, Any] = MappingProxyType(
 
 
 def load_generation_config(path: str, revision: str | None, trust_remote_code: bool) -> GenerationConfig:
-    """Return the generation config of a model folder or hub name, which is read without the weights."""
+    """Return the generation config of a model folder or hub name; does not load the weights."""
     try:
         return GenerationConfig.from_pretrained(path, revision=revision)
-    except OSError:  # older folders have none, and keep the ids in config.json
+    except OSError:  # older folders have none and store the ids in config.json
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         return GenerationConfig.from_model_config(config)
 
@@ -64,12 +64,12 @@ def load_generation_config(path: str, revision: str | None, trust_remote_code: b
 def end_tokens_only(
     tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], never: Sequence[int] = ()
 ) -> GenerationConfig:
-    """Return a generation config that says where answers end, and leaves everything else neutral.
+    """Return a generation config with the given end tokens and neutral values for everything else.
 
     Args:
-        tokenizer: Names BOS and padding.
-        ends: The tokens that end an answer.
-        never: Ids that are no tokens, as in padded vocabularies.
+        tokenizer: Gives the BOS and padding ids.
+        ends: Ids of the tokens that end an answer.
+        never: Ids without a token, as in padded vocabularies; they are suppressed.
     """
     eos = ends[0] if len(ends) == 1 else list(ends)
     config = GenerationConfig(
@@ -83,7 +83,7 @@ def end_tokens_only(
 def as_generation_config(
     sampling: Sampling, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int], never: Sequence[int] = ()
 ) -> GenerationConfig:
-    """Return the generation config under which transformers' `generate` draws as `sampling` says, and no otherwise."""
+    """Return the generation config that makes `generate` of transformers sample exactly as `sampling` says."""
     config = end_tokens_only(tokenizer, ends, never)
     config.update(max_new_tokens=sampling.max_new_tokens, use_cache=True, do_sample=sampling.temperature > 0)
     if sampling.temperature > 0:
@@ -93,7 +93,7 @@ def as_generation_config(
 
 @contextmanager
 def in_place_of_own(lm: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Give a model another generation config for a while; `generate` fills what it is not told from the model's own."""
+    """Replace a model's generation config within the block; `generate` reads missing settings from it."""
     own, lm.generation_config = lm.generation_config, config
     try:
         yield
@@ -102,18 +102,18 @@ def in_place_of_own(lm: PreTrainedModel, config: GenerationConfig) -> Iterator[N
 
 
 def not_applied(config: GenerationConfig | None) -> dict[str, Any]:
-    """Return the settings of a base's generation config that would change what is written, and are not applied."""
+    """Return the settings of a base model's generation config that would change generation and are not applied."""
     found = {name: getattr(config, name, None) for name in _NEUTRAL}
     return {name: value for name, value in found.items() if value is not None and value != _NEUTRAL[name]}
 
 
 def warn_of_not_applied(config: GenerationConfig | None, model: str) -> None:
-    """Name in a warning the settings of a base's generation config that are not applied, if there are any."""
+    """Warn of the settings of a base model's generation config that are not applied, if there are any."""
     if settings := not_applied(config):
         named = ", ".join(f"{name} {_short(value)}" for name, value in settings.items())
         warnings.warn(
-            f"The generation config of {model} sets {named}. These are not applied: answers are drawn with the "
-            "temperature and top_p that you give, and nothing else (see docs/generate.md).",
+            f"The generation config of {model} sets {named}. These are not applied: sampling uses only the "
+            "temperature and top_p that you give (see docs/generate.md).",
             stacklevel=2,
         )
 

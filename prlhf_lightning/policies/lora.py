@@ -1,4 +1,4 @@
-"""Low-rank adapters."""
+"""LoRA adapters: settings, insertion, merging, and a faster adapted layer."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class LoRA:
     target_modules: str | list[str] = "all-linear"
 
     def __post_init__(self) -> None:
-        """Refuse what no adapter can be made with."""
+        """Reject values out of range."""
         if self.rank < 1:
             raise ConfigurationError(
                 f"policy.lora.rank is {self.rank}; it must be 1 or more (set policy.lora to null to train all weights)."
@@ -46,14 +46,14 @@ class LoRA:
         if not 0 <= self.dropout < 1:
             raise ConfigurationError(f"policy.lora.dropout is {self.dropout}; it must be at least 0 and below 1.")
         if not self.target_modules:
-            raise ConfigurationError("policy.lora.target_modules is empty; name layers to adapt, or use 'all-linear'.")
+            raise ConfigurationError("policy.lora.target_modules is empty; list layers to adapt, or use 'all-linear'.")
 
 
 def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
-    """Put adapters into a model, whose own weights are frozen.
+    """Add adapters to a model and freeze its own weights.
 
     Raises:
-        ConfigurationError: The layers named are not there, or can't be adapted.
+        ConfigurationError: A named layer does not exist, or cannot be adapted.
     """
     layers = {name: isinstance(module, nn.Linear | Conv1D) for name, module in lm.named_modules()}
     linear = sorted({name.rpartition(".")[2] for name, is_linear in layers.items() if is_linear})
@@ -63,9 +63,9 @@ def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
     )
     targets = adaptable(lm, lora.target_modules)
     if isinstance(targets, str) and targets in linear:
-        targets = [targets]  # which peft would take for a regular expression of full names
+        targets = [targets]  # peft would treat a string as a regular expression of full names
     names = [] if isinstance(targets, str) else targets
-    # peft passes over a name that fits nothing, as long as another one does.
+    # peft ignores a name without a match, as long as another name matches.
     if unknown := [name for name in names if not any(f".{layer}".endswith(f".{name}") for layer in layers)]:
         raise ConfigurationError(refused + f" Not found: {', '.join(unknown)}.")
     config = LoraConfig(
@@ -77,23 +77,23 @@ def add_adapters(lm: PreTrainedModel, lora: LoRA) -> PeftModel:
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in lm.modules()),  # GPT-2 keeps weights transposed
     )
     with warnings.catch_warnings():
-        # peft reads an attribute that transformers has renamed; nothing that a user could act on.
+        # peft reads an attribute that transformers has renamed; users cannot act on it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        # peft looks for adapters of experts among those of layers, and says that it passed over what it used.
+        # False warning: peft looks for adapters of experts among those of layers, and reports keys that it did use.
         warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys did not match")
         try:
             model = get_peft_model(lm, config)
-        except ValueError as error:  # layers that peft can't adapt
+        except ValueError as error:  # layers that peft cannot adapt
             raise ConfigurationError(refused + f" peft says: {error}") from error
     use_adapted_linears(model)
     return model
 
 
 def merge(model: PeftModel) -> PreTrainedModel:
-    """Merge adapters into the weights of a model, which is changed, and return it without peft.
+    """Merge adapters into a model's weights in place, and return the model without peft.
 
-    An adapted layer that shares its weight with another one (an LM head with the embeddings) gets one of its own, since
-    an adapter changes the one layer and not the other; the configuration then says that they are not tied.
+    An adapter changes only its own layer. So an adapted layer with a tied weight (an LM head tied to the embeddings)
+    first gets its own copy, and the configuration then says that the weights are not tied.
     """
     lm: PreTrainedModel = model.get_base_model()
     uses = Counter(id(weight) for module in lm.modules() for weight in module.parameters(recurse=False))
@@ -106,15 +106,15 @@ def merge(model: PeftModel) -> PreTrainedModel:
     return merged
 
 
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # in float16 an adapter's gradients may vanish
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16)  # in float16 an adapter's gradients may underflow
 
 
 class AdaptedLinear(lora.Linear):  # type: ignore[misc]
-    """peft's layer `y = W x + b + s B A x` (Hu et al. 2021, section 4.1), whose adapter is added in place.
+    """peft's layer `y = W x + b + s B A x` (Hu et al. 2021, section 4.1), with the adapter added in place.
 
-    peft computes `B A x`, its product with s, and the sum one after the other, each as large as y, forward and
-    backward, and in float32 where the adapter is kept so. Here products with A and B add to what is there already,
-    in the data type of W. What this does not cover (several adapters, dropout, a trained W) is left to peft.
+    peft computes `B A x`, its product with s, and the sum as separate tensors as large as y, forward and backward, in
+    the adapter's float32. Here the products with A and B accumulate into the output, in the data type of W. Other cases
+    (several adapters, dropout, a trained W) use peft's own forward.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -129,7 +129,8 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         base = self.base_layer
         (name,) = self.active_adapters
         matrices = (base.weight, base.bias, self.lora_A[name].weight, self.lora_B[name].weight)
-        # As rows here and not within, since models may change in place what they get, and no view of a function's.
+        # Reshape outside the function: models may modify the output in place, and autograd forbids that for a view
+        # that a custom function returns.
         y: Tensor = _Product.apply(  # type: ignore[no-untyped-call]
             *(None if part is None else part.to(dtype) for part in (x.reshape(-1, x.shape[-1]), *matrices)),
             self.scaling[name],
@@ -137,12 +138,12 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
         return y.view(*x.shape[:-1], -1)
 
     def _is_plain(self) -> bool:
-        """Tell whether there is one adapter and nothing about it but its two matrices."""
+        """Return whether the layer has exactly one adapter, which is just its two matrices."""
         names = self.active_adapters
         if self.disable_adapters or self.merged or len(names) != 1 or names[0] not in self.lora_A:
             return False
         (name,) = names
-        # FSDP1 may wrap each, whose weights are then there only while it is called.
+        # FSDP1 may wrap each of them; their weights then exist only during their own call.
         if any(type(part) is not nn.Linear for part in (self.base_layer, self.lora_A[name], self.lora_B[name])):
             return False
         dropout = self.lora_dropout[name]
@@ -151,14 +152,14 @@ class AdaptedLinear(lora.Linear):  # type: ignore[misc]
 
 
 def use_adapted_linears(model: PeftModel) -> None:
-    """Let the layers of a model that peft has adapted compute as `AdaptedLinear`, where they are plain ones."""
+    """Turn a model's adapted plain linear layers into `AdaptedLinear`."""
     for module in model.modules():
         if type(module) is lora.Linear and type(module.get_base_layer()) is nn.Linear:
             module.__class__ = AdaptedLinear
 
 
 class _Product(torch.autograd.Function):
-    """`W x + b + s B A x` for rows of x `[N, in]`, of a frozen W and b."""
+    """`W x + b + s B A x` for rows of x `[N, in]`, with frozen W and b."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -177,34 +178,34 @@ class _Product(torch.autograd.Function):
 
 
 _ALL = "all-linear"
-#: Mamba's kernels take the weights of these layers and never call them, on a GPU; some do on a CPU.
+#: Mamba's kernels read the weights of these layers without calling the layers, on a GPU and in part on a CPU.
 _FUSED = ("out_proj", "x_proj", "dt_proj")
 
 
 def adaptable(lm: PreTrainedModel, targets: str | list[str]) -> str | list[str]:
-    """Return the layers to adapt, by their full names where `all-linear` stands for some that can't be.
+    """Return the layers to adapt; full names if `all-linear` would include layers that cannot be adapted.
 
-    An adapter is passed by where a model takes a layer's weight without calling it, as in Mamba's mixers, and breaks
-    what returns more than a product, as Llama 4's routers do.
+    An adapter has no effect if a model reads a layer's weight without calling the layer, as Mamba's mixers do. It
+    breaks layers that return more than a product, such as Llama 4's routers.
     """
     if targets != _ALL:
         return targets
     linear = {name: module for name, module in lm.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    passed_by = {f"{mixer}.{name}" for mixer in _mamba_mixers(lm) for name in _FUSED} | _routers(lm, linear)
-    if not passed_by & linear.keys():
+    excluded = {f"{mixer}.{name}" for mixer in _mamba_mixers(lm) for name in _FUSED} | _routers(lm, linear)
+    if not excluded & linear.keys():
         return targets
     head = lm.get_output_embeddings()
-    return [name for name, module in linear.items() if name not in passed_by and module is not head]
+    return [name for name, module in linear.items() if name not in excluded and module is not head]
 
 
 def _mamba_mixers(lm: PreTrainedModel) -> set[str]:
-    # Gated delta nets (Qwen3-Next) have an A_log too, but no D, and call their layers.
+    # Gated delta nets (Qwen3-Next) also have A_log, but no D, and do call their layers.
     return {name for name, module in lm.named_modules() if hasattr(module, "A_log") and hasattr(module, "D")}
 
 
 @torch.no_grad()
 def _routers(lm: PreTrainedModel, linear: dict[str, nn.Module]) -> set[str]:
-    """Try on a token which layers of a model's own making return something else than a tensor."""
+    """Return the names of custom linear layers that do not return a tensor, found by trial on one token."""
     usual = (nn.Linear.forward, Conv1D.forward)
     own = {name: module for name, module in linear.items() if type(module).forward not in usual}
     if not own:

@@ -1,4 +1,4 @@
-"""The auxiliary loss of mixtures of experts, which keeps routers from sending all tokens to a few experts."""
+"""Load-balancing loss of mixtures of experts, which keeps routers from sending all tokens to a few experts."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from prlhf_lightning.errors import ConfigurationError
 
 
 def router_loss_coef(lm: PreTrainedModel, wanted: float | None) -> float:
-    """Return the weight of a model's own load-balancing loss in training; 0 where it is not added.
+    """Return the weight of a model's load-balancing loss in training; 0 for no loss.
 
     Args:
         lm: The model.
-        wanted: What the user wants; None leaves it to the model's configuration, as transformers does: it is added
-            where that says `output_router_logits: true`.
+        wanted: The user's setting; None uses the model's configuration, as transformers does: the loss is added if it
+            sets `output_router_logits: true`.
 
     Raises:
-        ConfigurationError: It is wanted of a model that has none.
+        ConfigurationError: The model has no load-balancing loss, and `wanted` asks for it.
     """
     if not _has_router_loss(lm):
         if wanted:
             raise ConfigurationError(
-                f"policy.router_aux_loss_coef is {wanted}, and a {type(lm).__name__} has no load-balancing loss (it is "
-                "no mixture of experts, or does not return its routers' logits); set it to null."
+                f"policy.router_aux_loss_coef is {wanted}, but {type(lm).__name__} has no load-balancing loss (it is "
+                "not a mixture of experts, or does not return router logits); set it to null."
             )
         return 0.0
     config = lm.config.get_text_config()
@@ -36,31 +36,32 @@ def router_loss_coef(lm: PreTrainedModel, wanted: float | None) -> float:
 
 
 def note_on_router_loss(lm: PreTrainedModel, wanted: float | None) -> str | None:
-    """Return what to tell of a mixture of experts that is trained without its loss, and nobody has said that it be."""
+    """Return a note if a mixture of experts trains without its load-balancing loss and no weight is set."""
     if wanted is not None or not _has_router_loss(lm) or router_loss_coef(lm, None):
         return None
     usual = getattr(lm.config.get_text_config(), "router_aux_loss_coef", None) or 0.001
     return (
-        f"{type(lm).__name__} is a mixture of experts, and its config.json does not ask for its load-balancing loss "
-        f"(output_router_logits). It is trained without; model.policy.router_aux_loss_coef={usual} adds it, and 0 "
-        "says that it is not wanted."
+        f"{type(lm).__name__} is a mixture of experts, and its config.json does not enable its load-balancing loss "
+        f"(output_router_logits). It trains without this loss; model.policy.router_aux_loss_coef={usual} adds it, and "
+        "0 turns this message off."
     )
 
 
 def states_and_router_loss(lm: PreTrainedModel, inputs: dict[str, Any], head: bool) -> tuple[Tensor, Tensor]:
-    """Return a model's last hidden states `[B, L, d]` and its load-balancing loss `[]` over the rows that are there.
+    """Return a model's last hidden states `[B, L, d]` and its load-balancing loss `[]` over the unpadded positions.
 
     Args:
         lm: A mixture of experts.
-        inputs: Its inputs, with the mask that tells rows from padding.
-        head: Whether the output embedding is all that makes logits of hidden states; else logits `[B, L, V]` come.
+        inputs: Its inputs, with the attention mask.
+        head: Whether logits are just the output embedding applied to the hidden states. If not, logits `[B, L, V]` are
+            returned instead of hidden states.
     """
     if not head:
         output = lm(**inputs, output_router_logits=True)
         return output.logits, output.aux_loss
     states: list[Tensor] = []
     handle = lm.base_model.register_forward_hook(lambda *call: states.append(call[-1].last_hidden_state))
-    try:  # the whole model, which makes the loss, but the logits of one position only
+    try:  # only the whole model computes the loss; skip the logits of all positions but one
         output = lm(**inputs, output_router_logits=True, logits_to_keep=1)
     finally:
         handle.remove()
@@ -74,6 +75,6 @@ def _has_router_loss(lm: PreTrainedModel) -> bool:
         return False
     try:
         tried = lm(torch.zeros(1, 2, dtype=torch.long, device=lm.device), use_cache=False, output_router_logits=True)
-    except Exception:  # a Jamba without a layer of experts has no routers to ask
+    except Exception:  # a Jamba without expert layers has no routers and fails
         return False
     return isinstance(getattr(tried, "aux_loss", None), Tensor)

@@ -1,12 +1,12 @@
-"""Prompts with their completions as trees, many in a row, so that the prompt is computed once and nothing is padded.
+"""Packing of prompts with their completions into rows: each prompt is computed once, without padding.
 
-A tree is a trunk (BOS, soft prompt, prompt) with n completions as branches. All stand one after another in a row:
+A tree is a prefix (BOS, soft prompt, prompt), its trunk, with n completions, its branches. A row packs several trees:
 
     trunk  branch 1  branch 2 | trunk  branch 1  branch 2 | ...
 
-A position sees what is not after it in its own branch, and in the trunk of its tree; a branch's positions are counted
-on from the trunk. Hence each branch is computed as if it alone stood after its trunk, and one pass through the layers
-does for all: layers may be recomputed in backward, trained in full, or divided among processes.
+A position attends to the trunk of its tree and, causally, to its own branch. Position ids of a branch continue those of
+the trunk. So each branch is computed as if it followed its trunk alone, in one pass through the layers. This works with
+activation checkpointing, full fine-tuning and sharding.
 
 B trees of n branches each, in R rows of W positions; d the hidden width.
 """
@@ -27,21 +27,21 @@ from transformers.masking_utils import sdpa_mask
 
 from prlhf_lightning.types import SoftPrompt
 
-BLOCK = 128  # positions in a block of FlexAttention's mask, for queries and for keys
+BLOCK = 128  # block size of FlexAttention's mask, for queries and keys
 
 
 @dataclass(frozen=True)
 class PackedPrefixes:
-    """Trees laid out in rows.
+    """Trees packed into rows. An index counts positions within a row.
 
     Attributes:
-        vectors: `[R, W, d]` input embeddings; places after a row's last tree are zero, and see themselves alone.
-        positions: `[R, W]` int64 position in its own sequence of each place.
-        trunk: `[R, W]` int64 place in the row at which the trunk that a place sees begins.
-        fork: `[R, W]` int64 place at which it ends.
-        branch: `[R, W]` int64 place at which a place's own branch (or the trunk, for its own places) begins.
+        vectors: `[R, W, d]` input embeddings; padding after a row's last tree is zero and attends only to itself.
+        positions: `[R, W]` int64 position ids, counted within each sequence.
+        trunk: `[R, W]` int64 index where the trunk begins that a position attends to.
+        fork: `[R, W]` int64 index where this trunk ends.
+        branch: `[R, W]` int64 index where a position's own branch begins; inside a trunk, where the trunk begins.
         rows: `[B]` int64 row of each tree.
-        begins: `[B, 1 + n]` int64 place in the row at which each trunk and each of its branches begins.
+        begins: `[B, 1 + n]` int64 index where each trunk and each of its branches begins.
     """
 
     vectors: Tensor
@@ -54,7 +54,7 @@ class PackedPrefixes:
 
     @property
     def may_see(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-        """Whether attention goes from a query's place to a key's, as FlexAttention asks: by row, head, query, key."""
+        """Mask function of FlexAttention (row, head, query, key): whether a query attends to a key."""
         trunk, fork, branch = self.trunk, self.fork, self.branch
 
         def may_see(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -64,14 +64,14 @@ class PackedPrefixes:
         return may_see
 
     def dense_mask(self) -> Tensor:
-        """Return `[R, 1, W, W]` bool, true where a query (third) may see a key (last)."""
+        """Return the attention mask `[R, 1, W, W]`, bool; true where a query (third) attends to a key (last)."""
         rows, width = self.trunk.shape
         row = torch.arange(rows, device=self.trunk.device)[:, None, None, None]
         place = torch.arange(width, device=self.trunk.device)
         return self.may_see(row, row, place[:, None], place)
 
     def block_mask(self) -> BlockMask:
-        """Return the mask for FlexAttention, of blocks of which those that no query sees are never computed.
+        """Return the block mask for FlexAttention, which skips blocks that no query attends to.
 
         It equals torch's `create_block_mask(self.may_see, ...)`, but needs neither W^2 memory nor a compiler. W must be
         a multiple of `BLOCK`.
@@ -80,7 +80,7 @@ class PackedPrefixes:
         first = torch.arange(0, width, BLOCK, device=self.trunk.device)
         after = torch.arange(width, device=self.trunk.device).expand(rows, -1) + 1
 
-        def keys(low: Tensor, high: Tensor) -> Tensor:  # how many of [low, high) lie in each block
+        def keys(low: Tensor, high: Tensor) -> Tensor:  # number of keys of [low, high) in each block
             return (high[..., None].clamp(max=first + BLOCK) - low[..., None].clamp(min=first)).clamp(min=0)
 
         seen = (keys(self.trunk, self.fork) + keys(self.branch, after)).view(rows, 1, -1, BLOCK, len(first))
@@ -95,8 +95,8 @@ class PackedPrefixes:
         )
 
     def predicting(self, trees: Tensor, branches: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows and places, `[N]` each, that predict tokens, each named by tree, branch and offset, `[N]`."""
-        # A branch's first token is predicted at the end of the trunk.
+        """Return the rows and indices `[N]` of the positions that predict the tokens at tree, branch, offset `[N]`."""
+        # The end of the trunk predicts a branch's first token.
         start = torch.where(offsets > 0, self.begins[trees, branches + 1], self.begins[trees, 1])
         return self.rows[trees], start + offsets - 1
 
@@ -104,13 +104,13 @@ class PackedPrefixes:
 def pack_prefixes(
     trunk: Sequence[SoftPrompt], branches: Sequence[SoftPrompt], trees_in_row: int = 1, multiple: int = 1
 ) -> PackedPrefixes:
-    """Lay out trees.
+    """Pack trees into rows.
 
     Args:
-        trunk: Segments of the B trunks; at least one position of each must be real.
+        trunk: Segments of the B trunks; each trunk needs at least one real position.
         branches: n batches of B branches.
-        trees_in_row: Trees in a row.
-        multiple: W is a multiple of it.
+        trees_in_row: Trees per row.
+        multiple: W is rounded up to a multiple of it.
     """
     segments = SoftPrompt.cat_time([*trunk, *branches])
     parts = [SoftPrompt.cat_time(trunk), *branches]
@@ -122,12 +122,12 @@ def pack_prefixes(
     begins = roots[:, None] + lengths.cumsum(1) - lengths
     width = -(-int((roots + whole).max()) // multiple) * multiple
 
-    # Of each real position, in the order in which they stand in `segments`.
+    # One entry per real position, in the order of `segments`.
     part = torch.arange(lengths.numel(), device=whole.device).repeat_interleave(lengths.flatten())
     tree = part // len(parts)
     offset = torch.arange(len(part), device=part.device) - (lengths.flatten().cumsum(0) - lengths.flatten())[part]
     branch = begins.flatten()[part]
-    fork = torch.where(part % len(parts) > 0, begins[tree, 1], roots[tree])  # a trunk sees nothing but itself
+    fork = torch.where(part % len(parts) > 0, begins[tree, 1], roots[tree])  # a trunk attends only to itself
     at = (rows[tree], branch + offset)
 
     shape = (int(rows[-1]) + 1, width)
@@ -149,13 +149,13 @@ _NAME = "sparse_or_dense"
 
 
 def take_block_masks(lm: PreTrainedModel) -> bool:
-    """Have a model take block masks where it is given one, and otherwise do what it does under sdpa.
+    """Make a model use FlexAttention for block masks and sdpa for all other masks.
 
-    By the mask and not by a setting, which writing would have to change, and which layers that are recomputed in
-    backward would find changed.
+    The mask decides, not a setting: generation would have to change a setting, and recomputation in backward would see
+    it changed.
 
     Returns:
-        Whether it can: not where it uses no sdpa, or FlexAttention doesn't fit it.
+        Whether the model supports it: it must use sdpa and support FlexAttention.
     """
     fits = lm.config._attn_implementation == "sdpa" and bool(lm._supports_flex_attn)
     if fits:
@@ -164,7 +164,7 @@ def take_block_masks(lm: PreTrainedModel) -> bool:
 
 
 def takes_block_masks(lm: PreTrainedModel, device: torch.device) -> bool:
-    """Whether block masks can be given to a model that computes on a device: a CPU has no backward for them."""
+    """Return whether a model accepts block masks on a device; on a CPU FlexAttention has no backward."""
     return bool(lm.config._attn_implementation == _NAME) and device.type == "cuda"
 
 
@@ -175,7 +175,7 @@ def _attention(
         output: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, attention_mask, **how)
         return output
     device = query.device.type
-    if torch.is_autocast_enabled(device):  # as autocast has sdpa do
+    if torch.is_autocast_enabled(device):  # as autocast does for sdpa
         query, key, value = (part.to(torch.get_autocast_dtype(device)) for part in (query, key, value))
     sparse: tuple[Tensor, Tensor | None] = flex_attention_forward(module, query, key, value, attention_mask, **how)
     return sparse

@@ -1,6 +1,6 @@
-"""Scoring completions with a Hugging Face causal LM, on the quickest way that the model allows.
+"""Scoring of completions with a Hugging Face causal LM, by the fastest method that the model supports.
 
-B prompts with n completions each; d the hidden width; N the completion tokens of all rows together.
+B prompts with n completions each; d the hidden width; N the number of completion tokens in all rows.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from prlhf_lightning.policies.prefix_sharing import BLOCK, pack_prefixes, takes_
 from prlhf_lightning.policies.sequences import join, token_log_probs
 from prlhf_lightning.types import LogProbs, SoftPrompt, Tokens
 
-# The prompt is computed once where that spares at least this share of all positions (benchmarks/prompt_sharing.py):
-# below, what is added costs as much, a second pass through the layers or attention over whole trees.
-_WORTH_SHARING = 0.1
-_WORTH_A_TREE = 0.15
-# Positions of a row of trees, at most: the table of blocks grows with its square.
-_ROW = 1 << 15
+# Compute the prompt once if that saves at least this share of all positions (benchmarks/prompt_sharing.py). Below it,
+# the overhead is as large: a second pass through the layers, or attention over whole trees.
+_MIN_SAVED_BY_CACHE = 0.1
+_MIN_SAVED_BY_TREES = 0.15
+# Most positions of a packed row: the block mask grows with its square.
+_MAX_ROW = 1 << 15
 
 
 @dataclass(frozen=True)
 class Capabilities:
-    """What may be skipped with a model, without changing a number.
+    """Exact shortcuts that a model supports.
 
     Attributes:
-        head: Logits are the output embedding applied to the last hidden state and nothing more, so that it can be
-            applied to completion positions alone.
-        shared_prompt: Completions can be continued from the key-value cache of their prompt.
-        trees: Completions can be branches of a tree whose trunk is their prompt; see `prefix_sharing.py`.
+        head: Logits are just the output embedding applied to the last hidden state, so it can be applied to completion
+            positions only.
+        shared_prompt: Completions can continue from the key-value cache of their prompt.
+        trees: Completions can be packed as branches after their shared prompt; see `prefix_sharing.py`.
     """
 
     head: bool
@@ -53,7 +53,7 @@ def embed(lm: PreTrainedModel, tokens: Tokens) -> SoftPrompt:
 def segments(
     lm: PreTrainedModel, bos_id: int | None, prompt: Tokens, soft_prompt: SoftPrompt | None
 ) -> list[SoftPrompt]:
-    """Return what precedes a completion, embedded: BOS where the prompt has one, soft prompt, prompt."""
+    """Return the embedded segments before a completion: BOS (if the prompt has one), soft prompt, prompt."""
     embedded = embed(lm, prompt)
     if soft_prompt is None:
         return [embedded]
@@ -77,12 +77,12 @@ def score(
 
     Args:
         lm: The model.
-        before: What precedes the completions, in segments of B rows.
+        before: Segments before the completions, B rows each.
         completions: n batches of B completions.
-        shortcuts: What may be skipped with this model.
-        as_trees: Score trees where they may be, however much that spares.
-        router_losses: A list to which a mixture of experts appends its load-balancing loss; each row is then computed
-            whole, as the loss is a mean over all tokens.
+        shortcuts: The model's capabilities.
+        as_trees: Pack trees if the model supports it, however little that saves.
+        router_losses: A list to which a mixture of experts appends its load-balancing loss. Completions then do not
+            share their prompt, because the loss is a mean over all tokens.
 
     Returns:
         For each batch of completions, its per-token log-probabilities, float32.
@@ -92,29 +92,29 @@ def score(
     rows, offsets = targets.mask.nonzero(as_tuple=True)
     ids = targets.ids[rows, offsets]
     head = lm.get_output_embeddings()
-    spared = _spared(before, targets, n)
-    # Attention under a dense mask goes over whole trees, n times the completions; only this has been measured.
-    pays_as_tree = n == 2 and ids.device.type == "cpu" and not shortcuts.shared_prompt and spared >= _WORTH_A_TREE
+    saved = _saved(before, targets, n)
+    # With a dense mask, attention covers whole trees, n completions each; only this case was measured.
+    pays_as_tree = n == 2 and ids.device.type == "cpu" and not shortcuts.shared_prompt and saved >= _MIN_SAVED_BY_TREES
     whole_rows = router_losses is not None
     if shortcuts.trees and (as_trees or pays_as_tree) and not whole_rows:
         hidden = _tree_states(lm, before, completions, rows, offsets)
-    elif shortcuts.shared_prompt and n > 1 and spared >= _WORTH_SHARING and not whole_rows:
+    elif shortcuts.shared_prompt and n > 1 and saved >= _MIN_SAVED_BY_CACHE and not whole_rows:
         row_of = torch.arange(len(targets) // n, device=rows.device).repeat(n)
         hidden = _Prefix.of(lm, before).continued(lm, targets, row_of)[rows, offsets]
     else:
         repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
-        # The token at place i is predicted from place i - 1.
-        places = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
+        # Position i - 1 predicts the token at position i.
+        positions = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
         inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
         if router_losses is not None:
             states, loss = states_and_router_loss(lm, inputs, shortcuts.head)
             router_losses.append(loss)
-            hidden, head = states[rows, places], head if shortcuts.head else nn.Identity()
+            hidden, head = states[rows, positions], head if shortcuts.head else nn.Identity()
         elif shortcuts.head:
-            # Mamba returns float32 whatever its weights are, and its head is what takes it back.
-            hidden = lm.base_model(**inputs).last_hidden_state[rows, places].to(inputs["inputs_embeds"].dtype)
+            # Mamba returns float32 whatever the dtype of its weights; its own head casts it back.
+            hidden = lm.base_model(**inputs).last_hidden_state[rows, positions].to(inputs["inputs_embeds"].dtype)
         else:
-            hidden, head = lm(**inputs).logits[rows, places], nn.Identity()
+            hidden, head = lm(**inputs).logits[rows, positions], nn.Identity()
     scores = token_log_probs(hidden, ids, head, lm.get_input_embeddings().weight.shape[0])
     log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
     return LogProbs(log_probs, targets.mask).chunk(n)
@@ -133,11 +133,11 @@ def grouped_score(
 
     Args:
         lm: The model.
-        before: What precedes the completions, in segments of U rows.
+        before: Segments before the completions, U rows each.
         completions: D completions.
-        prompt_of: `[D]` each one's prompt.
-        shortcuts: What may be skipped with this model.
-        batch_size: Completions in a pass, which are of about the same length.
+        prompt_of: `[D]` int64 index of each completion's prompt.
+        shortcuts: The model's capabilities.
+        batch_size: Completions per forward pass; they have similar lengths.
 
     Returns:
         Per-token log-probabilities `[D, L]`, float32.
@@ -158,20 +158,20 @@ def grouped_score(
     return LogProbs(log_probs, completions.mask)
 
 
-def _spared(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> float:
-    """Return the share of positions that computing each prompt once spares."""
+def _saved(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> float:
+    """Return the share of positions saved by computing each prompt once."""
     prompt, completion = sum(part.mask.shape[1] for part in before), targets.ids.shape[1]
     return (n - 1) * prompt / (n * (prompt + completion))
 
 
 @dataclass(frozen=True)
 class _Prefix:
-    """Prompts that have been read: U right-aligned rows.
+    """Key-value cache of U right-aligned prompts.
 
     Attributes:
-        cache: Their keys and values.
-        last: `[U, 1, d]` hidden states of their last positions.
-        mask: `[U, P]` bool, true where there is a position.
+        cache: Keys and values.
+        last: `[U, 1, d]` hidden states of the last positions.
+        mask: `[U, P]` bool, true on real positions.
     """
 
     cache: DynamicCache
@@ -180,15 +180,15 @@ class _Prefix:
 
     @classmethod
     def of(cls, lm: PreTrainedModel, before: Sequence[SoftPrompt]) -> _Prefix:
-        """Read what stands before completions."""
+        """Compute the cache of the segments before completions."""
         prompt = join(before, align="right")  # its last position is real in every row, and predicts the first token
         output = lm.base_model(**model_inputs(lm, prompt), use_cache=True)
         return cls(getattr(output, cache_name(lm)), output.last_hidden_state[:, -1:], prompt.mask)
 
     def continued(self, lm: PreTrainedModel, targets: Tokens, row_of: Tensor) -> Tensor:
-        """Return the hidden states `[D, L, d]` that predict completions, each of the row of `row_of` `[D]`.
+        """Return the hidden states `[D, L, d]` that predict completions; `row_of` `[D]` is each completion's prompt.
 
-        The completions of a prompt share its keys and values, which carry the gradient of all.
+        The completions of a prompt share its keys and values, and gradients of all of them flow back.
         """
         first = self.last[row_of]
         if targets.ids.shape[1] == 1:
@@ -206,28 +206,28 @@ class _Prefix:
 def _tree_states(
     lm: PreTrainedModel, before: Sequence[SoftPrompt], completions: Sequence[Tokens], rows: Tensor, offsets: Tensor
 ) -> Tensor:
-    """Return the hidden states `[N, d]` that predict the tokens at `rows` and `offsets`, each prompt computed once.
+    """Return the hidden states `[N, d]` that predict the tokens at `rows` and `offsets`; compute each prompt once.
 
-    A tree has a row of its own, unless the model takes block masks, which make longer rows cost no more.
+    Each tree has its own row, unless the model accepts block masks: with these, longer rows cost no more.
     """
     branches = [embed(lm, part) for part in completions]
     trees = len(completions[0])
     packed = takes_block_masks(lm, rows.device)
     if packed:
         longest = sum(part.mask.shape[1] for part in (*before, *branches))
-        forest = pack_prefixes(before, branches, max(1, min(trees, _ROW // longest)), BLOCK)
+        prefixes = pack_prefixes(before, branches, max(1, min(trees, _MAX_ROW // longest)), BLOCK)
     else:
-        forest = pack_prefixes(before, branches)
+        prefixes = pack_prefixes(before, branches)
     hidden: Tensor = lm.base_model(
-        inputs_embeds=forest.vectors,
-        position_ids=forest.positions,
-        attention_mask=forest.block_mask() if packed else forest.dense_mask(),
+        inputs_embeds=prefixes.vectors,
+        position_ids=prefixes.positions,
+        attention_mask=prefixes.block_mask() if packed else prefixes.dense_mask(),
     ).last_hidden_state
-    return hidden[forest.predicting(rows % trees, rows // trees, offsets)]
+    return hidden[prefixes.predicting(rows % trees, rows // trees, offsets)]
 
 
 def model_inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> dict[str, Any]:
-    """Return a model's inputs for vectors that stand after `past` cached positions; the mask covers both."""
+    """Return a model's inputs for vectors after `past` cached positions; the mask covers both."""
     inputs: dict[str, Any] = {"inputs_embeds": sequence.vectors, "attention_mask": sequence.mask.long()}
     # Models without absolute or rotary positions (ALiBi, state-space) take no position ids.
     if "position_ids" in arguments(lm):
@@ -236,9 +236,9 @@ def model_inputs(lm: PreTrainedModel, sequence: SoftPrompt, past: int = 0) -> di
 
 
 def writing_inputs(lm: PreTrainedModel) -> dict[str, Any]:
-    """Return what a model is told with every token that it writes.
+    """Return the extra arguments of a model in generation.
 
-    Mixtures of experts are told to compute no auxiliary loss, which fails where the mask covers more than new tokens.
+    Mixtures of experts must not compute the auxiliary loss, which fails if the mask covers more than the new tokens.
     """
     return {"output_router_logits": False} if "output_router_logits" in inspect.signature(lm.forward).parameters else {}
 
@@ -250,5 +250,5 @@ def arguments(lm: PreTrainedModel) -> Collection[str]:
 
 def cache_name(lm: PreTrainedModel) -> str:
     """Return the name of the argument and output that holds a model's cache."""
-    # transformers renamed it within version 5; both names are in the range that is supported.
+    # Renamed within transformers 5; the supported versions have either name.
     return "cache" if "cache" in arguments(lm) else "past_key_values"

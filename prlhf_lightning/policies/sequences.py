@@ -1,4 +1,4 @@
-"""Putting segments of ragged rows together, and scoring the tokens of one of them."""
+"""Concatenation of padded segments, and log-probabilities of tokens without storing all logits."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch.utils.checkpoint import checkpoint
 
 from prlhf_lightning.types import SoftPrompt
 
-# 16M logits in float32 are 64 MB: small beside a model, large enough to keep the matmul efficient.
+# 16M logits in float32 are 64 MB: small compared to a model, large enough for an efficient matmul.
 _LOGITS_PER_CHUNK = 1 << 24
 
 
 def join(segments: Sequence[SoftPrompt], align: str = "left") -> SoftPrompt:
-    """Concatenate the real positions of each row's segments and close the gaps between them.
+    """Concatenate the segments of each row and remove the padding between them.
 
     Args:
-        segments: Parts of each row, each `[B, T_i, d]` with its mask.
-        align: `left` leaves the padding at the end of a row (training), `right` at its start (generation).
+        segments: Segments of each row, each `[B, T_i, d]` with its mask.
+        align: `left` puts the padding at the end of a row (training), `right` at its start (generation).
 
     Returns:
-        `[B, T, d]` with T the longest row.
+        `[B, T, d]` with T the length of the longest row.
     """
     joined = SoftPrompt.cat_time(segments)
     order = joined.mask.int().argsort(dim=1, descending=align == "left", stable=True)
@@ -34,19 +34,19 @@ def join(segments: Sequence[SoftPrompt], align: str = "left") -> SoftPrompt:
 
 
 def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
-    """Return `log p(target)` of each position without ever holding the logits of all of them.
+    """Return `log p(target)` of each position; never stores the logits of all positions.
 
     Args:
-        hidden: `[N, d]` final hidden states of the positions that predict the targets.
+        hidden: `[N, d]` last hidden states of the positions that predict the targets.
         targets: `[N]` int64 token ids.
         head: Maps `[n, d]` to logits `[n, V]`.
         vocab_size: V, to size the chunks.
 
     Returns:
-        `[N]` float32; softmax is taken in float32 whatever the dtype of the logits.
+        `[N]` float32; the softmax is computed in float32 whatever the dtype of the logits.
     """
     rows = max(1, _LOGITS_PER_CHUNK // vocab_size)
-    # Not by its parameters, of which it has none while FSDP1 has put its weights together.
+    # Do not use `head.parameters()`: it is empty while FSDP1 has flattened the weights.
     if (
         type(head) is nn.Linear
         and not head.weight.requires_grad
@@ -58,26 +58,26 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
         return scores
 
     def score(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
-        return _of(head(hidden_n).float().log_softmax(-1), targets_n)
+        return _gather(head(hidden_n).float().log_softmax(-1), targets_n)
 
     if len(targets) <= rows:
         return score(hidden, targets)
     chunks = zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True)
-    # Recomputing a chunk's logits in backward is what keeps [N, V] from being stored.
+    # Recompute each chunk's logits in backward, so [N, V] is never stored.
     return torch.cat([checkpoint(score, h, t, use_reentrant=False) for h, t in chunks])
 
 
-def _of(log_probs: Tensor, targets: Tensor) -> Tensor:
-    """Return the entries of the targets `[n]` in log-probabilities of everything `[n, V]`."""
+def _gather(log_probs: Tensor, targets: Tensor) -> Tensor:
+    """Return the entries of log-probabilities `[n, V]` at the targets `[n]`."""
     return log_probs.gather(-1, targets[:, None]).squeeze(-1)
 
 
 class _FrozenHeadLogProbs(torch.autograd.Function):
-    """`log p(target)` under a linear head that is not trained.
+    """`log p(target)` under a frozen linear head.
 
-    The gradient by a hidden state is the upstream scalar times `W[target] - sum_v p_v W_v`. That vector needs nothing
-    from upstream, so it is taken in the forward pass, while a chunk's probabilities are at hand: backward needs
-    neither the logits nor to compute them again, two products with W in all where recomputation takes three.
+    The gradient with respect to a hidden state is the upstream scalar times `W[target] - sum_v p_v W_v`. This vector
+    does not depend on upstream, so the forward pass computes it from the chunk's probabilities. Backward then needs no
+    logits: two products with W in total instead of three with recomputation.
     """
 
     @staticmethod
@@ -90,9 +90,9 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             for hidden_n, targets_n in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
                 logits = nn.functional.linear(hidden_n.to(dtype), weight, bias).float()
-                # In place, since a second buffer of this size takes a CPU longer to obtain than to fill.
+                # In place: on a CPU, allocating a second buffer of this size takes longer than filling it.
                 log_probs = torch.log_softmax(logits, -1, out=logits)
-                scores.append(_of(log_probs, targets_n))
+                scores.append(_gather(log_probs, targets_n))
                 if wants_gradient:
                     mean = log_probs.exp_().to(dtype) @ weight
                     directions.append((weight[targets_n] - mean).to(hidden.dtype))

@@ -337,9 +337,7 @@ def test_adapters_name_a_missing_base_and_warn_of_other_weights(exported, tmp_pa
         settings["base_model_name_or_path"] = str(place)
         (tmp_path / "e" / "adapter_config.json").write_text(json.dumps(settings))
         if place is base:
-            with pytest.warns(
-                UserWarning, match=r"The weights of the base model .*base are not those that were trained"
-            ):
+            with pytest.warns(UserWarning, match=r"The weights of the base model .*base are not those of training"):
                 open_writer(tmp_path / "e")
         else:
             says = (

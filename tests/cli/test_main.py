@@ -177,7 +177,7 @@ def test_one_batch_is_not_all_batches():
         (["--data.source.train", "nothing.jsonl"], "nothing.jsonl"),
         (["--model.loss.gamma", "1"], "Here there are: beta, label_smoothing, sft_weight"),
         (["--model.policy.model", "/no/such/model"], "policy.model: the tokenizer of '/no/such/model'"),
-        (["--model.policy.model", "builtin:styl-lm"], "these are shipped: builtin:byte-lm"),
+        (["--model.policy.model", "builtin:styl-lm"], "built-in models are builtin:byte-lm"),
         (["--model.policy.lora.rank", "0"], "policy.lora.rank is 0"),
         (["--model.policy.lora.target_modules", "[nope]"], "policy.lora.target_modules is ['nope']"),
         (["--model.user_model.num_tokens", "-1"], "IndividualUserModel: num_tokens is -1"),

@@ -103,7 +103,7 @@ def test_weights_that_do_not_fit_the_configuration_are_named(copied, changed, sa
 
 def test_a_configuration_of_another_size_is_refused(copied):
     edit_json(copied / "config.json", num_hidden_layers=1)
-    assert "have 9 weights that a LlamaForCausalLM of this config.json lacks: model.layers.1." in refusal(copied)
+    assert "have 9 weights that a LlamaForCausalLM with this config.json lacks: model.layers.1." in refusal(copied)
     edit_json(copied / "config.json", num_hidden_layers=3)
     assert "lack 9 weights of a LlamaForCausalLM" in refusal(copied)
 
@@ -111,7 +111,7 @@ def test_a_configuration_of_another_size_is_refused(copied):
 def test_a_bias_that_the_named_class_would_drop_is_refused(tmp_path):
     save(tmp_path, AutoModelForCausalLM.from_config(Qwen2Config(**SMALL)))
     edit_json(tmp_path / "config.json", model_type="llama", architectures=["LlamaForCausalLM"])
-    assert "have 6 weights that a LlamaForCausalLM of this config.json lacks" in refusal(tmp_path)
+    assert "have 6 weights that a LlamaForCausalLM with this config.json lacks" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -126,7 +126,7 @@ def test_a_reward_model_is_no_policy(tmp_path, tied):
 def test_a_value_head_beside_a_whole_model_is_left_out_and_told(copied, caplog):
     edit_weights(copied, v_head__summary__weight=torch.zeros(1, 32))
     CausalLMPolicy(str(copied)).build()
-    assert caplog.messages == ["1 weight that a LlamaForCausalLM lacks, left out: v_head.summary.weight."]
+    assert caplog.messages == ["1 weight that a LlamaForCausalLM lacks, ignored: v_head.summary.weight."]
 
 
 @pytest.mark.parametrize("name", list(ARCHITECTURES))
@@ -248,7 +248,7 @@ def test_models_of_other_kinds_are_refused(tmp_path):
     small = {"vocab_size": VOCAB, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4}
     bert = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     kinds: list[tuple[PretrainedConfig, str]] = [
-        (T5Config(**small, decoder_start_token_id=0), "of a kind that transformers has no causal language model of"),
+        (T5Config(**small, decoder_start_token_id=0), "transformers has no causal language model of its kind"),
         (BertConfig(**bert, num_hidden_layers=1), "weights of a BertLMHeadModel, which would be random"),
     ]
     for number, (config, says) in enumerate(kinds):
@@ -305,4 +305,4 @@ def test_what_reads_images_is_left_out_with_a_word(tmp_path, caplog):
     save(tmp_path, Llama4ForConditionalGeneration(config))
     CausalLMPolicy(str(tmp_path), lora=None).build(with_reference=False)
     (said,) = caplog.messages
-    assert said.startswith("26 weights that a Llama4ForCausalLM lacks, left out: multi_modal_projector")
+    assert said.startswith("26 weights that a Llama4ForCausalLM lacks, ignored: multi_modal_projector")

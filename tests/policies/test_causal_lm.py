@@ -267,7 +267,7 @@ def test_a_model_whose_tokens_see_later_ones_is_refused(tmp_path, is_decoder):
     if is_decoder:
         policy.build()
     else:
-        with pytest.raises(ConfigurationError, match="BertLMHeadModel whose tokens see later ones"):
+        with pytest.raises(ConfigurationError, match="BertLMHeadModel whose tokens attend to later ones"):
             policy.build()
 
 

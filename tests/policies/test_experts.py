@@ -93,7 +93,7 @@ def test_training_a_mixture_without_balancing_names_the_setting(tmp_path):
     policy.build()
     assert score(policy) is None
     (note,) = policy.training_notes()
-    assert "It is trained without; model.policy.router_aux_loss_coef=0.25 adds it" in note
+    assert "It trains without this loss; model.policy.router_aux_loss_coef=0.25 adds it" in note
 
 
 def test_a_model_without_experts_has_none(model_path, tmp_path):

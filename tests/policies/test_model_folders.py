@@ -17,7 +17,7 @@ def test_a_folder_of_adapters_is_refused(model_path, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft reads what transformers has renamed
         get_peft_model(AutoModelForCausalLM.from_pretrained(model_path), LoraConfig()).save_pretrained(tmp_path)
-        with pytest.raises(ConfigurationError, match="is an adapter, which the reference would be"):
+        with pytest.raises(ConfigurationError, match="is an adapter, and the reference would not have it"):
             CausalLMPolicy(str(tmp_path)).build()
 
 

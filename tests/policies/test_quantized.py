@@ -38,7 +38,7 @@ def test_its_weights_are_not_trained(model_path, quantized):
 
 def test_a_kind_that_has_no_gradient_is_refused(model_path, quantized):
     quantized[0] = False
-    with pytest.raises(ConfigurationError, match="is quantized by fbgemm_fp8, through which no gradient comes back"):
+    with pytest.raises(ConfigurationError, match="is quantized by fbgemm_fp8, which passes no gradient"):
         CausalLMPolicy(model_path).build()
 
 
@@ -46,7 +46,7 @@ def test_unmerged_adapters_give_the_scores_of_the_adapters(model_path, quantized
     policy = CausalLMPolicy(model_path, lora=LoRA(rank=8))
     policy.build()
     assert policy.settled() is policy
-    with pytest.raises(ConfigurationError, match=r"would be rounded with them, .* `--adapters true`"):
+    with pytest.raises(ConfigurationError, match=r"would be rounded: .* `--adapters true`"):
         policy.merged()
 
 

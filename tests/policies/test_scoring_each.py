@@ -50,7 +50,7 @@ def test_only_weighing_adapters_merge_and_large_ones_never(model_path, monkeypat
     assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())
     for kept in (build(model_path, None), build(model_path, LoRA(rank=4)).bfloat16()):
         assert kept.settled() is kept
-    monkeypatch.setattr("prlhf_lightning.policies.causal_lm._MOST_COPIED", 1000)
+    monkeypatch.setattr("prlhf_lightning.policies.causal_lm._MAX_MERGED_PARAMETERS", 1000)
     assert policy.settled() is policy
 
 

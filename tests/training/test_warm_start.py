@@ -278,7 +278,7 @@ def test_a_base_model_with_other_weights_is_warned_of(model_path, votes, tmp_pat
     save_file(weights, other / "model.safetensors", {"format": "pt"})
     module = make(str(other))
     module.start_from(path)
-    with pytest.warns(UserWarning, match=r"init_from: The weights of the base model .*other are not those that were"):
+    with pytest.warns(UserWarning, match=r"init_from: The weights of the base model .*other are not those of training"):
         make_trainer(tmp_path, max_steps=0).fit(module, make_data(votes, model_path))
 
 
