@@ -88,11 +88,11 @@ def sharded(sharded_path, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
-        ({"lm_head__weight": None}, r"lack 1 weight of a LlamaForCausalLM, .*: lm_head\.weight\. Take"),
-        ({"model__norm__weight": None}, r"lack 1 weight .*: model\.norm\.weight\. Take"),
+        ({"lm_head__weight": None}, r"lack 1 weight of a LlamaForCausalLM, .*: lm_head\.weight\. Use"),
+        ({"model__norm__weight": None}, r"lack 1 weight .*: model\.norm\.weight\. Use"),
         ({"model__norm__weight": torch.full((32,), torch.nan)}, r"1 weight with NaN or infinity in float32: model"),
         ({"model__norm__weight": torch.full((32,), torch.inf)}, r"1 weight with NaN or infinity in float32: model"),
-        ({"model__norm__bias": torch.zeros(32)}, r"have 1 weight that a LlamaForCausalLM of .*: model\.norm\.bias;"),
+        ({"model__norm__bias": torch.zeros(32)}, r"have 1 weight that a LlamaForCausalLM with .*: model\.norm\.bias;"),
         ({"model__norm__weight": torch.ones(16)}, r"model\.norm\.weight is \[16\] in the file and \[32\] here"),
     ],
 )  # fmt: skip

@@ -100,7 +100,7 @@ def test_a_model_without_experts_has_none(model_path, tmp_path):
     policy = CausalLMPolicy(model_path)
     policy.build()
     assert list(policy.training_notes()) == []
-    with pytest.raises(ConfigurationError, match=r"router_aux_loss_coef is 0.1, and a LlamaForCausalLM has no"):
+    with pytest.raises(ConfigurationError, match=r"router_aux_loss_coef is 0.1, but LlamaForCausalLM has no"):
         CausalLMPolicy(model_path, router_aux_loss_coef=0.1).build()
     with pytest.raises(ConfigurationError, match=r"router_aux_loss_coef is -1"):
         CausalLMPolicy(model_path, router_aux_loss_coef=-1)

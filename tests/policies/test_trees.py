@@ -113,7 +113,7 @@ def test_trees_give_the_log_probs_and_gradients_of_padded_rows(paths, name, lora
     assert policy.shortcuts.trees
     pack(monkeypatch)
     if not packed:
-        monkeypatch.setattr(scoring, "_ROW", 1)
+        monkeypatch.setattr(scoring, "_MAX_ROW", 1)
     policy.double()  # in which nothing is large but for an error, however the gradients cancel
 
     @settings(RAGGED, max_examples=4)
