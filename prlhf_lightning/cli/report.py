@@ -28,9 +28,9 @@ from prlhf_lightning.reports.answers import (
     win_rates,
     with_utility,
 )
-from prlhf_lightning.reports.as_json import json_path, to_json
 from prlhf_lightning.reports.differences import Differences, correlations, find_differences, votes_of
-from prlhf_lightning.reports.page import Findings, in_words, page_of
+from prlhf_lightning.reports.findings import Findings, json_path, report_content, to_json
+from prlhf_lightning.reports.page import page_of
 from prlhf_lightning.reports.pairs import Scores, cold_start_of, score
 from prlhf_lightning.reports.run import data_of, open_run
 from prlhf_lightning.reports.user_map import UserMap, map_users, most_unlike
@@ -152,8 +152,9 @@ def report(
                 found.followed = correlations(found.differences, features_written(found.answers))
         _map(found, module, whose)
     _call_users(found, module, whose, show_user_ids, show_user_text)
-    write_together({output: page_of(found).render().encode(), json_path(output): to_json(found)})
-    print(printable(in_words(found), LAYOUT))
+    content = report_content(found)
+    write_together({output: page_of(content).render().encode(), json_path(output): to_json(content)})
+    print(printable(content["in_short"], LAYOUT))
     print(f"The page: {output}")
     print(f"The same as numbers: {json_path(output)}")
 

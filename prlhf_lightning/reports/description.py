@@ -18,7 +18,7 @@ from prlhf_lightning.analysis.votes import (
     cycles,
     spread_between_users,
 )
-from prlhf_lightning.reports.differences import Differences, add_differences
+from prlhf_lightning.reports.differences import Differences, add_differences, differences_content
 from prlhf_lightning.reports.html import FIRST, LINE, MUTED, SECOND, Cell, Page, Section
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def page_of(description: Description) -> Page:
     if isinstance(description.differences, str):
         section.text(description.differences)
     else:
-        add_differences(section, description.differences)
+        add_differences(section, differences_content(description.differences))
     _votes_a_user(page.section("Votes a user"), table, votes)
     _lengths(page.section("Lengths"), table, votes)
     _agreement(page.section("Agreement between users"), votes)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -110,54 +110,77 @@ def _some(votes: Votes, seed: int) -> Votes:
     return votes[np.isin(votes.users, users[: max(2, int(np.searchsorted(up_to, _MOST_VOTES, side="right")))])]
 
 
-def in_words(found: Differences) -> str:
-    """Return in a sentence or two what users differ in."""
-    tastes = found.tastes
-    if not found.is_told:
+def differences_content(
+    found: Differences, followed: Mapping[str, tuple[float, float, float]] | None = None
+) -> dict[str, Any]:
+    """Return what users differ in as JSON values, without users' ids.
+
+    Args:
+        found: The differences.
+        followed: For features, how closely what a model writes for users follows their tastes: a correlation and the
+            ends of its interval.
+    """
+    tastes, dots = found.tastes, spread_over(len(found.user_ids), _DOTS)
+    return {
+        "votes": found.votes,
+        "users": len(found.user_ids),
+        "left_out": list(found.seldom),
+        "features": [
+            {
+                "feature": name,
+                **{key: float(getattr(tastes, key)[place]) for key in ("mean", "spread", "low", "high")},
+                "some_users": tastes.weights[dots, place].tolist(),
+                "followed": dict(zip(("correlation", "low", "high"), followed[name], strict=True))
+                if followed and name in followed
+                else None,
+            }
+            for place, name in enumerate(found.features)
+        ],
+    }
+
+
+def in_words(features: Sequence[Mapping[str, Any]]) -> str:
+    """Return in a sentence or two what users differ in; the arguments are `features` of `differences_content`."""
+    most = features[0]
+    if not most["low"] > 0:
         return "These votes do not show that users differ in anything that can be counted in an answer."
-    low, high = (_share(tastes.mean[0] + side * tastes.spread[0]) for side in (-1, 1))
+    low, high = (_share(most["mean"] + side * most["spread"]) for side in (-1, 1))
     said = (
-        f"Users differ most in whether they like answers with {found.features[0]}: two in three of them choose such an "
+        f"Users differ most in whether they like answers with {most['feature']}: two in three of them choose such an "
         f"answer between {low:.0%} and {high:.0%} of the time, all else being alike."
     )
-    others = [name for name, least in zip(found.features[1:], tastes.low[1:], strict=True) if least > 0]
+    others = [feature["feature"] for feature in features[1:] if feature["low"] > 0]
     return f"{said} They also differ in: {', '.join(others)}." if others else said
 
 
-def add_differences(
-    section: Section, found: Differences, followed: Mapping[str, tuple[float, float, float]] | None = None
-) -> None:
+def add_differences(section: Section, content: Mapping[str, Any]) -> None:
     """Add a plot and a table of what users differ in.
 
     Args:
         section: Where they go.
-        found: What to show.
-        followed: For features, how closely what a model writes for users follows their tastes: a correlation and the
-            ends of its interval.
+        content: See `differences_content`.
     """
-    tastes = found.tastes
-    section.text(in_words(found))
+    features = content["features"]
+    followed = any(feature["followed"] for feature in features)
+    section.text(in_words(features))
     section.plot(
-        lambda axes: _draw(axes, found),
-        alt="; ".join(
-            f"{name}: {_share(mean - spread):.0%} to {_share(mean + spread):.0%}"
-            for name, mean, spread in zip(found.features, tastes.mean, tastes.spread, strict=True)
-        ),
+        lambda axes: _draw(axes, features),
+        alt="; ".join(f"{feature['feature']}: {_of_most(feature)}" for feature in features),
         caption="How often users choose the answer with more of it, all else being alike. Dots: users; bar: two in "
         "three users; whiskers: the same at the upper end of the bar's 95% interval",
-        height=0.9 + 0.42 * len(found.features),
+        height=0.9 + 0.42 * len(features),
     )
     rows: list[list[Cell]] = []
-    for place, name in enumerate(found.features):
-        mean, spread = tastes.mean[place], tastes.spread[place]
+    for feature in features:
         row: list[Cell] = [
-            name,
-            f"{_share(mean):.0%}",
-            f"{_share(mean - spread):.0%} to {_share(mean + spread):.0%}",
-            f"{spread:.2f} ({tastes.low[place]:.2f} to {tastes.high[place]:.2f})",
+            feature["feature"],
+            f"{_share(feature['mean']):.0%}",
+            _of_most(feature),
+            "{spread:.2f} ({low:.2f} to {high:.2f})".format(**feature),
         ]
         if followed:
-            row.append("{:+.2f} ({:+.2f} to {:+.2f})".format(*followed[name]) if name in followed else "-")
+            known = feature["followed"]
+            row.append("{correlation:+.2f} ({low:+.2f} to {high:+.2f})".format(**known) if known else "-")
         rows.append(row)
     columns = ["an answer with", "chosen by the average user", "by two in three users", "spread"]
     section.table(
@@ -172,13 +195,22 @@ def add_differences(
         ),
     )
     section.text(
-        f"By {found.votes:,} votes of {len(found.user_ids):,} users: a logistic regression on what can be counted in "
+        f"By {content['votes']:,} votes of {content['users']:,} users: a logistic regression on what can be counted in "
         "an answer, in which each user has weights of their own. It tells the features apart: who likes lists, which "
         "are long, need not like length. “More” is the usual difference between two answers that differ in it. What "
         "cannot be counted, such as topic, tone or truth, is not seen."
-        + (f" Left out, as the two answers seldom differ in it: {', '.join(found.seldom)}." if found.seldom else ""),
+        + (
+            f" Left out, as the two answers seldom differ in it: {', '.join(content['left_out'])}."
+            if content["left_out"]
+            else ""
+        ),
         "note",
     )
+
+
+def _of_most(feature: Mapping[str, Any]) -> str:
+    low, high = (_share(feature["mean"] + side * feature["spread"]) for side in (-1, 1))
+    return f"{low:.0%} to {high:.0%}"
 
 
 def correlations(found: Differences, features: Mapping[str, Floats]) -> dict[str, tuple[float, float, float]]:
@@ -207,27 +239,24 @@ def correlations(found: Differences, features: Mapping[str, Floats]) -> dict[str
     return result
 
 
-def _draw(axes: Axes, found: Differences) -> None:
-    tastes, draw = found.tastes, np.random.default_rng(0)
-    dots = spread_over(len(found.user_ids), _DOTS)
+def _draw(axes: Axes, features: Sequence[Mapping[str, Any]]) -> None:
+    draw = np.random.default_rng(0)
     axes.axvline(0.5, color=MUTED, linewidth=1, linestyle="--")
-    for place in range(len(found.features)):
-        y, mean, spread = -place, tastes.mean[place], tastes.spread[place]
-        color = FIRST if tastes.low[place] > 0 else MUTED
-        users = _share(tastes.weights[dots, place])
+    for place, feature in enumerate(features):
+        y, mean, spread, high = -place, feature["mean"], feature["spread"], feature["high"]
+        color = FIRST if feature["low"] > 0 else MUTED
+        users = _share(np.array(feature["some_users"]))
         jitter = y - 0.27 + draw.uniform(-0.1, 0.1, len(users))
         axes.plot(users, jitter, "o", color=SECOND, markersize=2.5, alpha=0.5, markeredgewidth=0)
-        high = tastes.high[place]
         axes.plot(_share(mean + np.array([-high, high])), [y, y], color=LINE, linewidth=2)
         axes.plot(_share(mean + np.array([-spread, spread])), [y, y], color=color, linewidth=5, solid_capstyle="butt")
         axes.plot(_share(mean), y, "o", color=color, markersize=8)
-    axes.set(xlim=(0, 1), ylim=(0.5 - len(found.features), 0.6), xlabel="chosen")
+    axes.set(xlim=(0, 1), ylim=(0.5 - len(features), 0.6), xlabel="chosen")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes.set_yticks(-np.arange(len(found.features)), found.features)
+    axes.set_yticks(-np.arange(len(features)), [feature["feature"] for feature in features])
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", left=False)
 
 
-def _share(log_odds: Floats) -> Floats:
-    share: Floats = 0.5 * (1 + np.tanh(log_odds / 2))
-    return share
+def _share(log_odds: Any) -> Any:
+    return 0.5 * (1 + np.tanh(log_odds / 2))

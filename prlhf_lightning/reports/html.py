@@ -40,6 +40,7 @@ INK, MUTED, LINE, FIRST, SECOND, THIRD, FOURTH = (f"#00000{number}" for number i
 _COLORS = {f"#00000{number}": name for number, name in enumerate(_NAMES, start=1)}
 
 _STYLE: Any = {  # of keys whose type differs from one release of matplotlib to the next
+    "svg.hashsalt": "page",  # the same content gives the same page, byte for byte
     "svg.fonttype": "none",  # text stays text: it can be found, enlarged, and read in the page's own font
     "text.parse_math": False,  # a dollar sign in somebody's text is one
     "axes.formatter.useoffset": False,

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from prlhf_lightning.adaptation import ColdStartPoint
+from prlhf_lightning.analysis.votes import Floats
 from prlhf_lightning.analysis.win_rate import UserMean
-from prlhf_lightning.metrics import UserAccuracy, wilson_interval
+from prlhf_lightning.metrics import wilson_interval
 from prlhf_lightning.reports.html import FIRST, FOURTH, INK, LINE, MUTED, SECOND, THIRD, Section
-from prlhf_lightning.reports.run import Run
-from prlhf_lightning.reports.user_map import UserMap
+from prlhf_lightning.reports.words import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -34,16 +33,16 @@ _RANKS = {
 }
 
 
-def learning_curves(section: Section, run: Run) -> None:
-    """Add losses and accuracies over training."""
-    losses = {label: run.logged(name) for name, label in _LOSSES.items() if run.logged(name)[0]}
-    headline = "auc" if run.logged("val/seen/auc")[0] else "accuracy"
-    ranks = {label: run.logged(name.format(headline)) for name, label in _RANKS.items()}
-    ranks = {label: found for label, found in ranks.items() if found[0]}
-    if not losses and not ranks:
-        where = f"{run.folder} has no metrics.csv" if run.folder else "there is no run folder beside the checkpoint"
-        section.text(f"Not known: {where}. Name the folder with --run.", "note")
-        return
+def learning_curves(section: Section, logged: Mapping[str, Mapping[str, Sequence[float | None]]]) -> None:
+    """Add losses and accuracies over training.
+
+    Args:
+        section: Where they go.
+        logged: By the name that a value was logged under, its `steps` and `values`.
+    """
+    headline = "auc" if "val/seen/auc" in logged else "accuracy"
+    losses = {label: _curve(logged[name]) for name, label in _LOSSES.items() if name in logged}
+    ranks = {label: _curve(logged[at]) for name, label in _RANKS.items() if (at := name.format(headline)) in logged}
     for what, curves, chance in (("Loss", losses, None), ("AUC" if headline == "auc" else "Accuracy", ranks, 0.5)):
         if not curves:
             continue
@@ -55,6 +54,10 @@ def learning_curves(section: Section, run: Run) -> None:
             + (" (training: of single batches, and their running mean)" if "training" in curves else ""),
             height=3.0,
         )
+
+
+def _curve(found: Mapping[str, Sequence[float | None]]) -> tuple[list[float], list[float]]:
+    return [number(step) for step in found["steps"]], [number(value) for value in found["values"]]
 
 
 def _draw_curves(
@@ -82,11 +85,15 @@ def _smooth(steps: Sequence[float], values: Sequence[float]) -> tuple[list[float
     return list(steps)[width - 1 :], means.tolist()
 
 
-def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]], votes: Mapping[str, int]) -> None:
-    """Add each user's accuracy against the number of votes that the user gave in training."""
-    given = np.array([votes.get(user_id, 0) for user_id, _ in rows])
-    accuracy = np.array([row.accuracy for _, row in rows])
-    pairs = np.array([row.pairs for _, row in rows])
+def accuracy_by_votes(section: Section, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add each user's accuracy against the number of votes that the user gave in training.
+
+    Args:
+        section: Where it goes.
+        rows: Of each user `votes`, `pairs`, `accuracy`, `low` and `high`.
+    """
+    given, pairs = (np.array([row[name] for row in rows]) for name in ("votes", "pairs"))
+    accuracy, lows, highs = (np.array([number(row[name]) for row in rows]) for name in ("accuracy", "low", "high"))
     if len(np.unique(given)) == 1:
         x, label = np.argsort(np.argsort(accuracy, kind="stable")) + 1, f"users in order; each gave {given[0]:,} votes"
     else:
@@ -94,8 +101,7 @@ def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]]
 
     def draw(axes: Axes) -> None:
         if len(rows) <= _FEW_USERS:
-            low, high = (np.array([getattr(row, end) for _, row in rows]) for end in ("low", "high"))
-            axes.vlines(x, low, high, color=LINE, linewidth=2)
+            axes.vlines(x, lows, highs, color=LINE, linewidth=2)
             axes.plot(x, accuracy, "o", color=FIRST, markersize=5)
         else:
             axes.plot(x, accuracy, "o", color=FIRST, markersize=3, alpha=0.35, markeredgewidth=0)
@@ -110,7 +116,7 @@ def accuracy_by_votes(section: Section, rows: Sequence[tuple[str, UserAccuracy]]
             axes.locator_params(axis="x", integer=True)
         if x is given and given.min() > 0 and given.max() > 10 * given.min():
             axes.set_xscale("log")
-        lowest = min(row.low for _, row in rows) if len(rows) <= _FEW_USERS else accuracy.min()
+        lowest = (lows if len(rows) <= _FEW_USERS else accuracy).min()
         axes.set(xlabel=label, ylabel="pair accuracy", ylim=(min(0.45, lowest - 0.02), 1.02))
 
     squares = "" if len(rows) <= _FEW_USERS else "; squares: eighths of the users"
@@ -156,35 +162,35 @@ def cold_start_curve(section: Section, points: Sequence[ColdStartPoint]) -> None
     )
 
 
-def user_map(section: Section, found: UserMap, groups: Sequence[str], names: Sequence[str]) -> None:
+def user_map(section: Section, found: Mapping[str, Any]) -> None:
     """Add the users' places.
 
     Args:
         section: Where it goes.
-        found: The places.
-        groups: What each user is colored by; empty where users are not told apart.
-        names: What each user is called; written beside the users where they are few.
+        found: `explained`, a share for each axis; the place of the `generic` user; and of `users` the name `user`, the
+            `place` and the `group`, by which they are colored, or None. Few users have their names beside them.
     """
-    kinds = sorted(set(groups), key=lambda name: (len(name), name))
-    points = found.points.numpy()
+    points, generic = np.array([user["place"] for user in found["users"]]), np.array(found["generic"])
+    groups, names = ([user[name] for user in found["users"]] for name in ("group", "user"))
+    kinds = sorted({group for group in groups if group is not None}, key=lambda name: (len(name), name))
 
     def draw(axes: Axes) -> None:
         size = 6 if len(points) <= 200 else 3.5
-        for number, kind in enumerate(kinds or [""]):
+        for place, kind in enumerate(kinds or [""]):
             own = points[np.array([group == kind for group in groups])] if kinds else points
-            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+            color, marker = _COLORS[place % len(_COLORS)], _MARKERS[place % len(_MARKERS)]
             axes.plot(
                 *own.T, marker, color=color, markersize=size, alpha=0.75, markeredgewidth=0, label=kind or "users"
             )
-        axes.plot(*found.generic.numpy(), "*", color=INK, markersize=13, label="generic user")
+        axes.plot(*generic, "*", color=INK, markersize=13, label="generic user")
         axes.set(
-            xlabel=f"first component ({found.explained[0]:.0%} of the variance)",
-            ylabel=f"second component ({found.explained[1]:.0%})",
+            xlabel=f"first component ({found['explained'][0]:.0%} of the variance)",
+            ylabel=f"second component ({found['explained'][1]:.0%})",
         )
         axes.margins(0.12 if len(points) <= _LABELED else 0.08)
         axes.figure.legend(loc="outside upper left", ncols=2)
         if len(points) <= _LABELED:
-            _label(axes, points, names, found.generic.numpy())
+            _label(axes, points, names, generic)
 
     section.plot(
         draw,
@@ -194,7 +200,7 @@ def user_map(section: Section, found: UserMap, groups: Sequence[str], names: Seq
     )
 
 
-def _label(axes: Axes, points: npt.NDArray[np.float32], names: Sequence[str], generic: npt.NDArray[np.float32]) -> None:
+def _label(axes: Axes, points: Floats, names: Sequence[str], generic: Floats) -> None:
     """Write names beside points, each on the side where it covers least of what is there already."""
     if (figure := axes.get_figure(root=True)) is not None:
         figure.draw_without_rendering()  # lays out the axes: places in the figure are known

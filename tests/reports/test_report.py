@@ -16,6 +16,7 @@ from prlhf_lightning.analysis.judges import Judge, Person, RewardJudge
 from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.errors import JudgeError
+from prlhf_lightning.reports.page import page_of
 from prlhf_lightning.reports.user_map import map_users, most_unlike
 
 TEXT = "user likes long answers"
@@ -128,6 +129,14 @@ def test_the_numbers_of_the_page_stand_beside_it_as_json(run):
         f"user {number}" for number in range(1, len(known(run)) + 1)
     }
     assert "<b>u" not in json.dumps(numbers)
+
+
+@pytest.mark.parametrize("which", ["run", "simulated"])
+def test_the_page_is_made_from_the_json_beside_it_alone(which, request):
+    checkpoint = request.getfixturevalue(which)
+    report(checkpoint)
+    content = json.loads((checkpoint.parent / "page.json").read_text())
+    assert page_of(content).render() == (checkpoint.parent / "page.html").read_text()
 
 
 def test_accuracies_are_those_that_training_logged(simulated):
