@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,7 @@ def serve(
     run(load, host, port, feedback_log, keys, limits, drain_seconds, rename, allowed_hosts or ())
 
 
+_STEP_SECONDS = 0.001  # that tokenizing has for itself before others may go on
 _ENOUGH = 32  # pairs, to tell kinds of users apart by
 
 
@@ -153,7 +155,11 @@ class NewUsers:
         """
         if user_id in self._trained:
             raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
-        pairs = self._pairs([{**row, "user_id": user_id} for row in rows])
+        with ThreadPoolExecutor(1) as aside:  # the tokenizer lets go of the thread's lock, and texts may be long
+            tokenizing = aside.submit(self._pairs, [{**row, "user_id": user_id} for row in rows])
+            while not wait([tokenizing], _STEP_SECONDS).done:
+                between()
+        pairs = tokenizing.result()
         with pausing(between):
             row = self._row(user_id, pairs)
         if not are_finite([row]):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from threading import Event
+
 import pytest
 import torch
 from conftest import WORDS
 
 from prlhf_lightning.cli.serve import NewUsers
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import GenerationRequest, Generator
@@ -89,3 +92,16 @@ def test_texts_written_while_a_user_is_learned_are_the_same(taught):
     assert written
     assert all(found == texts for found in written)
     assert all(torch.equal(old, table[-1]) for old, table in zip(row, rows(writer), strict=True))
+
+
+def test_others_go_on_while_pairs_are_tokenized(taught, monkeypatch):
+    _, learn = taught
+    went_on = Event()
+    tokenize = FeedbackTokenizer.__call__
+
+    def slowly(self, records, wheres):
+        assert went_on.wait(5)
+        return tokenize(self, records, wheres)
+
+    monkeypatch.setattr(FeedbackTokenizer, "__call__", slowly)
+    learn("eve", PAIRS, went_on.set)
