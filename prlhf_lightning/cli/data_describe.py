@@ -22,9 +22,11 @@ from prlhf_lightning.cli.data_check import the_source
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.reports.description import Description, Finding, in_words, page_of
+from prlhf_lightning.reports.description import Description, Finding, description_content
+from prlhf_lightning.reports.description_page import page_of
 from prlhf_lightning.reports.differences import find_differences, votes_of
-from prlhf_lightning.utils.io import check_output
+from prlhf_lightning.reports.json_file import json_path, to_json
+from prlhf_lightning.utils.io import check_output, write_together
 from prlhf_lightning.utils.progress import progress_bars
 
 _FEW_PROMPTS = 20
@@ -56,7 +58,8 @@ def describe(
         validation: Validation file or files; without them a part of the training votes is held out.
         columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`. Its test split is not looked at.
-        output: The page to write, one HTML file that needs no other.
+        output: The page to write, one HTML file that needs no other. Its content is written next to it, as
+            `description.json`.
         title: Its title.
         max_votes: Of more training votes than that, the models of how much there is to personalize are fitted to those
             of as many users, drawn at random; all else is of all votes.
@@ -67,6 +70,7 @@ def describe(
     if seed < 0:
         raise ConfigurationError(f"seed is {seed}; give a number of at least 0.")
     check_output(output, "output")
+    check_output(json_path(output), "output")
     feedback = the_source(train, validation, None, columns, source)
     if "train" not in feedback.splits():
         raise ConfigurationError(f"{type(feedback).__name__} has no train split to describe; give it one.")
@@ -77,10 +81,11 @@ def describe(
     finding = find_personalization_gain(table, max_votes, seed)
     votes = votes_of(table, "train")
     name = title or (Path(str(train)).name if isinstance(train, str | Path) else type(feedback).__name__)
-    page = page_of(Description(name, table, votes, finding, find_differences(table, votes, seed)))
-    page.write(output)
-    print(in_words(finding))
+    content = description_content(Description(name, table, votes, finding, find_differences(table, votes, seed)))
+    write_together({output: page_of(content).render().encode(), json_path(output): to_json(content)})
+    print(content["in_short"])
     print(f"The page: {output}")
+    print(f"The same as JSON: {json_path(output)}")
 
 
 def find_personalization_gain(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0) -> Finding:

@@ -29,7 +29,8 @@ from prlhf_lightning.reports.answers import (
     with_utility,
 )
 from prlhf_lightning.reports.differences import Differences, correlations, find_differences, votes_of
-from prlhf_lightning.reports.findings import Findings, json_path, report_content, to_json
+from prlhf_lightning.reports.findings import Findings, report_content
+from prlhf_lightning.reports.json_file import json_path, to_json
 from prlhf_lightning.reports.page import page_of
 from prlhf_lightning.reports.pairs import Scores, cold_start_of, score
 from prlhf_lightning.reports.run import data_of, open_run

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +12,7 @@ from prlhf_lightning.adaptation import ColdStartPoint
 from prlhf_lightning.analysis.win_rate import UserMean, user_mean
 from prlhf_lightning.reports.answers import BASELINE, BEFORE, GENERIC, OWN, Answers, WinRate
 from prlhf_lightning.reports.differences import Differences, differences_content
+from prlhf_lightning.reports.json_file import finite
 from prlhf_lightning.reports.pairs import Scores
 from prlhf_lightning.reports.run import Run
 from prlhf_lightning.reports.user_map import UserMap
@@ -86,11 +84,6 @@ class Findings:
     about: Mapping[str, str] = field(default_factory=dict)
 
 
-def json_path(page: Path) -> Path:
-    """Return where the numbers of a page go: beside it, under its name."""
-    return page.with_suffix(".json") if page.suffix != ".json" else page.with_name(f"{page.name}.json")
-
-
 def report_content(found: Findings) -> dict[str, Any]:
     """Return what was found as JSON values, with users called as on the page.
 
@@ -124,20 +117,6 @@ def report_content(found: Findings) -> dict[str, Any]:
         "unknown": _unknown(found),
     }
     return dict(finite(content))
-
-
-def to_json(content: Mapping[str, Any]) -> bytes:
-    """Return the content of a JSON file."""
-    return json.dumps(content, ensure_ascii=False, indent=2, allow_nan=False).encode() + b"\n"
-
-
-def finite(value: Any) -> Any:
-    """Return a value in which numbers that are not finite, which JSON does not have, are None."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {str(name): finite(part) for name, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def in_words(found: Findings) -> str:

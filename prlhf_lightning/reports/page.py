@@ -13,7 +13,8 @@ from prlhf_lightning.reports import plots
 from prlhf_lightning.reports.answers import GENERIC, OWN
 from prlhf_lightning.reports.differences import add_differences
 from prlhf_lightning.reports.html import Cell, Page, Section
-from prlhf_lightning.reports.words import ALIKE, interval, mean_of, number, points
+from prlhf_lightning.reports.json_file import number
+from prlhf_lightning.reports.words import ALIKE, interval, mean_of, points
 
 _Content: TypeAlias = Mapping[str, Any]
 _LISTED = 10

@@ -13,7 +13,7 @@ from prlhf_lightning.analysis.votes import Floats
 from prlhf_lightning.analysis.win_rate import UserMean
 from prlhf_lightning.metrics import wilson_interval
 from prlhf_lightning.reports.html import FIRST, FOURTH, INK, LINE, MUTED, SECOND, THIRD, Section
-from prlhf_lightning.reports.words import number
+from prlhf_lightning.reports.json_file import number
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,16 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from prlhf_lightning.analysis.win_rate import UserMean
+from prlhf_lightning.reports.json_file import number
 
 ALIKE = {False: "The model does not tell users apart.", True: "The model knows users by their texts alone."}
-
-
-def number(value: float | None) -> float:
-    """Return a number of JSON, which has null where there was NaN."""
-    return np.nan if value is None else value
 
 
 def mean_of(content: Mapping[str, Any]) -> UserMean:

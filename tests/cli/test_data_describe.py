@@ -14,6 +14,7 @@ from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.reports.description import in_words
+from prlhf_lightning.reports.description_page import page_of
 
 FOLDER = Path(os.environ.get("PRLHF_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
 
@@ -63,6 +64,9 @@ def test_a_page_is_written_that_shows_no_text_and_no_user(tmp_path, capsys):
     assert "Feedback: &lt;b&gt;&amp;" in page
     for title in ("to personalize", "Votes a user", "Lengths", "Agreement", "Length bias", "Contradictions"):
         assert re.search(f"<h2>[^<]*{title}", page)
+    content = out.with_suffix(".json").read_text()
+    assert "secret" not in content
+    assert page_of(json.loads(content)).render() == page
     said = capsys.readouterr().out.splitlines()
     assert said[0].startswith("Cannot tell")
     assert said[0].replace("'", "&#39;") in page
