@@ -157,7 +157,7 @@ def crafted(raw: bytes, draw: random.Random, proof: Path) -> bytes:
             new.writestr(member, content)
     sealed = io.BytesIO(buffer.getvalue())
     if draw.random() < 0.7:
-        checkpoint_files.seal(sealed)
+        checkpoint_files.append_checksum(sealed)
     return sealed.getvalue()
 
 

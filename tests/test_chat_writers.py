@@ -222,7 +222,9 @@ def test_plain_rows_of_new_users_become_conversation_ids(trained):
 @pytest.mark.parametrize("output", [False, True], ids=["streamed", "to a file"])
 def test_an_empty_answer_is_told_with_what_may_help(family, trained, tmp_path, capsys, monkeypatch, output):
     end = FAMILIES[family].ends[0]
-    monkeypatch.setattr("prlhf_lightning.inference.engine.choose", lambda logits, *_: torch.full((len(logits),), end))
+    monkeypatch.setattr(
+        "prlhf_lightning.inference.engine.sample_tokens", lambda logits, *_: torch.full((len(logits),), end)
+    )
     options = ["--output", str(tmp_path / "answers.jsonl")] if output else []
     main(["generate", "--model", str(trained[1]), "--prompt", "What", "--chat_template", "false", *options])
     assert "1 of 1 answers are empty: the model ended them at once." in (told := capsys.readouterr().err)

@@ -64,7 +64,7 @@ def run_two(folder: Path, command: str, *args: str) -> None:
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "PL_GLOBAL_SEED")},
         "PRLHF_CACHE": str(folder / "cache"),
-        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3])),
+        "PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:3])),
         "OMP_NUM_THREADS": "1",
     }
     words = [sys.executable, "-m", "prlhf_lightning", command, "-c", str(folder / "config.yaml"), *TWO, *args]

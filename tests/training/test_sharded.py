@@ -217,7 +217,7 @@ def test_the_configurations_train_on_all_gpus(tmp_path, override):
     config = write_config(tmp_path)
     words = [sys.executable, "-m", "prlhf_lightning", "fit", "-c", config, "-c", OVERRIDES / override]
     words += ["--trainer.default_root_dir", tmp_path, "--trainer.max_epochs", "1"]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[1:3]))}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, Path(__file__).parents[:3]))}
     subprocess.run(list(map(str, words)), env=environment, check=True, timeout=SECONDS)
     weights = checkpoint(tmp_path / "version_0/checkpoints/last.ckpt")["state_dict"]
     assert any("lora_B" in name and weight.abs().max() > 0 for name, weight in weights.items())
