@@ -1,4 +1,4 @@
-"""Training: the LightningModule and all that trains it."""
+"""Training: the LightningModule, its optimizer, callbacks, checkpoints and strategies."""
 
 from prlhf_lightning.training.checkpointing import ChecksummedCheckpointIO
 from prlhf_lightning.training.fsdp import FSDP1Strategy

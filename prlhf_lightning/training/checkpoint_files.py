@@ -1,8 +1,8 @@
-"""Checkpoint files: written whole or not at all, and checked, byte for byte, before anything in them is believed.
+"""Checkpoint files: atomic writes, and a checksum that is verified before anything is loaded.
 
-A checkpoint is the zip file that `torch.save` writes, and opens with `torch.load` alone. torch does not look at the
-checksums in it, so that a flipped bit would load as another weight. Ours have a *seal*: the zip's comment, which stands
-at the very end and holds the SHA-256 of every byte before it.
+A checkpoint is the zip file that `torch.save` writes, and opens with `torch.load` alone. torch does not verify the
+checksums in it, so a flipped bit would load as another weight. Our files have a checksum of their own: the zip's
+comment, at the very end, holds the SHA-256 of every byte before it.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from prlhf_lightning.utils.io import atomic_writer
 _MARK = b"prlhf_lightning sha256 "
 _DIGEST = 64  # hexadecimal digits
 _COMMENT = len(_MARK) + _DIGEST
-# A zip ends with a record of 22 bytes, the last two of which say how long the comment after it is.
+# A zip ends with a record of 22 bytes. Its last two hold the length of the comment that follows.
 _END, _END_SIZE = b"PK\x05\x06", 22
 
 
 def save(content: Any, path: Path, as_old_as: Path | None = None) -> None:
-    """Write a checkpoint, sealed, in one step: a process that is killed leaves the old file or the new one.
+    """Write a checkpoint with its checksum, atomically: a killed process leaves the old file or the new one.
 
     Args:
-        content: What it holds.
+        content: Its content.
         path: The file.
-        as_old_as: A file whose times it gets.
+        as_old_as: A file whose modification time is copied.
 
     Raises:
-        CheckpointWriteError: The disk is full, or the like; the file is what it was before.
+        CheckpointWriteError: The system refused the write, such as on a full disk; the old file is unchanged.
     """
     with atomic_writer(path) as file:
         torch.save(content, file)
@@ -49,20 +49,19 @@ def save(content: Any, path: Path, as_old_as: Path | None = None) -> None:
 
 
 def append_checksum(file: BinaryIO) -> None:
-    """Write the digest of a zip file, that has no comment yet, into its comment."""
+    """Write the digest of a zip file into its comment, which must be empty."""
     file.seek(-2, os.SEEK_END)
     file.write(_COMMENT.to_bytes(2, "little") + _MARK)
     file.write(_digest(file, file.tell()))
 
 
 def check(path: Path) -> None:
-    """See that a file is what was written.
+    """Verify that a file is unchanged since it was written.
 
-    A file without a seal, of another program's making, is checked by what every zip file has: a checksum of each of its
-    members.
+    A file of another program has no such checksum. For it, the checksums of the zip's members are verified.
 
     Raises:
-        DamagedCheckpointError: It is not.
+        DamagedCheckpointError: The file is damaged.
     """
     with path.open("rb") as file:
         reason = _damage(file)
@@ -71,9 +70,10 @@ def check(path: Path) -> None:
 
 
 def origin(path: Path) -> dict[str, str]:
-    """Return what tells a checkpoint, or a folder that `export` wrote: its whole `path`, and its content's `digest`.
+    """Return the absolute `path` and the content `digest` of a checkpoint or an exported folder.
 
-    The digest of what is not there is empty. That of a sealed file is taken from its seal, without reading the rest.
+    The digest of a missing file is empty. For a file with a checksum, the checksum is returned without reading the
+    rest.
     """
     file, digest = path / "prlhf.json" if path.is_dir() else path, ""
     if file.is_file():
@@ -86,13 +86,13 @@ def origin(path: Path) -> dict[str, str]:
 
 
 def load(path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap: bool = False) -> Any:
-    """Return what a checkpoint holds, once it is known to be whole.
+    """Verify a checkpoint and return its content.
 
     Args:
         path: The file.
         map_location: Where tensors go; see `torch.load`.
         weights_only: Refuse a file that could run code.
-        mmap: Leave tensors on the disk until they are used.
+        mmap: Memory-map the tensors.
 
     Raises:
         DamagedCheckpointError: The file is damaged, holds code, or is no checkpoint. The message names the newest
@@ -112,21 +112,21 @@ def load(path: Path, map_location: Any = "cpu", weights_only: bool = True, mmap:
             f"{path} holds more than weights and settings, which could run code. If you trust its source, load it in "
             f"Python, with `weights_only=False`. Cause: {error}"
         ) from error
-    except Exception as error:  # what was made to be misread fails in any way at all
+    except Exception as error:  # crafted files can raise anything
         raise DamagedCheckpointError(f"{path} is damaged, or no checkpoint: {error}.") from error
 
 
 def in_order(folder: Path) -> list[Path]:
-    """Return the checkpoints of a folder, the newest first; one may be a folder itself, written in shards."""
+    """Return the checkpoints of a folder, newest first; a sharded checkpoint is a folder."""
     ages: dict[Path, tuple[int, str]] = {}
     for path in folder.glob("*.ckpt"):
-        with suppress(FileNotFoundError):  # a run that is still going replaces its best
+        with suppress(FileNotFoundError):  # a live run replaces its best checkpoint
             ages[path] = _age(path)
     return sorted(ages, key=ages.__getitem__)
 
 
 def newest_intact(folder: Path, besides: Path | None = None) -> Path | None:
-    """Return the newest checkpoint of a folder that is whole; of one written in shards that is not asked."""
+    """Return the newest intact checkpoint of a folder; sharded checkpoints are not verified."""
     for path in in_order(folder):
         if besides is None or path.name != besides.name:
             with suppress(DamagedCheckpointError, OSError):
@@ -137,11 +137,11 @@ def newest_intact(folder: Path, besides: Path | None = None) -> Path | None:
 
 
 def checkpoint_of(model: Path, option: str = "model") -> Path:
-    """Return the checkpoint that a trained model is in: the file itself, or the newest of a run's folder.
+    """Return the checkpoint of a trained model: the file itself, or the newest intact one of a run's folder.
 
     Args:
         model: A checkpoint, or a run's folder, as runs/version_0.
-        option: What the user called it, for messages.
+        option: Name of the option, for messages.
 
     Raises:
         ConfigurationError: The folder holds no checkpoint that is intact, or is an exported model.
@@ -171,7 +171,7 @@ def _damage(file: BinaryIO) -> str | None:
     if tail[:4] == _END and tail[20:22] == _COMMENT.to_bytes(2, "little") and tail[22:].startswith(_MARK):
         is_whole = _digest(file, size - _DIGEST) == tail[-_DIGEST:]
         return None if is_whole else "its content is not that which its checksum was made of"
-    # Nothing that was sealed comes to look like this but by a comment cut off whole and its length set to zero.
+    # A file of ours looks like this only if its comment is cut off completely and the length set to zero.
     if tail[-_END_SIZE:][:4] == _END and tail[-2:] == b"\0\0":
         try:
             file.seek(0)

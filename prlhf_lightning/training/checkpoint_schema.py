@@ -1,4 +1,4 @@
-"""The form that a checkpoint's content must have before anything is done with it: of files made by others as well."""
+"""The schema of a checkpoint's content, checked before use, since a file may come from anyone."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _FIX = "use a checkpoint that `fit` wrote"
 
 
 def check_content(content: Mapping[str, Any]) -> None:
-    """Raise where a checkpoint is of another form than `fit` writes, or would take more memory than its file has bytes.
+    """Raise if a checkpoint does not follow the schema, or would take more memory than its file has bytes.
 
     Args:
-        content: What a checkpoint with an entry of this package holds (`entry_of`).
+        content: Content of a checkpoint with an entry of this package (`entry_of`).
 
     Raises:
-        ConfigurationError: Names the part that is not what it should be.
+        ConfigurationError: Names the malformed part.
     """
     for name, tensor in _tensors(content, ""):
         is_plain = tensor.layout is torch.strided and tensor.device.type != "meta"
         if not is_plain or tensor.numel() * tensor.itemsize > tensor.untyped_storage().nbytes():
-            raise ConfigurationError(f"{name} is {list(tensor.shape)}, and the file holds fewer numbers; {_FIX}.")
+            raise ConfigurationError(f"{name} has shape {list(tensor.shape)}; the file holds fewer numbers; {_FIX}.")
     weights = _mapping(content.get("state_dict"), "state_dict", of=Tensor)
     _check_users(content[KEY], weights)
     _check_optimizers(content.get("optimizer_states") or [])
@@ -83,7 +83,7 @@ def _list(value: Any, name: str) -> list[Any]:
 
 
 def _tensors(tree: Any, name: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors of a checkpoint, with where they stand in it."""
+    """Yield the tensors of a checkpoint with their paths in it."""
     if isinstance(tree, Tensor):
         yield name, tree
     elif isinstance(tree, Mapping):

@@ -1,4 +1,4 @@
-"""What is written to a checkpoint: the weights that were trained, and beside Lightning's own entries the users."""
+"""Content of checkpoints: trained weights, and an entry with the users and settings next to Lightning's own entries."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from prlhf_lightning.training import checkpoint_files
 from prlhf_lightning.training.sharding import plain_name
 from prlhf_lightning.user_models import UserModel
 
-_RENDERING = ("chat_template", "user_text_format", "chat_template_args")  # a date is the checkpoint's unless it is set
+_RENDERING = ("chat_template", "user_text_format", "chat_template_args")  # the date defaults to the checkpoint's
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Return the names of the weights that belong in a checkpoint: what is trained, and what losses and users keep."""
+    """Return the names of the weights in a checkpoint: trained ones, and the buffers of losses and user models."""
     buffers = {name for name, _ in module.named_buffers() if name.startswith(("user_model.", "loss."))}
     return {plain_name(name) for name, param in module.named_parameters() if param.requires_grad} | buffers
 
 
 def names_of(module: nn.Module, tables: Sequence[Tensor]) -> list[str]:
-    """Return the names of some of a module's parameters, in their order."""
+    """Return the names of `tables`, which are parameters of a module, in the same order."""
     names = {id(param): name for name, param in module.named_parameters()}
     return [names[id(table)] for table in tables if id(table) in names]
 
@@ -45,15 +45,15 @@ def fill(
     seed: int,
     tokenization: Mapping[str, Any],
 ) -> None:
-    """Keep of a module's weights what was trained, and put the entry beside it.
+    """Reduce a checkpoint to the trained weights and add this package's entry.
 
     Args:
-        checkpoint: As Lightning has made it, with all weights.
-        module: What they are of.
+        checkpoint: Lightning's checkpoint with all weights; it is changed.
+        module: The module with these weights.
         user_model: A part of it.
-        users: Those whose rows its tables hold.
-        seed: What chance was drawn from.
-        tokenization: How the data module made ids of text, so that prompts are written as in training.
+        users: The users, in the order of the tables' rows.
+        seed: The random seed.
+        tokenization: The data module's tokenization settings, so that prompts are rendered as in training.
     """
     kept = trained_names(module)
     weights = {name: weight for name, weight in checkpoint["state_dict"].items() if name in kept}
@@ -61,7 +61,7 @@ def fill(
     checkpoint[KEY] = {
         "format": FORMAT,
         "users": list(users.ids) if users is not None else [],
-        # So that users can be added to and removed from a file without building its model.
+        # With this, users can be added and removed without building the model.
         "new_rows": _new_rows(names_of(module, user_model.row_tables()), user_model, weights),
         "shares": names_of(module, user_model.share_tables()),  # tables whose rows are unnormalized weights
         "seed": seed,
@@ -70,7 +70,7 @@ def fill(
 
 
 def _new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return, by the table's name, the row of each table that a user gets who is added."""
+    """Return the row of a new user in each table, by the table's name."""
     if not weights.keys() >= set(names):  # frozen, or held by another process
         return {}
     rows = user_model.new_rows([weights[name] for name in names])
@@ -78,9 +78,9 @@ def _new_rows(names: Sequence[str], user_model: UserModel, weights: Mapping[str,
 
 
 def base_of(policy: Policy) -> dict[str, str] | None:
-    """Return what tells a policy's base model and its tokenizer, or None where the policy cannot tell."""
+    """Return the digests of a policy's base model and tokenizer, or None if the policy has none."""
     found = policy.base_identity()
-    with suppress(ConfigurationError):  # a base without a tokenizer is no error: data may come with another one
+    with suppress(ConfigurationError):  # no error: the data may use another tokenizer
         tokenizer = getattr(policy, "tokenizer", None)
         if found is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
             return {**found, "tokenizer": tokenizer_identity(tokenizer)}
@@ -88,14 +88,14 @@ def base_of(policy: Policy) -> dict[str, str] | None:
 
 
 def warn_of_other_rendering(source: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Warn where rows are rendered as other text than weights were trained on.
+    """Warn if rows are rendered differently from the rows that the weights were trained on.
 
     Args:
-        source: Where the weights are from.
-        earlier: How the rows that they were trained on became ids; older versions told less of it.
-        now: How rows become ids.
+        source: Origin of the weights, for the message.
+        earlier: Tokenization settings of their training; older versions stored fewer of them.
+        now: Tokenization settings now.
     """
-    # Files of earlier versions do not say whether their rows were conversations; theirs are taken to be as the new.
+    # Files of earlier versions do not say whether their rows were conversations; the current setting is assumed.
     known = {"conversations": now.get("conversations", False)} | dict(earlier)
     was, is_now = (asdict(TokenizationSettings.from_kept(kept)) for kept in (known, now))
     other = [
@@ -104,13 +104,13 @@ def warn_of_other_rendering(source: str, earlier: Mapping[str, Any], now: Mappin
         if name in earlier and name in now and was[name] != is_now[name]
     ]
     if other:
-        rank_zero_warn(f"{source} was trained on text rendered otherwise: {'; '.join(other)}.")
+        rank_zero_warn(f"{source} was trained with other rendering settings: {'; '.join(other)}.")
 
 
 def id_key_of(data: Any) -> str | None:
-    """Return a fingerprint of the key that hashes the users' ids of a data module, which does not tell the key.
+    """Return a fingerprint of the key that hashes a data module's user ids; it does not reveal the key.
 
-    It is empty where ids are not hashed, and None where that is not known, as without a data module.
+    It is empty if ids are not hashed, and None if that is unknown, as without a data module.
     """
     if not hasattr(data, "pseudonyms"):
         return None
@@ -118,12 +118,12 @@ def id_key_of(data: Any) -> str | None:
 
 
 def warn_of_other_id_key(source: str, earlier: str | None, now: str | None) -> None:
-    """Warn where users' ids are hashed otherwise than those of a checkpoint, so that no user is found in it.
+    """Warn if user ids are hashed differently from those of a checkpoint, so that no user is found in it.
 
     Args:
-        source: Where the weights are from.
-        earlier: `id_key_of` the data that they were trained on; older versions did not keep it.
-        now: The same of the data that are used.
+        source: Origin of the weights, for the message.
+        earlier: `id_key_of` the training data; older versions did not store it.
+        now: `id_key_of` the data now.
     """
     if earlier is None or now is None or earlier == now:
         return
@@ -134,12 +134,12 @@ def warn_of_other_id_key(source: str, earlier: str | None, now: str | None) -> N
         what = "the users' ids hashed with another salt than this one"
     rank_zero_warn(
         f"{source} has {what}: the same user has another id, so that every user counts as new. Set "
-        "data.hash_user_ids_with as in the run that it is of."
+        "data.hash_user_ids_with as in its run."
     )
 
 
 def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:
-    """Say what becomes of the data's training users where a checkpoint, whose rows are kept, has others."""
+    """Warn if training users of the data are not in a checkpoint whose rows are kept."""
     new = sum(user_id not in users for user_id in of_data.ids)
     if new:
         rank_zero_warn(
@@ -149,20 +149,20 @@ def warn_of_other_users(users: UserVocabulary, of_data: UserVocabulary) -> None:
         )
 
 
-_NAMED = 3  # a wrong rank shows in every layer; a few parameters tell as much as all
+_NAMED = 3  # a wrong rank appears in every layer; a few parameters are enough
 _LISTED = 5  # missing or unexpected weights
 
 
 def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Sequence[int]], tables: Collection[str]) -> None:
-    """Raise where a weight of a checkpoint has another shape than the model's of the same name.
+    """Raise if a weight of a checkpoint and the model's weight of the same name differ in shape.
 
     Args:
         saved: The checkpoint's weights by name.
-        here: The shapes of the model's.
-        tables: Names of those that have one row a user.
+        here: The shapes of the model's weights.
+        tables: Names of the weights with one row per user.
 
     Raises:
-        ConfigurationError: Names the weights, both shapes, and the settings that they follow from.
+        ConfigurationError: Names the weights, both shapes, and the settings that determine them.
     """
     other = [name for name, weight in saved.items() if name in here and tuple(weight.shape) != tuple(here[name])]
     if not other:
@@ -178,11 +178,11 @@ def check_shapes(saved: Mapping[str, Tensor], here: Mapping[str, Sequence[int]],
 
 
 def check_names(missing: Collection[str], unexpected: Collection[str]) -> None:
-    """Raise where a checkpoint lacks weights that are trained here, or has others.
+    """Raise if a checkpoint lacks trained weights of the model, or has additional ones.
 
     Args:
-        missing: Names of the trained weights that it lacks.
-        unexpected: Names of those that the model lacks.
+        missing: Names of the trained weights that the checkpoint lacks.
+        unexpected: Names of the weights that the model lacks.
 
     Raises:
         ConfigurationError: Names the first of them.
@@ -207,18 +207,18 @@ def _cause(name: str, saved: Tensor, here: Sequence[int], is_table: bool) -> str
 
 
 class ChecksummedCheckpointIO(TorchCheckpointIO):
-    """Writes checkpoints in one step with a seal, and loads only those that are whole.
+    """Writes checkpoints atomically with a checksum, and loads only intact ones.
 
-    A `PersonalizedLM` sees to it that its Trainer uses this; with other modules, give it to the Trainer:
-    `Trainer(plugins=[SealedCheckpointIO()])`. Folders (checkpoints in shards) and what is on other file systems are
-    left to Lightning.
+    A `PersonalizedLM` makes its Trainer use this. With other modules, pass it:
+    `Trainer(plugins=[ChecksummedCheckpointIO()])`. Lightning handles folders (sharded checkpoints) and other file
+    systems.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint; one that was there is replaced when the new one is complete.
+        """Write a checkpoint; an existing file is replaced once the new one is complete.
 
         Raises:
-            CheckpointWriteError: The disk is full, or the like; what was there is untouched.
+            CheckpointWriteError: The system refused the write, such as on a full disk; the old file is unchanged.
         """
         if storage_options is not None or not is_local(path):
             super().save_checkpoint(checkpoint, path, storage_options)
@@ -231,10 +231,10 @@ class ChecksummedCheckpointIO(TorchCheckpointIO):
         map_location: Any = lambda storage, location: storage,
         weights_only: bool | None = None,
     ) -> dict[str, Any]:
-        """Return what a checkpoint holds; only an explicit `weights_only=False` lets it run code.
+        """Return the content of a checkpoint; only an explicit `weights_only=False` lets it run code.
 
         Raises:
-            DamagedCheckpointError: The file is not what was written.
+            DamagedCheckpointError: The file is damaged.
         """
         safely = weights_only is not False
         if not is_local(path) or not Path(path).is_file():
@@ -244,26 +244,26 @@ class ChecksummedCheckpointIO(TorchCheckpointIO):
 
 
 def is_local(path: str | Path) -> bool:
-    """Whether a path is one of this machine's, and not a URL."""
+    """Return whether a path is on this machine, and not a URL."""
     return "://" not in str(path)
 
 
 def use_checksummed_files(trainer: Trainer) -> None:
-    """Have a trainer write and read sealed files, unless it was given a way of its own."""
+    """Make a trainer use `ChecksummedCheckpointIO`, unless it has another plugin for checkpoints."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = ChecksummedCheckpointIO()
 
 
 KEY = "prlhf_lightning"
-#: Raised when files can no longer be read by versions that read the last one.
+#: Increased when older versions can no longer read the files.
 FORMAT = 1
 
 
 def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entry of a checkpoint that this version can read.
+    """Return this package's entry of a checkpoint.
 
     Raises:
-        ConfigurationError: It has none, or one that only a newer version understands.
+        ConfigurationError: There is no entry, or only a newer version can read it.
     """
     found = checkpoint.get(KEY) if isinstance(checkpoint, Mapping) else None
     if not isinstance(found, dict):
@@ -276,7 +276,7 @@ def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         )
     users = found.get("users")
     if not isinstance(number, int) or not isinstance(users, list) or not all(isinstance(user, str) for user in users):
-        raise ConfigurationError("This checkpoint's list of users is not one; use a checkpoint that `fit` wrote.")
+        raise ConfigurationError("The checkpoint's `users` is not a list of ids; use a checkpoint that `fit` wrote.")
     return found
 
 

@@ -1,9 +1,8 @@
-"""The user model in several processes, each of which holds all of it: only rows of present users travel between them.
+"""The user model in several processes: each holds a full copy, and only rows of users in the batch are exchanged.
 
-DistributedDataParallel (DDP) would all-reduce a table's sparse gradient, which NCCL can't do and gloo does slowly. It
-is told to leave the tables alone, and their gradients are averaged here, at a cost that depends on the users in the
-batches and not on those in the table. Where the policy is sharded nobody looks after the user model, and all of it is
-averaged here.
+DistributedDataParallel (DDP) would all-reduce a table's sparse gradient, which NCCL cannot do and gloo does slowly. So
+DDP ignores the tables, and this module averages their gradients, at a cost that depends on the users in the batches and
+not on the size of the table. With a sharded policy, this module averages the gradients of the whole user model.
 """
 
 from __future__ import annotations
@@ -23,25 +22,25 @@ from prlhf_lightning.user_models import UserModel
 
 
 def sparse_tables(user_model: UserModel) -> list[Tensor]:
-    """Return the user model's tables whose gradients are sparse; others are left to DDP."""
+    """Return the user model's tables with sparse gradients; DDP handles the others."""
     is_sparse = {id(m.weight) for m in user_model.modules() if isinstance(m, nn.Embedding) and m.sparse}
     return [table for table in user_model.row_tables() if id(table) in is_sparse]
 
 
 def exclude_from_ddp(module: nn.Module, tables: Iterable[Tensor]) -> None:
-    """Have DDP leave tables alone when it comes to wrap `module`, of which they are parameters."""
+    """Make DDP ignore tables when it wraps `module`, of which they are parameters."""
     ids = {id(table) for table in tables}
     names = [name for name, param in module.named_parameters() if id(param) in ids]
-    # Not a public method, but torch's only way to have a parameter left alone.
+    # Not public, but torch's only way to exclude a parameter.
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)  # type: ignore[no-untyped-call]
 
 
 def broadcast_parameters(user_model: UserModel, alone: bool) -> None:
-    """Give all processes the first one's user model; all processes must call this.
+    """Broadcast the first process's user model to all; all processes must call this.
 
     Args:
         user_model: A user model that has been built.
-        alone: Whether all of it is looked after here, and not its sparse tables only.
+        alone: Whether to broadcast all parameters, and not only the sparse tables.
     """
     whole = [*user_model.parameters(), *user_model.buffers()]
     for tensor in whole if alone else sparse_tables(user_model):
@@ -49,12 +48,12 @@ def broadcast_parameters(user_model: UserModel, alone: bool) -> None:
 
 
 def average_gradients(user_model: UserModel, alone: bool, trainer: Trainer) -> None:
-    """Replace the user model's gradients by their means over all processes, which all must call this.
+    """Replace the user model's gradients by their means over all processes; all processes must call this.
 
     Args:
         user_model: A user model after its backward pass.
         alone: As in `broadcast_parameters`.
-        trainer: What trains it.
+        trainer: Its trainer.
     """
     tables = sparse_tables(user_model)
     average_sparse_gradients(tables, all_gather)
@@ -68,8 +67,8 @@ def average_gradients(user_model: UserModel, alone: bool, trainer: Trainer) -> N
 def average_sparse_gradients(tables: Sequence[Tensor], all_gather: Callable[[Tensor], Tensor]) -> None:
     """Replace the tables' sparse gradients by their means over all processes.
 
-    A process whose batch does not touch a table has no gradient for it, which counts as zero. All processes must call
-    this, and all end up with the same gradients.
+    A process whose batch does not use a table has no gradient for it, which counts as zero. All processes must call
+    this, and all get the same gradients.
 
     Args:
         tables: Parameters with sparse gradients over their rows, or none.
@@ -95,8 +94,8 @@ def average_sparse_gradients(tables: Sequence[Tensor], all_gather: Callable[[Ten
 def average_dense_gradients(params: Sequence[Tensor], average: Callable[[Tensor], Tensor]) -> None:
     """Replace parameters' gradients by their means over all processes; all processes must call this.
 
-    A process without a gradient for a parameter counts as one whose gradient is zero. Gradients that are the same
-    everywhere stay as they are, so that this may be done in every one of the batches that are accumulated.
+    A missing gradient counts as zero. Gradients that are equal in all processes do not change, so this may be called
+    for every batch of an accumulation.
 
     Args:
         params: Parameters with dense gradients, or none.
@@ -104,7 +103,7 @@ def average_dense_gradients(params: Sequence[Tensor], average: Callable[[Tensor]
     """
     if not params:
         return
-    # All in one message, as they are small; the flags tell parameters that no process has a gradient for.
+    # All in one message, since they are small; the flags mark parameters without a gradient in any process.
     flags = torch.tensor([float(param.grad is not None) for param in params], device=params[0].device)
     grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in params]
     message = average(torch.cat([flags, *(grad.flatten().float() for grad in grads)]))
@@ -125,15 +124,15 @@ _T = TypeVar("_T")
 
 
 def ddp_wrapper(trainer: Trainer) -> DistributedDataParallel | None:
-    """Return DDP's wrapper of what is trained, where several processes train it with DDP."""
+    """Return DDP's wrapper of the module, or None without DDP."""
     model = trainer.strategy.model
     return model if trainer.world_size > 1 and isinstance(model, DistributedDataParallel) else None
 
 
 def holds_whole_model(trainer: Trainer) -> bool:
-    """Return whether each process has all of the model, so that it may use it without the others.
+    """Return whether each process has the whole model, so that it may use it without the others.
 
-    Where each holds a part, one that does, or one that leaves the model alone, leaves the others waiting.
+    With a sharded model, a process that runs the model more or less often than the others makes them wait.
     """
     strategy = trainer.strategy
     whole = isinstance(strategy, DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
@@ -141,26 +140,26 @@ def holds_whole_model(trainer: Trainer) -> bool:
 
 
 def mean_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the mean of a tensor over all processes, which all must call this."""
+    """Return the mean of a tensor over all processes; all processes must call this."""
     mean: Tensor = trainer.strategy.reduce(tensor, reduce_op="mean")
     return mean
 
 
 def sum_over_processes(trainer: Trainer, tensor: Tensor) -> Tensor:
-    """Return the sum of a tensor over all processes, which all must call this."""
+    """Return the sum of a tensor over all processes; all processes must call this."""
     total: Tensor = trainer.strategy.reduce(tensor, reduce_op="sum")
     return total
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """Return the tensors of all processes, stacked; Lightning's own way of it prints torch's deprecation warning."""
+    """Return the tensors of all processes, stacked, without the deprecation warning of Lightning's function."""
     gathered = tensor.new_empty(torch.distributed.get_world_size(), *tensor.shape)
     torch.distributed.all_gather(list(gathered.unbind()), tensor)
     return gathered
 
 
 def gather_objects(trainer: Trainer, value: _T) -> list[_T]:
-    """Return what each process has, this one's alone where there is one; all processes must call this."""
+    """Return the objects of all processes; all processes must call this."""
     gathered = [value] * trainer.world_size
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(gathered, value)
@@ -168,5 +167,5 @@ def gather_objects(trainer: Trainer, value: _T) -> list[_T]:
 
 
 def stable_hash(text: str) -> int:
-    """Return an int64 that stands for a text on every process and in every run."""
+    """Return an int64 hash of a text that is the same in every process and run."""
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)

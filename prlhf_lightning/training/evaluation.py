@@ -1,4 +1,4 @@
-"""The metrics of an evaluation: mean losses, and accuracies (of thumbs: areas under the curve) over users."""
+"""Metrics of an evaluation: mean losses, and accuracies (for thumbs: areas under the curve) over users."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from prlhf_lightning.types import Feedback
 
 _METRICS: dict[Feedback, type[PreferenceAccuracy | UnpairedAUC]] = {"pairs": PreferenceAccuracy, "thumbs": UnpairedAUC}
 HEADLINE: dict[Feedback, str] = {"pairs": "accuracy", "thumbs": "auc"}
-"""The value that tells most, by the kind of feedback."""
+"""The main metric for each kind of feedback."""
 
 
 class Evaluation:
-    """Takes in the batches of one evaluation after the other.
+    """Accumulates the batches of evaluations.
 
-    Its metrics are no part of the module that is evaluated, and so in no checkpoint.
+    Its metrics are not part of the evaluated module, so no checkpoint holds them.
 
     Attributes:
         sets: Names of the sets, in the order of their dataloaders.
 
     Args:
         sets: As above.
-        personalizes: Whether users differ from the generic user, who then has an accuracy of their own.
-        feedback: What the rows say; demonstrations leave nothing to rank.
+        personalizes: Whether users differ from the generic user, which then has an accuracy of its own.
+        feedback: Kind of rows; demonstrations cannot be ranked.
     """
 
     def __init__(self, sets: Sequence[str], personalizes: bool, feedback: Feedback) -> None:
@@ -40,7 +40,7 @@ class Evaluation:
         metric = _METRICS.get(feedback)
         self._own = {name: metric() for name in self.sets if metric}
         self._generic = {name: metric() for name in self.sets if metric and personalizes}
-        self._user_ids: dict[int, str] = {}  # by the keys under which the accuracies know them
+        self._user_ids: dict[int, str] = {}  # by the accuracies' keys
 
     def update(self, name: str, user_ids: Sequence[str], losses: Tensor, terms: Sequence[Term]) -> None:
         """Add a batch of a set.
@@ -62,26 +62,26 @@ class Evaluation:
             metric.update(users, term.output.chosen_rewards, term.output.rejected_rewards)
 
     def values(self, name: str) -> dict[str, Tensor]:
-        """Return what to log of a set, over all processes, which all must call this."""
-        # Lightning's own mean over batches and processes is wrong where these hold unequal numbers of pairs.
+        """Return the metrics of a set over all processes; all processes must call this."""
+        # Lightning's own mean over batches and processes is wrong if they hold different numbers of pairs.
         values = {"loss": self._losses[name].compute()}
         if self._headline:
             values |= self._own[name].compute()
-        # Without personalization, and for users who are not known, the generic user is what was just computed.
+        # Without personalization, and for unknown users, this is the generic user's value.
         if self._headline and self._personalizes and name != "unseen":
             values[f"generic_{self._headline}"] = self._generic[name].compute()[self._headline]
         return values
 
     def user_table(self, name: str, trainer: Trainer) -> list[tuple[str, UserAccuracy | UserAUC]]:
-        """Return each user's id and accuracy in a set, over all processes, which all must call this."""
+        """Return each user's id and accuracy in a set over all processes; all processes must call this."""
         user_ids = {key: user_id for part in gather_objects(trainer, self._user_ids) for key, user_id in part.items()}
         return [(user_ids[row.user], row) for row in self._own[name].table()]
 
     def reset(self, device: torch.device) -> None:
-        """Forget the losses and rewards of the last evaluation.
+        """Reset for a new evaluation.
 
         Args:
-            device: Where those of the next one are; a process that has no rows must know too, to take part in sums.
+            device: Device of its tensors; a process without rows needs it too, for the sums over processes.
         """
         for metric in (*self._losses.values(), *self._own.values(), *self._generic.values()):
             metric.to(device).reset()

@@ -1,13 +1,13 @@
-"""Stops training before an optimizer step on a loss or a gradient that is not finite, and says which rows it came from.
+"""Checks for non-finite losses, gradients and weights; errors name the rows.
 
-Such a step would make every weight NaN. The check is one read of one number an optimizer step: the norm of the
-gradients, which clipping needs anyhow, plus the losses. On a GPU the read waits for the backward pass. That can't be
-put off to the next step, for by then the weights are lost, and it costs little: user tables with sparse gradients wait
-at the same place, to count their rows.
+Training stops before an optimizer step with a non-finite loss or gradient, which would make every weight NaN. The check
+reads one number per optimizer step: the norm of the gradients, which clipping needs anyway, plus the losses. On a GPU
+the read waits for the backward pass. It cannot wait until the next step, since the weights are lost by then. It costs
+little: user tables with sparse gradients synchronize at the same point, to count their rows.
 
-A finite gradient may still make a weight infinite, or an average of the optimizer's. The next step would find it where
-it reaches the loss, but there may be none, and a user's row may not be asked for again. So `check_state` looks at all
-that a checkpoint would hold, before a validation, before it is saved, and when training ends.
+A finite gradient may still make a weight, or an average of the optimizer, infinite. The next step would detect that
+only if it reaches the loss; but there may be no next step, and a user's row may not be used again. So `check_state`
+checks everything that a checkpoint would hold before a validation, before a save, and at the end of training.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ _NAMED = 3  # rows
 
 
 class FiniteGuard:
-    """Looks at the batches of each optimizer step before it is taken."""
+    """Checks the batches of each optimizer step before the step."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[PreferenceBatch, Tensor]] = []
 
     def watch(self, batch: PreferenceBatch, losses: Tensor) -> None:
-        """Take note of a batch of the coming step.
+        """Add a batch of the coming step.
 
         Args:
             batch: B pairs.
@@ -47,17 +47,17 @@ class FiniteGuard:
         self._seen.append((batch, losses.detach()))
 
     def may_step(self, norm: Tensor, trainer: Trainer) -> bool:
-        """Return whether the coming step's losses and gradients are finite on every process; if so, begin a new one.
+        """Return whether losses and gradients of the step are finite in all processes; if so, reset for the next step.
 
         Args:
             norm: `[]` norm of all gradients.
-            trainer: What trains; all processes must call this.
+            trainer: The trainer; all processes must call this.
         """
-        # A scaler of float16 gradients looks for infinite ones itself, skips their step and scales less: that is its
-        # normal way to find the largest scale. The losses are not scaled.
+        # A float16 gradient scaler detects infinite gradients itself, skips their step and reduces the scale: that is
+        # how it finds the largest scale. The losses are not scaled.
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         parts = [losses.sum() for _, losses in self._seen] + ([] if scaled else [norm])
-        # A sum is finite only where all that it is made of is.
+        # A sum is finite only if all its terms are.
         together = torch.stack([part.float() for part in parts]).sum() if parts else None
         if together is not None and not mean_over_processes(trainer, together).isfinite():
             return False
@@ -71,13 +71,12 @@ class FiniteGuard:
         losses_of: Callable[[PreferenceBatch], Tensor] | None,
         advice: Sequence[str],
     ) -> NonFiniteError:
-        """Return what stops training where `may_step` says no; all processes must call this.
+        """Return the error to raise when `may_step` returns False; all processes must call this.
 
         Args:
-            module: What is trained.
-            params: Its parameters that are.
-            losses_of: Computes the losses `[B]` of a batch anew, which is done row by row; None if one process alone
-                cannot.
+            module: The trained module.
+            params: Its trained parameters.
+            losses_of: Computes the losses `[B]` of a batch, called row by row; None if one process alone cannot.
             advice: What to try, in order.
         """
         trainer = module.trainer
@@ -85,7 +84,7 @@ class FiniteGuard:
             return _error(trainer.global_step, None, advice)
         records = self._of_losses()
         if not records and losses_of is not None:
-            # Dropout, and losses that keep a running state, leave the search alone.
+            # In eval mode, dropout and running states of losses do not affect the search.
             with eval_mode(module), trainer.precision_plugin.train_step_context():
                 records = self._of_gradients(losses_of, params)
         rows = [f"{describe_row(trainer, record)} (user {user_id!r})" for record, user_id in records]
@@ -93,11 +92,11 @@ class FiniteGuard:
         return _error(trainer.global_step, named, advice, searched=losses_of is not None)
 
     def forget(self) -> None:
-        """Begin a new step."""
+        """Reset for a new step."""
         self._seen = []
 
     def _of_losses(self) -> list[tuple[int, str]]:
-        """Return record and user of this process's rows whose loss is not finite."""
+        """Return record and user of this process's rows with a non-finite loss."""
         return [
             (int(batch.records[row]), batch.user_ids[row])
             for batch, losses in self._seen
@@ -107,7 +106,7 @@ class FiniteGuard:
     def _of_gradients(
         self, losses_of: Callable[[PreferenceBatch], Tensor], params: Sequence[nn.Parameter]
     ) -> list[tuple[int, str]]:
-        """Return record and user of this process's rows whose gradient is not finite."""
+        """Return record and user of this process's rows with a non-finite gradient."""
         return [
             (int(row.records[0]), row.user_ids[0])
             for batch, _ in self._seen
@@ -117,16 +116,16 @@ class FiniteGuard:
 
 
 def finite_everywhere(trainer: Trainer, tensors: Iterable[Tensor], device: torch.device) -> bool:
-    """Return whether tensors are finite in every process; all must call this.
+    """Return whether tensors are finite in every process; all processes must call this.
 
-    Parts of a sharded policy may be finite in one process and not in another, and all must do the same.
+    Shards of a policy may be finite in one process and not in another, and all processes must decide the same.
     """
     intact = torch.full((), float(are_finite(tensors)), device=device)
     return bool(mean_over_processes(trainer, intact) == 1)
 
 
 def trained_state(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
-    """Return what training changes, by name: weights, what a loss keeps, and the optimizer's averages of gradients."""
+    """Return everything that training changes, by name: weights, loss state, and the optimizer's averages."""
     found = {name: param for name, param in module.named_parameters() if param.requires_grad}
     names = {id(param): name for name, param in found.items()}
     state: dict[str, Tensor] = {**found, **{n: value for n, value in module.named_buffers() if n.startswith("loss.")}}
@@ -143,14 +142,14 @@ def trained_state(module: nn.Module, trainer: Trainer) -> dict[str, Tensor]:
 def check_state(
     module: LightningModule, advice: Sequence[str], tables: Iterable[str], users: Sequence[str], together: bool
 ) -> None:
-    """Stop training where a step has left what must not be saved; it costs one pass over what a checkpoint holds.
+    """Raise if trained state is not finite, at the cost of one pass over the content of a checkpoint.
 
     Args:
-        module: What is trained.
-        advice: What to try, in order.
-        tables: Names of the weights that have a row a user.
+        module: The trained module.
+        advice: Settings to try, in order.
+        tables: Names of the weights with one row per user.
         users: The users, in the order of the rows.
-        together: Whether each process looks at its own part, and all call this; else each has all of it.
+        together: Whether each process checks its own shard and all call this; otherwise each has everything.
 
     Raises:
         NonFiniteError: Something is not finite. All processes raise it.
@@ -159,19 +158,19 @@ def check_state(
     state = trained_state(module, trainer)
     if finite_everywhere(trainer, state.values(), module.device) if together else are_finite(state.values()):
         return
-    wrong = named_not_finite(state, tables, users) or "what another process holds"
+    wrong = named_not_finite(state, tables, users) or "state of another process"
     raise NonFiniteError(
-        f"The weights became infinite or NaN by step {trainer.global_step}, by gradients that were finite: {wrong}. "
-        f"They are not saved. Go on from an earlier checkpoint, and: {'; '.join(advice)}."
+        f"The weights became infinite or NaN by step {trainer.global_step}, with finite gradients: {wrong}. "
+        f"They are not saved. Resume from an earlier checkpoint, and: {'; '.join(advice)}."
     )
 
 
 def what_to_try(trainer: Trainer, policy: Policy, loss: PreferenceLoss) -> list[str]:
-    """Return which settings to change, in order, where a loss or a gradient is not finite."""
+    """Return the settings to change, in order, after a non-finite loss or gradient."""
     half = "16" in str(trainer.precision) and "bf16" not in str(trainer.precision)
     half = half or getattr(policy, "dtype", None) == "float16"
     return [
-        *(["use bfloat16 (trainer.precision, model.policy.dtype), for float16 ends at 65504"] if half else []),
+        *(["use bfloat16 (trainer.precision, model.policy.dtype), since float16 ends at 65504"] if half else []),
         *([] if trainer.gradient_clip_val else ["set trainer.gradient_clip_val: 1.0"]),
         "lower model.optim.lr and model.optim.user_lr, or lengthen model.optim.warmup_steps",
         f"lower model.loss.beta ({loss.beta:g})",
@@ -179,26 +178,26 @@ def what_to_try(trainer: Trainer, policy: Policy, loss: PreferenceLoss) -> list[
 
 
 def _error(step: int, rows: Sequence[str] | None, advice: Sequence[str], searched: bool = True) -> NonFiniteError:
-    """Return what stops training.
+    """Return the error that stops training.
 
     Args:
-        step: Number of steps that were taken before.
-        rows: The offending rows, each with its place and user; None if the weights themselves are not finite.
+        step: Number of steps before.
+        rows: The offending rows, each with position and user; None if the weights themselves are not finite.
         advice: What to try, in order.
-        searched: Whether rows were asked one by one for their gradient.
+        searched: Whether the gradient of each row was computed.
     """
     tried = "; ".join(advice)
     if rows is None:
         return NonFiniteError(
-            f"The weights became infinite or NaN in step {step}, by a gradient that was finite. Go on from an earlier "
+            f"The weights became infinite or NaN in step {step}, with a finite gradient. Resume from an earlier "
             f"checkpoint, and: {tried}."
         )
     named = ", ".join(rows[:_NAMED]) + (f" and {len(rows) - _NAMED} more" if len(rows) > _NAMED else "")
-    unnamed = "from no single row, but from all of its batch together" if searched else "while all losses were finite"
+    unnamed = "from no single row, but from the batch as a whole" if searched else "while all losses were finite"
     culprit = f"from {named}" if rows else unnamed
     return NonFiniteError(
         f"Loss or gradient became infinite or NaN after step {step}, {culprit}. That step was not taken. Look at the "
-        f"rows if they are always the same. Otherwise: {tried}. If it happens at once when you go on from here, take "
+        f"rows if they are always the same. Otherwise: {tried}. If it happens again right after resuming, use "
         "an earlier checkpoint."
     )
 
@@ -210,7 +209,7 @@ def _rows(batch: PreferenceBatch) -> Iterator[PreferenceBatch]:
 
 
 def _has_finite_gradients(losses: Tensor, params: Sequence[nn.Parameter]) -> bool:
-    # Not `backward`, which would add to the gradients, and have DDP wait for the other processes.
+    # Not `backward`, which would add to the gradients and make DDP wait for the other processes.
     grads = torch.autograd.grad(losses.sum(), params, allow_unused=True)
     values = [grad.coalesce().values() if grad.is_sparse else grad for grad in grads if grad is not None]
     return all(bool(value.isfinite().all()) for value in values)

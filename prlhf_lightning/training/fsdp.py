@@ -1,8 +1,8 @@
 """Sharded training with torch's older `FullyShardedDataParallel` (FSDP1), as Lightning's `FSDPStrategy` has it.
 
-It divides the policy alone, and only once the weights are loaded, so that checkpoints are those of one process, as with
-`FSDP2Strategy`. FSDP1 makes one flat tensor of all the weights that it gathers together; these must be of one data
-type, and the memory of gradients is that of all of them. So each adapter is a part of its own.
+It shards only the policy, after the weights are loaded, so checkpoints are those of one process, as with
+`FSDP2Strategy`. FSDP1 flattens all weights of a unit into one tensor: they must have one dtype, and gradients take the
+memory of all of them. So each adapter is a unit of its own.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _rekey = FullyShardedDataParallel.rekey_optim_state_dict
 class FSDP1Strategy(OneFile, FSDPStrategy):
     """Shards the policy over all processes with torch's older FSDP; prefer `FSDP2Strategy`.
 
-    It is Lightning's `FSDPStrategy`, whose arguments it takes, with the checkpoints of one process.
+    It is Lightning's `FSDPStrategy`, with the same arguments and with the checkpoints of one process.
     """
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
@@ -47,7 +47,7 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
                 child.to(self.root_device)
         if not isinstance(policy, FullyShardedDataParallel):
             model.policy = self._wrapped(policy)
-        lightning_compat.set_device(model, self.root_device)  # where batches and metrics go
+        lightning_compat.set_device(model, self.root_device)  # device of batches and metrics
         return model
 
     def _wrapped(self, policy: Policy) -> FullyShardedDataParallel:
@@ -57,8 +57,8 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
                 names[id(param)] += 1
         if any(count > 1 for count in names.values()):
             raise ConfigurationError(
-                "trainer.strategy: FSDP1Strategy cannot train weights that stand in two places, as embeddings do that "
-                "are the LM head too. Use prlhf_lightning.FSDP2Strategy, or policy.lora."
+                "trainer.strategy: FSDP1Strategy cannot train tied weights, such as embeddings that are also the "
+                "LM head. Use prlhf_lightning.FSDP2Strategy, or policy.lora."
             )
         units = {id(unit) for unit in policy.prepare_for_sharding()}
         partly = any(not param.requires_grad for param in policy.parameters())
@@ -73,24 +73,24 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
             policy,
             auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=is_unit),
             cpu_offload=self.cpu_offload,
-            mixed_precision=self.mixed_precision,  # autocast or the weights' own type, as with every other strategy
+            mixed_precision=self.mixed_precision,  # autocast or the weights' own dtype, as with every other strategy
             sharding_strategy=self.sharding_strategy,
             device_id=self.root_device,
             **options,
         )
-        # FSDP1 gathers weights around `forward` alone, which is made to run whatever method is called.
+        # FSDP1 gathers weights only around `forward`, so every method call goes through it.
         policy.forward = _call
         for name in METHODS:
             setattr(policy, name, partial(wrapper, getattr(policy, name)))
         return wrapper
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return the trained weights, whole, on the first process."""
+        """Return the full trained weights on the first process."""
         with self._whole():
             return self._module.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return an optimiser's state, whole, on the first process."""
+        """Return the full state of an optimizer on the first process."""
         optimizer = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         with self._whole():
             state = FullyShardedDataParallel.optim_state_dict(self._module, optimizer)
@@ -116,7 +116,7 @@ class FSDP1Strategy(OneFile, FSDPStrategy):
         return self.lightning_module
 
     def _whole(self, rank0_only: bool = True) -> AbstractContextManager[Any]:
-        # What is on the host already would be "offloaded" there by reference to memory that is then let go of.
+        # Tensors that are already on the host would be "offloaded" as references to memory that is then freed.
         offload = self.root_device.type != "cpu"
         return FullyShardedDataParallel.state_dict_type(
             self._module,

@@ -1,4 +1,4 @@
-"""Users' pairs as a user model that reads them sees them: pooled input embeddings."""
+"""Pooled input embeddings of users' pairs, for user models that read pairs."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _WORTH_A_BAR = 10_000  # users
 
 @torch.no_grad()
 def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabulary, data: Any) -> None:
-    """Fill the user model's rows with what the training users' pairs say; other users' rows stay as they are.
+    """Fill the user model's rows from the pairs of the training users; other rows do not change.
 
     Args:
         user_model: A user model that reads histories.
         policy: A policy that has been built with a reference.
-        vocabulary: Whose rows the tables hold.
+        vocabulary: The users of the tables' rows.
         data: The data module.
     """
     tables = user_model.history_tables()
@@ -41,7 +41,7 @@ def keep_histories(user_model: UserModel, policy: Policy, vocabulary: UserVocabu
 
 
 def check_histories(user_model: UserModel, loss: PreferenceLoss, data: Any) -> None:
-    """Refuse to train a user model that reads histories on what has none.
+    """Refuse to train a user model that reads histories on data without them.
 
     Raises:
         ConfigurationError: Names the setting.

@@ -1,4 +1,4 @@
-"""Where a run's files go, whatever its loggers are, and which settings the loggers are told."""
+"""The folder of a run, its `metrics.csv`, and the settings that loggers receive."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ from prlhf_lightning.utils.io import (
     put_in_place,
 )
 
-#: Loggers that write into a folder of their own for each run: `save_dir/name/version_N`.
+#: Loggers that create a folder for each run: `save_dir/name/version_N`.
 _LOCAL = (CSVLogger, TensorBoardLogger)
 #: Folders in the current directory that loggers write to by default.
 _IN_CURRENT_DIRECTORY = {"WandbLogger": (".", ""), "MLFlowLogger": ("./mlruns", "mlruns")}
-#: Variables that tell a process its place among those of a run; they are 0 in the first, or not there.
+#: Environment variables with the rank of a process; 0 in the first process, or not set.
 _RANKS = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK")
-#: Settings that may hold a password, or an address with one.
+#: Settings that may hold a password, or a URL with one.
 _SECRET = ("url", "uri", "key", "password", "secret", "salt")
 
 
 class MetricsTable(CSVLogger):
-    """A logger whose `metrics.csv` has whole rows only, whatever the disk refuses, and whose errors name it."""
+    """A CSV logger that writes only complete rows, also on a full disk, and whose errors name the file."""
 
     @property
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
-        """What writes the file."""
+        """The writer of the file."""
         if self._experiment is None:
             with naming(Path(self.log_dir)):
                 self._experiment = MetricsFile(self.log_dir)
@@ -52,7 +52,7 @@ class MetricsTable(CSVLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left. After an error, that one is told, and not what follows from it."""
+        """Write remaining rows. After an error, report that error and no later one."""
         try:
             super().finalize(status)
         except CheckpointWriteError:
@@ -77,16 +77,16 @@ class EventFiles(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Bring what was logged to the disk."""
+        """Flush logged values to disk."""
         with naming(Path(self.log_dir)):
             path = Path(self.log_dir, self.NAME_HPARAMS_FILE)
             if path.parent.is_dir() and not path.is_file():
-                _write_settings(path, dict(self.hparams))  # or Lightning writes it, in place
+                _write_settings(path, dict(self.hparams))  # otherwise Lightning writes it in place
             super().save()
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Write what is left. After an error, that one is told, and not what follows from it."""
+        """Write remaining rows. After an error, report that error and no later one."""
         try:
             with naming(Path(self.log_dir)):
                 super().finalize(status)
@@ -99,7 +99,7 @@ _SAFE: dict[type, type] = {CSVLogger: MetricsTable, TensorBoardLogger: EventFile
 
 
 def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    """Write `hparams.yaml`, as Lightning does, in one step."""
+    """Write `hparams.yaml` in Lightning's format, atomically."""
     partial = partial_path(path)
     with naming(path):
         try:
@@ -111,33 +111,33 @@ def _write_settings(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def run_folder(trainer: Trainer) -> Path:
-    """Return the folder of a run: its checkpoints are in `checkpoints` there. All processes must call it.
+    """Return the folder of a run, which holds its `checkpoints` folder. All processes must call it.
 
-    It is the folder of the first logger, if that has one for each run, and `trainer.default_root_dir` without loggers.
+    It is the per-run folder of the first logger, or `trainer.default_root_dir` without loggers.
     """
     first = trainer.loggers[0] if trainer.loggers else None
     if first is None or isinstance(first, _LOCAL):
         return Path(trainer.log_dir or trainer.default_root_dir)
-    # As ModelCheckpoint has it. `trainer.log_dir` is the folder of all runs for other loggers.
+    # As in ModelCheckpoint. For other loggers `trainer.log_dir` is the folder of all runs.
     version = first.version if isinstance(first.version, str) else f"version_{first.version}"
     folder = Path(first.save_dir or trainer.default_root_dir, str(first.name), version)
     return trainer.strategy.broadcast(folder)
 
 
 def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -> tuple[list[Logger], Path | None]:
-    """Return a run's loggers, and its folder, which is new and which no other run gets.
+    """Return the loggers of a run and its new folder, which no other run shares.
 
-    The first logger is one that writes `metrics.csv` into that folder, where Lightning then puts checkpoints and
-    configuration as well. The folder is that of the first CSV logger that was given, or else of the first TensorBoard
-    logger, `save_dir/name/version_N`; without one of them it is `root/version_N`.
+    The first logger writes `metrics.csv` into that folder, where Lightning then stores checkpoints and configuration as
+    well. The folder is that of the first given CSV logger, or else of the first TensorBoard logger,
+    `save_dir/name/version_N`. Without either it is `root/version_N`.
 
     Args:
-        given: The loggers that were asked for. With a boolean or None there is none but that of `metrics.csv`.
+        given: The requested loggers. With a boolean or None only `metrics.csv` is written.
         root: Folder of all runs.
 
     Returns:
-        The loggers, and the folder if it was made now: not by other processes than the first, not where the version
-        of a logger was named, and not on a remote file system.
+        The loggers, and the folder if it was created here: only in the first process, only if no logger's version was
+        set, and only on a local file system.
 
     Raises:
         OSError: The folder cannot be made.
@@ -151,12 +151,12 @@ def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -
     elif metrics is None:
         metrics = CSVLogger(root, name="")
     remote = "://" in metrics.root_dir
-    # The very objects that were given, which others may hold.
+    # The given objects themselves, since callers may hold references to them.
     for logger in (metrics, *loggers):
         if type(logger) in _SAFE and "://" not in str(logger.root_dir):
             logger.__class__ = _SAFE[type(logger)]
     claimed = None
-    # Loggers themselves take the first number that is free when they look, as others may that look at the same time.
+    # Loggers themselves take the first free number, so two runs that start together would take the same one.
     is_first = all(os.environ.get(name, "0") == "0" for name in _RANKS)
     if is_first and metrics._version is not None and not remote:
         check_writable(Path(metrics.log_dir))
@@ -172,25 +172,25 @@ def with_run_folder(given: Logger | Iterable[Logger] | bool | None, root: str) -
 
 
 class MetricsFile(ExperimentWriter):
-    """Writes `metrics.csv` so that it has whole rows, whatever is killed and whatever the disk refuses.
+    """Writes `metrics.csv` with complete rows only, also if the process is killed or the disk is full.
 
-    A value that is new needs a new header. Lightning's own writer empties the file for that, and writes it again.
+    A new value needs a new header. For that, Lightning's own writer truncates the file and writes it again.
     """
 
     _is_begun = False
 
     def begin_with(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Begin the file with rows, such as those of an earlier run."""
+        """Start the file with rows, such as those of an earlier run."""
         columns = sorted({name for row in rows for name in row})
         header = dict(zip(columns, columns, strict=True))
         atomic_write_bytes(Path(self.metrics_file_path), _as_csv([header, *rows], columns))
         self._is_begun, self.metrics_keys = True, columns
 
     def save(self) -> None:
-        """Add what was logged since to the file, which is new where this is the first of it.
+        """Append new rows to the file; the first call creates it.
 
         Raises:
-            CheckpointWriteError: The system refused it; the rows are kept, and added with the next.
+            CheckpointWriteError: The system refused the write; the rows are kept for the next call.
         """
         if not self.metrics:
             return
@@ -207,7 +207,7 @@ class MetricsFile(ExperimentWriter):
         _write_settings(Path(self.log_dir, self.NAME_HPARAMS_FILE), self.hparams)
 
     def _check_log_dir_exists(self) -> None:
-        """Leave alone what is in the folder: the run that goes on from there may be read yet."""
+        """Do not delete existing files: the run that this one resumes may still be read."""
 
 
 def _as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
@@ -217,7 +217,7 @@ def _as_csv(rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> bytes:
 
 
 def read_metrics(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a `metrics.csv` that were written to their end; none where there is no such file."""
+    """Return the complete rows of a `metrics.csv`; none if the file does not exist."""
     if not path.is_file():
         return []
     whole = path.read_text(encoding="utf-8").rpartition("\n")[0]
@@ -226,7 +226,7 @@ def read_metrics(path: Path) -> list[dict[str, str]]:
 
 
 def _claim(root: Path) -> Path:
-    """Make and return the next folder `version_N`. Making a folder fails if it exists, on shared disks as well."""
+    """Create and return the next folder `version_N`; `mkdir` is atomic, on shared disks as well."""
     root.mkdir(parents=True, exist_ok=True)
     numbers = [path.name.removeprefix("version_") for path in root.glob("version_*")]
     for number in itertools.count(max((int(text) for text in numbers if text.isdecimal()), default=-1) + 1):
@@ -237,13 +237,13 @@ def _claim(root: Path) -> Path:
 
 
 def keep_under(root: str, logger: Any) -> None:
-    """Have a configured logger write under a folder, where it would write to the current directory by default.
+    """Make a configured logger write under a folder, if it would write to the current directory by default.
 
-    Where one that makes a folder for each run was told a folder of its own, that is named from the root.
+    A folder that was set for a logger with per-run folders becomes absolute.
 
     Args:
         root: The folder.
-        logger: The value of `trainer.logger` before classes are made: it is changed.
+        logger: The value of `trainer.logger` before instantiation; it is changed.
     """
     for one in logger if isinstance(logger, list) else [logger]:
         settings = getattr(one, "init_args", None)
@@ -255,11 +255,11 @@ def keep_under(root: str, logger: Any) -> None:
 
 
 def folders_of_runs(root: str, logger: Any) -> list[Path]:
-    """Return the folders in which runs with these loggers have theirs.
+    """Return the parent folders of runs with these loggers.
 
     Args:
         root: `trainer.default_root_dir`.
-        logger: The value of `trainer.logger` before classes are made.
+        logger: The value of `trainer.logger` before instantiation.
     """
     found = [Path(root).expanduser()]
     for one in logger if isinstance(logger, list) else [logger]:
@@ -273,7 +273,7 @@ def _makes_folders(configured: Any) -> bool:
 
 
 def hyper_parameters(config: Mapping[str, Any]) -> dict[str, str | int | float | bool]:
-    """Return the settings of a run for its loggers, by dotted names, without those of loggers and what may be secret.
+    """Return the settings of a run for its loggers by dotted names, without logger settings and possible secrets.
 
     Args:
         config: The configuration, nested.

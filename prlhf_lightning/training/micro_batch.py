@@ -1,4 +1,4 @@
-"""One micro-batch: where its chance comes from and its rows stand, what it weighs in its step, and what is logged."""
+"""Helpers for one micro-batch: random seed, weight in the optimizer step, position of rows, logged means."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from prlhf_lightning.utils import lightning_compat
 
 
 def seed_randomness(seed: int | None, trainer: Trainer, batch_idx: int) -> None:
-    """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
+    """Seed randomness (dropout, sampled terms) from seed, process and batch, so that interruptions do not matter."""
     draw = f"{seed} {trainer.global_rank} {trainer.current_epoch} {batch_idx}"
     torch.manual_seed(stable_hash(draw))
 
 
 def batch_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
-    """Return a batch's pairs over the mean number in the batches of its optimizer step, over all processes.
+    """Return a batch's number of pairs, divided by the mean over the batches of its step and all processes.
 
-    Lightning takes the mean over the batches that are accumulated, and DDP that over processes, whatever their
-    sizes. The sampler knows all sizes of the epoch, so no process has to ask the others. A window of accumulation
-    that the end of the epoch cuts short is a mean over its own pairs too.
+    Lightning averages over accumulated batches, and DDP over processes, without regard to their sizes. The sampler
+    knows all sizes of the epoch, so no communication is needed. An accumulation window cut short by the end of the
+    epoch is also a mean over its own pairs.
 
     Args:
-        trainer: What trains.
+        trainer: The trainer.
         pairs: Number of pairs of the batch, on this process.
         batch_idx: Its number in the epoch.
     """
@@ -46,24 +46,24 @@ def batch_weight(trainer: Trainer, pairs: int, batch_idx: int) -> float:
 
 
 def describe_row(trainer: Trainer, record: int) -> str:
-    """Return where a row of the present stage stands in the data, given its number in `PreferenceBatch.records`."""
+    """Return the file and line of a row of the current stage, given its number in `PreferenceBatch.records`."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     stage = "train" if trainer.training else "test" if trainer.testing else "validate"
     return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
 
 
 def sums_to_log(losses: Tensor, term: Term, feedback: Feedback) -> dict[str, Share]:
-    """Return the sums over a batch of what is worth a curve, each with the number of rows that have such a value.
+    """Return the sums of logged values over a batch, each with the number of rows that have the value.
 
     Args:
         losses: `[B]` the losses.
         term: The first term of the objective.
-        feedback: What the rows say.
+        feedback: Kind of rows.
     """
     chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
     sums = {"loss": _sum(losses), "chosen_log_probs": _sum(chosen.sum, chosen)}
     if term.reference is not None:
-        sums["chosen_log_ratio"] = _sum(chosen.mean - term.reference.chosen.mean, chosen)  # a token
+        sums["chosen_log_ratio"] = _sum(chosen.mean - term.reference.chosen.mean, chosen)  # per token
     if feedback != "demonstrations":
         sums["rejected_log_probs"] = _sum(rejected.sum, rejected)
     if feedback == "thumbs":
@@ -76,7 +76,7 @@ def sums_to_log(losses: Tensor, term: Term, feedback: Feedback) -> dict[str, Sha
 
 
 def _sum(values: Tensor, of: LogProbs | None = None) -> Share:
-    """Return the sum of values `[B]` over the rows that have such a completion, and the number of these rows."""
+    """Return the sum of values `[B]` over the rows with such a completion, and the number of these rows."""
     present = torch.ones_like(values, dtype=torch.bool) if of is None else of.mask.any(-1)
     return torch.where(present, values.detach(), 0.0).sum(), present.sum()
 
@@ -86,7 +86,7 @@ Share: TypeAlias = tuple[Tensor, Tensor]
 
 
 class IntervalMeans:
-    """Adds up batches until a mean is logged: of all micro-batches, steps and processes of the interval."""
+    """Accumulates sums for logged means over all micro-batches, steps and processes of an interval."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # [2] each: sum and number of rows
@@ -101,7 +101,7 @@ class IntervalMeans:
         """Return the means of the rows since the last reset, each `[]`; NaN where there were none.
 
         Args:
-            trainer: Where given, over all its processes, which all must call this.
+            trainer: If given, means are over all its processes, and all must call this.
         """
         sums = torch.stack(list(self._sums.values()))
         if trainer is not None and trainer.world_size > 1:
@@ -110,7 +110,7 @@ class IntervalMeans:
         return dict(zip(self._sums, total / rows, strict=True))
 
     def reset(self, sums: Mapping[str, Tensor] | None = None) -> None:
-        """Begin a new interval, or go on with one that `sums` were added up in."""
+        """Start a new interval, or continue one with these `sums`."""
         self._sums = dict(sums or {})
 
     @property
@@ -120,5 +120,5 @@ class IntervalMeans:
 
 
 def is_logged_now(trainer: Trainer) -> bool:
-    """Whether Lightning will log what a training step of this batch gives: at an interval's last micro-batch."""
+    """Return whether Lightning will log in this training step: at an interval's last micro-batch."""
     return lightning_compat.ends_optimizer_step(trainer) and lightning_compat.logs_this_step(trainer)

@@ -88,29 +88,29 @@ torch.serialization.add_safe_globals([Optim, Sampling])
 
 
 class PersonalizedLM(PersonalizedModel, LightningModule):
-    """A policy conditioned on users, trained on who preferred which completion.
+    """A policy conditioned on users, trained on preference pairs.
 
     The objective of a pair is `alpha * l(u) + (1 - alpha) * l(u_0)`: the loss under the pair's own user and under
-    the generic user in its place (P-DPO and its relatives, arXiv:2402.05133). The two are mixed pair by pair, so a
-    pair weighs the same whatever else is in its batch.
+    the generic user in its place (P-DPO and its relatives, arXiv:2402.05133). The two are mixed pair by pair, so the
+    weight of a pair does not depend on its batch.
 
     Args:
-        user_model: Turns users into soft-prompt vectors.
-        policy: The language model that the vectors condition.
-        loss: The pairwise objective of which both terms are made.
+        user_model: Maps users to soft-prompt vectors.
+        policy: The language model, conditioned on the vectors.
+        loss: The preference loss of both terms.
         alpha: Weight of the user's own term, in [0, 1]; the generic user's has 1 - alpha.
         optim: Learning rates and schedule.
-        sampling: How `predict` writes.
-        cache_reference: Keep the reference's log-probs on disk (in `$PRLHF_CACHE` or `~/.cache/prlhf_lightning`), so
-            that each completion is scored once for all epochs, evaluations and runs with the same policy. Not done
-            where the model is sharded over processes (FSDP and the like): there all must compute whenever one does.
-        sample_terms: In training, compute one of a pair's two terms, drawn in proportion to their weights, instead of
-            both: half the work of the policy. The gradient is right on average; the draw adds
+        sampling: Sampling settings of `predict`.
+        cache_reference: Cache the reference's log-probs on disk (in `$PRLHF_CACHE` or `~/.cache/prlhf_lightning`), so
+                    that each completion is scored once for all epochs, evaluations and runs with the same policy.
+                    Ignored for sharded models (FSDP), where all processes must compute together.
+        sample_terms: In training, compute one of a pair's two terms, sampled in proportion to their weights, instead of
+                    both: half the work of the policy. The gradient is unbiased; sampling adds
             `alpha * (1 - alpha) * |g(u) - g(u_0)|^2` to the variance of a pair's gradient g.
     """
 
     reference_store: ReferenceStore | None
-    device = LightningModule.device  # which Lightning keeps up to date, also where the weights are sharded
+    device = LightningModule.device  # Lightning updates it, also for sharded weights
 
     def __init__(
         self,
@@ -125,9 +125,9 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
     ) -> None:
         super().__init__(user_model, policy, loss)
         if not 0.0 <= alpha <= 1.0:
-            raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term lies in [0, 1].")
-        # From the CLI these are the components' configurations, from which a checkpoint can be loaded without more.
-        # Built in code there are only live modules, which belong in no checkpoint (nor in the copy made here).
+            raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term must be in [0, 1].")
+        # From the CLI these are the components' configurations, which are enough to load a checkpoint. Built in code,
+        # they are live modules, which must not be in a checkpoint (nor in the copy made here).
         live = [] if lightning_compat.is_built_from_config() else ["user_model", "policy", "loss"]
         self.save_hyperparameters(ignore=live, logger=False)
         self.alpha = alpha
@@ -140,35 +140,35 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._width = 0  # of the policy's embeddings, once it is built
         self._expected: Mapping[str, Tensor] = {}  # weights of a checkpoint that is being loaded
         self._warm_start: WarmStart | None = None
-        self._started_from: dict[str, str] | None = None  # kept in checkpoints, to tell runs of one start
+        self._started_from: dict[str, str] | None = None  # stored in checkpoints, to identify runs with the same start
         self._evaluation = Evaluation((), user_model.personalizes, loss.feedback)
         self._finite = FiniteGuard()
         self._means = IntervalMeans()
         self._progress = StepProgress()
-        self._kept_means: dict[str, Tensor] = {}  # of the checkpoint that is gone on from
+        self._kept_means: dict[str, Tensor] = {}  # of the resumed checkpoint
         self._saves_alone = False
         self._seed: int | None = None
-        self._id_key: str | None = None  # which key hashes users' ids, kept in checkpoints; see `id_key_of`
-        self._rendering: dict[str, Any] = {}  # the tokenization as checkpoints keep it
+        self._id_key: str | None = None  # fingerprint, see `id_key_of`; stored in checkpoints
+        self._rendering: dict[str, Any] = {}  # tokenization settings, as stored in checkpoints
 
     # ---- set-up
 
     def start_from(self, checkpoint: str | Path) -> None:
-        """Have the next fit start from the weights and users of an earlier training, and its optimizer anew.
+        """Start the next fit from the weights and users of an earlier training, with a new optimizer.
 
-        The users of the checkpoint keep their rows, whether the new data have votes of theirs or not. Users who are new
-        get the row of a new user: as a rule, the generic user's. The reference stays what it was in the earlier
-        training: the base model, that is the policy with its adapters off, or, trained in full, as it was loaded. In
-        contrast to this, `trainer.fit(..., ckpt_path=...)` goes on with the same training, its optimizer and its data.
+        The users of the checkpoint keep their rows, with or without votes in the new data. New users get the row of a
+        new user, usually the generic user's. The reference is that of the earlier training: the base model, which is
+        the policy with its adapters off, or, with all weights trained, as it was loaded. In contrast, `trainer.fit(...,
+        ckpt_path=...)` resumes the same training, with its optimizer and its data.
 
         Args:
             checkpoint: A file that `fit` wrote, the folder of its run (for the newest checkpoint in it), or a folder
-                that `export` wrote. If the latter holds a whole model, that must be the policy's base model, and
-                becomes the reference.
+                            that `export` wrote. If the folder holds a merged model, that must be the policy's base
+                            model, and becomes the reference.
 
         Raises:
-            ConfigurationError: There is no such checkpoint, or it was trained in another base model, with other
-                adapters, or with another user model.
+            ConfigurationError: There is no such checkpoint, or it has another base model, other adapters, or another
+                user model.
         """
         if self.vocabulary is not None:
             raise ConfigurationError(
@@ -180,7 +180,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._warm_start, self._started_from = warm_start, dict(warm_start.origin)
 
     def setup(self, stage: str) -> None:
-        """Take the users from the data, unless a checkpoint has brought its own."""
+        """Set the users from the data, unless a checkpoint has set them."""
         use_checksummed_files(self.trainer)
         check_strategy(self.trainer.strategy)
         keep_trained_in_float32(self.trainer)
@@ -207,13 +207,13 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback)
 
     def configure_model(self) -> None:
-        """Load the policy and create the user model's parameters, once the users are known."""
+        """Load the policy and create the user model's parameters."""
         if self.vocabulary is None:
             return
         trainer = lightning_compat.trainer_of(self)
         if self._built_for is not self.vocabulary:
             if self._built_for is None:
-                # Histories are embedded as the reference does, which training does not change.
+                # Histories use the embeddings of the reference, which training does not change.
                 self.policy.build(self.loss.requires_reference or self.user_model.history_size > 0)
             embeddings = self.policy.token_embeddings()
             self._width = embeddings.shape[-1]
@@ -233,21 +233,21 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
                 cast_frozen(self.policy, trainer)
                 shard(self.policy, trainer.strategy if trainer is not None else None)
             self._built_for = self.vocabulary
-        if not is_sharded(self.policy):  # what was built in code, or for another trainer
+        if not is_sharded(self.policy):  # built in code, or for another trainer
             cast_frozen(self.policy, trainer)
         check_row_lengths(trainer, self.policy, self.user_model)
 
     def teardown(self, stage: str) -> None:
-        """Write out what the reference cache still holds in memory."""
+        """Write the reference cache's buffer to disk."""
         if self.reference_store is not None:
             self.reference_store.cache.close()
             self.reference_store = None
         self._has_asked_for_store = False
 
     def on_fit_start(self) -> None:
-        """Give all processes the same user model, of which DDP looks after all but the tables."""
+        """Broadcast the user model to all processes and make DDP ignore its tables."""
         check_float16(self.policy, self.trainer)
-        self._finite.forget()  # what a fit that failed has left
+        self._finite.forget()  # state of a failed fit
         self._seed = torch.initial_seed() if self._seed is None else self._seed
         for note in self.policy.training_notes():
             rank_zero_info(note)
@@ -260,7 +260,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             keep_histories(self.user_model, self.policy, self.vocabulary, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     def on_train_start(self) -> None:
-        """Train by the settings of this run, not by those of the checkpoint that it goes on from."""
+        """Apply the optimizer settings of this run in place of those of the resumed checkpoint."""
         self._means.reset({name: sums.to(self.device) for name, sums in self._kept_means.items()})
         self._kept_means, self._saves_alone = {}, False
         self._progress.begin(self.trainer, self.loss, self._means.sums)
@@ -268,11 +268,11 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
     def on_train_end(self) -> None:
-        """See that the last step has left weights to go on from, also where nothing saves them."""
+        """Check that the weights are finite after the last step, even if nothing saves them."""
         self._check_state()
 
     def on_validation_start(self) -> None:
-        """See, in a fit, that there are weights to validate, before files and the best checkpoint depend on them."""
+        """In a fit, check that the weights are finite before files and the best checkpoint depend on them."""
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._check_state()
 
@@ -286,25 +286,25 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         )
 
     def on_after_backward(self) -> None:
-        """Average the user model's gradients over processes, in the backward pass in which those of the rest are.
+        """Average the user model's gradients over processes, in the same backward pass as the other gradients.
 
-        Not later: Lightning's scaler of float16 gradients looks before `on_before_optimizer_step` for those that are
-        not finite, and a step that one process skips all must skip.
+        Not later: Lightning's float16 gradient scaler looks for non-finite gradients before `on_before_optimizer_step`,
+        and all processes must skip the same steps.
         """
         ddp = ddp_wrapper(self.trainer)
-        # DDP averages in the last of the batches that are accumulated, FSDP2 in each.
+        # DDP averages in the last accumulated batch, FSDP2 in each.
         if is_sharded(self.policy) or (ddp is not None and ddp.require_backward_grad_sync):
             average_gradients(self.user_model, ddp is None, self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Give the policy, the user model and its tables their own rates, under one schedule by steps."""
+        """Return one optimizer with separate rates for the policy, the user model and its tables, and its schedule."""
         all_weights = getattr(self.policy, "lora", None) is None
         given = self.optim
         self.optim = given.for_width(self._width, all_weights, self.user_model.history_size > 0)
         if self.optim != given:
             rank_zero_info(
                 f"Learning rates: model.optim.lr {self.optim.lr:.2g}, model.optim.user_lr {self.optim.user_lr:.2g} "
-                f"(what was not set goes by the model's width, {self._width})"
+                f"(defaults depend on the model's width, {self._width})"
             )
         optimizer = make_optimizer(self.optim, self.policy, self.user_model)
         scheduler = make_schedule(self.optim, optimizer, optimizer_steps(self.trainer))
@@ -317,7 +317,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         optimizer: Optimizer | LightningOptimizer,
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
-        """Take a step, and note that it is whole: a checkpoint that is saved before the next goes on from here."""
+        """Take a step and record it as complete: a checkpoint saved before the next step resumes here."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         self._progress.step_taken(epoch, batch_idx, self.loss, self._means.sums)
 
@@ -327,15 +327,15 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the joint norm of dense and sparse gradients, once it is known to be finite.
+        """Clip by the joint norm of dense and sparse gradients, after checking that it is finite.
 
-        Lightning's own clipping does not know sparse gradients. It calls this before every step, clipping or not, and
-        when all processes have the same gradients.
+        Lightning's own clipping does not support sparse gradients. Lightning calls this before every step, with
+        clipping or without, when all processes have the same gradients.
         """
         moved = StepParameters.of(optimizer, self.policy)
         norm = moved.norm(self.trainer, self.device)
         if not self._finite.may_step(norm, self.trainer):
-            # One process alone can't compute a sharded policy's gradient.
+            # One process alone cannot compute a sharded policy's gradient.
             losses_of = None if is_sharded(self.policy) else lambda batch: self.objective(batch)[0]
             advice = what_to_try(self.trainer, self.policy, self.loss)
             raise self._finite.error(self, moved.all, losses_of, advice)
@@ -355,19 +355,19 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
 
         Args:
             batch: B pairs.
-            every_term: Compute a term of weight zero as well, for its rewards.
-            sampled: Draw one of its two terms for each pair, in proportion to their weights, instead of both.
+            every_term: Also compute a term of weight zero, for its rewards.
+            sampled: For each pair, compute one of its two terms, sampled in proportion to their weights.
 
         Returns:
-            The losses `[B]`, and the terms: the user's own and the generic user's. Where the user model does not tell
-            users apart the two are one, and it comes once. Terms that were drawn come as one too.
+            The losses `[B]`, and the terms: the user's own and the generic user's. If the user model does not
+            distinguish users there is only one term; sampled terms are one term, too.
         """
         return Objective(self, self.alpha).compute(batch, every_term, sampled)
 
     # ---- steps
 
     def on_before_batch_transfer(self, batch: PreferenceBatch, dataloader_idx: int) -> PreferenceBatch:
-        """Give a batch its reference log-probs where they are known, while its ids are still in the host's memory."""
+        """Add cached reference log-probs to a batch while its ids are still in host memory."""
         if not (self._caches_reference and len(batch)) or self.trainer.predicting:
             return batch
         if self.reference_store is None and not self._has_asked_for_store:
@@ -380,12 +380,12 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         return self.cache_reference and self.loss.requires_reference and holds_whole_model(self.trainer)
 
     def on_train_epoch_end(self) -> None:
-        """Let every process know what the others computed of the reference: the next epoch deals out pairs anew."""
+        """Share computed reference log-probs between processes: the next epoch distributes pairs differently."""
         if self._caches_reference and self.trainer.world_size > 1:
             exchange(self.reference_store, self.trainer)
 
     def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Have chance (dropout, terms drawn) depend on seed, process and batch alone, and not on interruptions."""
+        """Seed randomness (dropout, sampled terms) from seed, process and batch."""
         seed_randomness(self._seed, self.trainer, batch_idx)
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
@@ -409,7 +409,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._evaluation_step(batch, dataloader_idx)
 
     def _evaluation_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
-        if not len(batch):  # a process without rows of a small set takes part in what follows all the same
+        if not len(batch):  # a process without rows of a small set still takes part in the sums
             if is_sharded(self.policy):
                 self.objective(dummy_batch(batch), every_term=True)
             return
@@ -417,11 +417,11 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._evaluation.update(self.eval_sets[dataloader_idx], batch.user_ids, losses, terms)
 
     def on_validation_epoch_start(self) -> None:
-        """Forget the rewards of the last validation."""
+        """Reset the metrics of the last validation."""
         self._evaluation.reset(self.device)
 
     def on_test_epoch_start(self) -> None:
-        """Forget the rewards of the last test."""
+        """Reset the metrics of the last test."""
         self._evaluation.reset(self.device)
 
     def on_validation_epoch_end(self) -> None:
@@ -437,7 +437,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
     def _log_metrics(self, stage: str) -> None:
         for name in self.eval_sets:
             for key, value in self._evaluation.values(name).items():
-                # They are gathered already; sync_dist only keeps Lightning from warning that they may not be.
+                # They are reduced already; sync_dist only silences Lightning's warning.
                 self.log(
                     f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values(), sync_dist=True
                 )
@@ -445,19 +445,19 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
     def user_table(self, name: str) -> list[tuple[str, UserAccuracy | UserAUC]]:
         """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
 
-        Where several processes train, all must call it.
+        With several processes, all must call it.
         """
         return self._evaluation.user_table(name, self.trainer)
 
     @property
     def eval_sets(self) -> tuple[str, ...]:
-        """Names of the sets that the present stage evaluates, in the order of their dataloaders."""
+        """Names of the current stage's evaluation sets, in the order of their dataloaders."""
         return self._evaluation.sets
 
-    # ---- writing
+    # ---- generation
 
     def predict_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> list[dict[str, str]]:
-        """Write for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
+        """Generate for each row's user; returns rows of `user_id`, `prompt` and `completion`."""
         if not len(batch):
             if is_sharded(self.policy):
                 batch = dummy_batch(batch)
@@ -482,22 +482,22 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         trust_classes: Collection[str] | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Rebuild a model, as `LightningModule.load_from_checkpoint` does, from a file that is whole.
+        """Return a model from a checkpoint, like `LightningModule.load_from_checkpoint`, after verifying the file.
 
         Args:
-            checkpoint_path: See Lightning, as for what follows.
-            map_location: Where weights go.
-            hparams_file: Settings to take in place of the checkpoint's.
+            checkpoint_path: See Lightning, also for the next arguments.
+            map_location: Device of the weights.
+            hparams_file: Settings that replace the checkpoint's.
             strict: Refuse weights that do not fit.
-            weights_only: Only an explicit False lets the file run code by itself.
-            trust_remote_code: Run code that comes with the base model, where the checkpoint says so too.
-            trust_classes: Dotted paths of classes from outside this package that the checkpoint may name; they are
-                imported. Those that have been imported need not be named.
-            kwargs: Arguments of the model in place of the checkpoint's.
+            weights_only: Only an explicit False lets the file run code.
+            trust_remote_code: Run code that comes with the base model, if the checkpoint's settings also allow it.
+            trust_classes: Dotted paths of classes outside this package that the checkpoint may name; they are imported.
+                            Classes that are already imported need not be listed.
+            kwargs: Arguments of the model that replace the checkpoint's.
 
         Raises:
             ConfigurationError: The checkpoint names other classes.
-            DamagedCheckpointError: The file is not what was written.
+            DamagedCheckpointError: The file is damaged.
         """
         if isinstance(checkpoint_path, str | Path) and is_local(checkpoint_path) and Path(checkpoint_path).is_file():
             checkpoint_files.check(Path(checkpoint_path))
@@ -514,17 +514,17 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         trust_classes: Collection[str] | None = None,
         source: str = "The checkpoint",
     ) -> Self:
-        """Rebuild a model on the CPU, as `load_from_checkpoint` does, of what a checkpoint holds.
+        """Return a model on the CPU, like `load_from_checkpoint`, from the content of a checkpoint.
 
-        Of tensors that were left on the disk (`checkpoint_files.load` with `mmap`) only the weights are read, and not
-        the optimiser's state, which may be larger.
+        Of memory-mapped tensors (`checkpoint_files.load` with `mmap`) only the weights are read, not the optimizer
+        state, which may be larger.
 
         Args:
-            content: It is left as it is.
-            trust_remote_code: Run code that comes with the base model. What the checkpoint says of it does not count,
-                since whoever wrote that could have any code run.
+            content: Content of a checkpoint; it is not changed.
+            trust_remote_code: Run code that comes with the base model. The checkpoint's own value is ignored, since its
+                            author could otherwise run any code.
             trust_classes: As for `load_from_checkpoint`.
-            source: What the checkpoint is called, for messages.
+            source: Name of the checkpoint, for messages.
 
         Raises:
             ConfigurationError: The checkpoint names other classes.
@@ -538,17 +538,17 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             return lightning_compat.load_from_content(cls, {**needed, cls.CHECKPOINT_HYPER_PARAMS_KEY: parts})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep what was trained, and the users whose rows it holds; not the frozen backbone.
+        """Store trained weights and the users of the rows; not the frozen backbone.
 
         Raises:
-            NonFiniteError: What was trained is infinite or NaN.
+            NonFiniteError: Trained state is infinite or NaN.
         """
         trainer = lightning_compat.trainer_of(self)
         if trainer is not None:
             self._check_state()
         if self.reference_store is not None:
-            # A run that goes on from here must find what this one knows: computed anew, in another batch, the
-            # reference's log-probs would differ in their last bits.
+            # A resumed run must find the reference's log-probs of this one: recomputed in another batch, they would
+            # differ in their last bits.
             self.reference_store.cache.flush()
         seed = torch.initial_seed() if self._seed is None else self._seed
         checkpointing.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._rendering)
@@ -565,7 +565,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
                 checkpoint[KEY]["order"] = datamodule.order_record(*self._sharing)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take over the checkpoint's users, and size the user model for them.
+        """Restore the checkpoint's users, and size the user model for them.
 
         Raises:
             NonFiniteError: Its weights are infinite or NaN.
@@ -596,7 +596,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             rank_zero_warn(warning)
 
     def _take_rendering(self, kept: dict[str, Any]) -> None:
-        """Have data and writers render text as the checkpoint's was; warn where the data module is set otherwise."""
+        """Set the checkpoint's rendering of text for data and generation; warn if the data module's settings differ."""
         data: Any = getattr(lightning_compat.trainer_of(self), "datamodule", None)
         if kept.get("chat_template_date") and hasattr(data, "use_template_date"):
             data.use_template_date(kept["chat_template_date"])
@@ -608,31 +608,30 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._rendering, self.tokenization = kept, TokenizationSettings.from_kept(kept)
 
     def _interval_so_far(self) -> dict[str, Tensor]:
-        """Return the sums of what is logged next, over all processes unless this one saves alone."""
+        """Return the sums for the next logged means, over all processes unless this one saves alone."""
         means = self._progress.means
         if not means or self.trainer.world_size == 1 or self._saves_alone:
             return means
         return dict(zip(means, sum_over_processes(self.trainer, torch.stack(list(means.values()))), strict=True))
 
     def before_lone_save(self) -> None:
-        """Have the next checkpoint be made without the other processes, which may be anywhere."""
+        """Make the next checkpoint without the other processes, which may be at another point."""
         self._saves_alone = True
 
     def log_last_step(self) -> None:
-        """Log what the last whole step gave, where training was broken off between the step and that."""
+        """Log the values of the last complete step if training was interrupted before they were logged."""
         if not self._progress.is_logged(self.trainer):
             lightning_compat.log_training_step(self.trainer)
 
     def validate_again(self) -> None:
-        """Have a checkpoint that is saved before the next batch make the last validation again.
+        """Make a run that resumes from a checkpoint saved before the next batch repeat the last validation.
 
-        For one that is saved where training was broken off: what follows from the validation, such as the best
-        checkpoint, may not have been done.
+        For checkpoints of an interrupted run: results of the validation, such as the best checkpoint, may be missing.
         """
         self._progress.validate_again()
 
     def _go_on(self, checkpoint: dict[str, Any], kept: Mapping[str, Any]) -> None:
-        """Have a fit go on where the checkpoint's run was, with the rows of the epoch that are left."""
+        """Resume a fit at the checkpoint's position, with the remaining rows of the epoch."""
         place = kept.get("place")
         if place is None or "loops" not in checkpoint:
             end_epoch(checkpoint)
@@ -652,7 +651,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             current["epoch_loop.batch_progress"]["current"]["processed"],
             place.get("validations", 0),
         )
-        # They are sums over all processes: the first one has them, and the others none of these rows.
+        # They are sums over all processes: only the first one restores them.
         means: dict[str, Tensor] = dict(kept.get("means", {}))
         self._kept_means = means if self.trainer.is_global_zero else {k: sums * 0 for k, sums in means.items()}
 
@@ -670,7 +669,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         return share_of(self.trainer)[1], self.trainer.accumulate_grad_batches
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> _IncompatibleKeys:
-        """Load what was trained; the frozen backbone is not in a checkpoint and is left as it is.
+        """Load trained weights; the frozen backbone is not in a checkpoint and does not change.
 
         Raises:
             ConfigurationError: A trained weight is missing, has another shape, or is not in this model.
@@ -684,9 +683,9 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
 
 
 def _rendering_of(data: Any) -> dict[str, Any]:
-    """Return how the rows of a data module become ids, as checkpoints keep it; nothing for one of another kind."""
+    """Return the tokenization settings of a data module, as stored in checkpoints; empty for other data modules."""
     settings = getattr(data, "settings", None)
     if settings is None:
         return {}
-    # With `conversations`, plain prompts too are answered as conversations, where the model has learned these.
+    # With `conversations`, plain prompts are also rendered as conversations, if the model was trained on them.
     return {**asdict(settings), "conversations": getattr(data, "conversational", False)}

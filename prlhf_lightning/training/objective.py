@@ -13,10 +13,10 @@ from prlhf_lightning.types import LossOutput, PairLogProbs, PreferenceBatch, Tok
 
 @dataclass(frozen=True)
 class Term:
-    """One term of the objective: the pairs of a batch as one kind of user sees them.
+    """One term of the objective: the pairs of a batch under their own users or under the generic user.
 
     Attributes:
-        generic: Whether the generic user stood in each user's place; false of terms that were drawn pair by pair.
+        generic: Whether the generic user replaced each user; false for terms that were sampled pair by pair.
         log_probs: The policy's log-probabilities.
         output: The loss's per-pair result.
         reference: The reference's log-probabilities, if the loss has one.
@@ -29,7 +29,7 @@ class Term:
 
     @property
     def margins(self) -> Tensor:
-        """`[B]` reward of the chosen less that of the rejected completion."""
+        """`[B]` reward of the chosen completion minus that of the rejected one."""
         return self.output.chosen_rewards - self.output.rejected_rewards
 
 
@@ -50,12 +50,12 @@ class Objective:
     ) -> tuple[Tensor, list[Term]]:
         """Compute the alpha-weighted loss of each pair, and its terms; see `PersonalizedLM.objective`."""
         model = self.model
-        # Scored first, while no graph is held, and shown to the loss last, so that no row is judged by its own batch.
+        # Scored first, while no graph is held, and passed to the loss last, so that no row is judged by its own batch.
         observes = model.loss.requires_mismatched and model.loss.training
         mismatched = self._mismatched_log_ratios(batch) if observes else None
         losses, terms = self._compute(batch, every_term, sampled)
         auxiliary = model.policy.auxiliary_loss()
-        if auxiliary is not None:  # of all rows together, so that each pair bears it once
+        if auxiliary is not None:  # over all rows, so that each pair counts once
             losses = losses + auxiliary
         if mismatched is not None:
             model.loss.observe(mismatched)
@@ -80,17 +80,17 @@ class Objective:
         terms = [
             Term(g, policy, model.loss(policy, reference), reference) for g, policy in zip(kinds, scored, strict=True)
         ]
-        # P-DPO, arXiv:2402.05133: mixed pair by pair, before any mean over a batch.
+        # P-DPO, arXiv:2402.05133: mixed pair by pair, before the mean over the batch.
         losses = torch.stack([weights[term.generic] * term.output.losses for term in terms]).sum(0)
         return losses, terms
 
     @torch.no_grad()
     def _mismatched_log_ratios(self, batch: PreferenceBatch) -> Tensor | None:
-        """Return the log-ratios of completions to other prompts: each row's prompt, the completion of the row before.
+        """Return log-ratios of mismatched completions: each row's prompt with the completion of the previous row.
 
         Returns:
-            `[B]` means over the terms; `[0]` of a single row, which could only be matched with itself, and is scored
-            all the same, as other processes may wait for this one.
+            `[B]` means over the terms; `[0]` for a single row, which could only be matched with itself. It is scored
+            anyway, since other processes may wait for this one.
         """
         chosen, rejected = (
             Tokens(part.ids.roll(1, 0), part.mask.roll(1, 0)) for part in (batch.chosen, batch.rejected)

@@ -1,4 +1,4 @@
-"""The optimizer: one AdamW for dense weights and for user tables, whose absent users stay as they are."""
+"""The optimizer: AdamW for dense weights and for user tables, in which absent users do not change."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from prlhf_lightning.user_models import UserModel
 
 _Schedule: TypeAlias = Literal["cosine", "linear", "constant"]
 _HALF = (torch.bfloat16, torch.float16)
-_OF_MASTER = ("master", "exp_avg", "exp_avg_sq")  # of a weight in half precision, kept in float32
+_OF_MASTER = ("master", "exp_avg", "exp_avg_sq")  # float32 state of a half-precision weight
 _WARMUPS = "a whole number of steps, or, below 1, a share of all steps"
-#: Default rate of adapters at this width, and the highest at any.
+#: Default rate of adapters at this width, and the maximum at any width.
 _RATE, _WIDTH, _HIGHEST = 1.5e-4, 2000, 2e-3
 
 
@@ -36,18 +36,18 @@ class Optim:
     """Learning rates and their schedule.
 
     Attributes:
-        lr: Peak learning rate of the policy (adapters, or all weights). By default it goes by the width d of the
-            policy: for adapters 1.5e-4 * (2000 / d)^0.775, at most 2e-3, which is 9e-5 for a model of 7B parameters
-            and 4e-4 for one of 135M; for all weights a tenth of it.
-        user_lr: Peak learning rate of the user model. By default 20 times the default of adapters for soft prompts,
-            and twice it for a user model that reads users' pairs, whose parameters are matrices.
-        table_lr: Peak learning rate of tables that hold a row a user (offsets, weights over clusters); null for
-            `user_lr`.
+        lr: Peak learning rate of the policy (adapters, or all weights). The default depends on the width d of the
+                    policy: for adapters 1.5e-4 * (2000 / d)^0.775, at most 2e-3, which is 9e-5 for 7B parameters and
+                    4e-4 for 135M; for all weights a tenth of it.
+        user_lr: Peak learning rate of the user model. By default 20 times the default of adapters for soft prompts, and
+                    twice that for a user model that reads users' pairs, whose parameters are matrices.
+        table_lr: Peak learning rate of tables with one row per user (offsets, weights over clusters); null for
+                    `user_lr`.
         weight_decay: Decoupled weight decay of the policy.
         user_weight_decay: Decoupled weight decay of user tables: pulls each user toward the generic user. It acts
             on a user's row only when the user is in the batch.
         betas: AdamW's moment decays.
-        schedule: How the rates go on after the warm-up.
+        schedule: Shape of the schedule after the warm-up.
         warmup_steps: Steps of linear warm-up; below 1, a share of all steps.
     """
 
@@ -61,10 +61,10 @@ class Optim:
     warmup_steps: float = 0.03
 
     def __post_init__(self) -> None:
-        """Refuse what nothing can be trained with."""
+        """Validate the settings."""
         for name in ("lr", "user_lr", "table_lr"):
             rate = getattr(self, name)
-            # With 1e38 and more, torch itself fails in the step.
+            # From 1e38 on, torch itself fails in the step.
             self._check(name, rate is None or 0 < rate <= 1e6, "a number above 0, at most 1e6, or null")
         for name in ("weight_decay", "user_weight_decay"):
             self._check(name, 0 <= getattr(self, name) < math.inf, "0 (none) or more")
@@ -79,14 +79,14 @@ class Optim:
             raise ConfigurationError(f"model.optim.{name} is {getattr(self, name)!r}; it must be {allowed}.")
 
     def for_width(self, width: int, all_weights: bool = False, reads_pairs: bool = False) -> Optim:
-        """Return these settings with the rates that were left open.
+        """Return these settings with default rates filled in.
 
-        The rule for the width is that of "LoRA Without Regret" (Schulman et al., 2025) for Llama models, below the
-        constant of supervised training, as preference losses need less.
+        The rule for the width is from "LoRA Without Regret" (Schulman et al., 2025) for Llama models, with a smaller
+        constant than in supervised training, since preference losses need lower rates.
 
         Args:
-            width: Of the policy's embeddings.
-            all_weights: Whether all weights of the policy are trained, and not adapters.
+            width: Width of the policy's embeddings.
+            all_weights: Whether all weights of the policy are trained, not adapters.
             reads_pairs: Whether the user model reads users' pairs.
         """
         of_adapters = min(_RATE * (_WIDTH / width) ** 0.775, _HIGHEST)
@@ -95,7 +95,7 @@ class Optim:
         return replace(self, lr=lr, user_lr=user_lr)
 
     def group(self, name: str) -> dict[str, Any]:
-        """Return the settings of a group of parameters: `policy`, `user_model` or `user_tables`; no rate is open."""
+        """Return the settings of a parameter group: `policy`, `user_model` or `user_tables`; all rates must be set."""
         rates = {"policy": self.lr, "user_model": self.user_lr, "user_tables": self.table_lr or self.user_lr}
         decays = {"policy": self.weight_decay, "user_model": 0.0, "user_tables": self.user_weight_decay}
         return {"lr": rates[name], "weight_decay": decays[name], "betas": self.betas}
@@ -106,20 +106,20 @@ class Optim:
 
 
 class RowwiseAdamW(torch.optim.AdamW):
-    """AdamW in which a sparse gradient moves its own rows only.
+    """AdamW in which a sparse gradient updates only its own rows.
 
-    Dense AdamW moves every row at each step, by momentum and weight decay, whether its user is in the batch or not,
-    and takes time in proportion to the number of users. Here a row with a gradient gets the AdamW update it would get
-    if the steps in which it was absent did not exist (bias correction counts a row's own steps); other rows are not
-    touched. Dense gradients are left to `torch.optim.AdamW`.
+    Dense AdamW updates every row at each step, by momentum and weight decay, even if its user is not in the batch, and
+    takes time in proportion to the number of users. Here a row with a gradient gets the AdamW update as if the steps
+    without it did not exist (bias correction counts a row's own steps). Other rows do not change. `torch.optim.AdamW`
+    handles dense gradients.
 
-    A dense weight in half precision has a copy in float32 here, its *master*, which is what moves; the weight is the
-    master, rounded. Without it a step below 1/256 of a bfloat16 weight would be lost. The averages of its gradients are
-    in float32 too. A checkpoint keeps masters with the optimizer's state.
+    A dense half-precision weight has a float32 *master* copy, which is updated; the weight is the rounded master.
+    Without it, a step below 1/256 of a bfloat16 weight would be lost. The averages of its gradients are float32 too.
+    Checkpoints store masters with the optimizer state.
 
     Attributes:
-        is_stepping: True while weights change. If a step ends by an exception it stays so, for the weights are then
-            neither those before the step nor those after it.
+        is_stepping: True while weights change. It stays True if a step raises an exception, since the weights are then
+                    neither those before the step nor those after it.
     """
 
     is_stepping = False
@@ -143,7 +143,7 @@ class RowwiseAdamW(torch.optim.AdamW):
                 else:
                     continue
                 done.append((param, param.grad))
-                param.grad = None  # AdamW refuses sparse gradients, and has nothing left to do
+                param.grad = None  # AdamW refuses sparse gradients; they are already applied
         super().step()
         for param, grad in done:
             param.grad = grad
@@ -151,10 +151,10 @@ class RowwiseAdamW(torch.optim.AdamW):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state; see `torch.optim.Optimizer.load_state_dict`."""
+        """Load a state; see `torch.optim.Optimizer.load_state_dict`."""
         super().load_state_dict(state_dict)
-        # torch casts a state to its parameter's dtype, in which (bfloat16) a count of steps stands still at 256, and a
-        # master is no more than its weight.
+        # torch casts a state to its parameter's dtype. In bfloat16, a step count would stop at 256 and a master would
+        # lose its extra bits.
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             for param, number in zip(group["params"], saved["params"], strict=True):
                 state = state_dict["state"].get(number, {})
@@ -165,13 +165,13 @@ class RowwiseAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def _step_master(self, param: nn.Parameter, group: dict[str, Any]) -> None:
         state = self.state[param]
-        if "master" not in state:  # at first, or after a checkpoint of a version that had none
+        if "master" not in state:  # first step, or a checkpoint of a version without masters
             state["master"] = param.detach().float()
             for name in ("exp_avg", "exp_avg_sq"):
                 state[name] = state[name].float() if name in state else torch.zeros_like(state["master"])
             state.setdefault("step", torch.zeros(()))
         beta1, beta2 = group["betas"]
-        # One by one, so that no more than one gradient at a time is there in float32.
+        # One by one, so that only one gradient at a time is in float32.
         adamw(
             [state["master"]],
             [param.grad.float()],  # type: ignore[union-attr]
@@ -193,7 +193,7 @@ class RowwiseAdamW(torch.optim.AdamW):
     def _step_rows(self, param: nn.Parameter, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[param]
         if not state:
-            state["step"] = torch.zeros(())  # what torch's AdamW looks for when it restores a state
+            state["step"] = torch.zeros(())  # torch's AdamW expects it when it restores a state
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
             state["row_steps"] = torch.zeros(len(param), dtype=torch.float32, device=param.device)
@@ -209,11 +209,11 @@ class RowwiseAdamW(torch.optim.AdamW):
         correction1, correction2 = (1 - beta1**steps).view(shape), (1 - beta2**steps).view(shape)
         update = (first / correction1) / ((second / correction2).sqrt() + group["eps"])
         decayed = param[rows] * (1 - group["lr"] * group["weight_decay"])
-        param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 whatever the table is
+        param[rows] = (decayed - group["lr"] * update).to(param.dtype)  # corrections are float32 for any table dtype
 
 
 def make_optimizer(optim: Optim, policy: nn.Module, user_model: UserModel) -> RowwiseAdamW:
-    """Return an optimizer that gives the policy, the user model and its tables their own rates.
+    """Return an optimizer with separate rates for the policy, the user model and its tables.
 
     Args:
         optim: The settings.
@@ -231,19 +231,19 @@ def make_optimizer(optim: Optim, policy: nn.Module, user_model: UserModel) -> Ro
 
 
 def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) -> LambdaLR:
-    """Return the one schedule of all rates, over `steps` optimizer steps."""
+    """Return the schedule of all rates over `steps` optimizer steps."""
     name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
     schedule: LambdaLR = get_scheduler(name, optimizer, optim.warmup(steps), steps)
     return schedule
 
 
 def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
-    """Have the settings of a run hold in an optimizer and a schedule that a checkpoint has brought those of another.
+    """Apply the settings of a run to an optimizer and a schedule that were restored from a checkpoint.
 
     Args:
         optim: The settings.
-        optimizer: Its groups bear the names that `Optim.group` knows.
-        scheduler: Of that optimizer; it stays at its step.
+        optimizer: Its groups have the names of `Optim.group`.
+        scheduler: Its scheduler; its step does not change.
     """
     for number, group in enumerate(optimizer.param_groups):
         settings = optim.group(group["name"])
@@ -253,17 +253,17 @@ def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: La
 
 
 def training_batches(trainer: Trainer) -> int:
-    """Return how many batches each process trains on in an epoch, by the data module."""
+    """Return the number of training batches per process and epoch, from the data module."""
     batches: int = trainer.datamodule.batches_per_epoch(trainer.world_size)  # type: ignore[attr-defined]
     limit = trainer.limit_train_batches
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
 def optimizer_steps(trainer: Trainer) -> int:
-    """Return how many optimizer steps a fit will take.
+    """Return the number of optimizer steps of a fit.
 
-    Counted from the data module: `trainer.estimated_stepping_batches` makes a loader in passing, and with that drops
-    the loader's state on resume (Lightning issue 20550).
+    Counted from the data module: `trainer.estimated_stepping_batches` creates a loader as a side effect, and drops the
+    loader's state on resume (Lightning issue 20550).
     """
     if trainer.accumulate_grad_batches < 1:
         raise ConfigurationError(
@@ -286,11 +286,11 @@ def optimizer_steps(trainer: Trainer) -> int:
 
 @dataclass(frozen=True)
 class StepParameters:
-    """The parameters that a step moves.
+    """The parameters that a step updates.
 
     Attributes:
-        whole: Those that this process has all of, with gradients that are the same everywhere.
-        parts: Those of a sharded policy, of which it has a part.
+        whole: Parameters that this process holds completely, with equal gradients in all processes.
+        parts: Parameters of a sharded policy, of which this process holds a shard.
     """
 
     whole: list[nn.Parameter]
@@ -298,14 +298,14 @@ class StepParameters:
 
     @classmethod
     def of(cls, optimizer: Optimizer, policy: Policy) -> Self:
-        """Return those of an optimizer that trains a policy, sharded or not, and a user model."""
+        """Return the parameters of an optimizer that trains a policy, sharded or not, and a user model."""
         parts = list(policy.parameters()) if is_sharded(policy) else []
         ids = {id(param) for param in parts}
         return cls([p for group in optimizer.param_groups for p in group["params"] if id(p) not in ids], parts)
 
     @property
     def all(self) -> list[nn.Parameter]:
-        """All of them."""
+        """All parameters."""
         return [*self.whole, *self.parts]
 
     def norm(self, trainer: Trainer, device: torch.device) -> Tensor:
@@ -313,7 +313,7 @@ class StepParameters:
         return gradient_norm(self.whole, self.parts, partial(sum_over_processes, trainer), device)
 
     def refuse_clipping_by_value(self) -> None:
-        """Refuse to clip gradients by value that are no dense tensors.
+        """Refuse clipping by value for gradients that are not dense tensors.
 
         Raises:
             ConfigurationError: Names the setting.
@@ -330,13 +330,13 @@ def gradient_norm(
     add_up: Callable[[Tensor], Tensor] = lambda part: part,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return the joint norm `[]` of all gradients, sparse ones included, which are coalesced.
+    """Return the joint norm `[]` of all gradients; sparse ones are coalesced.
 
     Args:
-        params: Parameters that this process has all of, with gradients that are the same everywhere.
-        sharded: Parameters that this process has a part of.
-        add_up: Returns the sum of a number over the processes that have the parts.
-        device: Where numbers are that travel between processes; gradients may be kept on the host.
+        params: Parameters that this process holds completely, with equal gradients in all processes.
+        sharded: Parameters of which this process holds a shard.
+        add_up: Returns the sum of a number over the processes with the shards.
+        device: Device for communication between processes; gradients may be on the host.
     """
     parts = _gradients(sharded)
     norm: Tensor = nn.utils.get_total_norm(_gradients(params)).to(device)
@@ -351,9 +351,9 @@ def clip_gradients(params: Iterable[nn.Parameter], max_norm: float, norm: Tensor
     """Scale all gradients, sparse ones included, so that their joint norm is at most `max_norm`; return the norm.
 
     Args:
-        params: Parameters with gradients, of which this process may have parts only.
+        params: Parameters with gradients, of which this process may hold shards only.
         max_norm: The limit.
-        norm: `[]` the norm as it is, if `gradient_norm` has computed it already.
+        norm: `[]` the current norm, if `gradient_norm` has computed it already.
     """
     grads = _gradients(params)
     norm = nn.utils.get_total_norm(grads) if norm is None else norm

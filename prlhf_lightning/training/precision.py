@@ -1,9 +1,9 @@
-"""Half precision (`bf16-true`, `16-true`) in which what is trained still moves: it is kept in float32.
+"""Half precision (`bf16-true`, `16-true`) with trained parameters in float32.
 
-A weight of bfloat16 has 8 significant bits: a step below 1/256 of its size, as most are, would be rounded away. So the
-frozen weights are in half precision, and adapters and the user model in float32, exactly as with `precision: 32-true`
-and `policy.dtype: bfloat16`. Where all weights are trained they are in half precision, and the optimizer keeps a copy
-of them in float32 (see `RowwiseAdamW`).
+A bfloat16 weight has 8 significant bits: a step below 1/256 of its size, as most are, would be rounded away. So frozen
+weights are in half precision, and adapters and the user model in float32, exactly as with `precision: 32-true` and
+`policy.dtype: bfloat16`. If all weights are trained, they are in half precision, and the optimizer keeps a float32 copy
+(see `RowwiseAdamW`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _DTYPES = {"bf16-true": torch.bfloat16, "16-true": torch.float16}
 
 
 class BFloat16WithFloat32Trained(Precision):
-    """`bf16-true`: the module casts what is frozen; nothing else is cast, and no default type is changed."""
+    """`bf16-true`: the module casts its frozen weights; nothing else is cast, and the default dtype does not change."""
 
     precision = "bf16-true"
 
 
 class Float16WithFloat32Trained(MixedPrecision):
-    """`16-true`: as above, with a scaler, without which small gradients of float16 would vanish.
+    """`16-true`: as above, with a gradient scaler, without which small float16 gradients would vanish.
 
     Args:
         device: Type of the device that computes, such as `cuda`.
@@ -44,48 +44,48 @@ class Float16WithFloat32Trained(MixedPrecision):
 
     @contextmanager
     def forward_context(self) -> Generator[None, None, None]:
-        """Do without autocast: weights are in float16 themselves."""
+        """Return a context without autocast: weights are float16 themselves."""
         yield
 
 
 class ShardedWithFloat32Trained(FSDPPrecision):
-    """`bf16-true` for FSDP1: each part is gathered in its own data type."""
+    """`bf16-true` for FSDP1: each unit is gathered in its own dtype."""
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        """Leave the module, which has cast itself, as it is."""
+        """Return the module unchanged: it has cast itself."""
         return module
 
     @property
     def mixed_precision_config(self) -> ShardedDtypes:
-        """No other types than those of the parts."""
+        """Return no dtypes other than those of the units."""
         return ShardedDtypes()
 
     def tensor_init_context(self) -> AbstractContextManager[Any]:
-        """Leave the default type as it is."""
+        """Return a context that keeps the default dtype."""
         return nullcontext()
 
     def module_init_context(self) -> AbstractContextManager[Any]:
-        """Leave the default type as it is."""
+        """Return a context that keeps the default dtype."""
         return nullcontext()
 
     def forward_context(self) -> AbstractContextManager[Any]:
-        """Leave the default type as it is."""
+        """Return a context that keeps the default dtype."""
         return nullcontext()
 
     def convert_input(self, data: Any) -> Any:
-        """Leave batches as they are: the reference's log-probs are in float32."""
+        """Return batches unchanged: the reference's log-probs are float32."""
         return data
 
     def convert_output(self, data: Any) -> Any:
-        """Leave outputs as they are."""
+        """Return outputs unchanged."""
         return data
 
 
 def keep_trained_in_float32(trainer: Trainer) -> None:
-    """Have a trainer with `bf16-true` or `16-true` leave casting to `cast_frozen`; others stay as they are.
+    """Replace the precision plugin of a trainer with `bf16-true` or `16-true`, so that `cast_frozen` does the casting.
 
     Raises:
-        ConfigurationError: The strategy can't do so.
+        ConfigurationError: The strategy does not support it.
     """
     strategy = trainer.strategy
     plugin = strategy.precision_plugin
@@ -96,20 +96,20 @@ def keep_trained_in_float32(trainer: Trainer) -> None:
     elif type(plugin) is FSDPPrecision and plugin.precision in _DTYPES:
         if plugin.precision == "16-true":
             raise ConfigurationError(
-                "trainer.precision is 16-true, in which FSDP1Strategy scales no gradients, so that small ones vanish; "
+                "trainer.precision is 16-true, and FSDP1Strategy does not scale gradients, so small ones vanish; "
                 "use bf16-true, or prlhf_lightning.FSDP2Strategy."
             )
         strategy.precision_plugin = ShardedWithFloat32Trained("bf16-true")
 
 
 def cast_frozen(policy: Policy, trainer: Trainer | None) -> None:
-    """Cast a policy's weights to the half precision of a trainer, if it has one, but not adapters.
+    """Cast a policy's weights, except adapters, to the half precision of a trainer, if it has one.
 
-    Buffers stay as they are, such as the frequencies of rotary positions, which bfloat16 would distort.
+    Buffers do not change, such as the frequencies of rotary positions, which bfloat16 would distort.
 
     Args:
         policy: A policy that has been built, and not sharded.
-        trainer: What will use it, if anything.
+        trainer: Its trainer, if any.
     """
     dtype = _DTYPES.get(str(trainer.precision)) if trainer is not None else None
     if dtype is None:
@@ -121,11 +121,11 @@ def cast_frozen(policy: Policy, trainer: Trainer | None) -> None:
 
 
 def check_float16(policy: Policy, trainer: Trainer) -> None:
-    """Refuse to train float16 weights themselves, and warn where their gradients are not scaled.
+    """Refuse to train float16 weights themselves, and warn if float16 gradients are not scaled.
 
     Args:
         policy: A policy that has been built.
-        trainer: What trains it.
+        trainer: Its trainer.
 
     Raises:
         ConfigurationError: Names the settings.
@@ -134,7 +134,7 @@ def check_float16(policy: Policy, trainer: Trainer) -> None:
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     if any(param.requires_grad for param in params):
         raise ConfigurationError(
-            "policy.lora is null, so that all weights are trained, and they are in float16, whose gradients vanish or "
+            "policy.lora is null, so all weights are trained, and they are float16, whose gradients vanish or "
             "overflow. Train in bfloat16 (trainer.precision: bf16-true, or model.policy.dtype: bfloat16), or keep the "
             "weights in float32 (model.policy.dtype: float32 with trainer.precision: 16-mixed)."
         )
@@ -146,7 +146,7 @@ def check_float16(policy: Policy, trainer: Trainer) -> None:
 
 
 def described(trainer: Trainer) -> str:
-    """Return what of a trainer's precision decides the last bits of log-probs."""
+    """Return a description of a trainer's precision, on which the last bits of log-probs depend."""
     plugin = cast(Any, trainer.precision_plugin)
     ours = isinstance(plugin, BFloat16WithFloat32Trained | Float16WithFloat32Trained | ShardedWithFloat32Trained)
     return f"{trainer.precision}, trained in float32" if ours else str(trainer.precision)

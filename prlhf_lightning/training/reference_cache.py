@@ -1,11 +1,11 @@
-"""The reference policy's log-probs of completions, kept on disk so that each is computed once.
+"""On-disk cache of the reference policy's log-probs of completions, so that each is computed once.
 
-They depend on the texts and on the reference alone, never on who the user is. So one store serves all users who judged
-the same texts, both terms of P-DPO (arXiv:2402.05133), evaluation, and later runs.
+They depend only on the texts and the reference, never on the user. So one cache serves all users who judged the same
+texts, both terms of P-DPO (arXiv:2402.05133), evaluation, and later runs.
 
 A cache is a folder named by a digest of the reference's identity. It holds segments that are written once, under
-another name, and renamed when complete: whatever is killed, and however many processes write at once, a reader sees
-whole segments or none. A segment is a safetensors file of two tensors, `index` (key, start, length and checksum of each
+another name, and renamed when complete. So readers see complete segments only, for any number of writers, killed or
+not. A segment is a safetensors file of two tensors, `index` (key, start, length and checksum of each
 row, sorted by key) and `values` (float32). Both are mapped; only the keys are held in memory, at 24 bytes a row.
 Deleting the folder is always safe.
 """
@@ -35,9 +35,9 @@ from prlhf_lightning.utils.io import atomic_file
 
 Identity: TypeAlias = Mapping[str, str | int | float | bool | None]
 
-_FORMAT = 1  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 1  # increase it when the meaning of stored values changes, so that older caches are not read
 _FLUSH_BYTES = 8 << 20
-_FLUSH_SECONDS = 60  # a slow policy would take hours to fill the buffer, all of them lost if it is killed
+_FLUSH_SECONDS = 60  # a slow policy takes hours to fill the buffer, which a kill would lose
 _SMALL_BYTES = 64 << 20  # larger segments are never rewritten, which bounds the work of a compaction
 _MOST_SMALL = 64
 _KEEP_SECONDS = 7 * 24 * 3600
@@ -57,20 +57,19 @@ def content_key(*parts: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
 
 
 class ReferenceCache:
-    """An append-only store on disk of the log-probs of completions, by the content of their texts.
+    """An append-only on-disk store of the log-probs of completions, with keys from the content of their texts.
 
-    Any number of processes may read and write the same cache. Each sees its own rows at once, and those that others
-    have written when it opens, refreshes or flushes. An instance belongs to one thread.
+    Any number of processes may read and write the same cache. Each sees its own rows at once, and others' rows when it
+    opens, refreshes or flushes. An instance belongs to one thread.
 
-    Rows that fail their checksum, and whole files that are truncated or unreadable, are left out with a warning that
-    names the file; to the caller they are rows that have yet to be computed. Where rows cannot be written (a full
-    disk), a warning says so and they are dropped: training goes on, and computes them again when it needs them. The
-    next flush tries again.
+    Rows that fail their checksum, and truncated or unreadable files, are skipped with a warning that names the file; to
+    the caller these rows are missing. If rows cannot be written (a full disk), they are dropped with a warning:
+    training continues, and computes them again when needed. The next flush tries again.
 
     Args:
         folder: Folder of the caches of all references.
-        identity: All that the log-probs depend on besides the texts: weights, dtype, tokenizer, template, truncation.
-            A change of any of them opens another cache. It is written to `identity.json`, for people to read.
+        identity: Everything else that the log-probs depend on: weights, dtype, tokenizer, template, truncation. Any
+            change opens another cache. It is written to `identity.json`, for people to read.
     """
 
     def __init__(self, folder: str | Path, identity: Identity) -> None:
@@ -87,7 +86,7 @@ class ReferenceCache:
             self._prepare_folder()
         except OSError as error:
             raise ConfigurationError(
-                f"The reference cache cannot be kept in {self.folder}: {error}. Name a folder that can be written "
+                f"Cannot create the reference cache in {self.folder}: {error}. Set a writable folder "
                 "(the variable PRLHF_CACHE)."
             ) from error
         self._sweep()
@@ -106,7 +105,7 @@ class ReferenceCache:
         self.close()
 
     def get(self, keys: Sequence[bytes]) -> list[Values | None]:
-        """Return the log-probs stored under each key, read-only `[length]` float32, or None where there are none."""
+        """Return the log-probs of each key, read-only `[length]` float32, or None if the key is missing."""
         found: list[Values | None] = [self._pending.get(key) for key in keys]
         missing = [place for place, values in enumerate(found) if values is None]
         rows = self._lookup.find([keys[place] for place in missing])
@@ -118,8 +117,8 @@ class ReferenceCache:
     def put(self, keys: Sequence[bytes], values: Sequence[npt.NDArray[Any]]) -> None:
         """Store the log-probs `[length]` of each key.
 
-        They are written when there are 8 MB of them or a minute has passed, so that this is what a killed process
-        loses at most. A key that is stored already may be put again; the later values count.
+        They are written every 8 MB or every minute, so a killed process loses at most that. A stored key may be put
+        again; the later values replace the earlier ones.
         """
         for key, given in zip(keys, values, strict=True):
             row = np.array(given, dtype=np.float32)  # a copy: the caller may use its block again
@@ -130,7 +129,7 @@ class ReferenceCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what has been put, and take in what other processes have written."""
+        """Write buffered rows, and read what other processes have written."""
         if self._pending:
             keys = sorted(self._pending)
             rows = [self._pending[key] for key in keys]
@@ -140,8 +139,8 @@ class ReferenceCache:
                 write_segment(self.folder, np.array(described, ENTRY), rows)
             except OSError as error:
                 message = (
-                    f"Reference log-probs could not be stored in {self.folder}: {error}. What is stored already is not "
-                    "harmed. Training goes on and computes them again when they are needed; to have them stored, "
+                    f"Reference log-probs could not be stored in {self.folder}: {error}. Stored rows are not "
+                    "affected. Training continues and computes the others again when needed; to store them, "
                     "free space there or name another folder."
                 )
                 if not self._has_warned:
@@ -152,7 +151,7 @@ class ReferenceCache:
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what other processes have written since."""
+        """Read what other processes have written since the last call."""
         segments = self._scan()
         if self._compacts and len(_small(segments)) > _MOST_SMALL:
             self._compact()
@@ -161,7 +160,7 @@ class ReferenceCache:
             self._lookup = Lookup(segments)
 
     def close(self) -> None:
-        """Write what has been put and let go of the files; arrays that were handed out stay valid."""
+        """Write buffered rows and close the files; returned arrays stay valid."""
         self.flush()
         self._lookup = Lookup([])
 
@@ -177,35 +176,35 @@ class ReferenceCache:
         values = segment.values[start : start + length]
         if crc32(values.data) == checksum:
             return values
-        self._warn_damaged(segment.path, "rows do not match their checksums; those are computed again")
+        self._warn_damaged(segment.path, "rows do not match their checksums; they are computed again")
         return None
 
     def _scan(self) -> list[Segment]:
-        """Map the segments on disk, newest first, so that a row written anew replaces a damaged one."""
+        """Map the segments on disk, newest first, so that a rewritten row replaces a damaged one."""
         mapped = {segment.path: segment for segment in self._lookup.segments}
         for _ in range(20):
             listed = sorted(self.folder.glob("*.safetensors"), reverse=True)
-            with suppress(FileNotFoundError):  # another process compacted between the listing and the opening
+            with suppress(FileNotFoundError):  # another process compacted after the listing
                 for path in listed:
                     if path not in mapped and path not in self._damaged:
                         try:
                             mapped[path] = Segment.open(path)
                         except ValueError as error:
-                            self._warn_damaged(path, f"{error}; it is left out and what it held is computed again")
+                            self._warn_damaged(path, f"{error}; it is skipped and its rows are computed again")
                 break
         return [mapped[path] for path in listed if path in mapped]
 
     def _compact(self) -> None:
-        """Write the small segments as one."""
+        """Merge the small segments into one."""
         try:
             with FileLock(self.folder / "compaction.lock", timeout=0):
                 small = _small(self._scan())
-                if len(small) > _MOST_SMALL:  # otherwise another process has just done it
+                if len(small) > _MOST_SMALL:  # otherwise another process has just compacted
                     self._merge(small)
         except Timeout:
-            pass  # another process is at it
+            pass  # another process is compacting
         except (OSError, NotImplementedError):
-            # A full disk, a folder or files that are not ours to change: it is for another process to do.
+            # A full disk, or missing permissions: leave it to another process.
             self._compacts = False
 
     def _merge(self, small: list[Segment]) -> None:
@@ -215,15 +214,15 @@ class ReferenceCache:
         entries = np.concatenate([segment.entries for segment in small])[merged.rows]
         places = (merged.locate(row) for row in merged.rows.tolist())
         write_segment(self.folder, entries, (s.values[start : start + length] for s, start, length, _ in places))
-        # Set aside, not deleted: on a network file system a process on another machine that still maps a file would be
-        # killed when it touches a page of it.
+        # Renamed, not deleted: on a network file system, a process on another machine that still maps a deleted file
+        # would be killed when it reads a page of it.
         for segment in small:
             segment.path.replace(superseded / segment.path.name)
 
     def _sweep(self) -> None:
-        """Delete what compactions set aside and killed writers left behind, once nobody can be using it."""
+        """Delete old files of compactions and of killed writers that no process can still use."""
         for path in [*self.folder.glob(".*.partial"), *self.folder.glob("superseded/*.safetensors")]:
-            with suppress(OSError):  # another process was faster, or we may only read
+            with suppress(OSError):  # another process was faster, or the folder is read-only
                 if time.time() - path.stat().st_ctime > _KEEP_SECONDS:
                     path.unlink()
 
@@ -246,7 +245,7 @@ ENTRY = np.dtype([("key", "S16"), ("start", "<i8"), ("length", "<i4"), ("checksu
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """A segment as it lies on disk.
+    """A segment on disk.
 
     Attributes:
         entries: `[N]` key, start, length and checksum of each row, sorted by key.
@@ -262,7 +261,7 @@ class Segment:
         """Map a segment and verify its index; rows are verified when they are read.
 
         Raises:
-            ValueError: It is damaged, or of another cache, which earlier versions did not note.
+            ValueError: It is damaged, or belongs to another cache (earlier versions did not store that).
         """
         try:
             with path.open("rb") as file:
@@ -286,7 +285,7 @@ class Segment:
 
 
 class Lookup:
-    """Finds keys in several segments; of rows with the same key, the first segment's counts."""
+    """Finds keys in several segments; for rows with the same key, the first segment wins."""
 
     def __init__(self, segments: list[Segment]) -> None:
         self.segments = segments
@@ -317,7 +316,7 @@ class Lookup:
 
 
 def write_segment(folder: Path, entries: Entries, rows: Iterable[Values]) -> None:
-    """Write rows in the order of their entries, whose starts are set here."""
+    """Write rows in the order of their entries, and set the entries' `start`."""
     ends = np.cumsum(entries["length"], dtype=np.int64)
     entries["start"] = ends - entries["length"]
     index = entries.tobytes()

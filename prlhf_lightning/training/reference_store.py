@@ -1,4 +1,4 @@
-"""Looking up the reference's log-probs of a batch, and keeping those that had to be computed."""
+"""Lookup and storage of the reference's log-probs of a batch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from prlhf_lightning.utils.cache_dir import default_cache_dir
 
 
 class ReferenceStore:
-    """Gives batches the reference's log-probs where they are known.
+    """Adds cached reference log-probs to batches.
 
     Args:
-        cache: Where they are kept.
+        cache: The cache on disk.
         sees_text: Whether the reference sees the users' text, which is then part of the key.
     """
 
@@ -32,10 +32,10 @@ class ReferenceStore:
         self.sees_text = sees_text
 
     def attach(self, batch: PreferenceBatch) -> PreferenceBatch:
-        """Return a batch with its keys and, if all its completions are known, with their log-probs.
+        """Return a batch with its keys and, if all its completions are cached, with their log-probs.
 
         Args:
-            batch: B pairs in the host's memory, so that reading their ids does not wait for a device.
+            batch: B pairs in host memory, so that reading their ids does not synchronize a device.
         """
         nothing = np.empty(0, np.int64)
         texts = _rows(batch.user_text) if self.sees_text else [nothing] * len(batch)
@@ -51,11 +51,11 @@ class ReferenceStore:
         return replace(batch, reference=PairLogProbs(_pad(chosen, batch.chosen), _pad(rejected, batch.rejected)))
 
     def keep(self, batch: PreferenceBatch, scored: PairLogProbs) -> PairLogProbs:
-        """Keep what was computed for a batch that `attach` could not serve.
+        """Store log-probs that were computed for a batch with missing ones.
 
         Returns:
-            The log-probs to use. What was known of a completion stands: computed anew, in another batch, it differs in
-            its last bits, and then training would depend on what an interrupted run had scored before.
+            The log-probs to use. Cached values take precedence: computed again in another batch, they would differ in
+            their last bits, and training would depend on what an interrupted run had scored before.
         """
         columns = [[pair[column] for pair in batch.reference_keys] for column in (0, 1)]
         return PairLogProbs(
@@ -71,19 +71,19 @@ class ReferenceStore:
             for key, known, (row, length) in zip(keys, self.cache.get(keys), rows, strict=True)
         ]
         self.cache.put(list(new), list(new.values()))
-        # Laid out as `attach` does, since sums over another number of padded places differ in their last bits as well.
+        # Padded as in `attach`, since sums over another number of padded positions also differ in their last bits.
         return _pad(values, completion.to("cpu")).to(scores.tokens.device)
 
 
 def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStore | None:
-    """Return the store of a policy's reference; None if there can be none, with a warning if it can't be written.
+    """Return the store of a policy's reference, or None, with a warning if its folder is not writable.
 
-    There can be none where the policy cannot tell what decides its log-probs.
+    It is None if the policy has no identity for its log-probs.
 
     Args:
         policy: A policy that has been built.
         sees_text: As in `ReferenceStore`.
-        precision: The trainer's, which decides the last bits.
+        precision: The trainer's precision, which affects the last bits.
     """
     identity = policy.reference_identity()
     if identity is None:
@@ -92,15 +92,15 @@ def open_store(policy: Policy, sees_text: bool, precision: str) -> ReferenceStor
         cache = ReferenceCache(default_cache_dir() / "reference", {**identity, "precision": precision})
     except ConfigurationError as error:
         rank_zero_warn(
-            f"{error} The reference is computed anew in each epoch and run, and a run that is broken off may go on "
-            "with other last bits. To train so without this warning, set model.cache_reference: false."
+            f"{error} The reference is computed again in each epoch and run, and a resumed run may differ in its "
+            "last bits. To train like this without this warning, set model.cache_reference: false."
         )
         return None
     return ReferenceStore(cache, sees_text)
 
 
 def exchange(store: ReferenceStore | None, trainer: Trainer) -> None:
-    """Let every process know what the others computed; all must call this, those without a store as well."""
+    """Share computed log-probs between processes; all must call this, also those without a store."""
     if store is not None:
         store.cache.flush()
     trainer.strategy.barrier("reference cache")
@@ -113,6 +113,6 @@ def _rows(tokens: Tokens) -> list[npt.NDArray[Any]]:
 
 
 def _pad(values: Sequence[Values | None], completion: Tokens) -> LogProbs:
-    log_probs = torch.zeros(completion.mask.shape, dtype=torch.float32)  # whatever the trainer's precision is
+    log_probs = torch.zeros(completion.mask.shape, dtype=torch.float32)  # for any precision of the trainer
     log_probs[completion.mask] = torch.cat([torch.tensor(row) for row in values])
     return LogProbs(log_probs, completion.mask)

@@ -1,10 +1,10 @@
-"""Where in the training loop a checkpoint goes on.
+"""Position in the training loop, for checkpoints and resuming.
 
-A checkpoint holds weights and optimizer as they were after a whole step, but may be saved between two: by a validation
-in the middle of an accumulation, or where training was interrupted. Gradients are in no checkpoint, so that a run goes
-on after the last whole step, and does the batches after it again. Lightning's own counts (2.6.6) go on wrongly from
-some places: an epoch that `max_steps` cut short counts as trained, and a validation that was due is left out. So
-checkpoints keep the place by a few numbers (`entry`), from which the counts are made anew (`go_on`).
+A checkpoint holds weights and optimizer after a complete step. It may be saved between two steps: by a validation in
+the middle of an accumulation, or when training is interrupted. Checkpoints hold no gradients, so a run resumes after
+the last complete step and repeats the batches after it. Lightning's own counters (2.6.6) resume wrongly from some
+points: an epoch that `max_steps` cut short counts as trained, and a validation that was due is skipped. So checkpoints
+store the position in a few numbers (`entry`), from which `go_on` recomputes the counters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _PROGRESS = ("batch_progress", "scheduler_progress", "automatic_optimization.opt
 
 @dataclass
 class _Validations:
-    """Numbers of validations: made so far; until the last whole step; and with the one that came right after it."""
+    """Numbers of validations: so far; until the last complete step; including the one right after it."""
 
     made: int = 0
     at_step: int = 0
@@ -31,23 +31,23 @@ class _Validations:
 
 
 class StepProgress:
-    """Keeps track of the last whole step of a fit, for checkpoints that are saved before the next."""
+    """Tracks the last complete step of a fit, for checkpoints that are saved before the next step."""
 
     def __init__(self) -> None:
-        self._place: tuple[int, int] | None = None  # epoch, and batches of it whose steps were taken
+        self._place: tuple[int, int] | None = None  # epoch, and its batches up to the last step
         self._is_entered = False
-        self._validated = (-1, -1)  # the same, of the last validation
+        self._validated = (-1, -1)  # the same for the last validation
         self._validations = _Validations()
         self._of_loss: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
 
     def enter(self, epoch: int, batch: int, validations: int) -> None:
-        """Note the place that a checkpoint goes on from, and the number of validations before it."""
+        """Set the position to resume from, and the number of validations before it."""
         self._place, self._is_entered = (epoch, batch), True
         self._validations = _Validations(validations, validations, validations)
 
     def begin(self, trainer: Trainer, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
-        """Begin to train, where a checkpoint goes on or with a new epoch."""
+        """Start training at the position of a checkpoint, or at a new epoch."""
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if not self._is_entered:
             self._place, self._validations = (epochs.processed, 0), _Validations()
@@ -55,29 +55,29 @@ class StepProgress:
         self._remember(loss, means)
 
     def step_taken(self, epoch: int, batch_idx: int, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
-        """Note that the step of a batch was taken, and what the loss and the means to log had added up until then."""
+        """Record the step of a batch, with the state of the loss and of the logged means."""
         self._place = (epoch, batch_idx + 1)
         self._validations.at_step = self._validations.at_place = self._validations.made
         self._remember(loss, means)
 
     def is_logged(self, trainer: Trainer) -> bool:
-        """Whether what the last whole step gives to log was logged: Lightning does so when its batch has ended."""
+        """Return whether Lightning has logged the values of the last complete step."""
         batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         return (trainer.current_epoch, batch.ready) != self._place or batch.completed == batch.ready
 
     def validated(self, trainer: Trainer) -> None:
-        """Note that a validation was made in full."""
+        """Record a complete validation."""
         self._validated = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
         self._validations.made += 1
         if self._validated == self._place:
             self._validations.at_place = self._validations.made
 
     def validate_again(self) -> None:
-        """Take the last validation for one that was not made."""
+        """Mark the last validation as not done."""
         self._validated = (-1, -1)
 
     def entry(self, trainer: Trainer) -> dict[str, Any] | None:
-        """Return the place for a checkpoint; None where nothing is fitted."""
+        """Return the position for a checkpoint; None outside a fit."""
         if self._place is None:
             return None
         epoch, batch = self._place
@@ -87,18 +87,18 @@ class StepProgress:
             "batch": batch,
             "batches": int(trainer.num_training_batches),
             "validation_due": is_due,
-            # Those that are made again are not counted, so that their rows of `metrics.csv` come once.
+            # Repeated validations are not counted, so that their rows of `metrics.csv` appear once.
             "validations": self._validations.at_step if is_due else self._validations.at_place,
         }
 
     @property
     def of_loss(self) -> dict[str, Tensor]:
-        """What the loss keeps, by its names in the module, as it was after the last whole step."""
+        """State of the loss after the last complete step, by its names in the module."""
         return self._of_loss
 
     @property
     def means(self) -> dict[str, Tensor]:
-        """What `IntervalMeans` had added up in this process when the last whole step was taken."""
+        """Sums of `IntervalMeans` in this process at the last complete step."""
         return self._means
 
     def _remember(self, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
@@ -107,21 +107,21 @@ class StepProgress:
 
     def _is_due(self, trainer: Trainer) -> bool:
         here = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)
-        # One that is made since training stops is not due when it goes on.
+        # A validation that ran only because training stopped is not due on resume.
         if here != self._place or not here[1] or self._validated == here or trainer.should_stop:
             return False
         return lightning_compat.is_validation_due(trainer)
 
 
 def go_on(checkpoint: Mapping[str, Any], place: Mapping[str, Any], batch: int, batches: int, window: int) -> None:
-    """Have a checkpoint go on from a place, whatever Lightning's counts in it are.
+    """Set Lightning's counters in a checkpoint to a position.
 
     Args:
-        checkpoint: What the file holds; the state of its fit loop is changed.
-        place: `StepProgress.entry` of the run that wrote it.
-        batch: The batch that comes next, in the batches of an epoch of this run.
-        batches: Their number.
-        window: Batches in an optimizer step of this run.
+        checkpoint: Content of the file; the state of its fit loop is changed.
+        place: `StepProgress.entry` of its run.
+        batch: Number of the next batch in the epoch of this run.
+        batches: Batches of an epoch.
+        window: Batches per optimizer step of this run.
     """
     loop: dict[str, Any] = checkpoint["loops"]["fit_loop"]
     epoch, due = place["epoch"], place["validation_due"]
@@ -135,7 +135,8 @@ def go_on(checkpoint: Mapping[str, Any], place: Mapping[str, Any], batch: int, b
     if not batch:
         for name in _PROGRESS:
             _begin_anew(loop[f"epoch_loop.{name}"])
-    # As saved when a batch ended, after which Lightning goes on with the next; or, to validate, when all had ended.
+    # As if saved at the end of a batch, after which Lightning continues with the next one; or, to validate, at the end
+    # of all batches.
     ended = batch if due or not batch else batch - 1
     counts = {"ready": batch, "started": batch, "processed": batch, "completed": ended}
     progress["current"] = counts
@@ -152,19 +153,19 @@ def go_on(checkpoint: Mapping[str, Any], place: Mapping[str, Any], batch: int, b
         "current": {"ready": 0, "started": 0, "processed": 0, "completed": 0},
         "is_last_batch": False,
     }
-    # Lightning adds the step itself where a checkpoint is of its end.
+    # Lightning adds the step itself for a checkpoint at its end.
     is_added = batch > 0 and (batch % window == 0 or batch == batches)
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - is_added
 
 
 def end_epoch(checkpoint: Mapping[str, Any]) -> None:
-    """Have a checkpoint of an earlier version, saved at the very end of an epoch, go on with the next one.
+    """Make a checkpoint of an earlier version, saved at the end of an epoch, resume with the next epoch.
 
-    Lightning (2.6.6) saves there when nothing is validated, before it counts the epoch as completed. Going on from it
-    under a limit of steps (`max_steps`), it trains on one batch and takes that for the whole of the next epoch.
+    Without validation, Lightning (2.6.6) saves there before it counts the epoch as completed. When it resumes with a
+    step limit (`max_steps`), it trains on one batch and counts that as the next epoch.
 
     Args:
-        checkpoint: What the file holds; the state of its fit loop is changed.
+        checkpoint: Content of the file; the state of its fit loop is changed.
     """
     loop: dict[str, Any] = checkpoint.get("loops", {}).get("fit_loop", {})
     epoch = loop.get("epoch_progress")
@@ -178,7 +179,7 @@ def end_epoch(checkpoint: Mapping[str, Any]) -> None:
 
 
 def _begin_anew(progress: dict[str, Any]) -> None:
-    """Set the counts of the present epoch to zero; those of the whole run stay."""
+    """Set the counters of the current epoch to zero; those of the run do not change."""
     for name, value in progress.items():
         if name == "current":
             progress[name] = dict.fromkeys(value, 0)

@@ -1,6 +1,6 @@
-"""What a run that goes on takes over from the folder of the earlier one, so that its own folder is complete.
+"""Copies files of the earlier run to the folder of a resumed run, so that this folder is complete.
 
-A run never writes to another's folder, also where it goes on with it: two that go on from one checkpoint do not meet.
+A run never writes to another run's folder, so two runs may resume from the same checkpoint.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ _METRICS, _USER_TABLES = "metrics.csv", "users_*.csv"
 
 
 class RunHistory(Callback):
-    """Copies `metrics.csv`, up to where a checkpoint goes on, and the tables of users to the folder of the new run."""
+    """Copies `metrics.csv`, up to the resumed step, and the user tables to the folder of the new run."""
 
     def __init__(self) -> None:
         self._last: dict[str, Tensor] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Check that all processes have found the same checkpoint, each for itself."""
+        """Check that all processes have found the same checkpoint."""
         found = sorted(set(gather_objects(trainer, str(trainer.ckpt_path))))
         if stage == "fit" and len(found) > 1:
             raise ConfigurationError(
-                f"ckpt_path: the processes of this run go on from several checkpoints ({', '.join(found)}), since "
-                "another run wrote one meanwhile. Name one by its path, or give the run a trainer.default_root_dir of "
-                "its own."
+                f"ckpt_path: the processes of this run found different checkpoints ({', '.join(found)}), since "
+                "another run wrote one meanwhile. Give the path of one, or a separate "
+                "trainer.default_root_dir."
             )
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Find the earlier run's folder beside the checkpoint, and copy."""
+        """Find the earlier run's folder from the checkpoint, and copy."""
         if trainer.state.fn != TrainerFn.FITTING or "loops" not in checkpoint:
             return
         folder = run_folder(trainer)  # all processes must ask for it
@@ -66,24 +66,24 @@ class RunHistory(Callback):
                 copy(table, folder / table.name)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Have what was logged last stand as if it had been now: there may be no validation, or no step, to come."""
+        """Restore the last logged values: there may be no further validation or step."""
         lightning_compat.set_callback_metrics(trainer, self._last)
         self._last = {}
 
 
 def folder_of(checkpoint: Any) -> Path | None:
-    """Return the folder of the run that a checkpoint lies in, or None where it lies in none."""
+    """Return the folder of a checkpoint's run, or None if it is in none."""
     folder = Path(str(checkpoint)).parent
     return folder.parent if folder.name == "checkpoints" else None
 
 
 def rows_until(rows: Sequence[Mapping[str, str]], step: int, validations: int | None) -> list[Mapping[str, str]]:
-    """Return the rows of a `metrics.csv` that a run which goes on does not write again.
+    """Return the rows of a `metrics.csv` that a resumed run does not write again.
 
     Args:
         rows: All rows, in their order.
-        step: Steps that were taken before it goes on.
-        validations: Validations that were made before it goes on, or None where that is not known.
+        step: The resumed step.
+        validations: Number of validations before it, or None if unknown.
     """
     found, seen = [], 0
     for row in rows:
@@ -97,21 +97,21 @@ def rows_until(rows: Sequence[Mapping[str, str]], step: int, validations: int | 
 
 
 def last_values(rows: Sequence[Mapping[str, str]]) -> dict[str, Tensor]:
-    """Return the last value `[]` of each name in the rows of a `metrics.csv`."""
+    """Return the last value `[]` of each column of a `metrics.csv`."""
     found = {name: value for row in rows for name, value in row.items() if "/" in name and value}
     return {name: torch.tensor(float(value)) for name, value in found.items()}
 
 
 def best_of_earlier_run(state: Mapping[str, Any], earlier: Path, folder: Path) -> dict[str, Any] | None:
-    """Return the state of a `ModelCheckpoint` for another folder, to which the best checkpoints are copied.
+    """Copy the best checkpoints to a new folder and return the state of a `ModelCheckpoint` for it.
 
     Args:
-        state: Its state in the checkpoint that is gone on from.
+        state: Its state in the resumed checkpoint.
         earlier: The folder of that checkpoint.
         folder: The folder of the new run's checkpoints.
 
     Returns:
-        The state, or None where one of the best checkpoints is no longer there.
+        The state, or None if one of the best checkpoints is missing.
     """
     names = {path: Path(path).name for path in state["best_k_models"]}
     if not names or not all((earlier / name).is_file() for name in names.values()):
@@ -130,15 +130,15 @@ def best_of_earlier_run(state: Mapping[str, Any], earlier: Path, folder: Path) -
 
 
 def copy_on_first(source: Path, target: Path) -> None:
-    """Copy a file as `copy` does, in the first process alone; all may call it."""
+    """Copy a file like `copy`, but only in the first process."""
     if getattr(rank_zero_only, "rank", 0) == 0:
         copy(source, target)
 
 
 def copy(source: Path, target: Path) -> None:
-    """Copy a file in one step, with its time; without a second copy on the disk where the file system allows that.
+    """Copy a file atomically with its modification time, as a hard link if the file system supports it.
 
-    Both are only ever replaced whole, so that a change of one leaves the other as it is.
+    Files are always replaced as a whole, so a change of one does not affect the other.
     """
     with naming(target):
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Settings that are taken without a word, and stumbled over in the middle of the work."""
+"""Checks that reject trainer settings which would fail in the middle of a run."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLUMNS: dict[Feedback, str] = {
 
 
 def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
-    """Refuse data that say something else than the loss listens to; demonstrations may be the chosen ones of pairs.
+    """Refuse data of another kind than the loss needs; demonstrations may be the chosen completions of pairs.
 
     Raises:
         ConfigurationError: Names both, and the setting.
@@ -40,7 +40,7 @@ def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
 
 
 def check_fit(trainer: Trainer, user_model: UserModel, loss: PreferenceLoss, vocabulary: UserVocabulary) -> None:
-    """Refuse what a fit would stumble over, and warn of what it would do for nothing; all processes must call it.
+    """Refuse settings that would fail during a fit, and warn about useless ones; all processes must call this.
 
     Raises:
         ConfigurationError: Names the setting.
@@ -52,14 +52,14 @@ def check_fit(trainer: Trainer, user_model: UserModel, loss: PreferenceLoss, voc
     check_batch_size(loss, getattr(datamodule, "batch_size", 2))
     if user_model.uses_text and not getattr(datamodule, "has_user_text", True):
         rank_zero_warn(
-            f"{type(user_model).__name__} reads texts about users, and no row has one: name their column by "
-            "data.source.columns, as in {user_text: profile}, or choose a user model that goes by votes alone, such as "
+            f"{type(user_model).__name__} reads texts about users, and no row has one: name their column with "
+            "data.source.columns, as in {user_text: profile}, or choose a user model that needs only votes, such as "
             "IndividualUserModel."
         )
 
 
 def check_batch_size(loss: PreferenceLoss, batch_size: int) -> None:
-    """Refuse batches of one row for losses that match each row's prompt with the completion of another.
+    """Refuse batches of one row for losses that combine each row's prompt with another row's completion.
 
     Raises:
         ConfigurationError: Names the loss and the setting.
@@ -73,23 +73,23 @@ def check_batch_size(loss: PreferenceLoss, batch_size: int) -> None:
 
 
 def check_same_data(trainer: Trainer, vocabulary: UserVocabulary) -> None:
-    """Refuse to train where processes found different data, and would each deal out rows of its own; all must call it.
+    """Refuse to train if processes found different data, and so would distribute different rows; all must call this.
 
     Raises:
-        ConfigurationError: Says how that comes about.
+        ConfigurationError: Names the cause.
     """
     if trainer.world_size == 1:
         return
     rows = getattr(getattr(trainer, "datamodule", None), "num_training_rows", None)
     if len(set(gather_objects(trainer, (rows, vocabulary.digest())))) > 1:
         raise ConfigurationError(
-            "The processes found different training data, as if rows were added while they started: leave the data as "
-            "they are (of a FeedbackLogSource set data.source.until), and start again."
+            "The processes found different training data, probably since rows were added while they started: do not "
+            "change the data (for a FeedbackLogSource set data.source.until), and start again."
         )
 
 
 def check_trainer(trainer: Trainer) -> None:
-    """Refuse settings with which a fit can only fail.
+    """Refuse settings with which a fit must fail.
 
     Raises:
         ConfigurationError: Names the setting.
@@ -108,13 +108,13 @@ def check_trainer(trainer: Trainer) -> None:
 
 
 def _check_interval(trainer: Trainer, epochs: int | None) -> None:
-    interval = getattr(trainer, "val_check_interval", None)  # not there where validation goes by time
+    interval = getattr(trainer, "val_check_interval", None)  # missing if validation is scheduled by time
     if interval == 0:
         raise ConfigurationError(
             "trainer.val_check_interval is 0; give a number of batches, or a share of an epoch such as 0.5. For no "
             "validation set trainer.limit_val_batches: 0."
         )
-    # A share of an epoch is a float, be it 1.0; Lightning has checked that it is not larger.
+    # A share of an epoch is a float, also 1.0; Lightning has checked that it is not larger.
     if not isinstance(interval, int) or epochs is None or not hasattr(trainer.datamodule, "batches_per_epoch"):  # type: ignore[attr-defined]
         return
     batches = training_batches(trainer)
@@ -128,16 +128,15 @@ def _check_interval(trainer: Trainer, epochs: int | None) -> None:
 
 @torch.no_grad()
 def check_row_lengths(trainer: Trainer | None, policy: Policy, user_model: UserModel) -> None:
-    """Refuse data with rows too long for the policy now, and not in the batch that has the longest one.
+    """Refuse data with rows that are too long for the policy, before training starts.
 
     Args:
-        trainer: Its data module is asked for the longest row, if it has one that can tell; None where there is no
-            trainer yet.
+        trainer: Its data module provides the length of the longest row, if it can; None without a trainer.
         policy: A policy that has been built.
         user_model: A user model that has been built.
 
     Raises:
-        ConfigurationError: Names the lengths, and the settings that they follow from.
+        ConfigurationError: Names the lengths, and the settings that determine them.
     """
     limit = policy.max_positions
     data: Any = getattr(trainer, "datamodule", None)

@@ -1,4 +1,4 @@
-"""Starting a new training from the weights and users of an earlier one, with a fresh optimizer and new data."""
+"""Warm start: a new training from the weights and users of an earlier one, with a new optimizer and new data."""
 
 from __future__ import annotations
 
@@ -38,26 +38,26 @@ from prlhf_lightning.utils.hashing import SETTINGS, check_checksums
 _NAMED = 3  # users
 #: The files of a folder that `export` wrote.
 _USERS, _WEIGHTS, _ADAPTERS = "users.json", "user_model.safetensors", "adapter_config.json"
-_ADAPTER = r"\.lora_([AB])\.weight$"  # a name in PEFT's file, which leaves out that of the adapter
-#: What of `CausalLMPolicy` decides which function its weights stand for.
+_ADAPTER = r"\.lora_([AB])\.weight$"  # a name in PEFT's file, without the adapter's name
+#: Settings of `CausalLMPolicy` that change the function of its weights.
 _OF_POLICY = ("random_init", "lora")
-_OF_LORA = ("rank", "alpha", "target_modules")  # dropout acts in training alone
+_OF_LORA = ("rank", "alpha", "target_modules")  # dropout acts only in training
 
 
 @dataclass(frozen=True)
 class WarmStart:
-    """The weights and users of an earlier training, and what they must be used with.
+    """The weights and users of an earlier training, and the settings that they require.
 
     Attributes:
-        source: Where they are from, for messages.
-        users: The users, in the order of the rows of the tables.
+        source: Their origin, for messages.
+        users: The users, in the order of the tables' rows.
         weights: Trained weights by their names in a `PersonalizedLM`.
-        policy: `class_path` and `init_args` that the policy was made with, as far as known.
+        policy: `class_path` and `init_args` of the policy, as far as known.
         user_model: The same of the user model.
-        tokenization: How its rows became ids.
+        tokenization: Tokenization settings of its data.
         base: `base_of` that policy, as far as known.
         origin: `checkpoint_files.origin` of the source.
-        id_key: `id_key_of` the data that it was trained on, as far as known.
+        id_key: `id_key_of` its training data, as far as known.
     """
 
     source: str
@@ -72,7 +72,7 @@ class WarmStart:
 
     @classmethod
     def read(cls, path: str | Path) -> Self:
-        """Read a checkpoint, or a folder that `export` wrote; tensors of a checkpoint stay on disk until they are used.
+        """Return the warm start of a checkpoint, or of an exported folder; checkpoint tensors are memory-mapped.
 
         Args:
             path: The checkpoint, the folder of its run, or the folder that `export` wrote.
@@ -104,7 +104,7 @@ class WarmStart:
             raise ConfigurationError(f"init_from: {path}: {error}") from error
         check_finite(content, f"init_from: {path}")
         settings = content.get("hyper_parameters", {})
-        # What a loss keeps belongs to its own training: the new one may have another loss.
+        # The state of a loss belongs to its own training: the new one may have another loss.
         weights = {k: v for k, v in content["state_dict"].items() if k.startswith(("policy.", "user_model."))}
         policy, user_model = (settings.get(part) or {} for part in ("policy", "user_model"))
         rendered, origin = entry.get("tokenization") or {}, checkpoint_files.origin(path)
@@ -114,12 +114,12 @@ class WarmStart:
 
     @classmethod
     def _of_folder(cls, folder: Path) -> Self:
-        """Read an exported folder: the users, and its adapters; a whole model is the base of the new training."""
+        """Read an exported folder: users and adapters; a merged model is the base of the new training."""
         try:
             settings, ids = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (SETTINGS, _USERS))
             weights = {f"user_model.{name}": value for name, value in load_file(folder / _WEIGHTS).items()}
             base: dict[str, Any] = {"model": str(folder)}
-            identity = None  # of a whole model there is no other base
+            identity = None  # a merged model has no other base
             if (folder / _ADAPTERS).is_file():
                 lora = json.loads((folder / _ADAPTERS).read_text(encoding="utf-8"))
                 identity = settings.get("base_identity")
@@ -138,7 +138,7 @@ class WarmStart:
         return cls(str(folder), users, weights, {"init_args": base}, user_model, rendered, identity, origin)
 
     def check(self, policy: Policy, user_model: UserModel) -> None:
-        """Refuse a policy or a user model other than that which the weights were trained in.
+        """Refuse a policy or a user model other than the one of the earlier training.
 
         Raises:
             ConfigurationError: Names each setting that differs, with both values.
@@ -151,7 +151,7 @@ class WarmStart:
             )
 
     def users_with(self, of_data: UserVocabulary) -> UserVocabulary:
-        """Return the earlier users in their rows, and after them the users of the new data who are not among them."""
+        """Return the earlier users in their rows, followed by the new users of the data."""
         new = [user_id for user_id in of_data.ids if user_id not in self.users]
         absent = sum(user_id not in of_data for user_id in self.users.ids)
         named = ", ".join(map(repr, new[:_NAMED])) + (", ..." if len(new) > _NAMED else "")
@@ -163,30 +163,30 @@ class WarmStart:
         return UserVocabulary([*self.users.ids, *new])
 
     def check_rendering(self, settings: Mapping[str, Any]) -> None:
-        """Warn where rows are rendered as other text than the weights were trained on.
+        """Warn if rows are rendered differently from the rows that the weights were trained on.
 
         Args:
-            settings: How the new data become ids.
+            settings: Tokenization settings of the new data.
         """
         warn_of_other_rendering(f"init_from: {self.source}", self.tokenization, settings)
 
     def check_id_key(self, now: str | None) -> None:
-        """Warn where users' ids are hashed otherwise than in the source; `now` is `id_key_of` the new data."""
+        """Warn if user ids are hashed differently from the source; `now` is `id_key_of` the new data."""
         warn_of_other_id_key(f"init_from: {self.source}", self.id_key, now)
 
     def warn_of_other_base(self, policy: Policy) -> None:
-        """Warn where the policy, which has been built, has other weights than those that were trained on."""
+        """Warn if the policy, which must be built, has other base weights than the earlier training."""
         if warning := warning_of_other_base(self.base, base_of(policy), str(getattr(policy, "name", ""))):
             rank_zero_warn(f"init_from: {warning}")
 
     @torch.no_grad()
     def load_into(self, module: nn.Module, user_model: UserModel, users: UserVocabulary) -> None:
-        """Give a module the weights; users after the earlier ones get the row of a new user.
+        """Load the weights into a module; additional users get the row of a new user.
 
         Args:
-            module: What the weights are of; it has been built for `users`.
-            user_model: A part of it.
-            users: What `users_with` returned.
+            module: The module, built for `users`.
+            user_model: Its user model.
+            users: The result of `users_with`.
 
         Raises:
             ConfigurationError: The weights do not fit.
@@ -197,7 +197,7 @@ class WarmStart:
         if added and len(names) == len(user_model.row_tables()):
             for name, row in zip(names, user_model.new_rows([weights[name] for name in names]), strict=True):
                 weights[name] = torch.cat([weights[name], row.expand(added, *row.shape)])
-        # The loss starts anew, and so does a policy of which the source holds no weights, being its base.
+        # The loss starts fresh. So does the policy if the source holds no weights of it, since it is the base.
         kept = ("loss.",) if any(name.startswith("policy.") for name in weights) else ("loss.", "policy.")
         trained = trained_names(module)
         own = {k: v for k, v in module.state_dict().items() if k.startswith(kept) and k in trained}
@@ -214,7 +214,7 @@ class WarmStart:
         base, here = before.get("model"), getattr(policy, "name", None)
         if base == self.source != here:
             raise ConfigurationError(
-                f"init_from: {base} holds a whole model, on which new adapters are trained: set model.policy.model to "
+                f"init_from: {base} holds a merged model, on which new adapters are trained: set model.policy.model to "
                 "it as well, or start from the run's checkpoint, to train its adapters further."
             )
         if base and here and Path(base).expanduser().resolve() != Path(here).expanduser().resolve():
@@ -228,7 +228,7 @@ class WarmStart:
 
 
 def _of_component(name: str, spec: Mapping[str, Any], component: nn.Module) -> Iterator[str]:
-    """Yield what differs between the settings of a component in a checkpoint and a live one."""
+    """Yield the differences between the settings of a component in a checkpoint and a live one."""
     if not spec:
         return
     if other := list(_other_class(name, spec, component)):

@@ -141,7 +141,7 @@ def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path
 
 def test_without_validation_nothing_is_best_or_compared(settings, tmp_path, caplog, capsys, recwarn):
     main([*settings, "--train_baseline", "true"])
-    assert "Nothing has been validated yet: no val/seen/loss" in caplog.text
+    assert "No validation yet, so no val/seen/loss" in caplog.text
     assert not [warned for warned in recwarn if "could not find the monitored key" in str(warned.message)]
     assert "Nothing was validated on, so there is nothing to compare." in capsys.readouterr().out
     assert [path.name for path in tmp_path.glob("runs/*/checkpoints/*")] == ["last.ckpt"]

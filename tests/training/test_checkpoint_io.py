@@ -214,8 +214,8 @@ def test_the_users_of_format_1_are_listed(made, capsys):
     ("entry", "says"),
     [
         ({"format": 2, "users": {"of": "another kind"}}, "has format 2.*reads formats up to 1.*Use the version that"),
-        ({"format": 1, "users": [1, 2]}, "list of users is not one"),
-        ({"format": "1", "users": []}, "list of users is not one"),
+        ({"format": 1, "users": [1, 2]}, "is not a list of ids"),
+        ({"format": "1", "users": []}, "is not a list of ids"),
         ("users", "was not written by prlhf_lightning"),
     ],
 )

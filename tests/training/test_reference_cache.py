@@ -511,7 +511,7 @@ def test_an_interrupted_flush_can_be_repeated(tmp_path, monkeypatch):
 
 def test_a_folder_that_cannot_be_made_is_a_configuration_error(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigurationError, match=r"cannot be kept in .*file.*Name a folder"):
+    with pytest.raises(ConfigurationError, match=r"Cannot create the reference cache in .*file.*Set a writable folder"):
         ReferenceCache(tmp_path / "file", IDENTITY)
 
 

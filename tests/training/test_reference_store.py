@@ -56,7 +56,7 @@ def test_training_is_the_same_with_and_without_the_cache(model_path, votes, tmp_
 def test_a_cache_that_cannot_be_kept_is_told_once(model_path, votes, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PRLHF_CACHE", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match=r"cannot be kept in .*file.*computed anew") as told:
+    with pytest.warns(UserWarning, match=r"Cannot create the reference cache in .*file.*computed again") as told:
         assert fit(model_path, votes, tmp_path, epochs=2).policy.scored > 2 * 48
     assert len([one for one in told if "cannot be kept" in str(one.message)]) == 1
 

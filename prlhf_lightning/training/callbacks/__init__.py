@@ -1,4 +1,4 @@
-"""What watches over training, and stops it or warns in time."""
+"""Callbacks that monitor training, save results, and stop or warn."""
 
 from prlhf_lightning.training.callbacks.collapse import CollapseMonitor
 from prlhf_lightning.training.callbacks.learning import LearningMonitor

@@ -1,4 +1,4 @@
-"""Warns when a model falls apart while its accuracy may still rise."""
+"""Detection of collapse: degenerate answers although accuracy may still rise."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.distributed import holds_whole_model
 from prlhf_lightning.types import PreferenceBatch, Tokens
 
-_PATIENCE = 3  # readings in a row, for a batch may be an exception
+_PATIENCE = 3  # consecutive readings, since one batch may be an exception
 
 
 @dataclass(frozen=True)
 class _Sign:
-    """A sign of collapse in what the model writes.
+    """A sign of collapse in generated answers.
 
     Attributes:
-        limit: The setting.
-        name: What is measured.
-        finding: What a value beyond the limit means.
-        above: Whether large values are bad, and not small ones.
-        relative_to: What the limit is added to.
+        limit: Name of the setting.
+        name: Name of the measured value.
+        finding: Meaning of a value beyond the limit.
+        above: Whether large values are bad, not small ones.
+        relative_to: Name of the value to which the limit is added.
     """
 
     limit: str
@@ -46,32 +46,31 @@ class _Sign:
 
 _SIGNS = (
     _Sign("generated_log_ratio", "generated_log_ratio", "the model is far from the reference"),
-    _Sign("shortest", "generated_length_ratio", "its answers are short beside the chosen ones", above=False),
-    _Sign("longest", "generated_length_ratio", "its answers are long beside the chosen ones"),
+    _Sign("shortest", "generated_length_ratio", "its answers are short relative to the chosen ones", above=False),
+    _Sign("longest", "generated_length_ratio", "its answers are long relative to the chosen ones"),
     _Sign("repetition", "generated_repetition", "its answers repeat themselves", relative_to="chosen_repetition"),
     _Sign("empty", "generated_empty", "its answers are empty"),
 )
 
 
 class CollapseMonitor(Callback):
-    """Warns, once for each cause, with the evidence and what to do; and logs `val/generated_...`.
+    """Warns once for each sign of collapse, with the evidence and settings to change; logs `val/generated_...`.
 
-    In training it looks, whenever values are logged, at how likely the chosen completions still are. In validation the
-    model writes a few answers, without a draw of luck, so that training goes on to the same weights as without them.
-    What is measured before training is not held against it: a warning needs a value that is beyond its limit and worse
-    than it was. Each limit may be null, for no warning. Sharded models are not measured in validation.
+    In training, whenever values are logged, it checks the log-probs of chosen completions. In validation the model
+    generates a few greedy answers, which do not affect the training result. A warning needs a value that is beyond its
+    limit and worse than before training. Each limit may be null, for no warning. Sharded models are not measured in
+    validation.
 
     Args:
-        prompts: Validation prompts that are answered in each validation; 0 for none.
-        max_new_tokens: Most tokens of an answer, which are also cut at three times the longest chosen completion.
-        chosen_log_ratio: Least that the mean log-probability of a chosen completion's token may be, relative to the
-            reference.
-        generated_log_ratio: Most that it may be for a token of the answers: an estimate of the Kullback-Leibler
-            divergence from the reference.
-        shortest: Least mean length of the answers, relative to the chosen completions.
-        longest: Most mean length of the answers, relative to the chosen completions.
-        repetition: Most by which the share of repeated 4-grams in the answers may exceed that in chosen completions.
-        empty: Largest share of answers without any text.
+        prompts: Number of validation prompts to answer in each validation; 0 for none.
+        max_new_tokens: Maximum tokens of an answer, also limited to three times the longest chosen completion.
+        chosen_log_ratio: Minimum mean log-probability of a chosen completion's token, relative to the reference.
+        generated_log_ratio: Maximum of the same for tokens of the answers: an estimate of the Kullback-Leibler
+                    divergence from the reference.
+        shortest: Minimum mean length of the answers, relative to the chosen completions.
+        longest: Maximum mean length of the answers, relative to the chosen completions.
+        repetition: Maximum excess of the share of repeated 4-grams in the answers over that in chosen completions.
+        empty: Maximum share of answers without any text.
     """
 
     def __init__(
@@ -104,18 +103,18 @@ class CollapseMonitor(Callback):
         self._failed = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a run that goes on must know."""
+        """Return the state that a resumed run needs."""
         return {"before": dict(self._before), "warned": list(self._warned), "low_readings": self._low_readings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what was measured before training, and which warnings were given."""
+        """Restore the values before training, and the warnings that were given."""
         self._before, self._warned = dict(state_dict["before"]), list(state_dict["warned"])
         self._low_readings = state_dict.get("low_readings", 0)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look at the chosen completions, when the logger reads the same value from the device."""
+        """Check the chosen completions when the logger reads the same value from the device."""
         limit, every = self.limits["chosen_log_ratio"], trainer.log_every_n_steps  # type: ignore[attr-defined]
         step = trainer.global_step
         if limit is None or not every or step % every or step == self._read_at:
@@ -137,14 +136,14 @@ class CollapseMonitor(Callback):
             )
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write, measure and log."""
+        """Generate, measure and log."""
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._now = {}
         alone = trainer.world_size == 1
         known = isinstance(pl_module, PersonalizedLM) and hasattr(datamodule, "sample")
         if not (self.prompts and known and holds_whole_model(trainer)):
             return
-        # One process writes, and all log: the others wait for it here.
+        # One process generates, and all log: the others wait for it here.
         values = self._measure(trainer, pl_module, datamodule) if trainer.is_global_zero else {}
         self._now = values if alone else trainer.strategy.broadcast(values)
         for name, value in self._now.items():
@@ -158,14 +157,14 @@ class CollapseMonitor(Callback):
             return {}
         if trainer.sanity_checking:  # it takes minutes for a large model on a CPU
             rank_zero_info(
-                f"Writing {len(batch)} answers, now and in each validation, to tell a collapse by (collapse.prompts)."
+                f"Generating {len(batch)} answers, now and in each validation, to detect collapse (collapse.prompts)."
             )
         try:
             with isolate_rng(), trainer.precision_plugin.val_step_context():
                 return measure(module, batch.to(module.device), self.max_new_tokens)
-        except Exception as error:  # it must not be the monitor that ends a training
+        except Exception as error:  # the monitor must not stop training
             self._failed = True
-            rank_zero_warn(f"No more answers are written to tell a collapse by, for that failed: {error!r}")
+            rank_zero_warn(f"Collapse detection generates no more answers, since that failed: {error!r}")
             return {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -194,29 +193,29 @@ class CollapseMonitor(Callback):
         rank_zero_warn(
             f"At step {trainer.global_step} {evidence}"
             + (f"; val/seen/accuracy is {float(accuracy):.2f}" if accuracy is not None else "")
-            + ". What it writes may be of no use, whatever its accuracy. Look at it by `predict`, and try: "
+            + ". Its answers may be useless at any accuracy. Inspect them with `predict`, and try: "
             f"model.loss.sft_weight (now {getattr(loss, 'sft_weight', 0):g}) of 0.3 or more; a higher model.loss.beta "
             f"(now {getattr(loss, 'beta', 0):g}); a lower model.optim.lr; fewer epochs."
         )
 
 
-_ROOM = 3  # an answer may be so many times as long as the longest chosen one before it is cut off
+_ROOM = 3  # maximum length of an answer, as a multiple of the longest chosen one
 
 
 @torch.no_grad()
 def measure(module: PersonalizedLM, batch: PreferenceBatch, most: int) -> dict[str, float]:
-    """Write an answer to each prompt of a batch, always taking the likeliest token, and return what it is like.
+    """Generate a greedy answer to each prompt of a batch and return statistics of the answers.
 
     Args:
         module: A model in evaluation mode.
         batch: B pairs.
-        most: Tokens of an answer at most.
+        most: Maximum number of tokens of an answer.
 
     Returns:
-        Without it being possible to write a token, nothing. Else `generated_length_ratio` to the chosen completions,
-        both cut at the same number of tokens, `generated_repetition`, `chosen_repetition` and `generated_empty`; and,
-        where there is a reference, by how much likelier a token has become: `generated_log_ratio` of what is written
-        (an estimate of the divergence from the reference) and `chosen_log_ratio` of what was chosen.
+        Empty if no token can be generated. Otherwise `generated_length_ratio` to the chosen completions, both cut at
+        the same number of tokens, `generated_repetition`, `chosen_repetition` and `generated_empty`. With a reference,
+        also the mean log-ratio per token: `generated_log_ratio` of the answers (an estimate of the divergence from the
+        reference) and `chosen_log_ratio` of the chosen completions.
     """
     soft_prompt = module.user_model(module.users(batch.user_ids, batch.user_text))
     most = min(most, _ROOM * batch.chosen.ids.shape[1])

@@ -1,4 +1,4 @@
-"""Tells whether training has enough steps, and in the end what to change where little or too much was learned."""
+"""Advice about the number of training steps, and about settings after too little or too much learning."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.optim import optimizer_steps, training_batches
 from prlhf_lightning.types import PreferenceBatch
 
-_STEPS = 100  # optimizer steps below which a model seldom learns much
-_EPOCHS = 10  # more are not advised: users' rows then fit the noise of few votes
-_CHANCE = 0.58  # training accuracy up to which nothing much was learned, whatever luck the last batches had
-_GAP = 0.15  # of accuracy on training pairs over held-out ones, from which a model has overfitted
-_SMALL = 0.2  # a margin, in nats: the model prefers what was chosen hardly more than before training
-_HIGH = 2e-3  # a learning rate of adapters that is seldom too low
+_STEPS = 100  # optimizer steps below which a model rarely learns much
+_EPOCHS = 10  # no more are advised: user rows then fit the noise of few votes
+_CHANCE = 0.58  # training accuracy up to which little was learned, allowing for noise in the last batches
+_GAP = 0.15  # excess of training over held-out accuracy from which a model overfits
+_SMALL = 0.2  # margin in nats: the model hardly prefers the chosen completions more than before training
+_HIGH = 2e-3  # a learning rate of adapters that is rarely too low
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training ended with, as far as it is known; None where it is not.
+    """Results of a training; None for unknown values.
 
     Attributes:
-        train_accuracy: Share of training pairs that are ranked right, over the last third of the steps.
-        train_margin: Mean reward of chosen minus rejected completions over the same.
-        train_pairs: Number of the training pairs of that third, roughly.
-        accuracy: Share of held-out pairs of seen users that are ranked right (of thumbs, the area under the curve).
-        pairs: Number of the held-out pairs.
+        train_accuracy: Share of correctly ranked training pairs, over the last third of the steps.
+        train_margin: Mean reward of chosen minus rejected completions over the same steps.
+        train_pairs: Approximate number of training pairs of that third.
+        accuracy: Share of correctly ranked held-out pairs of seen users (for thumbs, the area under the curve).
+        pairs: Number of held-out pairs.
         losses: Held-out loss by step.
         steps: Number of optimizer steps.
     """
@@ -48,7 +48,7 @@ class Outcome:
 
 
 class LearningMonitor(Callback):
-    """Warns of a training of few steps before it begins, and knows when it is over what should be changed."""
+    """Warns before a training with few steps, and gives advice at its end."""
 
     def __init__(self) -> None:
         self._readings: list[tuple[float, float, int]] = []
@@ -56,7 +56,7 @@ class LearningMonitor(Callback):
         self._read_at, self._pairs = 0, 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Warn of few steps, unless this is a trial, or goes on from an earlier step."""
+        """Warn about few steps, unless this is a trial or a resumed run."""
         self._readings, self._losses = [], {}
         self._read_at, self._pairs = trainer.global_step, 0
         if trainer.fast_dev_run or trainer.global_step or not hasattr(trainer.datamodule, "batches_per_epoch"):  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ class LearningMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Note the accuracy and the margin, when the logger reads the same values from the device."""
+        """Record accuracy and margin when the logger reads the same values from the device."""
         self._pairs += len(batch) if isinstance(batch, PreferenceBatch) else 0
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or step == self._read_at:
@@ -84,14 +84,14 @@ class LearningMonitor(Callback):
         self._pairs = 0
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Note the loss."""
+        """Record the loss."""
         loss = trainer.callback_metrics.get("val/seen/loss")
         if not trainer.sanity_checking and loss is not None:
             self._losses[trainer.global_step] = float(loss)
 
     def advice(self, trainer: Trainer, module: PersonalizedLM) -> str | None:
-        """Return what to change after a training; all processes must call it."""
-        # The last third: rates are low by then, and what was learned is there.
+        """Return the settings to change after a training; all processes must call this."""
+        # The last third: learning rates are low by then.
         last = self._readings[-math.ceil(len(self._readings) / 3) :]
         accuracies, margins, pairs = zip(*last, strict=True) if last else ((), (), ())
         validated = "seen" in module.eval_sets and bool(self._losses)
@@ -111,19 +111,19 @@ class LearningMonitor(Callback):
 
 
 def more_steps(batches: int, epochs: int, accumulate: int, batch_size: int, max_steps: int | None = None) -> str | None:
-    """Return what to set where a training has few steps, or None.
+    """Return the settings to change if a training has few steps, or None.
 
     Args:
         batches: Batches of an epoch.
         epochs: Epochs.
         accumulate: Batches of an optimizer step.
         batch_size: Rows of a batch.
-        max_steps: `trainer.max_steps` where it ends the training.
+        max_steps: `trainer.max_steps` if it ends the training.
     """
     steps = max_steps if max_steps is not None else math.ceil(batches / accumulate) * epochs
     if steps >= _STEPS or (max_steps is None and epochs < 0):
         return None
-    said = f"Training takes {steps} optimizer steps; below about {_STEPS} a model seldom learns much. Set "
+    said = f"Training takes {steps} optimizer steps; below about {_STEPS} a model rarely learns much. Set "
     if max_steps is not None:
         return f"{said}trainer.max_steps to {_STEPS} or more (now {max_steps}), unless this is a trial."
     changes = []
@@ -139,7 +139,7 @@ def more_steps(batches: int, epochs: int, accumulate: int, batch_size: int, max_
 
 
 def settings_of(trainer: Trainer, module: PersonalizedLM) -> dict[str, float]:
-    """Return the settings that decide how much is learned, by the names that the command line has for them."""
+    """Return the settings that affect how much is learned, by their names on the command line."""
     settings: dict[str, float] = {"model.optim.lr": module.optim.lr or 0.0}
     if module.user_model.personalizes:
         settings["model.optim.user_lr"] = module.optim.user_lr or 0.0
@@ -151,11 +151,11 @@ def settings_of(trainer: Trainer, module: PersonalizedLM) -> dict[str, float]:
 
 
 def what_to_change(outcome: Outcome, settings: Mapping[str, float]) -> str | None:
-    """Return which settings to change, and the evidence, where a model learned nothing or overfitted; else None.
+    """Return the settings to change and the evidence if a model learned nothing or overfitted, or None.
 
     Args:
-        outcome: What training ended with.
-        settings: As `settings_of` returns them.
+        outcome: Results of the training.
+        settings: Result of `settings_of`.
     """
     held_out, train = outcome.accuracy, outcome.train_accuracy
     found = []
@@ -183,14 +183,14 @@ def what_to_change(outcome: Outcome, settings: Mapping[str, float]) -> str | Non
     rates = [name for name in ("model.optim.lr", "model.optim.user_lr") if name in settings]
     changes += [f"half of {name} ({settings[name]:g})" for name in rates]
     if "model.optim.user_lr" in settings:
-        changes.append("model.optim.user_weight_decay 0.1, which draws users with few votes to the generic user")
+        changes.append("model.optim.user_weight_decay 0.1, which pulls users with few votes toward the generic user")
     if "model.loss.beta" in settings:
         changes.append(f"a higher model.loss.beta ({settings['model.loss.beta']:g})")
     return f"{told}. Use the best checkpoint, or try one by one: {'; '.join(changes)}; more data for each user."
 
 
 def _by_luck(pairs: int) -> float:
-    """Return the accuracy that guessing reaches now and then: two standard errors above a half."""
+    """Return two standard errors above the accuracy of guessing."""
     return 0.5 + 1 / math.sqrt(pairs) if pairs else 0.0
 
 
@@ -203,7 +203,7 @@ def _to_learn_more(outcome: Outcome, settings: Mapping[str, float]) -> str:
     worse = len(losses) > 1 and losses[max(losses)] > 1.2 * losses[min(losses)]
     if moved or worse or rate >= _HIGH:
         return (
-            f"It did move, though: the rates may be too high (model.optim.lr is {rate:g}), or the votes may be noise. "
+            f"The weights did move: the rates may be too high (model.optim.lr is {rate:g}), or the votes may be noise. "
             "Try lower rates or a higher model.loss.beta, and look at the votes with `data describe`."
         )
     changes = [
@@ -215,4 +215,4 @@ def _to_learn_more(outcome: Outcome, settings: Mapping[str, float]) -> str:
         changes.append(f"trainer.accumulate_grad_batches 1 (now {settings['trainer.accumulate_grad_batches']:g})")
     changes.append(f"more trainer.max_epochs (now {settings['trainer.max_epochs']:g})")
     how = "The weights hardly moved. " if margin is not None else ""
-    return f"{how}Try, in this order: {'; '.join(changes)}. `data describe` tells whether the votes can be predicted."
+    return f"{how}Try, in this order: {'; '.join(changes)}. `data describe` shows whether the votes can be predicted."

@@ -1,4 +1,4 @@
-"""What to do when memory ran out, said by the batch that it ran out on."""
+"""Out-of-memory errors: a note with the batch and with settings that need less memory."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from prlhf_lightning.training.micro_batch import describe_row
 from prlhf_lightning.types import PreferenceBatch
 
 _NAMED = 3  # rows
-_LARGE = 0.5  # share of all weights from which a table of users is worth a word
+_LARGE = 0.5  # share of all weights from which a user table is mentioned
 _GIB = 2**30
-#: How the libraries say it that have no exception of their own for it.
+#: Messages of libraries without a separate exception for it.
 _SAYINGS = re.compile(r"out of memory|(can't allocate|not enough) memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether an error says that memory of a device, or of the host, ran out."""
+    """Return whether an error reports that memory of a device, or of the host, ran out."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and _SAYINGS.search(str(error)) is not None
 
 
 class ExplainOutOfMemory(Callback):
-    """Adds to an out-of-memory error which batch it came from and which settings need less memory, in order."""
+    """Adds to an out-of-memory error the batch and, in order, the settings that need less memory."""
 
     def __init__(self) -> None:
         self._batch: PreferenceBatch | None = None
@@ -47,9 +47,9 @@ class ExplainOutOfMemory(Callback):
     on_test_batch_start = on_validation_batch_start
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Add a note to the error, which a traceback ends with and which is all that the command line prints."""
+        """Add a note to the error; it ends the traceback and is all that the command line prints."""
         if is_out_of_memory(exception) and isinstance(pl_module, PersonalizedLM):
-            # What is on the host needs no memory of the device to be looked at.
+            # Tensors on the host need no device memory.
             batch = self._batch.to("cpu") if self._batch is not None and len(self._batch) else None
             exception.add_note(" ".join([*_what_happened(trainer, batch), _what_to_do(trainer, pl_module)]))
 
@@ -71,13 +71,13 @@ def _what_happened(trainer: Trainer, batch: PreferenceBatch | None) -> Iterator[
 
 
 def _what_to_do(trainer: Trainer, module: PersonalizedLM) -> str:
-    """Name settings that need less memory, those first that change nothing of what is learned."""
+    """Return settings that need less memory, starting with those that do not change what is learned."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]
     policy = module.policy
     advice = []
     rows = sum(table.numel() for table in module.user_model.row_tables())
     if rows > _LARGE * sum(param.numel() for param in module.parameters()):
-        # A float32 weight and, as AdamW keeps two averages of each, three times that in training.
+        # A float32 weight, and with AdamW's two averages three times that in training.
         advice.append(
             f"the table of {module.user_model.row_tables()[0].shape[0] - 1:,} users is the large part (with its "
             f"optimiser's state {rows * 12 / _GIB:.2f} GiB): use ClusterUserModel, or a smaller num_tokens"

@@ -1,4 +1,4 @@
-"""What happens around training: checkpoints that can be resumed, a table of users, predictions on disk."""
+"""Callbacks that write files: checkpoints, user tables, predictions."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from prlhf_lightning.utils.io import append_whole, atomic_writer, escape_cell, n
 
 
 def kept_by(trainer: Trainer) -> list[str]:
-    """Return the paths of the best and the last checkpoint of a run, as far as there are any."""
+    """Return the paths of the best and the last checkpoint of a run, if they exist."""
     found = [path for one in trainer.checkpoint_callbacks for path in (one.best_model_path, one.last_model_path)]  # type: ignore[attr-defined]
     here = Path.cwd()
     paths = [Path(path) for path in dict.fromkeys(found) if path and Path(path).exists()]
@@ -39,14 +39,14 @@ def kept_by(trainer: Trainer) -> list[str]:
 class BestAndLast(ModelCheckpoint):
     """Keeps the best checkpoint by a validation metric, and the last.
 
-    Where the data have no validation set there is no best, and only the last is kept.
+    Without a validation set, only the last is kept.
 
     Args:
-        monitor: Name of the logged value to judge by.
-        mode: Whether a small (`min`) or a large (`max`) value is good.
-        save_top_k: How many of the best to keep.
-        every_n_train_steps: Also save the last every so many steps, from the first on; null saves after each
-            validation and at the end of training only.
+        monitor: Name of the monitored value.
+        mode: Whether small (`min`) or large (`max`) values are better.
+        save_top_k: Number of best checkpoints to keep.
+        every_n_train_steps: Also save the last checkpoint every this many steps; null saves only after each validation
+                    and at the end of training.
     """
 
     def __init__(
@@ -70,15 +70,15 @@ class BestAndLast(ModelCheckpoint):
             )
         self._every, self._last_step = every_n_train_steps, 0
         self._is_due = False
-        self._earlier: Path | None = None  # the checkpoint that is gone on from
+        self._earlier: Path | None = None  # the resumed checkpoint
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Take the step that training goes on from for saved."""
+        """Treat the resumed step as saved."""
         super().on_train_start(trainer, pl_module)
         self._last_step, self._is_due = trainer.global_step, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Do without a monitor where nothing is validated."""
+        """Turn the monitor off if there is no validation."""
         super().setup(trainer, pl_module, stage)
         sets = getattr(trainer.datamodule, "eval_sets", {}).get("validate", ())  # type: ignore[attr-defined]
         if stage != "fit" or self.monitor is None:
@@ -86,26 +86,26 @@ class BestAndLast(ModelCheckpoint):
         judged_by = next((name for name in ("seen", "unseen") if self.monitor.startswith(f"val/{name}/")), None)
         if not sets or not trainer.limit_val_batches or (judged_by and judged_by not in sets):
             self.monitor = None
-            rank_zero_info("There is nothing to judge a best checkpoint by: only the last is kept.")
+            rank_zero_info("There is no validation to choose a best checkpoint: only the last is kept.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Have the last saved every so many steps, as soon as what this step gives to log is logged.
+        """Schedule a save of the last checkpoint every so many steps, after the step's values are logged.
 
-        Lightning's own way of it saves nothing before the first validation, in a run of one epoch until its end, and
-        from then on judges the best by what was validated before.
+        Lightning itself saves nothing before the first validation, which in a run of one epoch is the end, and
+        afterwards chooses the best by earlier validations.
         """
         step = trainer.global_step
         # The last step: batches are accumulated.
         self._is_due = bool(self._every and step % self._every == 0 and step != self._last_step)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Save the last, if that is due."""
+        """Save the last checkpoint if that is due."""
         self._save_if_due(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last, if that is due, before a validation that may take long."""
+        """Save the last checkpoint if that is due, before a validation that may take long."""
         self._save_if_due(trainer)
 
     def _save_if_due(self, trainer: Trainer) -> None:
@@ -113,12 +113,12 @@ class BestAndLast(ModelCheckpoint):
             return
         saved = self._last_global_step_saved
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
-        self._last_global_step_saved = saved  # a validation after this very step must still save the best
+        self._last_global_step_saved = saved  # a validation after this step must still save the best
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, or, in the trial run before training, see that the monitor is logged at all."""
+        """Save, or, in the sanity check before training, verify that the monitor is logged."""
         known = sorted(name for name in trainer.callback_metrics if name.startswith("val/"))
-        is_late = self.monitor is None or self.monitor.startswith("train/")  # logged in training only
+        is_late = self.monitor is None or self.monitor.startswith("train/")  # logged only in training
         if trainer.sanity_checking and not is_late and self.monitor not in known:
             raise ConfigurationError(f"checkpoint.monitor is {self.monitor!r}; it must be one of {', '.join(known)}.")
         super().on_validation_end(trainer, pl_module)
@@ -126,17 +126,17 @@ class BestAndLast(ModelCheckpoint):
             self._keep_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save, where validation does not."""
+        """Save if there is no validation."""
         self._save_if_due(trainer)
         super().on_train_epoch_end(trainer, pl_module)
         if self._should_save_on_train_epoch_end(trainer):
             self._keep_last(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Save the last where no validation came after its last step, or nothing did; but not in a trial run.
+        """Save the last checkpoint if no validation has saved the last step; not in a trial run.
 
-        Lightning saves at a validation alone, and would leave out the steps after it; in a trial run (`fast_dev_run`)
-        it would save.
+        Lightning saves only at a validation, and would miss the steps after it; in a trial run (`fast_dev_run`) it
+        would save.
         """
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
@@ -145,28 +145,28 @@ class BestAndLast(ModelCheckpoint):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Save the last, and note of which step it is."""
+        """Save the last checkpoint and record its step."""
         super()._save_last_checkpoint(trainer, monitor_candidates)
         self._last_step, self._is_due = trainer.global_step, False
 
     def _save_topk_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
-        """Save the best, or say that nothing was validated yet to judge it by, where Lightning hints at a bug."""
+        """Save the best checkpoint, or report that there was no validation yet, where Lightning suggests a bug."""
         if self.monitor in (None, *monitor_candidates) or lightning_compat.has_validated(trainer):
             super()._save_topk_checkpoint(trainer, monitor_candidates)
         else:
-            rank_zero_info(f"Nothing has been validated yet: no {self.monitor} to judge a best checkpoint by.")
+            rank_zero_info(f"No validation yet, so no {self.monitor} to choose a best checkpoint.")
 
     def _keep_last(self, trainer: Trainer) -> None:
-        """Save the last where it is none of the best: Lightning then leaves the file as it was."""
+        """Save the last checkpoint if it is not a best one: Lightning would not update the file."""
         if not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note which checkpoint it is, whose record of the best is asked for right after this."""
+        """Record the checkpoint; Lightning asks for its list of best checkpoints right after this."""
         self._earlier = Path(trainer.ckpt_path) if trainer.state.fn == TrainerFn.FITTING else None  # type: ignore[arg-type]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over the record of the best, and the best checkpoints themselves, if this run has another folder."""
+        """Restore the list of best checkpoints, and copy their files if this run has another folder."""
         if self._earlier is None or self.dirpath is None:
             return
         earlier, folder = self._earlier.parent, Path(self.dirpath)
@@ -177,15 +177,15 @@ class BestAndLast(ModelCheckpoint):
             super().load_state_dict(state)
         elif state_dict["best_k_models"]:
             rank_zero_warn(
-                f"The best checkpoints so far are not all in {earlier}: the best is judged anew from here on."
+                f"Some of the best checkpoints are missing in {earlier}: the best is chosen from later ones only."
             )
-        if self._earlier.is_file():  # there may be no step left to take
+        if self._earlier.is_file():  # there may be no step left
             self.last_model_path = str(folder / f"{self.CHECKPOINT_NAME_LAST}{self.FILE_EXTENSION}")
             copy_on_first(self._earlier, Path(self.last_model_path))
 
 
 class LogShortRuns(Callback):
-    """Logs a training that is shorter than the logging interval at its last step, instead of never."""
+    """Logs a training that is shorter than the logging interval at its last step."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Shorten the interval to the length of the run."""
@@ -195,17 +195,17 @@ class LogShortRuns(Callback):
 
 
 class SaveOnInterrupt(Callback):
-    """Leaves a checkpoint to go on from when training is interrupted, by a person, a scheduler or an error."""
+    """Saves a checkpoint when training is interrupted by a person, a scheduler or an error."""
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Find the place now: all processes must ask for it, while an error may be that of one."""
+        """Find the folder now: all processes must ask for it, but an error may occur in only one."""
         self._path = run_folder(trainer) / "checkpoints" / "interrupted.ckpt"
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Save `interrupted.ckpt` and say how to go on, unless the weights are in no state to go on from."""
+        """Save `interrupted.ckpt` and print how to resume, unless the weights are unusable."""
         if trainer.state.fn != TrainerFn.FITTING or trainer.global_step == 0 or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        # Errors of one process find the others waiting for it in training, and not here.
+        # After an error in one process, the others wait for it in training, not here.
         together = trainer.world_size == 1 or isinstance(exception, NonFiniteError | SIGTERMException)
         sharded = is_sharded(getattr(pl_module, "policy", pl_module))
         path = self._path
@@ -227,12 +227,12 @@ class SaveOnInterrupt(Callback):
                 trainer.save_checkpoint(path, weights_only=False)
             else:
                 lightning_compat.save_checkpoint_alone(trainer, path)
-        except Exception as error:  # must not take the place of the one that interrupted
+        except Exception as error:  # must not hide the original error
             why = str(error).rstrip(".")
             rank_zero_warn(f"Interrupted at step {trainer.global_step}, and interrupted.ckpt was not written: {why}.")
         else:
             rank_zero_info(
-                f"Interrupted at step {trainer.global_step}. Go on with the same command and --ckpt_path {path}"
+                f"Interrupted at step {trainer.global_step}. Resume with the same command and --ckpt_path {path}"
             )
 
 
@@ -242,9 +242,9 @@ def _is_finite(trainer: Trainer, module: LightningModule, together: bool) -> boo
 
 
 def _validate_anew(trainer: Trainer) -> None:
-    """Have a validation that was broken off made in full when training goes on: its sums are in no checkpoint.
+    """Make a resumed run repeat an interrupted validation in full: its sums are in no checkpoint.
 
-    Lightning would go on with it at the next batch, or leave it out, by where it was broken off.
+    Depending on the batch, Lightning would continue it at the next batch or skip it.
     """
     progress: Any = trainer.fit_loop.epoch_loop.val_loop.batch_progress
     progress.current.reset()
@@ -253,7 +253,7 @@ def _validate_anew(trainer: Trainer) -> None:
 
 
 class _Unsaved(Exception):
-    """Why no checkpoint is written."""
+    """The reason why no checkpoint is written."""
 
 
 class UserTable(Callback):
@@ -273,7 +273,7 @@ class UserTable(Callback):
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        folder = run_folder(trainer)  # on every process, as the table: both gather
+        folder = run_folder(trainer)  # in every process, like the table: both communicate
         for name in module.eval_sets:
             table = module.user_table(name)
             if trainer.is_global_zero and table:
@@ -286,9 +286,9 @@ class UserTable(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict` generates to `predictions.jsonl`, one row a prompt.
+    """Writes the answers of `predict` to `predictions.jsonl`, one row per prompt.
 
-    As it goes, whole rows are added to `predictions.partial.jsonl`, which is renamed when all are there.
+    Complete rows are appended to `predictions.partial.jsonl`, which is renamed at the end.
     """
 
     def __init__(self) -> None:
@@ -296,7 +296,7 @@ class PredictionWriter(BasePredictionWriter):
         self.path: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Begin the file of this process."""
+        """Create the file of this process."""
         super().setup(trainer, pl_module, stage)
         self.path, self._rows = None, 0
         if stage == "predict" and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -317,7 +317,7 @@ class PredictionWriter(BasePredictionWriter):
         batch_idx: int,
         dataloader_idx: int,
     ) -> None:
-        """Append a batch's rows, each with the set that it is of and where it stands in the data."""
+        """Append a batch's rows, each with its evaluation set and its position in the data."""
         if self.path is None:
             return
         data: Any = getattr(trainer, "datamodule", None)
@@ -331,7 +331,7 @@ class PredictionWriter(BasePredictionWriter):
         self._rows += len(rows)
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Give the file its name, and say where the rows are."""
+        """Rename the file and print its path."""
         if self.path is not None:
             with naming(self.path):
                 put_in_place(self._partial, self.path)
@@ -339,7 +339,7 @@ class PredictionWriter(BasePredictionWriter):
             self.path = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Say where the rows are that were written."""
+        """Print the path of the rows written so far."""
         if self.path is None:
             return
         if self._rows:

@@ -1,4 +1,4 @@
-"""How training goes, beside its metrics: learning rates, speed and memory."""
+"""Logging of learning rates, speed and memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 from prlhf_lightning.types import PreferenceBatch
 
 _GIB = 2**30
-#: What the rates of the optimizer's groups are called, as in `model.optim`.
+#: Names of the learning rates of the optimizer's groups, as in `model.optim`.
 _RATES = {"policy": "lr", "user_model": "user_lr", "user_tables": "table_lr"}
 
 
 class TrainingStats(Callback):
-    """Logs `train/lr`, `train/pairs_per_second` and the like, whenever values are logged.
+    """Logs `train/lr`, `train/pairs_per_second` and others whenever values are logged.
 
-    Speed is that of the steps since values were last logged, over all processes, waiting for data included and
-    validation left out. Tokens are those of users' texts, prompts and completions, each counted once. Memory is the
-    most that this process has taken, on its GPU if it has one, else on the host.
+    Speed covers the steps since the last log, over all processes, including waiting for data and excluding validation.
+    Tokens are those of users' texts, prompts and completions, each counted once. Memory is the peak of this process, on
+    its GPU if it has one, otherwise on the host.
     """
 
     def __init__(self) -> None:
@@ -42,11 +42,11 @@ class TrainingStats(Callback):
         self._paused = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Go on with the clock."""
+        """Resume the clock."""
         self._since += time.perf_counter() - self._paused
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Note the rates of this step: when it ends, those of the next are set."""
+        """Record the rates of this step: at its end, those of the next step are set."""
         self._rates = {_RATES.get(group.get("name", ""), "lr"): group["lr"] for group in optimizer.param_groups}
 
     def on_train_batch_end(
@@ -56,12 +56,12 @@ class TrainingStats(Callback):
         if isinstance(batch, PreferenceBatch) and len(batch):
             self._pairs += len(batch)
             parts = (batch.user_text, batch.prompt, batch.chosen, batch.rejected)
-            self._tokens = self._tokens + sum(part.mask.sum() for part in parts)  # on the device: nobody waits for it
+            self._tokens = self._tokens + sum(part.mask.sum() for part in parts)  # on the device: no synchronization
         step, every = trainer.global_step, trainer.log_every_n_steps  # type: ignore[attr-defined]
         if not every or step % every or step == self._logged_at:
             return
         self._logged_at = step
-        tokens = float(self._tokens)  # waits for the device, so that the time is that of finished work
+        tokens = float(self._tokens)  # synchronizes, so that the time covers finished work
         seconds = time.perf_counter() - self._since
         values = {
             **self._rates,
@@ -78,7 +78,7 @@ class TrainingStats(Callback):
 
 
 def _peak_memory(device: torch.device) -> float:
-    """Return the most bytes that this process has taken so far; NaN where the system does not say."""
+    """Return the peak memory of this process in bytes; NaN if the system does not report it."""
     if device.type == "cuda":
         return float(torch.cuda.max_memory_allocated(device))
     with suppress(ImportError):

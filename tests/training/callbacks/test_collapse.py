@@ -123,8 +123,8 @@ class Turning(Scripted):
     [
         ((EOS,), "its answers are empty: val/generated_empty is 1.00 (before training 0.00), above the 0.10 that "
                  "collapse.empty allows"),
-        ((EOS,), "its answers are short beside the chosen ones: val/generated_length_ratio is"),
-        ((5,) * 100, "its answers are long beside the chosen ones: val/generated_length_ratio is"),
+        ((EOS,), "its answers are short relative to the chosen ones: val/generated_length_ratio is"),
+        ((5,) * 100, "its answers are long relative to the chosen ones: val/generated_length_ratio is"),
         ((5,) * 9 + (EOS,), "its answers repeat themselves: val/generated_repetition is 0.71 (before training 0.00), "
                             "above the 0.30 that collapse.repetition allows"),
     ],
@@ -164,10 +164,10 @@ def test_chosen_completions_that_become_unlikely_are_reported(model_path, votes,
 
 
 def test_a_policy_that_fails_to_write_does_not_end_the_training(model_path, votes, tmp_path):
-    with pytest.warns(UserWarning, match="No more answers are written.*writes nothing") as caught:
+    with pytest.warns(UserWarning, match="generates no more answers.*writes nothing") as caught:
         _, _, trainer = fit(model_path, votes, tmp_path, CollapseMonitor(), policy=Broken)
     assert trainer.global_step == 10
-    assert sum("No more answers" in str(w.message) for w in caught) == 1
+    assert sum("generates no more answers" in str(w.message) for w in caught) == 1
 
 
 def test_a_run_that_goes_on_remembers(model_path, votes, tmp_path):
