@@ -1,4 +1,4 @@
-"""New users of a trained model: their rows from a handful of pairs, and which pairs to ask them next."""
+"""Adaptation: rows of new users from a handful of pairs, and selection of the next pairs to ask."""
 
 from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start, information_gain, suggest

@@ -1,8 +1,8 @@
-"""New users' rows from a handful of pairs each, everything else frozen.
+"""Rows of new users from a handful of pairs each, with everything else frozen.
 
-For every user, in two parts: which kind of user is it (the pairs are scored under each kind), and how does it differ
-from its kind (margins are linearized there, and the Bayesian logistic regression that is left is solved exactly in few
-dimensions). Passes of the policy over the pairs are all that costs anything; all users share them.
+There are two parts for every user. The first infers the user's kind: the pairs are scored under each kind. The second
+infers the difference from the kind: margins are linearized there, and the resulting Bayesian logistic regression is
+solved exactly in few dimensions. The cost is the passes of the policy over the pairs, which all users share.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.model import PersonalizedModel, pool_history
 from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
 
-# A kind that is less likely than this after a user's first pairs is not looked at again.
+# A kind with a lower probability than this after a user's first pairs is not scored on the rest.
 _FIRST, _RULED_OUT = 4, 1e-3
-# Enough to tell kinds of users apart, and a few seconds' work.
+# Enough to distinguish kinds of users, in a few seconds.
 _USERS, _PAIRS = 64, 32
 
 
 @dataclass(frozen=True)
 class Adapted:
-    """What was learned of B users, of N pairs in all.
+    """Result of adaptation: B users, with N pairs in all.
 
-    The posterior of a user's code is a mixture of Gaussians, of which the row is the mean.
+    The posterior of a user's code is a mixture of Gaussians; its mean gives the row.
 
     Attributes:
         user_ids: The users.
-        rows: `[B, p]` their rows: the numbers of all row tables side by side.
-        prior: What was taken for known before the pairs.
+        rows: `[B, p]` their rows: all row tables concatenated.
+        prior: The prior.
         counts: `[B]` pairs of each user.
         weights: `[B, 1 + K]` posterior probability of each kind; the first is the generic user.
-        modes: `[B, 1 + K, k]` each kind's most probable code.
-        covariances: `[B, 1 + K, k, k]` each kind's covariance about it.
-        users: `[N]` place of each pair's user.
-        under: `[N, 1 + K]` reward margin of each pair under each kind, 0 where the kind was ruled out before.
+        modes: `[B, 1 + K, k]` most probable code of each kind.
+        covariances: `[B, 1 + K, k, k]` covariance of each kind around its mode.
+        users: `[N]` index of each pair's user.
+        under: `[N, 1 + K]` reward margin of each pair under each kind, 0 if the kind was ruled out before.
     """
 
     user_ids: tuple[str, ...]
@@ -75,38 +75,37 @@ class Adapted:
 
     @property
     def expected_accuracy(self) -> Tensor:
-        """`[B]` pair accuracy that is to be expected of each user's row, by what the model thinks of them so far.
+        """`[B]` expected pair accuracy of each user's row, computed by the model itself.
 
-        On the pairs of `prior.judgments`, which are the same for all users. It is right as far as the model's margins
-        are calibrated.
+        Computed on the pairs of `prior.judgments`, the same for all users. It is correct if the model's margins are
+        calibrated.
         """
         return (self.weights * self._accuracies).sum(1)
 
     @property
     def expected_accuracy_std(self) -> Tensor:
-        """`[B]` standard deviation of that accuracy, since the user may be of one kind or of another."""
+        """`[B]` standard deviation of that accuracy, from the uncertainty about the user's kind."""
         away = self._accuracies - self.expected_accuracy[:, None]
         return (self.weights * away.square()).sum(1).sqrt()
 
     @property
     def _accuracies(self) -> Tensor:
-        """`[B, 1 + K]` pair accuracy of what is believed of each user, if they are of one kind."""
+        """`[B, 1 + K]` pair accuracy of each user's predicted judgments, given each kind."""
         chances = self.prior.judgments
         first = self.weights @ chances > 0.5  # [B, M]
         return torch.where(first[:, None], chances, 1 - chances).mean(2)
 
     @property
     def settled(self) -> Tensor:
-        """`[B]` from 0 to 1, how much of what was open about each user their pairs have settled.
+        """`[B]` share of the prior variance of each user's judgments that their pairs have removed, from 0 to 1.
 
-        That is the share by which the variance of what they would judge, over the kinds that they may be of, is smaller
-        than before the first pair. It may fall below 0 where the first pairs point away from the usual kinds.
+        The variance is over the kinds. The share may fall below 0 if the first pairs contradict the common kinds.
         """
         before = _open(self.prior.weights, self.prior.judgments)
         return 1 - _open(self.weights, self.prior.judgments) / before.clamp(min=1e-12)
 
     def left_out(self) -> Tensor:
-        """Return the probability `[N]` that the user's other pairs give each one: leave-one-out, of the kinds alone."""
+        """Return the leave-one-out probability `[N]` of each pair given its user's others, from the kinds alone."""
         evidence = F.logsigmoid(self.under)
         others = (self.weights.log()[self.users] - evidence).softmax(1)
         return (others * self.under.sigmoid()).sum(1)
@@ -119,16 +118,16 @@ class Adapted:
 
 
 def _open(weights: Tensor, judgments: Tensor) -> Tensor:
-    """Return the variance over kinds `[1 + K, M]` of weights `[..., 1 + K]`, mean over pairs, `[...]`."""
+    """Return the variance of `[1 + K, M]` judgments over kinds of weights `[..., 1 + K]`, `[...]` means over pairs."""
     return (weights @ judgments.square() - (weights @ judgments).square()).mean(-1)
 
 
 def trained_rows(model: PersonalizedModel, users: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Return the trained users' rows `[U, p]` and the row of a new one `[p]`, of all tables side by side.
+    """Return the trained users' rows `[U, p]` and the row of a new user `[p]`, with all tables concatenated.
 
     Args:
         model: A trained model.
-        users: `[U]` rows of the tables, from 1 on; all by default.
+        users: `[U]` row numbers, from 1 on; all by default.
     """
     tables = [table.detach() for table in row_tables(model).values()]
     new = [row.detach()[None] for row in model.user_model.new_rows(tables)]
@@ -136,10 +135,10 @@ def trained_rows(model: PersonalizedModel, users: Tensor | None = None) -> tuple
 
 
 def _told_apart(model: PersonalizedModel, first: int | None) -> Tensor:
-    """Return which rows `[U]` of the tables are not those of a new user, as theirs are who were added, not trained."""
+    """Return the row numbers `[U]` that differ from a new user's row; users who were added but not trained do not."""
     tables = [table.detach() for table in row_tables(model).values()]
     differs = [
-        # Some at a time: a table may be as large as the policy.
+        # In parts: a table may be as large as the policy.
         torch.cat([(some != new).flatten(1).any(1) for some in torch.split(table[1:], 1 << 12)])
         for table, new in zip(tables, model.user_model.new_rows(tables), strict=True)
     ]
@@ -153,17 +152,17 @@ def fit_prior(
     rank: int = 8,
     first: int | None = None,
 ) -> UserPrior:
-    """Fit what is known of a new user to the trained ones; once for a model is enough.
+    """Return the prior of new users, fitted to the trained ones; once per model is enough.
 
-    Users who have the row of a new one, as they were added and not trained, are no evidence of what users are like.
+    Users who were added but not trained are ignored.
 
     Args:
         model: A trained model.
-        pairs: Some pairs like those that new users will judge; who preferred which is not looked at.
-        kinds: As in `UserPrior.fit`, by default as many as predict trained users best; each costs every new user a pass
-            over their pairs.
+        pairs: Pairs like those that new users will judge; their labels are ignored.
+        kinds: As in `UserPrior.fit`; by default the number that predicts trained users best. Each kind costs a pass
+            over the pairs of new users.
         rank: As in `UserPrior.fit`.
-        first: Go by so many users, who come first in the tables; by default by all.
+        first: Use only the first so many users of the tables; by default all.
     """
     if (kinds is not None and kinds < 1) or rank < 1:
         raise ConfigurationError(f"kinds is {kinds} and rank {rank}; both must be 1 or more.")
@@ -182,19 +181,19 @@ def adapt_users(
     steps: int = 0,
     batch_size: int = 32,
 ) -> Adapted:
-    """Learn users from their pairs; the model is left as it is.
+    """Return the rows of users learned from their pairs; the model does not change.
 
     Args:
         model: A trained model.
         pairs: N pairs of new users, in any order, on any device.
-        user_ids: The users; those of the pairs by default. One without a pair gets the generic row, bit by bit.
-        prior: What is known before the pairs; fitted to the model's users by default.
-        steps: Linearizations, each a forward and backward pass over the pairs; 0 settles only the kind.
+        user_ids: The users; those of the pairs by default. A user without pairs gets exactly the generic row.
+        prior: The prior; fitted to the model's users by default.
+        steps: Number of linearizations, each a forward and backward pass over the pairs; 0 infers only the kind.
         batch_size: Pairs in a pass of the policy.
 
     Raises:
-        ConfigurationError: The user model has no rows of users, the loss ranks no completions, or a pair is of a user
-            who is not among those that are named.
+        ConfigurationError: The user model has no user rows, the loss does not rank completions, or a pair's user is not
+            in `user_ids`.
     """
     user_ids = users_in(pairs, user_ids)
     margins_of = Margins(model, pairs, batch_size)
@@ -203,7 +202,7 @@ def adapt_users(
 
 
 class _Layout:
-    """Where each pair stands in blocks `[B, n]` that have a row a user."""
+    """Maps pairs to blocks `[B, n]` with one row per user."""
 
     def __init__(self, user_ids: Sequence[str], of_pairs: Sequence[str], device: torch.device) -> None:
         number = {user_id: place for place, user_id in enumerate(user_ids)}
@@ -217,7 +216,7 @@ class _Layout:
         self.mask = torch.arange(most, device=device) < self.counts[:, None]
 
     def block(self, values: Tensor) -> Tensor:
-        """Return values of the pairs `[N, ...]` as `[B, n, ...]`, zero where there is none."""
+        """Return values of the pairs `[N, ...]` as `[B, n, ...]`, padded with zeros."""
         block = values.new_zeros(*self.mask.shape, *values.shape[1:])
         block[self.user, self.slot] = values
         return block
@@ -228,20 +227,20 @@ class _Layout:
 
 
 def _under_each_kind(prior: UserPrior, layout: _Layout, margins_of: Margins) -> tuple[Tensor, Tensor]:
-    """Score the pairs under each kind, but for kinds that a user's first pairs have ruled out.
+    """Score the pairs under each kind, except kinds that a user's first pairs have ruled out.
 
     Returns:
-        `[N, 1 + K]` margins, 0 where they were not computed, and `[B, 1 + K]` posterior weights.
+        `[N, 1 + K]` margins, 0 if not computed, and `[B, 1 + K]` posterior weights.
     """
     first = layout.slot < _FIRST
     under = torch.stack([margins_of(prior.rows(center), only=first) for center in prior.centers], dim=1)
 
     def log_joint() -> Tensor:
-        # A pair that was not scored has the margin 0 under every kind, which tells none from another.
+        # A pair that was not scored has margin 0 under every kind, so it does not change the weights.
         return prior.weights.log() + layout.sums(F.logsigmoid(under))
 
     likely = log_joint().softmax(1) > _RULED_OUT
-    likely[:, 0] = True  # the generic user, to compare with
+    likely[:, 0] = True  # the generic user, for comparison
     for kind, center in enumerate(prior.centers):
         under[:, kind] += margins_of(prior.rows(center), only=~first & likely[layout.user, kind])
     return under, log_joint().masked_fill(~likely, -torch.inf).softmax(1)
@@ -258,7 +257,7 @@ def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins
     codes = center
     for _ in range(steps):
         found, slopes = margins_of.along(prior.directions, prior.rows(codes), user)
-        # As a function of the deviation from the kind's center in units of its spread, which is N(0, I).
+        # As a function of the deviation from the kind's center in units of its spread, distributed N(0, I).
         offsets = found - (slopes * (codes - center)[user]).sum(1)
         unit = slopes * std[user][:, None]
         posterior = laplace(layout.block(offsets), layout.block(unit), layout.mask)
@@ -266,7 +265,7 @@ def _adapt(user_ids: tuple[str, ...], prior: UserPrior, layout: _Layout, margins
         every = torch.arange(batch)
         modes[every, kind], covariances[every, kind] = codes, std[:, None, None] ** 2 * posterior.covariance
     mean = torch.einsum("bc,bck->bk", weights, modes)
-    # Without pairs a user is the generic one, whatever kinds there are.
+    # Without pairs, a user is the generic one.
     rows = torch.where((layout.counts > 0)[:, None], prior.rows(mean), prior.generic)
     return Adapted(user_ids, rows, prior, layout.counts, weights, modes, covariances, user, under)
 
@@ -276,11 +275,11 @@ _PAIRS_AT_ONCE = 1 << 12
 
 @dataclass(frozen=True)
 class Encoded:
-    """What was read of B users.
+    """Rows of B users that a user model read from pairs.
 
     Attributes:
         user_ids: The users.
-        rows: `[B, p]` their rows: the numbers of all row tables side by side.
+        rows: `[B, p]` their rows: all row tables concatenated.
     """
 
     user_ids: tuple[str, ...]
@@ -289,17 +288,17 @@ class Encoded:
 
 @torch.no_grad()
 def encode_users(model: PersonalizedModel, pairs: PreferenceBatch, user_ids: Sequence[str] | None = None) -> Encoded:
-    """Read users off their pairs; the model is left as it is.
+    """Return the rows of users read from their pairs; the model does not change.
 
-    Tables that pairs say nothing of, such as those of an `IndividualUserModel` beside, get the rows of a new user.
+    Other tables, such as those of an `IndividualUserModel` in a composite, get the row of a new user.
 
     Args:
         model: A trained model.
         pairs: N pairs, in any order, on any device.
-        user_ids: The users; those of the pairs by default. One without a pair gets the row of a new user.
+        user_ids: The users; those of the pairs by default. A user without pairs gets the row of a new user.
 
     Raises:
-        ConfigurationError: The user model reads no pairs, or a pair is of a user who is not among those that are named.
+        ConfigurationError: The user model reads no pairs, or a pair's user is not in `user_ids`.
     """
     if not model.user_model.history_size:
         raise ConfigurationError(
@@ -323,7 +322,7 @@ def encode_users(model: PersonalizedModel, pairs: PreferenceBatch, user_ids: Seq
 
 
 def _groups(places: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Divide users for blocks that have as many pairs a user as the one who has most: those with about as many."""
+    """Group users with similar numbers of pairs, since a block is as wide as its user with most pairs."""
     groups: list[list[int]] = [[]]
     for user in sorted(range(len(places)), key=lambda user: len(places[user])):
         if groups[-1] and (len(groups[-1]) + 1) * len(places[user]) > _PAIRS_AT_ONCE:
@@ -333,7 +332,7 @@ def _groups(places: Sequence[Sequence[int]]) -> list[list[int]]:
 
 
 def _read(model: PersonalizedModel, pairs: PreferenceBatch, places: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Return the history rows of users whose pairs stand at `places`."""
+    """Return the history rows of users with pairs at `places`."""
     pause()
     most = max(map(len, places), default=0)
     index = torch.tensor([[*own, *[-1] * (most - len(own))] for own in places], dtype=torch.long)

@@ -1,4 +1,4 @@
-"""How much better off new users are after so many pairs."""
+"""Cold-start curves of new users, and selection of informative pairs."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.types import PreferenceBatch
 
 COUNTS = (0, 2, 5, 10, 20, 30)
-_MOST_USERS = 2 / 3  # have as many pairs as the last point asks for
+_MOST_USERS = 2 / 3  # share of users with enough pairs for the last point
 
 
 @dataclass(frozen=True)
 class ColdStartPoint:
-    """What so many pairs are worth, on other pairs of the same users.
+    """Accuracy after a number of pairs, on held-out pairs of the same users.
 
     Attributes:
-        pairs: Pairs that each user was adapted from.
-        users: Number of users, who are the same at each point of a curve.
-        accuracy: Mean over these users of their accuracy.
+        pairs: Number of pairs per user.
+        users: Number of users, the same at each point of a curve.
+        accuracy: Mean accuracy of the users.
         generic: The same under the generic user.
         gain: Mean over users of the difference.
-        interval: Half the width of its 95% interval, by the spread between users.
+        interval: Half the width of its 95% interval, from the spread between users.
     """
 
     pairs: int
@@ -49,17 +49,17 @@ def cold_start(
     prior: UserPrior | None = None,
     steps: int = 0,
 ) -> list[ColdStartPoint]:
-    """Learn new users from their first pairs, or read them off these, and see how well their others are ranked.
+    """Return the accuracy on held-out pairs of new users after increasing numbers of pairs.
 
-    All points are of the same users, so that the curve shows what pairs are worth and not who has many of them: it ends
-    at the largest count that two thirds of the users have, and those with fewer pairs are left out.
+    All points use the same users, so that the curve shows the effect of pairs and not of users with many pairs. It ends
+    at the largest count that two thirds of the users have; users with fewer pairs are left out.
 
     Args:
         model: A trained model.
-        pairs: Pairs of users that it does not know, of each in the order in which they are to be used.
+        pairs: Pairs of unknown users, for each user in order of use.
         held_out: Other pairs of the same users.
-        counts: Numbers of pairs a user, of which those too large for most users are left out.
-        prior: As in `adapt_users`; not used where the user model reads users off their pairs.
+        counts: Numbers of pairs per user; counts too large for most users are left out.
+        prior: As in `adapt_users`; ignored if the user model reads pairs.
         steps: Likewise.
     """
     if model.user_model.history_size:
@@ -106,11 +106,11 @@ def _accuracies(user_ids: Sequence[str], margins: Tensor) -> dict[str, float]:
 
 
 def information_gain(weights: Tensor, margins: Tensor) -> Tensor:
-    """Return how many bits an answer tells of the user's kind on average: BALD (arXiv:1112.5745, Eq. 2).
+    """Return the expected information of an answer about the user's kind in bits: BALD (arXiv:1112.5745, Eq. 2).
 
     Args:
         weights: `[B, C]` probability of each kind.
-        margins: `[N, C]` reward margin of each pair under it.
+        margins: `[N, C]` reward margin of each pair under each kind.
 
     Returns:
         `[B, N]` mutual information between answer and kind, at least 0 and at most 1.
@@ -120,16 +120,16 @@ def information_gain(weights: Tensor, margins: Tensor) -> Tensor:
 
 
 def suggest(model: PersonalizedModel, adapted: Adapted, pool: PreferenceBatch, count: int) -> tuple[Tensor, Tensor]:
-    """Choose pairs of a pool to ask each user, the most telling first.
+    """Return the most informative pairs of a pool for each user, best first.
 
     Args:
         model: The model that the users were adapted to.
-        adapted: What is known of B users; with no pairs yet, what is known of anyone.
-        pool: M pairs whose order means nothing. One or two passes of the policy a kind score them for all users.
-        count: Pairs wanted a user; fewer where the pool is smaller.
+        adapted: The state of B users, also of users without pairs.
+        pool: M pairs in any order. One or two passes of the policy per kind score them for all users.
+        count: Number of pairs per user; fewer if the pool is smaller.
 
     Returns:
-        `[B, n]` places in the pool, and `[B, n]` the bits that each tells.
+        `[B, n]` positions in the pool, and `[B, n]` their information in bits.
     """
     margins_of = Margins(model, pool)
     prior = adapted.prior
@@ -139,6 +139,6 @@ def suggest(model: PersonalizedModel, adapted: Adapted, pool: PreferenceBatch, c
 
 
 def _bits(chance: Tensor) -> Tensor:
-    """Entropy of a yes or no."""
+    """Return the entropy of a Bernoulli variable in bits."""
     chance = chance.clamp(1e-7, 1 - 1e-7)
     return -(chance * chance.log2() + (1 - chance) * (1 - chance).log2())

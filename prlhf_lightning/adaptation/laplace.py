@@ -1,6 +1,6 @@
-"""The posterior of users' codes where margins are linear in them: Bayesian logistic regression, many users at once.
+"""Bayesian logistic regression for many users at once: posterior of codes with linear margins.
 
-B users, each with up to n pairs (`mask` tells which are real), and k whitened dimensions.
+B users, each with up to n pairs (`mask` marks real ones), and k whitened dimensions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _ITERATIONS = 30  # Newton converges in about six; the bound is for separable da
 
 @dataclass(frozen=True)
 class Posterior:
-    """Gaussian approximation of what is known of each user.
+    """Gaussian approximation of each user's posterior.
 
     Attributes:
         mode: `[B, k]` most probable codes.
@@ -33,10 +33,10 @@ class Posterior:
 
 
 def negative_log_posterior(margins: Tensor, codes: Tensor, mask: Tensor) -> Tensor:
-    """`-sum log σ(Δ) + |z|²/2` of each user, `[B]`, up to a constant: Bradley-Terry under a standard normal prior.
+    """Return `-sum log σ(Δ) + |z|²/2` of each user, `[B]`: Bradley-Terry with a standard normal prior.
 
     Args:
-        margins: `[B, n]` reward of the chosen less that of the rejected completion.
+        margins: `[B, n]` reward of the chosen minus the rejected completion.
         codes: `[B, k]` whitened codes.
         mask: `[B, n]` bool, true on real pairs.
     """
@@ -46,7 +46,7 @@ def negative_log_posterior(margins: Tensor, codes: Tensor, mask: Tensor) -> Tens
 def laplace(offsets: Tensor, slopes: Tensor, mask: Tensor) -> Posterior:
     """Return the Laplace approximation for margins `offsets + slopes @ z`, `z ~ N(0, I)`.
 
-    The objective is convex, so that Newton's method with backtracking finds the one mode (Bishop 2006, §4.5).
+    The objective is convex, so Newton's method with backtracking finds the unique mode (Bishop 2006, §4.5).
 
     Args:
         offsets: `[B, n]` margins at code 0.

@@ -1,4 +1,4 @@
-"""How much each user would prefer the chosen completion, and how that changes with the user's row."""
+"""Reward margins of pairs and their gradients with respect to user rows."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
 from prlhf_lightning.utils.modes import eval_mode
 
-# In a pass of the policy, for either completion of its pairs. In a model of 8B parameters in 16 bits the keys and
-# values of a position take up to 0.5 MB, and what a backward pass needs of it 6 MB (counted: 46 bytes a layer and
-# number of its width). Passes of so many positions keep a GPU busy all the same.
+# Positions in a pass of the policy, for either completion of its pairs. In an 8B-parameter model in 16 bits, the keys
+# and values of a position take up to 0.5 MB, and the activations for a backward pass 6 MB (counted: 46 bytes per layer
+# and unit of width). Passes of this size still keep a GPU busy.
 _POSITIONS = 1 << 13
-_POSITIONS_ON_CPU = 1 << 10  # more are no faster there, and a server writes nothing during a pass
+_POSITIONS_ON_CPU = 1 << 10  # more are no faster there, and a server generates nothing during a pass
 _POSITIONS_WITH_GRADIENT = 1 << 10
 
 
 class Margins:
-    """Reward margins of pairs as a function of rows of the user table, whatever the user model.
+    """Computes reward margins of pairs as a function of user rows, for any user model.
 
-    Nothing of the model is changed. Texts that come more than once, and the reference's log-probs, are computed once.
+    The model does not change. Repeated texts and the reference's log-probs are computed once.
 
     Args:
         model: A trained model.
         pairs: N pairs, on any device.
-        batch_size: Pairs in a pass of the policy, fewer where they are long; few keep a small model's activations in a
-            CPU's cache.
+        batch_size: Pairs in a pass of the policy, fewer if they are long; small batches keep a small model's
+            activations in a CPU's cache.
     """
 
     def __init__(self, model: PersonalizedModel, pairs: PreferenceBatch, batch_size: int = 32) -> None:
@@ -55,10 +55,10 @@ class Margins:
         """Return the margin of each pair, `[N]`.
 
         Args:
-            rows: `[R, p]` users as numbers of all tables side by side; `[p]` for the same user in all pairs, which
-                takes the less time the more of them have a prompt or a completion in common.
-            of: `[N]` which of R rows is each pair's.
-            only: `[N]` bool, the pairs that are wanted; the others' margins are 0.
+            rows: `[R, p]` user rows, with all tables concatenated; `[p]` for the same user in all pairs, which is
+                faster if pairs share prompts or completions.
+            of: `[N]` row number of each pair.
+            only: `[N]` bool, the pairs to compute; the others' margins are 0.
         """
         margins = rows.new_zeros(len(self._texts.chosen))
         wanted = self._every if only is None else only.to(self._device).nonzero().flatten()
@@ -76,14 +76,14 @@ class Margins:
         return margins
 
     def along(self, directions: Tensor, rows: Tensor, of: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the margin of each pair, `[N]`, and its gradient `[N, k]` as its user's row moves in directions.
+        """Return the margin of each pair, `[N]`, and its gradient `[N, k]` along directions of the user's row.
 
-        It takes about three times as long as the margins do.
+        It takes about three times as long as the margins.
 
         Args:
-            directions: `[k, p]` by which a row is moved.
-            rows: `[R, p]` users, as above.
-            of: `[N]` which of R rows is each pair's.
+            directions: `[k, p]` directions of a row.
+            rows: `[R, p]` user rows, as above.
+            of: `[N]` row number of each pair.
         """
         of, margins = of.to(self._device), rows.new_zeros(len(self._texts.chosen))
         slopes = rows.new_zeros(len(margins), len(directions))
@@ -92,24 +92,25 @@ class Margins:
                 pause()
                 own = {name: table.requires_grad_() for name, table in self._own_tables(rows[of[some]]).items()}
                 found = self._apart(some, own)
-                # Each pair has a row of its own, so that one backward pass gives the gradient of every margin apart.
+                # Each pair gets its own copy of the row, so that one backward pass gives the gradient of each margin
+                # separately.
                 grads = torch.autograd.grad(found.sum(), list(own.values()), allow_unused=True, materialize_grads=True)
                 dense = [grad.to_dense() if grad.is_sparse else grad for grad in grads]
                 margins[some], slopes[some] = found.detach(), table_rows(dense)[1:] @ directions.T
         return margins, slopes
 
     def _batches(self, index: Tensor, positions: int) -> Sequence[Tensor]:
-        """Divide pairs for passes of the policy: those of like length side by side, which saves the padding."""
+        """Return batches of pairs of similar length, which saves padding."""
         texts, lengths = self._texts, self._texts.completion.mask.sum(1)
         longest = torch.maximum(lengths[texts.chosen[index]], lengths[texts.rejected[index]])
         return torch.split(index[longest.argsort(stable=True)], self._most(positions)) if len(index) else ()
 
     def _most(self, positions: int) -> int:
-        """Return how many pairs may be in a pass of so many positions."""
+        """Return the maximum number of pairs in a pass with rows of `positions`."""
         return max(1, min(self._batch_size, positions // max(1, self._longest)))
 
     def _apart(self, index: Tensor, own: dict[str, Tensor]) -> Tensor:
-        """Score the pairs that `index` `[n]` names, each under its own row of tables as `_own_tables` makes them."""
+        """Score the pairs `index` `[n]`, each under its own row of the tables of `_own_tables`."""
         texts = self._texts
         completions = [texts.completion.select(part[index]).trimmed() for part in (texts.chosen, texts.rejected)]
         prompts = texts.prompt_of[texts.chosen[index]]
@@ -119,7 +120,7 @@ class Margins:
 
     @torch.no_grad()
     def _log_probs(self, wanted: Tensor, own: dict[str, Tensor] | None) -> LogProbs:
-        """Score completions `[D]` under the only user of `own`, or under the reference; those not wanted get zeros."""
+        """Score completions `[D]` under the only user of `own`, or under the reference; others get zeros."""
         texts, most = self._texts, self._most(self._positions)
         scores = torch.zeros(texts.completion.mask.shape, device=self._device)
         for completions in texts.groups(wanted, most):
@@ -137,7 +138,7 @@ class Margins:
         return LogProbs(scores, texts.completion.mask)
 
     def _soft_prompt(self, prompts: Tensor, own: dict[str, Tensor] | None, places: Tensor) -> SoftPrompt | None:
-        """Return what U prompts are conditioned on: users at `places` `[U]` of own tables; the reference's without."""
+        """Return the soft prompts of U prompts: of users at `places` `[U]` of own tables, or of the reference."""
         text = self._texts.user_text.select(prompts).trimmed()
         users = self._model.users([""] * len(prompts), text, reference=own is None)
         if own is None:
@@ -146,7 +147,7 @@ class Margins:
         return prompt
 
     def _own_tables(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return tables of the generic user's row and `rows` `[n, p]`, in which only the latter may be trained."""
+        """Return tables with the generic user's row and `rows` `[n, p]`; only the latter may be trained."""
         parts = torch.split(rows.detach(), [table[0].numel() for table in self._tables.values()], dim=1)
         return {
             name: torch.cat([table.detach()[:1], part.reshape(len(rows), *table.shape[1:]).to(table.dtype)])
@@ -157,14 +158,14 @@ class Margins:
         return PairLogProbs(scores.select(self._texts.chosen[index]), scores.select(self._texts.rejected[index]))
 
     def _margins(self, scored: PairLogProbs, index: Tensor) -> Tensor:
-        """Return the margins `[n]` of the pairs that `index` names."""
+        """Return the margins `[n]` of the pairs `index`."""
         reference = self._pair(self._reference, index) if self._reference is not None else None
         chosen, rejected = self._model.loss.rewards(scored, reference)
         return chosen - rejected
 
 
 def check_ranks_pairs(model: PersonalizedModel) -> None:
-    """Refuse a model whose loss says nothing of which of two completions somebody prefers."""
+    """Refuse a model whose loss does not rank two completions."""
     if model.loss.feedback != "pairs":
         raise ConfigurationError(
             f"This model was trained on {model.loss.feedback} ({type(model.loss).__name__}). New users are learned, "
@@ -174,16 +175,16 @@ def check_ranks_pairs(model: PersonalizedModel) -> None:
 
 
 def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
-    """Return the pairs that `rows` `[n]` names, with their users."""
+    """Return the pairs `rows` `[n]`, with their users."""
     users = tuple(pairs.user_ids[row] for row in rows.tolist())
     return replace(pairs.select(rows), user_ids=users, reference_keys=())
 
 
 def users_in(pairs: PreferenceBatch, user_ids: Sequence[str] | None) -> tuple[str, ...]:
-    """Return the users who are asked for, or else those of the pairs.
+    """Return `user_ids`, or else the users of the pairs.
 
     Raises:
-        ConfigurationError: There are pairs of others, or a user is named twice.
+        ConfigurationError: A pair belongs to another user, or an id is repeated.
     """
     present = dict.fromkeys(pairs.user_ids)
     if user_ids is None:
@@ -195,22 +196,22 @@ def users_in(pairs: PreferenceBatch, user_ids: Sequence[str] | None) -> tuple[st
             "who have pairs, or leave the others' pairs out (`select_pairs`)."
         )
     if len(named) < len(user_ids):
-        raise ConfigurationError("user_ids: one of them stands there twice; name each user once.")
+        raise ConfigurationError("user_ids: an id is repeated; give each user once.")
     return tuple(named)
 
 
 def table_rows(tables: Sequence[Tensor]) -> Tensor:
-    """Return the rows of several tables side by side, `[n, p]` float32."""
+    """Return the concatenated rows of several tables, `[n, p]` float32."""
     return torch.cat([table.detach().flatten(1).float() for table in tables], dim=1)
 
 
 def row_tables(model: PersonalizedModel) -> dict[str, Tensor]:
-    """Return the tables of users' rows by their names in the user model, or raise where there are none."""
+    """Return the user tables by their names in the user model; raise if there are none."""
     by_id = {id(parameter): name for name, parameter in model.user_model.named_parameters()}
     tables = {by_id[id(table)]: table for table in model.user_model.row_tables()}
     if not tables:
         raise ConfigurationError(
-            f"user_model: {type(model.user_model).__name__} has no rows of users, so there is nothing to learn of one."
+            f"user_model: {type(model.user_model).__name__} has no user rows, so it cannot learn users."
         )
     return tables
 
@@ -219,16 +220,16 @@ def row_tables(model: PersonalizedModel) -> dict[str, Tensor]:
 class DistinctTexts:
     """The P distinct prompts and D distinct completions of N pairs.
 
-    A prompt is told by its own text and by the text about the user where the user model reads it, a completion by its
-    text and its prompt.
+    A prompt is identified by its own text, and by the text about the user if the user model reads it; a completion by
+    its text and its prompt.
 
     Attributes:
         prompt: `[P, L]` tokens of the prompts.
-        user_text: `[P, L]` tokens of the texts about users; without any where the user model does not read them.
+        user_text: `[P, L]` tokens of the texts about users; empty if the user model does not read them.
         completion: `[D, L]` tokens of the completions.
         prompt_of: `[D]` prompt of each completion.
         chosen: `[N]` the completion that each pair's user preferred.
-        rejected: `[N]` the other one.
+        rejected: `[N]` the other completion.
     """
 
     prompt: Tokens
@@ -240,7 +241,7 @@ class DistinctTexts:
 
     @classmethod
     def of(cls, pairs: PreferenceBatch, uses_text: bool) -> DistinctTexts:
-        """Find those of N pairs, told apart by the text about the user as well if `uses_text`."""
+        """Return the distinct texts of N pairs; `uses_text` includes the text about the user."""
         text = pairs.user_text if uses_text else Tokens(pairs.user_text.ids[:, :0], pairs.user_text.mask[:, :0])
         prompts, prompt_of_pair = _distinct(_contents(text), _contents(pairs.prompt))
         both = Tokens.concat([pairs.chosen, pairs.rejected])
@@ -258,19 +259,19 @@ class DistinctTexts:
         )
 
     def groups(self, wanted: Tensor, most: int) -> Iterator[Tensor]:
-        """Divide completions by their prompts, those of prompts with like completions together.
+        """Group completions by their prompts, with prompts of similar completion length together.
 
         Args:
-            wanted: `[D]` bool, the completions to divide.
-            most: Most prompts in a group.
+            wanted: `[D]` bool, the completions to group.
+            most: Maximum number of prompts in a group.
 
         Yields:
-            `[n]` completions: all of those that are wanted of up to `most` prompts.
+            `[n]` completions: all wanted ones of up to `most` prompts.
         """
         places = wanted.nonzero().flatten()
         longest = torch.zeros(len(self.prompt), dtype=torch.long, device=wanted.device)
         longest = longest.scatter_reduce(0, self.prompt_of[places], self.completion.mask.sum(1)[places], "amax")
-        rank = longest.argsort(stable=True).argsort()  # prompts of which nothing is wanted come first
+        rank = longest.argsort(stable=True).argsort()  # prompts without wanted completions come first
         rank = (rank - (longest == 0).sum())[self.prompt_of[places]] // most
         order = rank.argsort(stable=True)
         yield from torch.split(places[order], torch.bincount(rank).tolist())

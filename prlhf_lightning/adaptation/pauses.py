@@ -1,4 +1,4 @@
-"""Pauses between the passes of the policy, in which whoever shares the thread can do something else."""
+"""A callback between passes of the policy, so that a server can generate during adaptation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _between: ContextVar[Callable[[], None] | None] = ContextVar("between", default=
 
 @contextmanager
 def pausing(between: Callable[[], None]) -> Iterator[None]:
-    """Have something called before each pass of the policy that a block makes; it must leave the model as it is."""
+    """Call `between` before each pass of the policy in a block; it must not change the model."""
     token = _between.set(between)
     try:
         yield
@@ -20,6 +20,6 @@ def pausing(between: Callable[[], None]) -> Iterator[None]:
 
 
 def pause() -> None:
-    """Let whoever asked for pauses do something else."""
+    """Call the callback of `pausing`, if any."""
     if (between := _between.get()) is not None:
         between()

@@ -1,4 +1,4 @@
-"""What is known of a user before the first pair: how the trained users' rows lie about the generic user's.
+"""The prior of new users, fitted to the rows of trained users.
 
 U trained users, rows of p numbers, k main directions, K kinds of users.
 """
@@ -15,18 +15,18 @@ from torch import Tensor
 class UserPrior:
     """`row = generic + z @ directions`, `z` from a mixture of Gaussians: empirical Bayes on the trained users' rows.
 
-    Users come in kinds, and what a row does saturates. A Gaussian about the generic user has its highest density where
-    nobody is and little curvature to learn from, so a few trained users stand for all: each is the center of a kind. A
-    user without pairs is the generic user all the same, by definition; for others the generic user is one more kind,
-    as likely as any one of the trained users.
+    Users come in kinds, and the effect of a row saturates. A Gaussian around the generic user has its highest density
+    where no user is, and little curvature to learn from. So a few trained users represent all: each is the center of a
+    kind. By definition a user without pairs is the generic user; for others the generic user is one more kind, as
+    likely as a single trained user.
 
     Attributes:
         generic: `[p]` row of the generic user.
-        directions: `[k, p]` orthogonal directions, each as long as the trained users' root mean square along it: the
-            principal ones, and those that the centers need beside.
-        centers: `[1 + K, k]` codes of the kinds; first that of the generic user, 0.
-        weights: `[1 + K]` how likely each is, summing to 1.
-        std: Spread of the users of a kind about its center, in each direction.
+        directions: `[k, p]` orthogonal directions, each as long as the trained users' root mean square along it:
+            principal ones, and further ones that the centers need.
+        centers: `[1 + K, k]` codes of the kinds; the first, 0, is the generic user.
+        weights: `[1 + K]` probabilities of the kinds.
+        std: Spread of the users of a kind around its center, in each direction.
         judgments: `[1 + K, M]` probability with which each kind prefers the first of two completions, of M pairs.
     """
 
@@ -47,20 +47,19 @@ class UserPrior:
         rank: int = 8,
         generic_judgements: Tensor | None = None,
     ) -> UserPrior:
-        """Fit the prior to trained users.
+        """Return the prior fitted to trained users.
 
         Args:
             rows: `[U, p]` rows of the trained users.
             generic: `[p]` row of the generic user.
-            judgments: `[U, M]` probabilities with which the model has each of them prefer the first of two
-                completions. Kinds are told apart by these and not by the rows, in which the same taste may be written
-                in many ways.
-            kinds: Most kinds; by default as many as predict users best who are left out, see `choose_kinds`.
-            rank: Most principal directions; fewer where the users span fewer.
-            generic_judgements: `[M]` the same of the generic user; undecided by default.
+            judgments: `[U, M]` predicted probabilities that each user prefers the first of two completions. Kinds are
+                clustered by these and not by the rows, since different rows may encode the same preferences.
+            kinds: Maximum number of kinds; by default the number that predicts held-out users best, see `choose_kinds`.
+            rank: Maximum number of principal directions; fewer if the users span fewer.
+            generic_judgements: `[M]` the same for the generic user; 0.5 by default.
         """
         like, users = rows, len(rows)
-        # On the host: many small steps, in float64, which not every device has.
+        # On the host: many small steps in float64, which not every device supports.
         rows, generic, judgments = rows.cpu(), generic.cpu(), judgments.cpu()
         judgments = judgments.double()
         undecided = judgments.new_full(judgments.shape[1:], 0.5)
@@ -73,7 +72,7 @@ class UserPrior:
         kept = len(directions)
         kind = distances[:, medoids].argmin(1) if users else distances.new_zeros(0, dtype=torch.long)
         sizes = torch.bincount(kind, minlength=len(medoids)).double()
-        # Around a center that is itself one of the n users of its kind, which spreads them a little too far apart.
+        # The center is itself one of the n users of its kind, which slightly overestimates the spread.
         inside = (codes - codes[medoids][kind]).square().sum() / max(1, (users - len(medoids)) * kept)
         return cls(
             generic.to(like),
@@ -91,26 +90,26 @@ class UserPrior:
 
     @property
     def stds(self) -> Tensor:
-        """`[1 + K]` spread of each kind; that of the generic user has none."""
+        """`[1 + K]` spread of each kind; 0 for the generic user."""
         spread = torch.full_like(self.weights, self.std)
         spread[0] = 0.0
         return spread
 
     def rows(self, codes: Tensor) -> Tensor:
-        """Return the rows `[..., p]` of codes `[..., k]`; code 0 gives the generic row, bit by bit."""
+        """Return the rows `[..., p]` of codes `[..., k]`; code 0 gives exactly the generic row."""
         return self.generic + codes @ self.directions
 
 
 def _directions(away: Tensor, medoids: Tensor, rank: int) -> Tensor:
-    """Return `[k, p]` orthogonal directions: up to `rank` principal ones, and those in which the medoids stick out.
+    """Return `[k, p]` orthogonal directions: up to `rank` principal ones, and those that the medoids need.
 
-    Rows have many more numbers than there are principal directions, which show but a part of anybody's row: without the
-    others a kind would be nobody's taste.
+    Rows have many more dimensions than there are principal directions, which cover only a part of a row. Without the
+    other directions, a kind would not match any user's preferences.
 
     Args:
-        away: `[U, p]` users' rows less the generic one.
-        medoids: `[K]` which users stand for a kind.
-        rank: Most principal directions.
+        away: `[U, p]` users' rows minus the generic one.
+        medoids: `[K]` users that represent the kinds.
+        rank: Maximum number of principal directions.
     """
     if not len(away):
         return away
@@ -130,19 +129,19 @@ _CLAMP = 1e-3
 
 
 def choose_kinds(judgments: Tensor, generic: Tensor, most: int = MOST_KINDS, seed: int = 0) -> int:
-    """Return how many kinds predict users best who had no part in choosing them.
+    """Return the number of kinds that predicts held-out users best.
 
-    Some users are left out at a time, and kinds are chosen among the rest. Judgments of those who were left out are
-    drawn; their kind is inferred from a few of these, and the score is the log-likelihood of the others. Too few kinds
-    miss tastes, too many make it take longer to find one's own. The smallest number is taken whose score is next to the
-    best one: by a standard error over users, by 3% of what kinds gain, or by 0.005 nats a pair. Each kind costs a pass
-    over new users' pairs.
+    In each fold, some users are left out and kinds are chosen among the rest. Judgments of the users left out are
+    sampled, a few of these give the user's kind, and the score is the log-likelihood of the others. Too few kinds miss
+    preferences, too many need more pairs to find the right one. The result is the smallest number whose score is close
+    to the best one: within a standard error over users, within 3% of the gain of kinds, or within 0.005 nats per pair.
+    Each kind costs a pass over new users' pairs.
 
     Args:
         judgments: `[U, M]` float64 probabilities of trained users.
-        generic: `[M]` those of the generic user.
-        most: Most kinds.
-        seed: Draws folds, pairs and judgments.
+        generic: `[M]` probabilities of the generic user.
+        most: Maximum number of kinds.
+        seed: Seed of folds, pairs and judgments.
     """
     users, pairs = judgments.shape
     most = min(most, users - -(-users // _FOLDS))
@@ -169,13 +168,13 @@ def choose_kinds(judgments: Tensor, generic: Tensor, most: int = MOST_KINDS, see
 
 
 def _predicted(answers: Tensor, orders: Tensor, under: Tensor, weights: Tensor) -> Tensor:
-    """Return `[B]` the mean log-likelihood of some users' answers, given a few others of theirs.
+    """Return `[B]` the mean log-likelihood of users' answers, given a few other answers.
 
     Args:
-        answers: `[D, B, M]` bool, which completion each of B users prefers, drawn D times.
-        orders: `[D, M]` in which the pairs are asked.
+        answers: `[D, B, M]` bool, preferred completion of each of B users, sampled D times.
+        orders: `[D, M]` orders of the pairs.
         under: `[C, M]` probabilities of each kind.
-        weights: `[C]` how likely each kind is.
+        weights: `[C]` probability of each kind.
     """
     logs = torch.stack([(1 - under).log(), under.log()])  # [2, C, M]
     total = under.new_zeros(answers.shape[1])
@@ -189,10 +188,10 @@ def _predicted(answers: Tensor, orders: Tensor, under: Tensor, weights: Tensor) 
 
 
 def medoids_of(distances: Tensor, count: int) -> Tensor:
-    """Choose users who stand for all: k-medoids, built greedily and improved by swaps (Kaufman and Rousseeuw 1990).
+    """Return the k-medoids of users, built greedily and improved by swaps (Kaufman and Rousseeuw 1990).
 
     Args:
-        distances: `[U, U]` between users.
+        distances: `[U, U]` distances between users.
         count: K, at most U.
     """
     if not count:

@@ -1,9 +1,8 @@
-"""How far trained users' rows are to be believed.
+"""Shrinkage of user rows toward the generic user.
 
-A row that was trained on a few dozen noisy judgments fits the noise as well, and predicts its user's other judgments
-worse than it could, or even worse than the generic user does. One factor for all users, by which rows are drawn to the
-generic user, is fitted to pairs that training did not see (James and Stein 1961; here by likelihood, as margins are not
-Gaussian).
+A row that was trained on a few dozen noisy judgments also fits the noise. It then predicts its user's other judgments
+worse than it could, or even worse than the generic user. One shrinkage factor for all users is fitted to pairs that
+training did not see (James and Stein 1961; here by likelihood, since margins are not Gaussian).
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ FACTORS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1
 
 @dataclass(frozen=True)
 class Shrinkage:
-    """What pairs that training did not see say of each factor.
+    """Likelihood and accuracy of held-out pairs for each factor.
 
     Attributes:
-        factors: The F factors; 0 makes everyone the generic user, 1 leaves rows as they are.
+        factors: The F factors; 0 gives the generic user, 1 the unchanged rows.
         log_likelihoods: `[F]` mean over pairs of `log σ(margin)`.
-        accuracies: `[F]` share of the pairs that are ranked right.
+        accuracies: `[F]` share of correctly ranked pairs.
         pairs: Number of pairs.
-        tables: Names, in the user model, of the tables whose rows are drawn; those that are read off pairs stay.
+        tables: Names of the shrunk tables in the user model; tables that are read from pairs do not change.
     """
 
     factors: tuple[float, ...]
@@ -46,39 +45,39 @@ class Shrinkage:
 
     @property
     def place(self) -> int:
-        """Place of the likeliest factor."""
+        """Index of the most likely factor."""
         return int(self.log_likelihoods.argmax())
 
     @property
     def best(self) -> float:
-        """The likeliest factor."""
+        """The most likely factor."""
         return self.factors[self.place]
 
 
 def fit_shrinkage(
     model: PersonalizedModel, pairs: PreferenceBatch, factors: Sequence[float] = FACTORS, most: int = MOST_PAIRS
 ) -> Shrinkage:
-    """Try factors on pairs of trained users that they were not trained on.
+    """Return likelihood and accuracy of each factor on held-out pairs of trained users.
 
     Args:
         model: A trained model.
-        pairs: Such pairs; those of users whom the model does not know are left out.
+        pairs: Held-out pairs; those of unknown users are ignored.
         factors: The factors to try.
-        most: Pairs to look at, spread over all.
+        most: Maximum number of pairs, spread over all.
 
     Raises:
-        ConfigurationError: There is no pair of a user whom the model knows, or these have no trained rows.
+        ConfigurationError: No pair belongs to a known user, or these users have no trained rows.
     """
     read = {id(table) for table in model.user_model.history_tables()}
     trained = {name: id(table) not in read for name, table in row_tables(model).items()}
     if not any(trained.values()):
         raise ConfigurationError(
-            f"shrink: {type(model.user_model).__name__} reads users off their pairs; it has no trained rows to shrink."
+            f"shrink: {type(model.user_model).__name__} reads users from their pairs; it has no trained rows to shrink."
         )
     known = model.vocabulary.rows(pairs.user_ids) if model.vocabulary else torch.zeros(len(pairs), dtype=torch.long)
     places = known.nonzero().flatten()
     if not len(places):
-        raise ConfigurationError("shrink: none of these pairs is of a user in the checkpoint; give pairs of its users.")
+        raise ConfigurationError("shrink: no pair belongs to a user in the checkpoint; give pairs of its users.")
     places = places[torch.from_numpy(spread(len(places), most))]
     users, of = torch.unique(known[places], return_inverse=True)
     rows, generic = trained_rows(model, users)
@@ -86,7 +85,7 @@ def fit_shrinkage(
     moves = torch.tensor(list(trained.values())).repeat_interleave(torch.tensor(widths)).to(rows.device)
     if not (rows != generic)[:, moves].any():
         raise ConfigurationError(
-            "shrink: all users of these pairs have the row of a new user, as those have who were added and not trained."
+            "shrink: all users of these pairs have the row of a new user (they were added, but not trained)."
         )
     margins_of = Margins(model, select_pairs(pairs, places))
     drawn = (torch.where(moves, torch.lerp(generic, rows, factor), rows) for factor in factors)

@@ -1,9 +1,9 @@
-"""What users differ in: how far their weights of an answer's features lie apart.
+"""Differences between users: the spread of their weights for features of an answer.
 
 A logistic regression with random weights (a mixed model): user u prefers answer a to b with log-odds
 `(w + δ_u) · (x_a - x_b)`, `δ_u ~ N(0, diag(τ²))`. The spread τ of each feature is fitted by maximum likelihood, with
-the integral over δ_u replaced by a quadratic approximation about its mode (Breslow and Clayton 1993), so that
-the chance of few votes is no spread. N votes by U users, F features.
+the integral over δ_u replaced by a quadratic approximation around its mode (Breslow and Clayton 1993). So the noise of
+few votes does not count as spread. N votes by U users, F features.
 """
 
 from __future__ import annotations
@@ -16,23 +16,23 @@ from prlhf_lightning.analysis.votes import Floats, Indices
 
 _ROUNDS, _NEWTON, _EM = 6, 3, 60
 _CHI_SQUARE_95 = 3.841458820694124  # quantile of the likelihood ratio of one number
-_SMALLEST = 1e-3  # a spread that is called none
+_SMALLEST = 1e-3  # smaller spreads count as zero
 _WIDEST = 20.0
 _SIMULATIONS, _MANY_USERS = 3, 300
-_NOTABLE, _LARGEST_CORRECTION = 0.1, 2.0  # a factor is not known of spreads that are next to nothing
+_NOTABLE, _LARGEST_CORRECTION = 0.1, 2.0  # no correction factor for spreads near zero
 
 
 @dataclass(frozen=True)
 class PreferenceSpread:
-    """How users weigh each feature, in log-odds by one unit of it.
+    """Users' weights for each feature, in log-odds per unit.
 
     Attributes:
         mean: `[F]` weight of the average user.
         spread: `[F]` standard deviation of users' weights.
-        low: `[F]` lower end of the spread's 95% interval, by the likelihood ratio; 0 where users may all be alike.
-        high: `[F]` upper end of the same.
+        low: `[F]` lower end of the spread's 95% interval, by the likelihood ratio; 0 if users may all be alike.
+        high: `[F]` upper end of the interval.
         weights: `[U, F]` most probable weights of each user; the mean for users without votes.
-        stds: `[U, F]` standard deviation of what is not known of them.
+        stds: `[U, F]` posterior standard deviation of the weights.
     """
 
     mean: Floats
@@ -44,17 +44,17 @@ class PreferenceSpread:
 
 
 def preference_spread(users: Indices, differences: Floats, num_users: int, seed: int = 0) -> PreferenceSpread:
-    """Fit how far users' weights of some features lie apart.
+    """Return the fitted spread of users' weights for features.
 
-    The quadratic approximation makes spreads too small where users gave few votes. By how much is measured on votes
-    that are simulated from the fitted model, and the spreads are enlarged by that factor (parametric bootstrap).
+    The quadratic approximation underestimates spreads if users gave few votes. The bias is measured on votes simulated
+    from the fitted model, and spreads are multiplied by the resulting factor (parametric bootstrap).
 
     Args:
         users: `[N]` the user of each vote, below `num_users`; at least one vote.
-        differences: `[N, F]` features of the chosen answer less those of the rejected one. Scale them: a difference of
-            about one should be usual.
+        differences: `[N, F]` features of the chosen answer minus those of the rejected one, scaled so that typical
+            differences are about one.
         num_users: U.
-        seed: Draws the simulated votes.
+        seed: Seed of the simulated votes.
     """
     order = np.argsort(users, kind="stable")
     present, starts = np.unique(users[order], return_index=True)
@@ -84,7 +84,7 @@ def preference_spread(users: Indices, differences: Floats, num_users: int, seed:
 
 
 def _fitted(votes: _Votes) -> tuple[_Quadratic, Floats]:
-    """Return users' log-likelihoods to second order about their likeliest weights, and the variances `[F]` of these."""
+    """Return quadratic log-likelihoods around users' most likely weights, and the variances `[F]` of the weights."""
     features = votes.differences.shape[1]
     mean, variance, deviations = np.zeros(features), np.ones(features), np.zeros((len(votes.starts), features))
     likelihood = votes.expanded(mean + deviations)
@@ -101,20 +101,20 @@ def _fitted(votes: _Votes) -> tuple[_Quadratic, Floats]:
 
 @dataclass(frozen=True)
 class _Votes:
-    """Votes in the order of their users: differences `[N, F]`, where each user's begin, and the user of each `[N]`."""
+    """Votes sorted by user: differences `[N, F]`, the start of each user, and the user of each vote `[N]`."""
 
     differences: Floats
     starts: Indices
     users: Indices
 
     def drawn_again(self, weights: Floats, draw: np.random.Generator) -> _Votes:
-        """Return votes on the same pairs by users of weights `[U, F]`."""
+        """Return simulated votes on the same pairs by users with weights `[U, F]`."""
         margins = np.einsum("nf,nf->n", self.differences, weights[self.users])
         same = draw.random(len(margins)) < 0.5 * (1 + np.tanh(margins / 2))
         return _Votes(np.where(same[:, None], self.differences, -self.differences), self.starts, self.users)
 
     def expanded(self, weights: Floats) -> _Quadratic:
-        """Return each user's log-likelihood, to second order about weights `[U, F]`."""
+        """Return each user's log-likelihood to second order around weights `[U, F]`."""
         margins = np.einsum("nf,nf->n", self.differences, weights[self.users])
         wrong = 0.5 * (1 - np.tanh(margins / 2))
         slope = np.add.reduceat(wrong[:, None] * self.differences, self.starts)
@@ -133,9 +133,9 @@ class _Quadratic:
     hessian: Floats
 
     def solved(self, variance: Floats) -> tuple[Floats, Floats, Floats]:
-        """Return the likeliest mean `[F]`; mode `[U, F]` and covariance `[U, F, F]` of users' deviations."""
+        """Return the most likely mean `[F]`, and mode `[U, F]` and covariance `[U, F, F]` of users' deviations."""
         covariances = np.linalg.inv(self.hessian + np.diag(1 / variance)).astype(np.float64)
-        weighed = self.hessian @ covariances  # of the deviations the mean knows nothing: they are integrated out
+        weighed = self.hessian @ covariances  # the deviations are integrated out of the mean
         information = (self.hessian - weighed @ self.hessian).sum(0)
         target = (self.slope - np.einsum("ufg,ug->uf", weighed, self.slope)).sum(0)
         mean: Floats = np.linalg.solve(information + 1e-6 * np.eye(len(variance)), target)
@@ -151,7 +151,7 @@ class _Quadratic:
         return float(fit.sum() + self.slope.sum(0) @ mean - mean @ self.hessian.sum(0) @ mean / 2)
 
     def interval(self, variance: Floats, feature: int) -> tuple[float, float]:
-        """Return where the spread of a feature may lie by the likelihood ratio, the others as they are."""
+        """Return the likelihood-ratio interval of a feature's spread, with the other spreads fixed."""
         spreads = np.concatenate([[_SMALLEST], np.geomspace(0.02, _WIDEST, 30), [np.sqrt(variance[feature])]])
         spreads.sort()
         fits = np.empty(len(spreads))

@@ -1,4 +1,4 @@
-"""Feedback as numbers: who preferred which response to which, and how long each is. No text is kept."""
+"""Feedback as a table of indices, lengths and features, without texts."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _Indices = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class FeedbackTable:
-    """N rows by U users on I items (responses to prompts) to P prompts; the rows of the splits follow one another.
+    """N rows by U users on I items (responses) to P prompts; the splits' rows are concatenated.
 
     Attributes:
         users: `[N]` index of the user of each row.
         chosen: `[N]` index of the chosen item.
         rejected: `[N]` index of the rejected one.
-        rows: Number of rows of each split, in the order in which they stand.
-        ties: Rows of each split that were left out, as both completions are the same.
+        rows: Number of rows of each split, in order.
+        ties: Number of rows of each split that were left out, since both completions are the same.
         prompts: `[I]` index of the prompt of each item.
         prompt_words: `[P]` words of each prompt.
         words: `[I]` words of each response.
@@ -56,17 +56,17 @@ class FeedbackTable:
         return len(self.user_ids)
 
     def of(self, split: Split) -> slice:
-        """Return where the rows of a split stand; nowhere if there are none."""
+        """Return the slice of a split's rows; empty if there are none."""
         names = list(self.rows)
         start = sum(self.rows[name] for name in names[: names.index(split)]) if split in names else 0
         return slice(start, start + self.rows.get(split, 0))
 
 
 def read_table(source: DataSource, splits: Iterable[Split]) -> FeedbackTable:
-    """Read the rows of some splits of a source.
+    """Return the table of some splits of a source.
 
     Raises:
-        FeedbackFormatError: A row is not what it should be; the message names the place, the field and the fix.
+        FeedbackFormatError: A row is malformed; the message names the position, the field and the fix.
     """
     columns = Columns.from_mapping(source.columns)
     users: dict[str, int] = {}
@@ -125,7 +125,7 @@ def _key(prefix: bytes, text: str) -> bytes:
     return blake2b(prefix + text.encode(), digest_size=16).digest()
 
 
-#: What `surface_features` returns, in order; and how to say to a reader what an answer has more of.
+#: Names of the values of `surface_features`, in order, and descriptions for readers.
 SURFACE_FEATURES = {
     "words (log)": "more words",
     "word length": "longer words (more formal)",
@@ -141,7 +141,7 @@ SURFACE_FEATURES = {
 
 # Scripts that are written without spaces: a character counts as a word.
 _NO_SPACES = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-# Vowel signs and accents that stand apart from their letters, which are no word characters to `re`.
+# Combining vowel signs and accents, which `re` does not count as word characters.
 _MARKS = "\u0300-\u036f\u0591-\u05bd\u0610-\u061a\u064b-\u065f\u0900-\u0963\u0966-\u0dff"
 _WORD = re.compile(rf"[{_NO_SPACES}]|(?:[^\W{_NO_SPACES}]|[{_MARKS}])+")
 _SENTENCE_END = re.compile("[.!?\u2026\u061f\u06d4\u0964]+(?=\\s|$)|[\u3002\uff01\uff1f]+")
@@ -151,7 +151,7 @@ _QUESTION, _EXCLAMATION = re.compile("[?\uff1f\u061f]"), re.compile("[!\uff01]")
 
 
 def count_words(text: str) -> int:
-    """Return the number of words of a text: runs of letters, digits and underscores, or characters of Chinese etc."""
+    """Return the number of words of a text: runs of letters, digits and underscores, or CJK characters and similar."""
     return len(_WORD.findall(text))
 
 

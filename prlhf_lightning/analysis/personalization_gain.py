@@ -1,8 +1,8 @@
-"""How much there is to personalize: held-out accuracy with what users have in common, and with their own tastes.
+"""Estimate of the gain from personalization: held-out accuracy with and without users' own preferences.
 
-Both models are small (see `taste_models`), and as well regularized as cross-validation within the training votes can
-make them: an overfitted user is worse than none, and would hide what there is. What a language model can gain from
-knowing the user is then about the difference; it may gain less, or, as it reads the texts, more.
+Both models are small (see `preference_models`) and regularized by cross-validation within the training votes: an
+overfitted user is worse than none, and would hide a real gain. The difference estimates what a language model can gain
+from knowing the user. It may gain less or, since it reads the texts, more.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from prlhf_lightning.analysis.votes import Floats, Indices, Mask, Votes
 
 Verdict: TypeAlias = Literal["something", "next to nothing", "cannot tell"]
 Scheme: TypeAlias = Literal["items", "pairs", "votes"]
-"""What is held out: `pairs` of items, for all users; `votes`, that is pairs for single users; or `items` of each user.
+"""Kind of held-out data: `pairs` of items for all users, `votes` (pairs for single users), or `items` of each user.
 
-Of `items` the votes between two of them are held out; those on one of them are in neither part, so that the user's
-opinion of it is not known.
+With `items`, votes between two held-out items are held out. Votes on one of them are in neither part, so that the
+user's opinion of it is unknown.
 """
 
-#: A gain in pair accuracy below this is next to nothing.
+#: A smaller gain in pair accuracy counts as negligible.
 SMALL = 0.01
-#: With fewer held-out votes, or users who gave them, the absence of a small gain shows nothing.
+#: With fewer held-out votes or users, the absence of a small gain is not evidence.
 ENOUGH_VOTES, ENOUGH_USERS = 1000, 30
 _FOLDS = 4
-_EXTENSIONS = 4  # of the grid of penalties, where its weakest is best
+_EXTENSIONS = 4  # of the grid of penalties, if its weakest is best
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Pair accuracy of two models; a tie is half right.
+    """Pair accuracy of two models; a tie counts half.
 
     Attributes:
-        shared: Of what users have in common.
-        personal: With what each user adds.
+        shared: Of the model that all users share.
+        personal: Of the model with users' own preferences.
         gain: The difference.
-        low: Lower end of its 95% interval, a bootstrap over users given the two models.
-        high: Upper end of the same.
+        low: Lower end of its 95% interval, by a bootstrap over users given the two models.
+        high: Upper end of the interval.
     """
 
     shared: float
@@ -54,12 +54,12 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Choice:
-    """How models are regularized.
+    """Regularization of the models.
 
     Attributes:
-        shared_ridge: Penalty of what users share.
-        ridge: Penalty of a taste.
-        rank: Dimensions of taste.
+        shared_ridge: Penalty of the shared part.
+        ridge: Penalty of users' own preferences.
+        rank: Dimensions of users' own preferences.
     """
 
     shared_ridge: float
@@ -69,17 +69,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class PersonalizationGain:
-    """What users' own tastes add, on held-out votes of users whom training meets.
+    """Gain from users' own preferences, on held-out votes of training users.
 
     Attributes:
-        by_user: Means over users of each one's accuracy: what a user may expect.
-        by_vote: Accuracy over votes, which is that of the busiest users above all.
-        shared_loss: Mean over users of the log-loss of what users have in common.
-        personal_loss: The same with what each user adds.
+        by_user: Mean accuracy over users: what a user may expect.
+        by_vote: Accuracy over votes, dominated by the busiest users.
+        shared_loss: Mean over users of the shared model's log-loss.
+        personal_loss: The same for the model with users' own preferences.
         votes: Number of held-out votes.
         users: Number of users who gave them.
-        half_by: How many users, those who gain most, make half of what all users who gain gain, in votes.
-        chosen: What cross-validation chose within the training votes of each part.
+        half_by: Smallest number of users who account for half of all gained votes.
+        chosen: Choice of cross-validation within the training votes of each part.
     """
 
     by_user: Comparison
@@ -93,7 +93,7 @@ class PersonalizationGain:
 
     @property
     def verdict(self) -> Verdict:
-        """Whether there is something to personalize for a user, whoever it is."""
+        """The verdict on whether personalization helps the average user."""
         if self.by_user.low > 0:
             return "something"
         enough = self.votes >= ENOUGH_VOTES and self.users >= ENOUGH_USERS
@@ -101,9 +101,9 @@ class PersonalizationGain:
 
 
 def scheme_for(votes: Votes, validation: Votes | None) -> Scheme:
-    """Return how to hold out votes so that it resembles how `validation` was, or, without one, as strictly as can be.
+    """Return the scheme that resembles the split of `validation`, or without it the strictest possible one.
 
-    Users who judged the same pairs would otherwise tell one another's votes: not as taste, but as what all make of it.
+    Otherwise votes of other users on the same pairs would reveal held-out votes.
     """
     cells = _cells(votes)
     recur = 2 * len(votes) > 1.5 * len(np.unique(cells))
@@ -116,11 +116,11 @@ def scheme_for(votes: Votes, validation: Votes | None) -> Scheme:
 
 
 def known_from_others(votes: Votes, validation: Votes) -> float:
-    """Return the share of some votes of which both items were voted on by other users.
+    """Return the share of `validation` votes on two items that other users voted on.
 
     Args:
         votes: Votes to learn from.
-        validation: The votes in question, which may be the same.
+        validation: The votes to check, which may be the same votes.
     """
     cells = np.unique(_cells(votes))
     users_of = np.bincount(cells % votes.num_items, minlength=votes.num_items)
@@ -129,12 +129,12 @@ def known_from_others(votes: Votes, validation: Votes) -> float:
 
 
 def folds(votes: Votes, scheme: Scheme, seed: int, count: int = _FOLDS) -> Iterator[tuple[Mask, Mask]]:
-    """Yield votes to train on and votes to hold out, both `[N]`.
+    """Yield masks of training and held-out votes, both `[N]`.
 
     Args:
         votes: N votes.
-        scheme: What is held out, see `Scheme`.
-        seed: Draws the parts.
+        scheme: Kind of held-out data, see `Scheme`.
+        seed: Seed of the parts.
         count: Number of parts.
     """
     pair = np.unique(votes.pairs, return_inverse=True)[1]
@@ -152,18 +152,18 @@ def personalization_gain(
     seed: int = 0,
     on_fit: Callable[[], object] = lambda: None,
 ) -> PersonalizationGain | None:
-    """Fit both models to votes and compare them on others.
+    """Return the comparison of both models, fitted to votes and evaluated on others.
 
     Args:
-        parts: Votes to train on and votes to compare on; usually one part. Of several, each with models of its own, the
-            votes to compare on are taken together. Those of users whom training does not meet are left out.
+        parts: Training votes and evaluation votes, usually one part. With several parts, each has its own models, and
+            the evaluation votes are pooled. Votes of users without training votes are left out.
         family: Kind of models.
-        scheme: How folds of the votes are made for cross-validation.
-        seed: Draws folds and bootstrap samples.
+        scheme: Scheme of the folds for cross-validation.
+        seed: Seed of folds and bootstrap samples.
         on_fit: Called after each of about `number_of_fits` a part.
 
     Returns:
-        The comparison, or None where there are too few votes to hold any out.
+        The comparison, or None if there are too few votes to hold any out.
     """
     users, chosen = [], []
     values: list[list[Floats]] = [[], [], [], []]
@@ -201,7 +201,7 @@ def personalization_gain(
 def _well_regularised(
     votes: Votes, parts: list[tuple[Votes, Votes]], family: PreferenceFamily, on_fit: Callable[[], object]
 ) -> tuple[PreferenceModel, PreferenceModel, Choice]:
-    """Return both models of some votes, and how they are regularized: as is best over the parts of these votes."""
+    """Return both models with the regularization that is best in cross-validation, and that choice."""
     starts, shared_ridge = _choose_shared(parts, family, on_fit)
     shared = family.shared(votes, shared_ridge)
     rank, ridge = _choose_personal(parts, starts, family, family.ridges(votes, shared), shared_ridge, on_fit)
@@ -211,14 +211,14 @@ def _well_regularised(
 
 
 def number_of_fits(family: PreferenceFamily, num_ridges: int = 6) -> int:
-    """Return about how many models are fitted on the way, for one part."""
+    """Return the approximate number of fitted models for one part."""
     return _FOLDS * (len(family.shared_ridges) + num_ridges + len(family.ranks) - 1) + 1
 
 
 def _choose_shared(
     parts: list[tuple[Votes, Votes]], family: PreferenceFamily, on_fit: Callable[[], object]
 ) -> tuple[list[PreferenceModel], float]:
-    """Return each fold's model of what users share, and the penalty that is best over all folds."""
+    """Return the shared model of each fold, and the penalty that is best over all folds."""
     models, losses = [], np.zeros(len(family.shared_ridges))
     for train, test in parts:
         models.append([family.shared(train, ridge) for ridge in family.shared_ridges])
@@ -237,13 +237,13 @@ def _choose_personal(
     shared_ridge: float,
     on_fit: Callable[[], object],
 ) -> tuple[int, float]:
-    """Return the rank and penalty of tastes that are best over all folds: the penalty at the largest rank first."""
+    """Return the best rank and penalty of users' own preferences, choosing the penalty at the largest rank first."""
     ridges = list(ridges)
     paths: list[list[PreferenceModel]] = []
     losses = np.zeros(len(ridges))
     for (train, test), start in zip(parts, starts, strict=True):
         path = []
-        for ridge in ridges:  # from the weakest on, as there is no way back from a taste that has vanished
+        for ridge in ridges:  # weakest first: a vanished preference cannot be recovered
             start = family.personal(train, start, shared_ridge, ridge, family.ranks[0])
             path.append(start)
             on_fit()
@@ -271,7 +271,7 @@ def _choose_personal(
 
 
 def mean_over_users(values: Floats, users: Indices) -> float:
-    """Return the mean over users of the mean of each one's values.
+    """Return the mean over users of each user's mean value.
 
     Args:
         values: `[N]`.
@@ -282,13 +282,13 @@ def mean_over_users(values: Floats, users: Indices) -> float:
 
 
 def bootstrap(sums: Floats, counts: Floats, seed: int = 0, samples: int = 2000) -> tuple[float, float]:
-    """Return the 95% percentile interval of `sums.sum() / counts.sum()` when users are drawn again, with replacement.
+    """Return the 95% percentile interval of `sums.sum() / counts.sum()` under resampling of users.
 
     Args:
         sums: `[U]` the sum of each user's values.
-        counts: `[U]` the number of them.
-        seed: Draws the users.
-        samples: How often.
+        counts: `[U]` the number of each user's values.
+        seed: Random seed.
+        samples: Number of bootstrap samples.
     """
     draw = np.random.default_rng(seed)
     means = np.empty(samples)
@@ -300,7 +300,7 @@ def bootstrap(sums: Floats, counts: Floats, seed: int = 0, samples: int = 2000) 
 
 
 def _compared(before: Floats, after: Floats, weights: Floats, seed: int) -> Comparison:
-    """Compare two models by sums of users' right votes, and what these are sums of, all `[U]`."""
+    """Compare two models by users' sums of correct votes and their weights, all `[U]`."""
     shared, personal = (float(right.sum() / weights.sum()) for right in (before, after))
     low, high = bootstrap(after - before, weights, seed)
     return Comparison(shared, personal, personal - shared, low, high)
@@ -313,7 +313,7 @@ def _right(model: PreferenceModel, votes: Votes) -> Floats:
 
 
 def _held_out_loss(model: PreferenceModel, votes: Votes) -> float:
-    """Return the mean over users of their log-loss: what is good for most users is chosen, not for the busiest."""
+    """Return the mean over users of their log-loss, so that busy users do not dominate the choice."""
     return mean_over_users(_losses(model, votes), votes.users)
 
 
@@ -324,7 +324,7 @@ def _losses(model: PreferenceModel, votes: Votes) -> Floats:
 
 
 def _sums(values: Floats, users: Indices) -> tuple[Floats, Floats]:
-    """Return the sum and the number of each user's values, `[U]`, of those who have any."""
+    """Return the sum and the number of values, `[U]`, of each user with any."""
     place = np.unique(users, return_inverse=True)[1]
     return np.bincount(place, weights=values).astype(float), np.bincount(place).astype(float)
 

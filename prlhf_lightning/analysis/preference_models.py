@@ -1,7 +1,7 @@
-"""Small models of votes, with one score an item that all users share, and without or with what a user adds to it.
+"""Small models of votes: one score per item that all users share, optionally with a user-specific term.
 
-They see who voted on which items, not a text, and fit in seconds: a yardstick of what there is to personalize. N votes
-by U users on I items; K dimensions of taste.
+They see who voted on which items, but no text, and fit in seconds. N votes by U users on I items; K dimensions of
+preference.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class PreferenceModel:
     """Margins `s_w - s_l + <t_u, v_w - v_l>` of the winner w over the loser l for user u.
 
     Attributes:
-        scores: `[I]` float64, what all users make of each item (Bradley & Terry 1952).
-        tastes: `[U, K]` float64, what each user adds.
+        scores: `[I]` float64, shared score of each item (Bradley & Terry 1952).
+        tastes: `[U, K]` float64, preference vector of each user.
         items: `[I, K]` float64, the items in the same dimensions.
     """
 
@@ -35,7 +35,7 @@ class PreferenceModel:
     items: Tensor
 
     def margins(self, votes: Votes) -> Tensor:
-        """Return `[N]` by how much each vote's winner is ahead, as log-odds."""
+        """Return `[N]` the margin of each vote's winner, in log-odds."""
         users, winners, losers = (torch.from_numpy(part) for part in (votes.users, votes.winners, votes.losers))
         shared = embedding(winners, self.scores[:, None]) - embedding(losers, self.scores[:, None])
         if not self.tastes.shape[1]:
@@ -44,7 +44,7 @@ class PreferenceModel:
         return shared[:, 0] + own.sum(1)
 
     def truncated(self, rank: int) -> PreferenceModel:
-        """Return the model with the best approximation of lower rank of what users add, both factors of one size."""
+        """Return the model with the best low-rank approximation of the user term, with balanced factors."""
         left, left_factor = torch.linalg.qr(self.tastes)
         right, right_factor = torch.linalg.qr(self.items)
         u, sizes, v = torch.linalg.svd(left_factor @ right_factor.T, full_matrices=False)
@@ -53,11 +53,11 @@ class PreferenceModel:
 
 
 class PreferenceFamily(ABC):
-    """Models of one kind, which cross-validation chooses among.
+    """A family of models for cross-validation.
 
     Attributes:
-        shared_ridges: Penalties of what users share, to choose from.
-        ranks: Dimensions of taste, to choose from, the largest first.
+        shared_ridges: Candidate penalties of the shared part.
+        ranks: Candidate dimensions of preference, largest first.
     """
 
     shared_ridges: Sequence[float]
@@ -65,27 +65,27 @@ class PreferenceFamily(ABC):
 
     @abstractmethod
     def shared(self, votes: Votes, ridge: float) -> PreferenceModel:
-        """Fit what all users share."""
+        """Return the fitted shared model."""
 
     @abstractmethod
     def ridges(self, votes: Votes, shared: PreferenceModel) -> list[float]:
-        """Return penalties of what a user adds, the weakest first; under the last next to nothing of it is left."""
+        """Return candidate penalties of the user term, weakest first; the last one removes nearly all of it."""
 
     @abstractmethod
     def personal(
         self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float, rank: int
     ) -> PreferenceModel:
-        """Fit both what users share and what each adds, from a model with less or with more of a taste."""
+        """Return the fitted shared and user terms, starting from a model with a stronger or weaker penalty."""
 
 
 class ItemPreferences(PreferenceFamily):
-    """A free score an item, and a free low-rank term of users and items.
+    """One free score per item, and a free low-rank term of users and items.
 
     The penalty `ridge / 2 * (|t|² + |v|²)` on the two factors is that of the trace norm of their product (Srebro et al.
-    2004), so that the ridge, rather than the rank, decides how much of a taste is kept.
+    2004), so the ridge, rather than the rank, limits the user term.
 
     Args:
-        seed: Draws the weights that are started from.
+        seed: Seed of the initial weights.
     """
 
     shared_ridges = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
@@ -95,12 +95,12 @@ class ItemPreferences(PreferenceFamily):
         self.seed = seed
 
     def shared(self, votes: Votes, ridge: float) -> PreferenceModel:
-        """Fit a Bradley-Terry score an item."""
+        """Return a fitted Bradley-Terry score per item."""
         start = PreferenceModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
         return self._fitted(votes, start, ridge, 0.0)
 
     def ridges(self, votes: Votes, shared: PreferenceModel) -> list[float]:
-        """Return shares of the ridge from which on there is no low-rank term.
+        """Return fractions of the smallest ridge that removes the low-rank term.
 
         That is the largest singular value of the matrix `[U, I]` of the residuals of the votes, up to a sign.
         """
@@ -120,8 +120,8 @@ class ItemPreferences(PreferenceFamily):
     def personal(
         self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float, rank: int
     ) -> PreferenceModel:
-        """Fit scores and the low-rank term."""
-        if start.tastes.shape[1] < rank:  # nothing to start from: at zero there is no slope
+        """Return fitted scores and low-rank term."""
+        if start.tastes.shape[1] < rank:  # random start: the gradient at zero is zero
             draw = torch.Generator().manual_seed(self.seed)
             factors = (0.1 * torch.randn(s, generator=draw, dtype=torch.float64) for s in _sizes(votes, rank)[1:])
             start = PreferenceModel(start.scores, *factors)
@@ -143,12 +143,12 @@ class ItemPreferences(PreferenceFamily):
 
 
 class FeaturePreferences(PreferenceFamily):
-    """Weights of an item's features that all users share, and what each user adds to each weight.
+    """Shared weights of item features, and each user's deviations from them.
 
-    For items that only one user has seen: what can be known of them is what their features say.
+    For items that only one user has judged, so that only their features are informative.
 
     Args:
-        features: `[I, K]` float64; scale them, since one penalty is for all.
+        features: `[I, K]` float64, scaled, since all share one penalty.
     """
 
     shared_ridges = (0.1, 1.0, 10.0, 100.0)
@@ -158,18 +158,18 @@ class FeaturePreferences(PreferenceFamily):
         self.ranks = (features.shape[1],)
 
     def shared(self, votes: Votes, ridge: float) -> PreferenceModel:
-        """Fit a weight a feature, by ridge logistic regression."""
+        """Return a fitted weight per feature, by ridge logistic regression."""
         nothing = PreferenceModel(*(torch.zeros(size, dtype=torch.float64) for size in _sizes(votes, 0)))
         return self._fitted(votes, nothing, ridge, 0.0)
 
     def ridges(self, votes: Votes, shared: PreferenceModel) -> list[float]:
-        """Return inverse variances of a user's weights around the shared ones: a standard deviation of 1 to 0.03."""
+        """Return inverse variances of user weights around the shared ones, for standard deviations of 1 to 0.03."""
         return [1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
 
     def personal(
         self, votes: Votes, start: PreferenceModel, shared_ridge: float, ridge: float, rank: int
     ) -> PreferenceModel:
-        """Fit shared weights and each user's deviations from them, which are shrunk towards none."""
+        """Return fitted shared weights and users' deviations from them, which are shrunk toward zero."""
         if not start.tastes.shape[1]:
             tastes = start.scores.new_zeros(votes.num_users, self.features.shape[1])
             start = PreferenceModel(start.scores, tastes, self.features)
@@ -200,7 +200,7 @@ def _sizes(votes: Votes, rank: int) -> list[tuple[int, ...]]:
 def _loss_and_slopes(model: PreferenceModel, votes: Votes) -> tuple[float, list[Tensor]]:
     """Return the log-loss, and its gradients by scores, tastes and items.
 
-    Written out, a dimension at a time, since counting with weights is five times as fast as what autograd does.
+    Written out one dimension at a time with weighted counts, which is five times as fast as autograd.
     """
     scores, tastes, items = (
         model.scores.numpy(),
@@ -223,14 +223,14 @@ def _loss_and_slopes(model: PreferenceModel, votes: Votes) -> tuple[float, list[
 
 
 def _by_item(values: Floats, votes: Votes) -> Tensor:
-    """Return `[I]` the sum of values of the votes that an item won, less that of those it lost."""
+    """Return `[I]` for each item the sum of values of its won votes minus that of its lost votes."""
     won, lost = (np.bincount(items, values, votes.num_items) for items in (votes.winners, votes.losers))
     return torch.from_numpy(won - lost)
 
 
 def _minimise(weights: list[Tensor], objective: Callable[[], tuple[float, list[Tensor]]], votes: int) -> None:
-    """Minimize a smooth function, that comes with its gradients, of some weights, in place."""
-    # What a vote gains in a step below the tolerance, no held-out vote will tell.
+    """Minimize a smooth function with gradients over `weights`, in place."""
+    # Gains per vote below the tolerance do not matter for held-out votes.
     optimizer = torch.optim.LBFGS(
         weights, max_iter=_ITERATIONS, line_search_fn="strong_wolfe", tolerance_grad=1e-4, tolerance_change=1e-7 * votes
     )

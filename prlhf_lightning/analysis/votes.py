@@ -1,4 +1,4 @@
-"""What votes say before any model: do users agree with one another, with themselves, and in what do they differ.
+"""Statistics of votes without a model: agreement between users, consistency, and spread between users.
 
 N votes by U users on I items; an item is a response to a prompt.
 """
@@ -18,17 +18,17 @@ Indices: TypeAlias = npt.NDArray[np.int64]
 Floats: TypeAlias = npt.NDArray[np.float64]
 Mask: TypeAlias = npt.NDArray[np.bool_]
 
-_MOST_ITEMS = 500  # of one user, that are looked at for cycles: the cost grows with its cube
+_MOST_ITEMS = 500  # per user in the search for cycles, whose cost is cubic
 
 
 @dataclass(frozen=True)
 class Votes:
-    """Who preferred which item to which.
+    """N votes: the preferred and the other item of each.
 
     Attributes:
         users: `[N]` index of the user of each vote, below `num_users`.
         winners: `[N]` index of the preferred item, below `num_items`.
-        losers: `[N]` index of the other.
+        losers: `[N]` index of the other item.
         num_users: U.
         num_items: I.
     """
@@ -43,12 +43,12 @@ class Votes:
         return len(self.users)
 
     def __getitem__(self, which: Mask | Indices) -> Votes:
-        """Return some of the votes, of the same users and items."""
+        """Return a selection of the votes, with the same users and items."""
         return replace(self, users=self.users[which], winners=self.winners[which], losers=self.losers[which])
 
     @property
     def pairs(self) -> Indices:
-        """`[N]` the key of each vote's two items, whichever won."""
+        """`[N]` key of each vote's two items, independent of the winner."""
         low, high = np.minimum(self.winners, self.losers), np.maximum(self.winners, self.losers)
         return low * self.num_items + high
 
@@ -60,13 +60,13 @@ class Votes:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share, and what it is a share of.
+    """A share with its interval and count.
 
     Attributes:
-        value: The share; NaN of nothing.
+        value: The share; NaN if the count is 0.
         low: Lower end of its 95% interval.
         high: Upper end.
-        count: Of how many.
+        count: Number of cases.
     """
 
     value: float
@@ -77,7 +77,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class VoteRecord:
-    """The votes of each user on each pair, counted.
+    """Counts of the votes of each user on each pair.
 
     Attributes:
         users: `[B]` the user.
@@ -102,10 +102,10 @@ class VoteRecord:
 
 
 def agreement_between_users(votes: Votes) -> Rate:
-    """Return how often two users who voted on one pair voted alike; every pair of items counts the same.
+    """Return how often two users who voted on the same pair agree; every pair of items has equal weight.
 
-    Chance is one half: which item of a pair is called the first means nothing. A user's opposite votes on a pair are
-    no vote. The interval is of the mean over pairs of items, taken as independent.
+    Chance is one half, since the order of the items is arbitrary. A user's opposite votes on a pair cancel. The
+    interval is of the mean over pairs of items, assumed independent.
     """
     ballots = VoteRecord.of(votes)
     opinion = np.sign(2 * ballots.first - ballots.total)
@@ -119,9 +119,9 @@ def agreement_between_users(votes: Votes) -> Rate:
 
 
 def contradictions(votes: Votes) -> Rate:
-    """Return how often a user who voted on the same pair again changed their mind: of all pairs voted on twice or more.
+    """Return the share of contradictory judgments among all pairs that a user voted on twice or more.
 
-    Those with votes for either side count.
+    A judgment is contradictory if it has votes for both sides.
     """
     ballots = VoteRecord.of(votes)
     repeated = ballots.total > 1
@@ -129,10 +129,10 @@ def contradictions(votes: Votes) -> Rate:
 
 
 def cycles(votes: Votes) -> Rate:
-    """Return how often a user's votes on three items go round, a over b, b over c, c over a.
+    """Return the share of cyclic triples in a user's votes: a over b, b over c, c over a.
 
-    It is a share of the triples of which the user has voted on each pair; votes at random would make it a quarter. Of
-    a user of more than 500 items, the 500 that they voted on most often are looked at.
+    The share is over triples in which the user has voted on each pair; random votes give a quarter. For users with more
+    than 500 items, only the 500 with most votes are used.
     """
     ballots = VoteRecord.of(votes)
     decided = 2 * ballots.first != ballots.total
@@ -160,10 +160,10 @@ def cycles(votes: Votes) -> Rate:
 
 
 def spread_between_users(successes: Floats, totals: Floats) -> float:
-    """Return the standard deviation of users' true rates, beyond what the chance of few votes makes of one rate.
+    """Return the standard deviation of users' true rates, excluding the noise of few votes.
 
-    The estimate of moments: the variance between users' observed rates, less the binomial variance that is expected
-    (DerSimonian & Laird 1986, with users as studies); 0 where chance explains it all.
+    The moment estimate: the variance between users' observed rates minus the expected binomial variance (DerSimonian &
+    Laird 1986, with users as studies); 0 if chance explains all of it.
 
     Args:
         successes: `[U]` such as votes for the longer one.
@@ -177,7 +177,7 @@ def spread_between_users(successes: Floats, totals: Floats) -> float:
     noise = rate * (1 - rate)
     scatter = np.sum(totals * (successes / totals - rate) ** 2) - noise * (len(totals) - 1)
     weight = totals.sum() - np.sum(totals**2) / totals.sum()
-    # A rate of n votes varies by tau² + (noise - tau²) / n: what varies between users lowers the noise within.
+    # The variance of a rate of n votes is tau² + (noise - tau²) / n: variance between users lowers the noise within.
     weight -= len(totals) - 1
     return float(np.sqrt(max(0.0, scatter / weight))) if weight > 0 else 0.0
 

@@ -1,4 +1,4 @@
-"""How often one writer's answers are preferred to another's."""
+"""Win rates, as means over users with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from prlhf_lightning.analysis.personalization_gain import bootstrap
 
 @dataclass(frozen=True)
 class UserMean:
-    """A mean over users of each one's mean.
+    """A mean over users of each user's mean.
 
     Attributes:
-        value: The mean; NaN where there is nothing to take it of.
+        value: The mean; NaN without values.
         low: Lower end of its 95% interval, a bootstrap over users; NaN with fewer than two of them.
-        high: Upper end of the same.
+        high: Upper end of the interval.
         users: Number of users with values.
         count: Number of values.
     """
@@ -31,14 +31,14 @@ class UserMean:
 
 
 def user_mean(users: Sequence[str], values: Sequence[float] | npt.NDArray[np.float64], seed: int = 0) -> UserMean:
-    """Return the mean over users of their means, with an interval for users like these.
+    """Return the mean over users of their means, with a bootstrap interval over users.
 
     A win rate is the mean of scores of 1 (won), 0.5 (tie) and 0 (lost).
 
     Args:
         users: N ids.
-        values: `[N]` a value of each; NaN ones are left out.
-        seed: Draws the bootstrap samples.
+        values: `[N]` values; NaN is ignored.
+        seed: Seed of the bootstrap samples.
     """
     kept = np.asarray(values, dtype=np.float64)
     there = ~np.isnan(kept)

@@ -1,4 +1,4 @@
-"""Writing with a trained model: many users, prompts and strengths in one batch. Knows nothing of training."""
+"""Generation with a trained model: many users, prompts and strengths in one batch. Independent of training."""
 
 from prlhf_lightning.inference.engine import Engine
 from prlhf_lightning.inference.generator import Generator

@@ -1,4 +1,4 @@
-"""Writing many texts at once: new ones join, finished ones leave, at every step."""
+"""Continuous batching: at every step new texts join the batch and finished ones leave it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from prlhf_lightning.data.tokenization import decode
 
 @dataclass
 class _Text:
-    """One text being written, or waiting to be."""
+    """A running or waiting text."""
 
     number: int
     prepared: PreparedRequest
@@ -39,26 +39,24 @@ class _Text:
 
     @property
     def length(self) -> int:
-        """Positions of its longest row in the end."""
+        """Number of positions of its longest row at the end."""
         vectors = max(len(condition.vectors) for condition in self.prepared.conditions)
         return vectors + len(self.prepared.prompt) + self.prepared.max_new_tokens
 
 
 class Engine:
-    """Iteration-level (continuous) batching, as of Orca (Yu et al. 2022): one token for every running text a step.
+    """Generates with iteration-level (continuous) batching, as in Orca (Yu et al. 2022).
 
-    Each text takes one row of the batch for each condition that it is written under: one at strengths 0 and 1, two at
-    others. What is written does not depend on what else is in the batch, but for the rounding of float operations.
-    Of a model that keeps other states than keys and values (Mamba and the like) each row is computed by itself.
-    Not thread-safe: one thread drives it. Where `step` fails, as for want of memory, what is running is lost: go on
-    with a new engine.
+    Each step generates one token for every running text. A text takes one row of the batch per condition: one at
+    strengths 0 and 1, two at others. Apart from float rounding, texts do not depend on the rest of the batch. For a
+    model with states other than keys and values (such as Mamba), rows are computed one by one. Not thread-safe. If
+    `step` fails, for example out of memory, running texts are lost: create a new engine.
 
     Args:
         writer: The model.
-        max_batch_rows: Most rows that are computed at a time; what is added beyond waits its turn.
-        max_batch_tokens: Most positions, keys and values of which are kept: rows by the length of the longest, since
-            one long text takes as much for each row beside it. A text that needs more is written alone. None for any
-            number.
+        max_batch_rows: Maximum number of rows in a step; further texts wait.
+        max_batch_tokens: Maximum number of cached positions: rows times the longest row, since a long text pads all
+            other rows. A text that needs more is generated alone. None for no limit.
     """
 
     def __init__(self, writer: Generator, max_batch_rows: int = 64, max_batch_tokens: int | None = None) -> None:
@@ -68,14 +66,15 @@ class Engine:
         self._max_batch_rows, self._max_batch_tokens = max_batch_rows, max_batch_tokens or math.inf
         self._rows = writer.new_rows()
         self._waiting: deque[_Text] = deque()
-        self._running: list[_Text] = []  # in the order of their rows
+        self._running: list[_Text] = []  # in row order
         self._next = 0
 
     def add(self, generation: GenerationRequest) -> int:
-        """Line a generation up, and return the number that its pieces will bear.
+        """Add a request to the queue and return the number of its chunks.
 
         Raises:
-            ConfigurationError: It is too long for the model, takes too many rows, or has a user text nothing reads.
+            ConfigurationError: It is too long for the model, takes too many rows, or has a user text that nothing
+                reads.
             FeedbackFormatError: Its prompt is empty, or does not fit the chat template.
         """
         prepared = self._writer.prepare(generation)
@@ -95,31 +94,31 @@ class Engine:
         return number
 
     def cancel(self, number: int) -> None:
-        """Write no more of a generation; one that is finished, or unknown, is no error."""
+        """Stop a request; a finished or unknown number is ignored."""
         self._waiting = deque(text for text in self._waiting if text.number != number)
         self._keep([text for text in self._running if text.number != number])
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing left to write."""
+        """Whether no request is waiting or running."""
         return not self._waiting and not self._running
 
     @property
     def waiting(self) -> int:
-        """Number of generations that have not begun."""
+        """Number of waiting requests."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """Number of generations that have begun and not ended."""
+        """Number of running requests."""
         return len(self._running)
 
     @torch.no_grad()
     def step(self) -> list[Chunk]:
-        """Write one token of each running generation, those included that there is room for from now on.
+        """Admit waiting requests that fit, and generate one token for each running one.
 
         Returns:
-            A piece for each of them; nothing where there is nothing to write.
+            A chunk for each of them; empty if nothing runs.
         """
         logits = []
         new = self._admit()
@@ -138,7 +137,7 @@ class Engine:
         return pieces
 
     def _admit(self) -> list[_Text]:
-        """Take from the queue, in its order, what there is room for."""
+        """Take requests from the queue, in order, while they fit."""
         rows, longest = len(self._rows), max((text.length for text in self._running), default=0)
         new: list[_Text] = []
         while self._waiting:
@@ -150,7 +149,7 @@ class Engine:
         return new
 
     def _mixed(self, logits: Tensor) -> Tensor:
-        """Sum the logits `[R, V]` of each text's rows by their weights, `[B, V]`."""
+        """Return the weighted sums `[B, V]` of the logits `[R, V]` of each text's rows."""
         weights = [condition.weight for text in self._running for condition in text.prepared.conditions]
         owners = [place for place, text in enumerate(self._running) for _ in range(text.rows)]
         if len(weights) == len(self._running):  # one row each, of weight 1
@@ -165,7 +164,7 @@ class Engine:
             logits = logits.index_fill(1, self._writer.unused_ids, -torch.inf)
         if logits.device.type == "mps":  # which has no float64
             logits = logits.cpu()
-        # One number a step of each text's own generator, so that nothing else in the batch takes part in its chance.
+        # One number per step from each text's own generator, so that sampling does not depend on the rest of the batch.
         draws = [
             torch.rand((), generator=text.chance, dtype=torch.float64).item() if generation.temperature > 0 else 0.0
             for text, generation in zip(self._running, asked, strict=True)
@@ -207,9 +206,9 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, top_ps: Tensor, chances:
 
     Args:
         logits: `[B, V]`.
-        temperatures: `[B]`; 0 picks the likeliest token, the first of those that are equally likely.
-        top_ps: `[B]` share of the probability to draw from: the fewest likeliest tokens that have it (Holtzman et al.
-            2020, nucleus sampling).
+        temperatures: `[B]`; 0 is greedy, with the first of equally likely tokens.
+        top_ps: `[B]` probability mass to sample from, of the smallest set of likeliest tokens (nucleus sampling,
+            Holtzman et al. 2020).
         chances: `[B]` float64 in [0, 1), one draw for each text.
     """
     tokens = logits.argmax(-1)
@@ -218,32 +217,32 @@ def sample_tokens(logits: Tensor, temperatures: Tensor, top_ps: Tensor, chances:
         return tokens
     wanted = logits[sampled].double()
     scaled = (wanted - wanted.amax(-1, keepdim=True)) / temperatures[sampled, None].double()
-    # In float64: by its rounding alone, a float32 sum over a large vocabulary would move where a draw falls.
+    # In float64: the rounding of a float32 sum over a large vocabulary would change samples.
     probs, order = scaled.softmax(-1).sort(dim=-1, descending=True, stable=True)
     below = probs.cumsum(-1) - probs
     kept = (below < top_ps[sampled, None].double()) * probs
     reached = kept.cumsum(-1)
     target = chances[sampled, None] * reached[:, -1:]
     places = torch.searchsorted(reached, target, right=True)
-    # At least the first, so that a text whose logits are NaN takes no other text with it.
+    # At least the first, so that a text with NaN logits does not fail the batch.
     last = ((kept > 0).sum(-1, keepdim=True) - 1).clamp(min=0)
     tokens[sampled] = order.gather(-1, torch.minimum(places, last))[:, 0]
     return tokens
 
 
-_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # what decoding makes of the first bytes of a character
+_INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # decoded form of an incomplete character
 
 
 class TextStream:
-    """Turns the tokens of one text into pieces that, put together, are the text decoded at once.
+    """Decodes the tokens of one text incrementally; the pieces add up to the text decoded at once.
 
-    A token may hold part of a character, and some tokenizers write a token's space only where another stands before it.
-    So each token is decoded together with those before it, back to the last place where a piece ended.
+    A token may hold part of a character, and some tokenizers write a token's space only after another token. So each
+    token is decoded together with those before it, back to the last end of a piece.
 
     Args:
-        tokenizer: Decodes; special tokens are left out.
-        stop: Strings at the first of which the text ends. No part of one is ever returned.
-        before: Tokens that stand before the text and are no part of it.
+        tokenizer: Decodes tokens; special tokens are left out.
+        stop: Strings that end the text. No part of one is ever returned.
+        before: Tokens before the text, which are not part of it.
     """
 
     def __init__(
@@ -251,12 +250,12 @@ class TextStream:
     ) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._ids = list(before)
-        self._context, self._read = 0, len(before)  # tokens from `context` to `read` are returned already
+        self._context, self._read = 0, len(before)  # tokens from `context` to `read` are already returned
         self._held = ""
         self.stopped = False
 
     def push(self, token: int) -> str:
-        """Take in a token, and return the text that is certain; sets `stopped` where a stop string is complete."""
+        """Add a token and return the text that is final; sets `stopped` when a stop string is complete."""
         self._ids.append(token)
         new = self._unread()
         if not new or new.endswith(_INCOMPLETE):
@@ -265,7 +264,7 @@ class TextStream:
         return self._release(new)
 
     def finish(self) -> str:
-        """Return what was held back, since no token follows."""
+        """Return the remaining text after the last token."""
         if self.stopped:
             return ""
         text = self._release(self._unread())
@@ -291,5 +290,5 @@ class TextStream:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of a text that begins a stop string."""
+    """Return the length of the longest suffix of a text that is a prefix of a stop string."""
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

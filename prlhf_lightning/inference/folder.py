@@ -1,11 +1,11 @@
-"""The exported folder: what makes a Hugging Face model folder a personalized one.
+"""The exported folder: a Hugging Face model folder with a user model.
 
-Beside the model (whole, or as adapters to a base model) and its tokenizer stand
+In addition to the model (merged, or as adapters to a base model) and its tokenizer it holds:
 
 - `prlhf.json`: the user model's class and settings, how text is tokenized, the format's version, and the SHA-256 of the
   files that are read. Written last.
 - `user_model.safetensors`: the user model's weights.
-- `users.json`: the users' ids, in the order of their rows; row 0, the generic user's, has none.
+- `users.json`: the user ids in row order; row 0, the generic user, has none.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from prlhf_lightning.utils.hub import loading
 from prlhf_lightning.utils.load_errors import opening
 from prlhf_lightning.utils.trust import named_by_file, only_trusted_classes
 
-#: Raised when folders can no longer be read by versions that read the last one. Format 1 has no checksums.
+#: Increased when older versions can no longer read the folders. Format 1 has no checksums.
 FORMAT = 2
 WEIGHTS, USERS = "user_model.safetensors", "users.json"
 
 
 @dataclass(frozen=True)
 class FolderContent:
-    """What an exported folder holds, loaded."""
+    """The loaded content of an exported folder."""
 
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
@@ -59,11 +59,11 @@ def settings_json(
     """Return the text of `prlhf.json`.
 
     Args:
-        folder: The folder, in which all other files have been written.
-        name: What the model is called.
+        folder: The folder with all other files.
+        name: Name of the model.
         user_model: The user model's `class_path` and `init_args`.
-        tokenization: How text becomes ids.
-        more: What else to note, for people to read.
+        tokenization: Tokenization settings.
+        more: Further entries, for people to read.
     """
     content = {"format": FORMAT, "name": name, "user_model": user_model, "tokenization": asdict(tokenization), **more}
     return json.dumps(with_checksums(folder, content), indent=2, ensure_ascii=False) + "\n"
@@ -72,7 +72,7 @@ def settings_json(
 def read_folder(
     folder: Path, trust_remote_code: bool = False, trust_classes: Collection[str] | None = None
 ) -> FolderContent:
-    """Load an exported folder on the CPU.
+    """Load an exported folder on the CPU and return its content.
 
     Args:
         folder: The folder.
@@ -107,18 +107,19 @@ def _loaded(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) 
         raise error if named in str(error) else ConfigurationError(f"{named}: {error}") from error
     with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", "export the folder again."):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        tokenizer.decode(tokenizer("x")["input_ids"])  # where odd ones fail that can be loaded
+        tokenizer.decode(tokenizer("x")["input_ids"])  # malformed tokenizers may load and fail here
     lm = _load_lm(folder, settings, trust_remote_code)
     with loading(str(folder), "tokenizer", f"{folder}: the tokenizer", ""):
         check_vocabulary(tokenizer, lm)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     user_model = instantiate(settings["user_model"], str(folder / SETTINGS))
-    # Its random start is replaced, and nobody else's chance is touched. GPUs take no part, or torch would warn.
+    # The random initialization is replaced, and the global random state is preserved. GPUs are excluded, since torch
+    # would warn.
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         words = torch.arange(min(2, lm.get_input_embeddings().weight.shape[0]))
         embeddings = lm.get_input_embeddings()(words)
-        # Sizes in the settings are held against the file before memory is taken for them.
+        # Sizes in the settings are compared with the file before memory is allocated.
         needed = shapes_when_built(user_model, len(vocabulary), embeddings)
         held = _shapes_in(folder / WEIGHTS)
         if other := [name for name, shape in needed.items() if held.get(name) != shape]:
@@ -135,14 +136,14 @@ def _loaded(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool) 
     except (OSError, RuntimeError, SafetensorError) as error:
         told = " ".join(str(error).split())
         raise ConfigurationError(f"{folder / WEIGHTS} does not fit {SETTINGS} or can't be read: {told}") from error
-    check_checksums(folder, settings)  # last: what is wrong with a file itself says more
+    check_checksums(folder, settings)  # last: errors about the content itself are more informative
     check_finite({"state_dict": user_model.state_dict()}, str(folder / WEIGHTS))
     tokenization = TokenizationSettings.from_kept(settings["tokenization"])
     return FolderContent(lm, tokenizer, user_model, vocabulary, tokenization, settings["name"])
 
 
 def _shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors of a file, which are not read."""
+    """Return the shapes of the tensors of a file without reading them."""
     try:
         with safe_open(path, "pt") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - no mapping
@@ -158,11 +159,11 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
             return load_lm(str(folder), **options)
     adapter = _adapter(folder / "adapter_config.json")
     base = str(settings.get("base", ""))
-    # Where a shipped model stands differs from machine to machine.
+    # The path of a shipped model differs between machines.
     path = CausalLMPolicy(base).path if base.startswith("builtin:") else str(adapter.get("base_model_name_or_path"))
     options |= {"dtype": settings.get("base_dtype", "auto"), "revision": adapter.get("revision")}
     fix = (
-        "where it has moved, write its place into base_model_name_or_path of adapter_config.json, or export without "
+        "if it has moved, write its path into base_model_name_or_path of adapter_config.json, or export without "
         "`--adapters true`, which needs no base model."
     )
     with loading(path, "weights", f"{folder}: its base model {path!r}", fix):
@@ -172,7 +173,7 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
     ):
         warnings.warn(f"{folder}: {warning}", stacklevel=2)
     with whole, warnings.catch_warnings():
-        # peft reads an attribute that transformers has renamed; nothing that a user could act on.
+        # peft reads an attribute that transformers has renamed; users can do nothing about it.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         adapted: PreTrainedModel = PeftModel.from_pretrained(lm, folder).get_base_model()
     check_finite({"state_dict": {n: p for n, p in adapted.named_parameters() if "lora_" in n}}, str(folder))
@@ -180,7 +181,7 @@ def _load_lm(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool)
 
 
 def _adapter(path: Path) -> dict[str, Any]:
-    """Return the settings of adapters; of those that `export` does not write, PEFT would import some by their names."""
+    """Return the settings of adapters; refuse settings for which PEFT would import modules by name."""
     content = _json(path)
     kind, megatron = content.get("peft_type"), content.get("megatron_config")
     if kind != "LORA" or megatron:
@@ -197,7 +198,7 @@ def _json(path: Path) -> dict[str, Any]:
         instead = f"the run's checkpoint, as {last}" if last.exists() else "a folder that `export` wrote"
         raise ConfigurationError(f"{path.parent} has no {path.name}; give {instead}.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigurationError(f"{path} can't be read as JSON ({error}); export the folder again.") from error
+        raise ConfigurationError(f"{path} cannot be read as JSON ({error}); export the folder again.") from error
     if not isinstance(content, dict):
         raise ConfigurationError(f"{path} holds no JSON object; export the folder again.")
     return content
@@ -210,12 +211,12 @@ def _get(content: Mapping[str, Any], field: str, path: Path) -> Any:
 
 
 def instantiate(spec: Mapping[str, Any], where: str) -> UserModel:
-    """Make a user model from `{class_path, init_args}`; arguments that are such mappings too are made first.
+    """Return a user model from `{class_path, init_args}`; nested mappings of this form are instantiated first.
 
-    Only user models are made, so that a folder can name no other code to run.
+    Only user models are instantiated, so a folder cannot run other code.
 
     Raises:
-        ConfigurationError: The class can't be imported, is no user model, or refuses its arguments.
+        ConfigurationError: The class cannot be imported, is not a user model, or refuses its arguments.
     """
     try:
         cls = named_by_file(str(spec.get("class_path", "")))
@@ -223,7 +224,7 @@ def instantiate(spec: Mapping[str, Any], where: str) -> UserModel:
         raise
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigurationError(
-            f"{where}: the user model {spec.get('class_path')!r} can't be imported; install the package that it is in."
+            f"{where}: the user model {spec.get('class_path')!r} cannot be imported; install its package."
         ) from error
     if not (isinstance(cls, type) and issubclass(cls, UserModel)):
         raise ConfigurationError(f"{where}: {spec['class_path']!r} is no user model.")

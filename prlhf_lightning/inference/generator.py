@@ -1,4 +1,4 @@
-"""A trained model, ready to write for its users."""
+"""The generator: a trained model that writes for its users."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from prlhf_lightning.types import SoftPrompt, Tokens
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.utils.chat_tokens import end_token_ids
 
-_NO_LIMIT = 2**31  # tokens; what is too long for the model is refused, and nothing is cut off in silence
+_NO_LIMIT = 2**31  # tokens; longer prompts are refused, not truncated
 
 
 @dataclass(frozen=True)
 class PreparedRequest:
-    """A generation, checked and tokenized.
+    """A validated and tokenized request.
 
     Attributes:
         generation: What is asked.
-        prompt: Its tokens, with BOS where the tokenizer writes one.
-        conditions: The soft prompts it is written under.
-        max_new_tokens: What is asked, or as many as the model has positions for.
+        prompt: Its tokens, with BOS if the tokenizer writes one.
+        conditions: Its weighted soft prompts.
+        max_new_tokens: The requested number, limited by the model's positions.
         prompt_tokens: Tokens of the prompt and of the user's text.
-        known_user: Whether every user named is known.
+        known_user: Whether the model knows every named user.
     """
 
     generation: GenerationRequest
@@ -54,17 +54,17 @@ class PreparedRequest:
 
 
 class Generator:
-    """Writes with a policy, conditioned on users by a user model.
+    """Generates text with a policy conditioned on users.
 
     Attributes:
         lm: The Hugging Face model, adapters included, in evaluation mode.
         tokenizer: Its tokenizer.
-        user_model: Turns users into soft prompts.
-        vocabulary: The users that the user model has a row for.
-        name: What the model is called.
-        tokenization: How prompts and users' texts become ids; its limits of length are not applied.
-        end_token_ids: The tokens that end an answer, as the tokenizer, its chat template and the model's generation
-            config say. Nothing else of that config is applied.
+        user_model: Maps users to soft prompts.
+        vocabulary: The users with a row in the user model.
+        name: Name of the model.
+        tokenization: Tokenization settings of prompts and users' texts; length limits are not applied.
+        end_token_ids: The end tokens of the tokenizer, its chat template and the model's generation config. Nothing
+            else of that config is applied.
 
     Args:
         lm: As above.
@@ -106,17 +106,17 @@ class Generator:
         trust_remote_code: bool = False,
         trust_classes: Collection[str] | None = None,
     ) -> Self:
-        """Load what `export` wrote.
+        """Return a generator from an exported folder.
 
         Args:
             folder: The exported folder.
-            device: Where the model goes.
+            device: Device of the model.
             trust_remote_code: Run code that comes with the language model. Only for sources that you trust.
-            trust_classes: Dotted paths of user models from outside this package that the folder may name; they are
-                imported. Those that have been imported need not be named.
+            trust_classes: Dotted paths of user models outside this package that the folder may name; they are imported.
+                Classes that are already imported need not be listed.
 
         Raises:
-            ConfigurationError: The folder lacks something, names other classes, or holds what this version can't read.
+            ConfigurationError: The folder is incomplete, names other classes, or cannot be read by this version.
         """
         content = read_folder(Path(folder), trust_remote_code, trust_classes)
         lm = content.lm.to(device)
@@ -124,27 +124,27 @@ class Generator:
 
     @cached_property
     def max_positions(self) -> int | None:
-        """Most vectors and tokens that a sequence may have; None for no limit."""
+        """Maximum number of vectors and tokens of a sequence; None for no limit."""
         limit: int | None = getattr(self.lm.config.get_text_config(), "max_position_embeddings", None)
         return limit
 
     @cached_property
     def unused_ids(self) -> Tensor:
-        """`[n]` ids that the model can write and the tokenizer has no token for, as in padded vocabularies."""
+        """`[n]` output ids of the model without a token in the tokenizer, as in padded vocabularies."""
         return torch.tensor(unused_ids(self.tokenizer, self.lm), dtype=torch.long, device=self.lm.device)
 
     def generate(
         self, generations: Sequence[GenerationRequest], progress: bool = False, max_batch_rows: int = 64
     ) -> list[Completion]:
-        """Write all of them; each comes out as if it had been written alone.
+        """Return the completions of all requests; each is the same as if generated alone.
 
         Args:
             generations: What is asked.
             progress: Show a progress bar.
-            max_batch_rows: Most rows computed at a time.
+            max_batch_rows: Maximum number of rows in a step.
 
         Raises:
-            ConfigurationError: One of them can't be written; nothing has been written then.
+            ConfigurationError: One of them is invalid; then nothing is generated.
         """
         for generation in generations:  # before anything is computed
             self.prepare(generation)
@@ -155,7 +155,7 @@ class Generator:
         with Progress(disable=not progress) as bar:
             task = bar.add_task("Writing", total=len(generations))
             while waiting or not engine.idle:
-                while waiting and engine.waiting < max_batch_rows:  # not all, which would hold all their vectors
+                while waiting and engine.waiting < max_batch_rows:  # not all: that holds their vectors
                     place, generation = waiting.pop()
                     place_of[engine.add(generation)] = place
                 for piece in engine.step():
@@ -164,7 +164,7 @@ class Generator:
         return [_completion(parts) for parts in pieces]
 
     def stream(self, generation: GenerationRequest) -> Iterator[Chunk]:
-        """Write one, and yield each piece as it is written; the last has a reason to be the last."""
+        """Yield the chunks of one request as they are generated; the last has a `finish_reason`."""
         engine = Engine(self)
         engine.add(generation)
         while not engine.idle:
@@ -172,11 +172,11 @@ class Generator:
 
     @torch.no_grad()
     def prepare(self, generation: GenerationRequest) -> PreparedRequest:
-        """Tokenize a generation and look up its users.
+        """Return a request with its tokens and its users' conditions.
 
         Raises:
-            PromptTooLongError: It leaves no position of the model for an answer.
-            ConfigurationError: It has a text about the user that nothing reads.
+            PromptTooLongError: The prompt leaves no position for an answer.
+            ConfigurationError: It has a user text, but the user model reads none.
             FeedbackFormatError: The prompt is empty, ends with an answer, or does not fit the chat template.
         """
         _check_last_message(generation)
@@ -191,7 +191,7 @@ class Generator:
             ids = encode.user_texts([generation.user_text])[0].tolist()
             text_tokens = len(ids)
             text = segments(self.lm, None, self._tokens([ids]), None)[0]
-        encode.forget()  # what people write is not to be kept
+        encode.forget()  # do not keep users' text in memory
         found = tuple(conditions(generation, self.user_model, self.vocabulary, text, self.lm.device))
         known = knows(self.vocabulary, generation.user)
         length = len(prompt) + max(len(condition.vectors) for condition in found)
@@ -199,24 +199,24 @@ class Generator:
         if room < 1:
             raise PromptTooLongError(
                 f"prompt: soft prompt, user text and prompt take {length} positions, and this model has "
-                f"{self.max_positions}, of which one at least is for the answer; shorten the prompt."
+                f"{self.max_positions}, and the answer needs at least one; shorten the prompt."
             )
         limit = min(room, generation.max_new_tokens)
         return PreparedRequest(generation, prompt, found, limit, len(prompt) + text_tokens, known)
 
     def read_on_from(self, prepared: PreparedRequest) -> Sequence[int]:
-        """Return the tokens of a prompt that its answer must be decoded after; see `decoding.read_on_from`."""
+        """Return the prompt tokens after which its answer must be decoded; see `decoding.read_on_from`."""
         generation = prepared.generation
         goes_on = generation.continue_final_message or self.takes_as_it_stands(generation)
         return read_on_from(prepared.prompt, goes_on, self._loses_first_space)
 
     def takes_as_it_stands(self, generation: GenerationRequest) -> bool:
-        """Return whether a generation's prompt is a string that the chat template does not wrap."""
+        """Return whether a request's prompt is a string outside the chat template."""
         wrapped = self.tokenization.chat_template if generation.chat_template is None else generation.chat_template
         return isinstance(generation.prompt, str) and not wrapped
 
     def _encoder(self, chat_template: bool | None) -> FeedbackTokenizer:
-        """Return what makes ids of prompts, plain ones wrapped in the chat template or not; None for as in training."""
+        """Return the tokenizer of prompts, with the chat template for plain ones or not; None for as in training."""
         wrapped = self.tokenization.chat_template if chat_template is None else chat_template
         if wrapped not in self._encoders:
             settings = replace(self.tokenization, chat_template=wrapped)
@@ -225,7 +225,7 @@ class Generator:
 
     @torch.no_grad()
     def sequences(self, generations: Sequence[PreparedRequest]) -> SoftPrompt:
-        """Return all that stands before the completions, a row for each condition, `[R, L, d]`, padded at the start."""
+        """Return the prompts with soft prompts, one row per condition, `[R, L, d]`, padded at the start."""
         rows = [(one.prompt, condition.vectors) for one in generations for condition in one.conditions]
         width = max(len(vectors) for _, vectors in rows)
         soft_prompt = SoftPrompt(
@@ -247,11 +247,11 @@ def _check_last_message(generation: GenerationRequest) -> None:
     if ends_with_answer and not generation.continue_final_message:
         raise FeedbackFormatError(
             "prompt: the last message is the assistant's, which needs no answer; end with a message of the user, or "
-            "set continue_final_message to true to go on with it."
+            "set continue_final_message to true to continue it."
         )
     if generation.continue_final_message and not ends_with_answer:
         raise FeedbackFormatError(
-            "prompt: continue_final_message goes on with the last message, which must be the assistant's; leave it out "
+            "prompt: continue_final_message continues the last message, which must be the assistant's; leave it out "
             "to have the prompt answered."
         )
 
@@ -264,5 +264,5 @@ def _completion(pieces: Sequence[Chunk]) -> Completion:
     last = pieces[-1]
     ids = tuple(token for piece in pieces for token in piece.ids)
     text = "".join(piece.text for piece in pieces)
-    reason = cast(FinishReason, last.finish_reason)  # none only while more is to come
+    reason = cast(FinishReason, last.finish_reason)  # None only before the last chunk
     return Completion(text, ids, reason, last.prompt_tokens, len(ids), last.known_user)

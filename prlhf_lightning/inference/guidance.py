@@ -1,18 +1,18 @@
 """Users, blends and strengths as weighted soft prompts.
 
-A generation is written under one or more *conditions*, each a soft prompt with a weight; the weights sum to 1, and the
-logits are the weighted sum of the conditions' logits.
+A request has one or more *conditions*, each a soft prompt with a weight. The weights sum to 1, and the logits are the
+weighted sum of the conditions' logits.
 
 *Strength* mixes logits, `generic + s * (user - generic)`, as classifier-free guidance does (Ho & Salimans 2022; for
 language models Sanchez et al. 2023): a distribution proportional to `p(user)^s * p(generic)^(1 - s)`. The objective
-trains both distributions, and their ratio is what knowing the user adds to what all share, so that is what to scale.
-Going beyond 1 in the vectors instead would leave the region that the policy was trained on. The generic user keeps the
-user's text, as in the objective's generic term `f_P(u_t, u_0)`: strength scales the learned taste, not what is said
-openly. Strength 1 needs no generic row, strength 0 no other.
+trains both distributions, and their ratio is the effect of the user, so strength scales that ratio. Scaling the vectors
+beyond 1 would leave the region that the policy was trained on. The generic user keeps the user's text, as in the
+objective's generic term `f_P(u_t, u_0)`: strength scales the learned preferences, not the text. Strength 1 needs no
+generic row, strength 0 no other.
 
-A *blend* mixes vectors: users differ by their places in that space, a cluster model's users are blends of vectors
-already, and the blend costs one row however many it is made of. Where users' soft prompts have different lengths there
-is no such mean, and the blend mixes their logits instead.
+A *blend* mixes vectors: users are points in that space, a cluster model's users are blends of vectors already, and a
+blend of any number of users costs one row. If users' soft prompts have different lengths, there is no such mean, and
+the blend mixes their logits.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from prlhf_lightning.user_models import UserModel
 
 @dataclass(frozen=True)
 class Condition:
-    """One soft prompt that a generation is written under.
+    """A weighted soft prompt of a request.
 
     Attributes:
-        weight: The share of its logits; the weights of a generation sum to 1.
+        weight: Weight of its logits; the weights of a request sum to 1.
         vectors: `[T, d]`.
     """
 
@@ -44,7 +44,7 @@ class Condition:
 
 
 def knows(vocabulary: UserVocabulary, user: str | Mapping[str, float] | None) -> bool:
-    """Return whether a user, or every user of a blend, is known; false where none is named."""
+    """Return whether a user, or every user of a blend, is known; False without a user."""
     named = [user] if isinstance(user, str) else list(user or ())
     return bool(named) and all(name in vocabulary for name in named)
 
@@ -57,14 +57,14 @@ def conditions(
     text: SoftPrompt | None,
     device: torch.device | str = "cpu",
 ) -> list[Condition]:
-    """Return the conditions that a generation is written under, none of weight zero.
+    """Return the conditions of a request with nonzero weight.
 
     Args:
-        generation: What is asked.
-        user_model: Turns users into vectors.
+        generation: The request.
+        user_model: Maps users to vectors.
         vocabulary: The users' rows.
         text: The embedded text about the user, `[1, L, d]`, or None.
-        device: Where the user model is.
+        device: Device of the user model.
     """
     shares = _shares(generation.user, vocabulary)
     strength = generation.strength if user_model.personalizes and set(shares) != {0} else 0.0
@@ -84,7 +84,7 @@ def conditions(
 
 
 def _shares(user: str | Mapping[str, float] | None, vocabulary: UserVocabulary) -> dict[int, float]:
-    """Return the share of each row of the user table, which sum to 1; row 0 stands for who is not known."""
+    """Return the share of each row of the user table; shares sum to 1, row 0 is the generic user."""
     blend = {user: 1.0} if isinstance(user, str) else dict(user or {"": 1.0})
     total = math.fsum(blend.values())
     shares: dict[int, float] = {}
@@ -94,6 +94,6 @@ def _shares(user: str | Mapping[str, float] | None, vocabulary: UserVocabulary) 
 
 
 def _vectors(model: Callable[[Users], SoftPrompt], index: Tensor, text: SoftPrompt | None) -> list[Tensor]:
-    """Return the vectors `[T_i, d]` of some rows of the user table, all with the same text."""
+    """Return the vectors `[T_i, d]` of the given user rows, all with the same text."""
     texts = None if text is None else text.select(torch.zeros_like(index))
     return model(Users(index, texts)).unpadded()

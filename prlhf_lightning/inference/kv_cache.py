@@ -1,6 +1,6 @@
-"""Sequences being written, which join and leave at any step: rows of one batch, or each by itself.
+"""KV caches of running sequences, which join and leave at any step: batched, or one per sequence.
 
-R rows, S positions of the longest of them, V tokens in the vocabulary.
+R rows, S positions of the longest row, V tokens in the vocabulary.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from prlhf_lightning.types import SoftPrompt, Tokens
 
 
 class BatchedKVCache:
-    """The keys and values of R sequences that all end at the same place, padded at their starts.
+    """Keys and values of R sequences, padded at the start so that all end at the same position.
 
-    Positions are counted from a row's own first token, so that it does not matter how far it is padded.
+    Position ids start at a row's own first token, so padding has no effect.
 
     Args:
         lm: The model, in evaluation mode, which `keeps_keys_and_values`.
@@ -32,22 +32,22 @@ class BatchedKVCache:
 
     def __init__(self, lm: PreTrainedModel) -> None:
         self._lm = lm
-        self._told = writing_inputs(lm)
+        self._inputs = writing_inputs(lm)
         if "logits_to_keep" in signature(lm.forward).parameters:
-            self._told["logits_to_keep"] = 1  # those of the last position: those of all would be [R, S, V]
+            self._inputs["logits_to_keep"] = 1  # the last position only: all would be [R, S, V]
         self._cache, self._mask = DynamicCache(), torch.zeros(0, 0, dtype=torch.bool, device=lm.device)
 
     def __len__(self) -> int:
         return len(self._mask)
 
     def append(self, sequences: SoftPrompt) -> Tensor:
-        """Add rows, after those that are there.
+        """Add rows at the end and return their next logits.
 
         Args:
-            sequences: `[n, L, d]` all that stands before the completions, padded at the start.
+            sequences: `[n, L, d]` embedded prompts, padded at the start.
 
         Returns:
-            `[n, V]` float32 logits of what comes next in the new rows.
+            `[n, V]` float32 logits of the next token of the new rows.
         """
         cache = DynamicCache()
         logits = self._forward(sequences, sequences.mask, cache)
@@ -63,14 +63,14 @@ class BatchedKVCache:
         return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """Add a token `[R]` to each row; return the logits `[R, V]`, float32, of what comes next."""
+        """Add a token `[R]` to each row and return the next logits `[R, V]`, float32."""
         ids = tokens[:, None]
         self._mask = pad(self._mask, (0, 1), value=True)
         step = embed(self._lm, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
         return self._forward(step, self._mask, self._cache)
 
     def keep(self, rows: Iterable[int]) -> None:
-        """Drop all other rows, and the positions at which only they had a token."""
+        """Drop all other rows, and positions that are padding in all remaining rows."""
         index = torch.tensor(list(rows), dtype=torch.long, device=self._mask.device)
         if not len(index):
             self._cache, self._mask = DynamicCache(), self._mask[:0, :0]
@@ -85,16 +85,16 @@ class BatchedKVCache:
         past = mask.shape[1] - vectors.vectors.shape[1]
         inputs = model_inputs(self._lm, SoftPrompt(vectors.vectors, mask), past=past)
         with torch.compiler.set_stance("force_eager"):  # lengths change with each step
-            output = self._lm(**inputs, **{cache_name(self._lm): cache}, use_cache=True, **self._told)
+            output = self._lm(**inputs, **{cache_name(self._lm): cache}, use_cache=True, **self._inputs)
         return output.logits[:, -1].float()  # type: ignore[no-any-return]
 
 
 class SeparateKVCaches:
-    """R sequences of a model that keeps other states than keys and values (Mamba and the like), one after another.
+    """R sequences of a model with states other than keys and values (such as Mamba), computed one by one.
 
     Args:
         lm: The model, in evaluation mode.
-        memory: By which argument it goes on; see `cache_of`.
+        memory: Name of the argument for its state; see `cache_of`.
     """
 
     def __init__(self, lm: PreTrainedModel, memory: str | None) -> None:
@@ -105,13 +105,13 @@ class SeparateKVCaches:
         return len(self._rows)
 
     def append(self, sequences: SoftPrompt) -> Tensor:
-        """Add rows; see `Rows.append`."""
+        """Add rows; see `BatchedKVCache.append`."""
         new = [CachedDecoder(self._lm, self._memory) for _ in range(len(sequences.mask))]
         self._rows += new
         return torch.stack([row.read(vectors) for row, vectors in zip(new, sequences.unpadded(), strict=True)])
 
     def advance(self, tokens: Tensor) -> Tensor:
-        """Add a token `[R]` to each row; see `Rows.advance`."""
+        """Add a token `[R]` to each row; see `BatchedKVCache.advance`."""
         steps = self._lm.get_input_embeddings()(tokens[:, None])
         return torch.stack([row.read(vectors) for row, vectors in zip(self._rows, steps, strict=True)])
 
@@ -121,7 +121,7 @@ class SeparateKVCaches:
 
 
 def make_kv_cache(lm: PreTrainedModel) -> Callable[[], BatchedKVCache | SeparateKVCaches]:
-    """Find out by trial how sequences are to be written with a model; return what makes an empty set of rows."""
+    """Return a factory of empty caches for a model, chosen by a trial run."""
     if keeps_keys_and_values(lm):
         return partial(BatchedKVCache, lm)
     return partial(SeparateKVCaches, lm, cache_of(lm))
@@ -129,10 +129,10 @@ def make_kv_cache(lm: PreTrainedModel) -> Callable[[], BatchedKVCache | Separate
 
 @torch.no_grad()
 def keeps_keys_and_values(lm: PreTrainedModel) -> bool:
-    """Try on two tokens whether a model keeps keys and values of all positions, so that rows can join a batch."""
+    """Return whether a model caches keys and values of all positions, tested on two tokens."""
     tokens = embed(lm, Tokens.from_lists([[0, 0]]).to(lm.device))
     cache = DynamicCache()
-    with suppress(Exception):  # models with other states fail in ways of their own where they look for them
+    with suppress(Exception):  # models with other states raise various errors
         lm(**model_inputs(lm, tokens), **{cache_name(lm): cache}, **writing_inputs(lm), use_cache=True)
     kept = [type(layer) is DynamicLayer and layer.get_seq_length() == 2 for layer in cache.layers]
     return bool(kept) and all(kept)

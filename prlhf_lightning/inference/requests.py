@@ -1,4 +1,4 @@
-"""What is asked of a writer, and what comes back."""
+"""Generation requests, and their chunks and completions."""
 
 from __future__ import annotations
 
@@ -15,31 +15,30 @@ FinishReason: TypeAlias = Literal["stop", "length"]
 model's last position, did."""
 
 
-# The same for the command line, Python and the server, whose requests are refused by the same bounds.
+# The same limits for the command line, Python and the server.
 MOST_STRENGTH, MOST_TEMPERATURE, MOST_SHARE, MOST_SEED = 4.0, 2.0, 1000.0, 2**53 - 1
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One thing to write.
+    """A request to generate one text.
 
     Attributes:
         prompt: A string, or a conversation for the tokenizer's chat template.
         user: A user's id, or a blend as `{id: share}`, whose shares count by their ratio: above 0, and 1000 at most.
             None and ids that the model does not know are the generic user.
         user_text: Text about the user, for user models that read it.
-        strength: How far the user moves what is written: the logits are `generic + strength * (user - generic)`. 0 is
-            the generic user (who keeps the user's text), 1 the model as trained, above 1 exaggerates; 4 at most.
-        max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
-        temperature: Sampling temperature, 2 at most; 0 picks the likeliest token each time.
-        top_p: Share of the probability to sample from.
-        seed: What chance is drawn from; None draws differently each time. What is written under a seed does not depend
-            on what else is being written.
-        stop: Strings that end the text; they are not a part of it.
-        tools: What the assistant may call, as JSON schemas for the chat template, or None.
-        chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; None
-            for as in training. Conversations always are.
-        continue_final_message: Go on with the last message, which is the assistant's, instead of answering it.
+        strength: How strongly the user changes the text: the logits are `generic + strength * (user - generic)`. 0 is
+                    the generic user (with the user's text), 1 the model as trained, above 1 exaggerates; at most 4.
+        max_new_tokens: Maximum number of new tokens; fewer if the model has no more positions.
+        temperature: Sampling temperature, at most 2; 0 is greedy.
+        top_p: Probability mass to sample from.
+        seed: Random seed; None for a new one each time. A text with a seed does not depend on other requests.
+        stop: Strings that end the text; they are not part of it.
+        tools: Tools of the assistant, as JSON schemas for the chat template, or None.
+        chat_template: Whether a string prompt is one user turn in the chat template; None for as in training.
+            Conversations always use the template.
+        continue_final_message: Continue the last message, which must be the assistant's.
 
     Raises:
         ConfigurationError: A value is out of its range.
@@ -67,8 +66,7 @@ class GenerationRequest:
             raise ConfigurationError(f"max_new_tokens is {self.max_new_tokens}; it must be 1 or more.")
         if not 0 <= self.temperature <= MOST_TEMPERATURE:
             raise ConfigurationError(
-                f"temperature is {self.temperature}; it must be 0 (the likeliest token each time) or more, and "
-                f"{MOST_TEMPERATURE:g} at most."
+                f"temperature is {self.temperature}; it must be 0 (greedy) or more, and {MOST_TEMPERATURE:g} at most."
             )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p is {self.top_p}; it must be above 0, and 1 at most.")
@@ -103,16 +101,16 @@ def _check_id(user: object) -> None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one step brought of one generation.
+    """The result of one step for one request.
 
     Attributes:
-        number: The generation's, as `Engine.add` returned it.
+        number: Number of the request, as returned by `Engine.add`.
         text: Text to append; empty while a character or a possible stop string is incomplete.
-        tokens: Tokens that the step wrote.
-        finish_reason: None while more is to come; what a piece with a reason brings is the last.
-        ids: The tokens written, EOS included.
-        prompt_tokens: Tokens that stand before the completion: BOS, the user's text, the prompt.
-        known_user: Whether the model knows every user who was named; false where none was.
+        tokens: Number of new tokens.
+        finish_reason: None until the last chunk.
+        ids: The new tokens, including EOS.
+        prompt_tokens: Number of tokens before the completion: BOS, the user's text, the prompt.
+        known_user: Whether the model knows every named user; False without a user.
     """
 
     number: int
@@ -126,15 +124,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class Completion:
-    """One thing written.
+    """A generated text.
 
     Attributes:
         text: The text, without special tokens and without the stop string that ended it.
-        ids: Its tokens, with the one that ended it where there was one.
-        finish_reason: Why it ended.
-        prompt_tokens: Tokens before it: BOS, the user's text, the prompt.
+        ids: Its tokens, including the end token, if any.
+        finish_reason: Reason of its end.
+        prompt_tokens: Number of tokens before it: BOS, the user's text, the prompt.
         completion_tokens: Number of `ids`.
-        known_user: Whether the model knows every user who was named; false where none was.
+        known_user: Whether the model knows every named user; False without a user.
     """
 
     text: str

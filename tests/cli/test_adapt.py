@@ -105,7 +105,7 @@ def test_without_pairs_a_user_is_the_generic_one_bit_by_bit(model, pairs):
 def test_pairs_of_users_who_are_not_named_are_refused_by_name(model, pairs):
     with pytest.raises(ConfigurationError, match="user_ids: 'long' has pairs and is not among them"):
         adapt_users(model, pairs, ("short", "nobody"))
-    with pytest.raises(ConfigurationError, match="stands there twice"):
+    with pytest.raises(ConfigurationError, match="an id is repeated"):
         adapt_users(model, pairs, ("short", "long", "short"))
 
 
@@ -276,7 +276,7 @@ def test_held_out_pairs_decide_how_far_rows_are_shrunk(model, folder):
         assert float(found.log_likelihoods[place]) == pytest.approx(float(F.logsigmoid(margins).mean()), abs=1e-4)
     assert fit_shrinkage(model, labeled(turned)).best == 1.0  # judged as the rows say
     assert fit_shrinkage(model, labeled(~turned)).best == 0.0
-    with pytest.raises(ConfigurationError, match="none of these pairs is of a user in the checkpoint"):
+    with pytest.raises(ConfigurationError, match="no pair belongs to a user in the checkpoint"):
         fit_shrinkage(model, replace(pairs, user_ids=("nobody",) * len(pairs)))
 
 

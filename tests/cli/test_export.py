@@ -340,9 +340,7 @@ def test_adapters_name_a_missing_base_and_warn_of_other_weights(exported, tmp_pa
             with pytest.warns(UserWarning, match=r"The weights of the base model .*base are not those of training"):
                 open_writer(tmp_path / "e")
         else:
-            says = (
-                r"its base model '.*gone' could not be loaded; where it has moved, write its place into base_model_name"
-            )
+            says = r"its base model '.*gone' could not be loaded; if it has moved, write its path into base_model_name"
             with pytest.raises(ConfigurationError, match=says):
                 open_writer(tmp_path / "e")
 

@@ -99,7 +99,7 @@ def test_odd_settings_of_an_exported_folder_are_refused(trained, path, value, sa
 
 def test_lists_within_lists_without_end_are_refused(tmp_path):
     (tmp_path / "prlhf.json").write_text("[" * 100_000)
-    with pytest.raises(ConfigurationError, match="can't be read as JSON"):
+    with pytest.raises(ConfigurationError, match="cannot be read as JSON"):
         read_folder(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Who says which of two answers a user would like better; one subclass of `Judge` each, named by `class_path`."""
+"""Judges, which say which of two answers a user would prefer: subclasses of `Judge`, named by `class_path`."""
 
 from prlhf_lightning.analysis.judges.base import Judge, PairResult, Person, Question, Verdict, Vote, judge_pair
 from prlhf_lightning.analysis.judges.openai_chat import OpenAIJudge

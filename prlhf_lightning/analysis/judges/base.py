@@ -17,7 +17,7 @@ Verdict: TypeAlias = Literal["a", "b", "tie"]
 
 @dataclass(frozen=True)
 class Vote:
-    """A judgment that a user is known to have made."""
+    """A known judgment of a user."""
 
     prompt: Text
     chosen: Text
@@ -26,12 +26,12 @@ class Vote:
 
 @dataclass(frozen=True)
 class Person:
-    """The user in whose place is judged.
+    """The user for whom a judge decides.
 
     Attributes:
-        user_id: By which batches and checkpoints know the user.
-        text: What is known about the user, or what they asked for; empty where nothing is.
-        votes: Some of what the user preferred to what.
+        user_id: The user's id in batches and checkpoints.
+        text: Text about the user, such as stated preferences; may be empty.
+        votes: Some of the user's votes.
     """
 
     user_id: str
@@ -41,7 +41,7 @@ class Person:
 
 @dataclass(frozen=True)
 class Question:
-    """Which of two answers to a prompt would the user like better?"""
+    """A question: which of two answers to a prompt would the user prefer?"""
 
     prompt: Text
     user: Person
@@ -54,13 +54,13 @@ class Question:
 
 
 class Judge(ABC):
-    """Says which of two answers a user would like better.
+    """Says which of two answers a user would prefer.
 
     Attributes:
         minds_order: Whether which answer comes first may matter; such a judge is asked in both orders. Not so where
             each answer is scored by itself.
-        workers: How many questions may be asked at once.
-        caveat: What a reader of its verdicts should know.
+        workers: Number of concurrent questions.
+        caveat: A note for readers of its verdicts.
     """
 
     position_sensitive: ClassVar[bool] = True
@@ -69,11 +69,11 @@ class Judge(ABC):
 
     @property
     def name(self) -> str:
-        """What the judge is called where its verdicts are shown."""
+        """The judge's name next to its verdicts."""
         return type(self).__name__
 
     def prepare(self, data: PreferenceDataModule) -> None:  # noqa: B027 - most judges need nothing
-        """Take what is needed of the data whose users and prompts will be asked about; called once before `judge`.
+        """Prepare for questions about users and prompts of the data; called once before `judge`.
 
         Raises:
             ConfigurationError: This judge cannot judge these users.
@@ -81,11 +81,11 @@ class Judge(ABC):
 
     @abstractmethod
     def judge(self, prompt: Text, user: Person, a: str, b: str) -> Verdict:
-        """Return which of two answers the user would like better.
+        """Return which of two answers the user would prefer.
 
         Raises:
-            JudgeError: This question got no verdict; it is counted as an error, and never as a tie.
-            ConfigurationError: No question will get any.
+            JudgeError: There is no verdict for this question; it counts as an error, never as a tie.
+            ConfigurationError: There will be no verdict for any question.
         """
 
 
@@ -94,12 +94,12 @@ _SWAPPED: dict[Verdict, Verdict] = {"a": "b", "b": "a", "tie": "tie"}
 
 @dataclass(frozen=True)
 class PairResult:
-    """What became of one question.
+    """The result of one question.
 
     Attributes:
-        verdict: None where the judge failed.
-        agrees: Whether both orders led to the same verdict; where not, it is a tie.
-        error: Why the judge failed.
+        verdict: The verdict; None if the judge failed.
+        agrees: Whether both orders gave the same verdict; if not, it is a tie.
+        error: Reason of the failure.
     """
 
     verdict: Verdict | None
@@ -108,24 +108,24 @@ class PairResult:
 
     @property
     def score(self) -> float:
-        """1 where `a` won, 0.5 for a tie, 0 where `b` did."""
+        """1 if `a` won, 0.5 for a tie, 0 if `b` won."""
         return {"a": 1.0, "tie": 0.5, "b": 0.0, None: float("nan")}[self.verdict]
 
 
 def judge_pair(
     judge: Judge, questions: Sequence[Question], on_ruling: Callable[[], object] = lambda: None
 ) -> list[PairResult]:
-    """Put each question to a judge, in both orders where order may matter.
+    """Return a judge's result for each question, asked in both orders if order may matter.
 
-    Disagreement between the orders is a tie, as are two equal answers, about which nobody is asked.
+    Disagreement between the orders is a tie. Two equal answers are a tie without asking the judge.
 
     Args:
-        judge: Whom to ask.
-        questions: What to ask.
+        judge: The judge.
+        questions: The questions.
         on_ruling: Called after each.
 
     Returns:
-        A ruling for each question, in their order.
+        A result for each question, in order.
     """
 
     def ruling(question: Question) -> PairResult:
@@ -139,7 +139,7 @@ def judge_pair(
         try:
             return list(pool.map(ruling, questions))
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)  # what would fail all the same is not to be waited for
+            pool.shutdown(wait=False, cancel_futures=True)  # do not wait for questions that would fail too
             raise
 
 

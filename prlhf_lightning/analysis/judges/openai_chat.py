@@ -1,4 +1,4 @@
-"""A language model behind an OpenAI-compatible endpoint, told what is known of the user."""
+"""A judge that asks a language model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SYSTEM = (
 )
 _THOUGHT = re.compile(r"<think>.*?</think>", re.DOTALL)
 _VERDICT = re.compile(r"\W*(a|b|tie)\W*", re.IGNORECASE)
-_FOR_GOOD = (401, 403, 404, 405)  # of these no question will get through
+_FOR_GOOD = (401, 403, 404, 405)  # permanent errors
 _WORTH_A_RETRY = (408, 409, 429, 500, 502, 503, 504, 529)
 _LONGEST_WAIT = 30.0
 _GIVES_UP_AFTER = 10
@@ -30,18 +30,18 @@ _GIVES_UP_AFTER = 10
 class OpenAIJudge(Judge):
     """A chat model behind any OpenAI-compatible endpoint, asked in both orders.
 
-    It is sent the prompt, both answers, the user's text and some of the user's votes, but not the user's id: choose an
-    endpoint that may see them. Needs `pip install 'prlhf-lightning[judge]'`.
+    The request holds the prompt, both answers, the user's text and some of the user's votes, but not the user's id:
+    choose an endpoint that may see them. Needs `pip install 'prlhf-lightning[judge]'`.
 
     Args:
         model: Name of the model at the endpoint.
-        base_url: Where the endpoint is, up to `/chat/completions`.
+        base_url: URL of the endpoint, without `/chat/completions`.
         api_key_env: Name of the environment variable that holds the key; null for an endpoint that needs none.
         timeout: Seconds to wait for a reply.
-        retries: How often a question is asked again where the endpoint is busy, fails or does not reply.
-        workers: Questions asked at once.
-        max_votes: Most of the user's votes that are shown.
-        temperature: Sampling temperature; null leaves it to the endpoint, as some models demand.
+        retries: Number of retries if the endpoint is busy, fails or does not reply.
+        workers: Number of concurrent questions.
+        max_votes: Maximum number of the user's votes in a request.
+        temperature: Sampling temperature; null uses the endpoint's default, which some models require.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class OpenAIJudge(Judge):
         self.timeout, self.retries, self.workers = timeout, retries, workers
         self.max_votes, self.temperature = max_votes, temperature
         self.caveat = f"The judge is a language model ({model}), which may not know what a person likes."
-        self._failures = 0  # one after the other; threads may miscount them by a few, which does no harm
+        self._failures = 0  # consecutive; threads may miscount by a few, which is harmless
 
     @property
     def name(self) -> str:
@@ -72,7 +72,7 @@ class OpenAIJudge(Judge):
         return f"OpenAIJudge ({self.model})"
 
     def prepare(self, data: PreferenceDataModule) -> None:
-        """Open a client, and see that there is a key."""
+        """Open a client and check that there is a key."""
         try:
             import httpx  # extra: judge
         except ImportError as error:
@@ -114,7 +114,7 @@ class OpenAIJudge(Judge):
         return {**about, "what the person preferred": votes, "prompt": prompt, "A": a, "B": b}
 
     def _reply(self, request: dict[str, Any]) -> str:
-        """Return what the model says."""
+        """Return the model's reply."""
         import httpx  # extra: judge
 
         if self._failures >= _GIVES_UP_AFTER:
@@ -147,10 +147,10 @@ class OpenAIJudge(Judge):
 
 
 def verdict_in(reply: str) -> Verdict:
-    """Read a verdict.
+    """Return the verdict of a reply.
 
     Raises:
-        JudgeError: It is anything but one of the three words, after thoughts in `<think>` tags.
+        JudgeError: The reply, without reasoning in `<think>` tags, is not one of the three words.
     """
     found = _VERDICT.fullmatch(_THOUGHT.sub("", reply))
     if found is None:

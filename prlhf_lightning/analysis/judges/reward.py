@@ -1,4 +1,4 @@
-"""A trained model as a judge."""
+"""A judge that uses the reward of a trained model."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 
 
 class RewardJudge(Judge):
-    """The implicit personalized reward of a trained model: `beta log pi(y|x, u) / pi_ref(y|x)`, or as its loss says.
+    """The implicit personalized reward of a trained model: `beta log pi(y|x, u) / pi_ref(y|x)`, or that of its loss.
 
-    A model is no judge of its own answers: it likes what it writes. Take one that was trained on other votes of the
-    same users, or with another seed.
+    Do not let a model judge its own answers, which it prefers. Use one that was trained on other votes of the same
+    users, or with another seed.
 
     Args:
-        model: A checkpoint of `fit`, or the folder of its run: a model of a loss over pairs that knows the users.
-        device: Where it computes.
+        model: A checkpoint of `fit`, or the folder of its run: a model with a pairwise loss that knows the users.
+        device: Its device.
         trust_classes: Classes of your own that the model was trained with; their modules are imported.
     """
 
@@ -53,7 +53,7 @@ class RewardJudge(Judge):
 
     @torch.no_grad()
     def margin(self, prompt: Text, user: Person, a: str, b: str) -> float:
-        """Return the reward of one answer less that of the other."""
+        """Return the reward of answer `a` minus that of answer `b`."""
         if self._model.vocabulary is None or user.user_id not in self._model.vocabulary:
             raise JudgeError("the judge's checkpoint does not know this user")
         if not a or not b:

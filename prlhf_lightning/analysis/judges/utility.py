@@ -1,4 +1,4 @@
-"""The simulated users themselves."""
+"""A judge that uses the true utility of simulated users."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class UtilityJudge(Judge):
 
     @property
     def name(self) -> str:
-        """What it is."""
+        """The name of the judge."""
         return "UtilityJudge (what the simulated users truly like)"
 
     def prepare(self, data: PreferenceDataModule) -> None:
-        """Take the users from the source."""
+        """Set the users from the source."""
         if not isinstance(data.source, SimulatedSource):
             raise ConfigurationError(
                 f"judge: UtilityJudge knows the users of SimulatedSource, and these are of {type(data.source).__name__}"
@@ -33,16 +33,16 @@ class UtilityJudge(Judge):
         self._named = {data.known_as(user.user_id): user.user_id for user in users}
 
     def utility(self, prompt: Text, user: Person, answer: str) -> Judgment:
-        """Return what a user makes of one answer.
+        """Return a user's judgment of one answer.
 
         Raises:
-            JudgeError: There is no such user, or the prompt is no string.
+            JudgeError: The user does not exist, or the prompt is not a string.
         """
         if user.user_id not in self._named or not isinstance(prompt, str):
             raise JudgeError("the source does not know this user or prompt")
         return self._source.judge(self._named[user.user_id], prompt, answer)
 
     def judge(self, prompt: Text, user: Person, a: str, b: str) -> Verdict:
-        """Return the answer of higher true utility."""
+        """Return the answer with the higher true utility."""
         margin = self.utility(prompt, user, a).utility - self.utility(prompt, user, b).utility
         return "tie" if abs(margin) < _SAME else "a" if margin > 0 else "b"
