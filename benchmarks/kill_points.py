@@ -56,7 +56,7 @@ COMMAND = {
     "model.policy": "CausalLMPolicy",
     "model.policy.model": "builtin:byte-lm",
     "model.policy.random_init": 0,
-    "model.policy.lora": "{rank: 2, dropout: 0.1}",  # chance must be gone on with as well
+    "model.policy.lora": "{rank: 2, dropout: 0.1}",  # the random state must be resumed as well
     "model.loss": "DPOLoss",
     "model.optim": "{lr: 0.01, user_lr: 0.1}",
     "data.source": "FileSource",

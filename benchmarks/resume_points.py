@@ -51,7 +51,7 @@ class Configuration:
     user_model: type[UserModel] = IndividualUserModel
     users: dict[str, Any] = field(default_factory=lambda: {"num_tokens": 2})
     loss: type[PreferenceLoss] = DPOLoss
-    lora: LoRA | None = LoRA(rank=2, dropout=0.1)  # noqa: RUF009 - frozen; chance must be gone on with as well
+    lora: LoRA | None = LoRA(rank=2, dropout=0.1)  # noqa: RUF009 - frozen; the random state must be resumed as well
     sample_terms: bool = False
     data: dict[str, Any] = field(default_factory=dict)
     trainer: dict[str, Any] = field(default_factory=dict)

@@ -1,1 +1,1 @@
-"""The commands of `python -m prlhf_lightning`."""
+"""The commands of `prlhf-lightning`."""

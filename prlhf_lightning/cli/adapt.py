@@ -1,4 +1,4 @@
-"""Welcome new users: learn their rows from a few pairs each, and choose what to ask them next."""
+"""The command `adapt`: rows of new users from a few pairs each, and suggestions of pairs to ask."""
 
 from __future__ import annotations
 
@@ -50,37 +50,37 @@ def adapt(
     trust_remote_code: bool = False,
     trust_classes: list[str] | None = None,
 ) -> None:
-    """Add new users to a checkpoint, each with a row learned from their pairs; nothing else in it changes.
+    """Add new users to a checkpoint, each with a row learned from their pairs; nothing else changes.
 
-    Prints for each user how well their pairs are predicted from their others (leave-one-out), which pair accuracy is to
-    be expected and how far that may be off, and how much of what was open about the user is settled. A user model that
-    reads users off their pairs (`AmortizedUserModel`) does so, and then there is nothing to learn or to print.
+    Prints for each user how well their pairs are predicted from their other pairs (leave-one-out), the expected pair
+    accuracy with its uncertainty, and how much the pairs have reduced the uncertainty about the user. A user model that
+    reads pairs (`AmortizedUserModel`) needs no learning, and nothing is printed.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
         feedback: Pairs of the new users, in any format that training reads: user_id, prompt, chosen, rejected. Or the
-            URL of a server's log, such as sqlite:///feedback.db, of which those of the checkpoint's users are left out.
-        output: The checkpoint to write, with the new users in it; nothing is written if none is given.
-        suggest: Name so many pairs of the pool for each user, those whose answers would tell most.
-        pool: Pairs to choose from, in the same format but for the user, who may be left out, and in no order.
-        hash_user_ids_with: What `data.hash_user_ids_with` was in training; new users too are then shown and stored by
-            their pseudonyms.
-        kinds: Kinds of trained users that a new one is compared with; by default as many as predict trained users best.
-        steps: Passes in which a user is told apart from their kind; worth it with many pairs a user.
-        columns: Names of columns of `feedback` that differ from the fields', as in `{user_id: worker}`.
+            URL of a server's log, such as sqlite:///feedback.db; pairs of the checkpoint's users are left out.
+        output: The checkpoint to write with the new users; without it, nothing is written.
+        suggest: Number of pairs to suggest for each user: the most informative ones of the pool.
+        pool: Pairs to choose from, in the same format; the user is optional and the order has no meaning.
+        hash_user_ids_with: The value of `data.hash_user_ids_with` in training; new users are then also shown and stored
+            by their pseudonyms.
+        kinds: Number of kinds of trained users in the prior; by default the number that predicts trained users best.
+        steps: Passes that learn how a user differs from their kind; useful with many pairs per user.
+        columns: Mapping of fields to column names of `feedback`, as in `{user_id: worker}`.
         pool_columns: The same for `pool`.
-        skip_known: Leave out users who are in the checkpoint already, as is always done of a server's log, instead of
-            stopping at the first.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        skip_known: Leave out users who are already in the checkpoint, as always for a server's log. Without it, the
+            first one is an error.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` uses a GPU if there is one.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     if suggest and pool is None:
-        raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; name it with --pool.")
+        raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; give it with --pool.")
     if pool is not None and not suggest:
-        raise ConfigurationError("suggest: say how many pairs of the pool to name for each user, as `--suggest 5`.")
+        raise ConfigurationError("suggest: give the number of pairs to suggest for each user, as in `--suggest 5`.")
     if suggest < 0 or steps < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     if output is not None:
@@ -108,12 +108,12 @@ def adapt(
         )
     console = plain_console()
     if left_out:
-        console.print(f"{len(left_out)} users left out, who are in this checkpoint already")
+        console.print(f"{len(left_out)} users left out, since they are in this checkpoint already")
     reads = module.user_model.history_size > 0
     found = _read(module, pairs, console) if reads else _learn(module, pairs, kinds, steps, console)
     if not are_finite([found.rows]):
         raise NonFiniteError(
-            "feedback: the rows that were learned are infinite or NaN, and nothing is written. Look at the pairs, and "
+            "feedback: the learned rows are infinite or NaN, so nothing is written. Check the pairs, and "
             "lower --steps if it is given."
         )
     if output is not None:
@@ -139,8 +139,8 @@ def _learn(
         prior = fit_prior(model, pairs, kinds)
         if not prior.rank:
             raise ConfigurationError(
-                "model: none of its users has a row that differs from a new user's, so that nothing is known of "
-                "what users are like. Train on users' pairs first."
+                "model: none of its users has a row that differs from a new user's, so there is no prior for "
+                "new users. Train on users' pairs first."
             )
         adapted = adapt_users(model, pairs, prior=prior, steps=steps)
     console.print(_table(adapted))
@@ -149,10 +149,10 @@ def _learn(
 
 
 def write_users(content: dict[str, Any], output: Path, users: Adapted | Encoded) -> None:
-    """Write a checkpoint with new users in it; all that was there stays as it was, bit by bit.
+    """Write a checkpoint with new users; all existing content stays bit-identical.
 
     Args:
-        content: What the checkpoint holds of the model by which the users were learned or read; changed.
+        content: Content of the checkpoint of the model; it is changed.
         output: The file to write.
         users: The new users.
     """
@@ -213,24 +213,24 @@ def read_pairs(
     left_out: set[str] | None = None,
     option: str = "feedback",
 ) -> tuple[PreferenceBatch, list[str]]:
-    """Read and tokenize the pairs of a source.
+    """Return the tokenized pairs of a source.
 
     Args:
-        model: Texts become ids as they did in its training.
-        source: Its rows of training are read.
-        leave_out: Users whose rows are passed over.
-        anyone: Whether rows may do without a user.
-        left_out: Takes up the users whose rows were passed over.
-        option: What the user called the source, for messages.
+        model: The model, with its tokenization settings.
+        source: The source, of which the training split is read.
+        leave_out: Users whose rows are skipped.
+        anyone: Whether the user is optional.
+        left_out: Collects the users whose rows were skipped.
+        option: Name of the option, for messages.
 
     Returns:
-        The pairs, and where each stands.
+        The pairs, and the file and line of each.
 
     Raises:
         ConfigurationError: There is no pair, or the model was trained on feedback of another kind.
-        FeedbackFormatError: A row is no pair.
+        FeedbackFormatError: A row is not a pair.
     """
-    check_ranks_pairs(model)  # before rows are said to lack what such a model has no use for
+    check_ranks_pairs(model)  # before errors about fields that such a model does not need
     columns = Columns.from_mapping(source.columns)
     blank: Mapping[str, Any] = {columns.user_id: "anyone"} if anyone else {}
     unwanted, passed_over = frozenset(leave_out), set[str]() if left_out is None else left_out
@@ -259,16 +259,16 @@ def to_batch(
     wheres: Sequence[str],
     columns: Columns = Columns(),  # noqa: B008 - frozen, hence safe to share
 ) -> tuple[PreferenceBatch, list[str]] | None:
-    """Tokenize rows as one batch.
+    """Return rows tokenized as one batch.
 
     Args:
-        tokenize: The model's.
+        tokenize: The model's tokenizer.
         rows: Rows that `parse_record` reads.
-        wheres: Where each stands.
+        wheres: File and line of each.
         columns: The column of each field.
 
     Returns:
-        The pairs and where each stands, without those that are dropped or ties; None where nothing is left.
+        The pairs and their files and lines, without dropped rows and ties; None if nothing is left.
     """
     records = [parse_record(row, where, columns) for row, where in zip(rows, wheres, strict=True)]
     names = ("user_text", "prompt", "chosen", "rejected")

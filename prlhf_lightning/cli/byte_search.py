@@ -1,4 +1,4 @@
-"""Which of many byte strings a file holds, found in one pass: the time grows with the file and not with the strings."""
+"""Search for many byte strings in one pass over a file; the time does not depend on the number of strings."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from torch import Tensor
 from prlhf_lightning.training.checkpointing import KEY
 
 _BLOCK = 8 << 20  # bytes in memory at once
-_HEAD = 1 << 16  # bytes that tell a text from other files: a text has no zero bytes
-_WIDTHS = (8, 4, 2, 1)  # bytes of a string by which places are told where it may stand; the widest that it has
+_HEAD = 1 << 16  # first bytes, by which a text is recognized: it has no zero bytes
+_WIDTHS = (8, 4, 2, 1)  # window sizes in bytes; the widest that fits in a string is used
 _TABLE_BITS = 20
 _MIX = 0x9E37_79B9_7F4A_7C15  # spreads windows over the table (Knuth, multiplicative hashing)
 _LOOK_BACK = 10  # bytes of the longest escape, \U0001f600
@@ -33,20 +33,20 @@ _Places: TypeAlias = npt.NDArray[np.int64]
 
 
 class Stream(Protocol):
-    """What bytes can be read from."""
+    """A readable stream of bytes."""
 
     def read(self, size: int, /) -> bytes:
         """Return up to `size` bytes, and none at the end."""
 
 
 class ByteSearch:
-    """Finds which of some byte strings a stream holds.
+    """Finds byte strings in a stream.
 
-    A window of up to 8 bytes is taken of each string, and all windows of the stream are looked up in a table of these.
-    Where one is found, the whole string is compared. Memory: some blocks of 8 MB, and the strings.
+    Each string has a window of up to 8 bytes, and all windows of the stream are looked up in a table of these. For each
+    hit the whole string is compared. Memory: some blocks of 8 MB, and the strings.
 
     Args:
-        strings: What is looked for; those that are empty are left out.
+        strings: The strings; empty ones are ignored.
     """
 
     def __init__(self, strings: Iterable[bytes]) -> None:
@@ -57,15 +57,15 @@ class ByteSearch:
     def found_in(
         self, stream: Stream, progress: Callable[[int], object] = lambda _: None, text: bool | None = None
     ) -> set[bytes]:
-        """Return those of the strings that occur in a stream.
+        """Return the strings that occur in a stream.
 
-        In a text, a string that begins or ends with a letter or digit (of ASCII) must be no part of a longer word:
+        In a text, a string that begins or ends with an ASCII letter or digit must not be part of a longer word:
         `ann` does not occur in `annabel`, but in `ann@example.org` and after an escape such as that of a line break.
 
         Args:
-            stream: Read once, from where it stands.
-            progress: Told how many bytes more are done.
-            text: Whether it is a text; without zero bytes at its beginning, it is taken for one.
+            stream: Read once, from its current position.
+            progress: Called with the number of new bytes.
+            text: Whether it is a text; by default, if its beginning has no zero bytes.
         """
         found: set[bytes] = set()
         windows, wanted = self._windows, self._strings
@@ -187,12 +187,12 @@ _IN_PAGES = str.maketrans({char: f"\\u{ord(char):04x}" for char in "<>&'"})  # J
 
 
 def id_bytes(user_id: str) -> bytes:
-    """Return an id as it stands in a file."""
+    """Return the bytes of an id in a file."""
     return user_id.encode("utf-8", "surrogatepass")
 
 
 def written_forms(user_id: str) -> set[bytes]:
-    """Return an id as it may stand in a file: quoted as CSV, JSON, YAML, Python, HTML and URLs do, once or twice.
+    """Return the possible forms of an id in a file: quoted as in CSV, JSON, YAML, Python, HTML and URLs, once or twice.
 
     Also in other normal forms of Unicode, as file systems and editors make them, and in other encodings.
     """
@@ -210,7 +210,7 @@ def written_forms(user_id: str) -> set[bytes]:
 
 
 class IdSearch:
-    """Finds which of some ids a stream of bytes names.
+    """Finds ids in a stream of bytes.
 
     Args:
         user_ids: The ids.

@@ -1,4 +1,4 @@
-"""Models of checkpoints and exported folders, rebuilt."""
+"""Loading of models from checkpoints and exported folders."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _FIX = "Use a checkpoint that `fit` wrote, with the version that wrote it."
 def load_module(
     path: str | Path, option: str, trust_remote_code: bool = False, trust_classes: Collection[str] | None = None
 ) -> PersonalizedLM:
-    """Rebuild the model of a checkpoint, with its weights and users, on the CPU.
+    """Return the model of a checkpoint, with its weights and users, on the CPU.
 
     Args:
         path: A checkpoint that the command line trained.
-        option: What the user called the path, for messages.
-        trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
-        trust_classes: Classes from outside this package that the checkpoint may name.
+        option: Name of the option, for messages.
+        trust_remote_code: Run code that comes with the base model; the checkpoint's own value is ignored.
+        trust_classes: Classes outside this package that the checkpoint may name.
     """
     return module_of(read_checkpoint(path, option), path, option, trust_remote_code, trust_classes)
 
@@ -42,14 +42,14 @@ def module_of(
     trust_remote_code: bool = False,
     trust_classes: Collection[str] | None = None,
 ) -> PersonalizedLM:
-    """Rebuild the model of a checkpoint that has been read.
+    """Return the model of a checkpoint that has been read.
 
     Args:
-        content: What `read_checkpoint` returned; it is left as it is.
-        path: Where it was.
-        option: What the user called the path, for messages.
-        trust_remote_code: Run code that comes with the base model; what the checkpoint says of it does not count.
-        trust_classes: Classes from outside this package that the checkpoint may name.
+        content: Result of `read_checkpoint`; it is not changed.
+        path: Its path.
+        option: Name of the option, for messages.
+        trust_remote_code: Run code that comes with the base model; the checkpoint's own value is ignored.
+        trust_classes: Classes outside this package that the checkpoint may name.
     """
     settings = content.get("hyper_parameters")
     if not isinstance(settings, dict) or not isinstance(settings.get("policy"), dict):
@@ -62,8 +62,8 @@ def module_of(
         base = str((settings["policy"].get("init_args") or {}).get("model", ""))
     if base.startswith(("/", ".", "~")) and not Path(base).expanduser().exists():
         raise ConfigurationError(
-            f"{option}: {path} was trained on the base model {base}, which is not there. Tell it where the model is "
-            f"now: python -m prlhf_lightning relocate --model {path} --base NEW_PLACE --output moved.ckpt"
+            f"{option}: {path} was trained on the base model {base}, which does not exist. Write its "
+            f"new path: prlhf-lightning relocate --model {path} --base NEW_PATH --output moved.ckpt"
         )
     try:
         with opening(f"{option}: {path}", _FIX):
@@ -79,14 +79,14 @@ def open_writer(
     trust_remote_code: bool = False,
     trust_classes: Collection[str] | None = None,
 ) -> Generator:
-    """Load a model to write with.
+    """Return a generator for a model.
 
     Args:
         path: A folder that `export` wrote, a checkpoint that the command line trained, or the folder of its run.
-        option: What the user called the path, for messages.
-        device: Where the model goes.
-        trust_remote_code: Run code that comes with the base model; what a file says of it does not count.
-        trust_classes: Classes from outside this package that the file may name.
+        option: Name of the option, for messages.
+        device: Device of the model.
+        trust_remote_code: Run code that comes with the base model; the file's own value is ignored.
+        trust_classes: Classes outside this package that the file may name.
 
     Raises:
         ConfigurationError: It is neither, or its policy is no Hugging Face model.
@@ -103,12 +103,12 @@ def open_writer(
 
 
 def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -> Generator:
-    """Return a writer with the model of a checkpoint, which it shares.
+    """Return a generator that shares the model of a checkpoint.
 
     Args:
         module: The model.
         path: The checkpoint that it was loaded from.
-        option: What the user called the path, for messages.
+        option: Name of the option, for messages.
 
     Raises:
         ConfigurationError: Its policy is no Hugging Face model.
@@ -123,7 +123,7 @@ def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -
 
 
 def pick_device(device: str) -> str:
-    """Return a device that can be used; `auto` is the accelerator (CUDA, MPS, ...) where there is one."""
+    """Return an available device; `auto` is the accelerator (CUDA, MPS, ...) if there is one."""
     if device == "auto":
         return str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
@@ -134,11 +134,11 @@ def pick_device(device: str) -> str:
 
 
 def read_checkpoint(path: str | Path, option: str, weights_only: bool = True) -> dict[str, Any]:
-    """Return what a checkpoint holds, or say why it can't be read; tensors stay on disk.
+    """Return the content of a checkpoint, or raise an error; tensors are memory-mapped.
 
     Args:
         path: A file, or the folder that a sharded strategy writes, of which nothing is read.
-        option: What the user called the path, for messages.
+        option: Name of the option, for messages.
         weights_only: Refuse files that hold code.
     """
     path = Path(path)

@@ -1,4 +1,4 @@
-"""What becomes of a class's arguments where a later option or file names another class in its place."""
+"""Arguments of a class that a later option or file replaces by another class."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _told: set[str] = set()
 
 
 def begin_other_classes_anew() -> None:
-    """Have jsonargparse start a class that replaces another from its own defaults, and say what is not kept.
+    """Make jsonargparse start a replacing class from its own defaults, and print the dropped arguments.
 
-    It would keep, without a word, arguments that have the same name in both: IPO with the `beta` of DPO, which means
-    something else there, or a model without users with the soft prompt's length of one with users.
+    Otherwise it silently keeps arguments with the same name: IPO with the `beta` of DPO, which has another meaning
+    there, or a model without users with the soft prompt's length of one with users.
     """
     _typehints.discard_init_args_on_class_path_change = _begin_anew
 

@@ -1,4 +1,4 @@
-"""What the command line can be told to do. Commands are named and not imported, which may take seconds."""
+"""The table of commands. Commands are referenced by name, since importing them may take seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from importlib.abc import SourceLoader
 from importlib.util import find_spec
 from typing import Any, TypeAlias
 
-PROGRAM = "python -m prlhf_lightning"
+PROGRAM = "prlhf-lightning"
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Task:
 
     @property
     def summary(self) -> str:
-        """What it does: the first line of its docstring, which is read and not imported."""
+        """The first line of its docstring, which is parsed, not imported."""
         spec = find_spec(self._module)
         source = spec.loader.get_source(self._module) if spec and isinstance(spec.loader, SourceLoader) else None
         for node in ast.parse(source or "").body:
@@ -70,10 +70,10 @@ Command: TypeAlias = Task | Training | Group
 COMMANDS = Group(
     "Train and use language models that write differently for each user.",
     {
-        "fit": Training("Train a model, or go on with a run."),
-        "validate": Training("Measure a checkpoint on the validation data."),
-        "test": Training("Measure a checkpoint on the test data."),
-        "predict": Training("Write an answer to each held-out prompt."),
+        "fit": Training("Train a model, or resume a run."),
+        "validate": Training("Evaluate a checkpoint on the validation data."),
+        "test": Training("Evaluate a checkpoint on the test data."),
+        "predict": Training("Generate an answer to each held-out prompt."),
         "adapt": Task("adapt.adapt"),
         "export": Task("export.export"),
         "generate": Task("generate.generate"),
@@ -105,7 +105,7 @@ COMMANDS = Group(
 
 
 def find(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
-    """Return the command that the first words name, and these words: a group where none of its members is named."""
+    """Return the command of the first words, and these words; a group if no member is named."""
     here: Command = COMMANDS
     for depth, word in enumerate(words):
         if not isinstance(here, Group) or word not in here.members:
@@ -115,7 +115,7 @@ def find(words: Sequence[str]) -> tuple[Command, Sequence[str]]:
 
 
 def described(group: Group, path: Sequence[str]) -> str:
-    """Return the help about a group of commands."""
+    """Return the help text of a group of commands."""
     width = max(map(len, group.members)) + 4
     lines = [f"usage: {' '.join([PROGRAM, *path])} COMMAND [OPTIONS]", "", group.summary, "", "commands:"]
     for name, command in group.members.items():
@@ -129,7 +129,7 @@ def described(group: Group, path: Sequence[str]) -> str:
 
 
 def refusal(group: Group, path: Sequence[str], word: str | None) -> str:
-    """Return what to say where no command, or one that is not there, was named."""
+    """Return the error message for a missing or unknown command."""
     what = f"There is no command {word!r} here." if word else "Which command?"
     lines = [f"error: {what}", f"There are: {', '.join(group.members)}"]
     if word and (meant := _meant(word)):

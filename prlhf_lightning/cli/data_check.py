@@ -1,4 +1,4 @@
-"""Tell everything that is wrong with feedback, before a run meets the first of it."""
+"""The command `data check`: all problems of feedback at once, before a run."""
 
 from __future__ import annotations
 
@@ -41,31 +41,31 @@ def check(
     examples: int = 5,
     output: Path | None = None,
 ) -> None:
-    """Check every row of feedback and tell all that is wrong with it; exits with 1 if there is any error.
+    """Check every row of feedback and report all problems; exits with 1 if there is any error.
 
-    Errors are what would stop a run. Warnings are duplicate and contradictory judgments, users with few judgments,
-    rows over a limit of tokens, and what stands in training and evaluation alike.
+    Errors would stop a run. Warnings are duplicate and contradictory judgments, users with few judgments, rows over a
+    token limit, and overlap between training and evaluation.
 
     Args:
         train: Training file or files: JSON Lines, JSON, CSV (each also gzipped) or Parquet.
         validation: Validation file or files.
         test: Test file or files.
-        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        columns: Mapping of fields to column names, such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`.
-        feedback_type: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
+        feedback_type: Kind of rows: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         ties: Whether rows with equal completions are an error, or dropped, as for `fit --data.ties`.
-        min_votes: Users with fewer training rows are told.
+        min_votes: Users with fewer training rows are reported.
         tokenizer: Model whose tokenizer measures the rows, as for `fit --model.policy.model`; without one, lengths are
             not checked.
-        max_prompt_length: Most tokens of a prompt, as for `fit --data.max_prompt_length`; so are the next.
-        max_completion_length: Most tokens of a completion.
-        max_user_text_length: Most tokens of the text about a user.
+        max_prompt_length: Maximum tokens of a prompt, as for `fit --data.max_prompt_length`.
+        max_completion_length: Maximum tokens of a completion.
+        max_user_text_length: Maximum tokens of the text about a user.
         overlong: Whether rows over a limit are truncated, dropped, or an error.
-        chat_template: Whether plain strings are wrapped in the tokenizer's chat template.
-        user_text_format: How the text about a user is written before the prompt.
+        chat_template: Whether plain strings use the tokenizer's chat template.
+        user_text_format: Format of the text about a user before the prompt.
         chat_template_args: Further arguments of the chat template, such as `{enable_thinking: false}`.
-        examples: How many problems of each kind are shown and reported.
-        output: File for the report, for programs to read.
+        examples: Number of examples of each kind of problem.
+        output: JSON file for the report.
     """
     for name, value in (("examples", examples), ("min_votes", min_votes)):
         if value < 0:
@@ -107,14 +107,12 @@ def described(report: Report) -> str:
         )
         lines += [f"  {count:,} {what}" for what, count in counts.left_out.items()]
         if split == "train" and counts.users == 1:
-            lines.append("  one user only, so there is nothing to personalize: gather judgments of others")
+            lines.append("  only one user, so there is nothing to personalize: collect judgments of others")
         if counts.unread_columns:
             lines.append(f"  columns not read: {printable(', '.join(map(repr, counts.unread_columns)))}")
             if "system" in counts.unread_columns:
-                lines.append("    to have 'system' stand before the prompt, set columns: {system: system}")
-        lines += [
-            f"  reading stopped at {where}; how many rows follow is not known" for where in counts.unread if counts.rows
-        ]
+                lines.append("    to put 'system' before the prompt, set columns: {system: system}")
+        lines += [f"  reading stopped at {where}; the rest is unread" for where in counts.unread if counts.rows]
     for group in report.problems:
         lines.append(f"\n{group.severity}: {printable(group.kind)} ({group.count:,})")
         lines += [f"  {printable(str(problem))}" for problem in group.examples]
@@ -132,16 +130,16 @@ def the_source(
     columns: Mapping[str, str] | None,
     source: DataSource | None,
 ) -> DataSource:
-    """Return the source that was named in one way or the other.
+    """Return the source from files or from `source`.
 
     Raises:
-        ConfigurationError: It was named in neither way, or in both.
+        ConfigurationError: Neither or both are given.
     """
     by_files = any(value is not None for value in (train, validation, test, columns))
     if source is not None:
         if by_files:
-            raise ConfigurationError("source: name either files (train, validation, test, columns) or a source.")
+            raise ConfigurationError("source: give either files (train, validation, test, columns) or a source.")
         return source
     if train is None:
-        raise ConfigurationError("train: name a file, as in `--train votes.jsonl`, or a source, as in `--source ...`.")
+        raise ConfigurationError("train: give a file, as in `--train votes.jsonl`, or a source, as in `--source ...`.")
     return FileSource(train, validation, test, columns)

@@ -1,4 +1,4 @@
-"""Feedback of any source as Parquet files in the columns of this package, with no row lost without a word."""
+"""The command `data convert`: feedback of any source as Parquet files."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from prlhf_lightning.utils.io import (
 )
 from prlhf_lightning.utils.progress import counted
 
-# Most rows, and about as many characters, held before they are written.
+# Maximum number of rows and characters in memory before a write.
 _GROUP_ROWS, _GROUP_CHARACTERS = 10_000, 1 << 25
 _MESSAGES = pa.list_(pa.struct({"role": pa.string(), "content": pa.string()}))
-_NAMED = 20  # columns left out that are named
+_NAMED = 20  # listed columns
 
 
 def convert(
@@ -49,24 +49,24 @@ def convert(
     on_error: Literal["stop", "report"] = "stop",
     overwrite: bool = False,
 ) -> None:
-    """Write feedback as Parquet, one file a split, with the columns user_id, prompt, chosen, rejected and user_text.
+    """Write feedback as one Parquet file per split with columns user_id, prompt, chosen, rejected and user_text.
 
-    Thumbs have completion and label instead of chosen and rejected.
+    Thumbs have completion and label in place of chosen and rejected.
 
-    Every row is checked on the way. By default the first bad one stops the conversion and nothing is written. With
-    `--on_error report` bad rows go to `<split>.rejected.jsonl`, each with the reason, and the others are converted;
-    it exits with 1 if a file could not be read to its end.
+    Every row is checked. By default the first bad row stops the conversion and nothing is written. With `--on_error
+    report` bad rows go to `<split>.rejected.jsonl`, each with the reason, and the others are converted; the command
+    exits with 1 if a file could not be read to its end.
 
     Args:
         output: Folder for `train.parquet`, `validation.parquet` and `test.parquet`.
         train: Training file or files: JSON Lines, JSON, CSV (each also gzipped) or Parquet.
         validation: Validation file or files.
         test: Test file or files.
-        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
+        columns: Mapping of fields to column names, such as `{user_id: worker}`.
         source: A source instead of files, as for `fit --data.source`.
-        feedback_type: What rows are: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
+        feedback_type: Kind of rows: pairs, thumbs (KTOLoss, ...) or demonstrations (SFTLoss).
         on_error: Whether the first bad row stops the conversion, or bad rows are reported.
-        overwrite: Whether files of these names that are there already are replaced.
+        overwrite: Whether existing files of these names are replaced.
     """
     with not_left_empty(output):
         check_output_folder(output, "output")
@@ -76,7 +76,7 @@ def convert(
             for name in (f"{split}.parquet", f"{split}.rejected.jsonl"):
                 check_output(output / name, "output")
                 if not overwrite and (output / name).exists():
-                    raise ConfigurationError(f"output: {output / name} is there already; add `--overwrite true`.")
+                    raise ConfigurationError(f"output: {output / name} exists already; add `--overwrite true`.")
         written = convert_source(chosen, output, feedback_type, on_error)
     for split, counts in written.items():
         print(counts.described(split, output))
@@ -85,14 +85,14 @@ def convert(
 
 @dataclass
 class Conversion:
-    """What became of the rows of a split.
+    """Result of the conversion of a split.
 
     Attributes:
-        written: Rows in the Parquet file.
-        rejected: Rows in the file beside it.
-        unread: Where reading had to stop short of the end; it is not known how many rows follow.
-        left_out: What the source itself left out by its protocol, by reason.
-        ignored: Columns that are none of ours, the first few of them.
+        written: Number of rows in the Parquet file.
+        rejected: Number of rows in the file of rejected rows.
+        unread: Positions at which reading stopped early; the number of further rows is unknown.
+        left_out: Numbers of rows that the source left out by its protocol, by reason.
+        ignored: The first few unknown columns.
     """
 
     written: int = 0
@@ -102,7 +102,7 @@ class Conversion:
     ignored: dict[str, None] = field(default_factory=dict)
 
     def described(self, split: Split, folder: Path) -> str:
-        """Return what to tell about it."""
+        """Return the summary for the console."""
         rows = f"{self.written + self.rejected:,} rows in = {self.written:,} written + {self.rejected:,} rejected"
         lines = [f"{folder / split}.parquet: {rows}"]
         lines += [f"  {count:,} {what}" for what, count in self.left_out.items()]
@@ -111,7 +111,7 @@ class Conversion:
             lines.append(f"  columns not converted: {', '.join(map(repr, self.ignored))}{more}")
         if self.rejected or self.unread:
             lines.append(f"  reasons: {folder / split}.rejected.jsonl")
-        lines += [f"  NOT READ TO ITS END: {where}; how many rows follow is not known" for where in self.unread]
+        lines += [f"  NOT READ TO ITS END: {where}; the number of further rows is unknown" for where in self.unread]
         return "\n".join(lines)
 
 
@@ -136,7 +136,7 @@ def convert_source(
             done[split] = _converted(source, split, feedback, good, bad)
             for file in (good, bad):
                 if file is not None:
-                    flush_to_disk(file)  # before any of them takes its name
+                    flush_to_disk(file)  # before any of them is renamed
     for split, counts in done.items():
         if not counts.rejected and not counts.unread:
             (folder / f"{split}.rejected.jsonl").unlink(missing_ok=True)  # empty, or of an earlier conversion
@@ -179,9 +179,9 @@ def _converted(
 
 
 class _Writer:
-    """Writes records in groups, so that no more than one group is in memory.
+    """Writes records in row groups, with at most one group in memory.
 
-    A Parquet column has one type, so a file has texts or conversations, as its first record has.
+    A Parquet column has one type, so the first record decides between texts and conversations.
     """
 
     def __init__(self, file: BinaryIO, feedback: Feedback) -> None:
@@ -253,7 +253,7 @@ def _values(record: FeedbackRecord) -> tuple[Any, ...]:
 
 
 def _refuse_tools(record: FeedbackRecord, where: str) -> None:
-    """Refuse what the columns have no place for, and would be lost."""
+    """Refuse tools and tool calls, which the columns cannot hold."""
     texts = {"prompt": record.prompt, "chosen": record.chosen, "rejected": record.rejected}
     held = [
         (field_name, name)
@@ -274,7 +274,7 @@ def _length(text: Text | None) -> int:
 
 
 def _rejection(problem: Problem, row: Mapping[str, Any] | Unreadable) -> bytes:
-    """Return the line that tells of a rejected row, with the row itself as far as JSON can hold it."""
+    """Return the JSON line of a rejected row, with the row itself as far as JSON can hold it."""
     is_rest = isinstance(row, Unreadable) and row.rest
     told = {
         "file": problem.file,
@@ -289,6 +289,6 @@ def _rejection(problem: Problem, row: Mapping[str, Any] | Unreadable) -> bytes:
     raw = row.raw if isinstance(row, Unreadable) else row
     try:
         line = json.dumps({**told, "row": raw}, default=repr)
-    except (RecursionError, ValueError, TypeError):  # too deep, a number too long, keys that are no texts
+    except (RecursionError, ValueError, TypeError):  # too deep, a number too long, keys that are not strings
         line = json.dumps({**told, "row": None, "row_left_out": "it cannot be written as JSON"})
     return line.encode() + b"\n"

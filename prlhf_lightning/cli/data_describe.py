@@ -1,4 +1,4 @@
-"""Describe feedback on one page, above all how much there is to personalize in it."""
+"""The command `data describe`: a page about feedback, with an estimate of the gain from personalization."""
 
 from __future__ import annotations
 
@@ -47,23 +47,22 @@ def describe(
     max_votes: int = 200_000,
     seed: int = 0,
 ) -> None:
-    """Write a page that describes feedback, and how much there is to personalize in it.
+    """Write a page that describes feedback and estimates the gain from personalization.
 
-    Votes a user, lengths, agreement between users, length bias, contradictions; and the held-out accuracy of small
-    models that know what each user voted for, beside those that do not. No text of the feedback and no user's id stands
-    on the page.
+    The page shows votes per user, lengths, agreement between users, length bias, contradictions, and the held-out
+    accuracy of small models with and without users' own preferences. It shows no text and no user id.
 
     Args:
         train: Training file or files: JSON Lines, JSON, CSV (each also gzipped) or Parquet.
-        validation: Validation file or files; without them a part of the training votes is held out.
-        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
-        source: A source instead of files, as for `fit --data.source`. Its test split is not looked at.
-        output: The page to write, one HTML file that needs no other. Its content is written next to it, as
+        validation: Validation file or files; without them, part of the training votes is held out.
+        columns: Mapping of fields to column names, such as `{user_id: worker}`.
+        source: A source in place of files, as for `fit --data.source`. Its test split is ignored.
+        output: The page to write, a self-contained HTML file. Its content is written next to it, as
             `description.json`.
         title: Its title.
-        max_votes: Of more training votes than that, the models of how much there is to personalize are fitted to those
-            of as many users, drawn at random; all else is of all votes.
-        seed: Draws what is held out, users, and bootstrap samples.
+        max_votes: With more training votes, the models of the gain are fitted to the votes of randomly chosen users, up
+            to this number. All other statistics use all votes.
+        seed: Seed of the held-out votes, users, and bootstrap samples.
     """
     if max_votes < 1:
         raise ConfigurationError(f"max_votes is {max_votes}; give a number above 0.")
@@ -89,7 +88,7 @@ def describe(
 
 
 def find_personalization_gain(table: FeedbackTable, max_votes: int = 200_000, seed: int = 0) -> Finding:
-    """Fit models with and without tastes, of the kind that the votes allow, and compare them on held-out votes."""
+    """Return the comparison of models with and without users' own preferences on held-out votes."""
     votes, remarks = votes_of(table, "train"), []
     validation = votes_of(table, "validation") if table.rows.get("validation") else None
     if len(votes) > max_votes:

@@ -1,4 +1,4 @@
-"""Earlier runs: their last checkpoint, and their configuration."""
+"""Lookup of earlier runs: their last checkpoint and their configuration."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from prlhf_lightning.training.checkpointing import entry_of
 from prlhf_lightning.utils.config_checksum import change_in, check_configuration
 from prlhf_lightning.utils.trust import words_beside
 
-_META = "meta.pt"  # in a checkpoint that is a folder, what is not in shards
+_META = "meta.pt"  # unsharded part of a sharded checkpoint folder
 _PARTS = ("seed_everything", "model", "data")
 _TOLD = 3
-#: Settings of data that a run may go on with otherwise: how rows are batched, loaded and kept.
+#: Data settings that may change when a run is resumed: batching, loading and storage of rows.
 _OF_BATCHES = {
     *("batch_size", "eval_batch_size", "pairs_per_user", "balance", "bucket_by_length", "max_tokens_per_batch"),
     *("streaming", "shuffle_buffer", "users_file", "num_workers", "cache_dir", "pin_memory", "chat_template_date"),
@@ -32,20 +32,19 @@ _OF_BATCHES = {
 def last_checkpoint(
     *roots: str | Path, started_from: Mapping[str, str] | None = None, settings: Mapping[str, Any] | None = None
 ) -> Path | None:
-    """Return the newest intact checkpoint of the newest run that has any, or None where no run has.
+    """Return the newest intact checkpoint of the newest run with any, or None.
 
-    Where newer ones are damaged, a warning names them and the one that is returned. Those of earlier runs, which may
-    have been about something else, do not stand in for them.
+    If newer ones are damaged, a warning names them and the returned one. Checkpoints of earlier runs, which may have
+    another purpose, are never used in their place.
 
     Args:
         roots: Folders of runs.
-        started_from: Look only at runs that were started from this source (`checkpoint_files.origin`).
-        settings: Look only at runs whose `config.yaml` has the same model, data and seed as this configuration; a
-            warning tells of newer ones that have others. Where there are runs whose rows are batched in the same way
-            as well, only at these.
+        started_from: Consider only runs that were started from this source (`checkpoint_files.origin`).
+        settings: Consider only runs whose `config.yaml` has the same model, data and seed as this configuration; a
+            warning names newer runs with other settings. Runs that also batch rows in the same way have precedence.
 
     Raises:
-        DamagedCheckpointError: The newest run has none that is intact.
+        DamagedCheckpointError: The newest run has no intact checkpoint.
     """
     folders = {
         folder for root in roots for depth in ("", "*/", "*/*/") for folder in Path(root).glob(f"{depth}checkpoints")
@@ -59,8 +58,8 @@ def last_checkpoint(
     damaged = [str(path) for path in (run[: run.index(chosen)] if chosen else run)]
     if chosen is None:
         raise DamagedCheckpointError(
-            f"ckpt_path: no checkpoint of the last run is intact ({', '.join(damaged)}). Name one of an earlier run by "
-            "its path, or start anew without --ckpt_path."
+            f"ckpt_path: no checkpoint of the last run is intact ({', '.join(damaged)}). Give the path of an earlier "
+            "run's checkpoint, or start a new run without --ckpt_path."
         )
     if damaged:
         rank_zero_warn(f"Damaged: {', '.join(damaged)}. The newest intact checkpoint of that run is used: {chosen}")
@@ -70,7 +69,7 @@ def last_checkpoint(
 def _choose(
     runs: list[list[Path]], started_from: Mapping[str, str] | None, settings: Mapping[str, Any] | None
 ) -> list[Path] | None:
-    """Return the checkpoints of the run to go on with, given those of each run, the newest first."""
+    """Return the checkpoints of the run to resume, given those of each run, newest first."""
     other, similar = None, None
     for files in runs:
         differing = differences(files[0].parent.parent / "config.yaml", settings) if settings else []
@@ -85,17 +84,17 @@ def _choose(
     if similar is None and other is not None:
         path, differing = other
         rank_zero_warn(
-            f"The last run's settings are others ({'; '.join(told for _, told in differing[:_TOLD])}): it is not gone "
-            f"on with. To go on with it all the same, name it: --ckpt_path {path}"
+            f"The last run has other settings ({'; '.join(told for _, told in differing[:_TOLD])}), so it is not "
+            f"resumed. To resume it anyway, give its path: --ckpt_path {path}"
         )
     return similar
 
 
 def differences(config: Path, settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return the settings of model, data and seed that a run's `config.yaml` has otherwise, each with what differs.
+    """Return the settings of model, data and seed that differ from a run's `config.yaml`, each with both values.
 
-    What the file does not name, as an earlier version wrote it, is taken to be the same; so is all of it where there
-    is no such file, or none that can be read.
+    Settings that are missing in the file (of an earlier version) count as equal; so do all settings if the file is
+    missing or unreadable.
     """
     try:
         earlier = yaml.safe_load(config.read_text(encoding="utf-8"))
@@ -119,7 +118,7 @@ def _flat(name: str, value: Any) -> list[tuple[str, Any]]:
 
 
 def _time(path: Path) -> int:
-    """Return when a file was written; one that is gone by now counts as the oldest."""
+    """Return the modification time of a file; a missing file counts as the oldest."""
     try:
         return path.stat().st_mtime_ns
     except FileNotFoundError:
@@ -127,11 +126,11 @@ def _time(path: Path) -> int:
 
 
 def is_start_of(source: Mapping[str, str], content: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint is of a run that was started from a source (`fit --init_from`).
+    """Return whether a checkpoint's run was started from a source (`fit --init_from`).
 
     Args:
-        source: `checkpoint_files.origin` of the source. The path alone counts where the source is no longer there.
-        content: What the checkpoint holds.
+        source: `checkpoint_files.origin` of the source. If the source is missing, only the path counts.
+        content: Content of the checkpoint.
     """
     began = entry_of(content).get("started_from") or {}
     name = "digest" if source["digest"] else "path"
@@ -139,13 +138,13 @@ def is_start_of(source: Mapping[str, str], content: Mapping[str, Any]) -> bool:
 
 
 def _began_with(files: list[Path], source: Mapping[str, str]) -> bool:
-    """Whether a run was started from a source, as the first of its checkpoints says that can be read."""
+    """Return whether a run was started from a source, according to its first readable checkpoint."""
     for path in files:
         try:
             # Only this run's own checkpoint is checked in full later: of large ones that takes long.
             content = torch.load(path / _META if path.is_dir() else path, "cpu", weights_only=True, mmap=True)
             return is_start_of(source, content)
-        except Exception:  # what is damaged fails in any way at all
+        except Exception:  # damaged files can raise anything
             continue
     return False
 
@@ -154,10 +153,10 @@ _COMMANDS = {"validate", "test", "predict"}
 
 
 def tell_of_changes(words: Sequence[str]) -> None:
-    """Warn where a configuration that a command names is not as `fit` wrote it; people change them for another run.
+    """Warn if a configuration of a command has changed since `fit` wrote it; people edit them for another run.
 
     Raises:
-        ConfigurationError: One is no text.
+        ConfigurationError: A configuration is not a text file.
     """
     for name, value in _options(words):
         path = Path(value)
@@ -166,14 +165,14 @@ def tell_of_changes(words: Sequence[str]) -> None:
 
 
 def configuration_of_run(words: Sequence[str], runs: str) -> Path | None:
-    """Return the `config.yaml` of the checkpoint's run that a command is about, where its words configure no model.
+    """Return the `config.yaml` of the run of a command's checkpoint, if the command configures no model.
 
     Args:
         words: The words, such as `validate --ckpt_path runs/version_0/checkpoints/last.ckpt`.
-        runs: The folder of runs, where `--trainer.default_root_dir` does not name another.
+        runs: The default folder of runs, without `--trainer.default_root_dir`.
 
     Raises:
-        ConfigurationError: There is no such file, so that it must be named.
+        ConfigurationError: There is no such file, so it must be given.
     """
     given = dict(_options(words))
     configures = any(name in ("-c", "--config") or name.startswith("--model") for name in given)
@@ -203,10 +202,10 @@ def configuration_of_run(words: Sequence[str], runs: str) -> Path | None:
 
 
 def with_configuration(words: Sequence[str], config: Path) -> list[str]:
-    """Return the words of a command with a configuration that was found, of which only they may ask to run code.
+    """Return the words of a command with a found configuration, which may not request to run code.
 
     Raises:
-        ConfigurationError: The configuration names classes that are not of this package, and that no word names.
+        ConfigurationError: The configuration names classes outside this package that the command does not name.
     """
     try:
         content = yaml.safe_load(config.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What else a run, and the runs beside it, have written about users who were erased from a checkpoint."""
+"""Search for other copies of erased users in and near a run."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _SHOWN = 20  # options of a command
 def report_other_copies(
     folders: Sequence[Path], done: Collection[Path], user_ids: Sequence[str], also: Sequence[Path] = ()
 ) -> None:
-    """Print which other files and folders name users. Each file is read once, however many users there are.
+    """Print other files and folders that name users. Each file is read once, for any number of users.
 
     Args:
-        folders: Folders of the checkpoints that they were erased from.
-        done: The files that were written, and hold nothing of them any more.
+        folders: Folders of the changed checkpoints.
+        done: The changed files, which hold no trace of the users.
         user_ids: The users.
-        also: More files and folders to look at.
+        also: More files and folders to search.
     """
     search, near = IdSearch(user_ids), Neighbors.of(folders, also)
     written = {os.path.realpath(path) for path in done}
@@ -51,13 +51,13 @@ def report_other_copies(
             report.file(root, path, [user_id for user_id in user_ids if user_id in found])
     report.end()
     for folder in near.unreadable:
-        print(f"{_shown(folder)} can't be read and was not looked into.")
+        print(f"{_shown(folder)} cannot be read and was not searched.")
     if near.left_out:
-        print(f"Not looked into: {listed([*map(str, near.left_out)])}; name what may have users by --also_search.")
+        print(f"Not searched: {listed([*map(str, near.left_out)])}; add folders with --also_search.")
 
 
 class _Report:
-    """Tells what was found, and what to do."""
+    """Prints the findings and what to do about each."""
 
     def __init__(self, user_ids: Sequence[str]) -> None:
         self._user_ids = user_ids
@@ -110,16 +110,16 @@ def _named_in(path: Path, search: IdSearch, progress: Callable[[float], object])
         for stream in contents(path):
             found |= search.named_in(stream, progress)
     except UnreadContentError as error:
-        print(f"{_shown(path)} was not looked into as a whole: {printable(str(error))}")
+        print(f"{_shown(path)} was not searched completely: {printable(str(error))}")
     except OSError as error:
-        print(f"{_shown(path)} can't be read and was not looked into: {error.strerror}")
+        print(f"{_shown(path)} cannot be read and was not searched: {error.strerror}")
     return found
 
 
 def _named_paths(
     files: Sequence[tuple[Path, Path]], search: IdSearch, user_ids: Sequence[str]
 ) -> dict[tuple[Path, Path], set[str]]:
-    """Return the outermost part of each path, from a run's folder on, that has users' ids in its name, and those."""
+    """Return the outermost part of each path below a run's folder whose name contains user ids, with these ids."""
     named: dict[tuple[Path, Path], set[str]] = {}
     relative = [Path(root.name, path.relative_to(root)) for root, path in files]
     if not search.named_in(BytesIO(b"\n".join(map(os.fsencode, relative)))):
@@ -147,7 +147,7 @@ def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
             options = " ".join(shlex.quote(f"--user={user_id}") for user_id in still)
         else:
             options = "--user_file FILE --skip_unknown true"  # a terminal can't show them as they are
-        print(f"  python -m prlhf_lightning users remove --model {shlex.quote(_shown(path))} {options}")
+        print(f"  prlhf-lightning users remove --model {shlex.quote(_shown(path))} {options}")
         print("  (or, for all checkpoints beside it as well, with --all true)")
     wanted = set(found).difference(still)
     if elsewhere := {text for place, text in texts(content) if text in wanted and not is_of_no_user(place)}:
@@ -155,10 +155,10 @@ def _report_checkpoint(path: Path, found: Sequence[str]) -> None:
 
 
 def _cached() -> Iterator[Path]:
-    """Yield the files of the cache that may name users: tokenized data, and counts of users of streams."""
+    """Yield the cache files that may name users: tokenized data, and user counts of streams."""
     folder = default_cache_dir()
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        # The reference's log-probs are kept by digests of texts.
+        # The reference's log-probs have digests of texts as keys.
         if path.is_file() and path.relative_to(folder).parts[0] != "reference":
             yield path
 
@@ -177,18 +177,18 @@ _CHECKPOINTS = "checkpoints"
 
 
 def is_export(folder: Path) -> bool:
-    """Return whether a folder is one that `export` wrote."""
+    """Return whether a folder is an exported model."""
     return (folder / SETTINGS).is_file() or is_card(folder / "README.md")
 
 
 @dataclass
 class Neighbors:
-    """The files in and beside a run.
+    """The files in and near a run.
 
     Attributes:
-        files: Each with the outermost folder of which all was looked at, or itself.
-        left_out: Folders that were not looked into.
-        unreadable: Folders that can't be.
+        files: Each with the outermost fully searched folder around it, or itself.
+        left_out: Folders that were not searched.
+        unreadable: Folders that cannot be read.
     """
 
     files: list[tuple[Path, Path]] = field(default_factory=list)
@@ -201,12 +201,12 @@ class Neighbors:
     def of(cls, folders: Iterable[Path], also: Sequence[Path] = ()) -> Neighbors:
         """Find the files.
 
-        In the run of a folder of checkpoints, and in all runs, exports and folders of loggers that are in the folder
-        around it, everything is looked at; in the folders around these, the files that lie in them directly.
+        The run of each folder is searched completely, and so are all runs, exports and logger folders next to it. In
+        the folders around these, only the files directly in them are searched.
 
         Args:
             folders: Folders with checkpoints in them.
-            also: More files and folders, to look at everything in.
+            also: More files and folders, which are searched completely.
         """
         found = cls()
         around: dict[Path, None] = {}
@@ -247,7 +247,7 @@ class Neighbors:
                     self.left_out.append(link)
 
     def _look_at(self, base: Path) -> None:
-        """Take the files of a folder, but not of the folders in it."""
+        """Add the files of a folder, but not of its subfolders."""
         if os.path.realpath(base) in self._seen:
             return
         try:
@@ -272,7 +272,7 @@ class Neighbors:
 
 
 def _run_of(folder: Path) -> Path | None:
-    """Return the folder of the run that a folder of checkpoints is of, or None if it is of none."""
+    """Return the run's folder of a folder of checkpoints, or None."""
     if not folder.name or folder.name == "..":
         folder = folder.resolve()
     if folder.name == _CHECKPOINTS:
@@ -281,7 +281,7 @@ def _run_of(folder: Path) -> Path | None:
 
 
 def _beside(base: Path) -> Iterator[Path]:
-    """Yield the runs in a folder and in the folders in it, whatever a logger has named them, exports and logs."""
+    """Yield the runs in a folder and its subfolders, with any names, and exports and logs."""
     signs = sorted(sign for part in ("*", "*/*") for name in _SIGNS for sign in base.glob(f"{part}/{name}"))
     yield from dict.fromkeys(sign.parent for sign in signs)
     for folder in sorted(path for path in base.glob("*") if path.is_dir()):

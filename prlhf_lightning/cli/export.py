@@ -1,4 +1,4 @@
-"""A trained model as a Hugging Face folder: the language model, its users' vectors, and what writing for them needs."""
+"""The command `export`: a Hugging Face folder with the language model and its users."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from prlhf_lightning.utils.hashing import SETTINGS
 from prlhf_lightning.utils.io import UNFINISHED, atomic_write_bytes, check_output_folder, not_left_empty, whole_folder
 from prlhf_lightning.utils.progress import tracked
 
-# What an export may leave that the next one does not replace.
+# Files that an export may leave and the next one does not replace.
 _LEFT = ["*config.json", "*model*.safetensors*", "*chat_template*", "token_embeddings.safetensors"]
 _LEFT += [USERS, SETTINGS, "user_vectors*", "peft_users"]
 
@@ -53,24 +53,23 @@ def export(
 ) -> None:
     """Write a checkpoint as a Hugging Face model folder, with its users.
 
-    transformers reads the language model and tokenizer; `generate` and `PersonalizedWriter.from_folder` all of it. See
+    transformers reads the language model and tokenizer; `generate` and `Generator.from_folder` all of it. See
     docs/export.md.
 
     Args:
         model: A checkpoint of a model that the command line trained, or the folder of its run.
-        output: The folder to write; made if it is not there.
-        adapters: Write the LoRA adapters, which refer to the base model, and not the whole model with them merged in.
-        include_users: Write the users. Without them the folder is an ordinary language model, which has learned
-            nobody's id.
-        user_vectors: Write each user's soft prompt, for programs that know nothing of user models.
-        prompt_embeds: Also write the model's token embeddings, of which, with the vectors, vLLM's `prompt_embeds` are
-            made without loading the model.
+        output: The folder to write; created if missing.
+        adapters: Write the LoRA adapters, which refer to the base model, in place of the merged model.
+        include_users: Write the users. Without them the folder is an ordinary language model without user ids.
+        user_vectors: Write each user's soft prompt, for programs without user models.
+        prompt_embeds: Also write the model's token embeddings. With the vectors, they give vLLM's `prompt_embeds`
+            without loading the model.
         peft_users: Also write a PEFT prompt-tuning folder for each user.
-        user: Ids of the users who get a PEFT folder, as in `--user ann bob`; all if none is given.
+        user: Ids of the users who get a PEFT folder, as in `--user ann bob`; all by default.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     _check_output(output)
     checkpoint = checkpoint_of(model)
@@ -91,12 +90,12 @@ def export(
         )
     only = [user] if isinstance(user, str) else user or []
     if only and not peft_users:
-        raise ConfigurationError("user: it names who gets a PEFT folder; add `--peft_users true`.")
+        raise ConfigurationError("user: it selects users for PEFT folders; add `--peft_users true`.")
     check_known_users(only, module.vocabulary, "user")
     card = model_card(checkpoint, content, adapters, include_users, user_vectors).encode()
     with whole_folder(output, _LEFT, last=SETTINGS) as folder:
         _write_lm(policy, folder, adapters)
-        atomic_write_bytes(folder / "README.md", card)  # after PEFT, which writes a card of its own
+        atomic_write_bytes(folder / "README.md", card)  # after PEFT, which writes its own card
         if include_users:
             with torch.no_grad():
                 if user_vectors:
@@ -117,7 +116,7 @@ def _check_output(folder: Path) -> None:
             folder.rmdir()
             return
     others = [path for path in folder.iterdir() if path.name not in UNFINISHED]
-    if others and not is_card(folder / "README.md"):  # what someone else keeps there is not to be lost
+    if others and not is_card(folder / "README.md"):  # do not overwrite files of others
         raise ConfigurationError(f"output: {folder} has files in it that `export` did not write; give a new folder.")
 
 
@@ -144,7 +143,7 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
     else:
         lm = policy.merged()
         warn_of_not_applied(policy.generation_config, policy.name)
-        # Answers end where they end in training, and are drawn as here, in whatever program reads the folder.
+        # With this, answers end and are sampled in other programs as here.
         lm.generation_config = end_tokens_only(
             policy.tokenizer, policy.end_token_ids, unused_ids(policy.tokenizer, policy.lm)
         )
@@ -154,7 +153,7 @@ def _write_lm(policy: CausalLMPolicy, folder: Path, adapters: bool) -> None:
 
 
 def _check_merged(lm: PreTrainedModel) -> None:
-    """Refuse weights with which nothing can be written: adapters may be too large for float16 once they are added."""
+    """Refuse non-finite weights: merged adapters may overflow float16."""
     if wrong := named_not_finite(dict(lm.named_parameters())):
         raise NonFiniteError(
             f"model: with its adapters merged in it would hold numbers that are infinite or NaN: {wrong}. Export with "
@@ -179,30 +178,30 @@ def _write_personal_part(folder: Path, user_model: Any, module: PersonalizedMode
     atomic_write_bytes(folder / SETTINGS, settings.encode())
 
 
-#: The generic user's key, which no user can have: ids are not empty.
+#: Key of the generic user; no user has it, since ids are not empty.
 GENERIC = ""
-_SHARD = 1 << 29  # bytes of a shard at most
-_KEYS = 100_000  # users in a shard at most: the header of a safetensors file may have 100 MB
+_SHARD = 1 << 29  # maximum bytes of a shard
+_KEYS = 100_000  # maximum users of a shard: the header of a safetensors file is limited to 100 MB
 _BATCH = 1024
 
 
 def user_vectors(user_model: UserModel, rows: Sequence[int]) -> list[Tensor]:
-    """Return the vectors `[T, d]` of some rows of the user table, without any text about the users."""
+    """Return the vectors `[T, d]` of the given user rows, without texts about the users."""
     prompt = user_model(Users(torch.tensor(rows, dtype=torch.long)))
     return [vectors.contiguous() for vectors in prompt.unpadded()]
 
 
 def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVocabulary, shard: int = _SHARD) -> None:
-    """Write every user's vectors `[T, d]` by the user's id, and the generic user's by the empty string.
+    """Write every user's vectors `[T, d]` under the user's id, and the generic user's under the empty string.
 
-    One file, `user_vectors.safetensors`, or where they exceed a shard, several and an index, named as transformers
-    names the parts of a model. No more than one shard is in memory at a time.
+    The result is one file, `user_vectors.safetensors`, or several shards with an index, named as in transformers. At
+    most one shard is in memory.
 
     Args:
         folder: Where the files go.
-        user_model: Makes the vectors.
+        user_model: The user model.
         vocabulary: The users.
-        shard: Bytes of a file at most.
+        shard: Maximum bytes of a file.
     """
     if "__metadata__" in vocabulary:
         raise ConfigurationError("user: safetensors has no room for an id of '__metadata__'; remove that user first.")
@@ -230,9 +229,9 @@ def write_user_vectors(folder: Path, user_model: UserModel, vocabulary: UserVoca
 
 
 def write_token_embeddings(folder: Path, policy: CausalLMPolicy) -> None:
-    """Write the vectors `[V, d]` that the model makes of its tokens, as `token_embeddings.safetensors`."""
+    """Write the model's token embeddings `[V, d]` as `token_embeddings.safetensors`."""
     table = policy.lm.get_input_embeddings()
-    # Through the module and not from its weight: some models (Gemma) scale what they look up.
+    # Computed by the module, not copied from its weight: some models (Gemma) scale embeddings.
     vectors = table(torch.arange(table.weight.shape[0]))
     _write_tensors(folder / "token_embeddings.safetensors", {"token_embeddings": vectors.contiguous()})
 
@@ -247,16 +246,16 @@ def write_peft_users(
 ) -> None:
     """Write a PEFT prompt-tuning folder for each user, and one for the generic user: `peft_users/<id>`.
 
-    PEFT puts a prompt's vectors before all tokens, and the policy was trained with them after BOS. So BOS becomes the
-    first of the vectors where the tokenizer writes one, and prompts are then tokenized without it.
+    PEFT puts vectors before all tokens, but the policy was trained with them after BOS. So if the tokenizer writes BOS,
+    it becomes the first vector, and prompts must be tokenized without it.
 
     Args:
         folder: Where the files go.
         policy: Its policy.
-        user_model: Makes the vectors.
+        user_model: The user model.
         vocabulary: The users.
-        only: Those wanted of the users; all if none are given. The generic user is always there.
-        base: The folder of the merged model, as others are to find it; `folder` if not given.
+        only: Ids of the users to write; all by default. The generic user is always written.
+        base: Path of the merged model in the PEFT config; `folder` by default.
     """
     tokenizer, config = policy.tokenizer, policy.lm.config.get_text_config()
     embed = policy.lm.get_input_embeddings()
@@ -283,7 +282,7 @@ def write_peft_users(
 
 
 def peft_name(user_id: str) -> str:
-    """Return the name of a user's folder: the id with what has a meaning in paths percent-encoded; `_` is generic."""
+    """Return the name of a user's folder: the id, percent-encoded for paths; `_` is the generic user."""
     if user_id == GENERIC:
         return "_"
     name = quote(user_id, safe="").replace(".", "%2E") if set(user_id) == {"."} else quote(user_id, safe="")
@@ -302,7 +301,7 @@ _SETTINGS = ("user_model", "policy", "loss", "alpha", "optim")
 
 
 def is_card(path: Path) -> bool:
-    """Whether a file is a model card that was written here, edited since or not, by the tags at its head."""
+    """Return whether a file is a model card of this package, edited or not, by the tags at its head."""
     if not path.is_file():
         return False
     start, _, rest = path.read_text(encoding="utf-8", errors="replace").partition("---\n")
@@ -314,10 +313,10 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
 
     Args:
         checkpoint: The checkpoint's path.
-        content: What it holds.
-        adapters: Whether the folder has adapters and not the whole model.
+        content: Its content.
+        adapters: Whether the folder has adapters, not the merged model.
         users: Whether the folder has the users.
-        vectors: Whether it has their soft prompts too, for other programs.
+        vectors: Whether it has their soft prompts for other programs.
     """
     settings = content["hyper_parameters"]
     base = str(settings["policy"].get("init_args", {}).get("model", ""))
@@ -348,14 +347,14 @@ def model_card(checkpoint: Path, content: Mapping[str, Any], adapters: bool, use
 
 def _users(number: int, vectors: bool) -> str:
     about_vectors = (
-        " `user_vectors.safetensors` has each one's soft prompt `[T, d]` by their id, and by the empty string the "
-        "generic user's, which is for everybody else. The vectors stand right after BOS, before the prompt."
+        " `user_vectors.safetensors` has each one's soft prompt `[T, d]` by user id; the empty string "
+        "is the generic user, for unknown users. The vectors go right after BOS, before the prompt."
     )
     return (
         f"## Users\n\n{number:,} users.{about_vectors if vectors else ''}\n\n"
-        "```python\nfrom prlhf_lightning import Generation, PersonalizedWriter\n\n"
-        'writer = PersonalizedWriter.from_folder("path/to/this/folder")\n'
-        'print(writer.generate([Generation("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
+        "```python\nfrom prlhf_lightning import GenerationRequest, Generator\n\n"
+        'writer = Generator.from_folder("path/to/this/folder")\n'
+        'print(writer.generate([GenerationRequest("...", user=writer.vocabulary.ids[0])])[0].text)\n```\n\n'
         "**Privacy.** `users.json` has the users' ids, and a vector says what a person likes: treat both as personal "
         "data. Give this folder to nobody whom the users have not agreed to; `export --include_users false` writes it "
         "without. What users' judgments taught the weights that all share is in any copy."

@@ -1,4 +1,4 @@
-"""What is in a file, as streams of bytes: what is compressed, or stored by columns, is read as what it stands for."""
+"""Contents of files as byte streams, with compressed and columnar formats decoded."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _CLOSED = {b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"\x89HDF": "HDF5"}
 _DAMAGE = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, RuntimeError, ValueError)
 
 SQLITE = b"SQLite format 3\0"
-"""How a SQLite file begins."""
+"""First bytes of a SQLite file."""
 
 
 class UnreadContentError(PRLHFError):
-    """A part of a file could not be looked into."""
+    """A part of a file could not be read."""
 
 
 class _Whole:
-    """A stream that ends where it is damaged, as one of a killed writer is at its end.
+    """A stream that ends at the first damage, such as the truncated end of a killed writer.
 
     Args:
-        stream: What is read.
+        stream: The stream.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -61,19 +61,19 @@ class _Whole:
 
 
 def head_of(path: Path) -> bytes:
-    """Return how a file begins, by which its format is told."""
+    """Return the first bytes of a file, which identify its format."""
     with path.open("rb") as file:
         return file.read(_HEAD)
 
 
 def contents(path: Path) -> Iterator[Stream]:
-    """Yield all that a file holds.
+    """Yield the contents of a file.
 
-    A file is what its first bytes say, whatever its name. Of Parquet and Arrow files, the texts and names are yielded;
-    of zip files, the bytes as they are (for a checkpoint those of all that is in it), and each compressed member.
+    The first bytes decide the format, not the name. For Parquet and Arrow files, texts and names are yielded; for zip
+    files, the raw bytes (which include all of a checkpoint) and each compressed member.
 
     Raises:
-        UnreadContentError: A part could not be read; what is whole has been yielded before.
+        UnreadContentError: A part could not be read; the readable parts were yielded before.
     """
     head = head_of(path)
     if kind := next((kind for magic, kind in _CLOSED.items() if head.startswith(magic)), None):

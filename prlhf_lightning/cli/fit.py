@@ -67,7 +67,7 @@ from prlhf_lightning.utils.load_errors import opening
 from prlhf_lightning.utils.terminal import plain_console
 from prlhf_lightning.utils.trust import words_of_user
 
-_RUNS = "runs"  # where runs go that were not told a folder
+_RUNS = "runs"  # default folder of runs
 
 
 #: Settings of data, and of sources, that are paths.
@@ -75,14 +75,14 @@ _PATHS = frozenset(
     ("train", "validation", "test", "files", "folder", "koala", "pool", "url", "users_file", "train_file", "path")
 )
 
-_FORMATS = ("csv", "json", "parquet", "arrow", "text")  # what stands in the place of a path, for `datasets`
+_FORMATS = ("csv", "json", "parquet", "arrow", "text")  # used in place of a path, for `datasets`
 
 
 class Parser(Explaining, LightningArgumentParser):
     """Lightning's parser, which explains mistakes in a few lines."""
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse words; a command about a checkpoint that names no configuration takes that of the checkpoint's run."""
+        """Parse words; without a configuration, a command about a checkpoint uses that of the checkpoint's run."""
         words = with_shipped_configs(sys.argv[1:] if args is None else args)
         tell_of_changes(words)
         if (config := configuration_of_run(words, _RUNS)) is not None:
@@ -91,7 +91,7 @@ class Parser(Explaining, LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes `config.yaml` into the run's folder, and tells the other loggers the settings as hyper-parameters."""
+    """Writes `config.yaml` into the run's folder, and logs the settings as hyper-parameters."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Find the folder, which all processes must ask for, and save."""
@@ -99,7 +99,7 @@ class SaveConfig(SaveConfigCallback):
         super().setup(trainer, pl_module, stage)
 
     def save_config(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write the file, with a checksum; and log the settings, except to the first logger: that writes beside it."""
+        """Write the file with a checksum, and log the settings to all loggers but the first."""
         if "://" in self._folder:
             self.parser.save(self.config, f"{self._folder}/{self.config_filename}", skip_none=False, overwrite=True)
         else:
@@ -112,7 +112,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class PRLHFCLI(LightningCLI):
-    """LightningCLI for a `PersonalizedLM` and a `PreferenceDataModule`, with what they share linked.
+    """LightningCLI for a `PersonalizedLM` and a `PreferenceDataModule`, with shared settings linked.
 
     Args:
         args: Command line, or the configuration itself; `sys.argv` by default.
@@ -126,18 +126,18 @@ class PRLHFCLI(LightningCLI):
         except (CheckpointWriteError, NonFiniteError) as error:
             raise type(error)(f"{error}{self._how_to_go_on()}") from error
         finally:
-            if self._claimed:  # of a run that failed before it wrote anything
+            if self._claimed:  # the run failed before it wrote anything
                 with suppress(OSError):
                     self._claimed.rmdir()
 
     def _how_to_go_on(self) -> str:
-        """Return which checkpoint there is of a fit that broke off, to add to the error."""
+        """Return how to resume a failed fit, to add to the error."""
         trainer = getattr(self, "trainer", None)
         if trainer is None or self.subcommand != "fit":
             return ""
         folders = [Path(one.dirpath) for one in trainer.checkpoint_callbacks if one.dirpath]
         newest = next((path for folder in folders if (path := checkpoint_files.newest_intact(folder))), None)
-        return f" To go on, use the same command and --ckpt_path {newest}" if newest else ""
+        return f" To resume, use the same command and --ckpt_path {newest}" if newest else ""
 
     def _run(self, args: ArgsType) -> None:
         super().__init__(
@@ -147,7 +147,7 @@ class PRLHFCLI(LightningCLI):
                 "max_epochs": 1,
                 "gradient_clip_val": 1.0,
                 "log_every_n_steps": 10,
-                "use_distributed_sampler": False,  # the data module's sampler divides batches among processes
+                "use_distributed_sampler": False,  # the data module's sampler distributes batches to processes
                 "enable_model_summary": False,
                 "callbacks": [
                     SaveOnInterrupt(),
@@ -170,7 +170,7 @@ class PRLHFCLI(LightningCLI):
         )
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the settings of what is always there, and link what data and model share."""
+        """Add the settings of fixed callbacks, and link settings that data and model share."""
         read_whole_numbers_first(parser)
         parser.add_lightning_class_args(BestAndLast, "checkpoint")
         parser.add_lightning_class_args(CollapseMonitor, "collapse")
@@ -189,14 +189,14 @@ class PRLHFCLI(LightningCLI):
             type=str | None,
             default=None,
             help="Start fit from the weights and users of this checkpoint (or its run's folder, `last`, or an exported "
-            "folder), with a new optimizer and schedule: to train further on new votes, also of new users. To go on "
-            "with a run that was stopped, give --ckpt_path instead. See docs/checkpoints.md.",
+            "folder), with a new optimizer and schedule: to train further on new votes, also of new users. To resume "
+            "a run that was stopped, use --ckpt_path. See docs/checkpoints.md.",
         )
 
     def _name_from_the_root(self) -> None:
-        """Name model and data from the root, so that what is done with a run may be done in any folder.
+        """Make the paths of model and data absolute, so that commands about a run work in any folder.
 
-        Paths are relative to the current folder, or else to that of the configuration file that names them.
+        Paths are relative to the current folder, or else to the folder of their configuration file.
         """
         config = self.config[self.config.subcommand]
         folders = [Path.cwd(), *(Path(str(file.absolute)).parent for file in config.get("config") or ())]
@@ -211,10 +211,10 @@ class PRLHFCLI(LightningCLI):
             settings["model"] = found
 
     def _parse_ckpt_path(self) -> None:
-        """Check that the checkpoint can be read; its weights are loaded later, and its settings are not taken.
+        """Check that the checkpoint can be read; its weights are loaded later, and its settings are ignored.
 
-        Lightning would let a checkpoint's hyper-parameters replace, without a word, what the command line and the
-        configuration say of the model. They are not needed: the whole model is configured in every command.
+        Lightning would silently replace the model's settings from the command line and the configuration by the
+        checkpoint's hyper-parameters. They are not needed: every command configures the whole model.
         """
         self._name_from_the_root()
         given = self.config[self.config.subcommand]
@@ -228,7 +228,7 @@ class PRLHFCLI(LightningCLI):
         if given.ckpt_path and Path(given.ckpt_path).is_dir():
             given.ckpt_path = str(checkpoint_of(Path(given.ckpt_path), "ckpt_path"))
         path = str(given.ckpt_path or "")
-        # Lightning itself finds these, and what is on other file systems.
+        # Lightning itself finds these, and files on other file systems.
         is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
         if not is_found_later:
             content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
@@ -240,26 +240,26 @@ class PRLHFCLI(LightningCLI):
                 )
 
     def _last_checkpoint(self, roots: Sequence[Path], source: Mapping[str, str] | None) -> str | None:
-        """Return where the last run got to; Lightning itself looks in the folder of the run that is about to start."""
+        """Return the last checkpoint of the last run; Lightning itself looks in the folder of the new run."""
         settings = None
         if self.config.subcommand == "fit":
-            # As the run's `config.yaml` has them.
+            # As in the run's `config.yaml`.
             settings = yaml.safe_load(self._parser("fit").dump(self.config.fit))
         path, root = last_checkpoint(*roots, started_from=source, settings=settings), _listed(roots)
         if path is None and self.config.subcommand != "fit":
             raise ConfigurationError(f"ckpt_path: there is no checkpoint of any run in {root}; name one by its path.")
-        # Not an error, so that the same command begins a run and goes on with it.
+        # Not an error, so that the same command starts and resumes a run.
         began = f" that was started from {source['path']}" if source else ""
-        anew = f"No run in {root}{began} has a checkpoint to go on from: starting anew{' from it' if source else ''}."
+        anew = f"No run in {root}{began} has a checkpoint to resume: starting a new run{' from it' if source else ''}."
         rank_zero_info(f"Going on from {path}" if path else anew)
         return str(path) if path else None
 
     def after_validate(self) -> None:
-        """Print what was measured."""
+        """Print the metrics."""
         self._print_evaluation("val")
 
     def after_test(self) -> None:
-        """Print what was measured."""
+        """Print the metrics."""
         self._print_evaluation("test")
 
     def _print_evaluation(self, stage: str) -> None:
@@ -271,11 +271,11 @@ class PRLHFCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         parser: LightningArgumentParser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand in ("validate", "test"):
-            parser.set_defaults({"verbose": False})  # there is a table of our own
+            parser.set_defaults({"verbose": False})  # this package prints its own table
         return parser
 
     def before_fit(self) -> None:
-        """Start from an earlier training, if asked to, unless there is a checkpoint of this one to go on from."""
+        """Start from an earlier training if `init_from` is given and there is no checkpoint to resume."""
         given = self.config.fit
         if not given.init_from:
             return
@@ -289,7 +289,7 @@ class PRLHFCLI(LightningCLI):
         self.model.start_from(given.init_from)
 
     def after_fit(self) -> None:
-        """Say where the checkpoints are and what to change, and compare with the vanilla counterpart, if asked to."""
+        """Print the checkpoints and advice, and train and compare the baseline if `train_baseline` is set."""
         checkpoints = kept_by(self.trainer)
         if checkpoints:
             rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
@@ -307,7 +307,7 @@ class PRLHFCLI(LightningCLI):
         without = {"class_path": "prlhf_lightning.user_models.UniformUserModel", "init_args": {"num_tokens": 0}}
         config.model.user_model = dict_to_namespace(without)
         seed_everything(config.seed_everything)
-        config.trainer.logger = None  # there is one for it below
+        config.trainer.logger = None  # its logger is set below
         fresh = self._parser("fit").instantiate_classes(config)
         folder = run_folder(self.trainer)
         trainer = Trainer(
@@ -318,11 +318,11 @@ class PRLHFCLI(LightningCLI):
                 "enable_checkpointing": False,
             }
         )
-        fresh.model.hparams["user_model"] = without  # Lightning puts the command's own there
-        rank_zero_info("Training the same without a user model, to compare.")
+        fresh.model.hparams["user_model"] = without  # Lightning stores the command's own there
+        rank_zero_info("Training the same model without users, for comparison.")
         trainer.fit(fresh.model, fresh.data)
         if not config.trainer.fast_dev_run:
-            # Not in a folder `checkpoints`, where `--ckpt_path last` would take it for the newest of the run.
+            # Not in a folder `checkpoints`, where `--ckpt_path last` would use it as the newest of the run.
             trainer.save_checkpoint(kept := folder / "baseline" / "last.ckpt")
             rank_zero_info(f"The baseline's checkpoint: {kept}")
         if self.trainer.is_global_zero or is_sharded(self.model.policy):
@@ -338,7 +338,7 @@ class PRLHFCLI(LightningCLI):
         wanted = config["enable_progress_bar"] is not False
         if wanted and not any(isinstance(callback, ProgressBar) for callback in config["callbacks"]):
             config["callbacks"].append(RichProgressBar())
-        # Lightning's own place is the current directory.
+        # Lightning's own default is the current directory.
         root = str(config["default_root_dir"] or _RUNS)
         root = config["default_root_dir"] = root if "://" in root else os.path.expanduser(root)
         if not config["fast_dev_run"]:
@@ -351,7 +351,7 @@ class PRLHFCLI(LightningCLI):
             trainer, lambda: opening(f"ckpt_path: {trainer.ckpt_path}", "Use a checkpoint that `fit` wrote.")
         )
         if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
-            raise ConfigurationError("trainer.strategy: the command line can't be sent to spawned processes; use ddp.")
+            raise ConfigurationError("trainer.strategy: spawned processes cannot get the command line; use ddp.")
         return trainer
 
     def _set_seed(self) -> None:
@@ -362,58 +362,58 @@ class PRLHFCLI(LightningCLI):
 
 
 def read_whole_numbers_first(parser: LightningArgumentParser) -> None:
-    """Have `limit_val_batches: 1` mean one batch, where 1.0 means all of them.
+    """Make `limit_val_batches: 1` mean one batch, while 1.0 means all of them.
 
-    Python remembers a union of types in the order in which the first module named them. Where that is a float before an
-    int (as in rich), jsonargparse reads the 1 of Lightning's `int | float` as 1.0.
+    Python caches a union of types in the order of its first use. If that is float before int (as in rich), jsonargparse
+    reads the 1 of Lightning's `int | float` as 1.0.
     """
     for action in parser._actions:
         types = get_args(getattr(action, "_typehint", None))
         if {int, float} <= set(types) and types.index(float) < types.index(int):
             whole_first = reduce(or_, (int, *(one for one in types if one is not int)))
-            vars(action)["_typehint"] = whole_first  # which jsonargparse declares nowhere
+            vars(action)["_typehint"] = whole_first  # undeclared in jsonargparse
 
 
 def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:
-    """Return what to do where users' own rows rank their held-out pairs no better than the generic user does.
+    """Return the advice to shrink if users' own rows rank held-out pairs no better than the generic user, or None.
 
     Args:
-        metrics: What the last validation found.
+        metrics: Metrics of the last validation.
         user_model: A user model that was trained.
-        last: The checkpoint that was validated last, in its run's folder of checkpoints.
+        last: The last validated checkpoint, in its run's folder of checkpoints.
     """
     own, generic = (metrics.get(f"val/seen/{name}") for name in ("accuracy", "generic_accuracy"))
     is_trained = len(user_model.row_tables()) > len(user_model.history_tables())
     if own is None or generic is None or own > generic or not is_trained or last.is_dir():
         return None
-    # Not among the run's checkpoints, where `--ckpt_path last` would take it for the newest.
+    # Not among the run's checkpoints, where `--ckpt_path last` would use it as the newest.
     words = ["shrink", "--model", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]
     return (
-        f"Of the held-out pairs users' own rows rank {own:.3f} right, and the generic user {generic:.3f}: the rows "
-        "have learned nothing yet, or noise. See how far they are to be believed, and draw them to the generic user: "
-        f"python -m prlhf_lightning {shlex.join(words)}"
+        f"Pair accuracy on held-out pairs is {own:.3f} with users' own rows and {generic:.3f} with the generic user: "
+        "the rows have learned nothing yet, or noise. Shrink them toward the generic user: "
+        f"prlhf-lightning {shlex.join(words)}"
     )
 
 
 def _start_of_run(given: str, goes_on: bool, roots: Sequence[Path]) -> str:
-    """Return the whole path of the checkpoint, or exported folder, that `init_from` names.
+    """Return the absolute path of the checkpoint or exported folder of `init_from`.
 
     Args:
-        given: A path, that of a run's folder, or `last`.
-        goes_on: Whether the same command also goes on with the run that it starts (`--ckpt_path last`).
+        given: A path of a checkpoint or a run's folder, or `last`.
+        goes_on: Whether the same command also resumes its run (`--ckpt_path last`).
         roots: Folders of runs.
     """
     if given == "last" and goes_on:
         raise ConfigurationError(
-            "init_from: with --ckpt_path last, `last` may be the run to start from or the one that was started. Name "
-            "the checkpoint to start from by its path."
+            "init_from: with --ckpt_path last, `last` may be the run to start from or the started run. Give "
+            "the path of the checkpoint to start from."
         )
     found = last_checkpoint(*roots) if given == "last" else Path(given).expanduser()
     if found is None:
         raise ConfigurationError(
             f"init_from: there is no checkpoint of any run in {_listed(roots)}; name one by its path."
         )
-    # Whole, as the run's configuration is kept in another folder.
+    # Absolute, since the run's configuration is stored in another folder.
     is_exported = (found / "prlhf.json").is_file()
     return str((found if is_exported else checkpoint_of(found, "init_from")).absolute())
 
@@ -423,26 +423,26 @@ def _listed(folders: Iterable[Path]) -> str:
 
 
 def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
-    """Warn where a checkpoint's adapters would be put on another model: of equal shape, it loads without an error."""
+    """Warn if a checkpoint's adapters would be loaded into another model: with equal shapes, that raises no error."""
     trained = checkpoint.get("hyper_parameters", {}).get("policy")
     before = trained.get("init_args", {}).get("model") if isinstance(trained, dict) else None
     now = policy.get("init_args", {}).get("model") if policy else None
     if before and now and Path(before).resolve() != Path(now).resolve():
         rank_zero_warn(
-            f"The checkpoint was trained on model.policy.model {before}, and this is {now}. What was trained fits no "
-            "other weights, even where it can be loaded: make sure that they are the same."
+            f"The checkpoint was trained on model.policy.model {before}, and this is {now}. Trained weights fit no "
+            "other model, even if they can be loaded: make sure that the models are the same."
         )
 
 
 def _with_run_folder(loggers: Any, root: str) -> tuple[list[Logger], Path | None]:
-    """Do as `with_run_folder`, and refuse a folder that can't be written to, before anything is computed."""
+    """Call `with_run_folder`, and refuse a folder that is not writable, before anything is computed."""
     try:
         return with_run_folder(loggers, root)
     except OSError as error:
         folder = str(error.filename or root)
         setting = "trainer.default_root_dir" if folder.startswith(root) else "trainer.logger"
         raise ConfigurationError(
-            f"{setting}: files can't be written to {folder} ({error.strerror}); give another folder."
+            f"{setting}: cannot write files to {folder} ({error.strerror}); give another folder."
         ) from error
 
 
@@ -451,14 +451,14 @@ def run_training(args: ArgsType, program: str) -> None:
 
     Args:
         args: The words of the command line, or the configuration.
-        program: How the command is called, for messages.
+        program: Name of the command, for messages.
     """
     Parser.called = program
     PRLHFCLI(args)
 
 
 def _locate_data(settings: Any, folders: Sequence[Path]) -> None:
-    """Name the files of a source, and of the sources in it, from the root, in place."""
+    """Make the file paths of a source, and of its nested sources, absolute, in place."""
     if isinstance(settings, list):
         for one in settings:
             _locate_data(one, folders)

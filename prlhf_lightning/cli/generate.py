@@ -1,4 +1,4 @@
-"""One prompt or many, written for one user or several at once."""
+"""The command `generate`: answers to one or many prompts, for one or several users."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ _NARROWEST = 30  # columns of a panel
 
 @dataclass(frozen=True)
 class _Request:
-    """A generation, with what its row of the output says of it."""
+    """A request with the fields of its output row."""
 
     generation: GenerationRequest
     id: str | int
 
     def renamed(self, name: Callable[[str], str]) -> _Request:
-        """Return the same for users by other names."""
+        """Return the request with renamed users."""
         user = self.generation.user
         if user is not None:
             user = name(user) if isinstance(user, str) else {name(one): share for one, share in user.items()}
@@ -71,37 +71,37 @@ def generate(
     trust_remote_code: bool = False,
     trust_classes: list[str] | None = None,
 ) -> None:
-    """Write for one user or several at once.
+    """Generate answers for one or several users.
 
     See docs/generate.md for examples.
 
     Args:
         model: A checkpoint of `fit`, the folder of its run, or a folder that `export` wrote.
-        prompt: What to answer.
+        prompt: The prompt.
         prompts: A JSONL file of rows with a `prompt` (a string or a conversation), and maybe `user_id` (or `user`),
-            `id`, `user_text` and `tools`. A row without a user is written for all that `user` and `blend` name.
-        user: Ids, as in `--user ann bob`. Without any, the generic user.
-        blend: Shares of several users, as in `{ann: 2, bob: 1}`: one more user to write for. Ids with signs that YAML
-            has a use for are put in quotes.
+            `id`, `user_text` and `tools`. A row without a user gets an answer for each of `user` and `blend`.
+        user: Ids, as in `--user ann bob`; the generic user by default.
+        blend: Shares of several users, as in `{ann: 2, bob: 1}`: one more answer, for the mixture. Quote ids with YAML
+            characters.
         user_text: Text about the user, for user models that read it.
-        strength: How far users move what is written: 0 is the generic user, 1 as trained, up to 4 exaggerates.
-        max_new_tokens: Tokens to write at most; fewer where the model has no more positions.
-        temperature: Sampling temperature; 0 picks the likeliest token each time.
-        top_p: Share of the probability to sample from.
-        seed: What chance is drawn from, the same for every answer.
-        stop: Strings each of which ends an answer.
-        chat_template: Whether a prompt that is a string is wrapped in the chat template as one turn of the user; by
-            default as in training. Conversations always are.
-        continue_final_message: Go on with the last message of each conversation, which is then the assistant's.
-        output: A JSONL file to write the answers to, instead of the terminal; replaced in one step.
-        max_batch_rows: Most answers computed at a time; other strengths than 0 and 1 take two places.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
-        hash_user_ids_with: What `data.hash_user_ids_with` was in training; what is shown and written are the
+        strength: How strongly users change the answers: 0 is the generic user, 1 as trained, up to 4 exaggerates.
+        max_new_tokens: Maximum number of new tokens; fewer if the model has no more positions.
+        temperature: Sampling temperature; 0 is greedy.
+        top_p: Probability mass to sample from.
+        seed: Random seed, the same for every answer.
+        stop: Strings that end an answer.
+        chat_template: Whether a string prompt is one user turn in the chat template; by default as in training.
+            Conversations always use the template.
+        continue_final_message: Continue the last message of each conversation, which must be the assistant's.
+        output: A JSONL file for the answers, in place of the terminal; replaced atomically.
+        max_batch_rows: Maximum number of rows in a step; strengths other than 0 and 1 take two rows.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` uses a GPU if there is one.
+        hash_user_ids_with: The value of `data.hash_user_ids_with` in training; what is shown and written are the
             pseudonyms.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     if (prompt is None) == (prompts is None):
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
@@ -144,11 +144,11 @@ def generate(
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """Read and check a file of prompts."""
+    """Yield the validated rows of a file of prompts."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"prompts: {path} can't be read as lines of UTF-8: {error}") from error
+        raise ConfigurationError(f"prompts: {path} cannot be read as lines of UTF-8: {error}") from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -156,9 +156,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FeedbackFormatError(f"{where}: this is no JSON ({error}); write one object a line.") from error
+            raise FeedbackFormatError(f"{where}: this is not JSON ({error}); write one object per line.") from error
         if not isinstance(row, dict):
-            raise FeedbackFormatError(f"{where}: this is no JSON object; write one a line, with a 'prompt'.")
+            raise FeedbackFormatError(f"{where}: this is not a JSON object; write one per line, with a 'prompt'.")
         user = row.get("user_id", row.get("user"))
         if type(user) is int:  # as in the files that training reads
             user = str(user)
@@ -200,26 +200,24 @@ def _requests(
 
 
 def _report_unknown(writer: Generator, requests: Sequence[_Request]) -> None:
-    """Say who is not known, and is written for as the generic user."""
+    """Print unknown users, whose answers are for the generic user."""
     users = [one.generation.user for one in requests if one.generation.user is not None]
     named = dict.fromkeys(name for user in users for name in ([user] if isinstance(user, str) else user))
     if unknown := [printable(name) for name in named if name not in writer.vocabulary]:
         more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-        sys.stderr.write(
-            f"Not known to this model, and so written for as the generic user: {', '.join(unknown[:_LISTED])}{more}\n"
-        )
+        sys.stderr.write(f"Unknown users, who get the generic user's answer: {', '.join(unknown[:_LISTED])}{more}\n")
 
 
 def _report_empty(writer: Generator, requests: Sequence[_Request], texts: Sequence[str]) -> None:
-    """Say that answers are empty, and what may be the reason."""
+    """Print the number of empty answers and the likely reason."""
     empty = [one.generation for one, text in zip(requests, texts, strict=True) if not text.strip()]
     if not empty:
         return
     advice = ""
     if writer.tokenizer.chat_template and any(writer.takes_as_it_stands(one) for one in empty):
         advice = (
-            " Their prompts were taken as they stand, without the chat template; if the model has learned "
-            "conversations, add `--chat_template true`."
+            " Their prompts were used as plain text, without the chat template; if the model was trained "
+            "on conversations, add `--chat_template true`."
         )
     sys.stderr.write(f"{len(empty)} of {len(texts)} answers are empty: the model ended them at once.{advice}\n")
 

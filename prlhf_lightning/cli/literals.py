@@ -1,4 +1,4 @@
-"""Arguments of the command line that are text: ids, prompts, names and paths are taken as they stand, never as YAML."""
+"""Text arguments of the command line: ids, prompts, names and paths are plain text, never YAML."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from typing import Any, Union, get_args, get_origin
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import set_dumper, set_loader
 
-#: The parser mode in which a configuration file's scalars are the text that stands there, whatever YAML makes of it.
+#: The parser mode in which scalars of a configuration file are plain text.
 MODE = "literal"
-# Before a list that the command line gave: NUL can be neither in an argument of a process nor in YAML.
+# Prefix of a list from the command line: NUL can occur neither in a process argument nor in YAML.
 _MARK = "\0"
 _OPTION = re.compile(r"--[A-Za-z][\w.-]*\+?(=.*)?|--", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How an argument that is text is read.
+    """Parser of a text argument.
 
     Attributes:
-        name: What the help calls it.
-        read: Returns the value of what the command line, a configuration file or Python gave.
+        name: Its name in the help.
+        read: Returns the value of an input from the command line, a configuration file or Python.
     """
 
     name: str
     read: Callable[[Any], Any]
 
     def __call__(self, value: Any) -> Any:
-        """Read a value; one that was read already stays as it is."""
+        """Return the parsed value; a parsed value is returned unchanged."""
         return self.read(value)
 
     def __repr__(self) -> str:
@@ -46,12 +46,12 @@ class _GivenTwice(yaml.constructor.ConstructorError):  # type: ignore[misc]
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Reads every plain scalar as a string, but for `null`: 007, 1e3, yes and 2024-01-01 stay what they are."""
+    """Reads every plain scalar except `null` as a string: 007, 1e3, yes and 2024-01-01 stay text."""
 
     yaml_implicit_resolvers = {"n": [("tag:yaml.org,2002:null", re.compile("null$"))]}  # noqa: RUF012
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        """Return a mapping; one with a key twice is refused, since YAML would drop what stands first."""
+        """Return a mapping; a repeated key is refused, since YAML would drop its first value."""
         seen = set()
         for key_node, _ in node.value:
             key = _spelled(self.construct_object(key_node, deep=True))
@@ -64,12 +64,12 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 def load(text: str) -> Any:
-    """Return what YAML holds: strings, lists, mappings, and None where it says `null`."""
+    """Return the content of YAML: strings, lists, mappings, and None for `null`."""
     return yaml.load(text, Loader=_Loader)
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Writes paths as the text that they are."""
+    """Writes paths as text."""
 
 
 _Dumper.add_multi_representer(PurePath, lambda dumper, path: dumper.represent_str(str(path)))
@@ -85,11 +85,11 @@ set_dumper(MODE, dump)
 
 
 class NotText(ArgumentTypeError, ValueError):
-    """What was given for an argument that is text is none; the message says what is wrong with it."""
+    """The value of a text argument is not text; the message names the problem."""
 
 
 def _text(value: Any) -> str:
-    """Return a text as it stands."""
+    """Return a text unchanged."""
     if not isinstance(value, str):
         raise NotText(f"this is a {type(value).__name__}, and must be one text")
     try:
@@ -100,17 +100,17 @@ def _text(value: Any) -> str:
 
 
 def _path(value: Any) -> Path:
-    """Return a path; an empty one would be the current folder, which nobody who leaves it empty means."""
+    """Return a path; an empty one is refused, since it would be the current folder."""
     if isinstance(value, Path):
         return value
     text = _text(value)
     if not text.strip() or "\0" in text:
-        raise NotText(f"{text!r} is no path; name a file or folder, or leave the option out")
+        raise NotText(f"{text!r} is not a path; give a file or folder, or leave the option out")
     return Path(text)
 
 
 def _texts(value: Any) -> list[str]:
-    """Return a list of texts, each as it stands: of the command line, of a configuration file, or of Python."""
+    """Return a list of unchanged texts from the command line, a configuration file, or Python."""
     if isinstance(value, str):
         value = json.loads(value[len(_MARK) :]) if value.startswith(_MARK) else [value]
     if not isinstance(value, list):
@@ -141,7 +141,7 @@ def _mapping(value: Any) -> dict[str, Any]:
             raise NotText(f"{value!r}: {error.problem}") from error
         except yaml.YAMLError as error:
             raise NotText(
-                f"{value!r} can't be read as {{name: value, ...}}; put names with other signs in quotes, as in "
+                f"{value!r} cannot be read as {{name: value, ...}}; quote names with special characters, as in "
                 "{'[x]': value}"
             ) from error
     if not isinstance(value, Mapping):
@@ -150,7 +150,7 @@ def _mapping(value: Any) -> dict[str, Any]:
 
 
 def _spelled(value: Any) -> Any:
-    """Return `null` for what the loader made of just that word."""
+    """Return the text `null` for the loader's None."""
     return "null" if value is None else value
 
 
@@ -166,7 +166,7 @@ _KINDS: dict[Any, Kind] = {
 
 
 def kind_of(annotation: Any) -> Kind | None:
-    """Return how an argument of a type is read where it is text, or a list or mapping of text; else None."""
+    """Return the parser for a type of text, or a list or mapping of text; otherwise None."""
     types = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     found = [one for one in types if one is not NoneType]
     if set(found) == {str, list[str]}:  # one or several, which is for Python
@@ -175,14 +175,14 @@ def kind_of(annotation: Any) -> Kind | None:
 
 
 def joined(words: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
-    """Return words of the command line with each text option joined to its value, so that nothing else reads it.
+    """Return words of the command line with each text option joined to its value, so that nothing else parses it.
 
     All values of a list become one: `--user ann bob`, `--user ann --user bob` and `--user+ ann --user+ bob` are the
     same. A value may begin with a dash, unless it looks like an option; `--user=--ann` gives one that does.
 
     Args:
         words: The words.
-        kinds: How text options are read, by their names, such as `--user`.
+        kinds: Parsers of text options by name, such as `--user`.
     """
     result: list[str] = []
     lists: dict[str, list[str]] = {}
@@ -199,18 +199,18 @@ def joined(words: Sequence[str], kinds: Mapping[str, Kind]) -> list[str]:
             while not has_value and rest and not _OPTION.fullmatch(rest[0]):
                 found.append(rest.pop(0))
         elif not has_value and (not rest or _OPTION.fullmatch(rest[0])):
-            result.append(word)  # argparse says that it needs a value
+            result.append(word)  # argparse reports the missing value
         else:
             result.append(f"{option}={value if has_value else rest.pop(0)}")
     return result + [f"{option}={_MARK}{json.dumps(values)}" if values else option for option, values in lists.items()]
 
 
 def given_twice(words: Sequence[str], kinds: Mapping[str, Kind]) -> str | None:
-    """Return what to say of a list that is given in several places, of which only the last would count, or None.
+    """Return the error message for a list that is given in several places, or None.
 
     Args:
         words: Words of the command line, with configurations as `--config FILE`.
-        kinds: How text options are read, by their names, such as `--user`.
+        kinds: Parsers of text options by name, such as `--user`.
     """
     places: dict[str, list[str]] = {option: [] for option, kind in kinds.items() if kind is TEXTS}
     for number, word in enumerate(words):
@@ -228,7 +228,7 @@ def given_twice(words: Sequence[str], kinds: Mapping[str, Kind]) -> str | None:
 
 
 def _keys(file: str) -> list[str]:
-    """Return which options a configuration sets; none if it can't be read, which the parser then says."""
+    """Return the options that a configuration sets; none if it is unreadable, which the parser then reports."""
     try:
         content = load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):

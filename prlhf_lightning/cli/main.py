@@ -1,4 +1,4 @@
-"""`python -m prlhf_lightning COMMAND ...`: finds the command, runs it, and says what is wrong without a stack trace."""
+"""Entry point `prlhf-lightning COMMAND ...`: finds and runs the command, and prints errors without a stack trace."""
 
 from __future__ import annotations
 
@@ -17,37 +17,37 @@ from prlhf_lightning.errors import PRLHFError
 from prlhf_lightning.utils.io import system_error
 from prlhf_lightning.utils.terminal import LAYOUT, printable, shortened
 
-#: What the system says where nothing more can be written.
+#: Error numbers of failed writes.
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
-#: What a shell expects of a command that Ctrl+C ended.
+#: Exit code of a command that Ctrl+C ended.
 INTERRUPTED = 130
 
 
 def main(args: list[str] | dict[str, Any] | None = None) -> None:
-    """Run the command line; an error that a person can mend is printed without a stack trace.
+    """Run the command line; errors that users can fix are printed without a stack trace.
 
     Args:
-        args: Its words, those of the process by default, or a configuration for Lightning's commands.
+        args: The words, by default those of the process, or a configuration for Lightning's commands.
     """
     for message in (
         ".*LeafSpec.*",  # Lightning's use of torch's pytree
         ".*overridden `on_before_batch_transfer`.*",  # on purpose
-        ".*smaller than the logging interval.*",  # LogShortRuns sees to it
+        ".*smaller than the logging interval.*",  # LogShortRuns handles it
     ):
         warnings.filterwarnings("ignore", message=message)
-    # Lightning advertises an add-on at each start, in the voice of a warning.
+    # Lightning advertises an add-on at each start, as a warning.
     advert = logging.getLogger("lightning.pytorch.utilities.rank_zero")
     advert.addFilter(lambda record: "litlogger" not in record.getMessage())
     try:
         _run(args)
         sys.stdout.flush()
-    except KeyboardInterrupt:  # Ctrl+C, as while the command's modules are loaded
+    except KeyboardInterrupt:  # Ctrl+C, for example while modules are loaded
         sys.exit(INTERRUPTED)
-    except BrokenPipeError:  # whoever reads our output has seen enough, as `head` has
+    except BrokenPipeError:  # the reader of the output has closed it, as `head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
-        # An error of ours may come wrapped in those of the libraries that called us.
+        # Libraries that call us may wrap our errors.
         told = next((said for e in _causes(error) if (said := _for_people(e))), None)
         if told is None:
             raise
@@ -56,7 +56,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
 
 
 def _drop_output_that_cannot_be_written() -> None:
-    """Keep Python from a second try when it ends, which it would tell in words of its own, where a disk is full."""
+    """Prevent Python from writing the output again at exit, with its own error message, on a full disk."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -64,7 +64,7 @@ def _drop_output_that_cannot_be_written() -> None:
 
 
 def _run(args: list[str] | dict[str, Any] | None) -> None:
-    """Run a command; what it needs is imported here, and only here: it takes seconds."""
+    """Run a command; its modules are imported only here, since that takes seconds."""
     words = sys.argv[1:] if args is None else args
     if words == ["--version"]:
         print(f"prlhf_lightning {__version__}")
@@ -80,7 +80,7 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
     elif isinstance(command, Group) and (path or not rest or not rest[0].startswith("-")):
         sys.stderr.write(refusal(command, path, rest[0] if rest else None) + "\n")
         sys.exit(2)
-    else:  # a command of Lightning's, before which options may stand
+    else:  # a command of Lightning; options may come before it
         from prlhf_lightning.cli.fit import run_training
 
         # Not the words: Lightning would warn of some that it could have read itself.
@@ -88,20 +88,20 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
 
 
 def _for_people(error: BaseException) -> str:
-    """Return what an error says of what to mend, or nothing."""
+    """Return the message of an error that users can fix, or an empty string."""
     # An error of a process that loads batches comes with the stack trace of that process in its message.
     said = re.sub(r"(?s)\ACaught \w+ in DataLoader worker.*^[\w.]+Error: ", "", str(error), flags=re.MULTILINE).strip()
     if isinstance(error, PRLHFError):
         return said
-    # A class that lacks a package, such as WandbLogger, says which; what has a name is a fault in somebody's own file.
+    # A class with a missing package, such as WandbLogger, names it; an error with a name is a bug in a user's file.
     if isinstance(error, ModuleNotFoundError):
         return said if error.name is None else ""
-    # EarlyStopping answers a misspelt monitor with the names that there are, but with an error of no class of its own.
+    # EarlyStopping reports a misspelled monitor with the existing names, but with a generic error class.
     return said if str(error).startswith("Early stopping conditioned on metric") else _of_a_library(error, said)
 
 
 def _of_a_library(error: BaseException, said: str) -> str:
-    # What is asked about is loaded where it has gone wrong; to load it for every mistake would take seconds.
+    # The failing library is already loaded; importing it for every error would take seconds.
     from lightning.fabric.utilities.exceptions import MisconfigurationException
 
     from prlhf_lightning.training.callbacks import is_out_of_memory
@@ -109,7 +109,7 @@ def _of_a_library(error: BaseException, said: str) -> str:
     if is_out_of_memory(error):
         noted = " ".join(getattr(error, "__notes__", []))
         return noted or f"There is not enough memory ({said.partition(chr(10))[0] or type(error).__name__})."
-    # What the package writes names itself; this is for what other libraries do, and for the standard output.
+    # This package's writes name their file; this is for other libraries and the standard output.
     cause = system_error(error)
     if cause is not None and cause.errno in _OF_THE_DISK:
         return f"{cause.filename or 'A file, or the output,'} could not be written: {cause.strerror}."

@@ -1,4 +1,4 @@
-"""The command line's parser: says what is wrong and what may have been meant, without a hundred lines of usage."""
+"""The command line's parser: short error messages with suggestions, without a hundred lines of usage."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from prlhf_lightning.cli.commands import PROGRAM
 from prlhf_lightning.utils.terminal import LAYOUT, printable, shortened
 from prlhf_lightning.utils.trust import current_folder, raise_refusal, words_of_user
 
-#: The settings that are a class, by what they end in.
+#: Settings with a class as value, by the end of their names.
 _COMPONENTS = {
     "user_model": ("prlhf_lightning.user_models", "UserModel"),
     "policy": ("prlhf_lightning.policies", "Policy"),
@@ -26,7 +26,7 @@ _COMPONENTS = {
     "source": ("prlhf_lightning.data", "DataSource"),
     "judge": ("prlhf_lightning.analysis.judges", "Judge"),
 }
-#: What is meant where a file or a model's name stands in the place of a class.
+#: The intended setting if a file or a model's name is given in place of a class.
 _PATHS = {"data.source": "train", "model.policy": "model"}
 _WORD = r"(?:string: |[oO]ption '|attribute '|choice: '|arguments: --)([\w.]+)"
 
@@ -35,17 +35,17 @@ begin_other_classes_anew()
 
 
 class _Formatter(DefaultHelpFormatter):
-    """Leaves a text as it stands that has lines of its own."""
+    """Keeps the line breaks of a text."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return text if "\n" in text else super()._fill_text(text, width, indent)
 
 
 class Explaining(ArgumentParser):
-    """Explains mistakes in a few lines.
+    """Explains errors in a few lines.
 
     Attributes:
-        called: How the command is called that is being read.
+        called: Name of the parsed command.
     """
 
     called = PROGRAM
@@ -55,7 +55,7 @@ class Explaining(ArgumentParser):
         super().__init__(*args, **{**defaults, **{key: value for key, value in kwargs.items() if value is not None}})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Print what is wrong and what may have been meant, and exit."""
+        """Print the error and suggestions, and exit."""
         raise_refusal()
         asked = getattr(ex, "subcommand_parser", None) or self
         options = {str(action.dest) for action in asked._actions}
@@ -68,25 +68,25 @@ class Explaining(ArgumentParser):
 
 
 class TaskParser(Explaining):
-    """Parser of one task: what is text in the function's signature is taken as it stands; see `literals`."""
+    """Parser of one task: text arguments of the function's signature are plain text; see `literals`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "parser_mode": literals.MODE})
-        # Of a component's own parser, and of its groups of arguments, jsonargparse makes the values by itself.
+        # For a component's own parser and its argument groups, jsonargparse creates the values itself.
         self._kinds: dict[str, literals.Kind] | None = {} if "prog" in kwargs else None
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        """Add an argument; one that is text is read as `literals` says."""
+        """Add an argument; `literals` parses text."""
         annotation = kwargs.get("type", getattr(kwargs.get("action"), "_typehint", None))
         kinds, kind = getattr(self, "_kinds", None), literals.kind_of(annotation)
         if kind is not None and kinds is not None:
             kwargs = {key: value for key, value in kwargs.items() if key != "action"} | {"type": kind}
-            args = args[:1]  # without the name by which jsonargparse appends to a list
+            args = args[:1]  # without jsonargparse's name for appending to a list
             kinds[args[0]] = kind
         return super().add_argument(*args, **kwargs)
 
     def parse_args(self, args: Sequence[str] | None = None, *others: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
-        """Parse words, of which text keeps every sign."""
+        """Parse words; text is kept unchanged."""
         words = sys.argv[1:] if args is None else args
         if twice := literals.given_twice(words, self._kinds or {}):
             self.error(twice)
@@ -98,7 +98,7 @@ def run_task(function: Callable[..., Any], path: Sequence[str], words: list[str]
 
     Args:
         function: The function.
-        path: The words by which it is called.
+        path: The words of the command.
         words: Its options.
     """
     Explaining.called = " ".join([PROGRAM, *path])
@@ -107,7 +107,7 @@ def run_task(function: Callable[..., Any], path: Sequence[str], words: list[str]
 
 
 def _components() -> dict[str, type]:
-    """Return the kinds of components that are loaded: the command that was given knows no others."""
+    """Return the loaded kinds of components: the current command uses no others."""
     loaded = {setting: (sys.modules.get(module), name) for setting, (module, name) in _COMPONENTS.items()}
     return {setting: getattr(module, name) for setting, (module, name) in loaded.items() if module is not None}
 
@@ -132,7 +132,7 @@ def _hints(message: str, options: set[str]) -> Iterator[str]:
 
 
 def _in_full(word: str, options: set[str]) -> list[str]:
-    """Return the options with the same last name as one that is not there, as `data.source.train` for `data.train`."""
+    """Return the options with the same last name as an unknown one, such as `data.source.train` for `data.train`."""
     name = word.rpartition(".")[2]
     found = [option for option in options if option.rpartition(".")[2] == name and option != word]
     components = _components()
@@ -144,7 +144,7 @@ def _in_full(word: str, options: set[str]) -> list[str]:
 
 
 def _options_of_component(error: Exception | None) -> list[str]:
-    """Return the options of the component whose parser raised an error, which itself names neither."""
+    """Return the options of the component whose parser raised an error that names neither."""
     trace = error.__traceback__ if error else None
     while trace and trace.tb_next:
         trace = trace.tb_next
@@ -162,7 +162,7 @@ def _subclasses(component: type) -> Iterator[type]:
 
 
 def _usable(component: type) -> list[str]:
-    """Return the names of the classes of a kind that a configuration can name as they are."""
+    """Return the names of the classes of a kind that a configuration can use without a path."""
     found = {subclass.__name__ for subclass in _subclasses(component) if not isabstract(subclass)}
     return sorted(name for name in found if not name.startswith("_"))
 

@@ -1,4 +1,4 @@
-"""Tell a checkpoint where its base model is now."""
+"""The command `relocate`: a checkpoint with a new path of its base model."""
 
 from __future__ import annotations
 
@@ -21,10 +21,9 @@ def relocate(
     trust_remote_code: bool = False,
     trust_classes: list[str] | None = None,
 ) -> None:
-    """Write a copy of a checkpoint that loads its base model, which a checkpoint does not hold, from another place.
+    """Write a copy of a checkpoint with a new path of its base model, which a checkpoint does not hold.
 
-    For a checkpoint that came from another machine, or a base model that was moved. It must be the same model: one with
-    other weights is refused.
+    For checkpoints from another machine, or moved base models. It must be the same model: other weights are refused.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
@@ -33,7 +32,7 @@ def relocate(
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
@@ -41,7 +40,7 @@ def relocate(
     if not content:
         raise ConfigurationError(
             f"model: {checkpoint} is a folder; give a .ckpt file of `fit`. In a folder with exported adapters, "
-            "write the base model's place into base_model_name_or_path of adapter_config.json."
+            "write the base model's path into base_model_name_or_path of adapter_config.json."
         )
     settings = content.get("hyper_parameters", {}).get("policy", {}).get("init_args", {})
     if "model" not in settings:
@@ -50,7 +49,7 @@ def relocate(
     before = settings["model"]
     settings["model"] = str(Path(base).resolve()) if Path(base).is_dir() else base
     trial = output.with_name(f"{output.name}.trial")
-    try:  # before it takes the place of what is there, which may be the checkpoint itself
+    try:  # before it replaces a file, which may be the checkpoint itself
         checkpoint_files.save(content, trial)
         module = load_module(trial, "output", trust_remote_code, trust_classes)
     finally:
@@ -59,8 +58,8 @@ def relocate(
     # Another version of transformers may have other names for the same weights: `load_module` has warned.
     if trained_on and now and trained_on["weights"] != now["weights"] and trained_on["transformers"] == __version__:
         raise ConfigurationError(
-            f"base: the weights of {base} are not those of {before}, which {checkpoint} was trained on; what was "
-            "trained fits no others. Give the same model."
+            f"base: the weights of {base} are not those of {before}, which {checkpoint} was trained on; trained "
+            "weights fit no other model. Give the same model."
         )
     checkpoint_files.save(content, output)
-    print(f"{output} takes its base model from {settings['model']} instead of {before}")
+    print(f"{output} loads its base model from {settings['model']} instead of {before}")

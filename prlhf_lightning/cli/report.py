@@ -89,12 +89,12 @@ def report(
         show_answers: Whether prompts and answers stand on the page.
         show_user_text: Whether the users' texts do.
         show_user_ids: Whether users are called by their ids, and not by numbers.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` uses a GPU if there is one.
         seed: Draws answers, where they are sampled, and bootstrap samples.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     least = {"num_users": num_users, "num_prompts": num_prompts, "max_pairs": max_pairs, "batch_size": batch_size}
     for name, value in least.items():

@@ -53,36 +53,36 @@ def serve(
 
     Args:
         model: A folder that `export` wrote, a checkpoint of `fit`, or the folder of its run.
-        host: Address to listen on; 0.0.0.0 for every one of this machine, in which case give keys.
-        port: Port to listen on; 0 takes any that is free.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
-        name: What the model is called in the API; its own name if none is given.
-        feedback_log: Where feedback goes: a sqlite:/// or postgresql:// URL, or `none` for nowhere.
-        adapt: Learn new users from their feedback when asked to (`POST /v1/adapt`); needs a checkpoint and a feedback
-            log. What was learned lasts as long as the server; the command adapt adds users to a checkpoint.
+        host: Address to listen on; 0.0.0.0 for all addresses of this machine (then use keys).
+        port: Port to listen on; 0 for any free port.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` uses a GPU if there is one.
+        name: Name of the model in the API; its own name by default.
+        feedback_log: Database for feedback: a sqlite:/// or postgresql:// URL, or `none` to turn feedback off.
+        adapt: Learn new users from their feedback on request (`POST /v1/adapt`); needs a checkpoint and a feedback log.
+            Learned users exist until the server stops; the command adapt adds users to a checkpoint.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
-            any, everyone who reaches the server may use it.
-        allowed_hosts: Names, or patterns of them such as '*.example.org', by which the server may be called in the
-            header Host, besides localhost and addresses. Without any, names are checked only where there are no keys
-            and nobody but this machine can reach the server, which pages of other sites could use otherwise.
-        max_new_tokens: Most tokens of an answer.
-        max_open: Most requests for text that are waiting or being written; the next ones get 429. When there are so
-            many, a newcomer takes the place of a waiting request of whichever key (without keys: address) has the most.
-        max_batch: Most texts that are written at once.
-        max_batch_tokens: Most positions for which the model keeps keys and values: texts written at once by the length
-            of the longest, its answer included. Lower it where memory runs out.
-        max_prompt: Most characters of a prompt; a longer one gets 413.
-        max_body: Most bytes of a request; a larger one gets 413.
-        max_learned: Most users that are learned while the server runs; the next ones get 409.
-        read_seconds: Seconds within which the head of a request, and then its body, must be there; else it gets 408.
-        requests_per_minute: Requests of one key (without keys: of one address) in the long run; more get 429.
-        burst: Requests of one key at once, where they are limited.
-        drain_seconds: How long answers may still be written after SIGTERM.
-        hash_user_ids_with: What `data.hash_user_ids_with` was in training; feedback is kept under the ids as given.
+            keys, everyone who can reach the server may use it.
+        allowed_hosts: Names or patterns such as '*.example.org' that are allowed in the Host header, besides localhost
+            and IP addresses. By default, names are checked only if there are no keys and the server listens on this
+            machine only, which protects it from pages of other sites.
+        max_new_tokens: Maximum number of tokens of an answer.
+        max_open: Maximum number of waiting and running requests for text; further ones get 429. At the limit, a new
+            request replaces a waiting request of the key (without keys: address) with the most requests.
+        max_batch: Maximum number of texts generated at once.
+        max_batch_tokens: Maximum number of positions in the KV cache: running texts times the longest, including its
+            answer. Lower it if memory runs out.
+        max_prompt: Maximum characters of a prompt; a longer one gets 413.
+        max_body: Maximum bytes of a request; a larger one gets 413.
+        max_learned: Maximum number of users learned by a running server; further ones get 409.
+        read_seconds: Time limit in seconds for the headers of a request, and again for its body; after it, 408.
+        requests_per_minute: Long-run rate limit of one key (without keys: of one address); more requests get 429.
+        burst: Number of requests of one key at once under the rate limit.
+        drain_seconds: Time in seconds for running answers after SIGTERM.
+        hash_user_ids_with: The value of `data.hash_user_ids_with` in training; feedback is kept under the ids as given.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     try:
         from prlhf_lightning.serving.server import run  # FastAPI, uvicorn and SQLAlchemy, of the extra `serve`
@@ -95,7 +95,7 @@ def serve(
     if adapt:
         model = checkpoint_of(model)
     if adapt and not feedback_log:
-        raise ConfigurationError("adapt: users are learned by a model's checkpoint (.ckpt) from a feedback log.")
+        raise ConfigurationError("adapt: learning users needs a checkpoint (.ckpt) and a feedback log.")
 
     def load() -> tuple[Generator, NewUsers | None]:
         place = pick_device(device)
@@ -124,16 +124,16 @@ def serve(
     run(load, host, port, feedback_log, keys, limits, drain_seconds, rename, allowed_hosts or ())
 
 
-_STEP_SECONDS = 0.001  # that tokenizing has for itself before others may go on
-_ENOUGH = 32  # pairs, to tell kinds of users apart by
+_STEP_SECONDS = 0.001  # of tokenizing before other work may run
+_ENOUGH = 32  # pairs, enough to distinguish kinds of users
 
 
 class NewUsers:
-    """Learns users from their pairs, and has a writer know them. They are held in memory only.
+    """Learns users from their pairs and adds them to a generator, in memory only.
 
     Args:
         model: A trained model.
-        writer: Writes with the same policy and user model.
+        writer: A generator with the same policy and user model.
     """
 
     def __init__(self, model: PersonalizedModel, writer: Generator) -> None:
@@ -147,11 +147,11 @@ class NewUsers:
     def __call__(
         self, user_id: str, rows: Sequence[Mapping[str, Any]], between: Callable[[], None] = lambda: None
     ) -> None:
-        """Learn a user from their pairs, in place of what had been learned of them before; see `serving.Learner`.
+        """Learn a user from their pairs, replacing an earlier result; see `serving.Learner`.
 
         Raises:
             ConfigurationError: The model was trained on this user, or can't learn users.
-            FeedbackFormatError: The pairs are not what they should be.
+            FeedbackFormatError: A pair is malformed.
         """
         if user_id in self._trained:
             raise ConfigurationError("This model was trained on this user; train it again with the new feedback.")
@@ -163,22 +163,22 @@ class NewUsers:
         with pausing(between):
             row = self._row(user_id, pairs)
         if not are_finite([row]):
-            raise ConfigurationError("What was learned of this user is infinite or NaN, and was dropped.")
-        # The writer shares the user model; its own list of users is replaced, so that running requests keep theirs.
+            raise ConfigurationError("The learned row of this user is infinite or NaN, and was dropped.")
+        # The generator shares the user model; its list of users is replaced, so that running requests keep theirs.
         self._model.add_users([user_id], row[None])
         if self._model.vocabulary is not None:
             self._writer.vocabulary = self._model.vocabulary
 
     def _row(self, user_id: str, pairs: PreferenceBatch) -> torch.Tensor:
-        """Return a user's row, the numbers of all tables side by side."""
+        """Return a user's row, with all tables concatenated."""
         if self._model.user_model.history_size:
             return encode_users(self._model, pairs, [user_id]).rows[0]
         return adapt_users(self._model, pairs, [user_id], self._prior_by(pairs)).rows[0]
 
     def _prior_by(self, pairs: PreferenceBatch) -> UserPrior:
-        """Return what is known of a new user, told by the pairs of whoever had the most so far, until they suffice."""
+        """Return the prior of new users, fitted again while a user has more pairs than any before, up to a limit."""
         if self._prior is None or self._fitted_on < min(len(pairs), _ENOUGH):
-            trained = len(self._trained) - 1  # those who were learned here, and come after them, are no evidence
+            trained = len(self._trained) - 1  # users learned by the server come later and are ignored
             self._prior, self._fitted_on = fit_prior(self._model, pairs, first=trained), len(pairs)
         return self._prior
 
@@ -186,7 +186,7 @@ class NewUsers:
         try:
             found = to_batch(self._tokenize, rows, [f"pair {number}" for number in range(1, len(rows) + 1)])
         finally:
-            self._tokenize.forget()  # what people write is not to be kept
+            self._tokenize.forget()  # do not keep users' text in memory
         if found is None:
-            raise ConfigurationError("In every pair both answers are the same to the model.")
+            raise ConfigurationError("In every pair, both answers have the same tokens.")
         return found[0]

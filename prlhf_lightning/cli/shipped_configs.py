@@ -1,4 +1,4 @@
-"""The configurations that come with the package, named from any folder: `fit --config p_dpo.yaml`."""
+"""Lookup of the configurations in the package, usable from any folder: `fit --config p_dpo.yaml`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import prlhf_lightning
 
 _PACKAGE = Path(prlhf_lightning.__file__).parent
-#: In a wheel the configurations are in the package, in a checkout beside it.
+#: In a wheel the configurations are in the package, in a checkout next to it.
 _FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 _OPTIONS = ("-c", "--config")
 
 
 def with_shipped_configs(words: Sequence[str]) -> list[str]:
-    """Return the words of a command with the full paths of the shipped configurations that they name.
+    """Return the words of a command with full paths of the named shipped configurations.
 
     A file of that name in the current folder comes first.
 

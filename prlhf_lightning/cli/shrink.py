@@ -1,4 +1,4 @@
-"""Draw trained users' rows to the generic user, as far as pairs that training did not see say."""
+"""The command `shrink`: user rows moved toward the generic user, fitted to held-out pairs."""
 
 from __future__ import annotations
 
@@ -36,27 +36,26 @@ def shrink(
     trust_remote_code: bool = False,
     trust_classes: list[str] | None = None,
 ) -> None:
-    """Draw all users' rows to the generic user by the factor under which held-out pairs are likeliest.
+    """Shrink all user rows toward the generic user by the factor with the highest held-out likelihood.
 
-    Rows that were trained on few pairs, or for long, fit the noise in them too. The factor tells how much of them to
-    believe: 1 leaves them as they are, 0 makes everyone the generic user. New users whom `adapt` then adds start from
-    what is known of the trained ones, and gain by it too.
+    Rows that were trained on few pairs, or for many steps, also fit noise. Factor 1 keeps the rows, 0 gives the generic
+    user. `adapt` works better afterward, since its prior comes from these rows.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
-        validation: Pairs of its users that they were not trained on, in any format that training reads; by default
-            those that its run held out, as the run's `config.yaml` says.
-        output: The checkpoint to write; nothing is written if none is given.
-        columns: Names of the file's columns that differ from the fields', as in `{user_id: worker}`.
-        hash_user_ids_with: What `data.hash_user_ids_with` was in training.
-        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` takes a GPU where there is one.
+        validation: Held-out pairs of its users, in any format that training reads; by default the held-out pairs of its
+            run, according to the run's `config.yaml`.
+        output: The checkpoint to write; without it, nothing is written.
+        columns: Mapping of fields to the file's column names, as in `{user_id: worker}`.
+        hash_user_ids_with: The value of `data.hash_user_ids_with` in training.
+        device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` uses a GPU if there is one.
         trust_remote_code: Run code that comes with the base model, from its folder or hub name. Only for sources that
             you trust.
         trust_classes: Classes of your own, as my_file.MyLoss, that the model was trained with. Their modules are
-            imported, which runs their code; what a file names beside is refused.
+            imported, which runs their code; all other classes that a file names are refused.
     """
     if validation is None and (columns or hash_user_ids_with):
-        raise ConfigurationError("columns, hash_user_ids_with: they are about a file; name it with --validation.")
+        raise ConfigurationError("columns, hash_user_ids_with: these options need a file; give it with --validation.")
     if output is not None:
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
@@ -75,8 +74,8 @@ def shrink(
     console.print(_table(found))
     if not are_finite([found.log_likelihoods]):
         raise NonFiniteError(
-            "validation: under the model the likelihood of the pairs is infinite or NaN, which tells nothing about the "
-            "factor. Nothing is written; take an earlier checkpoint."
+            "validation: under the model the likelihood of the pairs is infinite or NaN, so there is no best "
+            "factor. Nothing is written; use an earlier checkpoint."
         )
     if output is not None:
         users.shrink(found.best, [f"user_model.{name}" for name in found.tables])
@@ -86,7 +85,7 @@ def shrink(
 
 
 def _held_out(checkpoint: Path, model: PersonalizedModel, trust_classes: list[str] | None) -> PreferenceBatch:
-    """Return pairs that the run of a checkpoint was validated on, spread over all of those of trained users."""
+    """Return validation pairs of trained users from a checkpoint's run, spread over all of them."""
     check_ranks_pairs(model)
     data = data_of(open_run(checkpoint), None, model, trust_classes)
     if data is None:
@@ -96,7 +95,7 @@ def _held_out(checkpoint: Path, model: PersonalizedModel, trust_classes: list[st
         )
     pairs = data.evaluation_pairs("seen")
     if pairs is None:
-        raise ConfigurationError("validation: the run held out no pairs of its users; name a file of such pairs.")
+        raise ConfigurationError("validation: the run held out no pairs of its users; give a file of such pairs.")
     return collate(pairs.__getitems__(spread(len(pairs), MOST_PAIRS).tolist()))
 
 

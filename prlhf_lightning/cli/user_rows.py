@@ -1,6 +1,6 @@
-"""The users of a checkpoint as rows: of every table of the model, and of what the optimizer remembers of each.
+"""The user rows of a checkpoint: in the tables of the model and in the optimizer state.
 
-Works on what a checkpoint holds, without its model: the checkpoint names the tables and keeps the row of a new user.
+Works on a checkpoint's content without the model: the checkpoint names the tables and stores a new user's row.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from prlhf_lightning.training.checkpointing import entry_of, users_of
 
 
 def user_rows(content: dict[str, Any], path: Path) -> UserRows:
-    """Return the users of a checkpoint that has been read, or say why it can't be had.
+    """Return the user rows of a checkpoint that has been read, or raise an error.
 
     Args:
-        content: What `read_checkpoint` returned.
-        path: Where it was.
+        content: Result of `read_checkpoint`.
+        path: Its path.
     """
     if not content:
-        raise ConfigurationError(f"model: {path} is a folder, written in shards; users can be had from a file only.")
+        raise ConfigurationError(f"model: {path} is a sharded checkpoint; users can be read only from a file.")
     try:
         return UserRows(content)
     except PRLHFError as error:
@@ -40,7 +40,7 @@ class UserRows:
     """Reads and changes the users of a checkpoint.
 
     Args:
-        checkpoint: What the file holds; changed by `keep` and `add`.
+        checkpoint: Content of the file; `keep` and `add` change it.
     """
 
     def __init__(self, checkpoint: dict[str, Any]) -> None:
@@ -76,38 +76,38 @@ class UserRows:
         return int(self.vocabulary.rows([user_id])[0])
 
     def vectors(self) -> Tensor:
-        """Return each user's rows of all tables side by side, `[1 + number of users, width]` float32."""
+        """Return each user's rows with all tables concatenated, `[1 + number of users, width]` float32."""
         parts = [table.flatten(1).float() for table in self.tables.values()]
         return torch.cat(parts, dim=1) if parts else torch.zeros(len(self.vocabulary), 0)
 
     def steps(self) -> Tensor | None:
-        """Return in how many steps each row was trained, `[1 + number of users]`, where the optimizer counts them."""
+        """Return the number of steps of each row, `[1 + number of users]`, or None if the optimizer has no counts."""
         counts = [state["row_steps"] for state in self._states if "row_steps" in state]
         return torch.stack(counts).amax(0).long() if counts else None
 
     def remembered(self) -> list[Tensor]:
-        """Return all that is kept of users: the tables, and the optimiser's averages of their gradients."""
+        """Return all stored tensors of users: the tables, and the optimizer's averages of their gradients."""
         of_states = [value for state in self._states for value in self._by_row(state).values() if value.dim() > 1]
         return [*self.tables.values(), *of_states]
 
     def new_rows(self) -> list[Tensor]:
-        """Return the row of a user who is added, for each table."""
+        """Return the row of a new user in each table."""
         return [self._entry["new_rows"][name].to(table.dtype) for name, table in self.tables.items()]
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Forget the users whose rows are not named; row 0 stays.
+        """Remove all users except `rows`; row 0 stays.
 
-        The tensors are new: a slice would take the whole old table into the file with it.
+        The tensors are copies: a slice would save the whole old table.
         """
         index = torch.tensor([0, *rows])
         self._replace(lambda table, _: table[index], lambda value: value[index])
         self._rename([self.vocabulary.ids[row - 1] for row in rows])
 
     def add(self, user_ids: Sequence[str]) -> None:
-        """Give rows to users who are new, each as the generic user until trained."""
+        """Add rows for new users, initialized as the generic user."""
         known = [user_id for user_id in user_ids if user_id in self.vocabulary]
         if known:
-            raise ConfigurationError(f"user: {known[0]!r} is in this checkpoint already; add those who are not.")
+            raise ConfigurationError(f"user: {known[0]!r} is in this checkpoint already; add only new users.")
 
         new_rows = dict(zip(self.tables, self.new_rows(), strict=True))
 
@@ -119,21 +119,21 @@ class UserRows:
         self._rename([*self.vocabulary.ids, *user_ids])
 
     def set_last(self, vectors: Tensor) -> None:
-        """Overwrite the rows of the users who were added last.
+        """Overwrite the rows of the last users.
 
         Args:
-            vectors: `[n, width]` their rows of all tables side by side, as `vectors` gives them.
+            vectors: `[n, width]` their rows with all tables concatenated, as in `vectors`.
         """
         parts = torch.split(vectors, [table[0].numel() for table in self.tables.values()], dim=1)
         for table, part in zip(self.tables.values(), parts, strict=True):
             table[len(table) - len(part) :] = part.reshape(-1, *table.shape[1:]).to(table)
 
     def shrink(self, factor: float, names: Collection[str]) -> None:
-        """Draw every user's rows to those of a new user: to `factor` times the distance.
+        """Move every user's rows toward those of a new user, to `factor` times the distance.
 
         Args:
             factor: In [0, 1].
-            names: Of the tables that it is done in.
+            names: Names of the tables.
         """
         new = dict(zip(self.tables, self.new_rows(), strict=True))
         for name in names:
@@ -141,11 +141,11 @@ class UserRows:
             table[1:] = torch.lerp(new[name].expand_as(table[1:]), table[1:], factor)  # exact at 0 and 1
 
     def require_trained(self, path: Path) -> None:
-        """Refuse a checkpoint without trained rows of users: its user model has none, or training left them alone."""
+        """Refuse a checkpoint without trained user rows: its user model has none, or they were not trained."""
         if not self.tables:
             raise ConfigurationError(
-                f"model: {path} holds no trained rows of users, so that there is nothing to learn of new ones, or "
-                "to shrink. Train a user model that keeps something of a user, such as IndividualUserModel."
+                f"model: {path} holds no trained user rows, so there is no prior for new users and nothing "
+                "to shrink. Train a user model with rows, such as IndividualUserModel."
             )
 
     def _replace(self, of_table: Callable[[Tensor, str], Tensor], of_state: Callable[[Tensor], Tensor]) -> None:
@@ -159,7 +159,7 @@ class UserRows:
         self.vocabulary = UserVocabulary(user_ids)
 
     def _by_row(self, state: dict[str, Any]) -> dict[str, Tensor]:
-        """Return those parts of a table's optimizer state that have a row a user."""
+        """Return the parts of a table's optimizer state with one row per user."""
         return {
             key: value
             for key, value in state.items()
@@ -167,7 +167,7 @@ class UserRows:
         }
 
     def _optimizer_states(self) -> Iterator[dict[str, Any]]:
-        """Find the optimiser's state of each table: they are the parameters of one group, in their order."""
+        """Yield the optimizer state of each table: tables are the parameters of one group, in order."""
         optimizers = self._checkpoint.get("optimizer_states") or []
         groups = [(group, o["state"]) for o in optimizers for group in o["param_groups"]]
         found = [(group["params"], state) for group, state in groups if group.get("name") == "user_tables"]
@@ -187,16 +187,16 @@ _PSEUDONYM = re.compile("[0-9a-f]{32}")  # see `Pseudonyms`
 def check_known_users(
     user_ids: Iterable[str], vocabulary: UserVocabulary, option: str = "user", more: str = ""
 ) -> None:
-    """Refuse ids that are not in a vocabulary, with those in it that look alike.
+    """Refuse unknown ids, and suggest similar known ones.
 
     Args:
-        user_ids: What was named.
+        user_ids: The given ids.
         vocabulary: The users of the model.
-        option: What the user called the ids, for messages.
-        more: What else can be done, to end the message.
+        option: Name of the option, for messages.
+        more: Further advice at the end of the message.
 
     Raises:
-        ConfigurationError: An id is not there.
+        ConfigurationError: An id is unknown.
     """
     missing = [user_id for user_id in user_ids if user_id not in vocabulary]
     if not missing:
@@ -214,7 +214,7 @@ def check_known_users(
 
 
 def closest_ids(user_id: str, known: Sequence[str]) -> list[str]:
-    """Return the known ids that look most like one, as they are to be shown."""
+    """Return the most similar known ids, formatted for display."""
     alike = next((group for group in look_alikes([user_id, *known]) if group[0] == user_id), [user_id])[1:]
     found = alike[:_NEAREST] or difflib.get_close_matches(user_id, known, n=_NEAREST, cutoff=0.75)
     return [ascii(one) if _same_glyphs(one, user_id) else repr(one) for one in found]

@@ -1,4 +1,4 @@
-"""The users of a checkpoint: who they are, adding them, and removing them so that nothing of them is left in it."""
+"""The commands `users ...`: list, show, add, remove and export the users of a checkpoint."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from prlhf_lightning.utils.progress import progress_bars
 from prlhf_lightning.utils.terminal import listed, printable
 
 _NEAREST = 5
-_TOLD = 20  # users whose result is told, of many who are erased at once
+_TOLD = 20  # users with a printed result, if many are erased at once
 
 
 def list_users(model: Path) -> None:
     """List the users of a checkpoint, in the order of their rows.
 
-    The columns: the length of a user's row, its distance from the generic user's, and the number of steps that the
-    user was in (- where the checkpoint does not hold it).
+    Columns: the norm of a user's row, its distance from the generic user's, and the number of steps with the user (- if
+    the checkpoint does not store it).
 
     Args:
         model: A checkpoint file of `fit`, or the folder of its run.
@@ -83,10 +83,10 @@ def add(
     """Add users to a checkpoint: each is the generic user until trained further.
 
     Args:
-        model: A checkpoint file of `fit`, or the folder of its run, whose newest checkpoint is then meant.
+        model: A checkpoint file of `fit`, or the folder of its run (its newest checkpoint is used).
         user: Ids of the new users, as in `--user ann bob`.
-        user_file: A text file with an id a line, in UTF-8; or a .json file with a list of ids.
-        output: The file to write; the checkpoint itself if none is given.
+        user_file: A UTF-8 text file with one id per line, or a .json file with a list of ids.
+        output: The file to write; the checkpoint itself by default.
     """
     user_ids = _given(user, user_file)
     for user_id in user_ids:
@@ -113,23 +113,23 @@ def remove(
     hash_user_ids_with: str | None = None,
     also_search: list[Path] | None = None,
 ) -> None:
-    """Erase users from a checkpoint: ids, vectors, and what the optimizer remembers of them; then search the file.
+    """Erase users from a checkpoint: ids, vectors and optimizer state; then search the file for traces.
 
-    Nothing is written unless every user who is named is there. Each file is read and written once, however many users
-    are named. Then all other files of the run, and of the runs beside it, are searched for what still names them. What
-    the users' judgments taught the weights that all share stays; see docs/checkpoints.md.
+    Nothing is written unless all given users exist. Each file is read and written once, for any number of users. Then
+    all other files of the run and of neighboring runs are searched for the ids. Shared weights, which were trained on
+    the users' judgments, do not change; see docs/checkpoints.md.
 
     Args:
-        model: A checkpoint file of `fit`; with `--all true`, one of the run's, or the run's folder.
+        model: A checkpoint file of `fit`; with `--all true`, any of the run's, or the run's folder.
         user: Ids of the users, as in `--user ann bob`.
-        user_file: A text file with an id a line, in UTF-8; or a .json file with a list of ids, which may hold line
+        user_file: A UTF-8 text file with one id per line, or a .json file with a list of ids, which may hold line
             breaks.
-        output: The file to write; the checkpoint itself if none is given.
-        all: Erase them from every checkpoint in the folder, each in place.
-        skip_unknown: Go on where some or all of the users are in none of the checkpoints, as after a command that was
-            killed; other files are searched for them too.
-        hash_user_ids_with: What `data.hash_user_ids_with` was in training, where ids are given as they are in the data;
-            files are searched for both.
+        output: The file to write; the checkpoint itself by default.
+        all: Erase the users from every checkpoint in the folder, each in place.
+        skip_unknown: Continue if users are in none of the checkpoints, as after a command that was killed; other files
+            are searched for them too.
+        hash_user_ids_with: The value of `data.hash_user_ids_with` in training, to give ids as in the data; files are
+            searched for both.
         also_search: More files and folders to search, such as your data.
     """
     user_ids = given = _given(user, user_file)
@@ -141,7 +141,7 @@ def remove(
         check_output(output, "output")
     for path in also_search or ():
         if not path.exists():
-            raise ConfigurationError(f"also_search: there is no {path}; name a file or a folder.")
+            raise ConfigurationError(f"also_search: {path} does not exist; give a file or a folder.")
     folder, targets = _targets(model, all)
     known: dict[Path, list[str]] = {}
     anyone: dict[str, None] = {}
@@ -167,7 +167,7 @@ def remove(
                 if known[path]:
                     _erase(path, output or path, known[path])
                 done.append(output or path)
-            except PRLHFError as error:  # the other files are not to wait for this one
+            except PRLHFError as error:  # continue with the other files
                 failed[path] = str(error)
     for path, why in failed.items():
         print(f"{path}: NOT DONE: {printable(why)}")
@@ -182,14 +182,15 @@ def remove(
 
 
 def export(model: Path, output: Path) -> None:
-    """Write the users' vectors as safetensors, keyed by user id, with what a reader needs to know beside them.
+    """Write the users' vectors as safetensors with user ids as keys, and a description of their layout.
 
-    `users.safetensors` has a vector a user: the user's rows of all tables, one after another. `shared.safetensors` has
-    the rest of the user model, and the generic user's rows. `users.json` tells which part of a vector is which table's.
+    `users.safetensors` has one vector per user: the user's rows of all tables, concatenated. `shared.safetensors` has
+    the rest of the user model, and the generic user's rows. `users.json` describes which part of a vector belongs to
+    which table.
 
     Args:
         model: A checkpoint file of `fit`, or the folder of its run.
-        output: The folder to write; made if it is not there.
+        output: The folder to write; created if missing.
     """
     with not_left_empty(output):
         check_output_folder(output, "output")
@@ -224,42 +225,42 @@ def _open(path: Path) -> UserRows:
 
 
 def _rows_of(content: dict[str, Any], path: Path) -> UserRows:
-    """Return the users of a checkpoint; one whose weights are not finite is good for nothing else, but to be erased."""
+    """Return the users of a checkpoint; with non-finite weights, warn, since users can still be erased."""
     if wrong := wrong_numbers(content):
         sys.stderr.write(f"{path} holds numbers that are infinite or NaN: {printable(wrong)}\n")
     return user_rows(content, path)
 
 
 def _targets(model: Path, all: bool) -> tuple[Path, list[Path]]:
-    """Return the folder of a checkpoint, and which of its files users are to be erased from."""
+    """Return the folder of a checkpoint and its files to change."""
     if not model.is_dir():
         folder = model.parent
         beside = [path for path in (*checkpoint_files.in_order(folder), *_baseline(folder)) if path.is_file()]
         return folder, _each_once([model, *(beside if all else ())])
     if not all:
         raise ConfigurationError(
-            f"model: {model} is a folder. Name one checkpoint, or erase the users from all of them with `--all true`."
+            f"model: {model} is a folder. Give one checkpoint, or erase the users from all of them with `--all true`."
         )
     folder = model / "checkpoints" if (model / "checkpoints").is_dir() else model
     targets = [path for path in (*checkpoint_files.in_order(folder), *_baseline(folder)) if path.is_file()]
     if not targets:
-        raise ConfigurationError(f"model: there is no checkpoint file in {folder}; name a run's folder.")
+        raise ConfigurationError(f"model: there is no checkpoint file in {folder}; give a run's folder.")
     return folder, _each_once(targets)
 
 
 def _each_once(paths: Iterable[Path]) -> list[Path]:
-    """Return files without those that are links to one of them."""
+    """Return files without links to other files of them."""
     return [*{os.path.realpath(path): path for path in reversed([*paths])}.values()][::-1]
 
 
 def _baseline(folder: Path) -> list[Path]:
-    """Return the checkpoints that `fit --train_baseline true` keeps beside those of a run, which name its users too."""
+    """Return the baseline checkpoints of `fit --train_baseline true`, which also name the run's users."""
     beside = folder.parent / "baseline"
     return checkpoint_files.in_order(beside) if folder.name == "checkpoints" and beside.is_dir() else []
 
 
 def _check_ids(user_ids: Sequence[object]) -> None:
-    """Refuse what is no string, which Python may give: a number would be taken for a stranger."""
+    """Refuse ids from Python that are not strings: a number would be an unknown user."""
     for user_id in user_ids:
         if not isinstance(user_id, str):
             kind = type(user_id).__name__
@@ -267,7 +268,7 @@ def _check_ids(user_ids: Sequence[object]) -> None:
 
 
 def _given(user: str | list[str] | None, user_file: Path | None) -> list[str]:
-    """Return the ids of the command line and of a file, each once."""
+    """Return the unique ids of the command line and of a file."""
     user_ids = [user] if isinstance(user, str) else user or []
     if not isinstance(user_ids, list | tuple):
         raise ConfigurationError(f"user: {user!r} is of type {type(user).__name__}; give a string, or a list of them.")
@@ -284,7 +285,7 @@ def _in_file(path: Path) -> list[str]:
     try:
         text = path.read_bytes().decode("utf-8-sig")
         if path.suffix != ".json":
-            return [line for raw in text.split("\n") if (line := raw.removesuffix("\r"))]  # no other sign may end an id
+            return [line for raw in text.split("\n") if (line := raw.removesuffix("\r"))]  # only \n ends an id
         user_ids = json.loads(text)
     except (OSError, ValueError) as error:
         kind = "JSON" if path.suffix == ".json" else "lines of UTF-8"
@@ -296,18 +297,18 @@ def _in_file(path: Path) -> list[str]:
 
 
 def _save(content: dict[str, Any], source: Path, target: Path) -> None:
-    """Write what a checkpoint holds now. In its own place it stays as old as its training, which orders a run's."""
+    """Write a checkpoint. In place, it keeps its modification time, by which a run's checkpoints are sorted."""
     in_place = target.exists() and os.path.samefile(source, target)
     checkpoint_files.save(content, target, as_old_as=source if in_place else None)
 
 
 def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
-    """Write a checkpoint without some users, and see that the file holds nothing of them."""
+    """Write a checkpoint without some users, and verify that the file holds no trace of them."""
     content = read_checkpoint(source, "model")
     users = user_rows(content, source)
     rows = users.vocabulary.rows(user_ids).tolist()
     gone = set(rows)
-    vectors = Vectors(users.remembered(), rows, stay=users.new_rows())  # a new row is theirs who are added
+    vectors = Vectors(users.remembered(), rows, stay=users.new_rows())  # added users have new rows
     users.keep([row for row in range(1, len(users.vocabulary)) if row not in gone])
     _save(content, source, target)
     written = [*texts(read_checkpoint(target, "model"))]
@@ -321,7 +322,7 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
     foreign = {user_id: [place for place in found if not is_of_no_user(place)] for user_id, found in places.items()}
     with_vectors = vectors.whose(found)
     left = {user_id for user_id, row in zip(user_ids, rows, strict=True) if foreign.get(user_id) or row in with_vectors}
-    # Those of whom something is left first; of many others, not all are told.
+    # Users with traces first; of many others, only some are listed.
     order = sorted(zip(user_ids, rows, strict=True), key=lambda one: one[0] not in left)
     for user_id, row in order[: max(_TOLD, len(left))]:
         said = "nothing left"
@@ -339,12 +340,12 @@ def _erase(source: Path, target: Path, user_ids: Sequence[str]) -> None:
         print(f"  {len(rest):,} others and {sum(map(vectors.count, rest)):,} vectors: nothing left")
     if left:
         named = [user_id for user_id in user_ids if user_id in left]
-        raise ConfigurationError(f"model: {target} still holds {listed(named)}, in a place not known to this tool.")
+        raise ConfigurationError(f"model: {target} still holds {listed(named)}, in a part unknown to this tool.")
 
 
 def _tell_look_alikes(user_ids: Sequence[str], anyone: Iterable[str]) -> None:
-    """Print which users who stay have ids that look like those of users who do not: they may be the same person's."""
+    """Print remaining users whose ids look like erased ones: they may be the same person."""
     gone = set(user_ids)
     groups = look_alikes((*user_ids, *anyone))
     if stay := [repr(user_id) for group in groups if group[0] in gone for user_id in group if user_id not in gone]:
-        print(f"Other ids look like these, and stay: {listed(stay)}; remove them too if they are the same person's.")
+        print(f"Remaining ids that look similar: {listed(stay)}; remove them too if they are the same person's.")

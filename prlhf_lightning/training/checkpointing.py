@@ -276,7 +276,7 @@ def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
         )
     users = found.get("users")
     if not isinstance(number, int) or not isinstance(users, list) or not all(isinstance(user, str) for user in users):
-        raise ConfigurationError("The checkpoint's `users` is not a list of ids; use a checkpoint that `fit` wrote.")
+        raise ConfigurationError("This checkpoint's `users` is not a list of ids; use a checkpoint that `fit` wrote.")
     return found
 
 

@@ -341,7 +341,7 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main(["adapt", "--model", str(folder / "more.ckpt"), "--feedback", str(new)])
     with pytest.raises(SystemExit, match="pool: `--suggest` chooses from a file of pairs"):
         main([*command, "--suggest", "1"])
-    with pytest.raises(SystemExit, match="suggest: say how many pairs of the pool"):
+    with pytest.raises(SystemExit, match="suggest: give the number of pairs"):
         main([*command, "--pool", str(new)])
     with pytest.raises(SystemExit, match=r"output: .* is a folder; name a file"):
         main([*command, "--output", str(folder)])
@@ -432,9 +432,9 @@ def test_commands_say_when_nothing_can_be_shrunk_or_learned(trained_file, folder
         del content["state_dict"][name]
     content["prlhf_lightning"]["new_rows"] = {}  # as where training leaves the tables alone
     checkpoint_files.save(content, frozen)
-    with pytest.raises(SystemExit, match=r"frozen\.ckpt holds no trained rows of users, .* or to shrink"):
+    with pytest.raises(SystemExit, match=r"frozen\.ckpt holds no trained user rows, .* nothing to shrink"):
         main([*args, str(frozen)])
-    with pytest.raises(SystemExit, match=r"model: .* is a folder, written in shards"):
+    with pytest.raises(SystemExit, match=r"model: .* is a sharded checkpoint"):
         main([*args, str(folder)])
 
 

@@ -213,9 +213,9 @@ def test_rows_are_written_in_groups(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        ((), "train: name a file"),
-        (("--source", "SimulatedSource", "--train", "a.jsonl"), "name either files"),
-        (("--validation", "a.jsonl"), "train: name a file"),
+        ((), "train: give a file"),
+        (("--source", "SimulatedSource", "--train", "a.jsonl"), "give either files"),
+        (("--validation", "a.jsonl"), "train: give a file"),
     ],
 )
 @pytest.mark.parametrize("command", [("check",), ("convert", "--output", "out")])

@@ -168,7 +168,7 @@ def test_every_place_beside_a_run_is_searched_or_named(run, tmp_path, capsys):
     assert not [path for path in named if f"{path} names zoe" not in said and f"{path}, " not in said]
     assert f"{runs / 'shrunk.ckpt'} still holds zoe" in said
     assert f"{runs / 'linked/checkpoints/best.ckpt'} still holds zoe" in said
-    assert f"Not looked into: {runs / 'notes'};" in said
+    assert f"Not searched: {runs / 'notes'};" in said
 
 
 def test_files_beside_a_checkpoint_of_no_run_are_searched(tmp_path, capsys):
@@ -198,8 +198,8 @@ def test_what_can_not_be_looked_into_as_a_whole_is_told(run, capsys):
     (run / "b.7z").write_bytes(b"7z\xbc\xaf\x27\x1c" + bytes(99))
     erase(run, "zoe")
     said = capsys.readouterr().out
-    assert f"{run / 'b.7z'} was not looked into as a whole: it is compressed (7z)" in said
-    assert f"{run / 'a.jsonl.gz'} was not looked into as a whole" in said
+    assert f"{run / 'b.7z'} was not searched completely: it is compressed (7z)" in said
+    assert f"{run / 'a.jsonl.gz'} was not searched completely" in said
 
 
 def test_many_users_are_erased_at_once_with_a_short_result(run, tmp_path, capsys):

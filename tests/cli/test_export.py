@@ -243,7 +243,7 @@ def test_an_export_takes_the_place_of_an_earlier_one(exported, tmp_path):
             "include_users: prompt_embeds and peft_users are about users",
         ),
         (["--peft_users", "true", "--user", "[eve]"], "user: '\\[eve]' is not in this model"),
-        (["--user", "ann"], "user: it names who gets a PEFT folder"),
+        (["--user", "ann"], "user: it selects users for PEFT folders"),
     ],
 )
 def test_options_that_contradict_one_another_are_refused(exported, tmp_path, options, says):

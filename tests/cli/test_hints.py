@@ -41,14 +41,14 @@ BASE = {
         (["fit", "--data.source", "votes.jsonl"], "To give votes.jsonl: --data.source.train votes.jsonl"),
         (["fit", "--model.policy", "a/model"], "To give a/model: --model.policy.model a/model"),
         (["fit", "--model.loss", "dpo"], "There are: AOTLoss, AOTUnpairedLoss"),
-        (["fit", "--model.loss.bta", "1"], "python -m prlhf_lightning fit --help"),
+        (["fit", "--model.loss.bta", "1"], "prlhf-lightning fit --help"),
         (["fit", "--model.loss", "nobodys_losses.MyLoss"], "nobodys_losses.py is looked for in "),
         (["train"], "There are: fit, validate, test, predict, adapt, export, generate"),
         ([], "There are: fit, validate, test, predict, adapt, export, generate"),
         (["chek"], "'chek': did you mean 'data check'?"),
         (["data", "check", "--trian", "x"], "'trian': did you mean 'train'?"),
-        (["users"], "python -m prlhf_lightning users --help"),
-        (["users", "list"], "python -m prlhf_lightning users list --help"),
+        (["users"], "prlhf-lightning users --help"),
+        (["users", "list"], "prlhf-lightning users list --help"),
     ],
 )
 def test_a_mistake_is_answered_by_what_was_meant(capsys, words, says):
@@ -114,7 +114,7 @@ def test_rows_no_better_than_the_generic_user_end_with_advice(settings, tmp_path
     (tmp_path / "runs/version_0/config.yaml").unlink()
     with pytest.raises(SystemExit, match=r"validation: no config\.yaml beside .* says what its run held out"):
         main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt"])
-    with pytest.raises(SystemExit, match="columns, hash_user_ids_with: they are about a file"):
+    with pytest.raises(SystemExit, match="columns, hash_user_ids_with: these options need a file"):
         main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
 
 
@@ -149,7 +149,7 @@ def test_without_validation_nothing_is_best_or_compared(settings, tmp_path, capl
 
 def test_a_model_that_keeps_no_users_is_told_nothing_of_them(settings, votes):
     main([*settings, "--model.user_model", "UniformUserModel"])
-    with pytest.raises(SystemExit, match="holds no trained rows of users, so that there is nothing to learn"):
+    with pytest.raises(SystemExit, match="holds no trained user rows, so there is no prior"):
         main(["adapt", "--model", "runs/version_0/checkpoints/last.ckpt", "--feedback", str(votes)])
 
 

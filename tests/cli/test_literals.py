@@ -84,12 +84,12 @@ def test_the_ids_of_a_blend_are_text(ids):
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--blend", "{[x]: 0.5, b: 0.5}"], "put names with other signs in quotes"),
+        (["--blend", "{[x]: 0.5, b: 0.5}"], "quote names with special characters"),
         (["--blend", "{a: b}"], "must give each name a number"),
         (["--blend", "ann"], "must be a mapping"),
         (["--blend", "{ann: 0.5, bob: 0.5, 'ann': 1}"], "'ann' is given twice"),
         (["--blend", "{null: 0.5, 'null': 0.5}"], "'null' is given twice"),
-        (["--output", ""], "is no path; name a file or folder"),
+        (["--output", ""], "is not a path; give a file or folder"),
         (["--prompt"], "--prompt: expected one argument"),
         (["--user", "--prompt", "x"], "--user: expected one argument"),
         (["--user", "\udcff"], "is not valid UTF-8"),

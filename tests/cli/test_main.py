@@ -194,7 +194,7 @@ def test_one_batch_is_not_all_batches():
         (["--ckpt_path", "best"], "ckpt_path: there is no checkpoint best"),
         (["--ckpt_path", __file__], "is damaged, or no checkpoint"),
         (["--trainer.strategy", "nope"], "trainer: You selected an invalid strategy name"),
-        (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "trainer.strategy: the command line can't be"),
+        (["--trainer.strategy", "ddp_spawn", "--trainer.devices", "2"], "trainer.strategy: spawned processes cannot"),
         (["--trainer.accelerator", "nope"], "trainer: You selected an invalid accelerator name"),
         (["--trainer.devices", "-2"], "trainer: `devices` selected with `CPUAccelerator` should be"),
         (["--trainer.precision", "bf17"], "trainer.precision"),
