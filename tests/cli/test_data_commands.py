@@ -153,7 +153,7 @@ def test_convert_stops_at_the_first_error_and_keeps_old_files(tmp_path):
     assert run("data", "convert", "--output", tmp_path / "out", "--train", votes) == 0
     before = (tmp_path / "out" / "train.parquet").read_bytes()
     again = ("data", "convert", "--output", tmp_path / "out", "--train", votes)
-    assert "is there already" in run(*again)
+    assert "exists already" in run(*again)
     write(votes, [row(2), row(3, chosen="")])
     assert f"{votes}:2: field 'chosen' is empty" in run(*again, "--overwrite", "true")
     assert (tmp_path / "out" / "train.parquet").read_bytes() == before

@@ -107,8 +107,8 @@ def test_rows_no_better_than_the_generic_user_end_with_advice(settings, tmp_path
     # These votes are drawn at random: a model that learned nothing of them would be advised to learn first.
     monkeypatch.setattr("prlhf_lightning.training.callbacks.LearningMonitor.advice", lambda *_: None)
     main([*settings, "--trainer.max_steps", "-1", "--model.optim.user_lr", "1e-12"])  # so that both rank alike
-    (advice,) = [line for line in caplog.messages if "prlhf_lightning shrink" in line]
-    main(shlex.split(advice.partition("prlhf_lightning ")[2]))
+    (advice,) = [line for line in caplog.messages if "prlhf-lightning shrink" in line]
+    main(shlex.split(advice.partition("prlhf-lightning ")[2]))
     said = " ".join(capsys.readouterr().out.split())
     assert "Written to runs/version_0/shrunk.ckpt, with rows" in said
     (tmp_path / "runs/version_0/config.yaml").unlink()

@@ -97,4 +97,4 @@ def test_a_run_warns_of_few_steps_and_ends_with_what_to_change(model_path, votes
         main(command)
     (advice,) = [line for line in caplog.messages if line.startswith("The model learned next to nothing")]
     assert "Train for 100 or more before changing the rates" in advice
-    assert not [line for line in caplog.messages if "prlhf_lightning shrink" in line]
+    assert not [line for line in caplog.messages if "prlhf-lightning shrink" in line]
