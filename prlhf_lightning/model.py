@@ -1,4 +1,4 @@
-"""A policy conditioned on users: what training, inference, adaptation, judges and reports share, free of Lightning.
+"""`PersonalizedModel`: user model, policy and loss together, without Lightning, for training, inference and reports.
 
 Shapes: B pairs or prompts in a batch, K pairs of a user's history, L tokens, d the policy's embedding width.
 """
@@ -42,25 +42,25 @@ from prlhf_lightning.user_models import UserModel
 
 
 class KeepsReference(Protocol):
-    """Where the reference's log-probs are kept."""
+    """Store of reference log-probs."""
 
     def keep(self, batch: PreferenceBatch, computed: PairLogProbs) -> PairLogProbs:
-        """Keep a batch's log-probs and return them."""
+        """Store a batch's log-probs and return them."""
 
 
 class PersonalizedModel(nn.Module):
-    """A policy conditioned on users by a user model, with the loss that says what an implicit reward is.
+    """A policy conditioned on users by a user model, with the loss that defines implicit rewards.
 
     Args:
-        user_model: Turns users into soft-prompt vectors.
-        policy: The language model that the vectors condition.
-        loss: Says what is scored of a row, and turns log-probs into rewards.
+        user_model: Maps users to soft-prompt vectors.
+        policy: The language model conditioned on these vectors.
+        loss: Decides which completions of a row are scored, and maps log-probs to rewards.
 
     Attributes:
-        vocabulary: The users that the user model has a row for; None until they are known.
-        tokenization: How text becomes token ids.
-        sampling: How `generate` draws where it is not told.
-        reference_store: Where the reference's log-probs are kept; None for nowhere.
+        vocabulary: The users with a row in the user model; None before `setup()` or before a checkpoint is loaded.
+        tokenization: Tokenization settings.
+        sampling: Default sampling settings of `generate`.
+        reference_store: Cache of reference log-probs; None for no cache.
     """
 
     def __init__(self, user_model: UserModel, policy: Policy, loss: PreferenceLoss) -> None:
@@ -79,9 +79,9 @@ class PersonalizedModel(nn.Module):
         """Look up users and embed their texts.
 
         Args:
-            user_ids: B ids; unknown ones become the generic user.
-            user_text: B texts, empty where there is none.
-            reference: Embed the texts as the reference policy does.
+            user_ids: B ids; unknown users fall back to the generic user.
+            user_text: B texts; an empty row for a user without a text.
+            reference: Embed the texts with the reference policy.
 
         Raises:
             ConfigurationError: The model has no users yet.
@@ -93,7 +93,7 @@ class PersonalizedModel(nn.Module):
         return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
 
     def users_of(self, batch: PreferenceBatch) -> Users:
-        """Look up a batch's users, with their earlier pairs where the user model reads these."""
+        """Look up a batch's users, with their earlier pairs if the user model reads these."""
         users = self.users(batch.user_ids, batch.user_text)
         if batch.history is None or not self.user_model.history_size:
             return users
@@ -101,11 +101,11 @@ class PersonalizedModel(nn.Module):
 
     @torch.no_grad()
     def add_users(self, user_ids: Sequence[str], rows: Tensor) -> None:
-        """Add users who were learned elsewhere, as by `adapt_users`, or replace the rows of known ones.
+        """Add adapted users, such as those of `adapt_users`, or replace the rows of known users.
 
         Args:
             user_ids: B ids.
-            rows: `[B, p]` the numbers of each user in all tables of the user model, side by side.
+            rows: `[B, p]` rows of each user in all tables of the user model, flattened and concatenated.
 
         Raises:
             ConfigurationError: The model has no users yet.
@@ -124,10 +124,10 @@ class PersonalizedModel(nn.Module):
     # ---- log-probs and rewards
 
     def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
-        """Score a batch's completions under the reference, which never sees who the user is.
+        """Score a batch's completions under the reference, which never sees the user's id.
 
         Returns:
-            The log-probs, without gradient; None where the loss needs no reference.
+            The log-probs, without gradient; None if the loss needs no reference.
         """
         if not self.loss.requires_reference:
             return None
@@ -145,9 +145,9 @@ class PersonalizedModel(nn.Module):
         return reference
 
     def log_probs(self, batch: PreferenceBatch, generic: Sequence[bool] = (False,)) -> list[PairLogProbs]:
-        """Score a batch's completions once for each entry of `generic`, in one pass through the policy.
+        """Score a batch's completions once for each entry of `generic`, in one forward pass of the policy.
 
-        Pairs that several users of the batch judged are scored once under the generic user.
+        Under the generic user, a pair that several users of the batch judged is scored once.
 
         Args:
             batch: B pairs.
@@ -170,7 +170,7 @@ class PersonalizedModel(nn.Module):
         return [scored.select(place[of_pair] if g else place) for place, g in zip(places, generic, strict=True)]
 
     def log_probs_under_either(self, batch: PreferenceBatch, generic: Tensor) -> PairLogProbs:
-        """Score each pair once, under its own user or under the generic one.
+        """Score each pair once, under its own user or under the generic user.
 
         Args:
             batch: B pairs.
@@ -197,18 +197,18 @@ class PersonalizedModel(nn.Module):
         return self.loss.rewards(scored, self.reference_log_probs(batch))
 
     def _scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
-        """Score the pairs that `rows` `[N]` names under the policy, each with its own of N soft prompts."""
+        """Score the pairs at `rows` `[N]` under the policy, each with its own of N soft prompts."""
         completions = [part.select(rows) for part in self._completions(batch)]
         scores = self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt)
         return self._pair(scores, batch.desirable[rows])
 
     def _distinct(self, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
-        """Find the distinct pairs of a batch, whoever judged them.
+        """Find the distinct pairs of a batch, regardless of the user.
 
         Returns:
-            The first row of each distinct pair `[U]`, and for each row the number of its pair `[B]`.
+            The first row of each distinct pair `[U]`, and for each row the index of its pair `[B]`.
         """
-        # Both sides of an unpaired row: by its one completion, a thumbs-up and a thumbs-down would be the same.
+        # Compare both sides of an unpaired row: by its completion alone, thumbs-up and thumbs-down would be equal.
         completions = self._completions(batch) if self.loss.feedback != "thumbs" else [batch.chosen, batch.rejected]
         parts = [batch.prompt, *completions, *([batch.user_text] if self.user_model.uses_text else [])]
         content = torch.cat([part.ids.masked_fill(~part.mask, -1) for part in parts], dim=1)
@@ -218,20 +218,20 @@ class PersonalizedModel(nn.Module):
         return first, of_pair
 
     def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
-        """Return what is scored of each row."""
+        """Return the completions of each row that are scored."""
         if self.loss.feedback == "pairs":
             return [batch.chosen, batch.rejected]
         return [batch.completion if self.loss.feedback == "thumbs" else batch.chosen]
 
     def _pair(self, scores: Sequence[LogProbs], desirable: Tensor) -> PairLogProbs:
-        """Return the scores of rows as pairs; `desirable` `[B]` says which unpaired rows were liked."""
+        """Arrange the scores of rows as pairs; `desirable` `[B]` is true for liked unpaired rows."""
         if self.loss.feedback == "thumbs":
             (completion,) = scores
             return PairLogProbs(*(_where(kind[:, None], completion) for kind in (desirable, ~desirable)))
         nothing = LogProbs(scores[0].tokens[:, :0], scores[0].mask[:, :0])
         return PairLogProbs(scores[0], scores[1] if len(scores) > 1 else nothing)
 
-    # ---- writing
+    # ---- generation
 
     @torch.no_grad()
     def generate(
@@ -242,19 +242,19 @@ class PersonalizedModel(nn.Module):
         sampling: Sampling | None = None,
         chat_template: bool | None = None,
     ) -> list[str]:
-        """Write a completion of each prompt for its user.
+        """Generate a completion of each prompt for its user.
 
         Args:
-            prompt: B prompts: strings, conversations, or their ids. Texts become ids as those of the data did, so that
-                of a prompt over `max_prompt_length` the end is kept.
-            user_ids: B ids; unknown ones fall back to the generic user.
-            user_text: B texts about the users (empty where there is none) or their ids, or None.
-            sampling: How to draw; the model's own settings by default.
-            chat_template: Whether a string is wrapped in the chat template as one turn of the user; by default as the
-                strings of the training rows were, and where those rows were conversations.
+            prompt: B prompts: strings, conversations, or token ids. Texts are tokenized as in training: a prompt over
+                `max_prompt_length` keeps its end.
+            user_ids: B ids; unknown users fall back to the generic user.
+            user_text: B texts about the users (empty for none) or their token ids, or None.
+            sampling: Sampling settings; by default `self.sampling`.
+            chat_template: Whether to wrap a string in the chat template as one turn of the user. By default true if the
+                strings of the training rows were wrapped, or if these rows were conversations.
 
         Raises:
-            ConfigurationError: There are not as many users, or texts about them, as prompts.
+            ConfigurationError: The numbers of users, or of texts about them, and of prompts differ.
         """
         settings = self.tokenization
         if chat_template is not None:
@@ -273,7 +273,7 @@ class PersonalizedModel(nn.Module):
         Args:
             written: B completions.
             prompt: Their prompts.
-            is_raw: For each prompt, whether no chat template rendered it; by default as in training.
+            is_raw: For each prompt, true if it was not rendered by a chat template; by default as in training.
         """
         tokenizer, lost = self.policy.tokenizer, self._loses_first_space
         goes_on = [not self.tokenization.chat_template] * len(prompt) if is_raw is None else is_raw
@@ -282,7 +282,7 @@ class PersonalizedModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the user model's weights are; the CPU where it has none."""
+        """Device of the weights; the CPU if there are none."""
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     @cached_property
@@ -292,19 +292,19 @@ class PersonalizedModel(nn.Module):
 
 @torch.no_grad()
 def pool_history(policy: Policy, pairs: PairTokens) -> History:
-    """Return the mean input embeddings of users' completions, as the reference embeds them.
+    """Return the mean input embeddings of users' completions under the reference.
 
-    Training does not change the reference, so pooled histories stay valid. The policy is called once, since all
-    processes must call a sharded policy equally often, and embeds each distinct token once: the embeddings
+    Training does not change the reference, so pooled histories stay valid. The policy is called exactly once, because
+    all processes must call a sharded policy equally often. Each distinct token is embedded once: the embeddings
     `[2 * B * K, L, d]` of all tokens would be many times larger than a batch.
 
     Args:
-        policy: A policy that has been built with a reference.
+        policy: A policy built with a reference.
         pairs: Histories `[B, K, L]`.
     """
     sides = pairs.chosen, pairs.rejected
     lengths = torch.stack([side.mask.sum(-1) for side in sides])
-    ids = torch.cat([side.ids[side.mask] for side in sides] + [lengths.new_zeros(1)])  # the last one is padding
+    ids = torch.cat([side.ids[side.mask] for side in sides] + [lengths.new_zeros(1)])  # the last id is padding
     words, places = torch.unique(ids, return_inverse=True)
     vectors = policy.embed(Tokens(words[None], torch.ones_like(words[None], dtype=torch.bool)), reference=True).vectors
     starts = torch.cat([lengths.new_zeros(1), lengths.flatten().cumsum(0)])
@@ -330,21 +330,21 @@ class _Inputs:
         settings: TokenizationSettings,
         device: torch.device,
     ) -> _Inputs:
-        """Tokenize what is text; the new ids are on `device`.
+        """Tokenize prompts and user texts that are not ids yet; the new ids are on `device`.
 
         Raises:
-            ConfigurationError: A string stands where a list belongs, or the lists' lengths differ.
+            ConfigurationError: A string is given instead of a list, or the lists' lengths differ.
         """
         given: dict[str, Any] = {"prompt": prompts, "user_ids": user_ids, "user_text": user_texts}
         for name, value in given.items():
             if isinstance(value, str):
                 raise ConfigurationError(
-                    f"{name} is a string; give a list, one entry a prompt, such as [{value[:40]!r}]."
+                    f"{name} is a string; give a list with one entry per prompt, such as [{value[:40]!r}]."
                 )
         if len(prompts) != len(user_ids) or (user_texts is not None and len(user_texts) != len(prompts)):
             texts = "" if user_texts is None else f" and {len(user_texts)} texts about users"
             raise ConfigurationError(
-                f"There are {len(prompts)} prompts for {len(user_ids)} users{texts}; give as many of each, repeating a "
+                f"There are {len(prompts)} prompts for {len(user_ids)} users{texts}; give equally many, and repeat a "
                 "prompt for each of its users."
             )
         nothing = Tokens.from_lists([[]] * len(prompts)).to(device)
@@ -355,7 +355,7 @@ class _Inputs:
             if any(not isinstance(prompt, str) and prompt[-1]["role"] == "assistant" for prompt in prompts if prompt):
                 raise ConfigurationError(
                     "prompt: the last message is the assistant's, which needs no answer; end with a message of the "
-                    "user, or go on with it by Generator and GenerationRequest(..., continue_final_message=True)."
+                    "user, or continue it with Generator and GenerationRequest(..., continue_final_message=True)."
                 )
             prompts = Tokens.from_lists(encode.prompts(prompts)).to(device)
         if isinstance(user_texts, Sequence):
@@ -365,5 +365,5 @@ class _Inputs:
 
 
 def _where(kept: Tensor, scores: LogProbs) -> LogProbs:
-    """Return scores with the rows that `kept` `[B, 1]` leaves out empty."""
+    """Mask the scores of rows where `kept` `[B, 1]` is false."""
     return LogProbs(torch.where(kept, scores.tokens, 0.0), scores.mask & kept)

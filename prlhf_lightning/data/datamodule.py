@@ -1,4 +1,4 @@
-"""Per-user feedback for a Lightning Trainer."""
+"""Lightning data module of per-user feedback."""
 
 from __future__ import annotations
 
@@ -57,58 +57,57 @@ from prlhf_lightning.utils.cache_dir import default_cache_dir
 class PreferenceDataModule(LightningDataModule):
     """Validates, tokenizes, splits and batches the feedback of a source, grouped by user.
 
-    Evaluation is divided into the sets `seen` (users that training meets) and `unseen` (users that it does not, whom
-    only the generic user can serve); `eval_sets` names those that are not empty, in the order of their dataloaders.
+    Evaluation has two sets: `seen` (users in the training data) and `unseen` (other users, who fall back to the generic
+    user). `eval_sets` lists the sets that are not empty, in the order of their dataloaders.
 
     Args:
-        source: Where the rows come from.
-        tokenizer: The policy's tokenizer, or the path or hub name of one. The command line links it from the policy.
-        batch_size: Training pairs in a batch of one process.
-        eval_batch_size: Most pairs in an evaluation batch; `batch_size` if none is given.
-        pairs_per_user: Up to so many pairs of one user stand side by side in a training batch.
-        balance: From 0, every training pair once an epoch, to 1, every user equally often.
-        bucket_by_length: Whether training pairs of about the same length share a batch, which saves most of the
-            padding (but little of it with `pairs_per_user` above 1, as one user's pairs differ in length).
-            Always so where `max_tokens_per_batch` is given.
-        max_tokens_per_batch: Most tokens of a training batch of one process, padding included: two completions of each
-            pair, each as long as the longest of user text, prompt and completion in the batch. `batch_size` is then
-            the most pairs that a batch of short ones may have. User vectors are not counted.
-        validation_fraction: Share of the training prompts (or pairs) that is held out for validation. Only used where
-            the source has no validation split of its own.
-        unseen_user_fraction: Share of the users who are held out of training altogether. Where the source has a
-            validation split of its own, its rows about them are the unseen set.
-        split_by: What is held out together: all pairs on a `prompt`, so that no prompt of the seen set was trained
-            on, or all judgments of the same `pair`, for data with few prompts.
-        max_prompt_length: Most tokens of a prompt, BOS included; of longer ones the end is kept.
-        max_completion_length: Most tokens of a completion, EOS included; of longer ones the start is kept.
-        max_user_text_length: Most tokens of the text about a user; of longer ones the start is kept.
+        source: Source of the rows.
+        tokenizer: The policy's tokenizer, or its path or hub name. The command line links it from the policy.
+        batch_size: Training pairs per batch and process.
+        eval_batch_size: Most pairs in an evaluation batch; by default `batch_size`.
+        pairs_per_user: Most pairs of one user that are placed together in a training batch.
+        balance: Sampling of users, from 0 (every training pair once per epoch) to 1 (every user equally often).
+        bucket_by_length: Batch training pairs of similar length together, which saves most of the padding (but little
+            with `pairs_per_user` above 1, because one user's pairs differ in length). Always on with
+            `max_tokens_per_batch`.
+        max_tokens_per_batch: Most tokens in a training batch of one process, padding included: two completions per
+            pair, each padded to the longest user text, prompt and completion of the batch. `batch_size` is then the
+            most pairs in a batch of short ones. User vectors are not counted.
+        validation_fraction: Share of the training prompts (or pairs) held out for validation. Only used if the source
+            has no validation split.
+        unseen_user_fraction: Share of the users held out of training. If the source has a validation split, its rows
+            of these users are the unseen set.
+        split_by: Unit of holding out: all pairs on a `prompt`, so no prompt of the seen set is trained on; or all
+            judgments of the same `pair`, for data with few prompts.
+        max_prompt_length: Most tokens of a prompt, BOS included; longer prompts keep their end.
+        max_completion_length: Most tokens of a completion, EOS included; longer completions keep their start.
+        max_user_text_length: Most tokens of the text about a user; longer texts keep their start.
         overlong: Whether rows over these limits are truncated, dropped (both are counted and reported), or an error.
-        ties: Whether rows whose two completions are the same, as they stand or once tokenized and truncated, are an
-            error, or dropped (counted and reported).
-        chat_template: Whether plain strings are wrapped in the tokenizer's chat template as one turn. Rows that are
-            conversations always are.
-        user_text_format: How the text about a user is written before the prompt; `{user_text}` stands for it.
-        chat_template_args: Further arguments of the tokenizer's chat template, such as `{enable_thinking: false}`.
-            They are kept in checkpoints and exports, for everything that writes with the model.
-        chat_template_date: The day, such as 2026-01-31, that a chat template writes which asks for today's date; today
-            if none is given, or the checkpoint's where one is gone on from. It is kept in checkpoints and exports.
-        feedback: What the rows are: `pairs` (`chosen` and `rejected`), `thumbs` (`completion` and `label`) or
+        ties: Whether rows with two equal completions (as text, or after tokenization and truncation) are an error, or
+            dropped (counted and reported).
+        chat_template: Wrap plain strings in the tokenizer's chat template as one turn. Conversations always use it.
+        user_text_format: Format of the text about a user before the prompt; `{user_text}` is replaced by the text.
+        chat_template_args: Extra arguments of the tokenizer's chat template, such as `{enable_thinking: false}`. They
+            are saved in checkpoints and exports, and used wherever the model generates.
+        chat_template_date: Date, such as 2026-01-31, for chat templates that ask for today's date. By default today,
+            or the checkpoint's date when a run resumes. It is saved in checkpoints and exports.
+        feedback: Kind of rows: `pairs` (`chosen` and `rejected`), `thumbs` (`completion` and `label`) or
             `demonstrations` (`chosen`). The command line links it from the loss.
-        streaming: Whether training rows are read, validated and tokenized as they are needed, and never stored, for
-            sets larger than disk or memory. They are counted once, to know the users and the length of an epoch.
-            Evaluation splits are stored as always; nothing is held out of the training split but users.
-        shuffle_buffer: Rows that are shuffled, grouped and bucketed together in a stream, and held in memory.
-        users_file: The users of a stream and their numbers of rows, where they are known already: a CSV, JSON Lines or
-            Parquet file of `user_id` and `rows`.
-        seed: Seed of the splits and of the order of training.
-        num_workers: Processes that load batches; none is fast enough for stored rows, whose ids are memory-mapped.
-        cache_dir: Folder of the tokenized data; `$PRLHF_CACHE` or `~/.cache/prlhf_lightning` if none is given.
-        pin_memory: Whether batches are laid in pinned memory; where there is a GPU if not given.
+        streaming: Read, validate and tokenize training rows on the fly and never store them, for data sets larger than
+            disk or memory. One pass counts them first, to know the users and the length of an epoch. Evaluation splits
+            are stored as usual. Only users, not prompts or pairs, can be held out of the training split.
+        shuffle_buffer: Rows of a stream that are held in memory to be shuffled, grouped and bucketed together.
+        users_file: The users of a stream and their numbers of rows, if already known: a CSV, JSON Lines or Parquet file
+            of `user_id` and `rows`.
+        seed: Seed of the splits and of the training order.
+        num_workers: Processes that load batches; 0 is fast enough for stored rows, whose ids are memory-mapped.
+        cache_dir: Folder of the tokenized data; by default `$PRLHF_CACHE` or `~/.cache/prlhf_lightning`.
+        pin_memory: Pin batches in host memory; by default if there is a GPU.
         history_size: Most other training pairs of the same user that come with a training pair, for user models that
             read them. The command line links it from the user model.
-        hash_user_ids_with: Name of the environment variable, or path of the file, that holds a secret salt. Users' ids
-            are then replaced by keyed hashes (see `Pseudonyms`) as they are read; the ids and the salt are in no cache,
-            checkpoint or table. By default ids stay as they are.
+        hash_user_ids_with: Environment variable or file with a secret salt. User ids are then replaced by keyed hashes
+            (see `Pseudonyms`) when they are read; no cache, checkpoint or table contains the ids or the salt. By
+            default ids are not hashed.
     """
 
     def __init__(
@@ -157,11 +156,11 @@ class PreferenceDataModule(LightningDataModule):
             raise ConfigurationError(f"feedback is {feedback!r}; it must be one of {get_args(Feedback)}.")
         if history_size and (streaming or feedback != "pairs"):
             raise ConfigurationError(
-                f"history_size is {history_size}; users' histories are of stored pairs: set streaming: false and give "
+                f"history_size is {history_size}; histories need stored pairs: set streaming: false and give "
                 "pairs, or choose a user model that reads no histories, such as IndividualUserModel."
             )
         if users_file and not streaming:
-            raise ConfigurationError("users_file tells the users of a stream: leave it out, or set streaming: true.")
+            raise ConfigurationError("users_file is only for streams: leave it out, or set streaming: true.")
         self.source = source
         self.tokenizer = tokenizer
         self.batch_size, self.eval_batch_size = batch_size, eval_batch_size or batch_size
@@ -193,38 +192,38 @@ class PreferenceDataModule(LightningDataModule):
         self.streaming = streaming
         self.users_file = Path(users_file).expanduser() if users_file else None
         self.pseudonyms = None if hash_user_ids_with is None else Pseudonyms.load(hash_user_ids_with)
-        self._left_out: tuple[int, npt.NDArray[np.int64]] | None = None  # an epoch, and rows that it is without
+        self._left_out: tuple[int, npt.NDArray[np.int64]] | None = None  # an epoch, and the rows to skip in it
         self.num_workers = num_workers
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else default_cache_dir()
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory
-        # Fewer rows than processes leave some without a batch, which is nothing to stop for.
+        # With fewer rows than processes, some processes have no batch; this is no error.
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
     @property
     def settings(self) -> TokenizationSettings:
-        """How text becomes ids. Once the tokenizer is known, a date that its chat template writes is part of it."""
+        """Tokenization settings; with the date of the chat template, once the tokenizer is known."""
         return self._settings if self.tokenizer is None else self._prepared.dated_settings
 
     @property
     def vocabulary(self) -> UserVocabulary:
-        """The users of the training rows, sorted, after the generic user."""
+        """The generic user, then the users of the training rows, sorted."""
         return self._prepared.division.vocabulary
 
     @property
     def num_users(self) -> int:
-        """Number of rows of the user table, the generic user's included."""
+        """Number of rows of the user table, with the generic user's."""
         return len(self.vocabulary)
 
     @property
     def num_training_rows(self) -> int:
-        """Number of rows that are trained on."""
+        """Number of training rows."""
         return len(self._prepared.division.train)
 
     @property
     def longest_row(self) -> int:
         """Most tokens of a row of any split: user text, prompt and the longer completion, after truncation.
 
-        Of streamed rows, which are not known, it is what the limits allow.
+        Streamed rows are not known in advance; for them it is the sum of the limits.
         """
         return self._prepared.longest_row()
 
@@ -235,13 +234,13 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def eval_sets(self) -> dict[Stage, tuple[str, ...]]:
-        """For each stage that evaluates, the names of its dataloaders in order, such as `("seen", "unseen")`."""
+        """For each evaluation stage, the names of its dataloaders in order, such as `("seen", "unseen")`."""
         stages: tuple[Stage, ...] = ("validate", "test", "predict")
         return {stage: tuple(self._prepared.evaluation(stage)) for stage in stages}
 
     @property
     def conversational(self) -> bool:
-        """Whether the training rows are conversations, and not plain strings (in mixed data: most of them)."""
+        """Whether the training rows are conversations instead of plain strings (in mixed data: most of them)."""
         return self._prepared.conversational
 
     def batches_per_epoch(self, world_size: int = 1) -> int:
@@ -249,11 +248,11 @@ class PreferenceDataModule(LightningDataModule):
         return len(self._training_batches(0, world_size))
 
     def order_record(self, world_size: int, accumulate: int) -> dict[str, Any]:
-        """Return what decides which rows are trained on when, to be kept in a checkpoint for `go_on`.
+        """Return the settings and progress that determine the training order; a checkpoint keeps them for `go_on`.
 
         Args:
             world_size: Number of processes that share the data.
-            accumulate: Batches of a process in an optimizer step.
+            accumulate: Batches per process and optimizer step.
         """
         found = record(
             self.order, self.hold_out, self._prepared.division.train, self._sequences, world_size, accumulate
@@ -264,20 +263,20 @@ class PreferenceDataModule(LightningDataModule):
         return found
 
     def go_on(self, kept: Mapping[str, Any], epoch: int, batch: int, world_size: int, accumulate: int) -> int:
-        """Enter an epoch after rows that were trained on, which may have been batched otherwise.
+        """Resume within an epoch, after rows that may have been batched with other settings.
 
-        Where the settings differ that decide the order, the rows of the epoch that are left are trained once each, and
-        a warning names the settings. Where the rows themselves are others, or a stream, it says that this can't be.
+        If settings of the training order changed, the remaining rows of the epoch are trained once each, and a warning
+        names the settings. If the rows changed, or are a stream, a warning says that rows may repeat or be skipped.
 
         Args:
-            kept: What `order_record` returned in the run that is gone on with.
+            kept: The result of `order_record` in the resumed run.
             epoch: The epoch.
-            batch: Number of batches of each process that were trained in it; 0 where it begins.
+            batch: Number of batches per process already trained in it; 0 at its start.
             world_size: Number of processes that share the data now.
-            accumulate: Batches of a process in an optimizer step now.
+            accumulate: Batches per process and optimizer step now.
 
         Returns:
-            The number of the batch that comes next, in the batches of this data module.
+            The index of the next batch, among the batches of this data module.
         """
         here = self.order_record(world_size, accumulate)
         changed, rows = differences(kept, here), self._prepared.division.train
@@ -285,17 +284,16 @@ class PreferenceDataModule(LightningDataModule):
         self._left_out = None
         if not is_other and has_other_texts(kept, here):
             rank_zero_warn(
-                "The training rows have other texts than those that the checkpoint was trained on, or become other "
-                "token ids: going on trains on these from here on. To train further on new data, give --init_from "
-                "instead of --ckpt_path."
+                "The training rows have other texts or other token ids than in the checkpoint's run: training "
+                "continues on the new ones. To train further on new data, give --init_from instead of --ckpt_path."
             )
         if not batch:
             if is_other:
                 changed = [_other_rows(kept, here), *changed]
             if changed:
                 rank_zero_warn(
-                    f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. The epochs to come are "
-                    "trained with these."
+                    f"Settings differ from the checkpoint's run: {'; '.join(changed)}. The following epochs use the "
+                    "new settings."
                 )
             return 0
         if is_other or (changed and not isinstance(rows, Pairs)):
@@ -304,8 +302,8 @@ class PreferenceDataModule(LightningDataModule):
             if is_other:
                 changed = [_other_rows(kept, here), *changed]
             rank_zero_warn(
-                f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. In this epoch rows may be "
-                "trained twice or left out. To train further on new data, give --init_from instead of --ckpt_path."
+                f"Settings differ from the checkpoint's run: {'; '.join(changed)}. In this epoch, rows may be "
+                "trained twice or skipped. To train further on new data, give --init_from instead of --ckpt_path."
             )
             return min(done, self.batches_per_epoch(world_size))
         if not isinstance(rows, Pairs) or not (changed or len(earlier_rows(kept, epoch))):
@@ -318,33 +316,33 @@ class PreferenceDataModule(LightningDataModule):
         if changed:
             left = sum(map(len, sampler.steps(epoch)))
             rank_zero_warn(
-                f"Going on otherwise than the checkpoint was trained: {'; '.join(changed)}. The {left:,} rows of this "
-                "epoch that are left are trained once each; the learning rates are those of a run with these settings."
+                f"Settings differ from the checkpoint's run: {'; '.join(changed)}. The remaining {left:,} rows of this "
+                "epoch are trained once each; the learning rates are those of a run with the new settings."
             )
         return sampler.first(epoch)
 
     def evaluation_pairs(self, name: str, stage: Literal["validate", "test"] = "validate") -> Pairs | None:
-        """Return the rows of one of `eval_sets`, `seen` or `unseen`, or None where it is empty."""
+        """Return the rows of one of `eval_sets`, `seen` or `unseen`; None if it is empty."""
         return self._prepared.division.evaluation.get(stage, {}).get(name)
 
     def votes_by_user(self) -> dict[str, int]:
-        """Return how many training rows each user gave."""
+        """Return the number of training rows of each user."""
         return self._prepared.votes_by_user()
 
     def known_as(self, user_id: str) -> str:
-        """Return the id by which batches, checkpoints and tables know a user whom the source calls `user_id`."""
+        """Return the id in batches, checkpoints and tables of the source's user `user_id`."""
         return self._prepared.known_as(user_id)
 
     def histories(self) -> Iterator[tuple[list[str], PairTokens]]:
-        """Yield all training users, some at a time, each with up to `history_size` of their pairs, always the same."""
+        """Yield all training users in chunks, each with up to `history_size` of their pairs; deterministic."""
         pairs = self._prepared.with_history
         return iter(()) if pairs is None else pairs.of_users()
 
     def encode_prompts(self, prompts: Sequence[Text]) -> Tokens:
-        """Tokenize prompts to be answered exactly as those of the data are.
+        """Tokenize prompts exactly as those of the data.
 
         Args:
-            prompts: B strings, or conversations that end with what is to be answered. Where the training rows are
+            prompts: B strings, or conversations that end with the message to answer. If the training rows are
                 conversations, a string is one turn of the user.
 
         Returns:
@@ -353,20 +351,20 @@ class PreferenceDataModule(LightningDataModule):
         return Tokens.from_lists([ids.tolist() for ids in self._prepared.tokenize.prompts(prompts)])
 
     def where(self, record: int, stage: Stage = "train", number: int = 0) -> str:
-        """Return where a row stands in the source.
+        """Return the location of a row in the source, such as `votes.jsonl:17`.
 
         Args:
             record: Its number in `PreferenceBatch.records`.
-            stage: The stage whose row it is.
-            number: Which of the stage's dataloaders gave it.
+            stage: The row's stage.
+            number: Index of its dataloader in the stage.
         """
         sets: list[Pairs | PromptDataset] = list(self._prepared.evaluation(stage).values())
         return (self._prepared.division.train if stage == "train" else sets[number]).where(record)
 
     def sample(self, count: int) -> PreferenceBatch:
-        """Return up to `count` pairs to validate on, spread evenly over the first of `eval_sets["validate"]`.
+        """Return up to `count` validation pairs, spread evenly over the first of `eval_sets["validate"]`.
 
-        Of thumbs, those of them that are up.
+        For thumbs, it returns only the thumbs-up among them.
         """
         pairs = next(iter(self._prepared.division.evaluation.get("validate", {}).values()), None)
         if pairs is None:
@@ -375,48 +373,48 @@ class PreferenceDataModule(LightningDataModule):
         return collate([row for row in rows if row["chosen_ids"]])
 
     def describe(self) -> str:
-        """Return a summary of what is trained and evaluated on, in one paragraph."""
+        """Return a summary of the training and evaluation data, in one paragraph."""
         counts = self.source.counts("train") if self.streaming else {}
         made = self._prepared
         overlong = self._settings.overlong
         return summary(made.division, made.splits, self.order, self._sequences, overlong, counts, self.feedback)
 
     def use_template_date(self, day: str) -> None:
-        """Have the chat template write the day that a checkpoint's rows were written on, unless one is set."""
+        """Set the date of the chat template to a checkpoint's date, unless the user has set one."""
         if self._settings.chat_template_date is None and self.settings.chat_template_date not in (None, day):
-            rank_zero_info(f"The chat template writes the checkpoint's date, {day}, and not today's.")
+            rank_zero_info(f"The chat template writes the checkpoint's date, {day}, instead of today's.")
             self._settings = replace(self._settings, chat_template_date=day)
-            self.__dict__.pop("_prepared", None)  # which is made anew
+            self.__dict__.pop("_prepared", None)  # created again on next access
 
     def prepare_data(self) -> None:
-        """Validate and tokenize every split of the source, or count its users, unless the cache has them."""
+        """Validate and tokenize every split of the source, or count the users of a stream, unless cached."""
         _ = self._prepared.splits
         if self.streaming:
             _ = self._prepared.census
 
     def setup(self, stage: str) -> None:
-        """Open the caches, divide the rows, and say what there is."""
+        """Open the caches, split the rows, and log a summary."""
         if self.trainer is not None:
             refuse_injected_sampler(self.trainer)
         name: Any = TrainerFn(stage).value  # Lightning passes a member of this enum
         if name != "fit" and not self._prepared.evaluation(name):
             split = {"validate": "validation", "test": "test"}.get(name, "test or validation")
-            raise ConfigurationError(f"There is nothing to {name} on; give the source a {split} split.")
+            raise ConfigurationError(f"There are no rows to {name} on; give the source a {split} split.")
         rank_zero_info(self.describe())
         written = self._prepared.tokenize
         if name == "fit" and written.tokenizer.chat_template and not written.settings.chat_template:
             rank_zero_warn(
-                "The tokenizer has a chat template, and the rows are plain strings, which are used as they stand. For "
-                "a chat model set data.chat_template to true: each prompt is then a message of the user."
+                "The tokenizer has a chat template, but the rows are plain strings and are used without it. For a "
+                "chat model set data.chat_template to true: each prompt is then a message of the user."
             )
         if (day := self.settings.chat_template_date) is not None and self._settings.chat_template_date is None:
             rank_zero_info(
-                f"The chat template writes a date: {day}, in training and in all that is written with the model later. "
+                f"The chat template writes a date: {day}, in training and later whenever the model generates. "
                 "Set data.chat_template_date to choose another."
             )
 
     def train_dataloader(self) -> Loader:
-        """Return the batches of this process, in the order of the epoch that training has reached."""
+        """Return the batches of this process, in the order of the current epoch."""
         pairs = self._prepared.with_history or self._prepared.division.train
         if self.trainer is not None and self.trainer.overfit_batches > 0:  # type: ignore[attr-defined]
             if isinstance(pairs, StreamedRows):
@@ -424,7 +422,7 @@ class PreferenceDataModule(LightningDataModule):
             return self._loader(pairs, SequentialBatchSampler(len(pairs), self.batch_size, *share_of(self.trainer)))
         sampler = self._training_batches(*share_of(self.trainer))
         if self.trainer is not None:
-            # Lightning sets the epoch of samplers too, but when it resumes only after it began to iterate.
+            # Lightning sets the epoch of samplers too, but on resume only after iteration has started.
             sampler.set_epoch(*resume_point(self.trainer))
         rows = self._prepared.stream(pairs, sampler) if isinstance(pairs, StreamedRows) else pairs
         return self._loader(rows, sampler)
@@ -440,20 +438,20 @@ class PreferenceDataModule(LightningDataModule):
     def predict_dataloader(self) -> list[Loader]:
         """Return one dataloader for each of `eval_sets["predict"]`.
 
-        It is the source's prompts without judgments, for every seen user (`prompts`), if it has any; or else the rows
-        of the test split, or of validation.
+        Its rows are the source's prompts without judgments (`prompts`), for every seen user. Without such prompts, they
+        are the rows of the test split, or of the validation split.
         """
         return self._evaluation_loaders("predict")
 
     def transfer_batch_to_device(
         self, batch: PreferenceBatch, device: torch.device, dataloader_idx: int
     ) -> PreferenceBatch:
-        """Move a batch, without waiting for each of its tensors as Lightning would."""
+        """Move a batch asynchronously on CUDA; Lightning would wait for each tensor."""
         return to_device(batch, device)
 
     @cached_property
     def _prepared(self) -> PreparedFeedback:
-        """Made when it is first needed: until then what it is made of may be set."""
+        """Created on first access, so settings may change before."""
         return PreparedFeedback(
             source=self.source,
             tokenizer=self.tokenizer,
@@ -469,7 +467,7 @@ class PreferenceDataModule(LightningDataModule):
         )
 
     def _evaluation_loaders(self, stage: Stage) -> list[Loader]:
-        # That there may be nothing to validate on is said by `describe`.
+        # `describe` already reports an empty validation set.
         warnings.filterwarnings("ignore", message="Total length of `list` across ranks is zero")
         share = share_of(self.trainer)
         return [
@@ -479,7 +477,7 @@ class PreferenceDataModule(LightningDataModule):
 
     @property
     def _sequences(self) -> int:
-        """Sequences that a row is scored as."""
+        """Number of sequences scored per row."""
         return 2 if self.feedback == "pairs" else 1
 
     def _training_batches(self, rank: int, world_size: int) -> UserGroupedBatchSampler | StreamBatchSampler:
@@ -494,4 +492,4 @@ class PreferenceDataModule(LightningDataModule):
 
 
 def _other_rows(kept: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    return f"the training data are others ({kept['rows']:,} rows then, {here['rows']:,} now)"
+    return f"the training data changed ({kept['rows']:,} rows then, {here['rows']:,} now)"

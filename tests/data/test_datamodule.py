@@ -199,12 +199,12 @@ def test_prediction_takes_every_row_of_the_test_split_once(make, votes, tmp_path
 
 
 def test_a_test_without_a_test_split_is_refused(make):
-    with pytest.raises(ConfigurationError, match="There is nothing to test on; give the source a test split"):
+    with pytest.raises(ConfigurationError, match="There are no rows to test on; give the source a test split"):
         make().setup("test")
 
 
 def test_a_test_without_a_test_split_is_refused_in_plain_words(make):
-    with pytest.raises(ConfigurationError, match="There is nothing to test on; give the source a test split"):
+    with pytest.raises(ConfigurationError, match="There are no rows to test on; give the source a test split"):
         trainer().test(Recorder(), datamodule=make())
 
 

@@ -67,5 +67,5 @@ def test_users_are_shown_with_the_same_pairs_each_time(data):
 
 @pytest.mark.parametrize("settings", [{"streaming": True}, {"feedback": "thumbs"}])
 def test_histories_of_streams_and_of_thumbs_are_refused(settings):
-    with pytest.raises(ConfigurationError, match="history_size is 4; users' histories are of stored pairs"):
+    with pytest.raises(ConfigurationError, match="history_size is 4; histories need stored pairs"):
         PreferenceDataModule(FileSource("votes.jsonl"), history_size=4, **settings)

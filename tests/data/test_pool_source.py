@@ -83,7 +83,7 @@ def test_a_column_of_the_pool_is_a_score_of_its_answers_alone(pool):
     source = PoolSource(pool, [{"stars": -1.0}], temperature=1e-6, **FEW)
     order = {f"question {i}": answers(i) for i in range(50)}
     assert all(order[r["prompt"]].index(r["chosen"]) < order[r["prompt"]].index(r["rejected"]) for r in rows(source))
-    with pytest.raises(ConfigurationError, match="'stars' is known of the pool's answers alone"):
+    with pytest.raises(ConfigurationError, match="'stars' is only known for the pool's answers"):
         source.utility("user-1", "question 1", "something else")
 
 
@@ -189,10 +189,10 @@ def test_a_bad_row_of_the_pool_is_named(tmp_path, row, says):
         ({"user_texts": ["x"]}, "user_texts=.*; give as many as groups"),
         ({"temperature": 0}, "temperature=0; give a number above 0"),
         ({"label_noise": 0.5}, "label_noise=0.5; give"),
-        ({"votes_per_user": 10_000}, "user-01 is to judge 10000 pairs in train, but only"),
+        ({"votes_per_user": 10_000}, "user-01 needs 10000 pairs in train, but only"),
         ({"validation_fraction": 0.001}, "0 fall to validation"),
         ({"scores": {"mine": lambda prompt, answer: None}, "groups": [{"mine": 1}]}, "'mine' is not a finite number"),
-        ({"scores": {"mine": lambda prompt, answer: 5}, "groups": [{"mine": 1}]}, "'mine' tells no two answers"),
+        ({"scores": {"mine": lambda prompt, answer: 5}, "groups": [{"mine": 1}]}, "'mine' is equal for all answers"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(pool, settings, says):

@@ -132,7 +132,7 @@ def test_other_rows_are_told(model_path, votes, tmp_path):
     go(model_path, votes, tmp_path, max_epochs=1)
     fewer = tmp_path / "fewer.jsonl"
     fewer.write_text("".join(votes.read_text().splitlines(keepends=True)[:40]))
-    with pytest.warns(UserWarning, match=r"the training data are others \(\d+ rows then, \d+ now\).*--init_from"):
+    with pytest.warns(UserWarning, match=r"the training data changed \(\d+ rows then, \d+ now\).*--init_from"):
         go(model_path, fewer, tmp_path / "resumed", tmp_path / "step=4.ckpt")
 
 
@@ -148,7 +148,7 @@ def test_other_texts_of_the_same_lengths_are_told(model_path, votes, tmp_path):
 def test_other_settings_are_told_at_an_epochs_end_too(model_path, votes, tmp_path):
     stopped = go(model_path, votes, tmp_path, max_epochs=1)
     stopped.trainer.save_checkpoint(tmp_path / "end.ckpt")
-    with pytest.warns(UserWarning, match="data.batch_size was 4 and is 8. The epochs to come"):
+    with pytest.warns(UserWarning, match="data.batch_size was 4 and is 8. The following epochs"):
         resumed = go(model_path, votes, tmp_path / "resumed", tmp_path / "end.ckpt", {"batch_size": 8})
     assert rows_of(resumed, epoch=1) == rows_of(stopped)
     assert not rows_of(resumed)

@@ -1,4 +1,4 @@
-"""SUBCLASS HERE: a place that raw feedback rows come from."""
+"""Base class of data sources; subclass it to read feedback rows from anywhere."""
 
 from __future__ import annotations
 
@@ -15,33 +15,31 @@ SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 class DataSource(ABC):
-    """Raw feedback rows, split by split.
+    """Base class: raw feedback rows by split.
 
-    A source only finds and reads rows: validating, tokenizing, caching, splitting and grouping by user are done by
-    `PreferenceDataModule`, the same for every source. Rows are mappings with the fields `user_id`, `prompt`, `chosen`,
-    `rejected` (thumbs: `completion` and `label`) and, optionally, `user_text`, or other names that `columns` maps to
-    these.
+    A source only finds and reads rows. `PreferenceDataModule` validates, tokenizes, caches, splits and groups the rows
+    of every source in the same way. A row is a mapping with the fields `user_id`, `prompt`, `chosen`, `rejected`
+    (thumbs: `completion` and `label`) and, optionally, `user_text`; `columns` maps other column names to these.
 
     Attributes:
-        columns: Field name to the column that holds it, for the fields whose column is named otherwise, such as
-            `{"user_id": "worker"}`.
+        columns: Column name of each field whose column has another name, such as `{"user_id": "worker"}`.
     """
 
     columns: Mapping[str, str] = {}
 
     @abstractmethod
     def splits(self) -> set[Split]:
-        """Return the splits that this source has; `train` is one of them unless it serves evaluation only."""
+        """Return the splits of this source; with `train`, unless it is for evaluation only."""
 
     @abstractmethod
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield each row of a split after where it stands (such as `votes.jsonl:17`), always in the same order.
+        """Yield the location (such as `votes.jsonl:17`) and the row of each row of a split, always in the same order.
 
-        Large sources stream: memory does not grow with the number of rows.
+        Large sources should stream rows: memory must not grow with their number.
         """
 
     def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
-        """Yield what `rows` does, but an `Unreadable` in the place of each error; override it to go on after one."""
+        """Yield the same as `rows`, with an `Unreadable` instead of an error; override it to continue after errors."""
         try:
             yield from read(self, split)
         except FeedbackFormatError as error:
@@ -51,28 +49,30 @@ class DataSource(ABC):
     def fingerprint(self, split: Split) -> str:
         """Return a string that changes whenever the rows of a split may have changed.
 
-        It is the key of the tokenized cache, so it is cheap to compute (path, size and modification time of files, or
-        the settings of a generator) and names everything that the rows depend on.
+        It is the key of the cache of tokenized rows. So it must be cheap (path, size and modification time of files, or
+        the settings of a generator) and include everything that the rows depend on.
         """
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return how much of a split met with what on the way, as of the last full pass of `rows`.
+        """Return counts of dropped or changed rows of a split, from the last full pass of `rows`.
 
-        A source that leaves rows out by a protocol says so here, as in `{"left out (equal summaries)": 12}`, and the
-        data module's description repeats it: "train: 12 left out (equal summaries)".
+        For example, `{"left out (equal summaries)": 12}`; the data module's summary then says "train: 12 left out
+        (equal summaries)".
         """
         return {}
 
     def prompts(self) -> Iterator[tuple[str, Text]]:
-        """Yield prompts without judgments, each after where it stands, for `predict` to answer for every seen user.
+        """Yield the location and text of prompts without judgments; `predict` answers them for every seen user.
 
-        Without any, which is the default, the prompts of the test or the validation split are answered.
+        By default there are none, and `predict` answers the prompts of the test or validation split.
         """
         yield from ()
 
 
 def read(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Yield a source's rows; what goes wrong in reading them is told apart from what does in writing a cache.
+    """Yield a source's rows; turn system errors in reading into `FeedbackFormatError`.
+
+    Callers can thus tell them from system errors in writing a cache.
 
     Raises:
         FeedbackFormatError: The rows cannot be reached.

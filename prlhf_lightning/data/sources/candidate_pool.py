@@ -1,4 +1,4 @@
-"""A pool of answers to prompts, scored."""
+"""Pool of scored answers to prompts, for `PoolSource`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ _SCHEMA = Schema("a pool of answers", 'write {"prompt": "...", "responses": ["..
 
 @dataclass(frozen=True)
 class Candidates:
-    """The different answers to one prompt.
+    """The distinct answers to one prompt.
 
     Attributes:
         prompt: The prompt.
         answers: `[A]` answers.
-        scores: `[A][S]` their scores, in the pool's standard deviations.
+        scores: `[A][S]` scores of the answers, in standard deviations of the pool.
     """
 
     prompt: str
@@ -32,21 +32,21 @@ class Candidates:
 
 
 class Pool:
-    """All prompts with at least two different answers.
+    """All prompts with at least two distinct answers.
 
     Args:
-        rows: Rows after where they stand, with `prompt`, `responses` and lists of numbers, one a response.
-        names: The scores that are wanted.
-        functions: How those are made that are no column of the rows.
+        rows: Locations and rows, with `prompt`, `responses` and lists of numbers, one per response.
+        names: Names of the scores.
+        functions: Functions of the scores that are not columns of the rows.
 
     Attributes:
-        candidates: The prompts, in order.
-        scales: `[S]` standard deviation of each score among the answers to one prompt, in its own unit.
-        few: Prompts that were left out, with fewer than two answers.
+        candidates: The candidates of each prompt, in order.
+        scales: `[S]` standard deviation of each score among the answers to one prompt, in the score's unit.
+        few: Number of prompts left out because they have fewer than two answers.
 
     Raises:
-        FeedbackFormatError: A row is not what it should be, or a score is no finite number.
-        ConfigurationError: A score is unknown, or tells no answers to any prompt apart.
+        FeedbackFormatError: A row is malformed, or a score is not a finite number.
+        ConfigurationError: A score is unknown, or is equal for all answers to each prompt.
     """
 
     def __init__(
@@ -69,14 +69,14 @@ class Pool:
         }
 
     def scaled(self, scores: Sequence[float]) -> tuple[float, ...]:
-        """Return scores in standard deviations."""
+        """Return scores divided by `scales`."""
         return tuple(score / scale for score, scale in zip(scores, self.scales, strict=True))
 
 
 def pairs_in_random_order(
     candidates: Sequence[Candidates], rng: Random
 ) -> Iterator[tuple[Candidates, tuple[int, int]]]:
-    """Yield every pair of answers to one prompt once, without listing them all while few have been asked for."""
+    """Yield every pair of answers to one prompt once; lazily, without listing all pairs at first."""
     total = sum(math.comb(len(one.answers), 2) for one in candidates)
     seen: set[tuple[int, int, int]] = set()
     tries = 0
@@ -100,10 +100,10 @@ def pairs_in_random_order(
 
 
 def finite(value: Any, name: str, where: str) -> float:
-    """Return a score as a number.
+    """Return a score as a float.
 
     Raises:
-        FeedbackFormatError: It is none, or not a finite one.
+        FeedbackFormatError: It is not a finite number.
     """
     try:
         number = float(value)
@@ -131,7 +131,7 @@ def _column(
     answers: Sequence[str],
     functions: Mapping[str, Score],
 ) -> list[float]:
-    """Return one score of each answer of a row, from its column or else its function."""
+    """Return one score for each answer of a row, from its column or otherwise its function."""
     if name in row:
         values = _SCHEMA.get(row, where, name, kind=list)
         if len(values) != len(answers):
@@ -157,5 +157,5 @@ def _scales(pool: Iterable[Mapping[str, Sequence[float]]], names: Sequence[str])
         raise ConfigurationError("pool: no prompt has two different answers; add answers to choose from.")
     for name, square in zip(names, squares, strict=True):
         if not square:
-            raise ConfigurationError(f"groups: score {name!r} tells no two answers to a prompt apart; leave it out.")
+            raise ConfigurationError(f"groups: score {name!r} is equal for all answers to each prompt; leave it out.")
     return tuple(math.sqrt(square / freedom) for square in squares)

@@ -1,4 +1,4 @@
-"""Several sources as one: files beside a server's log, or public data beside one's own."""
+"""Data source that combines other sources, such as files and a server's log."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from prlhf_lightning.errors import ConfigurationError
 
 
 class CombinedSource(DataSource):
-    """The rows of several sources, one source after the other.
+    """Concatenates the rows of several sources.
 
-    Each may name its columns in its own way. A user whom two sources know by the same id is one user. With
-    `data.streaming: true` rows come in this order, and are shuffled within blocks only.
+    Each source may have its own column names. Equal user ids in two sources are the same user. With
+    `data.streaming: true` rows come in this order and are shuffled only within blocks.
 
     Args:
-        sources: The sources, such as a `FileSource` and a `FeedbackLogSource`. Training rows are those of all of them;
-            so are the rows of a validation or test split, of the sources that have one.
-        weights: How often the training rows of each source are read in an epoch: 2 reads each twice, 0.5 a half of
-            them, drawn by `seed`. All once by default. Evaluation reads each row once, and so does `data check`.
-        seed: Draws the rows that are read once more or left out.
+        sources: The sources, such as a `FileSource` and a `FeedbackLogSource`. Each split has the rows of all sources
+            with this split.
+        weights: How often the training rows of each source are read per epoch: 2 reads each row twice; 0.5 reads a
+            random half, drawn by `seed`. By default all are read once. Evaluation and `data check` read each row once.
+        seed: Seed of the rows that are repeated or skipped.
 
     Raises:
-        ConfigurationError: There are no sources, or weights that do not fit them.
+        ConfigurationError: There are no sources, or the weights are invalid or not one per source.
     """
 
     def __init__(self, sources: Sequence[DataSource], weights: Sequence[float] | None = None, seed: int = 0) -> None:
@@ -38,7 +38,7 @@ class CombinedSource(DataSource):
         self.seed = seed
         self._left_out: Counter[Split] = Counter()
         if not self.sources:
-            raise ConfigurationError("CombinedSource: sources is an empty list; name one source or more.")
+            raise ConfigurationError("CombinedSource: sources is an empty list; give one source or more.")
         if len(self.weights) != len(self.sources):
             raise ConfigurationError(
                 f"CombinedSource: there are {len(self.weights)} weights for {len(self.sources)} sources; give one each."
@@ -46,7 +46,7 @@ class CombinedSource(DataSource):
         for weight in self.weights:
             if not 0 < weight <= 1000:
                 raise ConfigurationError(f"CombinedSource: a weight is {weight}; give a number above 0, up to 1000.")
-        # A field whose column is asked for by name must be there, in the rows of each source.
+        # A field whose column is named explicitly must exist in the rows of every source.
         self.columns = {"system": "system"} if any("system" in source.columns for source in self.sources) else {}
 
     def splits(self) -> set[Split]:
@@ -54,7 +54,7 @@ class CombinedSource(DataSource):
         return set().union(*(source.splits() for source in self.sources))
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the rows of each source that has the split, each after where it stands there."""
+        """Yield the location and row of all sources with the split."""
         self._left_out[split] = 0
         for source, weight in zip(self.sources, self.weights, strict=True):
             if split in source.splits():
@@ -65,14 +65,14 @@ class CombinedSource(DataSource):
                         yield where, self._renamed(row, source)
 
     def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
-        """Yield each row of each source once, or what stands in its place."""
+        """Yield each row, or `Unreadable`, of each source once."""
         for source in self.sources:
             if split in source.splits():
                 for where, row in source.scan(split):
                     yield where, row if isinstance(row, Unreadable) else self._renamed(row, source)
 
     def fingerprint(self, split: Split) -> str:
-        """Return those of all sources that have the split, with their columns and weights."""
+        """Return the fingerprints of all sources with the split, with their columns and weights."""
         parts = [
             f"{type(source).__module__}.{type(source).__qualname__} {sorted(source.columns.items())} {weight} "
             f"{source.fingerprint(split)}"
@@ -82,7 +82,7 @@ class CombinedSource(DataSource):
         return "\n".join([f"CombinedSource v1 {self.seed}", *parts])
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return the sums of what the sources counted, and how many rows were left out by a weight below 1."""
+        """Return the summed counts of the sources, and the number of rows skipped by a weight below 1."""
         counts: Counter[str] = Counter()
         for source in self.sources:
             if split in source.splits():
@@ -92,17 +92,17 @@ class CombinedSource(DataSource):
         return dict(counts)
 
     def prompts(self) -> Iterator[tuple[str, Text]]:
-        """Yield the prompts without judgments of all sources."""
+        """Yield the prompts of all sources."""
         for source in self.sources:
             yield from source.prompts()
 
     def _times(self, weight: float, where: str, number: int) -> int:
-        """Return how often a training row is read."""
+        """Return how often a training row is read per epoch."""
         whole = math.floor(weight)
         return whole + (text_key(f"{self.seed} {number} {where}") < (weight - whole) * 2**64)
 
     def _renamed(self, row: Mapping[str, Any], source: DataSource) -> Mapping[str, Any]:
-        """Return a row with the fields under their own names."""
+        """Return a row with its columns renamed to the field names."""
         renamed = {name: row[name] for name in row if name not in {*source.columns, *source.columns.values()}}
         renamed.update({field: row[column] for field, column in source.columns.items() if column in row})
         if "system" in self.columns and "system" not in source.columns:

@@ -1,4 +1,4 @@
-"""SUBCLASS HERE: feedback that is made, by a protocol, out of rows of another shape."""
+"""Base class of sources that derive feedback from rows of another schema; subclass it for a public data set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Part(NamedTuple):
     split: Split = "train"
 
     def rows(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the raw rows, each after where it stands."""
+        """Yield the location and content of each raw row."""
         return self.source.rows(self.split)
 
 
@@ -36,7 +36,7 @@ def original(
     revision: str | None = None,
     data_files: str | None = None,
 ) -> Part:
-    """Return the rows of local files where any are named, or else of a hub data set's split, or of its `data_files`."""
+    """Return the raw rows of local files if given; otherwise those of a hub data set's split or its `data_files`."""
     if files is not None:
         return Part(FileSource(files))
     only = None if data_files is None else {split: data_files}
@@ -44,14 +44,14 @@ def original(
 
 
 class DerivedSource(DataSource):
-    """Pairs made out of raw rows, with count kept of those that the protocol leaves out.
+    """Base class: derives pairs from raw rows and counts those left out, by reason.
 
     Args:
-        parts: For each split that there is, the raw rows that it is made of.
-        settings: All else that the pairs depend on; part of the fingerprint.
+        parts: The raw rows of each split.
+        settings: Everything else that the pairs depend on; part of the fingerprint.
 
     Attributes:
-        version: Raised whenever the same raw rows and settings come to give other pairs.
+        version: Increase it when the same raw rows and settings give other pairs than before.
     """
 
     version = 1
@@ -63,37 +63,37 @@ class DerivedSource(DataSource):
 
     @abstractmethod
     def pairs(self, split: Split, counts: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the pairs of a split as `rows` does, and count in `counts` what is left out, by reason."""
+        """Yield the pairs of a split as `rows` does; count pairs that are left out in `counts`, by reason."""
 
     def splits(self) -> set[Split]:
-        """Return the splits that raw rows were named for."""
+        """Return the splits with raw rows."""
         return set(self._parts)
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the pairs of a split, each after where its raw row stands."""
+        """Yield the location of the raw row and the pair, for each pair of a split."""
         self._counts[split] = Counter()
         yield from self.pairs(split, self._counts[split])
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return how many raw rows, or pairs, were left out of a split in the last pass, by reason."""
+        """Return the number of raw rows or pairs left out of a split in the last pass, by reason."""
         return dict(self._counts.get(split, {}))
 
     def fingerprint(self, split: Split) -> str:
-        """Return the settings, and the fingerprints of all raw rows: a split may depend on another's."""
+        """Return the settings and the fingerprints of all raw rows; a split may depend on those of another split."""
         parts = dict.fromkeys(part for parts in self._parts.values() for part in parts)
         raw = [part.source.fingerprint(part.split) for part in parts]
         return "\n".join([f"{type(self).__name__} v{self.version} {split} {sorted(self._settings.items())}", *raw])
 
 
 def unusable(chosen: str, rejected: str, what: str) -> str | None:
-    """Return why two completions make no pair, as a reason to be left out, or None if they do.
+    """Return the reason why two completions are not a valid pair; None if they are.
 
-    Public data hold some such; training refuses them, as in files of one's own they are mistakes.
+    Public data contain some invalid pairs, which are left out. In users' own files they are errors.
 
     Args:
-        chosen: The preferred one.
-        rejected: The other.
-        what: What they are, in the plural, for the reason.
+        chosen: The preferred completion.
+        rejected: The other completion.
+        what: Plural noun for the completions, used in the reason.
     """
     if not chosen.strip() or not rejected.strip():
         return f"empty {what}"
@@ -101,23 +101,23 @@ def unusable(chosen: str, rejected: str, what: str) -> str | None:
 
 
 def left_out(reason: str) -> str:
-    """Return the name under which rows that were left out are counted."""
+    """Return the name of the count of rows that are left out for a reason."""
     return f"left out ({reason})"
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """Put each value in the place `{name}` of a template; other braces stay, and so do those in values."""
+    """Replace each `{name}` in a template by its value; keep other braces, and braces in values."""
     return _PLACE.sub(lambda place: values.get(place[1], place[0]), template)
 
 
 def check_template(setting: str, template: str, known: Sequence[str]) -> None:
-    """Refuse a template with places that nothing will fill.
+    """Reject a template with unknown placeholders, or without any.
 
     Raises:
-        ConfigurationError: It has such a place, or none at all.
+        ConfigurationError: It has an unknown placeholder, or none.
     """
     places = _PLACE.findall(template)
     unknown = sorted(set(places) - set(known))
     if unknown or not places:
-        what = f"has a place {{{unknown[0]}}}" if unknown else "has no place to fill"
-        raise ConfigurationError(f"{setting} {what}; there are {', '.join(f'{{{name}}}' for name in known)}.")
+        what = f"has a placeholder {{{unknown[0]}}}" if unknown else "has no placeholder"
+        raise ConfigurationError(f"{setting} {what}; available are {', '.join(f'{{{name}}}' for name in known)}.")

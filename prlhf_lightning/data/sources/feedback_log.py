@@ -1,4 +1,4 @@
-"""Feedback that the server has collected."""
+"""Data source of feedback collected by the server."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 class FeedbackLogSource(DataSource):
-    """The pairs of a server's feedback log, or its thumbs, in the order of receipt. Ties are left out.
+    """Pairs or thumbs of a server's feedback log, in the order of receipt, without ties.
 
     Args:
         url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file.
-        until: Number of the last row that counts, so that a run can be repeated though the log has grown, and so that
-            processes that start together read the same; all that is there at the start if none is given.
-        thumbs: Read the thumbs, for losses that take them, and not the pairs.
+        until: Number of the last row to read. It makes a run repeatable although the log grows, and processes that
+            start together read the same rows. By default all rows present at the start.
+        thumbs: Read thumbs instead of pairs, for losses of unpaired feedback.
     """
 
     def __init__(self, url: str, until: int | None = None, thumbs: bool = False) -> None:
@@ -28,11 +28,11 @@ class FeedbackLogSource(DataSource):
         self._given_until = until
 
     def splits(self) -> set[Split]:
-        """Return train; the data module holds out a part of it."""
+        """Return train; the data module holds out validation rows from it."""
         return {"train"}
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield each row after its number, such as `sqlite:///feedback.db:17`."""
+        """Yield the location (such as `sqlite:///feedback.db:17`) and content of each row."""
         empty = True
         read = self._log.thumbs if self._thumbs else self._log.pairs
         for number, record in read(self._until):
@@ -44,7 +44,7 @@ class FeedbackLogSource(DataSource):
             )
 
     def fingerprint(self, split: Split) -> str:
-        """Return the log's name and how far it goes; rows are added and removed, never changed."""
+        """Return the log's name and extent; rows may be added and removed, but never change."""
         return f"FeedbackLogSource v1 {self._kind} {self._log.name} {self._log.extent(self._until)}"
 
     @property

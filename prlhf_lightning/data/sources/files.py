@@ -1,4 +1,4 @@
-"""Feedback in the user's own files."""
+"""Data source of local files."""
 
 from __future__ import annotations
 
@@ -13,23 +13,22 @@ from prlhf_lightning.data.schema import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
-# In this order: a configuration is written in the first of these forms that holds it, and with `Path` before a plain
-# list, a list would be written as one string.
+# The order matters: a configuration is saved as the first of these types that fits. With `Path` before a plain list,
+# a list would be saved as one string.
 Paths: TypeAlias = str | list[str] | Sequence[str | Path] | Path
-_SPLIT_NAMES = ("train", "valid", "val", "dev", "test", "eval")  # how names of files of one split begin, or go on
+_SPLIT_NAMES = ("train", "valid", "val", "dev", "test", "eval")  # words in the file names of a split
 
 
 class FileSource(DataSource):
-    """JSON Lines, JSON, CSV, TSV (each also gzipped) and Parquet files. Whole numbers for users' ids are strings.
+    """Reads JSON Lines, JSON, CSV, TSV (each also gzipped) and Parquet files. Integer user ids become strings.
 
     Args:
         train: Path of the training file, or a list of paths. A path may be a pattern, such as `data/train-*.jsonl`, or
-            a folder, all files of which are then read, by name.
+            a folder, whose files are all read in the order of their names.
         validation: Validation file or files; without them the data module holds out a part of `train`.
         test: Test file or files.
-        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
-        delimiter: What separates the columns of CSV files. If none is given it is found out: commas, semicolons, tabs
-            or bars.
+        columns: Column names that differ from the field names, such as `{user_id: worker}`.
+        delimiter: Separator of the columns in CSV files. By default it is detected: comma, semicolon, tab or bar.
     """
 
     def __init__(
@@ -51,20 +50,20 @@ class FileSource(DataSource):
                 given = [paths] if isinstance(paths, str | Path) else paths
                 self._paths[split] = [file for path in given for file in files_at(Path(path))]
                 if not self._paths[split]:
-                    raise ConfigurationError(f"The {split} split is an empty list of files; name one, or leave it out.")
+                    raise ConfigurationError(f"The {split} split is an empty list of files; give one, or leave it out.")
 
     def splits(self) -> set[Split]:
-        """Return the splits for which files were named."""
+        """Return the splits with files."""
         return set(self._paths)
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the rows of a split's files in order, each after its file and line."""
+        """Yield the location (file and line) and row of a split's files, in order."""
         for path in self._paths[split]:
             for where, row in read_rows(path, self._delimiter):
                 yield where, spell_user_id(row, self._id_column)
 
     def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
-        """Yield what `rows` does, but go on after what cannot be read: with the next row, or with the next file."""
+        """Yield the same as `rows`; after an unreadable row, continue with the next row or the next file."""
         for path in self._paths[split]:
             for where, row in scan_rows(path, self._delimiter):
                 yield where, row if isinstance(row, Unreadable) else spell_user_id(row, self._id_column)
@@ -72,7 +71,7 @@ class FileSource(DataSource):
     def fingerprint(self, split: Split) -> str:
         """Return path, size and modification time of each file.
 
-        The path also as it was given, since what is kept of rows says where they stand in these words.
+        It includes the path as given, because the cache stores the rows' locations in this form.
         """
         parts = [f"delimiter {self._delimiter!r}"] if self._delimiter else []
         for path in self._paths[split]:
@@ -89,10 +88,10 @@ class FileSource(DataSource):
 
 
 def files_at(path: Path) -> list[Path]:
-    """Return the files that a path names: itself, those of a folder, or those that match a pattern, sorted by name.
+    """Return the files of a path (a file, a folder or a pattern), sorted by name.
 
     Raises:
-        ConfigurationError: There is none, or a folder holds several splits.
+        ConfigurationError: There is no file, or a folder holds several splits.
     """
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.is_file() and is_readable(file))
@@ -101,12 +100,12 @@ def files_at(path: Path) -> list[Path]:
         splits = {name for file in found for name in _SPLIT_NAMES if re.search(rf"(?<![a-z]){name}", file.name.lower())}
         if len(splits) > 1:
             raise ConfigurationError(
-                f"{path}: the folder holds files of several splits ({found[0].name}, {found[-1].name}); name those of "
-                f"each, as in train: {path}/train*."
+                f"{path}: the folder holds files of several splits ({found[0].name}, {found[-1].name}); give the files "
+                f"of each split, such as train: {path}/train*."
             )
         return found
     if path.exists() or not has_magic(str(path)):
-        return [path]  # what is not there is told where it is read
+        return [path]  # reading it reports a missing file
     matching = sorted(Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file())
     if not matching:
         raise ConfigurationError(f"{path}: no file matches; check the pattern (it is relative to {Path.cwd()}).")

@@ -1,4 +1,4 @@
-"""Anthropic's helpful and harmless dialogues, with a pseudo-user for each kind."""
+"""Data source of Anthropic's HH-RLHF dialogues, with a pseudo-user each for helpful and harmless."""
 
 from __future__ import annotations
 
@@ -24,22 +24,21 @@ USERS = {"helpful": ["helpful-base"], "harmless": ["harmless-base"]}
 class HHRLHFSource(DerivedSource):
     r"""Pairs of dialogues that differ in their last reply, by pseudo-users who value helpfulness or harmlessness.
 
-    The data set does not tell who judged. As in work on hidden context and in Variational Preference Learning
-    (`get_hh_rlhf_dataset` in `hidden_context/train_llm_preference_model.py` of github.com/WEIRDLabUW/vpl_llm), those
-    who judged helpfulness are one user and those who judged harmlessness another. Reads `Anthropic/hh-rlhf` on the hub,
-    or a local copy of its folders with `train.jsonl.gz` and `test.jsonl.gz` (or unpacked), whose rows are two
-    transcripts, `chosen` and `rejected`, of turns that begin with "\n\nHuman:" and "\n\nAssistant:" (its card). The
-    test files are the validation split. Transcripts that differ before the last reply, or end in equal or empty
-    replies or in none, are left out.
+    The data set does not identify annotators. As in work on hidden context and in Variational Preference Learning
+    (`get_hh_rlhf_dataset` in `hidden_context/train_llm_preference_model.py` of github.com/WEIRDLabUW/vpl_llm), the
+    annotators of helpfulness are one user and those of harmlessness another. Reads `Anthropic/hh-rlhf` on the hub, or a
+    local copy of its folders with `train.jsonl.gz` and `test.jsonl.gz` (or unpacked). A row has two transcripts,
+    `chosen` and `rejected`, with turns that begin with "\n\nHuman:" and "\n\nAssistant:" (see its card). The test files
+    are the validation split. Pairs are left out if their transcripts differ before the last reply, or end in equal or
+    empty replies or in none.
 
     Args:
         folder: The local copy; without it the data set is loaded from the hub.
-        hub: Its name there, or a local copy that `datasets` loads.
+        hub: Name on the hub, or a local copy that `datasets` loads.
         revision: Branch, tag or commit on the hub.
-        users: The folders of each pseudo-user's pairs; `{helpful: [helpful-base], harmless: [harmless-base]}` by
-            default.
-        conversations: Whether dialogues are given as messages, which the tokenizer's chat template renders, rather than
-            as the transcripts that they are.
+        users: The folders of each pseudo-user's pairs; by default `{helpful: [helpful-base], harmless:
+            [harmless-base]}`.
+        conversations: Whether to convert transcripts to messages, which the tokenizer's chat template renders.
 
     Raises:
         FeedbackFormatError: A row is not in the original schema.
@@ -55,7 +54,7 @@ class HHRLHFSource(DerivedSource):
     ) -> None:
         self.users = {user: list(folders) for user, folders in (USERS if users is None else users).items()}
         if not self.users or not all(self.users.values()):
-            raise ConfigurationError(f"HHRLHFSource: users is {self.users}; name each user's folders, as in {USERS}.")
+            raise ConfigurationError(f"HHRLHFSource: users is {self.users}; give each user's folders, as in {USERS}.")
         self.conversations = conversations
         names: dict[Split, str] = {"train": "train", "validation": "test"}
         self._of_user: dict[Split, list[tuple[str, Part]]] = {
@@ -84,7 +83,7 @@ class HHRLHFSource(DerivedSource):
                     yield where, {"user_id": user, **self._row(prompt, chosen, rejected)}
 
     def _unusable(self, chosen: str, rejected: str) -> str | None:
-        # Messages stand without the white space around them.
+        # Messages are stripped of surrounding white space.
         return unusable(*((chosen.strip(), rejected.strip()) if self.conversations else (chosen, rejected)), "replies")
 
     def _row(self, prompt: str, chosen: str, rejected: str) -> dict[str, Text]:
@@ -111,7 +110,7 @@ def _file(folder: str | Path | None, of: str, name: str) -> Path | None:
 
 
 def _dialogue(row: Mapping[str, Any], where: str, name: str) -> tuple[str, str]:
-    """Return a transcript up to where the last reply begins, and the reply."""
+    """Split a transcript into the part before the last reply, and the reply."""
     text = _SCHEMA.get(row, where, name, kind=str)
     head, cue, reply = text.rpartition(_LAST)
     if not cue or not text.startswith(_HUMAN):

@@ -1,4 +1,4 @@
-"""Feedback in data sets of the Hugging Face hub, or in any folder or script-free repository that `datasets` reads."""
+"""Data source of Hugging Face hub data sets, and of folders that `datasets` can load without a script."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.utils.hub import find_source_problem
 
-_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # what `datasets` reads `data_files` with, and no places
+_BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # names of builders of `datasets`, not of data sets
 
 
 class HubSource(DataSource):
-    """A data set that `datasets.load_dataset` loads. It is downloaded once, into the cache of `datasets`, or streamed.
+    """Loads a data set with `datasets.load_dataset`: downloaded once into the cache of `datasets`, or streamed.
 
     Args:
         path: Name on the hub, such as `organization/name`, or a local folder of data files.
-        name: Configuration of the data set, where it has several.
-        train_split: Its split to train on; slices such as `train[:10%]` work.
-        validation_split: Its split to validate on; without it the data module holds out a part of the training split.
-        test_split: Its split to test on.
-        revision: Branch, tag or commit on the hub; pin a commit for results that others can repeat.
-        columns: Names of columns that differ from the fields', such as `{user_id: worker}`.
-        data_files: Files to read alone, by split, such as `{train: helpful-base/train*}`.
-        streaming: Download rows as they are read, and keep none; for `data.streaming`. Pin a `revision`: without one
-            that the rows may have changed is not noticed.
+        name: Configuration of the data set, if it has several.
+        train_split: Split for training; slices such as `train[:10%]` work.
+        validation_split: Split for validation; without it the data module holds out a part of the training split.
+        test_split: Split for testing.
+        revision: Branch, tag or commit on the hub; pin a commit for reproducible results.
+        columns: Column names that differ from the field names, such as `{user_id: worker}`.
+        data_files: Read only these files, by split, such as `{train: helpful-base/train*}`.
+        streaming: Download rows as they are read, and store none; for `data.streaming`. Pin a `revision`: without one,
+            changed rows are not detected.
     """
 
     def __init__(
@@ -53,11 +53,11 @@ class HubSource(DataSource):
         self._loaded: dict[Split, datasets.Dataset | datasets.IterableDataset] = {}
 
     def splits(self) -> set[Split]:
-        """Return the splits that were named."""
+        """Return the splits given in `__init__`."""
         return set(self._names)
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the rows of a split in order, each after its place such as `organization/name[train]:17`."""
+        """Yield the location (such as `organization/name[train]:17`) and row of a split, in order."""
         files = self._data_files.get(self._names[split])
         place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):
@@ -65,7 +65,7 @@ class HubSource(DataSource):
             yield f"{place}[{self._names[split]}]:{number}", spell_user_id(whole, self._id_column)
 
     def fingerprint(self, split: Split) -> str:
-        """Return the fingerprint that `datasets` derives from the data files, or the names of what is streamed."""
+        """Return the fingerprint of `datasets`, derived from the data files; for a stream, its names and revision."""
         if self._streaming:
             parts = (self._path, self._name, self._names[split], self._revision, self._data_files)
             return f"streamed {parts}"
@@ -74,24 +74,24 @@ class HubSource(DataSource):
     def _load(self, split: Split) -> datasets.Dataset | datasets.IterableDataset:
         if split not in self._loaded:
             wanted = f"split {self._names[split]!r}" + (f" of configuration {self._name!r}" if self._name else "")
-            told = f"Data set {self._path!r}, {wanted}: cannot be loaded"
+            prefix = f"Data set {self._path!r}, {wanted}: cannot be loaded"
             own = "Files of your own are better read by FileSource, which names the line of an error."
             if self._path not in _BUILDERS and (problem := find_source_problem(self._path, "data")) is not None:
-                raise ConfigurationError(f"{told}: {problem}. {own}")
+                raise ConfigurationError(f"{prefix}: {problem}. {own}")
             try:
                 loaded = self._load_as(split, self._path == "csv")
                 if loaded.info.builder_name == "csv" and self._path != "csv":
                     loaded = self._load_as(split, True)
                 self._loaded[split] = loaded
-            except Exception as error:  # of the file system, the network, the hub's client and each format's reader
+            except Exception as error:  # from the file system, the network, the hub client or a format's reader
                 raise ConfigurationError(
-                    f"{told} ({type(error).__name__}: {error}); check the name, split and revision, the network, and "
+                    f"{prefix} ({type(error).__name__}: {error}); check the name, split and revision, the network, and "
                     f"HF_TOKEN if the data set is private. {own}"
                 ) from error
         return self._loaded[split]
 
     def _load_as(self, split: Split, csv: bool) -> datasets.Dataset | datasets.IterableDataset:
-        """Load a split; CSV files so that ids and texts stay as they are written (pandas makes 7 of `007`)."""
+        """Load a split; in CSV files, keep ids and texts unchanged (pandas turns `007` into 7)."""
         as_written = {"converters": {self._id_column: str}, "keep_default_na": False, "na_values": [""]} if csv else {}
         return datasets.load_dataset(
             self._path,

@@ -1,4 +1,4 @@
-"""Eight answers a prompt, judged by simulated users who weigh ten reward models (PersonalLLM)."""
+"""Data source of PersonalLLM: eight answers per prompt, judged by simulated mixtures of ten reward models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Floats: TypeAlias = npt.NDArray[np.float64]
 _SCHEMA = Schema("a row of PersonalLLM")
 _RESPONSES = range(1, 9)
 
-#: Mean and standard deviation of each reward model's scores, by which they are made comparable, sorted by name.
+#: Mean and standard deviation of each reward model's scores, to standardize them, sorted by name.
 #: From `PersonalLLM/eval/constants.py` in github.com/namkoong-lab/PersonalLLM.
 REWARD_MODELS: dict[str, tuple[float, float]] = {
     "beaver_7b": (6.233516894340515, 3.012641148973965),
@@ -45,21 +45,21 @@ class PersonalLLMSource(DerivedSource):
     of each by ten reward models, `response_1_gemma_2b` and so on (columns and names of the models as read in
     `PersonalLLM/prepare.py` and `train_basis.py` of github.com/facebookresearch/LoRe). Users are drawn as in
     `data/gen_pref_interaction_database.py` of github.com/namkoong-lab/PersonalLLM: weights from a symmetric Dirichlet
-    distribution, scores standardized, the answer of the higher weighted sum preferred. Which user judges what is ours:
-    for each prompt `judges` users are drawn, and for each of them two answers. (Theirs draws 25 to 49 prompts a user,
-    and never the eighth answer.) The data set's test split is the validation split; in it `num_unseen_users` more
-    users judge as often as the others.
+    distribution, standardized scores, and preference for the higher weighted sum. The assignment of users to prompts is
+    our own: each prompt draws `judges` users, and two answers for each of them. (The original draws 25 to 49 prompts
+    per user, and never the eighth answer.) The data set's test split is the validation split, in which
+    `num_unseen_users` more users judge as often as the others.
 
     Args:
         train: File or files of training prompts; without any the data set is loaded from the hub.
         validation: File or files of validation prompts, if `train` is given.
-        hub: Its name on the hub, or a local copy that `datasets` loads.
+        hub: Name on the hub, or a local copy that `datasets` loads.
         revision: Branch, tag or commit on the hub.
-        num_users: Users seen in training.
-        num_unseen_users: Users of whom there are validation pairs only.
+        num_users: Users in training.
+        num_unseen_users: Users with validation pairs only.
         judges: Users who judge each prompt.
-        alpha: Parameter of the Dirichlet distribution; the smaller, the more a user follows one reward model alone.
-        seed: Draws users, and who judges what.
+        alpha: Parameter of the Dirichlet distribution; with a small one, a user follows mostly one reward model.
+        seed: Seed of users and of the assignment of users to prompts.
 
     Raises:
         FeedbackFormatError: A row is not in the original schema.
@@ -96,7 +96,7 @@ class PersonalLLMSource(DerivedSource):
         """`[U, 10]` weight of each reward model for each user, the unseen ones last; rows sum to 1."""
         rows = self.num_users + self.num_unseen_users
         weights: Floats = np.random.RandomState(self.seed).dirichlet([self.alpha] * len(REWARD_MODELS), size=rows)
-        if not np.isfinite(weights).all():  # all ten draws of a user were too small for a float
+        if not np.isfinite(weights).all():  # all ten draws of a user underflowed
             raise ConfigurationError(f"PersonalLLMSource: alpha={self.alpha} is too small to draw users by; raise it.")
         return weights
 
@@ -104,7 +104,7 @@ class PersonalLLMSource(DerivedSource):
         """Yield the judgments on each prompt in turn."""
         for part in self._parts[split]:
             for number, (where, row) in enumerate(part.rows()):
-                draw = Random(f"{self.seed} {split} {number}")  # one a row: a longer file keeps what was drawn
+                draw = Random(f"{self.seed} {split} {number}")  # one per row, so more rows do not change earlier draws
                 prompt = _SCHEMA.get(row, where, "prompt", kind=str)
                 texts = [_SCHEMA.get(row, where, f"response_{i}", kind=str) for i in _RESPONSES]
                 scores = np.array([_scores(row, where, i) for i in _RESPONSES])

@@ -1,4 +1,4 @@
-"""Answers in six opposed styles, as six users prefer them (Personalized Soups)."""
+"""Data source of Personalized Soups: six users with opposed preferences."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prlhf_lightning.errors import FeedbackFormatError
 _SCHEMA = Schema("a row of the Personalized Soups comparisons")
 _KOALA = Schema("a row of the Koala prompts")
 
-#: What each file's inputs ask for, in words that tell whose they are; in the order of users 1 to 6.
+#: The sentence in each file's inputs that states the user's preference, in the order of users 1 to 6.
 PREFERENCE_PROMPTS: dict[str, str] = {
     "P1A": "Generate a response that can be easily understood by an elementary school student.",
     "P1B": "Generate a response that only a PhD Student in that specific field could understand.",
@@ -34,19 +34,19 @@ class PersonalizedSoupsSource(DerivedSource):
     """Comparisons by six simulated users with opposed preferences, named "1" to "6".
 
     Reads `rm_training/{P1A,P1B,P2A,P2B,P3A,P3B}.json` of the archive that github.com/joeljang/RLPHF links to, with
-    `user_input`, `completion_a` (the preferred one, as in its `training_reward_model.py`) and `completion_b`. As in the
-    protocol of arXiv:2402.05133 (`data/psoups_dataset.ipynb` in github.com/HumainLab/Personalized_RLHF), the sentence
-    that states the preference is taken out of the input, and equal completions and repeated comparisons of a user are
-    left out (so are empty ones, should there be any). Its authors print, for users 1 to 6: 48,300, 48,825, 47,350,
-    49,220, 49,155 and 48,565 rows, of which 8,959, 9,069, 8,239, 8,626, 9,356 and 9,222 remain, 53,471 in all.
+    `user_input`, `completion_a` (the preferred one, as in its `training_reward_model.py`) and `completion_b`. Follows
+    the protocol of arXiv:2402.05133 (`data/psoups_dataset.ipynb` in github.com/HumainLab/Personalized_RLHF): the
+    sentence that states the preference is removed from the input; equal completions and repeated comparisons of a user
+    are left out (and empty ones, if any). The authors print, for users 1 to 6: 48,300, 48,825, 47,350, 49,220, 49,155
+    and 48,565 rows, of which 8,959, 9,069, 8,239, 8,626, 9,356 and 9,222 remain, 53,471 in all.
 
-    There is one split: hold out prompts with the data module's `validation_fraction` (theirs is held out by row, which
-    leaves most validation prompts in training).
+    There is one split: hold out prompts with the data module's `validation_fraction`. (The authors hold out rows, so
+    most of their validation prompts are also in training.)
 
     Args:
         folder: Folder with the six files.
-        koala: The archive's `koala_eval_50.json`, rows with a `prompt`: `predict` answers these for every user.
-        prompt_format: How an input, the Koala prompts included, is written, with `{prompt}`.
+        koala: The archive's `koala_eval_50.json`, rows with a `prompt`; `predict` answers them for every user.
+        prompt_format: Format of an input or Koala prompt, with `{prompt}`.
 
     Raises:
         FeedbackFormatError: A row is not in the original schema, or no input of a file states its preference.
@@ -85,7 +85,7 @@ class PersonalizedSoupsSource(DerivedSource):
                 )
 
     def prompts(self) -> Iterator[tuple[str, Text]]:
-        """Yield the Koala prompts, if their file was named."""
+        """Yield the Koala prompts, if their file is given."""
         for where, row in read_rows(self.koala) if self.koala is not None else ():
             yield where, self._prompt(_KOALA.get(row, where, "prompt", kind=str))
 

@@ -1,4 +1,4 @@
-"""Feedback of simulated users on any candidate answers, by any scores: what they want is known, so it can be judged."""
+"""Data source of simulated users who judge any pool of answers by any scores; their preferences are known."""
 
 from __future__ import annotations
 
@@ -18,50 +18,50 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.simulation.scores import SCORES, Score
 from prlhf_lightning.simulation.users import Member, draw_members, draw_votes
 
-_SAME = 1e-9  # utilities that differ by less are one
+_SAME = 1e-9  # utilities that differ by less are equal
 
 
 class _Vote(NamedTuple):
     prompt: str
     chosen: str
     rejected: str
-    gap: float  # of true utilities; below 0 where the label is noise
+    gap: float  # of true utilities; negative if noise flipped the label
 
 
 class PoolSource(DataSource):
-    """Pairs out of a pool of answers, judged by simulated users.
+    """Pairs of answers from a pool, judged by simulated users.
 
-    A user belongs to a hidden group and values an answer at the weighted sum of its scores, each divided by its
-    standard deviation among the answers to one prompt. Of two answers drawn from those to one prompt, answer a is
-    preferred to answer b with probability `sigmoid((u_a - u_b) / temperature)` (Bradley-Terry), and a share
-    `label_noise` of the labels is turned round. No user judges a pair twice, or answers of equal value. Prompts are
-    divided between training and validation by their text.
+    A user belongs to a hidden group. The user's utility of an answer is the weighted sum of its scores, each divided by
+    its standard deviation among the answers to one prompt. For two random answers to a prompt, the user prefers a to b
+    with probability `sigmoid((u_a - u_b) / temperature)` (Bradley-Terry); a share `label_noise` of the labels is then
+    flipped. No user judges a pair twice, or answers of equal utility. Prompts are split between training and validation
+    by their text.
 
-    The pool is held in memory. Rows with a prompt that was there before add to its answers.
+    The pool is held in memory. Rows with the same prompt are merged.
 
     Args:
         pool: File or files of rows with `prompt` (a text), `responses` (a list of texts), and any lists of numbers,
-            one a response, that `groups` name as scores.
-        groups: For each hidden group the weight of each score it cares about, such as `[{characters: 1}, {characters:
-            -1}]`: the longer, or the shorter, the better. Scores are columns of the pool, `scores`, or those of
+            one per response, that `groups` use as scores.
+        groups: For each hidden group, the weight of each score, such as `[{characters: 1}, {characters: -1}]`: one
+            group prefers longer answers, the other shorter ones. Scores are columns of the pool, `scores`, or those of
             `prlhf_lightning.simulation.scores`.
-        scores: Name to function of prompt and answer, or to an object that can be called so.
-        shares: Size of each group beside the others'; equal by default.
-        spread: How much users of a group differ: each weight is multiplied by a number from `1 - spread` to `1 +
+        scores: Name to function (or callable object) of prompt and answer.
+        shares: Relative size of each group; equal by default.
+        spread: Difference between users of a group: each weight is multiplied by a number from `1 - spread` to `1 +
             spread`.
-        user_texts: What users of each group say about themselves, as `user_text` of their rows.
-        num_users: Users of the training split, besides the cold ones.
+        user_texts: `user_text` of the users of each group.
+        num_users: Users of the training split, without the cold ones.
         votes_per_user: Their mean number of training pairs.
-        zipf: Exponent of Zipf's law for the number of pairs of each; 0 gives everybody the same.
+        zipf: Exponent of Zipf's law for the number of pairs per user; 0 gives all users equally many.
         num_cold_users: Users of the training split with few pairs.
-        votes_per_cold_user: Training pairs of each of them.
-        num_unseen_users: Users who are in validation only.
-        validation_votes_per_user: Validation pairs of each user of any sort.
-        validation_fraction: Share of the prompts that is held out for validation.
-        temperature: Noise of the choices, in standard deviations of utility; near 0 only the better is chosen.
-        label_noise: Share of the labels that is turned round, whatever the utilities.
-        seed: Draws the held-out prompts, users, votes, pairs and labels.
-        columns: Names of columns of the pool that differ from `prompt` and `responses`.
+        votes_per_cold_user: Training pairs of each cold user.
+        num_unseen_users: Users with validation pairs only.
+        validation_votes_per_user: Validation pairs of each user of any kind.
+        validation_fraction: Share of the prompts held out for validation.
+        temperature: Noise of the choices, in standard deviations of utility; near 0 the better answer always wins.
+        label_noise: Share of labels that are flipped, whatever the utilities.
+        seed: Seed of the held-out prompts, users, votes, pairs and labels.
+        columns: Column names of the pool that differ from `prompt` and `responses`.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class PoolSource(DataSource):
         self._file = FileSource(pool)
 
     def _check(self) -> None:
-        """Refuse settings that make no sense."""
+        """Reject values out of range."""
         cares = [any(group.values()) and all(map(math.isfinite, group.values())) for group in self.groups]
         lists = {"shares": self.shares, "user_texts": self.user_texts or self.shares}
         wrong = [
@@ -132,7 +132,7 @@ class PoolSource(DataSource):
         return {"train", "validation"}
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the pairs of each user in turn: the regular users, the cold ones and, in validation, the unseen."""
+        """Yield the pairs of each user in turn: regular users, cold users and, in validation, unseen users."""
         for member in self.users + (self.unseen_users if split == "validation" else []):
             for number, vote in enumerate(self._votes(split, member)):
                 row = {
@@ -146,14 +146,14 @@ class PoolSource(DataSource):
                 yield f"pool {split}:{member.user_id}:{number}", row
 
     def fingerprint(self, split: Split) -> str:
-        """Return a hash of the settings and of what all answers scored, whatever the scores are made of."""
+        """Return a hash of the settings and of all answers with their scores."""
         digest = sha256(f"PoolSource v1 {split} {self._settings}".encode())
         for candidates in self._pool.candidates.values():
             digest.update(repr(candidates).encode())
         return digest.hexdigest()
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return how many prompts of the pool have too few answers to be asked about."""
+        """Return the number of prompts with too few answers for a pair."""
         return {left_out("prompts of the pool with fewer than two answers"): few} if (few := self._pool.few) else {}
 
     @cached_property
@@ -163,29 +163,29 @@ class PoolSource(DataSource):
 
     @cached_property
     def unseen_users(self) -> list[Member]:
-        """The users who are in validation only."""
+        """The users with validation pairs only."""
         return self._draw("unseen", self.num_unseen_users)
 
     def utility(self, user_id: str, prompt: str, answer: str) -> float:
-        """Return what an answer, of the pool or not, is worth to a user.
+        """Return a user's utility of an answer, from the pool or not.
 
-        Only differences between answers to one prompt have a meaning: in them 1 is a standard deviation.
+        Only differences between answers to one prompt are meaningful; their unit is a standard deviation.
 
         Raises:
-            ConfigurationError: A score is a column of the pool, so that it is not known of other answers.
+            ConfigurationError: The answer is not in the pool, and a score is a column of the pool.
         """
         member, known = self._by_id[user_id], self._pool.candidates.get(prompt)
         if known is not None and answer in known.answers:
             return member.utility(known.scores[known.answers.index(answer)])
         if missing := [name for name in self._names if name not in self._functions]:
             raise ConfigurationError(
-                f"PoolSource: the score {missing[0]!r} is known of the pool's answers alone; give a function in scores."
+                f"PoolSource: the score {missing[0]!r} is only known for the pool's answers; give a function in scores."
             )
         values = [finite(self._functions[name](prompt, answer), name, "the answer") for name in self._names]
         return member.utility(self._pool.scaled(values))
 
     def noise_ceiling(self, split: Split = "validation", unseen: bool = False) -> float:
-        """Return the share of labels that agree with the true utilities, of the training (or of the unseen) users."""
+        """Return the share of labels that agree with the true utilities, for training (or unseen) users."""
         users = self.unseen_users if unseen else self.users
         hits = [vote.gap > 0 for member in users for vote in self._votes(split, member)]
         if not hits:
@@ -194,7 +194,7 @@ class PoolSource(DataSource):
 
     @cached_property
     def _names(self) -> list[str]:
-        """The scores that matter, in order of mention."""
+        """The scores used by `groups`, in order of first use."""
         return list(dict.fromkeys(name for group in self.groups for name in group))
 
     @cached_property
@@ -248,7 +248,7 @@ class PoolSource(DataSource):
             gap = member.utility(candidates.scores[first]) - member.utility(candidates.scores[second])
             if abs(gap) < _SAME:
                 continue
-            # sigmoid, written so that a very small temperature does not overflow
+            # sigmoid, in a form that does not overflow at a very small temperature
             first_wins = rng.random() < 0.5 * (1 + math.tanh(0.5 * gap / self.temperature))
             first_wins ^= rng.random() < self.label_noise
             chosen, rejected = (first, second) if first_wins else (second, first)
@@ -257,6 +257,6 @@ class PoolSource(DataSource):
             voted += 1
         if voted < wanted:
             raise ConfigurationError(
-                f"PoolSource: {member.user_id} is to judge {wanted} pairs in {split}, but only {voted} pairs of "
-                "answers there differ in worth to them; add to the pool, or lower the numbers of votes (or zipf)."
+                f"PoolSource: {member.user_id} needs {wanted} pairs in {split}, but only {voted} pairs of answers "
+                "differ in utility for this user; enlarge the pool, or lower the numbers of votes (or zipf)."
             )

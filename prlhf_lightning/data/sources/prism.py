@@ -1,4 +1,4 @@
-"""Dialogues of 1,396 people with several models at a time (the PRISM alignment data set)."""
+"""Data source of PRISM: dialogues of 1,396 people with several models at a time."""
 
 from __future__ import annotations
 
@@ -47,34 +47,34 @@ class _Dialogue:
 
 
 class PRISMSource(DerivedSource):
-    """Each reply that a person did not choose, against the one that they did, after the dialogue so far.
+    """Pairs of the reply that a person chose and each other reply, with the dialogue so far as the prompt.
 
     Reads `survey.jsonl` and `conversations.jsonl` (`prism_codebook.pdf` in github.com/HannahKirk/prism-alignment) or
-    `HannahRoseKirk/prism-alignment` on the hub. The prompt is a conversation: what the person wrote and the chosen
+    `HannahRoseKirk/prism-alignment` on the hub. The prompt is a conversation of the person's messages and the chosen
     replies. Follows the protocol of arXiv:2402.05133 (`data/prism_dataset.ipynb` in
-    github.com/HumainLab/Personalized_RLHF): dialogues without a usable turn are dropped; users are shuffled and 10% of
-    them held out, then 10% of the others' dialogues; a user with one dialogue counts as unseen. With `seed: 123` the
-    division is its authors', who print 1,234 seen and 162 unseen users of 1,396, and drop dialogues c2536 and c4146.
-    The data set's card counts 8,011 dialogues and 68,371 rated replies.
+    github.com/HumainLab/Personalized_RLHF). It drops dialogues without a usable turn, shuffles the users and holds out
+    10% of them, then 10% of the others' dialogues; a user with one dialogue counts as unseen. `seed: 123` gives the
+    authors' split: they print 1,234 seen and 162 unseen users of 1,396, and drop dialogues c2536 and c4146. The data
+    set's card counts 8,011 dialogues and 68,371 rated replies.
 
-    The text about a user is theirs too, but for one thing. What they take for a person's three foremost stated
-    preferences is the order in which the survey displayed the options (`order_stated_prefs`; see "Display Order" in the
-    survey's question mapping). By default the three that the person rated highest (`stated_prefs`) are stated.
+    The text about a user also follows the authors, with one exception. They read a person's three top preferences from
+    the order in which the survey displayed the options (`order_stated_prefs`; see "Display Order" in the survey's
+    question mapping). The default here is the three options that the person rated highest (`stated_prefs`).
 
     Args:
         folder: Folder with the two files; without it the data set is loaded from the hub.
-        hub: Its name there, or a local copy that `datasets` loads.
+        hub: Name on the hub, or a local copy that `datasets` loads.
         revision: Branch, tag or commit on the hub.
         user_text_template: Text about the user, with any of `{preferences}`, `{self_description}`, `{system_string}`,
             `{age}`, `{gender}`, `{education}`, `{employment_status}`, `{marital_status}` and `{english_proficiency}`;
-            null for none. It is personal: see `docs/data_sources.md`.
-        preferences: Three are stated: the highest `rated` ones (ties in the survey's order of names), or the first
-            three `displayed`, as in the authors' code.
+            null for none. These are personal data: see `docs/data_sources.md`.
+        preferences: Which three preferences the text lists: the highest `rated` ones (ties in the survey's order of
+            names), or the first three `displayed`, as in the authors' code.
         max_characters: Most characters of the person's message and a reply together, as in the protocol; longer pairs
             are left out. Null for no limit.
-        unseen_user_fraction: Share of the users all of whose dialogues are in the validation split.
-        held_out_fraction: Share of each other user's dialogues that are.
-        seed: Seed of the division.
+        unseen_user_fraction: Share of users with all their dialogues in the validation split.
+        held_out_fraction: Share of each other user's dialogues in the validation split.
+        seed: Seed of the split.
 
     Raises:
         FeedbackFormatError: A row is not in the original schema, or a dialogue's user is not in the survey.
@@ -149,7 +149,7 @@ class PRISMSource(DerivedSource):
             history = [*history, {"role": "assistant", "content": chosen}]
 
     def _is_long(self, asked: str, reply: str, least: bool = False) -> bool:
-        """Return whether a pair is over the limit; the chosen reply must stay below it, as in the protocol."""
+        """Return whether a pair exceeds the limit; the chosen reply must be below it, as in the protocol."""
         return self.max_characters is not None and len(asked) + len(reply) > self.max_characters - least
 
     def _is_usable(self, turn: _Turn) -> bool:
@@ -159,7 +159,7 @@ class PRISMSource(DerivedSource):
 
     @cached_property
     def _division(self) -> tuple[set[str], set[str]]:
-        """The ids of the dialogues that are trained on, and of those without a usable turn."""
+        """Ids of the training dialogues, and of the dialogues without a usable turn."""
         of_user: dict[str, list[str]] = {user_id: [] for user_id in self._user_texts}
         dropped: set[str] = set()
         for dialogue in self._dialogues():
@@ -167,8 +167,8 @@ class PRISMSource(DerivedSource):
             if not any(self._is_usable(turn) for turn in dialogue.turns):
                 dropped.add(dialogue.dialogue_id)
         kept = {user: [d for d in ids if d not in dropped] for user, ids in of_user.items()}
-        # Users without any dialogue that is kept are drawn with the others only if they never had one, as in the
-        # protocol, where a random shuffle depends on how many there are.
+        # As in the protocol, users without kept dialogues are shuffled with the others only if they never had a
+        # dialogue; the shuffle depends on the number of users.
         users = np.array([user for user, ids in kept.items() if ids or not of_user[user]])
         draw = np.random.RandomState(self.seed)  # the generator behind np.random.seed, as in the protocol
         draw.shuffle(users)
@@ -208,7 +208,7 @@ class PRISMSource(DerivedSource):
             _SURVEY.fail(where, (column,), "holds no number")
         if self.preferences == "displayed":
             return [name for name, place in values.items() if place in (1, 2, 3)]
-        values.pop("other", None)  # what is meant by it stands elsewhere, in the person's words
+        values.pop("other", None)  # its meaning is free text in another column
         return sorted(values, key=lambda name: -values[name])[:3]
 
     def _dialogues(self) -> Iterator[_Dialogue]:
@@ -221,7 +221,7 @@ class PRISMSource(DerivedSource):
 
 
 def _turns(row: Mapping[str, Any], where: str) -> list[_Turn]:
-    """Return the turns of a dialogue in order, each with what was asked and what was replied."""
+    """Return the turns of a dialogue in order, each with its message and replies."""
     turns = [_Turn() for _ in range(_DIALOGUE.get(row, where, "conversation_turns", kind=int))]
     for i in range(len(_DIALOGUE.get(row, where, "conversation_history", kind=list))):
         path = ("conversation_history", i)

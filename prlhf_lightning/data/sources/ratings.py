@@ -1,4 +1,4 @@
-"""Ratings and rankings, in any file or data set, as pairs."""
+"""Data sources that turn ratings and rankings into pairs, and labels into thumbs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 
 class _Judged(NamedTuple):
-    """Who judged completions of which prompt; `key` tells prompts apart."""
+    """User and prompt of a judgment; `key` identifies the prompt."""
 
     user_id: str
     key: str
@@ -28,7 +28,7 @@ class _Judged(NamedTuple):
 
 
 class _OfColumns(DerivedSource):
-    """Pairs out of rows whose columns can be named by the user."""
+    """Base class: pairs from rows with configurable column names."""
 
     fields: tuple[str, ...] = ()
     needed: int
@@ -60,7 +60,7 @@ class _OfColumns(DerivedSource):
         return _Judged(user_id, prompt if isinstance(prompt, str) else json.dumps(prompt), prompt, text)
 
     def _text(self, row: Mapping[str, Any], where: str, field: str) -> Text:
-        """Return a string, or a conversation, whose messages are checked with the pair."""
+        """Return a string, or a conversation, which is validated later with the pair."""
         column = self._names[field]
         value = row.get(column)
         return value if isinstance(value, list) else self.schema.get(row, where, column, kind=str)
@@ -87,23 +87,23 @@ def _place(pair: Pair) -> str:
 
 
 class RatingSource(_OfColumns):
-    """Ratings by users of completions, as pairs of completions that one user rated differently.
+    """Turns ratings into pairs of completions that one user rated differently.
 
-    A row is one rating: `user_id`, `prompt`, `completion`, `rating` (a number), and `user_text` if there is one. Rows
-    may stand in any order, so all are held in memory. Pairs are made for each user and prompt in the order in which
-    these first appear. Equal ratings make no pair and are counted.
+    A row is one rating: `user_id`, `prompt`, `completion`, `rating` (a number), and optionally `user_text`. Rows may
+    be in any order, so all are held in memory. Pairs are formed for each user and prompt, in the order of their first
+    rows. Equal ratings form no pair and are counted.
 
     Args:
-        raw: Where the rows are, such as a `FileSource` or a `HubSource`.
-        columns: Names of columns that differ from the fields', such as `{completion: joke, rating: stars}`.
-        min_gap: Least difference of the two ratings of a pair.
-        max_pairs: Most pairs of one user and prompt, drawn at random; all by default.
-        pairs: `all` pairs, or those of `adjacent` ratings alone.
-        higher_is_better: Whether a higher rating is the better one; false for ranks, of which 1 is the best.
-        seed: Draws the pairs that `max_pairs` keeps.
+        raw: Source of the rows, such as a `FileSource` or a `HubSource`.
+        columns: Column names that differ from the field names, such as `{completion: joke, rating: stars}`.
+        min_gap: Smallest difference between the two ratings of a pair.
+        max_pairs: Most pairs per user and prompt, drawn at random; all by default.
+        pairs: `all` pairs, or only those of `adjacent` ratings.
+        higher_is_better: Whether a higher rating is better; false for ranks, where 1 is the best.
+        seed: Seed of the pairs that `max_pairs` keeps.
 
     Raises:
-        FeedbackFormatError: A field is missing, or a rating is no finite number.
+        FeedbackFormatError: A field is missing, or a rating is not a finite number.
     """
 
     fields = ("completion", "rating")
@@ -137,22 +137,21 @@ class RatingSource(_OfColumns):
 
 
 class RankingSource(_OfColumns):
-    """Rankings by users of several completions, as pairs.
+    """Turns rankings of several completions into pairs.
 
-    A row is one ranking: `user_id`, `prompt`, `completions` (a list, the best first), and `user_text` if there is one.
-    Where completions may share a place, `ranks` holds the place of each, in the same order, of which the lowest is the
-    best; the completions then need not be sorted. Where each place is a row of its own, use `RatingSource` with
-    `higher_is_better: false`.
+    A row is one ranking: `user_id`, `prompt`, `completions` (a list, the best first), and optionally `user_text`. With
+    tied completions, `ranks` gives the rank of each completion, in the same order; the lowest is the best, and the
+    completions need not be sorted. If each rank is in its own row, use `RatingSource` with `higher_is_better: false`.
 
     Args:
-        raw: Where the rows are, such as a `FileSource` or a `HubSource`.
-        columns: Names of columns that differ from the fields', such as `{completions: answers}`.
-        pairs: `adjacent` places alone, or `all` pairs, of which a ranking of n completions has n(n-1)/2.
-        max_pairs: Most pairs of one ranking, drawn at random; all by default.
-        seed: Draws the pairs that `max_pairs` keeps.
+        raw: Source of the rows, such as a `FileSource` or a `HubSource`.
+        columns: Column names that differ from the field names, such as `{completions: answers}`.
+        pairs: Only pairs of `adjacent` ranks, or `all` pairs; a ranking of n completions has n(n-1)/2 pairs.
+        max_pairs: Most pairs per ranking, drawn at random; all by default.
+        seed: Seed of the pairs that `max_pairs` keeps.
 
     Raises:
-        FeedbackFormatError: A field is missing, or there are not as many ranks as completions.
+        FeedbackFormatError: A field is missing, or the numbers of ranks and completions differ.
     """
 
     fields = ("completions", "ranks")
@@ -198,21 +197,21 @@ Label: TypeAlias = str | bool | int | float
 
 
 class LabelSource(DataSource):
-    """Thumbs out of labels of any sort, for losses that take thumbs.
+    """Turns labels of any kind into thumbs, for losses of unpaired feedback.
 
-    Name the labels, as in `up: [great, good], down: [bad]`, or thresholds, as in `up_from: 4, down_to: 2` for stars
-    from 1 to 5. What is neither by the thresholds is left out and counted. (Words such as good and bad, up and down,
-    like and dislike, and 1 and 0 or 1 and -1 need no `LabelSource`.)
+    Give the labels, such as `up: [great, good], down: [bad]`, or thresholds, such as `up_from: 4, down_to: 2` for stars
+    from 1 to 5. Numbers between the thresholds are left out and counted. (Words such as good and bad, up and down, like
+    and dislike, and 1 and 0 or 1 and -1 need no `LabelSource`.)
 
     Args:
-        raw: Where the rows are, such as a `FileSource` or a `HubSource`; its `columns` name the column of the label.
-        up: Labels that are a thumbs-up.
-        down: Labels that are a thumbs-down.
-        up_from: The least number that is a thumbs-up.
-        down_to: The greatest number that is a thumbs-down; if none is given, all numbers below `up_from` are.
+        raw: Source of the rows, such as a `FileSource` or a `HubSource`; its `columns` give the label's column.
+        up: Labels that mean a thumbs-up.
+        down: Labels that mean a thumbs-down.
+        up_from: Smallest number that means a thumbs-up.
+        down_to: Largest number that means a thumbs-down; by default every number below `up_from`.
 
     Raises:
-        ConfigurationError: Neither labels nor thresholds are named, or they contradict one another.
+        ConfigurationError: Neither labels nor thresholds are given, or they contradict one another.
     """
 
     def __init__(
@@ -232,24 +231,24 @@ class LabelSource(DataSource):
             raise ConfigurationError(f"LabelSource: {both[0]!r} is both in up and in down; leave it out of one.")
         if up_from is None and (down_to is not None or not self._up or not self._down):
             raise ConfigurationError(
-                "LabelSource: name labels, as in up: [great, good], down: [bad], or a threshold, as in up_from: 4."
+                "LabelSource: give labels, as in up: [great, good], down: [bad], or a threshold, as in up_from: 4."
             )
         if up_from is not None and down_to is not None and down_to >= up_from:
             raise ConfigurationError(f"LabelSource: down_to is {down_to} and up_from {up_from}; it must be below that.")
 
     def splits(self) -> set[Split]:
-        """Return those of the raw source."""
+        """Return the splits of the raw source."""
         return self.raw.splits()
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the raw rows with true or false for a label, but for those that are neither."""
+        """Yield the raw rows with the label true or false, without rows that are neither up nor down."""
         self._left_out[split] = 0
         for where, row in read(self.raw, split):
             if (labeled := self._labeled(where, row, split)) is not None:
                 yield where, labeled
 
     def scan(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any] | Unreadable]]:
-        """Yield what `rows` does, but go on after what is wrong."""
+        """Yield the same as `rows`; continue after errors."""
         self._left_out[split] = 0
         for where, row in self.raw.scan(split):
             if isinstance(row, Unreadable):
@@ -264,19 +263,19 @@ class LabelSource(DataSource):
                 yield where, labeled
 
     def fingerprint(self, split: Split) -> str:
-        """Return the raw source's, and what the labels mean."""
+        """Return the raw source's fingerprint and the meaning of the labels."""
         meaning = (sorted(self._up), sorted(self._down), self._up_from, self._down_to)
         return f"LabelSource v1 {type(self.raw).__qualname__} {meaning}\n{self.raw.fingerprint(split)}"
 
     def counts(self, split: Split) -> dict[str, int]:
-        """Return the raw source's, and how many rows were neither up nor down."""
+        """Return the raw source's counts, and the number of rows that were neither up nor down."""
         neither = self._left_out[split]
         return {**self.raw.counts(split), **({left_out("neither up nor down"): neither} if neither else {})}
 
     def _labeled(self, where: str, row: Mapping[str, Any], split: Split) -> Mapping[str, Any] | None:
         column = Columns.from_mapping(self.columns).label
         if (value := row.get(column)) is None:
-            return row  # which is refused for it
+            return row  # validation reports the missing label
         label = _spelled(value)
         if label in self._up or label in self._down:
             return {**row, column: label in self._up}
@@ -300,7 +299,7 @@ class LabelSource(DataSource):
 
 
 def _spelled(label: object) -> str:
-    """Return a label as it is compared: without regard to case, and numbers in one spelling."""
+    """Return a label in the form used for comparison: casefolded, numbers in one spelling."""
     text = str(label).strip().casefold()
     try:
         return f"{float(text):g}"
@@ -312,7 +311,7 @@ Which: TypeAlias = Literal["all", "adjacent"]
 
 
 class Rated(NamedTuple):
-    """A completion, what a user thought of it (more is better), and where that stands."""
+    """A completion, the user's score of it (higher is better), and its location."""
 
     completion: Text
     score: float
@@ -320,7 +319,7 @@ class Rated(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """Two completions of which a user thought differently."""
+    """Two completions with different scores."""
 
     chosen: Rated
     rejected: Rated
@@ -328,14 +327,14 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Which pairs are made of what one user thought of several completions of one prompt.
+    """Forms pairs from one user's scores of several completions of one prompt.
 
     Attributes:
-        which: `all` pairs of different scores, or those of `adjacent` ones alone: each completion against those of the
-            next lower score.
-        min_gap: Least difference of the scores; pairs closer than this are left out.
-        max_pairs: Most pairs of one user and prompt; which are kept is drawn at random, whatever their gap.
-        seed: Draws them.
+        which: `all` pairs of different scores, or only `adjacent` ones: each completion with those of the next lower
+            score.
+        min_gap: Smallest difference between scores; closer pairs are left out.
+        max_pairs: Most pairs per user and prompt, drawn at random, whatever their gap.
+        seed: Seed of these draws.
     """
 
     which: Which = "all"
@@ -352,12 +351,12 @@ class Pairing:
             raise ConfigurationError(f"max_pairs is {self.max_pairs}; it must be at least 1, or null for all pairs.")
 
     def __call__(self, rated: Sequence[Rated], owner: str, counts: Counter[str]) -> list[Pair]:
-        """Return the pairs, in the order in which the completions came.
+        """Return the pairs, in the order of the completions.
 
         Args:
-            rated: What one user thought of completions of one prompt.
-            owner: User and prompt, from which it is drawn what `max_pairs` keeps.
-            counts: Where pairs that are left out are counted.
+            rated: One user's scores of completions of one prompt.
+            owner: User and prompt; seeds the draw of the pairs that `max_pairs` keeps.
+            counts: Counter of pairs that are left out.
         """
         pairs = [pair for pair in self._candidates(rated, counts) if self._differs(pair, counts)]
         if self.max_pairs is not None and len(pairs) > self.max_pairs:
@@ -388,5 +387,5 @@ class Pairing:
 
 
 def ranked(completions: Iterable[Text], where: str) -> list[Rated]:
-    """Return completions that stand best first as rated ones, one point apart."""
+    """Return completions, given best first, with scores one point apart."""
     return [Rated(completion, -float(place), where) for place, completion in enumerate(completions)]

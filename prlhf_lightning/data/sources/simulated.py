@@ -1,4 +1,4 @@
-"""Feedback of simulated users whose true tastes are known, so that what a model writes can be judged exactly."""
+"""Data sources of simulated users with known preferences, so generated text can be judged exactly."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from prlhf_lightning.simulation.users import MAX_GROUPS, SimulatedUser, draw_tas
 
 @dataclass(frozen=True)
 class Judgment:
-    """What one simulated user makes of one text.
+    """Judgment of one text by one simulated user.
 
     Attributes:
-        utility: True utility in [-1, 1]: 1 is the best text for this user, 0 the mean over texts of all styles (what
-            a writer without a style of its own earns), -1 the worst; an ill-formed text earns -1.
+        utility: True utility in [-1, 1]: 1 is the best text for this user, 0 the mean over texts of all styles (the
+            score of a model without a style), -1 the worst; an ill-formed text gets -1.
         well_formed: Whether the text is exactly an answer of the style grammar to the prompt.
     """
 
@@ -42,23 +42,23 @@ class _Pair:
 
 
 class SimulatedSource(DataSource):
-    """Pairs judged by simulated users with hidden, conflicting tastes over the style grammar.
+    """Pairs judged by simulated users with hidden, conflicting preferences over the style grammar.
 
-    Users come in opposed groups of unequal size, so that no style pleases more than a few of them, and differ within
-    a group (see `simulation.users.draw_users`). Both answers of a pair are drawn afresh from the grammar, in styles
-    drawn uniformly; a user prefers answer a to answer b with probability `sigmoid((u_a - u_b) / temperature)`
-    (Bradley-Terry on true utilities; pairs of equal utility are drawn again). A fifth of the prompts is held out of
-    training; validation pairs and `eval_prompts` use only these.
+    Users form opposed groups of unequal size, so each style suits only a few of them; users also differ within a group
+    (see `simulation.users.draw_users`). Both answers of a pair are sampled from the grammar, in uniformly drawn styles.
+    A user prefers answer a to answer b with probability `sigmoid((u_a - u_b) / temperature)` (Bradley-Terry on true
+    utilities; pairs of equal utility are drawn again). A fifth of the prompts is held out of training; validation pairs
+    and `eval_prompts` use only these.
 
     Args:
-        num_users: Users seen in training.
-        pairs_per_user: Training pairs of each of them.
+        num_users: Users in training.
+        pairs_per_user: Training pairs per user.
         validation_pairs_per_user: Validation pairs of each user, seen or unseen.
-        num_unseen_users: Users of whom there are validation pairs only.
-        groups: True number of groups of taste, at most 8. With an even number each group has an opposite one.
-        temperature: Noise of the choices; 0.05 makes 97% of the labels agree with the true utilities.
-        user_text: Whether rows state the user's three strongest preferences in words, for explicit user models.
-        seed: Draws users, prompts, answers and labels.
+        num_unseen_users: Users with validation pairs only.
+        groups: True number of groups, at most 8. If it is even, each group has an opposite group.
+        temperature: Noise of the choices; with 0.05, 97% of the labels agree with the true utilities.
+        user_text: Add `user_text` with the user's three strongest preferences, for explicit user models.
+        seed: Seed of users, prompts, answers and labels.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class SimulatedSource(DataSource):
         return {"train", "validation"}
 
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the pairs of each user in turn; unseen users stand after the seen ones, in validation only."""
+        """Yield the pairs of each user in turn; in validation, unseen users come after the seen ones."""
         for user in self.seen_users + (self.unseen_users if split == "validation" else []):
             for number, pair in enumerate(self._pairs(split, user)):
                 row = {"user_id": user.user_id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
@@ -102,7 +102,7 @@ class SimulatedSource(DataSource):
                 yield f"simulated {split}:{user.user_id}:{number}", row
 
     def fingerprint(self, split: Split) -> str:
-        """Return the settings that the rows depend on, with the version of the grammar."""
+        """Return the version of the grammar and the settings that the rows depend on."""
         pairs = self.pairs_per_user if split == "train" else self.validation_pairs_per_user
         settings = (self.num_users, pairs, self.num_unseen_users, self.groups, self.temperature, self.user_text)
         return f"SimulatedSource v1 {split} {settings} seed {self.seed}"
@@ -115,21 +115,21 @@ class SimulatedSource(DataSource):
 
     @cached_property
     def unseen_users(self) -> list[SimulatedUser]:
-        """The users who are in validation only."""
+        """The users with validation pairs only."""
         names = [f"unseen-{i + 1:02d}" for i in range(self.num_unseen_users)]
         return draw_users(names, self._tastes, Random(f"{self.seed} unseen users"))
 
     def judge(self, user_id: str, prompt: str, completion: str) -> Judgment:
-        """Return what a user makes of a completion, given as text without special tokens.
+        """Judge a completion, given as text without special tokens, for a user.
 
-        Generate with room for more than `grammar.MAX_WORDS` tokens: a text cut off before its end token is then
-        longer than any text of the grammar, so it is ill-formed.
+        Generate with a limit above `grammar.MAX_WORDS` tokens: a text without an end token is then longer than any text
+        of the grammar, and so ill-formed.
         """
         user = self._user_by_id[user_id]
         return Judgment(user.utility(prompt, completion), parse(prompt, completion) is not None)
 
     def noise_ceiling(self, split: Split = "validation", unseen: bool = False) -> float:
-        """Return the accuracy of the true utilities on the noisy labels of the seen (or of the unseen) users."""
+        """Return the accuracy of the true utilities on the noisy labels of the seen (or unseen) users."""
         users = self.unseen_users if unseen else self.seen_users
         hits = [pair.label_is_true for user in users for pair in self._pairs(split, user)]
         return sum(hits) / len(hits)
@@ -139,7 +139,7 @@ class SimulatedSource(DataSource):
         return self._prompts("validation")
 
     def contrasting_users(self, n: int = 3) -> list[SimulatedUser]:
-        """Return seen users whose tastes differ most: the first user, then each time the farthest from those taken."""
+        """Return n seen users with different preferences: the first user, then repeatedly the farthest user."""
         taken = self.seen_users[:1]
         while len(taken) < min(n, self.num_users):
             rest = [user for user in self.seen_users if user not in taken]
@@ -159,7 +159,7 @@ class SimulatedSource(DataSource):
         return [prompt for prompt in PROMPTS if (prompt in held_out) == (split == "validation")]
 
     def _pairs(self, split: Split, user: SimulatedUser) -> Iterator[_Pair]:
-        # One generator of randomness a user and split: asking for more pairs or users keeps those already drawn.
+        # One random generator per user and split, so more pairs or users do not change those already drawn.
         rng = Random(f"{self.seed} {split} {user.user_id}")
         prompts = self._prompts(split)
         for _ in range(self.pairs_per_user if split == "train" else self.validation_pairs_per_user):
@@ -170,23 +170,23 @@ class SimulatedSource(DataSource):
         while abs(margin) < 1e-9:
             first, second = sample(prompt, rng), sample(prompt, rng)
             margin = user.utility(prompt, first) - user.utility(prompt, second)
-        # sigmoid, written so that a very small temperature does not overflow
+        # sigmoid, in a form that does not overflow at a very small temperature
         first_wins = rng.random() < 0.5 * (1 + math.tanh(0.5 * margin / self.temperature))
         return _Pair(user, prompt, *((first, second) if first_wins else (second, first)))
 
 
 class StyleCorpus(DataSource):
-    """Answers in all styles alike, for supervised training of the language model that the simulation starts from.
+    """Answers in all styles, equally often, to pretrain the language model of the simulation.
 
-    No user's taste stands in it. A third of the prompts stand alone, and their answers' styles are drawn uniformly. A
-    third follow a stated preference, as in `I like short and warm answers.`, and a third follow loose notes, as in
-    `garden warm oven short`: words of which some name a style and most say nothing. The answer then has the styles
-    named, and what is not named is drawn uniformly. So the model can follow a wish, as instruction-tuned models can,
-    wherever it stands before the prompt, and leans to no style without one.
+    The corpus contains no user preferences. A third of the prompts have no prefix, and the styles of their answers are
+    uniform. A third follow a stated preference, such as `I like short and warm answers.`. A third follow loose notes,
+    such as `garden warm oven short`, in which only some words name a style. The answer then has the named styles;
+    other attributes are uniform. So the model follows a request anywhere before the prompt, as instruction-tuned models
+    do, and prefers no style without one.
 
     Args:
         num_rows: Rows of the training split; validation has a twentieth as many.
-        seed: Draws prompts and answers.
+        seed: Seed of prompts and answers.
     """
 
     def __init__(self, num_rows: int = 200_000, seed: int = 0) -> None:
@@ -212,7 +212,7 @@ class StyleCorpus(DataSource):
             yield f"style corpus {split}:{number}", row
 
     def fingerprint(self, split: Split) -> str:
-        """Return the settings that the rows depend on, with the version of the grammar."""
+        """Return the version of the grammar and the settings that the rows depend on."""
         return f"StyleCorpus v1 {split} {self.num_rows} seed {self.seed}"
 
 

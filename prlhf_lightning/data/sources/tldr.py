@@ -1,4 +1,4 @@
-"""TL;DR summaries that crowd workers compared (OpenAI, summarize-from-feedback)."""
+"""Data source of TL;DR summary comparisons by crowd workers (OpenAI, summarize-from-feedback)."""
 
 from __future__ import annotations
 
@@ -34,33 +34,33 @@ class TLDRSource(DerivedSource):
 
     Reads the original files (`comparisons/batch*.json`, JSON Lines with `info`, `summaries`, `choice`, `worker` and
     `split`: README of github.com/openai/summarize-from-feedback) or `openai/summarize_from_feedback` on the hub. The
-    original's `valid1` and `valid2` are the validation split. All workers of the validation split are kept, so those
-    whom training does not meet are the unseen users. Pairs of equal summaries, or with an empty one, are left out.
+    original's `valid1` and `valid2` are the validation split. All its workers are kept; those without training rows
+    are the unseen users. Pairs of equal summaries, or with an empty one, are left out.
 
     The protocol of arXiv:2402.05133 (`data/tldr_dataset.ipynb` in github.com/HumainLab/Personalized_RLHF) is
     `policies: supervised, most_active: 10, taste: length`. Counts that its authors print for the full data, train and
-    validation: 92,858 and 86,086 comparisons; 38,487 and 16,294 of supervised policies; 23,299 and 4,921 of them by
-    the ten most active workers, who draw the tastes 0 0 0 1 1 1 0 0 0 0 (1: shorter), so that "longer" is right on
-    16,607 and 3,371; 11,373 validation comparisons by unseen workers. Their pairs that remain after equal summaries
-    and those over 4,800 characters are dropped: 23,292 and 16,294; here length is bounded by the data module, in
-    tokens. Where unseen workers made equally many train comparisons, the order in which theirs drew tastes depends on
-    their sorting routine; here such workers are in the order of their ids.
+    validation: 92,858 and 86,086 comparisons; 38,487 and 16,294 of supervised policies; 23,299 and 4,921 of these by
+    the ten most active workers. These workers draw the tastes 0 0 0 1 1 1 0 0 0 0 (1: shorter), so "longer" is right on
+    16,607 and 3,371. 11,373 validation comparisons are by unseen workers. After dropping equal summaries and pairs over
+    4,800 characters, the authors have 23,292 and 16,294 pairs; here the data module limits lengths in tokens. For
+    unseen workers with equally many train comparisons, the authors' order of drawing tastes depends on their sorting
+    routine; here such workers are sorted by id.
 
     Args:
         files: The original files; without them the data set is loaded from the hub.
-        hub: Its name there, or a local copy that `datasets` loads.
+        hub: Name on the hub, or a local copy that `datasets` loads.
         revision: Branch, tag or commit on the hub. On its main branch the data set is a script, which `datasets` no
             longer runs, so the default is the hub's own conversion to Parquet (`comparisons/{train,validation}/*`).
-        policies: `supervised` keeps comparisons of summaries both of which a supervised policy wrote: its name has
-            "sup" in it, but neither "ppo" nor "cnn".
-        most_active: Train on the comparisons of so many workers alone, those with most of them in the train split.
-        taste: Whether the summary that the worker chose is preferred (`own`), or the longer or the shorter one, in
-            characters (`length`): a taste that each worker draws, by rank of activity. Of summaries of one length the
+        policies: `supervised` keeps comparisons in which supervised policies wrote both summaries: the policy's name
+            contains "sup", but neither "ppo" nor "cnn".
+        most_active: Train only on this many workers, those with the most comparisons in the train split.
+        taste: `own` prefers the summary that the worker chose. `length` prefers the longer or the shorter summary, in
+            characters; each worker draws one of these tastes, in the order of activity. Of equally long summaries, the
             first is preferred, as in the protocol.
         shorter_fraction: Probability that a worker draws the shorter one.
-        taste_seed: Seed of that.
+        taste_seed: Seed of these draws.
         post_format: Prompt for a post, with `{subreddit}`, `{title}` and `{post}`.
-        article_format: Prompt for a news article, of which there are some, with `{title}` and `{article}`.
+        article_format: Prompt for a news article (the data have a few), with `{title}` and `{article}`.
 
     Raises:
         FeedbackFormatError: A row is not in the original schema.
@@ -105,7 +105,7 @@ class TLDRSource(DerivedSource):
         self.post_format, self.article_format = post_format, article_format
 
     def pairs(self, split: Split, counts: Counter[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield the comparisons that the protocol keeps, the preferred summary as `chosen`."""
+        """Yield the comparisons that the protocol keeps, with the preferred summary as `chosen`."""
         trained = set(self.ranking[: self.most_active]) if self.most_active and split == "train" else None
         for comparison in self._comparisons(split):
             if not self._is_kept(comparison):
@@ -123,14 +123,14 @@ class TLDRSource(DerivedSource):
 
     @cached_property
     def ranking(self) -> list[str]:
-        """The workers by number of train comparisons that are kept, most first, ties by id; then validation's."""
+        """Workers sorted by number of kept train comparisons, most first, ties by id; validation-only workers last."""
         made = Counter(comparison.worker for comparison in self._comparisons("train") if self._is_kept(comparison))
         others = {comparison.worker for comparison in self._comparisons("validation") if self._is_kept(comparison)}
         return sorted(made.keys() | others, key=lambda worker: (-made[worker], worker))
 
     @cached_property
     def prefers_shorter(self) -> dict[str, bool]:
-        """Whether each worker has drawn a taste for the shorter summary."""
+        """Whether each worker prefers the shorter summary."""
         draw = np.random.RandomState(self.taste_seed)  # the generator behind np.random.seed, as in the protocol
         weights = [1 - self.shorter_fraction, self.shorter_fraction]
         return {worker: bool(draw.choice([0, 1], p=weights)) for worker in self.ranking}

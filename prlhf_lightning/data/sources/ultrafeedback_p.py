@@ -1,4 +1,4 @@
-"""UltraFeedback judged by four users, each of whom cares for one attribute (UltraFeedback-P)."""
+"""Data source of UltraFeedback-P: four users, each of whom judges by one attribute."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ class UltraFeedbackPSource(DerivedSource):
     """Pairs by simulated users who prefer the more helpful, honest, instruction-following or truthful answer.
 
     Reads the folder that `hidden_context/data_utils/ultrafeedback_augment.py` of Variational Preference Learning
-    (Poddar et al. 2024, github.com/WEIRDLabUW/vpl_llm) writes, `UltraFeedback_single_P_4` for four users or
-    `UltraFeedback_84_P` for two: `8`, `4`, `2` and `1`, each with `train.jsonl` and `test.jsonl`, whose rows have a
-    `prompt`, `chosen` and `rejected` that begin with "Human: ", the prompt and "Assistant: ", and whether the users
-    disagree (`controversial`). The test files are the validation split. No counts are stated there.
+    (Poddar et al. 2024, github.com/WEIRDLabUW/vpl_llm) writes: `UltraFeedback_single_P_4` for four users or
+    `UltraFeedback_84_P` for two. It has the folders `8`, `4`, `2` and `1`, each with `train.jsonl` and `test.jsonl`. A
+    row has a `prompt`, `chosen` and `rejected` (both begin with "Human: ", the prompt and "Assistant: "), and whether
+    the users disagree (`controversial`). The test files are the validation split. The authors state no counts.
 
     Args:
         folder: The folder.
-        users: Attributes whose users are read; `[helpfulness, honesty]` is UF-P-2.
-        controversial_only: Whether pairs on which all users agree are left out.
+        users: Attributes of the users to read; `[helpfulness, honesty]` is UF-P-2.
+        controversial_only: Leave out pairs on which all users agree.
 
     Raises:
         FeedbackFormatError: A row is not in this schema.
@@ -43,7 +43,7 @@ class UltraFeedbackPSource(DerivedSource):
         if unknown := [user for user in users if user not in FOLDERS]:
             raise ConfigurationError(f"UltraFeedbackPSource: no user {unknown[0]!r}; there are {', '.join(FOLDERS)}.")
         if not users:
-            raise ConfigurationError(f"UltraFeedbackPSource: users is empty; name some of {', '.join(FOLDERS)}.")
+            raise ConfigurationError(f"UltraFeedbackPSource: users is empty; give some of {', '.join(FOLDERS)}.")
         self.users, self.controversial_only = list(users), controversial_only
         names: dict[Split, str] = {"train": "train", "validation": "test"}
         parts = {
