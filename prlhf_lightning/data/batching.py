@@ -1,4 +1,4 @@
-"""DataLoaders for a Lightning trainer, and what they must know of it."""
+"""DataLoaders and collation for a Lightning trainer."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ Loader: TypeAlias = DataLoader[dict[str, Any]]
 
 
 def make_loader(rows: Dataset[dict[str, Any]], batches: Sampler[Any], num_workers: int, pin_memory: bool) -> Loader:
-    """Return a loader of the batches that a sampler names.
+    """Return a DataLoader of a batch sampler's batches.
 
     Args:
-        rows: Gives the rows of a batch.
-        batches: The batches of one process.
-        num_workers: Processes that load them; none is the present one.
-        pin_memory: Whether they are laid in pinned memory.
+        rows: Data set of the rows.
+        batches: Batch sampler of one process.
+        num_workers: Worker processes; 0 loads in the current process.
+        pin_memory: Whether to pin batches in host memory.
     """
-    # Advice of Lightning's that does not apply: batches take well under a millisecond to load, the evaluation
-    # sampler returns every row, and training resumes at the right batch.
+    # Lightning's advice does not apply: batches load in well under a millisecond, the evaluation sampler returns every
+    # row, and training resumes at the right batch.
     warnings.filterwarnings("ignore", message=".*does not have many workers")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")
     warnings.filterwarnings("ignore", message=".*custom batch sampler `SequentialBatchSampler` for prediction")
     if num_workers:
-        # Workers are forked after the tokenizer ran on threads; it would warn in each of them.
+        # Workers are forked after the tokenizer has used threads; it would warn in each of them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return DataLoader(
         rows,
@@ -50,18 +50,18 @@ def make_loader(rows: Dataset[dict[str, Any]], batches: Sampler[Any], num_worker
 
 
 def share_of(trainer: Trainer | None) -> tuple[int, int]:
-    """Return rank and number of the processes that share the data (tensor-parallel ones count as one)."""
+    """Return the data-parallel rank and world size (tensor-parallel processes count as one)."""
     kwargs = trainer.distributed_sampler_kwargs if trainer is not None else None
     return (kwargs["rank"], kwargs["num_replicas"]) if kwargs else (0, 1)
 
 
 def resume_point(trainer: Trainer) -> tuple[int, int]:
-    """Return the epoch and the batch in it that a trainer, whose progress was restored if it resumes, runs next."""
+    """Return the epoch and batch that a trainer runs next; on resume, its progress must be restored already."""
     epoch: Any = trainer.fit_loop.epoch_progress.current
     batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     if epoch.processed == epoch.ready:  # between epochs
         return epoch.processed, 0
-    # A batch that was interrupted is run again; one whose checkpoint was saved as it ended is not.
+    # An interrupted batch runs again; a batch whose checkpoint was saved at its end does not.
     if batch.processed != batch.ready:
         return epoch.processed, batch.completed
     if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
@@ -70,10 +70,10 @@ def resume_point(trainer: Trainer) -> tuple[int, int]:
 
 
 def refuse_injected_sampler(trainer: Trainer) -> None:
-    """Refuse a trainer that would put a sampler of its own in the place of ours.
+    """Reject a trainer that would replace our batch sampler.
 
     Raises:
-        ConfigurationError: Names the setting.
+        ConfigurationError: It would; the message names the setting.
     """
     if lightning_compat.replaces_sampler(trainer):
         raise ConfigurationError(
@@ -83,11 +83,11 @@ def refuse_injected_sampler(trainer: Trainer) -> None:
 
 
 def collate(rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
-    """Pad rows on the right to the longest of the batch.
+    """Pad rows on the right to the longest row and collate them.
 
     Args:
-        rows: Each with `user_id`, `record` and the ids `user_text_ids`, `prompt_ids`, `chosen_ids`, `rejected_ids`;
-            all or none of them with a `history`, other rows of the same user.
+        rows: Rows with `user_id`, `record` and the ids `user_text_ids`, `prompt_ids`, `chosen_ids`, `rejected_ids`.
+            All rows or none have a `history`: other rows of the same user.
     """
     return PreferenceBatch(
         user_ids=tuple(row["user_id"] for row in rows),
@@ -101,7 +101,7 @@ def collate(rows: Sequence[Mapping[str, Any]]) -> PreferenceBatch:
 
 
 def pair_tokens(histories: Sequence[Sequence[Mapping[str, Any]]]) -> PairTokens:
-    """Pad users' rows, each with `chosen_ids` and `rejected_ids`, to the most rows and the longest completion."""
+    """Pad users' rows, each with `chosen_ids` and `rejected_ids`, to `[B, K, L]`: the most rows, the longest ids."""
     size = max(map(len, histories), default=0)
 
     def block(name: str) -> Tokens:
@@ -117,14 +117,14 @@ USERS_AT_ONCE = 64
 
 
 class PairsWithHistory(Dataset[dict[str, Any]]):
-    """Pairs whose rows have a `history`: from none to `size` other pairs of the same user, drawn at random.
+    """Pairs with a `history`: up to `size` other pairs of the same user, or none, drawn at random.
 
-    What is drawn depends on the seed and on which pairs share the batch, hence on the epoch, and on nothing else: a run
-    that was interrupted draws what it would have drawn.
+    The draw depends only on the seed and on the pairs of the batch, and so on the epoch. A resumed run therefore draws
+    the same histories.
 
     Args:
-        pairs: The training pairs; no other pair comes into a history.
-        size: Most pairs of a history.
+        pairs: The training pairs; histories contain only these.
+        size: Most pairs in a history.
         seed: Seed of the draws.
     """
 
@@ -143,7 +143,7 @@ class PairsWithHistory(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return several rows at once, each with its history."""
+        """Return several rows, each with its history."""
         draw = np.random.default_rng([self.seed, *indices])
         histories = [self._others(index, draw) for index in indices]
         rows = iter(self.pairs.__getitems__([*indices, *np.concatenate(histories).tolist()]))
@@ -151,9 +151,9 @@ class PairsWithHistory(Dataset[dict[str, Any]]):
         return [row | {"history": [next(rows) for _ in history]} for row, history in zip(own, histories, strict=True)]
 
     def of_users(self) -> Iterator[tuple[list[str], PairTokens]]:
-        """Yield all users, some at a time, each with the same `size` of their pairs in every run (or all they have).
+        """Yield all users in chunks, each with `size` of their pairs (or all, if fewer), the same in every run.
 
-        Returns:
+        Yields:
             The users' ids, and their histories `[n, K, L]`.
         """
         users = np.unique(self._users)
@@ -164,7 +164,7 @@ class PairsWithHistory(Dataset[dict[str, Any]]):
             yield ids, pair_tokens([[next(rows) for _ in places] for places in drawn])
 
     def _others(self, index: int, draw: np.random.Generator) -> Positions:
-        """Draw a history of one pair, in which it is not."""
+        """Draw a history for one pair, without the pair itself."""
         start, stop = self._starts[self._users[index] : self._users[index] + 2]
         others = stop - start - 1
         count = int(draw.integers(min(self.size, others), endpoint=True))
@@ -178,10 +178,10 @@ class PairsWithHistory(Dataset[dict[str, Any]]):
 
 
 class PromptDataset(Dataset[dict[str, Any]]):
-    """Every prompt for every user, the users of a prompt side by side; without completions or texts about users.
+    """Every prompt for every user, ordered by prompt; without completions or texts about users.
 
     Args:
-        places: Where each of the P prompts stands.
+        places: Location of each of the P prompts.
         prompts: P arrays of token ids.
         user_ids: The users.
     """
@@ -199,5 +199,5 @@ class PromptDataset(Dataset[dict[str, Any]]):
         return {"user_id": self._user_ids[user], "prompt_ids": prompt_ids, **nothing, "record": index}
 
     def where(self, record: int) -> str:
-        """Return where the prompt of a row stands."""
+        """Return the location of a row's prompt."""
         return self._places[record // len(self._user_ids)]

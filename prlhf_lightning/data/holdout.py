@@ -1,4 +1,4 @@
-"""Which rows of a source are trained on, and which evaluate seen and unseen users."""
+"""Split of a source's rows into training rows and evaluation rows of seen and unseen users."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EvalStage: TypeAlias = Literal["validate", "test"]
 
 
 class Pairs(Dataset[dict[str, Any]]):
-    """Some of the rows of a split, by their positions `[n]` in it."""
+    """A subset of the rows of a split, given by their positions `[n]`."""
 
     def __init__(self, split: TokenizedSplit, positions: Positions) -> None:
         self.split, self.positions = split, positions
@@ -43,7 +43,7 @@ class Pairs(Dataset[dict[str, Any]]):
         return self.split.lengths[self.positions]
 
     def where(self, record: int) -> str:
-        """Return where a row stands in the source, given its position in the split."""
+        """Return the location in the source of the row at a position of the split."""
         place: str = self.split.rows([record])[0]["where"]
         return place
 
@@ -51,19 +51,19 @@ class Pairs(Dataset[dict[str, Any]]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        """Return several rows at once, which is what a DataLoader asks for."""
+        """Return several rows; DataLoader calls this method for a batch."""
         return self.split.rows(self.positions[indices].tolist())
 
 
 @dataclass
 class SplitResult:
-    """Which rows serve for what.
+    """Training and evaluation rows of a source.
 
     Attributes:
         train: The training pairs, stored or streamed.
         vocabulary: Their users, sorted.
-        evaluation: For each stage, its sets that are not empty: pairs by `seen` users and by `unseen` ones.
-        remarks: What a user should know about how the rows were divided.
+        evaluation: For each stage, its non-empty sets: pairs of `seen` users and of `unseen` users.
+        remarks: Remarks on the split, for the summary.
     """
 
     train: Pairs | StreamedRows
@@ -74,7 +74,7 @@ class SplitResult:
 
 @dataclass(frozen=True)
 class SplitConfig:
-    """How much is held out of training; the fields are arguments of `PreferenceDataModule`."""
+    """Settings of the split; the fields are arguments of `PreferenceDataModule`."""
 
     validation_fraction: float
     unseen_user_fraction: float
@@ -91,7 +91,7 @@ class SplitConfig:
             raise ConfigurationError(f"seed is {self.seed}; it must be at least 0 and below 2**63.")
 
     def divide(self, splits: Mapping[Split, TokenizedSplit]) -> SplitResult:
-        """Divide the rows of a source, whose `train` split must be there."""
+        """Split the rows of a source; it must have a `train` split."""
         data = splits["train"]
         if "validation" not in splits:
             return _evaluated(self._without_validation(data), splits)
@@ -100,12 +100,12 @@ class SplitConfig:
     def divide_stream(
         self, source: DataSource, census: UserCounts, splits: Mapping[Split, TokenizedSplit]
     ) -> SplitResult:
-        """Divide the rows of a source whose training rows are streamed: all of them, but for held-out users.
+        """Split a source with streamed training rows: only users are held out.
 
         Args:
-            source: Where the training rows come from.
-            census: How many of them each user has.
-            splits: The rows to evaluate on.
+            source: Source of the training rows.
+            census: Number of training rows of each user.
+            splits: The evaluation rows.
         """
         user_ids = list(census.rows)
         mask = held_out_users(user_ids, self.unseen_user_fraction, self.seed)
@@ -118,7 +118,7 @@ class SplitConfig:
         if total > size:
             division.remarks.append(f"{total - size:,} train rows of {len(held_out):,} held-out users are not used")
         if "validation" not in splits:
-            division.remarks.append("no rows to validate on, for a stream has none held out: name a validation split")
+            division.remarks.append("no rows to validate on: a stream holds out none; give a validation split")
         return _evaluated(division, splits)
 
     def _with_own_validation(self, data: TokenizedSplit) -> SplitResult:
@@ -146,27 +146,27 @@ class SplitConfig:
             division.remarks.append(self._why_none_of_seen_users(data, parts.train))
         prompts = data.keys("prompt")
         if shared := int(np.isin(prompts[parts.unseen], prompts[parts.train]).sum()):
-            division.remarks.append(f"{shared:,} rows of unseen users are on prompts that training meets too")
+            division.remarks.append(f"{shared:,} rows of unseen users are on prompts that are also in training")
         return division
 
     def _why_none_of_seen_users(self, data: TokenizedSplit, train: Positions) -> str:
-        """Return why all rows of the users who are trained on are trained on, and what would change that."""
+        """Return why there are no validation rows of seen users, and the fix."""
         none = "no rows of seen users to validate on"
         if np.bincount(data.users[train]).max() == 1:
-            return f"{none}, for each of them has one row only, which is trained on: gather more of each"
+            return f"{none}: each of them has only one row, which is in training; collect more rows per user"
         kinds = len(np.unique(data.keys(self.split_by)[train]))
         if kinds == 1:
-            fix = "set split_by: pair" if self.split_by == "prompt" else "gather others"
-            return f"{none}, for there is one {self.split_by} only, which is trained on: {fix}"
+            fix = "set split_by: pair" if self.split_by == "prompt" else "collect others"
+            return f"{none}: there is only one {self.split_by}, which is in training; {fix}"
         return (
-            f"{none}, for validation_fraction={self.validation_fraction} held out none of their {kinds:,} different "
-            f"{self.split_by}s: raise it" + (", or set split_by: pair" if self.split_by == "prompt" else "")
+            f"{none}: validation_fraction={self.validation_fraction} held out none of their {kinds:,} different "
+            f"{self.split_by}s; raise it" + (", or set split_by: pair" if self.split_by == "prompt" else "")
         )
 
     def _train_pairs(self, data: TokenizedSplit, positions: Positions) -> Pairs:
         if not len(positions):
             raise ConfigurationError(
-                f"No training rows are left of {len(data):,}: all were held out. The data has "
+                f"All {len(data):,} training rows were held out. The data has "
                 f"{len(np.unique(data.keys('prompt'))):,} different prompts and {len(data.user_ids):,} users; "
                 "set split_by: pair, or lower validation_fraction or unseen_user_fraction."
             )
@@ -187,7 +187,7 @@ def _evaluated(division: SplitResult, splits: Mapping[Split, TokenizedSplit]) ->
 
 
 def _by_acquaintance(data: TokenizedSplit, vocabulary: UserVocabulary) -> dict[str, Pairs]:
-    """Divide evaluation rows by whether training meets their user."""
+    """Split evaluation rows into those of seen and of unseen users."""
     seen = np.array([user_id in vocabulary for user_id in data.user_ids])[data.users]
     return _non_empty(data, seen=np.flatnonzero(seen), unseen=np.flatnonzero(~seen))
 
@@ -196,17 +196,17 @@ def _non_empty(data: TokenizedSplit, **sets: Positions) -> dict[str, Pairs]:
     return {name: Pairs(data, positions) for name, positions in sets.items() if len(positions)}
 
 
-_FORMAT = 2  # raise it when the meaning of what is stored changes, so that older counts are not read
+_FORMAT = 2  # increase it when the meaning of stored counts changes, so older ones are not read
 _SHOWN_EVERY = 10_000  # rows
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class UserCounts:
-    """Who has how many rows.
+    """Row counts of users.
 
     Attributes:
-        rows: Number of rows of each user, in the order in which they first appear.
+        rows: Number of rows of each user, in order of first appearance.
         texts: Number of rows with a text about the user.
     """
 
@@ -215,7 +215,7 @@ class UserCounts:
 
 
 def count_users(source: DataSource, split: Split, folder: Path) -> UserCounts:
-    """Return the census of a split of a source, counted unless `folder` has it.
+    """Return the user counts of a split of a source, from the cache in `folder` or by counting.
 
     Raises:
         FeedbackFormatError: A row has no valid user id, or there are no rows.
@@ -254,7 +254,7 @@ def count(source: DataSource, split: Split) -> UserCounts:
     with counting(f"Counting the users of the {split} split") as progress:
         for number, (where, row) in enumerate(read(source, split), start=1):
             user_id = row.get(columns.user_id)
-            if type(user_id) is str and user_id in rows:  # almost always; the rest is for the first row of a user
+            if type(user_id) is str and user_id in rows:  # the usual case; otherwise the first row of a user
                 rows[user_id] += 1
             else:
                 rows[parse_user_id(row, where, columns)] = 1
@@ -267,10 +267,10 @@ def count(source: DataSource, split: Split) -> UserCounts:
 
 
 def read_user_counts(path: Path) -> UserCounts:
-    """Read a census from a file (CSV, JSON Lines or Parquet) of the columns `user_id`, `rows` and, optionally, `texts`.
+    """Read user counts from a CSV, JSON Lines or Parquet file with columns `user_id`, `rows` and optionally `texts`.
 
     Raises:
-        FeedbackFormatError: The file is not of this form; the message names the row.
+        FeedbackFormatError: The file has another format; the message names the row.
     """
     rows: dict[str, int] = {}
     texts = 0
@@ -279,7 +279,7 @@ def read_user_counts(path: Path) -> UserCounts:
         if user_id in rows:
             raise FeedbackFormatError(f"{where}: this user stands in the file twice; give each user one row.")
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)
-        # Where it is not said how many rows have a text, all may.
+        # Without the column `texts`, assume that all rows have a text.
         texts += rows[user_id] if row.get("texts") is None else _number(row["texts"], where, "texts", least=0)
     return UserCounts(rows, texts)
 
@@ -298,7 +298,7 @@ def _write(census: UserCounts, path: Path) -> None:
     with (
         atomic_file(path, shared=True) as file,
         text_writer(file) as text,
-    ):  # processes that count at once write the same
+    ):  # processes that count at the same time write the same content
         writer = csv.writer(text)
         writer.writerow(["user_id", "rows", "texts"])
         writer.writerows(_lines(census))
@@ -311,7 +311,7 @@ def _sum_file(path: Path) -> Path:
 
 
 def _sum(path: Path) -> bytes:
-    """Return the line that `sha256sum` prints."""
+    """Return the checksum line in the format of `sha256sum`."""
     return f"{sha256(path.read_bytes()).hexdigest()}  {path.name}\n".encode()
 
 

@@ -1,4 +1,4 @@
-"""Which training rows stand together in a batch, stored or streamed, as the settings of a data module say."""
+"""Training order of stored or streamed rows: its settings, its samplers, and its record in checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prlhf_lightning.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class TrainingOrder:
-    """Makes the samplers of training batches; the fields are arguments of `PreferenceDataModule`."""
+    """Settings of the training order; creates batch samplers. The fields are arguments of `PreferenceDataModule`."""
 
     batch_size: int
     pairs_per_user: int
@@ -37,27 +37,27 @@ class TrainingOrder:
             )
         if self.streaming:
             self._check_streaming()
-        # Refuses impossible settings now, not after the data has been tokenized.
+        # Rejects invalid settings now instead of after tokenization.
         UserGroupedBatchSampler(np.zeros(1, dtype=np.int64), self.batch_size, self.pairs_per_user, self.balance)
 
     def max_row_tokens(self, sequences: int) -> int | None:
-        """Return the most tokens of a batch that is scored as one block, over its rows.
+        """Return the token budget of a batch for one sequence per row; None without a budget.
 
         Args:
-            sequences: Sequences that a row is scored as: two of a pair, one of other rows.
+            sequences: Sequences scored per row: two for a pair, one for other rows.
         """
         return self.max_tokens_per_batch // sequences if self.max_tokens_per_batch else None
 
     def batches(
         self, rows: Pairs | StreamedRows, sequences: int, rank: int, world_size: int
     ) -> UserGroupedBatchSampler | StreamBatchSampler:
-        """Return the sampler of one process.
+        """Return the batch sampler of one process.
 
         Args:
             rows: The training rows.
             sequences: As in `max_row_tokens`.
-            rank: Rank of the process among those that share the data.
-            world_size: Number of these processes.
+            rank: Data-parallel rank of the process.
+            world_size: Number of data-parallel processes.
         """
         if isinstance(rows, StreamedRows):
             return StreamBatchSampler(
@@ -88,19 +88,19 @@ class TrainingOrder:
     def _check_streaming(self) -> None:
         if self.balance:
             raise ConfigurationError(
-                f"balance is {self.balance}; streamed rows come each once an epoch: set balance: 0."
+                f"balance is {self.balance}; streamed rows come once per epoch each: set balance: 0."
             )
         if self.max_tokens_per_batch is not None:
             raise ConfigurationError(
                 f"max_tokens_per_batch is {self.max_tokens_per_batch}; it needs the lengths of all rows before "
-                "training, which a stream has not: set it to null (bucket_by_length: true works), or streaming: false."
+                "training, unknown in a stream: set it to null (bucket_by_length: true works), or streaming: false."
             )
         if self.shuffle_buffer < 1:
             raise ConfigurationError(f"shuffle_buffer is {self.shuffle_buffer}; it must be at least 1 row.")
 
 
 _Array = npt.NDArray[np.int64]
-#: What decides which rows make up the batches of an epoch, as users know it.
+#: Names, for messages, of the settings that determine the batches of an epoch.
 _NAMES = {
     "world_size": "the number of processes",
     "accumulate": "trainer.accumulate_grad_batches",
@@ -116,26 +116,26 @@ def record(
     world_size: int,
     accumulate: int,
 ) -> dict[str, Any]:
-    """Return what decides the order of training, for a checkpoint.
+    """Return the settings and data that determine the training order, for a checkpoint.
 
     Args:
-        order: How rows are batched.
-        hold_out: How they were chosen.
+        order: Settings of the batches.
+        hold_out: Settings of the split.
         rows: The training rows.
-        sequences: Sequences that a row is scored as.
+        sequences: Sequences scored per row.
         world_size: Number of processes that share the rows.
-        accumulate: Batches of a process in an optimizer step.
+        accumulate: Batches per process and optimizer step.
     """
     settings = {**asdict(hold_out), **asdict(order), "world_size": world_size, "accumulate": accumulate}
     if not order.streaming:
         del settings["shuffle_buffer"]
     found = {"settings": settings, "sequences": sequences, "rows": len(rows), "data": _digest(rows)}
-    # A stream's texts are not known before they are read.
+    # A stream's texts are unknown until they are read.
     return found if isinstance(rows, StreamedRows) else {**found, "texts": rows.split.report.digest}
 
 
 def differences(kept: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Return the settings that decide the order and differ between two records, each with both values."""
+    """Return the settings that differ between two records of the training order, each with both values."""
     before, now = kept["settings"], here["settings"]
     return [
         f"{_NAMES.get(name, name)} was {before[name]!r} and is {now[name]!r}"
@@ -145,23 +145,23 @@ def differences(kept: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
 
 
 def has_other_texts(kept: Mapping[str, Any], here: Mapping[str, Any]) -> bool:
-    """Whether the rows of two records differ in their token ids; False where one of them does not tell."""
+    """Return whether the rows of two records differ in their token ids; False if a record has no digest of them."""
     return "texts" in kept and "texts" in here and kept["texts"] != here["texts"]
 
 
 def hold_out_of(kept: Mapping[str, Any]) -> SplitConfig:
-    """Return how the training rows of a record were chosen."""
+    """Return the split settings of a record."""
     return SplitConfig(**{one.name: kept["settings"][one.name] for one in fields(SplitConfig)})
 
 
 def trained_rows(kept: Mapping[str, Any], then: Pairs, epoch: int, batch: int) -> _Array:
-    """Return which rows were trained on in an epoch `[n]`, by their positions in the split.
+    """Return the positions `[n]` in the split of the rows already trained on in an epoch.
 
     Args:
         kept: The record of a checkpoint.
         then: The training rows of its run.
         epoch: The epoch.
-        batch: Number of batches of each process that were trained in it.
+        batch: Number of batches per process already trained in it.
     """
     settings = {"shuffle_buffer": 1, **kept["settings"]}
     order = TrainingOrder(**{one.name: settings[one.name] for one in fields(TrainingOrder)})
@@ -173,21 +173,21 @@ def trained_rows(kept: Mapping[str, Any], then: Pairs, epoch: int, batch: int) -
 
 
 def earlier_rows(kept: Mapping[str, Any], epoch: int) -> _Array:
-    """Return which rows `[n]` the run of a record had left out of an epoch, having trained on them before it began."""
+    """Return the rows `[n]` that a record's run skipped in an epoch, because an earlier run had trained on them."""
     found = kept.get("left_out")
     rows: _Array = found["rows"].numpy() if found and found["epoch"] == epoch else np.empty(0, dtype=np.int64)
     return rows
 
 
 def leave_out(sampler: UserGroupedBatchSampler, rows: Pairs, epoch: int, done: _Array) -> None:
-    """Have a sampler leave rows out of an epoch, given by their positions in the split of `rows`."""
+    """Make a sampler skip rows in an epoch; `done` are their positions in the split of `rows`."""
     if len(done):
         places = np.searchsorted(rows.positions, done).clip(max=len(rows) - 1)
         sampler.leave_out(epoch, places[rows.positions[places] == done])
 
 
 def _digest(rows: Pairs | StreamedRows) -> str:
-    """Return a hash of the split that training rows are of: users and lengths, in their order."""
+    """Return a hash of the training rows' split: its users and lengths, in order."""
     digest = hashlib.sha256()
     if isinstance(rows, StreamedRows):
         digest.update(f"{len(rows)} {rows.vocabulary.digest()}".encode())

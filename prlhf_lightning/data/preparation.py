@@ -1,4 +1,4 @@
-"""The rows of a source made ready: tokenized or counted once, kept, and divided into what trains and what evaluates."""
+"""Prepared feedback of a source: tokenized or counted once, cached, and split into training and evaluation sets."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Stage: TypeAlias = Literal["train", "validate", "test", "predict"]
 
 @dataclass(frozen=True, eq=False)
 class PreparedFeedback:
-    """What is made of a source, each part when it is first asked for; the fields are as in `PreferenceDataModule`."""
+    """Prepared data of a source; each part is created on first access. The fields are as in `PreferenceDataModule`."""
 
     source: DataSource
     tokenizer: PreTrainedTokenizerBase | str | None
@@ -49,16 +49,16 @@ class PreparedFeedback:
 
     @cached_property
     def dated_settings(self) -> TokenizationSettings:
-        """The settings, with today's date where the chat template writes one and none is set."""
+        """The settings, with today's date if the chat template writes a date and none is set."""
         return self.settings.dated(self._loaded_tokenizer)
 
     @cached_property
     def splits(self) -> dict[Split, TokenizedSplit]:
-        """The splits that are stored: all but the training split of a stream."""
+        """The stored splits: all but the training split of a stream."""
         available = self.source.splits()
         if "train" not in available:
             raise ConfigurationError(
-                f"{type(self.source).__name__} has no train split, which tells the users; give it one."
+                f"{type(self.source).__name__} has no train split, which defines the users; give it one."
             )
         cache = FeedbackCache(
             self.cache_dir, self._loaded_tokenizer, self.dated_settings, self.feedback, self.ties, self.pseudonyms
@@ -68,7 +68,7 @@ class PreparedFeedback:
 
     @cached_property
     def census(self) -> UserCounts:
-        """The users of a stream."""
+        """The row counts of a stream's users."""
         if self.users_file is None:
             return count_users(self._streamed_source, "train", self.cache_dir)
         census = read_user_counts(self.users_file)
@@ -76,15 +76,15 @@ class PreparedFeedback:
 
     @cached_property
     def division(self) -> SplitResult:
-        """Which rows serve for what."""
+        """The training and evaluation rows."""
         if self.streaming:
-            splits = self.splits  # first, as it checks that there is a train split
+            splits = self.splits  # first, because it checks for a train split
             return self.hold_out.divide_stream(self._streamed_source, self.census, splits)
         return self.hold_out.divide(self.splits)
 
     @cached_property
     def with_history(self) -> PairsWithHistory | None:
-        """The training pairs with others of their users, where these are asked for."""
+        """The training pairs with histories; None if no histories are needed."""
         pairs = self.division.train
         if not self.history_size or not isinstance(pairs, Pairs):
             return None
@@ -92,13 +92,13 @@ class PreparedFeedback:
 
     @cached_property
     def tokenize(self) -> FeedbackTokenizer:
-        """What makes ids of prompts: a plain one is wrapped in the chat template where the training rows are."""
+        """The tokenizer of prompts; it wraps plain prompts in the chat template if the training rows use it."""
         wrapped = self.settings.chat_template or self.conversational
         return FeedbackTokenizer(self._loaded_tokenizer, replace(self.dated_settings, chat_template=wrapped))
 
     @cached_property
     def conversational(self) -> bool:
-        """Whether most training rows are conversations, and not strings; of a stream, whether the first one is."""
+        """Whether most training rows are conversations instead of strings; for a stream, whether the first one is."""
         if not self.streaming:
             report = self.splits["train"].report
             return 2 * report.conversations > report.kept
@@ -107,23 +107,23 @@ class PreparedFeedback:
         return not isinstance(parse_record(row, where, columns, self.feedback).prompt, str)
 
     def known_as(self, user_id: str) -> str:
-        """Return the id by which a user is known here whom the source calls `user_id`."""
+        """Return the id used here for the source's user `user_id`: a pseudonym, or the id itself."""
         return user_id if self.pseudonyms is None else self.pseudonyms(user_id)
 
     def evaluation(self, stage: Stage) -> Mapping[str, Pairs | PromptDataset]:
-        """Return the sets of a stage that are not empty, by name."""
+        """Return the non-empty sets of a stage, by name."""
         evaluation = self.division.evaluation
         if stage == "predict":
             return self._requests or evaluation.get("test") or evaluation.get("validate", {})
         return evaluation.get(stage, {}) if stage != "train" else {}
 
     def stream(self, rows: StreamedRows, sampler: Any) -> FeedbackStream:
-        """Return streamed rows as they are read and tokenized, in a sampler's order."""
+        """Return a data set that reads and tokenizes streamed rows on the fly, in a sampler's order."""
         tokenize = FeedbackTokenizer(self._loaded_tokenizer, self.dated_settings)
         return FeedbackStream(rows, sampler.order, tokenize, self.feedback, drop_ties=self.ties == "drop")
 
     def longest_row(self) -> int:
-        """Return the most tokens of a row of any split; of streamed ones what the limits allow."""
+        """Return the most tokens of a row of any split; for streamed rows the sum of the limits."""
         lengths = [int(data.lengths.max()) for data in self.splits.values()]
         if self.streaming:
             limits = self.settings
@@ -137,7 +137,7 @@ class PreparedFeedback:
         return streamed or any(data.report.user_texts for data in self.splits.values())
 
     def votes_by_user(self) -> dict[str, int]:
-        """Return how many training rows each user gave."""
+        """Return the number of training rows of each user."""
         train = self.division.train
         if isinstance(train, StreamedRows):
             return {user_id: self.census.rows[user_id] for user_id in train.vocabulary.ids}
@@ -146,7 +146,7 @@ class PreparedFeedback:
 
     @property
     def _streamed_source(self) -> DataSource:
-        """The source whose rows are streamed, by users' ids as they are known here."""
+        """The streamed source, with pseudonyms if these are used."""
         return self.source if self.pseudonyms is None else PseudonymousSource(self.source, self.pseudonyms)
 
     @cached_property
@@ -158,7 +158,7 @@ class PreparedFeedback:
         path = str(Path(self.tokenizer).expanduser())
         with loading(path, "tokenizer", f"tokenizer: {self.tokenizer!r}", "give a folder with one, or a hub name."):
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        with suppress(OSError):  # a tokenizer may stand alone
+        with suppress(OSError):  # a tokenizer folder may have no model
             remember_end_tokens(tokenizer, GenerationConfig.from_pretrained(path))
         return tokenizer
 
@@ -171,7 +171,7 @@ class PreparedFeedback:
         return {"prompts": PromptDataset(places, self.tokenize.prompts(texts), self.division.vocabulary.ids)}
 
 
-_NAMED = 6  # columns that are named
+_NAMED = 6  # columns named in the summary
 
 
 def summary(
@@ -183,16 +183,16 @@ def summary(
     counts: Mapping[str, int],
     feedback: Feedback,
 ) -> str:
-    """Return the paragraph.
+    """Return a summary of the data, in one paragraph.
 
     Args:
-        division: Which rows serve for what.
-        splits: The splits that are stored.
-        order: How training rows are batched.
-        sequences: Sequences that a row is scored as.
-        overlong: What was done with rows over a limit.
-        counts: What the source counted of a stream.
-        feedback: What the rows are.
+        division: The training and evaluation rows.
+        splits: The stored splits.
+        order: Settings of the training batches.
+        sequences: Sequences scored per row.
+        overlong: Handling of rows over a length limit.
+        counts: The source's counts for a stream.
+        feedback: Kind of rows.
     """
     parts = [*_training(division, order, sequences, counts, feedback)]
     for stage, sets in division.evaluation.items():
@@ -216,7 +216,7 @@ def _training(
         return
     yield rows
     if len(division.vocabulary.ids) == 1:
-        yield "one user only, so there is nothing to personalize"
+        yield "only one user, so there is nothing to personalize"
     if limit := order.max_row_tokens(sequences):
         alone = int((division.train.lengths > limit).sum())
         if alone:

@@ -1,4 +1,4 @@
-"""Pseudonyms: keyed hashes that stand for users' ids, so that the ids themselves never leave the data."""
+"""Pseudonyms: keyed hashes that replace user ids, so the ids never leave the data."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from prlhf_lightning.data.schema import Columns
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
 
-_LEAST = 16  # bytes of a salt; with fewer, ids could be found by trying salts
+_LEAST = 16  # bytes of a salt; a shorter salt could be found by brute force
 _MAKE = "make one with: python -c 'import secrets; print(secrets.token_hex(32))'"
 
 
 class Pseudonyms:
-    """Maps a user's id to the first 128 bits of its HMAC-SHA256 under a secret salt, in hexadecimal digits.
+    """Maps a user id to the first 128 bits of its HMAC-SHA256 under a secret salt, in hexadecimal digits.
 
-    Without the salt a pseudonym can be neither computed from an id nor traced back to one, by trying ids either. The
-    same salt gives the same pseudonyms in every run, so that checkpoints and new data fit together. It is held in
-    memory alone.
+    Without the salt, a pseudonym cannot be computed from an id, nor traced back by trying ids. The same salt gives the
+    same pseudonyms in every run, so checkpoints fit new data. The salt is held only in memory.
 
     Args:
         salt: The secret, at least 16 bytes.
@@ -36,7 +35,7 @@ class Pseudonyms:
 
     @classmethod
     def load(cls, where: str) -> Pseudonyms:
-        """Read the salt from an environment variable, or else from a file; white space around it does not count.
+        """Read the salt from an environment variable or a file; strip surrounding white space.
 
         Args:
             where: Name of the variable (letters, digits and `_`), or path of the file (with any other character, such
@@ -49,7 +48,7 @@ class Pseudonyms:
             salt = os.environ.get(where)
             if salt is None:
                 raise ConfigurationError(
-                    f"hash_user_ids_with: the environment variable {where} is not set; set it to the salt, or name a "
+                    f"hash_user_ids_with: the environment variable {where} is not set; set it to the salt, or give a "
                     f"file that holds it (as ./{where}); {_MAKE}"
                 )
             return cls(salt.strip().encode("utf-8", "surrogateescape"))
@@ -65,7 +64,7 @@ class Pseudonyms:
         return hmac.digest(self.__salt, user_id.encode(), "sha256").hex()[:32]
 
     def fingerprint(self) -> str:
-        """Return what tells salts apart without giving one away, for the keys of caches."""
+        """Return an identifier of the salt that does not reveal it, for cache keys."""
         return hmac.digest(self.__salt, b"which salt is this", "sha256").hex()[:16]
 
     def __repr__(self) -> str:
@@ -73,11 +72,11 @@ class Pseudonyms:
 
 
 class PseudonymousSource(DataSource):
-    """The rows of a source, with pseudonyms for users' ids.
+    """The rows of a source, with pseudonyms instead of user ids.
 
     Args:
-        source: Where the rows come from.
-        pseudonyms: What ids are replaced by; what is no id is left for validation to refuse.
+        source: Source of the rows.
+        pseudonyms: Replacement of ids; invalid ids are kept, and validation rejects them.
     """
 
     def __init__(self, source: DataSource, pseudonyms: Pseudonyms) -> None:
@@ -99,13 +98,13 @@ class PseudonymousSource(DataSource):
             yield where, row
 
     def fingerprint(self, split: Split) -> str:
-        """Return the source's own, with what tells salts apart."""
+        """Return the source's fingerprint with that of the salt."""
         kind = f"{type(self._source).__module__}.{type(self._source).__qualname__}"
         return f"{kind} {self._source.fingerprint(split)} {self._pseudonyms.fingerprint()}"
 
 
 def hashed(source: DataSource, hash_user_ids_with: str | None) -> DataSource:
-    """Return a source with its users' ids hashed as `Pseudonyms.load` says, or as it is where nothing is named."""
+    """Return a source with hashed user ids (see `Pseudonyms.load`); with None, the source itself."""
     if hash_user_ids_with is None:
         return source
     return PseudonymousSource(source, Pseudonyms.load(hash_user_ids_with))

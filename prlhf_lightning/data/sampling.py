@@ -1,8 +1,8 @@
-"""Which pairs stand together in a batch, and in which order.
+"""Batch samplers: user-grouped batches for training, sequential batches for evaluation.
 
-The order of an epoch is a pure function of (seed, epoch), so training can be resumed in the middle of one, and it is
-laid out in steps, global batches of `batch_size * world_size` pairs of which each rank takes its slice: the number of
-processes does not change which pairs make up a step (unless there is a token budget, which is each process's own).
+The order of an epoch is a pure function of (seed, epoch), so training can resume in the middle of an epoch. It consists
+of steps, global batches of `batch_size * world_size` pairs, and each rank takes its slice. The number of processes
+does not change the pairs of a step of the same global size (except with a token budget, which is per process).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ _Array = npt.NDArray[np.int64]
 class UserGroupedBatchSampler(Sampler[list[int]]):
     """Yields batches of positions for training, reshuffled every epoch.
 
-    Every epoch has as many pairs as there are. With `balance=0` it is each pair once. With `balance=b` a user with n
-    pairs is given a share of the epoch that is proportional to `n ** (1 - b)`: at 1, every user has the same share. A
-    user with more room than pairs cycles through them, freshly shuffled each time; one with less gives a fresh random
-    choice each epoch, so no pair is left out for good. Shares are rounded at random, right on average.
+    The length of an epoch is the number of pairs. With `balance=0` it has each pair once. With `balance=b` the share of
+    a user with n pairs is proportional to `n ** (1 - b)`; at 1, all users have the same share. A user whose share
+    exceeds their pairs repeats them, reshuffled each time. A user with a smaller share gets a new random subset each
+    epoch, so no pair is always left out. Shares are rounded at random, without bias.
 
-    All ranks have the same number of batches. One global batch may be smaller: its pairs are dealt out evenly over the
-    ranks, and only if there are fewer than ranks do the epoch's first pairs fill up, one for each rank without any.
+    All ranks have the same number of batches. One global batch may be smaller; its pairs are distributed evenly over
+    the ranks. If it has fewer pairs than ranks, each rank without a pair gets one of the epoch's first pairs.
 
     Args:
-        users: `[N]` the user of each pair, as any integers.
-        batch_size: Pairs in a batch of one process.
-        pairs_per_user: Up to so many pairs of one user stand side by side. (A run may end at the edge of a batch.)
-        balance: From 0, all pairs count the same, to 1, all users count the same.
+        users: `[N]` any integer that identifies the user of each pair.
+        batch_size: Pairs per batch and process.
+        pairs_per_user: Most pairs of one user placed together. (The edge of a batch may cut such a run.)
+        balance: From 0 (all pairs have equal weight) to 1 (all users have equal weight).
         seed: Seed of the order.
-        rank: Rank of this process among those that share the data.
-        world_size: Number of processes that share the data.
-        lengths: `[N]` tokens of each pair; where given, pairs of about the same length share a batch (see `buckets`).
-        max_tokens: Most tokens in a batch of one process, padding included: pairs times the longest. Needs `lengths`.
+        rank: Data-parallel rank of this process.
+        world_size: Number of data-parallel processes.
+        lengths: `[N]` tokens of each pair; if given, pairs of similar length share a batch (see `sort_in_windows`).
+        max_tokens: Most tokens per batch and process, padding included: pairs times the longest. Needs `lengths`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
                 f"batch_size ({batch_size}) and pairs_per_user ({pairs_per_user}) must be at least 1."
             )
         if not 0 <= balance <= 1:
-            raise ConfigurationError(f"balance is {balance}; it must lie between 0 (pairs equal) and 1 (users equal).")
+            raise ConfigurationError(f"balance is {balance}; it must be between 0 (pairs equal) and 1 (users equal).")
         if max_tokens is not None and (max_tokens < 1 or lengths is None):
             raise ConfigurationError(f"max_tokens is {max_tokens}; it must be at least 1, and needs lengths.")
         self._by_user = np.argsort(users, kind="stable")  # positions, user by user
@@ -77,26 +77,26 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         return self
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch whose order is yielded next, and the batch to start it from."""
+        """Set the epoch to yield next, and its first batch."""
         self._epoch, self._start = epoch, start
 
     def leave_out(self, epoch: int, done: _Array) -> None:
-        """Leave positions `[n]` out of an epoch that was begun under other settings, as often as each is named.
+        """Skip positions `[n]` in an epoch that was started with other settings, each as often as it is listed.
 
-        The epoch keeps its number of batches: its first ones are empty, and `first` says which is not.
+        The epoch keeps its number of batches: its first batches are empty, and `first` returns the first other one.
         """
         self._left_out, self._drawn = (epoch, done), (-1, [])
 
     def first(self, epoch: int) -> int:
-        """Return the number of the first step of an epoch that is not empty, or that of all steps."""
+        """Return the index of the first non-empty step of an epoch; the number of steps if all are empty."""
         return next((number for number, step in enumerate(self.steps(epoch)) if len(step)), len(self))
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch, the same on every rank and wherever the epoch is entered."""
+        """Return the number of batches per epoch, the same on every rank and for every start."""
         return self._count
 
     def __iter__(self) -> Iterator[list[int]]:
-        # Epoch and start are those at this moment: Lightning may set the next ones before the first batch is drawn.
+        # Read epoch and start now: Lightning may set the next ones before the first batch is drawn.
         return self._batches(self._epoch, self._start)
 
     def _batches(self, epoch: int, start: int) -> Iterator[list[int]]:
@@ -107,11 +107,11 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
             yield np.array_split(step, self._world_size)[self._rank].tolist()
 
     def pairs_per_rank(self, epoch: int, steps: slice) -> float:
-        """Return how many pairs the batches of some steps of an epoch hold, on average over the ranks."""
+        """Return the number of pairs in the batches of some steps of an epoch, averaged over the ranks."""
         return sum(max(1.0, len(step) / self._world_size) for step in self.steps(epoch)[steps] if len(step))
 
     def steps(self, epoch: int) -> list[_Array]:
-        """Return the positions of each step of an epoch, those of all ranks together."""
+        """Return the positions of each step of an epoch, for all ranks together."""
         if self._drawn[0] != epoch:
             steps = self._draw_steps(epoch)
             if epoch == self._left_out[0]:
@@ -120,16 +120,16 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         return self._drawn[1]
 
     def _without(self, steps: list[_Array], done: _Array) -> list[_Array]:
-        """Return the steps of an epoch without positions `[n]`, after as many empty ones as they are fewer."""
+        """Remove positions `[n]` from the steps of an epoch; empty steps at the start keep their number."""
         order = np.concatenate(steps)
         by_row = np.argsort(order, kind="stable")
         copy = np.empty_like(order)
-        copy[by_row] = _ranks(order[by_row])  # 0 where a row comes for the first time, then 1, ...
+        copy[by_row] = _ranks(order[by_row])  # 0 at the first occurrence of a row, then 1, ...
         left = copy >= np.bincount(done, minlength=len(self._by_user))[order]
         if self._lengths is None:
             size = self._batch_size * self._world_size
             edges = np.arange(size, left.sum(), size)
-        else:  # among rows of other lengths a batch would have more padding, or go over its budget
+        else:  # keep the old batches: mixed lengths would add padding or exceed the token budget
             edges = np.cumsum([part.sum() for part in np.split(left, np.cumsum(list(map(len, steps)))[:-1])])[:-1]
         rest = [step for step in np.split(order[left], edges) if len(step)]
         return [order[:0]] * (len(self) - len(rest)) + rest
@@ -151,7 +151,7 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         return max(len(self._cut(np.random.default_rng([self._seed, epoch]))[1]) for epoch in range(4))
 
     def _cut(self, rng: np.random.Generator) -> tuple[_Array, _Array]:
-        """Draw an epoch; return its positions `[N]` in sequence and where in it the steps begin."""
+        """Draw an epoch; return its positions `[N]` in order and the start of each step."""
         order, runs = self._draw(rng)
         if self._lengths is None:
             return order, cut(order, self._batch_size, None, self._world_size)
@@ -160,28 +160,28 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         return order, cut(self._lengths[order], self._batch_size, self._max_tokens, self._world_size)
 
     def order(self, epoch: int) -> _Array:
-        """Return the positions `[N]` of an epoch in the order in which they are batched."""
+        """Return the positions `[N]` of an epoch in batch order."""
         return np.concatenate(self.steps(epoch))
 
     def _draw(self, rng: np.random.Generator) -> tuple[_Array, _Array]:
-        """Draw the positions `[N]` of an epoch, and where in them each run of one user's pairs begins."""
+        """Draw the positions `[N]` of an epoch, and the start of each run of one user's pairs."""
         total = len(self._by_user)
         if self._balance == 0 and self._pairs_per_user == 1:
             return rng.permutation(total), np.arange(total)
         quotas = self._quotas(rng)
-        # Lay out enough passes over each user's pairs: copies of a pair differ in their pass.
+        # Enough passes over each user's pairs; copies of a pair are in different passes.
         passes = -(-quotas // self._counts)
         copies = np.repeat(passes, self._counts)  # of each pair, user by user
         pair = np.repeat(self._by_user, copies)
         user = np.repeat(np.arange(len(quotas)), passes * self._counts)
         pass_number = np.arange(len(pair)) - np.repeat(np.cumsum(copies) - copies, copies)
         pass_id = np.repeat(np.cumsum(passes) - passes, passes * self._counts) + pass_number
-        # Shuffle within each pass (the half keeps rounding from reaching the next one), and keep each user's first
-        # pairs up to the quota.
+        # Shuffle within each pass (the factor 0.5 keeps rounding from reaching the next pass), and keep each user's
+        # first pairs up to the quota.
         shuffled = np.argsort(pass_id + 0.5 * rng.random(len(pair)))
         place = _ranks(user[shuffled])
         kept = shuffled[place < quotas[user[shuffled]]]
-        # Runs never cross a pass, so that none holds the same pair twice.
+        # Runs never cross a pass, so no run has the same pair twice.
         run = pass_id[kept] * (self._counts.max() // self._pairs_per_user + 1)
         run = run + _ranks(pass_id[kept]) // self._pairs_per_user
         starts = np.flatnonzero(np.diff(run, prepend=-1))
@@ -192,12 +192,11 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
         return grouped, np.cumsum(moved) - moved
 
     def _quotas(self, rng: np.random.Generator) -> _Array:
-        """Return how many pairs of the epoch each user is given, `[U]`, which sum to the number of pairs."""
+        """Return each user's number of pairs in the epoch, `[U]`; they sum to the number of pairs."""
         if self._balance == 0:
             return self._counts
         weights = self._counts ** (1 - self._balance)
-        # Systematic rounding in random order: each quota is one of the two integers around its share, and on average
-        # the share itself.
+        # Systematic rounding in random order: each quota is the share rounded up or down, and its mean is the share.
         order = rng.permutation(len(weights))
         edges = np.cumsum(weights[order] / weights.sum()) * len(self._by_user)
         edges[-1] = len(self._by_user)
@@ -209,14 +208,14 @@ class UserGroupedBatchSampler(Sampler[list[int]]):
 class SequentialBatchSampler(Sampler[list[int]]):
     """Yields batches of positions for evaluation: in order, each exactly once over all ranks.
 
-    All ranks have the same number of batches, as sharded models need, for batches may differ in size by one (at batch
-    size 1 one may hold two rows). Where there are fewer rows than ranks, some ranks have one empty batch.
+    All ranks have the same number of batches, as sharded models need. So batch sizes may differ by one (at batch size
+    1, a batch may have two rows). With fewer rows than ranks, some ranks have one empty batch.
 
     Args:
         size: Number of rows.
-        batch_size: Most rows in a batch of one process.
-        rank: Rank of this process among those that share the data.
-        world_size: Number of processes that share the data.
+        batch_size: Most rows per batch and process.
+        rank: Data-parallel rank of this process.
+        world_size: Number of data-parallel processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
@@ -232,7 +231,7 @@ class SequentialBatchSampler(Sampler[list[int]]):
 
 
 def _ranks(groups: _Array) -> _Array:
-    """Return the place of each element within its group, where groups stand together."""
+    """Return the index of each element within its group; groups are contiguous."""
     starts = np.flatnonzero(np.diff(groups, prepend=-1))
     return np.arange(len(groups)) - np.repeat(starts, np.diff(starts, append=len(groups)))
 
@@ -244,10 +243,10 @@ def sort_in_windows(order: _Array, starts: _Array, lengths: _Array, window: int)
     """Sort runs of rows by their longest row, within windows of the order.
 
     Args:
-        order: `[N]` rows in the order in which they were drawn.
-        starts: `[R]` where in `order` each run begins.
-        lengths: `[N]` the length of each place in `order`.
-        window: Places in a window; a run belongs to the one that it begins in.
+        order: `[N]` rows in drawn order.
+        starts: `[R]` start of each run in `order`.
+        lengths: `[N]` length of each row in `order`.
+        window: Rows per window; a run belongs to the window of its first row.
     """
     longest = np.maximum.reduceat(lengths, starts)
     new_place = np.empty_like(starts)
@@ -257,15 +256,15 @@ def sort_in_windows(order: _Array, starts: _Array, lengths: _Array, window: int)
 
 
 def cut(lengths: _Array, rows: int, budget: int | None, processes: int) -> _Array:
-    """Return where the steps of a sequence of rows begin.
+    """Return the start of each step in a sequence of rows.
 
-    A step is one batch on each of the processes, over which its rows are dealt out evenly.
+    A step is one batch per process; its rows are distributed evenly over the processes.
 
     Args:
-        lengths: `[N]` tokens of each row, in sequence.
+        lengths: `[N]` tokens of each row, in order.
         rows: Most rows in a batch.
-        budget: Most tokens in a batch, its padding included: rows times the longest. A longer row stands alone.
-        processes: Number of batches in a step.
+        budget: Most tokens in a batch, padding included: rows times the longest. A longer row gets its own batch.
+        processes: Number of batches per step.
     """
     if budget is None:
         return np.arange(0, len(lengths), rows * processes)
@@ -279,7 +278,7 @@ def cut(lengths: _Array, rows: int, budget: int | None, processes: int) -> _Arra
 
 
 def halve_largest(starts: _Array, total: int, count: int, least: int) -> _Array | None:
-    """Halve the largest steps until there are `count`; None where that leaves one with fewer than `least` rows."""
+    """Halve the largest steps until there are `count`; None if a step would get fewer than `least` rows."""
     while (missing := count - len(starts)) > 0:
         sizes = np.diff(starts, append=total)
         largest = np.argsort(-sizes, kind="stable")[:missing]

@@ -1,4 +1,4 @@
-"""One row of feedback, validated: raw mapping in, `FeedbackRecord` out, or an error that says how to mend the row."""
+"""Validation of one row of feedback: a raw mapping in, a `FeedbackRecord` or an error with the fix out."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from prlhf_lightning.types import Feedback
 
 @dataclass(frozen=True)
 class Columns:
-    """The name of the column that holds each field.
+    """Column name of each field.
 
     Pairs have `chosen` and `rejected`, or `response_a`, `response_b` and `winner`. A `system` message is read from a
-    column of its own only where that is named.
+    column only if that column is named.
     """
 
     user_id: str = "user_id"
@@ -53,12 +53,16 @@ class Columns:
     winner: str = "winner"
 
     def named(self) -> set[str]:
-        """Return the columns that hold something."""
+        """Return the names of all columns."""
         return {getattr(self, field.name) for field in fields(self)} - {""}
 
     @classmethod
     def from_mapping(cls, columns: Mapping[str, str]) -> Columns:
-        """Build from the entries that differ from the defaults, refusing fields that do not exist."""
+        """Build from entries that differ from the defaults.
+
+        Raises:
+            ConfigurationError: A field does not exist.
+        """
         known = [field.name for field in fields(cls)]
         for name in columns:
             if name not in known:
@@ -76,14 +80,14 @@ class FeedbackRecord:
     """One judgment of one user.
 
     Attributes:
-        user_id: Who judged.
-        prompt: What was asked; a string, or the conversation so far.
-        chosen: The preferred completion; a string, or a list of one assistant message. None for a thumbs-down.
+        user_id: The user's id.
+        prompt: The prompt: a string, or the conversation so far.
+        chosen: The preferred completion: a string, or a list of one assistant message. None for a thumbs-down.
         rejected: The other completion; None in demonstrations, and for a thumbs-up.
         user_text: Text about the user, or None.
-        thumb: Whether the row had one completion and a label, and not up to two completions.
-        tools: What the assistant may call, as the chat template takes it, or None.
-        notes: What is to be told about the row, with the number of such rows.
+        thumb: Whether the row is unpaired feedback: one completion and a label.
+        tools: Tool definitions for the chat template, or None.
+        notes: Remarks on the row, reported with the number of such rows.
     """
 
     user_id: str
@@ -97,7 +101,7 @@ class FeedbackRecord:
 
     @property
     def fields(self) -> tuple[str, str]:
-        """Names, for messages, of the fields that `chosen` and `rejected` stood in."""
+        """Names, for messages, of the fields of `chosen` and `rejected` in the row."""
         return ("completion", "completion") if self.thumb else ("chosen", "rejected")
 
 
@@ -110,7 +114,7 @@ _LABELS = {**dict.fromkeys(_UP.split(), True), **dict.fromkeys(_DOWN.split(), Fa
 
 
 class TieError(FeedbackFormatError):
-    """The two completions of a row are the same, or neither won."""
+    """The two completions of a row are equal, or neither won."""
 
 
 _DEFAULT_COLUMNS = Columns()
@@ -121,22 +125,22 @@ def parse_record(
 ) -> FeedbackRecord:
     """Validate one raw row.
 
-    Texts are strings or conversations, in any form that `read_text` knows. Conversational rows may leave `prompt` out:
-    the messages that `chosen` and `rejected` share (or all but the last of `completion`) are then the prompt, and the
-    last message of each is the completion. Where plain strings leave it out, it is what both answers begin with (see
-    `implicit_prompt`). Other columns are ignored.
+    Texts are strings or conversations, in any form that `read_text` accepts. Conversational rows may omit `prompt`: the
+    prompt is then the messages shared by `chosen` and `rejected` (or all but the last of `completion`), and the last
+    message of each is the completion. In plain rows without `prompt`, the prompt is the common start of both answers
+    (see `implicit_prompt`). Other columns are ignored.
 
     Args:
         row: Column name to value.
-        where: Where the row stands, such as `votes.jsonl:17`; every message starts with it.
-        columns: The column of each field.
-        feedback: What the row must have: `pairs` have `chosen` and `rejected` (or two responses and a winner);
-            `thumbs` have `completion` and `label`, and give a record with one of the two; `demonstrations` have
-            `chosen`, and may have `rejected`.
+        where: Location of the row, such as `votes.jsonl:17`; every message starts with it.
+        columns: Column name of each field.
+        feedback: Kind of row: `pairs` have `chosen` and `rejected` (or two responses and a winner); `thumbs` have
+            `completion` and `label`, and give a record with one completion; `demonstrations` have `chosen`, and may
+            have `rejected`.
 
     Raises:
-        FeedbackFormatError: The row is not what it should be; the message names the place, the field and the fix.
-        TieError: The row is well formed, but both completions are the same, or neither won.
+        FeedbackFormatError: The row is malformed; the message names the location, the field and the fix.
+        TieError: The row is well formed, but both completions are equal, or neither won.
     """
     tie = None
     if feedback != "thumbs":
@@ -181,7 +185,7 @@ def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Colu
     completion = completions["completion"]
     _check_completion(completion, where, "completion")
     value = _required(row, where, "label", columns)
-    # CSV has texts only, and many tables have 1 and 0 for true and false.
+    # CSV has only text, and many tables use 1 and 0 for true and false.
     up = None
     if isinstance(value, str | int | float):
         up = _LABELS.get("_".join(str(value).strip().lower().split()))
@@ -199,7 +203,7 @@ def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Colu
 
 
 def _with_winner(row: Mapping[str, Any], where: str, columns: Columns) -> tuple[Mapping[str, Any], str | None]:
-    """Return a row of two responses and a winner as chosen and rejected, and the column that says it ties."""
+    """Convert two responses and a winner to chosen and rejected; also return the winner's column if it is a tie."""
     names = (columns.response_a, columns.response_b)
     if columns.rejected in row or any(name not in row for name in names):
         return row, None
@@ -223,7 +227,7 @@ _NEEDED: dict[str, tuple[str, ...]] = {
 
 
 def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedback: Feedback) -> None:
-    """Refuse a row that lacks several columns, all of them at once."""
+    """Reject a row that lacks several columns, with all of them in one message."""
     needed = _NEEDED[feedback]
     if all([getattr(columns, field) in row for field in needed]):
         return
@@ -232,7 +236,7 @@ def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedba
         named = winner_is_named(row, columns.winner)
         needed = ("user_id", "response_a", "response_b", *(() if named else ("winner",)))
     missing = [field for field in needed if getattr(columns, field) not in row]
-    # The prompt may stand inside the responses, or inside chosen and rejected.
+    # The prompt may be inside the responses, or inside chosen and rejected.
     inside = by_winner or any(isinstance(value, list) or str(value).startswith("[{") for value in row.values())
     taken = {similar_columns(field, getattr(columns, field), list(row)) for field in missing}
     others = [column for column in row if column not in taken]
@@ -249,7 +253,7 @@ def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedba
 
 
 def _is_by_winner(row: Mapping[str, Any], columns: Columns) -> bool:
-    """Return whether a row that lacks columns has, or is to have, two responses and a winner."""
+    """Return whether an incomplete row is meant to have two responses and a winner."""
     if columns.chosen in row and columns.rejected in row:
         return False
     responses = columns.response_a in row and columns.response_b in row
@@ -273,17 +277,17 @@ def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAUL
 
 
 def spell_user_id(row: Mapping[str, Any], column: str) -> Mapping[str, Any]:
-    """Return a raw row with a whole number for an id, as databases have it, written out: `7` as `"7"`.
+    """Return a raw row with an integer id, as in databases, converted to a string: `7` to `"7"`.
 
-    No two ids become one by it. Sources do it before anything is done with their rows, so that pseudonyms, counts and
-    messages are of the id as written out. All else is left for validation to refuse.
+    Different ids stay different. Sources convert ids before any other step, so pseudonyms, counts and messages use the
+    string. Validation rejects other types.
     """
     user_id = row.get(column)
-    return {**row, column: str(user_id)} if type(user_id) is int else row  # True is no id
+    return {**row, column: str(user_id)} if type(user_id) is int else row  # bool is not an id
 
 
 def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) -> Any:
-    """Return the value of a field, or say how to map or fill the column that should hold it."""
+    """Return the value of a field, or raise an error that says how to map or fill its column."""
     column = getattr(columns, field)
     value = row.get(column)
     if value is not None:
@@ -301,7 +305,7 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
 
 
 def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | None:
-    """Return what to do about a row that lacks a field because it is feedback of another kind."""
+    """Return the fix for a row that lacks a field because it is another kind of feedback; otherwise None."""
     if field in ("chosen", "rejected") and columns.completion in row and columns.label in row:
         return "the row is a thumb up or down, where a pair is needed; to train on thumbs, take a loss such as KTOLoss"
     if field in ("completion", "label") and columns.chosen in row and columns.rejected in row:
@@ -313,7 +317,7 @@ def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | N
 
 
 def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
-    """Return the text about the user, which may be absent unless its column was named on purpose."""
+    """Return the text about the user; it may be missing unless its column is named explicitly."""
     value = row.get(columns.user_text)
     if value is None:
         if columns.user_text != _DEFAULT_COLUMNS.user_text and columns.user_text not in row:
@@ -328,9 +332,9 @@ def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | No
 def _split_prompt(
     row: Mapping[str, Any], where: str, columns: Columns, answers: Mapping[str, Text | None]
 ) -> tuple[Text, dict[str, Text], list[Note]]:
-    """Return the prompt, the completions without it, and what is to be told.
+    """Return the prompt, the completions without it, and remarks.
 
-    A prompt may stand in its own column, inside the answers, or in both.
+    A prompt may be in its own column, inside the answers, or in both.
     """
     given = {field: answer for field, answer in answers.items() if answer is not None}
     raw = row.get(columns.prompt)
@@ -347,7 +351,7 @@ def _split_prompt(
         system = _system(row, where, columns)
         if isinstance(prompt, str) and system is None and read_tools(row.get(columns.tools), where) is None:
             return prompt, dict(texts), notes
-        # What only a chat template can write makes a conversation of the row.
+        # A system message or tools need the chat template, so the row becomes a conversation.
         given = {field: [{"role": "assistant", "content": answer}] for field, answer in texts.items()}
         prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     conversations = {field: answer for field, answer in given.items() if isinstance(answer, list)}
@@ -356,7 +360,7 @@ def _split_prompt(
         contents = {field: answer[0]["content"] or "" for field, answer in completions.items()}
         contents, notes = without_prompt(prompt[-1]["content"] or "", contents)
         for field, text in contents.items():
-            if completions[field][0]["content"]:  # it may be null, beside tool calls
+            if completions[field][0]["content"]:  # null is allowed next to tool calls
                 completions[field] = [{**completions[field][0], "content": text}]
     return _with_system(prompt, row, where, columns), dict(completions), notes
 
@@ -364,11 +368,11 @@ def _split_prompt(
 def _without_shared_start(
     row: Mapping[str, Any], where: str, columns: Columns, answers: dict[str, str]
 ) -> tuple[str, dict[str, str], list[Note]]:
-    """Return the prompt that plain answers begin with, the answers without it, and what is to be told."""
+    """Return the common start of plain answers as the prompt, the answers without it, and remarks."""
     values = list(answers.values())
     may_be_there = columns.prompt in row or similar_columns("prompt", columns.prompt, list(row)) is not None
     found = None if may_be_there else implicit_prompt(values[0], values[1] if len(values) > 1 else None)
-    prompt, notes = found or _required(row, where, "prompt", columns)  # which says what to do
+    prompt, notes = found or _required(row, where, "prompt", columns)  # raises an error with the fix
     return prompt, {field: answer[len(prompt) :] for field, answer in answers.items()}, notes
 
 
@@ -409,7 +413,7 @@ def _split_conversations(
 
 
 def _system(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
-    """Return what the column of system messages holds, where one is named."""
+    """Return the value of the system column; None if no such column is named."""
     if not columns.system:
         return None
     if columns.system not in row:
@@ -421,7 +425,7 @@ def _system(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
 
 
 def _with_system(prompt: list[Message], row: Mapping[str, Any], where: str, columns: Columns) -> list[Message]:
-    """Return a conversation after the system message of the column that is named for it."""
+    """Return a conversation with the system column's message, if any, at its start."""
     text = _system(row, where, columns)
     if text is None:
         return prompt
@@ -447,6 +451,6 @@ def _check_completion(text: Text, where: str, field: str) -> None:
 
 def _shown(value: Any, limit: int = 40) -> str:
     if isinstance(value, list | dict):
-        return f"a {type(value).__name__}"  # it may be too deep to be written out
+        return f"a {type(value).__name__}"  # it may be nested too deeply to print
     text = repr(value)
     return text if len(text) <= limit else text[:limit] + "..."

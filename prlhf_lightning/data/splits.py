@@ -1,7 +1,7 @@
-"""Who and what is held out of training: a pure function of the content of each row and of a seed.
+"""Deterministic splits into training and validation, from the content of each row and a seed.
 
-Whether a row is held out depends on nothing but its own user, prompt and completions, so appending rows to a file moves
-no row from one side to the other.
+Whether a row is held out depends only on its own user, prompt and completions. So rows appended to a file do not move
+other rows between the splits.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class TrainValidation:
     """Positions `[n]` of the rows of each part, ascending.
 
     Attributes:
-        train: Rows to train on.
-        seen: Held-out rows of users that training meets.
-        unseen: Rows of users that training does not meet.
-        orphans: Number of users all of whose rows fell to validation; they count as unseen.
+        train: Training rows.
+        seen: Held-out rows of users with training rows.
+        unseen: Rows of users without training rows.
+        orphans: Number of users whose rows are all in validation by chance; they count as unseen.
     """
 
     train: Positions
@@ -39,7 +39,7 @@ class TrainValidation:
 
 
 def spread(length: int, most: int) -> Positions:
-    """Return up to `most` positions, spread evenly over `length`."""
+    """Return up to `most` positions, evenly spaced over `length`."""
     return np.linspace(0, length - 1, min(length, most)).astype(np.int64)
 
 
@@ -57,16 +57,16 @@ def split_train_validation(
     unseen_user_fraction: float,
     seed: int,
 ) -> TrainValidation:
-    """Divide rows into training, seen-user validation and unseen-user validation.
+    """Split rows into training, seen-user validation and unseen-user validation.
 
     Args:
         users: `[N]` index of each row's user in `user_ids`.
         user_ids: `[U]` the users.
-        keys: `[N]` hash of what must not stand on both sides: the prompt, or prompt and completions. Rows of unseen
-            users are exempt: all their rows are validation, and what is new about them is the user.
+        keys: `[N]` hash of the content that must not be in both splits: the prompt, or prompt and completions. Rows of
+            unseen users are exempt: they are all validation, and test new users instead of new prompts.
         validation_fraction: Share of the keys whose rows are held out.
-        unseen_user_fraction: Share of the users all of whose rows are held out.
-        seed: Another seed gives another division.
+        unseen_user_fraction: Share of the users whose rows are all held out.
+        seed: Seed of the split.
     """
     unseen_users = held_out_users(user_ids, unseen_user_fraction, seed)
     held_out = _below(keys.view(np.uint64), validation_fraction, seed)
@@ -85,19 +85,19 @@ def split_train_validation(
 def held_out_users(user_ids: list[str], fraction: float, seed: int) -> Mask:
     """Return `[U]` whether each user is held out of training."""
     hashes = np.array([text_key(user_id) for user_id in user_ids], dtype=np.uint64)
-    # Apart from the stream for rows, in case a prompt is the same text as a user id.
+    # Another seed than for rows, in case a prompt equals a user id.
     return _below(hashes, fraction, seed ^ 0x5DEECE66D)
 
 
 def _below(hashes: npt.NDArray[np.uint64], fraction: float, seed: int) -> Mask:
-    """Return whether each hash, mixed with the seed, falls into the given fraction of its range."""
+    """Return whether each hash, mixed with the seed, is in the lowest fraction of its range."""
     mixed = _mix(hashes + _mix(np.array([seed], dtype=np.uint64)))
     below: Mask = (mixed >> np.uint64(11)) < np.uint64(fraction * 2**53)
     return below
 
 
 def _mix(x: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-    """Scramble 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
+    """Mix 64-bit integers (the finalizer of splitmix64, Steele et al. 2014)."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,8 +1,8 @@
-"""The rows of a split, validated and tokenized once, then memory-mapped from disk at every later start.
+"""Cache of validated and tokenized rows, memory-mapped from disk.
 
-A cache is a folder named by a hash of all that its content depends on. It is built under another name and renamed when
-complete, so a build that was killed leaves nothing that could be taken for data. Its files are checked against their
-SHA-256 at every start; a damaged cache is built again. Deleting the folder is always safe.
+A cache is a folder named by a hash of everything that its content depends on. It is built under another name and
+renamed when complete, so a killed build leaves no incomplete cache. Its files are checked against their SHA-256 at
+every start; a damaged cache is built again. Deleting the folder is always safe.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from prlhf_lightning.utils.progress import counting
 Ties: TypeAlias = Literal["error", "drop"]
 _T = TypeVar("_T")
 
-_FORMAT = 7  # raise it when the meaning of what is stored changes, so that older caches are not read
+_FORMAT = 7  # increase it when the meaning of stored data changes, so older caches are not read
 _BATCH = 1000  # rows tokenized and written together
 _ROWS, _REPORT, _SUMS = "rows.arrow", "report.json", "sha256.json"
 _log = logging.getLogger(__name__)
@@ -73,20 +73,20 @@ _SCHEMA = pa.schema(
 
 @dataclass
 class BuildReport:
-    """What became of the rows of a split.
+    """Counts of kept and dropped rows of a split.
 
     Attributes:
-        read: Rows that the source gave.
-        ties: Rows left out because their completions were the same.
-        token_ties: Rows left out because their completions became the same when they were tokenized or cut.
+        read: Rows read from the source.
+        ties: Rows left out because their completions are equal.
+        token_ties: Rows left out because their completions are equal after tokenization or truncation.
         too_long: Rows left out because a field was over its limit.
-        user_texts: Rows kept that have a text about the user.
-        conversations: Rows kept whose prompt is a conversation, and not a plain string.
-        excess: For each field, the rows in which it was over its limit; truncated or left out as the settings say.
-        source: What the source itself counted on the way, such as raw rows that its protocol leaves out.
-        notes: What there is to tell about rows that are used, with their number and the first of them.
-        unread_columns: Columns of the rows that no field is read from, the first few of them.
-        digest: SHA-256 of the users and token ids of all rows kept, in their order.
+        user_texts: Kept rows with a text about the user.
+        conversations: Kept rows with a conversation as the prompt instead of a plain string.
+        excess: For each field, the rows over its limit; truncated or left out as the settings say.
+        source: Counts of the source itself, such as raw rows left out by its protocol.
+        notes: Remarks on kept rows, with the number and the first of these rows.
+        unread_columns: The first few columns that are not used.
+        digest: SHA-256 of the users and token ids of all kept rows, in order.
     """
 
     read: int = 0
@@ -102,20 +102,20 @@ class BuildReport:
     digest: str = ""
 
     def note(self, note: Note, where: str) -> None:
-        """Count a row that there is something to tell about."""
+        """Count a row with a remark."""
         self.notes.setdefault(str(note), Excess(0, where)).count += 1
 
     @property
     def kept(self) -> int:
-        """Rows that were not left out."""
+        """Number of kept rows."""
         return self.read - self.ties - self.token_ties - self.too_long
 
 
 class TokenizedSplit:
-    """One split of a source as it stands in the cache, or in memory. Positions count its rows from 0.
+    """One tokenized split of a source, in the cache or in memory. Positions count its rows from 0.
 
     Attributes:
-        report: What became of the rows that the source gave.
+        report: Counts of kept and dropped rows.
     """
 
     def __init__(self, rows: datasets.Dataset, report: BuildReport) -> None:
@@ -156,15 +156,15 @@ class TokenizedSplit:
 
     @cached_property
     def lengths(self) -> npt.NDArray[np.int64]:
-        """`[N]` tokens of each row's longer sequence: user text, prompt and the longer of its completions."""
-        parts = ("user_text", "prompt", "chosen", "rejected")  # read from the lists' offsets, no token is touched
+        """`[N]` tokens of each row's longer sequence: user text, prompt and the longer completion."""
+        parts = ("user_text", "prompt", "chosen", "rejected")  # lengths come from the lists' offsets; reads no tokens
         columns = [pc.list_value_length(self._rows.data.column(f"{part}_ids")).to_numpy() for part in parts]
         user_text, prompt, chosen, rejected = (column.astype(np.int64) for column in columns)
         lengths: npt.NDArray[np.int64] = user_text + prompt + np.maximum(chosen, rejected)
         return lengths
 
     def keys(self, by: SplitBy) -> npt.NDArray[np.int64]:
-        """Return `[N]` a hash of each row's prompt, or of its prompt and completions in either order."""
+        """Return a hash `[N]` of each row's prompt, or of its prompt and completions in any order."""
         keys: npt.NDArray[np.int64] = self._rows.data.column(f"{by}_key").to_numpy()
         return keys
 
@@ -176,10 +176,10 @@ class FeedbackCache:
     Attributes:
         root: Folder of the caches.
         tokenizer: The policy's tokenizer.
-        settings: How text becomes ids.
-        feedback: What every row must have; see `parse_record`.
-        ties: What is done with rows whose completions are the same.
-        pseudonyms: What users' ids are replaced by, if they are.
+        settings: Tokenization settings.
+        feedback: Kind of the rows; see `parse_record`.
+        ties: Handling of rows with equal completions.
+        pseudonyms: Replacement of user ids, or None.
     """
 
     root: Path
@@ -190,22 +190,22 @@ class FeedbackCache:
     pseudonyms: Pseudonyms | None = None
 
     def open(self, source: DataSource, split: Split) -> TokenizedSplit:
-        """Return a split of a source, built first if it is not in the cache.
+        """Return a split of a source; build it if it is not in the cache.
 
-        Where the cache can't be written, it is built in memory, with a warning.
+        If the cache cannot be written, the split is built in memory, with a warning.
         """
         folder = self.root / self._key(source, split)
         try:
             if not _is_intact(folder):
                 self.root.mkdir(parents=True, exist_ok=True)
-                # Processes that start together wait for the first, and a lock dies with its process.
+                # Processes that start together wait for the first one; the lock ends with its process.
                 with FileLock(f"{folder}.lock"):
                     if not _is_intact(folder):
                         if folder.exists():
                             _log.warning("The cache %s is damaged. It is built again.", folder)
                             shutil.rmtree(folder)
                         self._build(source, split, folder)
-        except OSError as error:  # no rights, a file in the way, a full disk; the source's own errors are others
+        except OSError as error:  # no permission, a file instead of a folder, a full disk; not an error of the source
             _log.warning(
                 "data.cache_dir is %s, where the tokenized %s split cannot be written (%s). It is held in memory, and "
                 "made again at the next start; free space there, or set data.cache_dir (or the variable PRLHF_CACHE) "
@@ -243,8 +243,8 @@ class FeedbackCache:
 
     def _build(self, source: DataSource, split: Split, folder: Path) -> None:
         building = folder.with_suffix(".building")
-        shutil.rmtree(building, ignore_errors=True)  # of a build that was killed: the lock says that none is running
-        building.mkdir(mode=0o700)  # its rows name people
+        shutil.rmtree(building, ignore_errors=True)  # left by a killed build; the lock excludes a running one
+        building.mkdir(mode=0o700)  # its rows contain user ids
         try:
             with (building / _ROWS).open("wb") as file:
                 report = self._write(source, split, file)
@@ -336,15 +336,15 @@ class FeedbackCache:
 
 
 def _is_intact(folder: Path) -> bool:
-    """Return whether there is a cache in which every file is as it was written, for the key that it is named by."""
+    """Return whether a cache exists, with unchanged files and the key of its name."""
     try:
         return bool(json.loads((folder / _SUMS).read_text()) == _sums(folder, folder.name))
-    except (FileNotFoundError, ValueError):  # none, or a checksum file that is itself damaged
+    except (FileNotFoundError, ValueError):  # no cache, or a damaged checksum file
         return False
 
 
 def _sums(folder: Path, key: str) -> dict[str, str]:
-    """Return what tells the files in a folder, and whose cache they are: files of another have right sums too."""
+    """Return the key and the checksums of the files of a folder; the key detects files of another cache."""
     return {"key": key, **{name: _sha256(folder / name) for name in (_ROWS, _REPORT)}}
 
 
@@ -370,7 +370,7 @@ def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> An
     for _, record, _ in rows:
         prompt, completions = text_key(record.prompt), text_key(record.chosen or "") + text_key(record.rejected or "")
         prompts.append(prompt)
-        # The same comparison has the same key whoever won, so that it never stands on both sides of a split.
+        # The same comparison has the same key whichever completion won, so it is never in both splits.
         pairs.append((31 * prompt + completions) % 2**64)
     columns = [
         pa.array([record.user_id for _, record, _ in rows], pa.string()),
@@ -383,7 +383,7 @@ def _record_batch(rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> An
 
 
 def _add_rows(digest: Any, rows: list[tuple[str, FeedbackRecord, TokenizedRecord]]) -> None:
-    """Add users and ids to a hash, each with its length, so that other rows give another one wherever these end."""
+    """Add users and ids to a hash, each after its length, so different rows cannot give the same input."""
     for _, record, ids in rows:
         for part in (record.user_id.encode(), *(ids[number].astype("<i4").tobytes() for number in range(4))):
             digest.update(len(part).to_bytes(8, "little") + part)

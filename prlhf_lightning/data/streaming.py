@@ -1,11 +1,11 @@
-"""Training rows that are read, validated and tokenized as they are needed, for sets larger than disk or memory.
+"""Streaming of training rows, validated and tokenized on the fly, for data sets larger than disk or memory.
 
-The rows of a source are taken in their order, in blocks of about `shuffle_buffer`. Within a block they are shuffled and
-grouped by user just as `UserGroupedBatchSampler` does it for a whole set, in a draw of (seed, epoch, block). What that
-needs (the user, the length of the texts) is there before tokenizing, so every process and every worker lays out every
-block in the same way, and each validates and tokenizes the batches that it hands out, and no others.
+The rows of a source are read in order, in blocks of about `shuffle_buffer`. Within a block, `UserGroupedBatchSampler`
+shuffles and groups them by user, as it does for a stored data set; its draw depends on (seed, epoch, block). It needs
+only the users and the lengths of the texts, which are known before tokenization. So every process and worker computes
+the same order of each block, and validates and tokenizes only its own batches.
 
-To go on in the middle of an epoch, the rows before are read again and skipped, neither validated nor tokenized.
+To resume in the middle of an epoch, the earlier rows are read and skipped, without validation or tokenization.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from prlhf_lightning.errors import FeedbackFormatError
 from prlhf_lightning.types import Feedback
 
 Place: TypeAlias = tuple[int, int]
-"""An epoch, and the number of a batch in it."""
+"""An epoch, and the index of a batch in it."""
 RawRow: TypeAlias = tuple[int, str, Mapping[str, Any]]
-"""The number of a row in its source, where it stands, and its columns."""
+"""The number of a row in its source, its location, and its columns."""
 _log = logging.getLogger(__name__)
 
 
 class StreamedRows:
-    """The training rows of a source, in its order.
+    """The training rows of a source, in the source's order.
 
     Attributes:
-        vocabulary: The users whose rows these are.
+        vocabulary: The users of the rows.
 
     Args:
-        source: Where the rows come from.
-        vocabulary: As above.
-        held_out: Users whose rows are passed over.
-        size: Number of rows of the vocabulary's users, which is held to when they are read.
+        source: Source of the rows.
+        vocabulary: The users of the rows.
+        held_out: Users whose rows are skipped.
+        size: Expected number of rows of the vocabulary's users; another number is an error.
         split: The split to read.
     """
 
@@ -82,7 +82,7 @@ class StreamedRows:
             self._refuse(f"The {self.split} split ended after {count:,} of the {self._size:,} rows that were counted")
 
     def where(self, record: int) -> str:
-        """Return where a row stands, given its number in the source, which is read up to there."""
+        """Return the location of a row by its number in the source; reads the source up to it."""
         return next(islice(read(self.source, self.split), record, None))[0]
 
     def _refuse(self, problem: str) -> None:
@@ -94,20 +94,20 @@ class StreamedRows:
 
 @dataclass(frozen=True)
 class StreamOrder:
-    """Which rows of a stream make up which batch; all of it a function of these numbers and of (epoch, block).
+    """Order of a stream: assigns rows to batches, as a function of these settings and of (epoch, block).
 
-    Every step, a global batch of `batch_size * world_size` rows, is full but for the last of an epoch, which is made of
-    the last rows and is dealt out as `UserGroupedBatchSampler` does.
+    A step is a global batch of `batch_size * world_size` rows. All steps are full except the last of an epoch, whose
+    rows are distributed as in `UserGroupedBatchSampler`.
 
     Attributes:
-        rows: Number of rows of an epoch.
-        batch_size: Rows in a batch of one process.
-        pairs_per_user: Up to so many rows of one user stand side by side.
-        bucket_by_length: Whether rows of about the same length share a batch.
+        rows: Number of rows per epoch.
+        batch_size: Rows per batch and process.
+        pairs_per_user: Most rows of one user placed together.
+        bucket_by_length: Batch rows of similar length together.
         seed: Seed of the order.
         shuffle_buffer: Rows of a block, rounded down to whole steps (at least one).
-        rank: Rank of this process among those that share the data.
-        world_size: Number of processes that share the data.
+        rank: Data-parallel rank of this process.
+        world_size: Number of data-parallel processes.
     """
 
     rows: int
@@ -120,7 +120,7 @@ class StreamOrder:
     world_size: int = 1
 
     def __len__(self) -> int:
-        """Return the number of batches of an epoch, the same on every rank."""
+        """Return the number of batches per epoch, the same on every rank."""
         return -(-self.rows // self._step)
 
     @property
@@ -128,7 +128,7 @@ class StreamOrder:
         return self.batch_size * self.world_size
 
     def block(self, number: int) -> range:
-        """Return the steps of the block that a step belongs to."""
+        """Return the steps of a step's block."""
         full = self.rows // self._step
         number = max(0, min(number, full - 1))  # the last step, if not full, belongs to the block before it
         size = max(1, self.shuffle_buffer // self._step)
@@ -136,22 +136,22 @@ class StreamOrder:
         return range(first, first + size if first + size < full else len(self))
 
     def rows_of(self, steps: range) -> range:
-        """Return which rows of the stream steps are made of."""
+        """Return the rows of the stream in steps."""
         return range(steps.start * self._step, min(steps.stop * self._step, self.rows))
 
     def pairs_per_rank(self, steps: slice) -> float:
-        """Return how many rows the batches of some steps of an epoch hold, on average over the ranks."""
+        """Return the number of rows in the batches of some steps of an epoch, averaged over the ranks."""
         sizes = (len(self.rows_of(range(step, step + 1))) for step in range(*steps.indices(len(self))))
         return sum(max(1.0, size / self.world_size) for size in sizes)
 
     def lay_out(self, epoch: int, steps: range, users: Sequence[int], lengths: Sequence[int] | None) -> list[list[int]]:
-        """Return, for each step of a block, the places in the block of the rows of this rank's batch.
+        """Return, for each step of a block, the indices in the block of this rank's rows.
 
         Args:
             epoch: The epoch.
             steps: The block.
-            users: `[N]` the user of each of its rows.
-            lengths: `[N]` the length of each of its rows, where they are bucketed.
+            users: `[N]` user of each row of the block.
+            lengths: `[N]` length of each row of the block, if rows are bucketed.
         """
         full = len(users) // self._step * self._step
         draw = epoch * len(self) + steps.start
@@ -161,7 +161,7 @@ class StreamOrder:
         ]
 
     def _drawn(self, draw: int, users: Sequence[int], lengths: Sequence[int] | None, first: int) -> Iterator[list[int]]:
-        """Yield this rank's batches of rows of a block that stand together, from place `first` on."""
+        """Yield this rank's batches of consecutive rows of a block, from index `first` on."""
         if not len(users):
             return
         sampler = UserGroupedBatchSampler(
@@ -179,7 +179,7 @@ class StreamOrder:
 
 
 class StreamBatchSampler(Sampler[list[Place]]):
-    """Yields the place of each batch of an epoch; what is in it, `FeedbackStream` finds out.
+    """Yields (epoch, index) of each batch of an epoch; `FeedbackStream` finds its rows.
 
     Args:
         order: The order of the stream.
@@ -195,34 +195,34 @@ class StreamBatchSampler(Sampler[list[Place]]):
         return self
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Choose the epoch that is yielded next, and the batch to start it from."""
+        """Set the epoch to yield next, and its first batch."""
         self._epoch, self._start = epoch, start
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[list[Place]]:
-        # Epoch and start are those at this moment: Lightning may set the next ones before the first batch is drawn.
+        # Read epoch and start now: Lightning may set the next ones before the first batch is drawn.
         epoch = self._epoch
         return ([(epoch, number)] for number in range(self._start, len(self)))
 
     def pairs_per_rank(self, epoch: int, steps: slice) -> float:
-        """Return how many pairs the batches of some steps of an epoch hold, on average over the ranks."""
+        """Return the number of pairs in the batches of some steps of an epoch, averaged over the ranks."""
         return self.order.pairs_per_rank(steps)
 
 
 class FeedbackStream(Dataset[dict[str, Any]]):
-    """Makes the batches of a stream. They are asked for in ascending order; another one reads from the start again.
+    """Builds the batches of a stream. Requests must ascend; any other order reads the stream again from its start.
 
-    Rows that `ties` or the tokenizer's settings leave out are missing from their batch. If nothing else is left of it,
-    the next row of its block stands in, so that no process is without a batch that the others have.
+    Rows left out by `ties` or the tokenization settings are missing from their batch. A batch that would be empty gets
+    the next row of its block instead, so no process lacks a batch that the others have.
 
     Args:
         rows: The rows.
-        order: Which rows stand together.
-        tokenize: Turns records into ids.
-        feedback: What the rows must have.
-        drop_ties: Whether rows whose completions are the same are left out; if not they are an error.
+        order: Order of the stream.
+        tokenize: Tokenizer of records.
+        feedback: Required kind of rows.
+        drop_ties: Whether to drop rows with equal completions; otherwise they are an error.
     """
 
     def __init__(

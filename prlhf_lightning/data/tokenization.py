@@ -1,14 +1,13 @@
-"""Feedback records to token ids.
+"""Tokenization of feedback records.
 
-The ids of a row are those of its whole text, tokenized at once: of a conversation those of the chat template
-(`apply_chat_template(prompt + answer)`), of plain strings those of `tokenizer(prompt + completion)`. They end with the
-first token that ends the answer, or with EOS where none is written. The prompt is what generation starts from: its ids
-are those of the prompt alone.
+The whole text of a row is tokenized at once: a conversation as `apply_chat_template(prompt + answer)`, plain strings as
+`tokenizer(prompt + completion)`. The ids end with the first token that ends the answer; if there is none, EOS is added.
+The prompt's ids are those of the prompt alone, because generation starts from them.
 
-Few tokenizers join characters of the prompt and of the completion in one token, where the one ends and the other
-begins. Since generation starts from the ids of the prompt alone, a completion is then tokenized as it stands in the
-middle of a text (without the space that SentencePiece writes before a text), and prompt and completion put together
-decode to the whole text, though not in the tokens of the whole.
+A few tokenizers merge characters across the boundary of prompt and completion into one token. Because generation starts
+from the ids of the prompt alone, the completion is then tokenized as the middle of a text (without the space that
+SentencePiece adds at the start of a text). Prompt and completion together decode to the whole text, but their tokens
+differ from those of the whole text.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.utils.chat_tokens import end_token_ids
 
 Overlong: TypeAlias = Literal["truncate", "drop", "error"]
-# A completion is tokenized after one of these to get its ids in the middle of a text: the first that joins nothing.
+# Text before a completion, to get its ids in the middle of a text; the first one that no token merges with is used.
 _BEFORE = ("\n", ".", "x", "1")
 
 
@@ -49,7 +48,7 @@ class TokenizedRecord(NamedTuple):
 
     @property
     def tie(self) -> bool:
-        """Whether there are two completions and both have the same ids."""
+        """Whether there are two completions with equal ids."""
         return len(self.rejected) > 0 and np.array_equal(self.chosen, self.rejected)
 
 
@@ -61,7 +60,7 @@ _KINDS = {
 
 @dataclass
 class Excess:
-    """How often a field was longer than its limit, and the first place where."""
+    """Number of rows with a field over its limit, and the message of the first one."""
 
     count: int
     first: str
@@ -69,18 +68,18 @@ class Excess:
 
 @dataclass(frozen=True)
 class TokenizationSettings:
-    """How text becomes ids.
+    """Tokenization settings.
 
     Attributes:
         max_prompt_length: Most tokens of a prompt; a longer one keeps its end (and BOS).
         max_completion_length: Most tokens of a completion, EOS included; a longer one keeps its start, without EOS.
         max_user_text_length: Most tokens of a user's text; a longer one keeps its start.
-        overlong: What is done with a record over a limit.
-        chat_template: Whether plain strings are wrapped as one turn of the chat template. Conversations always are.
-        user_text_format: How a user's text is written; `{user_text}` stands for it.
-        chat_template_args: Further arguments of the chat template, such as `{"enable_thinking": False}`.
-        chat_template_date: The day, such as `2026-01-31`, that a chat template which writes today's date writes
-            instead; None until the tokenizer is known (`dated`).
+        overlong: Handling of a record over a limit.
+        chat_template: Wrap plain strings as one turn of the chat template. Conversations always use it.
+        user_text_format: Format of a user's text; `{user_text}` is replaced by the text.
+        chat_template_args: Extra arguments of the chat template, such as `{"enable_thinking": False}`.
+        chat_template_date: Date, such as `2026-01-31`, used instead of today's by chat templates that write a date;
+            None until the tokenizer is known (see `dated`).
     """
 
     max_prompt_length: int = 512
@@ -107,11 +106,11 @@ class TokenizationSettings:
 
     @classmethod
     def from_kept(cls, kept: Mapping[str, Any]) -> Self:
-        """Return settings as a checkpoint or an exported folder keeps them, without those of later versions.
+        """Restore settings saved in a checkpoint or exported folder; ignore settings of later versions.
 
         Args:
-            kept: The settings by name, and in `conversations` whether the training rows were conversations, in which
-                case plain prompts are wrapped in the chat template too.
+            kept: The settings by name. If `conversations` is true, the training rows were conversations, and plain
+                prompts are wrapped in the chat template too.
         """
         known = {field.name: kept[field.name] for field in fields(cls) if field.name in kept}
         if kept.get("conversations"):
@@ -119,28 +118,28 @@ class TokenizationSettings:
         return cls(**known)
 
     def dated(self, tokenizer: PreTrainedTokenizerBase) -> TokenizationSettings:
-        """Return settings with a date if the chat template writes one: today's, unless one is set.
+        """Return settings with a date if the chat template writes one: today's, unless a date is set.
 
-        Everything that is made with them writes this date, on whatever day.
+        Later uses of the settings keep this date.
         """
         if self.chat_template_date is not None or not writes_date(tokenizer):
             return self
         return replace(self, chat_template_date=date.today().isoformat())
 
     def limit(self, part: str) -> tuple[str, int]:
-        """Return the setting that limits a part of a record (a field of `TokenizedRecord`), and the limit."""
+        """Return the name and value of the length limit of a field of `TokenizedRecord`."""
         setting = f"max_{part}_length" if part in ("prompt", "user_text") else "max_completion_length"
         return setting, getattr(self, setting)
 
 
 @dataclass
 class FeedbackTokenizer:
-    """Tokenizes records in batches and keeps count of those over a limit.
+    """Tokenizes records in batches and counts those over a limit.
 
     Attributes:
-        tokenizer: The policy's tokenizer. It needs an EOS token, to end completions with.
+        tokenizer: The policy's tokenizer. It needs an EOS token, to end completions.
         settings: Limits and formats.
-        excess: For each field, the records that were over its limit so far.
+        excess: For each field, the records over its limit so far.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -165,7 +164,7 @@ class FeedbackTokenizer:
         self._ids = TextIds(self.tokenizer)
 
     def __call__(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> list[TokenizedRecord | None]:
-        """Tokenize records that stand at `wheres`; None stands for a record dropped as overlong."""
+        """Tokenize records with locations `wheres`; None for a record dropped as overlong."""
         rendered = [self._render(record, where) for record, where in zip(records, wheres, strict=True)]
         self._ids.make_room()
         self._ids.learn(text for row in rendered for text in (row.user_text, row.prompt))
@@ -176,12 +175,12 @@ class FeedbackTokenizer:
         ]
 
     def prompts(self, prompts: Sequence[Text], tools: Tools = None, continued: bool = False) -> list[Ids]:
-        """Tokenize prompts to be answered, as those of records are; of one over the limit the end is kept.
+        """Tokenize prompts for generation, as in records; a prompt over the limit keeps its end.
 
         Args:
             prompts: The prompts.
-            tools: What may be called in answering any of them.
-            continued: Whether the last message of each is the beginning of its answer.
+            tools: Tool definitions for all prompts, or None.
+            continued: Whether the last message of each prompt is the beginning of its answer.
         """
         wheres = [f"prompt {i}" for i in range(len(prompts))]
         rendered = [
@@ -195,19 +194,19 @@ class FeedbackTokenizer:
         return [self._end(ids, limit) if len(ids) > limit else ids for ids in rows]
 
     def user_texts(self, texts: Sequence[str]) -> list[Ids]:
-        """Tokenize texts about users, as those of records are, whatever their length."""
+        """Tokenize texts about users, as in records, without truncation."""
         written = [self._render.user_text(text) for text in texts]
         self._ids.make_room()
         self._ids.learn(written)
         return [self._ids[text] for text in written]
 
     def forget(self) -> None:
-        """Let go of all texts that are kept at hand."""
+        """Clear the cache of tokenized texts."""
         self._ids.forget()
 
     def token_tie(self, ids: TokenizedRecord, where: str) -> TieError:
-        """Return an error that says why completions that differ as texts have the same ids."""
-        if int(ids.chosen[-1]) in self._ends:  # which a completion that was cut has lost
+        """Return an error that explains why two different completions have equal ids."""
+        if int(ids.chosen[-1]) in self._ends:  # a truncated completion has no end token
             how, mend = "have the same tokens in this tokenizer", "use a tokenizer that tells them apart, drop the row,"
         else:
             limit = self.settings.max_completion_length
@@ -218,16 +217,16 @@ class FeedbackTokenizer:
         )
 
     def _completions(self, rows: Sequence[RenderedRecord]) -> dict[tuple[str, str], Ids]:
-        """Return the ids of the completions of rows, by the texts of prompt and completion, without an EOS added."""
+        """Return the ids of the rows' completions, by the texts of prompt and completion, without an added EOS."""
         known = self._ids
         pairs = {(row.prompt, text) for row in rows for text in (row.chosen, row.rejected) if text}
         starts = self._starts({prompt for prompt, _ in pairs})
         known.learn(starts[prompt] + text for prompt, text in pairs)
         joint = {(prompt, text): _after(known[starts[prompt]], known[starts[prompt] + text]) for prompt, text in pairs}
-        # An unknown word at the end of a prompt may have swallowed the start of the completion.
+        # An unknown word at the end of a prompt may include the start of the completion.
         unknown = self.tokenizer.unk_token_id
-        swallows = {prompt for prompt, start in starts.items() if known[start][-1:].tolist() == [unknown]}
-        unsure = {pair for pair, ids in joint.items() if ids is None or pair[0] in swallows}
+        ends_unknown = {prompt for prompt, start in starts.items() if known[start][-1:].tolist() == [unknown]}
+        unsure = {pair for pair, ids in joint.items() if ids is None or pair[0] in ends_unknown}
         apart = self._apart({text for _, text in unsure}) if unsure else {}
         found: dict[tuple[str, str], Ids] = {}
         for pair, ids in joint.items():
@@ -238,12 +237,12 @@ class FeedbackTokenizer:
         return found
 
     def _starts(self, prompts: Iterable[str]) -> dict[str, str]:
-        """Return for each prompt the end of it that its completions are tokenized with.
+        """Return for each prompt the suffix that is tokenized together with its completions.
 
-        Control tokens divide a text into parts that are tokenized each by itself, so the last part is enough.
+        Control tokens split a text into parts that are tokenized independently, so the last part suffices.
         """
         known = self._ids
-        if not self.tokenizer.is_fast:  # those in Python promise nothing of the kind
+        if not self.tokenizer.is_fast:  # Python tokenizers do not guarantee this
             return {prompt: prompt for prompt in prompts}
         last = {prompt: self._render.escaper.last(prompt) for prompt in prompts}
         ends = {prompt: prompt if match is None else prompt[match.start() :] for prompt, match in last.items()}
@@ -254,7 +253,7 @@ class FeedbackTokenizer:
         }
 
     def _apart(self, texts: set[str]) -> dict[str, Ids]:
-        """Return the ids that texts have in the middle of a text, joined with nothing before them."""
+        """Return the ids of texts in the middle of a text, not merged with anything before them."""
         known, found = self._ids, dict[str, Ids]()
         for before in _BEFORE:
             left = texts - found.keys()
@@ -267,7 +266,7 @@ class FeedbackTokenizer:
     def _assemble(
         self, row: RenderedRecord, completions: dict[tuple[str, str], Ids], where: str, fields: tuple[str, str]
     ) -> TokenizedRecord:
-        """Put what the tokenizer adds in its places."""
+        """Assemble a record from its parts, with BOS and EOS added."""
         prompt = self._prompt(row.prompt, row.templated, where)
         chosen, rejected = (
             self._ids[""]
@@ -293,11 +292,11 @@ class FeedbackTokenizer:
             raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
         first = next((place for place, token in enumerate(ids.tolist()) if token in self._ends), None)
         if first is not None and not self.tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip():
-            return ids[: first + 1]  # a row that is rendered already may hold several ends, one after another
+            return ids[: first + 1]  # a row that is already rendered may end in several end tokens
         return ids if int(ids[-1]) in self._ends else np.concatenate([ids, self._eos])
 
     def _fit(self, row: TokenizedRecord, where: str, fields: tuple[str, str]) -> TokenizedRecord | None:
-        """Hold a record to the limits as `settings.overlong` says."""
+        """Apply the length limits to a record as `settings.overlong` says; None for a dropped record."""
         settings = self.settings
         over: dict[str, Ids] = {}
         for name, field_name, ids in zip(row._fields, ("user_text", "prompt", *fields), row, strict=True):
@@ -308,7 +307,7 @@ class FeedbackTokenizer:
             if settings.overlong == "error":
                 raise FeedbackFormatError(f"{message}; raise {setting}, or set overlong to truncate or drop.")
             self.excess.setdefault(field_name, Excess(0, message)).count += 1
-            # The end of a prompt holds the question, the start of an answer what it is about.
+            # The end of a prompt has the question; the start of an answer is its most important part.
             over[name] = self._end(ids, limit) if name == "prompt" else ids[:limit]
         if over and settings.overlong == "drop":
             return None
@@ -320,16 +319,16 @@ class FeedbackTokenizer:
 
 
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a tokenizer begins a plain text with BOS."""
-    # Some tokenizers have a BOS token that they never write (Qwen), others append EOS too: ask, do not guess.
+    """Return whether a tokenizer adds BOS to a plain text."""
+    # Tested on a text, because some tokenizers have a BOS token but never add it (Qwen), and others add EOS too.
     return tokenizer.bos_token_id is not None and _prefix(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
 def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the ids that a tokenizer writes before a plain text: BOS most often, or none."""
+    """Return the ids that a tokenizer adds before a plain text: usually BOS, or none."""
     alone = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = list(tokenizer("x")["input_ids"])
-    if not alone:  # a vocabulary of few words: what is left is added, and some add EOS too
+    if not alone:  # "x" has no token in a small vocabulary: all ids are added ones; drop EOS
         while whole and whole[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
             whole.pop()
         return whole
@@ -338,12 +337,12 @@ def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def _after(start: Ids, whole: Ids) -> Ids | None:
-    """Return what follows `start` in `whole`, or None if nothing does or it does not begin so."""
+    """Return the part of `whole` after `start`; None if it is empty or `whole` does not start with `start`."""
     return whole[len(start) :] if len(whole) > len(start) and np.array_equal(whole[: len(start)], start) else None
 
 
 def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash of all that decides the ids which a tokenizer gives, for keys of caches."""
+    """Return a hash of everything in a tokenizer that affects ids, for cache keys."""
     content: dict[str, Any] = {
         "class": type(tokenizer).__name__,
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
@@ -351,7 +350,7 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
         "ends": end_token_ids(tokenizer),
     }
     if tokenizer.is_fast:
-        # Padding and truncation are the last caller's, not the tokenizer's.
+        # Padding and truncation are state of the last call, not part of the tokenizer.
         content["backend"] = {
             name: value
             for name, value in json.loads(tokenizer.backend_tokenizer.to_str()).items()
@@ -363,14 +362,14 @@ def tokenizer_identity(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 Ids: TypeAlias = npt.NDArray[np.int32]
-_REMEMBERED = 40_000_000  # bytes of texts already tokenized that are kept at hand, with their ids
-_ENTRY = 200  # bytes of one of them beside its characters and ids
+_CACHE_BYTES = 40_000_000  # limit of the cache of tokenized texts with their ids
+_ENTRY = 200  # overhead of an entry in bytes
 
 
 class TextIds:
-    """Token ids of texts, as the tokenizer gives them without the special tokens that it adds by itself.
+    """Cache of the token ids of texts, without added special tokens.
 
-    Control tokens in a text become their ids, but for those that are marked as text (`TokenEscaper`).
+    Control tokens in a text become their ids, except those marked as text (`TokenEscaper`).
 
     Args:
         tokenizer: The tokenizer. Its padding and truncation have no effect here.
@@ -378,20 +377,20 @@ class TextIds:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        # Nobody else's padding or truncation can reach a copy, and its calls are half as costly.
+        # Other code cannot change the padding or truncation of a copy, and its calls take half the time.
         self._backend = _copy(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else None
         self.forget()
 
     def __len__(self) -> int:
-        """Return the number of texts that are known."""
+        """Return the number of cached texts."""
         return len(self._ids)
 
     def __getitem__(self, text: str) -> Ids:
-        """Return the ids of a text, `[L]` int32; `learn` must have been called with it since texts were forgotten."""
+        """Return the ids of a text, `[L]` int32; `learn` must have cached it."""
         return self._ids[text]
 
     def learn(self, texts: Iterable[str]) -> None:
-        """Tokenize the texts that are not yet known."""
+        """Tokenize and cache the texts that are not cached yet."""
         new = [text for text in dict.fromkeys(texts) if text not in self._ids]
         marked = [text for text in new if MARK in text]
         self._keep(marked, self._encode_marked(marked) if marked else [])
@@ -399,19 +398,19 @@ class TextIds:
         self._keep(plain, self._encode(plain) if plain else [])
 
     def make_room(self) -> None:
-        """Forget all texts if they take too much memory."""
-        if self._remembered > _REMEMBERED:
+        """Clear the cache if it exceeds its memory limit."""
+        if self._cached_bytes > _CACHE_BYTES:
             self.forget()
 
     def forget(self) -> None:
-        """Forget all texts."""
+        """Clear the cache."""
         self._ids: dict[str, Ids] = {"": np.empty(0, dtype=np.int32)}
-        self._remembered = 0
+        self._cached_bytes = 0
 
     def _keep(self, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> None:
         for text, row in zip(texts, rows, strict=True):
             self._ids[text] = ids = np.array(row, dtype=np.int32)
-            self._remembered += len(text) + ids.nbytes + _ENTRY
+            self._cached_bytes += len(text) + ids.nbytes + _ENTRY
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         if self._backend is not None:
@@ -428,13 +427,13 @@ class TextIds:
 
     @cached_property
     def _backend_for_marked(self) -> tuple[Tokenizer, dict[int, int]]:
-        """The Rust tokenizer that finds added tokens first and takes out the marks after that.
+        """A Rust tokenizer that finds added tokens first and then removes the marks.
 
-        The mapping gives the ids of those tokens whose ids differ in it.
+        The mapping gives the original ids of the tokens that have other ids in this tokenizer.
         """
         content = json.loads(self._tokenizer.backend_tokenizer.to_str())
         for token in content["added_tokens"]:
-            token["normalized"] = False  # or the token would be looked for again where the mark was
+            token["normalized"] = False  # otherwise the token would match again after the mark is removed
         added = {token["content"]: token["id"] for token in content["added_tokens"]}
         _hide(added.keys() - {content["model"].get("unk_token")}, content["model"])
         steps = [{"type": "Replace", "pattern": {"String": MARK}, "content": ""}]
@@ -446,7 +445,7 @@ class TextIds:
         return backend, {other: number for other, number in found.items() if other is not None}
 
     def _encode_marked_slowly(self, text: str) -> list[int]:
-        """Return the ids for a tokenizer in Python: what stands between control tokens is tokenized as text only."""
+        """Return the ids for a Python tokenizer; text between control tokens is tokenized as plain text."""
         tokenizer = self._tokenizer
         added = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
         ids: list[int] = []
@@ -457,7 +456,7 @@ class TextIds:
 
 
 def _hide(tokens: Set[str], model: dict[str, Any]) -> None:
-    """Have a model of whole words or pieces not find some tokens in a text; BPE finds none that it does not merge."""
+    """Hide tokens from a word-level, WordPiece or Unigram model; BPE only finds tokens that it merges."""
     vocabulary = model["vocab"]
     if isinstance(vocabulary, list):  # Unigram: pieces and scores
         model["vocab"] = [[MARK + piece if piece in tokens else piece, score] for piece, score in vocabulary]
@@ -472,14 +471,14 @@ def _copy(content: str) -> Tokenizer:
     return backend
 
 
-_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # how SentencePiece writes a space at the start of a token
-_DECODED_BEFORE = 8  # tokens; more than any character or word of which the last ones may be a part
+_SPACE = "\N{LOWER ONE EIGHTH BLOCK}"  # SentencePiece's mark of a space at the start of a token
+_DECODED_BEFORE = 8  # tokens; more than any character or word that the last tokens may be part of
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Sequence[int] = ()) -> str:
-    """Return the text of tokens as it follows the text of others, without special tokens.
+    """Decode tokens as the continuation of the tokens `before`, without special tokens.
 
-    Spaces are as the model wrote them: some tokenizers would take out that of " ." and " n't".
+    Spaces are as the model generated them; some tokenizers would remove those of " ." and " n't".
     """
     how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
     start = str(tokenizer.decode(list(before), **how)) if before else ""
@@ -487,7 +486,7 @@ def decode(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], before: Seque
 
 
 def loses_first_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether a space at the start is lost in decoding, as by tokenizers that are made of SentencePiece's."""
+    """Return whether decoding loses a space at the start, as tokenizers converted from SentencePiece do."""
     token = next(
         (id_ for text, id_ in tokenizer.get_vocab().items() if text.startswith(_SPACE) and len(text) > 1), None
     )
@@ -495,14 +494,14 @@ def loses_first_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def read_on_from(prompt: Sequence[int], as_it_stands: bool, first_space_is_lost: bool) -> Sequence[int]:
-    """Return the tokens that an answer must be decoded after.
+    """Return the last tokens of a prompt if its answer must be decoded after them; otherwise none.
 
-    A prompt that is taken as it stands goes on in the answer, whose first token may begin with a space. What a chat
-    template writes does not: there a space at the start is the template's, and is left out as transformers does.
+    Without a chat template, the answer continues the prompt's text, and its first token may start with a space. With a
+    chat template, a space at the start belongs to the template and is dropped, as in transformers.
 
     Args:
         prompt: The prompt's tokens.
-        as_it_stands: Whether the answer goes on with the prompt's text.
+        as_it_stands: Whether the answer continues the prompt's text.
         first_space_is_lost: See `loses_first_space`.
     """
     return prompt[-_DECODED_BEFORE:] if as_it_stands and first_space_is_lost else ()

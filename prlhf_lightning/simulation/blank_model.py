@@ -1,4 +1,4 @@
-"""Writes the configuration and the tokenizer of the shipped style model; its weights come from training.
+"""Script that writes the configuration and tokenizer of the built-in style model; training creates its weights.
 
 `python -m prlhf_lightning.simulation.blank_model FOLDER`, then `fit --config configs/style_lm_sft.yaml`.
 """
@@ -19,7 +19,7 @@ _SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>")
 
 
 def vocabulary() -> list[str]:
-    """Every word and mark that a prompt, an answer or a stated preference may hold, sorted."""
+    """Return every word and mark of prompts, answers and stated preferences, sorted."""
     texts = [*PROMPTS, *(tip for tips in TIPS.values() for tip in tips)]
     texts += [text for wordings in (*OPENINGS.values(), *OFFERS.values()) for text in wordings]
     texts += [text.replace("{tip}", "") for frames in FRAMES.values() for wordings in frames for text in wordings]
@@ -29,11 +29,11 @@ def vocabulary() -> list[str]:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """Return a tokenizer of whole words and marks that puts BOS first and decodes to the very text it was given."""
+    """Return a word-level tokenizer that adds BOS and decodes to the original text."""
     vocab = {word: index for index, word in enumerate([*_SPECIAL, *vocabulary()])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    # No word starts with "##", so this puts a space before every word and, by `cleanup`, none before a mark.
+    # No word starts with "##", so this adds a space before every word; `cleanup` removes it before marks.
     backend.decoder = decoders.WordPiece(prefix="##", cleanup=True)
     backend.post_processor = processors.TemplateProcessing(
         single="<bos> $A", special_tokens=[("<bos>", vocab["<bos>"])]

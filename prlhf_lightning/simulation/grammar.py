@@ -1,7 +1,7 @@
-"""A small language of requests and answers whose styles can be told from the text alone.
+"""Style grammar: a small language of requests and answers; the style of an answer can be parsed from its text.
 
-An answer is an optional warm opening, one to three tips on the topic asked about, and an optional offer of more. All
-its sentences share one register and one certainty. `parse` is the exact inverse of `render`.
+An answer has an optional warm opening, one to three tips on the topic of the request, and an optional offer of more.
+All its sentences share one register and one certainty. `parse` is the exact inverse of `render`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Style:
-    """How an answer is put; each field is one of the values that `ATTRIBUTES` lists for it."""
+    """Style of an answer; each field has one of its values in `ATTRIBUTES`."""
 
     length: str
     register: str
@@ -46,19 +46,19 @@ class Style:
 STYLES: tuple[Style, ...] = tuple(Style(*values) for values in product(*ATTRIBUTES.values()))
 PROMPTS: tuple[str, ...] = tuple(request.format(topic=topic) for topic in TIPS for request in REQUESTS)
 _TOPIC_OF = {request.format(topic=topic): topic for topic in TIPS for request in REQUESTS}
-# Words that say nothing about style: those of topics and tips that name none.
+# Words without a style: those of topics and tips, except attribute values.
 NOTE_WORDS: tuple[str, ...] = tuple(
     sorted(
         {word for text in (*TIPS, *(tip for tips in TIPS.values() for tip in tips)) for word in text.split()}
         - {value for values in ATTRIBUTES.values() for value in values}
     )
 )
-# No answer has more words and punctuation marks: a model given more room than this has ended its text by itself.
+# Most words and punctuation marks of an answer; generate with a larger limit, so only the model ends the text.
 MAX_WORDS = 36
 
 
 def render(prompt: str, style: Style, rng: Random) -> str:
-    """Write an answer to `prompt` in a style; wordings and tips are drawn uniformly from those for their place."""
+    """Return a random answer to `prompt` in a style; wordings and tips are uniform over those of their position."""
     sentences = [rng.choice(OPENINGS[style.register])] if style.warmth == "warm" else []
     frames = FRAMES[style.register, style.certainty]
     for place in range(1 + ATTRIBUTES["length"].index(style.length)):
@@ -70,17 +70,17 @@ def render(prompt: str, style: Style, rng: Random) -> str:
 
 
 def _tips(topic: str, place: int) -> tuple[str, ...]:
-    """The tips that may come in a place, counted from 0: no two places share one, so that no answer repeats itself."""
+    """Return the tips of a position, counted from 0; positions share no tips, so an answer does not repeat one."""
     return TIPS[topic][2 * place : 2 * place + 2]
 
 
 def sample(prompt: str, rng: Random) -> str:
-    """Write an answer to `prompt` whose style is drawn uniformly from `STYLES`."""
+    """Return a random answer to `prompt` in a style drawn uniformly from `STYLES`."""
     return render(prompt, rng.choice(STYLES), rng)
 
 
 def parse(prompt: str, text: str) -> Style | None:
-    """Return the style of a text, or None where it is not exactly an answer of the language to `prompt`."""
+    """Return the style of a text; None if it is not exactly an answer of the grammar to `prompt`."""
     topic = _TOPIC_OF.get(prompt)
     if topic is None:
         return None
@@ -123,7 +123,7 @@ def _assemble(parts: Sequence[_Sentence]) -> Style | None:
 
 @cache
 def _sentences_of(topic: str) -> dict[str, _Sentence]:
-    """Every sentence that may stand in an answer about a topic; no two roles share a wording."""
+    """Return every sentence of answers about a topic with its role; no two roles share a wording."""
     table = {text: _Sentence("opening", register) for register, texts in OPENINGS.items() for text in texts}
     table |= {text: _Sentence("offer", register) for register, texts in OFFERS.items() for text in texts}
     for (register, certainty), frames in FRAMES.items():

@@ -1,7 +1,7 @@
-"""The words of the style grammar: what people ask, what helps, and how each style puts it.
+"""Phrases of the style grammar: requests, tips, and the wordings of each style.
 
-Every tip is a verb phrase in the base form, so that it fits every frame. Texts hold only words, single spaces and
-the marks `. , ! ?`, so that a word-level tokenizer reads and writes them without loss.
+Every tip is a verb phrase in the base form, so it fits every frame. Texts have only words, single spaces and the marks
+`. , ! ?`, so a word-level tokenizer encodes and decodes them without loss.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ REQUESTS = (
     "I want to {topic}.",
 )
 
-# topic -> tips that answer it: two that may come first, two that may come second, two that may come third
+# topic -> its tips: two for the first position, two for the second, two for the third
 TIPS: dict[str, tuple[str, ...]] = {
     "sleep better": (
         "skip late coffee",

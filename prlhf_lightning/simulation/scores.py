@@ -1,4 +1,4 @@
-"""Scores of an answer, that simulated users' tastes are made of. Any function of prompt and answer is one."""
+"""Scores of answers, for the utilities of simulated users; any function of prompt and answer can be a score."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from typing import TypeAlias
 
 Score: TypeAlias = Callable[[str, str], float]
-"""Prompt and answer to a finite number; its unit does not matter."""
+"""Maps prompt and answer to a finite number; its unit does not matter."""
 
 _WORD = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"[.!?]+(?:\s|$)")
 
 
 def characters(prompt: str, answer: str) -> float:
-    """Return the length in characters; users for and against it are those of arXiv:2402.05133 on TL;DR."""
+    """Return the length in characters; arXiv:2402.05133 simulates users for and against it on TL;DR."""
     return float(len(answer))
 
 
@@ -35,13 +35,13 @@ def word_length(prompt: str, answer: str) -> float:
 
 
 def variety(prompt: str, answer: str) -> float:
-    """Return the share of the words that are different ones."""
+    """Return the share of distinct words."""
     found = _WORD.findall(answer.lower())
     return len(set(found)) / max(1, len(found))
 
 
 def lines(prompt: str, answer: str) -> float:
-    """Return the number of lines that are not blank, as lists have many."""
+    """Return the number of non-blank lines; lists have many."""
     return float(sum(bool(line.strip()) for line in answer.splitlines()))
 
 
@@ -51,12 +51,12 @@ def excitement(prompt: str, answer: str) -> float:
 
 
 def echo(prompt: str, answer: str) -> float:
-    """Return the share of the prompt's words that the answer takes up."""
+    """Return the share of the prompt's words that are in the answer."""
     asked = set(_WORD.findall(prompt.lower()))
     return len(asked & set(_WORD.findall(answer.lower()))) / max(1, len(asked))
 
 
-#: Scores that are known by their names.
+#: Built-in scores by name.
 SCORES: Mapping[str, Score] = {
     score.__name__: score
     for score in (characters, words, sentence_length, word_length, variety, lines, excitement, echo)

@@ -1,4 +1,4 @@
-"""Simulated users: hidden tastes over the style grammar, in opposed groups, with differences within a group."""
+"""Simulated users with hidden preferences, in opposed groups, with differences within a group."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from random import Random
 
 from prlhf_lightning.simulation.grammar import ATTRIBUTES, STYLES, Style, parse
 
-# Mutually distant directions of taste; each gives two groups, a direction and its opposite.
+# Mutually distant directions of preference; each gives two groups, the direction and its opposite.
 _DIRECTIONS = ((1, 1, 1, 1, 1), (1, -1, 1, -1, -1), (-1, -1, 1, 1, -1), (1, -1, -1, 1, 1))
 MAX_GROUPS = 2 * len(_DIRECTIONS)
-# How much a group cares about its first, second, ... attribute.
+# Weight of a group's first, second, ... attribute.
 _IMPORTANCE = (1.0, 0.5, 0.25, 0.125, 0.0625)
 
 
 @dataclass(frozen=True)
 class SimulatedUser:
-    """A person with a hidden taste.
+    """A simulated user with hidden preferences over styles.
 
     Attributes:
-        user_id: The id that stands in the data.
-        group: The group the taste was drawn around, counted from 0.
+        user_id: The id in the data.
+        group: The user's hidden group, counted from 0.
         weights: Signed weight of each attribute's score, in the order of `ATTRIBUTES`; absolute values sum to 1.
     """
 
@@ -31,46 +31,45 @@ class SimulatedUser:
     weights: tuple[float, ...]
 
     def style_utility(self, style: Style) -> float:
-        """Utility of any text in a style, in [-1, 1].
+        """Return the utility of any text in a style, in [-1, 1].
 
-        1 is the best style for this user and 0 the mean over all styles, which is what a writer without a style of
-        its own earns. (Scores of each attribute are symmetric about 0, so the weighted sum needs no rescaling.)
+        1 is the best style for this user; 0 is the mean over all styles, the score of a model without a style. (Scores
+        of each attribute are symmetric about 0, so the weighted sum needs no rescaling.)
         """
         return math.fsum(weight * score for weight, score in zip(self.weights, style.scores, strict=True))
 
     def utility(self, prompt: str, text: str) -> float:
-        """Utility of a text as an answer to a prompt; -1, the utility of the worst style, where it is ill-formed."""
+        """Return the utility of a text as an answer to a prompt; -1, that of the worst style, if it is ill-formed."""
         style = parse(prompt, text)
         return -1.0 if style is None else self.style_utility(style)
 
     @property
     def best_style(self) -> Style:
-        """The style that this user likes best."""
+        """The style with the highest utility."""
         return max(STYLES, key=self.style_utility)
 
     def stated_preference(self, attributes: int = 3) -> str:
-        """What this user would say about their taste: the values of the attributes they care about most."""
+        """Return a statement of the user's strongest preferences, such as `I like short and warm answers.`."""
         ranked = sorted(ATTRIBUTES, key=lambda name: -abs(self.weights[list(ATTRIBUTES).index(name)]))
         return state_preference([getattr(self.best_style, name) for name in ranked[:attributes]])
 
 
 def state_preference(values: Sequence[str]) -> str:
-    """Say in words which attribute values one likes, as in `I like short, casual and warm answers.`."""
+    """Return a sentence that states preferred attribute values, as in `I like short, casual and warm answers.`."""
     *head, last = values
     return f"I like {', '.join(head)}{' and ' if head else ''}{last} answers."
 
 
 def draw_tastes(groups: int, rng: Random) -> list[tuple[float, ...]]:
-    """Draw the weights that each group is centered on.
+    """Draw the mean weights of each group.
 
-    Groups 2i and 2i + 1 care about the same attributes in the same order and want the opposite of each, so no text
-    pleases both.
+    Groups 2i and 2i + 1 have opposite weights, so no text suits both.
 
     Args:
         groups: Number of groups, 1 to `MAX_GROUPS`.
         rng: Source of all randomness.
     """
-    flips = [rng.choice((-1, 1)) for _ in ATTRIBUTES]  # so that what is liked is not the same in every seed
+    flips = [rng.choice((-1, 1)) for _ in ATTRIBUTES]  # so preferences differ between seeds
     tastes: list[tuple[float, ...]] = []
     for direction in _DIRECTIONS:
         importance = rng.sample(_IMPORTANCE, len(_IMPORTANCE))
@@ -80,10 +79,10 @@ def draw_tastes(groups: int, rng: Random) -> list[tuple[float, ...]]:
 
 
 def draw_users(names: Sequence[str], tastes: Sequence[Sequence[float]], rng: Random) -> list[SimulatedUser]:
-    """Draw one user for each name, around the tastes of groups of which the first is about twice the last.
+    """Draw one user per name, around the weights of a group; the first group is about twice as large as the last.
 
-    Within a group weights vary by up to a fifth, and three users in ten disagree with their group on the attribute
-    that they care about least.
+    Within a group, weights vary by up to 20%, and 30% of the users disagree with their group on their least important
+    attribute.
     """
     users = []
     for name, group in zip(names, _assign(len(names), len(tastes)), strict=True):
@@ -96,12 +95,12 @@ def draw_users(names: Sequence[str], tastes: Sequence[Sequence[float]], rng: Ran
 
 
 def best_common_utility(users: Sequence[SimulatedUser]) -> float:
-    """Mean utility of the one style that serves these users best: what no writer blind to users can exceed."""
+    """Return the highest mean utility of a single style: the upper bound of any model that ignores users."""
     return max(math.fsum(user.style_utility(style) for user in users) / len(users) for style in STYLES)
 
 
 def _assign(users: int, groups: int) -> list[int]:
-    """Share users out so that the first group is about twice as large as the last, by largest remainder."""
+    """Assign users to groups; the first is about twice as large as the last (largest-remainder rounding)."""
     ratios = [2 * max(groups - 1, 1) - i for i in range(groups)]
     shares = [users * ratio / sum(ratios) for ratio in ratios]
     sizes = [int(share) for share in shares]
@@ -112,10 +111,10 @@ def _assign(users: int, groups: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Member:
-    """A simulated user.
+    """A simulated user with hidden weights of scores.
 
     Attributes:
-        user_id: The id that stands in the data.
+        user_id: The id in the data.
         group: The hidden group, counted from 0.
         weights: Weight of each score; their squares sum to 1.
     """
@@ -125,20 +124,20 @@ class Member:
     weights: tuple[float, ...]
 
     def utility(self, scores: Sequence[float]) -> float:
-        """Return what an answer with these scores is worth to the user."""
+        """Return the user's utility of an answer with these scores."""
         return math.fsum(weight * score for weight, score in zip(self.weights, scores, strict=True))
 
 
 def draw_members(
     names: Sequence[str], groups: Sequence[Sequence[float]], shares: Sequence[float], spread: float, rng: Random
 ) -> list[Member]:
-    """Draw a user for each name.
+    """Draw one user per name.
 
     Args:
         names: The users' ids.
         groups: Weight of each score for each group.
-        shares: Size of each group beside the others'; which user is in which group is drawn.
-        spread: Each weight of a user is its group's times a number drawn from `1 - spread` to `1 + spread`.
+        shares: Relative size of each group; users are assigned to groups at random.
+        spread: Each weight of a user is the group's times a number drawn from `1 - spread` to `1 + spread`.
         rng: Source of all randomness.
     """
     assigned = apportion(len(names), shares)
@@ -153,12 +152,12 @@ def draw_members(
 
 
 def draw_votes(users: int, mean: int, zipf: float, rng: Random) -> list[int]:
-    """Draw how often each user votes: the user of rank r in proportion to `r ** -zipf`, and everybody once at least.
+    """Draw each user's number of votes: proportional to `r ** -zipf` for the user of rank r, and at least one.
 
     Args:
-        users: Number of users; ranks are drawn, so that they have nothing to do with tastes.
+        users: Number of users; ranks are random, so they do not depend on preferences.
         mean: Mean number of votes; their sum is `users * mean`.
-        zipf: Exponent of Zipf's law. 0 is equally often; 1 to 1.5 are common among people who volunteer.
+        zipf: Exponent of Zipf's law. 0 gives equal numbers; 1 to 1.5 are common among volunteers.
         rng: Source of all randomness.
     """
     rest = apportion(users * (mean - 1), [(rank + 1) ** -zipf for rank in range(users)])
@@ -168,7 +167,7 @@ def draw_votes(users: int, mean: int, zipf: float, rng: Random) -> list[int]:
 
 
 def apportion(total: int, shares: Sequence[float]) -> list[int]:
-    """Divide a number into whole parts in proportion to shares, by largest remainder."""
+    """Divide a number into integers proportional to shares, with largest-remainder rounding."""
     exact = [total * share / math.fsum(shares) for share in shares]
     parts = [int(part) for part in exact]
     for place in sorted(range(len(parts)), key=lambda i: parts[i] - exact[i])[: total - sum(parts)]:

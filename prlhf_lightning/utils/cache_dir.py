@@ -1,4 +1,4 @@
-"""Where files are: those that can be made again, and those that a configuration names."""
+"""Location of the cache folder, and resolution of paths in configurations."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ def default_cache_dir() -> Path:
 
 
 def resolve_path(path: str, folders: Sequence[Path]) -> str:
-    """Return a path (or a pattern of files, or the URL of a SQLite file) named from the root.
+    """Return the absolute form of a path, a pattern of files, or the URL of a SQLite file.
 
     Args:
-        path: As it was given.
-        folders: Where it may be, in this order. Where it is in none of them it is returned as it is.
+        path: The path as given.
+        folders: Folders to search, in this order. If none contains it, the path is returned unchanged.
     """
     scheme = "sqlite:///" if path.startswith("sqlite:///") else ""
     relative = Path(path.removeprefix(scheme)).expanduser()

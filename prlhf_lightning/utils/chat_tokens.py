@@ -1,4 +1,4 @@
-"""The tokens that end an answer of a model."""
+"""Tokens that end a model's answer, and rendering of chat templates to find them."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.utils.template_limits import TemplateLimitError, limit_templates
 
-_KEPT = "model_generation_config"  # the attribute of a tokenizer that holds the generation config of its model
+_KEPT = "model_generation_config"  # attribute of a tokenizer with its model's generation config
 
 
 def end_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None = None
 ) -> tuple[int, ...]:
-    """Return every token that ends an answer, without duplicates: the tokenizer's EOS first.
+    """Return the ids of all tokens that end an answer, without duplicates, the tokenizer's EOS first.
 
     These are the tokenizer's EOS, all end-of-sequence tokens of the generation config, and the special token that the
-    chat template writes after an assistant's message, such as `<|im_end|>` over a base model's `<|endoftext|>`,
-    `<end_of_turn>` or `<|eot_id|>`. A turn that ends in ordinary text adds nothing.
+    chat template writes after an assistant's message, such as `<|im_end|>`, `<end_of_turn>` or `<|eot_id|>`, even if
+    the base model's EOS is `<|endoftext|>`. A turn that ends in ordinary text adds no token.
 
     Args:
         tokenizer: The model's tokenizer, with or without a chat template.
-        generation_config: The base model's; its `eos_token_id` may be one token or a list. Ids that the tokenizer
-            lacks, such as -1, end nothing: they are left out with a warning. None takes the one that
-            `remember_end_tokens` has kept with the tokenizer, if any.
+        generation_config: The base model's; its `eos_token_id` may be one token or a list. Ids without a token, such as
+            -1, are ignored with a warning. None uses the config stored by `remember_end_tokens`, if any.
 
     Raises:
-        ConfigurationError: The generation config has something else than ids.
+        ConfigurationError: The `eos_token_id` of the generation config is not an integer or a list of integers.
     """
     config = generation_config or getattr(tokenizer, _KEPT, None)
     found = [tokenizer.eos_token_id, *_configured(tokenizer, config)]
@@ -40,47 +39,47 @@ def end_token_ids(
 
 
 def remember_end_tokens(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig) -> None:
-    """Keep a model's generation config with its tokenizer, so that all who encode answers end them as the model does.
+    """Store a model's generation config in its tokenizer, so all code that encodes answers ends them as the model does.
 
-    A tokenizer that is saved to a folder does not keep it.
+    Saving the tokenizer to a folder does not save it.
     """
     setattr(tokenizer, _KEPT, generation_config)
 
 
 def _configured(tokenizer: PreTrainedTokenizerBase, generation_config: GenerationConfig | None) -> list[int]:
-    """Return the end tokens that a generation config names, of those that the tokenizer has."""
+    """Return the end tokens of a generation config that the tokenizer has."""
     configured = getattr(generation_config, "eos_token_id", None)
     listed = list(configured) if isinstance(configured, list | tuple) else [configured]
     ids = [token for token in listed if token is not None]
     if wrong := [token for token in ids if type(token) is not int]:
         raise ConfigurationError(
-            "eos_token_id in generation_config.json (or config.json, where there is none) of the model "
+            "eos_token_id in generation_config.json (or, without it, config.json) of the model "
             f"{tokenizer.name_or_path} holds {str(wrong[0])[:40]!r}, of type {type(wrong[0]).__name__}; write the id "
-            "of the token, a whole number, or a list of such."
+            "of the token, a whole number, or a list of ids."
         )
     known = set(tokenizer.get_vocab().values())
     if unknown := [str(token) for token in ids if token not in known]:
         warnings.warn(
             f"eos_token_id of the model's generation_config.json (or config.json) holds {', '.join(unknown)}, which "
-            "is no token of its tokenizer and so never ends an answer.",
+            "its tokenizer does not have, so it never ends an answer.",
             stacklevel=3,
         )
     return [token for token in ids if token in known]
 
 
 def _turn_end(tokenizer: PreTrainedTokenizerBase, known: Sequence[int]) -> list[int]:
-    """Return the special token with which the chat template ends an assistant's message, where it is not known yet."""
+    """Return the special token at the end of an assistant's message in the chat template, if it is not in `known`."""
     if not tokenizer.chat_template:
         return []
     specials = _special_tokens(tokenizer)
-    # In a conversation that goes on, the tokens after an answer are those of its end and of the next turn's start.
-    going_on = list(_specials_after_answer(tokenizer, specials, goes_on=True))
-    if set(going_on) & set(known):
+    # If the conversation continues, the tokens after an answer are those of its end and of the next turn's start.
+    inner = list(_specials_after_answer(tokenizer, specials, goes_on=True))
+    if set(inner) & set(known):
         return []
     last = list(_specials_after_answer(tokenizer, specials, goes_on=False))
-    # Templates may end the last message otherwise than earlier ones (`<|return|>` and `<|end|>` of gpt-oss): the last
-    # message is the one that the model writes.
-    found = (last or going_on)[:1]
+    # Templates may end the last message with another token than earlier ones (`<|return|>` and `<|end|>` of gpt-oss).
+    # The model generates the last message.
+    found = (last or inner)[:1]
     others = {tokenizer.bos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     return [token for token in found if token not in others]
 
@@ -88,7 +87,7 @@ def _turn_end(tokenizer: PreTrainedTokenizerBase, known: Sequence[int]) -> list[
 def _specials_after_answer(
     tokenizer: PreTrainedTokenizerBase, specials: dict[str, int], goes_on: bool
 ) -> Iterator[int]:
-    """Yield the special tokens that directly follow an assistant's message; white space may stand before the first."""
+    """Yield the special tokens directly after an assistant's message; the first may follow white space."""
     turns = [("user", QUESTION), ("assistant", ANSWER), *([("user", QUESTION)] if goes_on else [])]
     text = rendered(tokenizer, [{"role": role, "content": content} for role, content in turns])
     start = text.rfind(ANSWER)
@@ -109,27 +108,27 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return {text: number for text, number in (named | added).items() if text}
 
 
-limit_templates()  # whatever renders conversations imports this module
+limit_templates()  # all code that renders conversations imports this module
 
-#: Stand for a question, an answer and a system message; no template has them in its own text, or changes them.
+#: Placeholders for a question, an answer and a system message; no template contains or changes them.
 QUESTION, ANSWER, SYSTEM = "Qzquestion7", "Azanswer7", "Szsystem7"
 
 
 def rendered(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, Any]], tools: list[dict[str, Any]] | None = None
 ) -> str:
-    """Return a conversation as the chat template writes it; nothing where it refuses it or leaves a message out.
+    """Render a conversation with the chat template; empty if the template rejects it or omits a message.
 
-    Where the template does not take it as it is, contents are given as lists of parts, which templates of multimodal
-    models ask for, and a system message is put before it, without which some templates take no conversation.
+    If the template rejects it, it is tried with contents as lists of parts, as templates of multimodal models expect,
+    and with a system message, which some templates require.
 
     Args:
         tokenizer: The tokenizer, with or without a chat template.
         messages: The conversation. All contents are strings.
-        tools: What may be called, or None.
+        tools: Tool definitions, or None.
 
     Raises:
-        TemplateLimitError: The template computes without end.
+        TemplateLimitError: The template exceeds the limits of computation.
     """
     if not tokenizer.chat_template:
         return ""
@@ -144,7 +143,7 @@ def rendered(
                 text = str(tokenizer.apply_chat_template(form, tools=tools, tokenize=False))
             except TemplateLimitError:
                 raise
-            except Exception:  # templates raise whatever their authors chose
+            except Exception:  # templates may raise any error
                 continue
             if all(message["content"] in text for message in messages):
                 return text

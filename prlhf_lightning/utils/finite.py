@@ -1,4 +1,4 @@
-"""Whether weights are numbers that anything can be computed with, and which are not."""
+"""Checks for infinite and NaN values in weights and checkpoints."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NAMED = 3
 
 
 def are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Return whether there is no infinity and no NaN in any tensor, or in this process's part of it.
+    """Return whether no tensor, or this process's shard of it, has an infinity or NaN.
 
-    Each device is waited for once, however many tensors it holds.
+    It synchronizes once per device, whatever the number of tensors.
     """
     flags: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
@@ -28,11 +28,11 @@ def are_finite(tensors: Iterable[Tensor]) -> bool:
 
 
 def named_not_finite(tensors: Mapping[str, Tensor], tables: Iterable[str] = (), users: Sequence[str] = ()) -> str:
-    """Return the names of the tensors that are not finite, with the users whose rows they are; empty if all are.
+    """Return the names of non-finite tensors, with the users of their non-finite rows; empty if all are finite.
 
     Args:
-        tensors: What is looked at, by name.
-        tables: Names of those that have a row a user; row 0 is the generic user's.
+        tensors: Tensors by name.
+        tables: Names of tensors with one row per user; row 0 is the generic user's.
         users: The users' ids, in the order of rows 1, 2, ...
     """
     if are_finite(tensors.values()):
@@ -44,25 +44,24 @@ def named_not_finite(tensors: Mapping[str, Tensor], tables: Iterable[str] = (), 
 
 
 def check_finite(checkpoint: Mapping[str, Any], source: str, with_optimizer: bool = False) -> None:
-    """Refuse a checkpoint whose weights are not finite, as an earlier version may have saved.
+    """Reject a checkpoint with non-finite weights; earlier versions may have saved such weights.
 
     Args:
-        checkpoint: What it holds.
-        source: What it is called, for the message.
-        with_optimizer: Also look at the optimizer's state, with which training would go on.
+        checkpoint: Content of the checkpoint.
+        source: Its name, for the message.
+        with_optimizer: Also check the optimizer's state, which training would continue with.
 
     Raises:
-        NonFiniteError: They are not.
+        NonFiniteError: A value is infinite or NaN.
     """
     if wrong := wrong_numbers(checkpoint, with_optimizer):
         raise NonFiniteError(
-            f"{source} holds numbers that are infinite or NaN: {wrong}. Its training went wrong; take an earlier "
-            "checkpoint."
+            f"{source} has infinite or NaN values: {wrong}. Its training diverged; use an earlier checkpoint."
         )
 
 
 def wrong_numbers(checkpoint: Mapping[str, Any], with_optimizer: bool = False) -> str:
-    """Return what in a checkpoint is not finite, as `named_not_finite` has it; empty if all is."""
+    """Return the names of non-finite tensors of a checkpoint (see `named_not_finite`); empty if all are finite."""
     entry = checkpoint.get("prlhf_lightning") or {}
     found = checkpoint.get("state_dict") or {}
     tensors = {name: value for name, value in found.items() if isinstance(value, Tensor)}

@@ -1,4 +1,4 @@
-"""A checksum of weights that is the same on every device."""
+"""Checksums: of weights, equal on every device, and of the files of exported folders."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from torch import Tensor
 
 from prlhf_lightning.errors import ConfigurationError
 
-_BLOCK = 1 << 15  # 64-bit words summed together, few enough for a core's own cache; part of the digest
+_BLOCK = 1 << 15  # 64-bit words per sum; fits into a core's cache. Part of the digest: do not change it
 
 
 def weights_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """Return a checksum of the names, shapes, dtypes and exact bits of parameters, whatever their order.
+    """Return a checksum of the names, shapes, dtypes and exact bits of parameters, independent of their order.
 
     Every block of words `w_i` is reduced to `Σ a_i w_i` and `Σ b_i (w_i >> 32)` modulo 2^64 with fixed odd random
-    multipliers. Integer sums come out the same on every device and in every order of summation. The second sum is for
-    the upper halves of the words, whose highest bits (signs) could cancel in the first. A difference goes unnoticed
-    with a probability of about 2^-32; this is no defense against someone who seeks one.
+    multipliers. Integer sums are equal on every device and in every order of summation. The second sum covers the upper
+    halves of the words, whose highest bits (signs) could cancel in the first. A difference is missed with a probability
+    of about 2^-32. The checksum does not protect against deliberate collisions.
 
     Args:
         parameters: Names and tensors, as from `Module.named_parameters()`; on any device, not sharded.
@@ -46,7 +46,7 @@ def _block_sums(tensor: Tensor, multipliers: Tensor) -> str:
         data = raw[start : start + 8 * _BLOCK]
         if len(data) < 8 * _BLOCK:
             words.zero_()
-        words.view(torch.uint8)[: len(data)].copy_(data)  # the tensor itself may not be aligned to words
+        words.view(torch.uint8)[: len(data)].copy_(data)  # the tensor may not be word-aligned
         torch.sum(torch.mul(words, low, out=product), dim=0, out=sums[0, block])
         torch.sum(words.bitwise_right_shift_(32).mul_(high), dim=0, out=sums[1, block])
     return hashlib.sha256(sums.cpu().numpy().tobytes()).hexdigest()
@@ -55,11 +55,11 @@ def _block_sums(tensor: Tensor, multipliers: Tensor) -> str:
 SETTINGS = "prlhf.json"
 _KEY = "sha256"
 _ADAPTERS = "adapter_config.json"
-#: Where the base model is, which people change when it has moved.
-_PLACE = "base_model_name_or_path"
-#: Beginnings of names of files for people and other programs: they are not read here, so not checked.
+#: Path of the base model, which users edit after moving the model.
+_BASE_PATH = "base_model_name_or_path"
+#: Name prefixes of files for people and other programs; this package does not read them, so they are not checked.
 _NOT_READ = ("README.md", "user_vectors", "token_embeddings", "peft_users", ".", SETTINGS)
-#: Files that transformers and PEFT read where they are there.
+#: Optional files that transformers and PEFT read if they exist.
 _READ = (
     "config.json", "generation_config.json", "adapter_config.json", "adapter_model.*", "model*.safetensors*",
     "pytorch_model*", "*tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "*.model",
@@ -68,12 +68,12 @@ _READ = (
 
 
 def with_checksums(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the content of `prlhf.json` with the SHA-256 of each file beside it, and of the content itself."""
+    """Return the content of `prlhf.json`, with the SHA-256 of each file in the folder and of the content itself."""
     return {**settings, _KEY: {SETTINGS: _of_json(settings, without=_KEY), **_sums(folder, _files(folder))}}
 
 
 def check_folder(folder: Path) -> None:
-    """Check the files of an exported folder of which nothing has been read; see `check_checksums`."""
+    """Check the files of an exported folder before anything is read; see `check_checksums`."""
     try:
         settings = json.loads((folder / SETTINGS).read_bytes())
     except ValueError as error:
@@ -84,27 +84,27 @@ def check_folder(folder: Path) -> None:
 
 
 def check_checksums(folder: Path, settings: Mapping[str, Any]) -> None:
-    """Check that the files of a folder are those that were exported.
+    """Check that the files of a folder are unchanged since the export.
 
     Args:
         folder: The folder.
-        settings: The content of its `prlhf.json`. Format 1 has no checksums; null switches them off.
+        settings: The content of its `prlhf.json`. Format 1 has no checksums; null disables them.
 
     Raises:
-        ConfigurationError: A file differs, is missing, or has come to the folder; the message names it.
+        ConfigurationError: A file was changed, removed or added; the message names it.
     """
     if settings.get("format") == 1 or settings.get(_KEY, "") is None:
         return
     sums = settings.get(_KEY)
     if not isinstance(sums, dict) or sums.get(SETTINGS) != _of_json(settings, without=_KEY):
         raise _changed(folder / SETTINGS)
-    exported, there = sums.keys() - {SETTINGS}, set(_files(folder))
-    if missing := exported - there:
+    exported, present = sums.keys() - {SETTINGS}, set(_files(folder))
+    if missing := exported - present:
         raise _changed(folder / min(missing))
     found = _sums(folder, sorted(exported))
     if other := [name for name, digest in found.items() if digest != sums[name]]:
         raise _changed(folder / other[0])
-    if added := [name for name in sorted(there - exported) if any(fnmatch(name, pattern) for pattern in _READ)]:
+    if added := [name for name in sorted(present - exported) if any(fnmatch(name, pattern) for pattern in _READ)]:
         raise _changed(folder / added[0])
 
 
@@ -116,7 +116,7 @@ def _changed(path: Path) -> ConfigurationError:
 
 
 def _files(folder: Path) -> list[str]:
-    """Return the names of the files that are checked, with the folders in which they are."""
+    """Return the paths of the checked files, relative to the folder."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return [name for name in names if not name.startswith(_NOT_READ)]
 
@@ -129,8 +129,8 @@ def _sums(folder: Path, names: Sequence[str]) -> dict[str, str]:
 def _of_file(path: Path) -> str:
     if path.name == _ADAPTERS:
         try:
-            return _of_json(json.loads(path.read_bytes()), without=_PLACE)
-        except (ValueError, AttributeError):  # no longer JSON, or no object
+            return _of_json(json.loads(path.read_bytes()), without=_BASE_PATH)
+        except (ValueError, AttributeError):  # not JSON, or not an object
             return ""
     with path.open("rb") as file:
         return file_digest(file, sha256).hexdigest()

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, whatever is killed and whatever the disk refuses."""
+"""Atomic writing of files and folders: complete or unchanged, also after a crash or a full disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from uuid import uuid4
 
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, PRLHFError
 
-# How a formula begins in a spreadsheet, and what `escape_cell` puts before one.
+# First characters of a formula in a spreadsheet, and the ' that `escape_cell` adds.
 _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "'", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @contextmanager
 def atomic_writer(path: Path) -> Iterator[BinaryIO]:
-    """Do as `atomic_file`, for files that people ask for: the error says what has become of the file and what to do.
+    """Open a file like `atomic_file`, with errors for users: they say why, whether the old file is kept, and the fix.
 
-    Only what is the file's own fault is put down to it: what else goes wrong in the block, such as reading something
-    else, is raised as it is.
+    Only failures to write this file become such errors. Other errors of the block, such as a failure to read another
+    file, are raised unchanged.
 
     Raises:
-        CheckpointWriteError: The system refused a write, or there is something at `path` that is no file.
+        CheckpointWriteError: The system refused a write, or `path` is not a file.
     """
     path = _target(path)
     if os.path.exists(path) and not os.path.isfile(path):
-        kind = "a folder" if os.path.isdir(path) else "a device, or the like"
-        raise CheckpointWriteError(f"{path} is {kind}, and no file that can be written; give the name of a file.")
+        kind = "a folder" if os.path.isdir(path) else "a device or another special file"
+        raise CheckpointWriteError(f"{path} is {kind}, not a regular file; give the name of a file.")
     file: BinaryIO | None = None
     of_block: Exception | None = None
     try:
@@ -47,22 +47,22 @@ def atomic_writer(path: Path) -> Iterator[BinaryIO]:
             except Exception as error:
                 of_block = error
                 raise
-    except PRLHFError:  # says already what is wrong, for instance with what was read meanwhile
+    except PRLHFError:  # already a clear message, for instance about a file that the block reads
         raise
     except Exception as error:
         cause = _refusal_of(file) if error is of_block else error
         if not isinstance(cause, OSError):
             raise
-        raise CheckpointWriteError(_what_is_wrong(path, cause, begun=file is not None)) from error
+        raise CheckpointWriteError(_write_error_message(path, cause, begun=file is not None)) from error
 
 
 def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Write a file as `atomic_writer` does."""
+    """Write a file with `atomic_writer`."""
     write_together({path: content})
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Write several files as `atomic_writer` does, all of them or none."""
+    """Write several files with `atomic_writer`, all or none."""
     with all_or_none(contents), ExitStack() as stack:
         files = [(stack.enter_context(atomic_writer(path)), content) for path, content in contents.items()]
         for file, content in files:
@@ -72,12 +72,12 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 @contextmanager
 def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
-    """Put files back as they were before the block, where it fails when some of them have been replaced."""
+    """Restore files to their state before the block if the block fails after replacing some of them."""
     targets = [_target(path) for path in paths]
     kept = {path: path.with_name(f".{path.name}.kept") for path in targets if path.exists()}
     try:
         for path, link in kept.items():
-            with suppress(OSError):  # a file system may know no links
+            with suppress(OSError):  # some file systems have no hard links
                 link.unlink(missing_ok=True)
                 os.link(path, link)
         yield
@@ -93,10 +93,10 @@ def all_or_none(paths: Iterable[Path]) -> Iterator[None]:
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Add to the end of a file, all or nothing; a new file is its owner's alone.
+    """Append to a file, all or nothing; a new file is readable only by its owner.
 
     Raises:
-        CheckpointWriteError: The system refused it; the file is what it was before.
+        CheckpointWriteError: The system refused the write; the file is unchanged.
     """
     with naming(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +118,9 @@ def append_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Raise what the system refuses in the block as an error that names a file, or the folder that is written to.
+    """Turn system errors of the block into errors that name the file or folder being written.
 
-    For what other libraries write, that leave out the name, or raise errors of their own.
+    For files written by other libraries, which omit the name or raise their own errors.
 
     Raises:
         CheckpointWriteError: The system refused a write.
@@ -132,11 +132,11 @@ def naming(path: Path) -> Iterator[None]:
     except Exception as error:
         if (cause := system_error(error)) is None:
             raise
-        raise CheckpointWriteError(_what_is_wrong(path, cause, begun=False)) from error
+        raise CheckpointWriteError(_write_error_message(path, cause, begun=False)) from error
 
 
 def system_error(error: BaseException) -> OSError | None:
-    """Return the system's error behind one of a library; those written in Rust only quote it."""
+    """Return the system error behind a library's error; None if there is none. Rust libraries only quote it."""
     if isinstance(error, OSError) and error.errno is not None:
         return error
     quoted = re.search(r"\(os error (\d+)\)", str(error))
@@ -145,14 +145,14 @@ def system_error(error: BaseException) -> OSError | None:
 
 @contextmanager
 def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
-    """Open a file that takes the place of `path` when the block ends, complete and on the disk.
+    """Open a temporary file that replaces `path` when the block ends, complete and flushed to disk.
 
-    A new file can be read by its owner only, since most of what is written names people. Where the block or the disk
-    fails, `path` is what it was before.
+    A new file is readable only by its owner, because most files contain user ids. If the block or the disk fails,
+    `path` is unchanged.
 
     Args:
-        path: The file. Its folder is made where there is none; a link goes on pointing at what it points at.
-        shared: Whether several processes may write it at once. The last one counts.
+        path: The file. Its folder is created if needed; a symbolic link is followed and kept.
+        shared: Whether several processes may write it at the same time; the last one wins.
 
     Raises:
         OSError: The system refused a write.
@@ -164,7 +164,7 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
         with io.BufferedRandom(_Output(partial, "w+b", opener=_open_private), buffer_size=1 << 20) as file:
             yield file
             flush_to_disk(file)
-        with suppress(OSError):  # whoever could read a file that was there can read the new one
+        with suppress(OSError):  # keep the permissions of the replaced file
             copymode(path, partial)
         os.replace(partial, path)
         sync_folder(path.parent)
@@ -175,7 +175,7 @@ def atomic_file(path: Path, shared: bool = False) -> Iterator[BinaryIO]:
 
 
 def put_in_place(partial: Path, path: Path) -> None:
-    """Bring a file that was written under another name to the disk, and give it its own.
+    """Flush a file with a temporary name to disk and rename it to `path`.
 
     Raises:
         OSError: The system refused it.
@@ -188,7 +188,7 @@ def put_in_place(partial: Path, path: Path) -> None:
 
 @contextmanager
 def text_writer(file: BinaryIO) -> Iterator[TextIO]:
-    """Have a file take text, as UTF-8 with its line ends as they are, while the block lasts."""
+    """Wrap a binary file for text within the block, as UTF-8 with unchanged line ends."""
     text = io.TextIOWrapper(file, encoding="utf-8", newline="")
     try:
         yield text
@@ -197,84 +197,84 @@ def text_writer(file: BinaryIO) -> Iterator[TextIO]:
 
 
 def escape_cell(text: str) -> str:
-    """Return a text for a cell of a CSV file that a spreadsheet must not take for a formula: with ' before it."""
+    """Return a text for a CSV cell, with a leading ' if a spreadsheet would run it as a formula."""
     return f"'{text}" if text.startswith(_FORMULA) else text
 
 
 def unescape_cell(cell: str) -> str:
-    """Return the text that `escape_cell` wrote."""
+    """Undo `escape_cell`."""
     return cell[1:] if cell.startswith("'") and cell[1:].startswith(_FORMULA) else cell
 
 
 def check_writable(folder: Path) -> None:
-    """Make a folder where there is none, and see, before anything is computed, that files can be written to it.
+    """Create a folder if needed, and check that files can be written to it.
 
     Raises:
-        OSError: They can't.
+        OSError: The folder is not writable.
     """
     folder.mkdir(parents=True, exist_ok=True)
     TemporaryFile(dir=folder).close()
 
 
 def check_output(path: Path, option: str) -> None:
-    """See, before anything is computed, that a file can be written.
+    """Check, before any computation, that a file can be written.
 
     Args:
         path: The file.
-        option: What the user called it, for messages.
+        option: Name of the user's option, for messages.
 
     Raises:
-        ConfigurationError: It can't.
+        ConfigurationError: It cannot be written.
     """
     target = _target(path)
     if os.path.isdir(target):
-        raise ConfigurationError(f"{option}: {path} is a folder; name a file.")
+        raise ConfigurationError(f"{option}: {path} is a folder; give a file.")
     if os.path.exists(target) and not os.path.isfile(target):
-        raise ConfigurationError(f"{option}: {path} is a device, or the like; name a file.")
+        raise ConfigurationError(f"{option}: {path} is a device or another special file; give a regular file.")
     try:
         with suppress(FileNotFoundError):  # a name may be too long
             os.lstat(partial_path(target))
         check_writable(target.parent)
     except OSError as error:
-        reason = _in_the_way(target.parent) or error.strerror
-        raise ConfigurationError(f"{option}: {path} cannot be written ({reason}); name another file.") from error
+        reason = _blocking_file(target.parent) or error.strerror
+        raise ConfigurationError(f"{option}: {path} cannot be written ({reason}); give another file.") from error
 
 
 def check_output_folder(folder: Path, option: str) -> None:
-    """Check, before anything is computed, that files can be written to a folder, which is made if it is not there.
+    """Check, before any computation, that a folder is writable; create it if needed.
 
     Args:
         folder: The folder.
-        option: What the user called it, for messages.
+        option: Name of the user's option, for messages.
 
     Raises:
-        ConfigurationError: They can't.
+        ConfigurationError: It is not writable.
     """
     target = _target(folder)
     if os.path.exists(target) and not os.path.isdir(target):
-        raise ConfigurationError(f"{option}: {folder} is a file; name a folder.")
+        raise ConfigurationError(f"{option}: {folder} is a file; give a folder.")
     try:
         with suppress(FileNotFoundError):  # a name may be too long
             os.lstat(partial_path(target))
         check_writable(target)
     except OSError as error:
-        reason = _in_the_way(target) or error.strerror
-        raise ConfigurationError(f"{option}: {folder} cannot be written to ({reason}); name another folder.") from error
+        reason = _blocking_file(target) or error.strerror
+        raise ConfigurationError(f"{option}: {folder} cannot be written to ({reason}); give another folder.") from error
 
 
-def _in_the_way(folder: Path) -> str | None:
-    """Return that a file is in the place of a folder or of one above it, or None."""
+def _blocking_file(folder: Path) -> str | None:
+    """Return a reason if a file has the name of the folder or of a parent folder; otherwise None."""
     found = next((one for one in (folder, *folder.parents) if os.path.isfile(one)), None)
-    return f"{found} is a file, and no folder" if found else None
+    return f"{found} is a file, not a folder" if found else None
 
 
 def partial_path(path: Path) -> Path:
-    """Return the name under which a file is written before it is complete; a killed process may leave it behind."""
+    """Return the name of a file while it is incomplete; a killed process may leave such a file."""
     return path.with_name(f".{path.name}.partial")
 
 
 def flush_to_disk(file: IO[Any]) -> None:
-    """See that what was written is on the disk, as before a rename to what later starts trust."""
+    """Flush a file to disk, as is needed before a rename."""
     try:
         file.flush()
         os.fsync(file.fileno())
@@ -293,8 +293,8 @@ def _target(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have a new name in a folder outlast a loss of power."""
-    with suppress(OSError):  # some file systems can't
+    """Flush a folder to disk, so a new name in it survives a power loss."""
+    with suppress(OSError):  # some file systems do not support it
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -303,7 +303,7 @@ def sync_folder(folder: Path) -> None:
 
 
 class _Output(io.FileIO):
-    """A file that knows why the system refused a write: torch, for one, raises an error of its own."""
+    """A file that remembers why the system refused a write; libraries such as torch raise their own errors."""
 
     refusal: OSError | None = None
 
@@ -320,49 +320,49 @@ def _refusal_of(file: BinaryIO | None) -> OSError | None:
     return raw.refusal if isinstance(raw, _Output) else None
 
 
-def _what_is_wrong(path: Path, error: OSError, begun: bool) -> str:
-    """Return why a file could not be written, what has become of it, and what to do."""
-    kept = "Nothing is left of it. " if begun else ""
+def _write_error_message(path: Path, error: OSError, begun: bool) -> str:
+    """Return a message: why a file could not be written, whether an old one is kept, and the fix."""
+    kept = "The partial file was removed. " if begun else ""
     if os.path.lexists(path):
-        kept = "What was there before is untouched. "
+        kept = "The old version is unchanged. "
     why, advice = error.strerror or str(error), "Choose another folder."
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
-            advice = "Make room, or choose another folder."
+            advice = "Free space, or choose another folder."
         case errno.EFBIG:
-            advice = "Choose a folder where files may be as large (see `ulimit -f` too)."
+            advice = "Choose a folder that allows files of this size (see also `ulimit -f`)."
         case errno.EACCES | errno.EPERM:
             why = f"there is no permission to write to the folder {path.parent} ({why})"
-            advice = "Have it given, or choose another folder."
+            advice = "Get permission, or choose another folder."
         case errno.EROFS:
-            advice = "Choose a folder that can be written to."
+            advice = "Choose a writable folder."
         case errno.ENAMETOOLONG:
             advice = "Choose a shorter name."
         case errno.EEXIST | errno.ENOTDIR:
-            in_the_way = next((folder for folder in path.parents if os.path.isfile(folder)), path.parent)
-            why = f"{in_the_way} is a file, and no folder"
+            blocking = next((folder for folder in path.parents if os.path.isfile(folder)), path.parent)
+            why = f"{blocking} is a file, not a folder"
     return f"{path} could not be written: {why}. {kept}{advice}"
 
 
-#: What stands in a folder while another takes its place: the new one, and what it replaces.
+#: Names of subfolders during a replacement: the new files, and the replaced ones.
 UNFINISHED = (".partial", ".replaced")
 
 
 @contextmanager
 def whole_folder(folder: Path, replaced: Iterable[str], last: str) -> Iterator[Path]:
-    """Give a folder to write to, that becomes `folder` when the block ends and all of it is on the disk.
+    """Yield a temporary folder that becomes `folder` when the block ends, complete and flushed to disk.
 
-    Where there is a folder already, which may be a volume of its own, its files are replaced by renaming them one by
-    one. An error, also one of these, leaves all that was there. A process that is killed between them, which is a
-    matter of milliseconds, leaves a folder without the file `last`.
+    If `folder` exists (it may be a mounted volume), its files are replaced one by one by renames. An error, also in a
+    rename, restores the old files. A process killed during the renames, which take milliseconds, leaves a folder
+    without the file `last`.
 
     Args:
-        folder: Where the files go.
-        replaced: Patterns of the files of an earlier writing, which go also where none of the same name comes.
-        last: Name of the file that says that all others are there.
+        folder: The target folder.
+        replaced: Patterns of old files to remove, even if there is no new file of the same name.
+        last: Name of the file whose presence means that all others are there.
 
     Raises:
-        CheckpointWriteError: The system refused something; what was there is untouched.
+        CheckpointWriteError: The system refused an operation; the old files are unchanged.
     """
     target = Path(os.path.realpath(folder))
     is_new = not target.exists()
@@ -386,7 +386,7 @@ def whole_folder(folder: Path, replaced: Iterable[str], last: str) -> Iterator[P
 
 @contextmanager
 def _removed(folder: Path) -> Iterator[None]:
-    """Have a folder gone before the block, as one of a process that was killed, and after it."""
+    """Remove a folder before the block (a killed process may have left it) and after the block."""
     _remove(folder)
     try:
         yield
@@ -396,7 +396,7 @@ def _removed(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def not_left_empty(folder: Path) -> Iterator[None]:
-    """Remove a folder, and those above it, that the block has made and left empty by an error."""
+    """On an error, remove the folder and its parents if the block has created them and left them empty."""
     made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         yield

@@ -1,4 +1,4 @@
-"""One error in place of whatever a library raises over a file whose content is odd."""
+"""One clear error instead of the various errors that libraries raise for malformed files."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _LONGEST = 300  # characters of a cause
 
 @contextmanager
 def opening(name: str, fix: str) -> Iterator[None]:
-    """Say which file can't be used where a block that reads it fails.
+    """Turn errors of a block that reads a file into errors that name the file.
 
     Args:
-        name: The setting and the file, with which the error begins.
-        fix: What to do, as a clause.
+        name: The setting and the file; the message starts with it.
+        fix: The fix, as a sentence.
 
     Raises:
-        ConfigurationError: The block has failed in a way of its own, or with such an error that does not name the
-            file. Other errors of this package, and those about memory, are left as they are.
+        ConfigurationError: The block raised any other error, or a `ConfigurationError` that does not name the file.
+            Other errors of this package and out-of-memory errors are raised unchanged.
     """
     try:
         yield
@@ -30,15 +30,15 @@ def opening(name: str, fix: str) -> Iterator[None]:
         raise ConfigurationError(f"{name}: {error}") from error
     except (PRLHFError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
         raise
-    except BaseException as error:  # panics of libraries in Rust are no `Exception`
-        if "memory" in str(error):  # about which others know more
+    except BaseException as error:  # panics of Rust libraries are not an `Exception`
+        if "memory" in str(error):  # the caller handles these
             raise
-        raise ConfigurationError(f"{name} holds something that can't be used: {cause_of(error)}. {fix}") from error
+        raise ConfigurationError(f"{name} cannot be used: {cause_of(error)}. {fix}") from error
 
 
 def cause_of(error: BaseException) -> str:
-    """Return what an error says, in a line."""
-    said = " ".join(str(error).split()).rstrip(".")
-    said = said if len(said) <= _LONGEST else f"{said[:_LONGEST]}..."
-    # A name alone, as of a key that is missing, says little.
-    return said if " " in said else f"{type(error).__name__}: {said}"
+    """Return an error's message in one line."""
+    message = " ".join(str(error).split()).rstrip(".")
+    message = message if len(message) <= _LONGEST else f"{message[:_LONGEST]}..."
+    # A single word, such as a missing key, needs the type of the error.
+    return message if " " in message else f"{type(error).__name__}: {message}"

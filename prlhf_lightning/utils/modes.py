@@ -1,4 +1,4 @@
-"""The mode of modules: training or evaluation."""
+"""Temporary switch of a module to evaluation mode."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation mode and back, each of its parts to the mode that it was in."""
+    """Switch a module to evaluation mode within the block; afterwards restore the mode of each submodule."""
     modes = {part: part.training for part in module.modules()}
     module.eval()
     try:

@@ -1,4 +1,4 @@
-"""Progress of long work, on the terminal, if there is one."""
+"""Progress bars on the terminal, if there is one."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from rich.progress import (
 )
 
 _T = TypeVar("_T")
-_STEP = 1000  # rows between two looks at the clock
+_STEP = 1000  # rows between updates
 
 
 def progress_bars(show: bool = True) -> Progress:
-    """Return bars of work of which the amount is known, to add tasks to."""
+    """Return a `Progress` for tasks of known length."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return _progress(*columns, show=show)
 
 
 def tracked(items: Iterable[_T], description: str, total: float | None = None, show: bool = True) -> Iterator[_T]:
-    """Yield items while a bar tells how many are done of all; of those that have a length, that is the total."""
+    """Yield items with a progress bar; the total is `total` or the items' length."""
     with progress_bars(show) as progress:
         yield from progress.track(items, total, description=description)
 
 
 def counting(description: str) -> Progress:
-    """Return one task that counts rows of which the number is not known before they are read."""
+    """Return a `Progress` with one task that counts rows of unknown number."""
     columns = (SpinnerColumn(), TextColumn("{task.description}: {task.completed:,} rows"), TimeElapsedColumn())
     progress = _progress(*columns)
     progress.add_task(description, total=None)
@@ -42,7 +42,7 @@ def counting(description: str) -> Progress:
 
 
 def counted(items: Iterable[_T], description: str) -> Iterator[_T]:
-    """Yield items while they are counted."""
+    """Yield items and show their count."""
     with counting(description) as progress:
         for number, item in enumerate(items):
             if number % _STEP == 0:

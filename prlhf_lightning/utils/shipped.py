@@ -1,4 +1,4 @@
-"""Files that come with the package, known to be what was shipped: small models, and the template of pages."""
+"""Checksums of the files in this package: small models and page templates."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SUMS = "sha256.json"
 
 
 def sums_of(folder: Path = ASSETS) -> dict[str, str]:
-    """Return the SHA-256 of each file that is shipped, as `sha256.json` among them has it."""
+    """Return the SHA-256 of each asset, in the format of `sha256.json`."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     return {name: sha256((folder / name).read_bytes()).hexdigest() for name in names if name != _SUMS}
 
 
 def check_shipped(path: Path) -> None:
-    """Check that a shipped file, or all files of a shipped folder, are what was shipped.
+    """Check that an asset, or all files of an asset folder, are unchanged.
 
     Raises:
-        ConfigurationError: One is not; the message names it.
+        ConfigurationError: A file was changed or is missing; the message names it.
     """
     prefix = path.relative_to(ASSETS).as_posix()
     try:

@@ -343,7 +343,7 @@ def test_the_command_adds_users_and_names_what_to_ask_them(trained_file, folder,
         main([*command, "--suggest", "1"])
     with pytest.raises(SystemExit, match="suggest: give the number of pairs"):
         main([*command, "--pool", str(new)])
-    with pytest.raises(SystemExit, match=r"output: .* is a folder; name a file"):
+    with pytest.raises(SystemExit, match=r"output: .* is a folder; give a file"):
         main([*command, "--output", str(folder)])
 
 

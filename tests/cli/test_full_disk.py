@@ -56,7 +56,7 @@ def half_written(monkeypatch):
 def test_an_append_is_whole_or_does_not_happen(tmp_path, half_written):
     (tmp_path / "a.jsonl").write_text("1\n")
     with pytest.raises(
-        CheckpointWriteError, match=r"a.jsonl could not be written: No space left.*untouched. Make room"
+        CheckpointWriteError, match=r"a.jsonl could not be written: No space left.*unchanged. Free space"
     ):
         append_whole(tmp_path / "a.jsonl", b"22222\n")
     with pytest.raises(CheckpointWriteError, match=r"b.jsonl could not be written: No space left"):

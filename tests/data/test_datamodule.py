@@ -209,7 +209,7 @@ def test_a_test_without_a_test_split_is_refused_in_plain_words(make):
 
 
 def test_a_prediction_without_held_out_rows_is_refused(make):
-    with pytest.raises(ConfigurationError, match="nothing to predict on; give the source a test or validation split"):
+    with pytest.raises(ConfigurationError, match="no rows to predict on; give the source a test or validation split"):
         make(validation_fraction=0.0).setup("predict")
 
 
@@ -288,7 +288,7 @@ def test_one_prompt_for_all_can_only_be_split_by_pair(make, tmp_path):
     rows = [row(user=f"u{i % 3}", prompt="two", chosen=f"w{i % 40}", rejected=f"w{i // 40} two") for i in range(80)]
     source = FileSource(write_jsonl(tmp_path / "jokes.jsonl", rows))
     told = make(source, validation_fraction=0.1).describe()
-    assert "no rows of seen users to validate on, for there is one prompt only, which is trained on: set split" in told
+    assert "no rows of seen users to validate on: there is only one prompt, which is in training; set split" in told
     data = make(source, validation_fraction=0.1, split_by="pair")
     assert data.eval_sets["validate"] == ("seen",)
 
@@ -296,7 +296,7 @@ def test_one_prompt_for_all_can_only_be_split_by_pair(make, tmp_path):
 def test_a_seen_set_that_holds_nothing_is_told_with_the_reason(make, tmp_path):
     lone = FileSource(write_jsonl(tmp_path / "lone.jsonl", [row(i, user=f"u{i}") for i in range(40)]))
     told = make(lone, validation_fraction=0.2).describe()
-    assert "no rows of seen users to validate on, for each of them has one row only" in told
+    assert "no rows of seen users to validate on: each of them has only one row" in told
     assert "raise it" not in told
     few = FileSource(write_jsonl(tmp_path / "few.jsonl", [row(i, user="ann") for i in range(3)]))
     assert "held out none of their 3 different prompts" in make(few, validation_fraction=1e-6).describe()
@@ -304,7 +304,7 @@ def test_a_seen_set_that_holds_nothing_is_told_with_the_reason(make, tmp_path):
 
 def test_holding_out_everything_is_refused(make, tmp_path):
     source = FileSource(write_jsonl(tmp_path / "a.jsonl", [row(0)]))
-    with pytest.raises(ConfigurationError, match=r"No training rows are left of 1.*1 different prompts and 1 users"):
+    with pytest.raises(ConfigurationError, match=r"All 1 training rows were held out.*1 different prompts and 1 users"):
         make(source, validation_fraction=0.999999).setup("fit")
 
 

@@ -46,7 +46,7 @@ def test_patterns_without_files_or_of_many_splits_are_refused(tmp_path):
         FileSource(tmp_path)
     for name in ("train-0.jsonl", "test-0.jsonl"):
         write_jsonl(tmp_path / name, [row()])
-    with pytest.raises(ConfigurationError, match=r"files of several splits .* as in train: .*train"):
+    with pytest.raises(ConfigurationError, match=r"files of several splits .* such as train: .*train"):
         FileSource(tmp_path)
 
 

@@ -182,7 +182,7 @@ def test_prompts_to_be_answered_are_encoded_as_those_of_records():
 
 
 def test_short_texts_leave_the_cache_before_it_fills_memory(monkeypatch):
-    monkeypatch.setattr("prlhf_lightning.data.tokenization._REMEMBERED", 1_000_000)
+    monkeypatch.setattr("prlhf_lightning.data.tokenization._CACHE_BYTES", 1_000_000)
     ids = TextIds(word_tokenizer())
     for start in range(0, 20_000, 1000):
         ids.make_room()

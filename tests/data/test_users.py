@@ -53,7 +53,7 @@ def test_the_digest_sees_where_an_id_ends():
 
 
 def test_a_user_listed_twice_is_refused():
-    with pytest.raises(ConfigurationError, match="'bob' stands twice"):
+    with pytest.raises(ConfigurationError, match="'bob' is twice"):
         UserVocabulary(["bob", "ann", "bob"])
 
 

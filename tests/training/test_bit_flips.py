@@ -111,7 +111,7 @@ def test_a_damaged_run_configuration_measures_no_checkpoint(configuration):
     words = ["validate", "--ckpt_path", str(configuration.parent / "checkpoints/last.ckpt")]
     assert configuration_of_run(words, "runs") == configuration
     replace_in(configuration, "8", "9")
-    with pytest.raises(ConfigurationError, match=r"config.yaml is not as `fit` wrote it.*delete its first line"):
+    with pytest.raises(ConfigurationError, match=r"config.yaml was changed or damaged.*delete its first line"):
         configuration_of_run(words, "runs")
     configuration.write_bytes(configuration.read_bytes().partition(b"\n")[2])
     check_configuration(configuration)
@@ -120,11 +120,13 @@ def test_a_damaged_run_configuration_measures_no_checkpoint(configuration):
 def test_a_changed_configuration_that_is_named_is_told_of(configuration):
     tell_of_changes(["fit", "--config", str(configuration)])  # warnings would be errors
     configuration.write_bytes(configuration.read_bytes()[:-3])
-    with pytest.warns(UserWarning, match=r"config.yaml is not as `fit` wrote it"):
+    with pytest.warns(UserWarning, match=r"config.yaml was changed or damaged"):
         tell_of_changes(["fit", "--config", str(configuration)])
 
 
-@pytest.mark.parametrize(("content", "says"), [(b"a: 1\nb: \xff", ":2: is no UTF-8 text"), (b"a: \0", "holds zeros")])
+@pytest.mark.parametrize(
+    ("content", "says"), [(b"a: 1\nb: \xff", ":2: is not UTF-8 text"), (b"a: \0", "has zero bytes")]
+)
 def test_a_configuration_that_is_no_text_is_refused(tmp_path, content, says):
     (tmp_path / "mine.yaml").write_bytes(content)
     with pytest.raises(ConfigurationError, match=says):

@@ -85,7 +85,7 @@ def test_the_newest_intact_checkpoint_is_named(good, tmp_path):
 )
 def test_a_write_that_the_system_refuses_leaves_what_was_there(good, small_files, content):
     before = good.read_bytes()
-    with pytest.raises(CheckpointWriteError, match=r"good.ckpt could not be written: .*What was there before is untou"):
+    with pytest.raises(CheckpointWriteError, match=r"good.ckpt could not be written: .*The old version is unch"):
         checkpoint_files.save(content, good)
     assert good.read_bytes() == before
     assert os.listdir(good.parent) == ["good.ckpt"]

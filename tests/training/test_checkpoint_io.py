@@ -136,7 +136,7 @@ class DiskFull(Callback):
 def test_a_full_disk_stops_training_and_keeps_the_checkpoint(model_path, votes, tmp_path, monkeypatch):
     every_step = ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_top_k=0, every_n_train_steps=1)
     callbacks = [DiskFull(monkeypatch, 2), every_step, SaveOnInterrupt()]
-    says = r"last.ckpt could not be written: No space left on device. What was there before is untouched"
+    says = r"last.ckpt could not be written: No space left on device. The old version is unchanged"
     with (
         pytest.raises(CheckpointWriteError, match=says),
         pytest.warns(UserWarning, match="Interrupted at step 3"),

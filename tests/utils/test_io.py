@@ -54,14 +54,14 @@ def test_of_several_writers_at_once_the_last_counts(tmp_path):
 
 def test_a_file_in_the_place_of_a_folder_is_named(tmp_path):
     (tmp_path / "file").touch()
-    says = r"file/new/a.csv could not be written: \S+/file is a file, and no folder. Choose another folder."
+    says = r"file/new/a.csv could not be written: \S+/file is a file, not a folder. Choose another folder."
     with pytest.raises(CheckpointWriteError, match=says), atomic_writer(tmp_path / "file" / "new" / "a.csv"):
         pass
 
 
 @pytest.mark.parametrize(("path", "kind"), [("", "a folder"), (os.devnull, "a device")])
 def test_what_is_no_file_is_not_replaced(tmp_path, path, kind):
-    says = f"is {kind}.* and no file that can be written; give the name of a file"
+    says = f"is {kind}.* not a regular file; give the name of a file"
     with pytest.raises(CheckpointWriteError, match=says), atomic_writer(tmp_path / path):
         pytest.fail("nothing should be computed")
 
@@ -69,11 +69,11 @@ def test_what_is_no_file_is_not_replaced(tmp_path, path, kind):
 @pytest.mark.parametrize(
     ("number", "says"),
     [
-        (errno.ENOSPC, "No space left on device. Nothing is left of it. Make room, or choose another folder."),
-        (errno.EDQUOT, "quota exceeded. .* Make room"),
-        (errno.EFBIG, "File too large. .* Choose a folder where files may be as large"),
-        (errno.EACCES, r"no permission to write to the folder \S+ \(Permission denied\). .* Have it given"),
-        (errno.EROFS, "Read-only file system. .* Choose a folder that can be written to."),
+        (errno.ENOSPC, "No space left on device. The partial file was removed. Free space, or choose another folder."),
+        (errno.EDQUOT, "quota exceeded. .* Free space"),
+        (errno.EFBIG, "File too large. .* Choose a folder that allows files of this size"),
+        (errno.EACCES, r"no permission to write to the folder \S+ \(Permission denied\). .* Get permission"),
+        (errno.EROFS, "Read-only file system. .* Choose a writable folder."),
         (errno.EIO, "Input/output error. .* Choose another folder."),
     ],
 )
