@@ -1,4 +1,4 @@
-"""Fields of rows that have another shape than ours, each checked as it is read."""
+"""Checked access to fields of raw rows, and advice on missing or differently named columns."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _KINDS = {str: "a string", int: "a whole number", bool: "true or false", list: "
 
 @dataclass(frozen=True)
 class Schema:
-    """Reads fields by their path, and says what is wrong where they are not as expected.
+    """Reads fields by path, and raises clear errors for malformed fields.
 
-    Messages name place and field, and never quote a value: it may be about a person.
+    Messages name location and field, and never quote a value: it may be personal data.
 
     Attributes:
-        name: What the rows are, as in "a row of the original comparisons".
-        fix: What to do where one is not.
+        name: Kind of the rows, as in "a row of the original comparisons".
+        fix: The fix for a malformed row.
     """
 
     name: str
@@ -36,8 +36,8 @@ class Schema:
 
         Args:
             row: The row, or a part of it.
-            where: Where it stands; every message starts with it.
-            path: Keys of objects and places in lists, from the row down.
+            where: Location of the row; every message starts with it.
+            path: Keys of objects and indices of lists, from the row down.
             kind: `str`, `int`, `bool`, `list` or `dict`.
 
         Raises:
@@ -52,7 +52,7 @@ class Schema:
         return value  # type: ignore[no-any-return]
 
     def number(self, row: Any, where: str, *path: str | int) -> float:
-        """Return the finite number at a path; CSV files hold numbers as strings."""
+        """Return the finite number at a path; it may be a string, as in CSV files."""
         value = self._follow(row, where, path)
         if isinstance(value, str):
             try:
@@ -66,7 +66,7 @@ class Schema:
         return float(value)
 
     def fail(self, where: str, path: tuple[str | int, ...], problem: str) -> NoReturn:
-        """Raise the error that says what is wrong with a field."""
+        """Raise an error about a field."""
         raise FeedbackFormatError(f"{where}: field {_shown(path)!r} {problem}; {self.fix}.")
 
     def _follow(self, row: Any, where: str, path: tuple[str | int, ...]) -> Any:
@@ -91,8 +91,8 @@ def _found(value: Any) -> str:
     return "null" if value is None else _KINDS.get(type(value), f"of type {type(value).__name__}")
 
 
-#: Other names, in public data, of the columns that hold a field.
-_NAMED = 20  # columns that are named
+#: Column names of each field in public data sets.
+_NAMED = 20  # columns named in a message
 _SYNONYMS = {
     "user_id": "user userid uid worker workerid annotator annotatorid rater raterid judge judgeid labeler labelerid "
     "person personid participant participantid account accountid customer customerid username evaluator evaluatorid",
@@ -113,12 +113,12 @@ _SYNONYMS = {
 
 
 def similar_columns(field: str, column: str, columns: Sequence[object]) -> str | None:
-    """Return the column that may be meant for a field, or None.
+    """Return the column that is probably meant for a field, or None.
 
     Args:
         field: The field.
-        column: The column that should hold it, and is not there.
-        columns: Those that are.
+        column: Its expected column, which is missing.
+        columns: The existing columns.
     """
     names = [str(name) for name in columns]
     plain = {_plain(name): name for name in reversed(names)}
@@ -132,7 +132,7 @@ def similar_columns(field: str, column: str, columns: Sequence[object]) -> str |
 
 
 def column_advice(field: str, column: str, columns: Sequence[object]) -> str:
-    """Return how to name the column of one field."""
+    """Return advice on naming the column of a field."""
     close = similar_columns(field, column, columns)
     if close is None:
         return f"name the column that holds it with columns: {{{field}: <its name>}}"
@@ -143,9 +143,9 @@ def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object
     """Return the message about several missing columns.
 
     Args:
-        where: Where the row stands.
-        missing: Each field, and the column that should hold it.
-        columns: The columns that are there.
+        where: Location of the row.
+        missing: Each field and its expected column.
+        columns: The existing columns.
     """
     found: dict[str, str] = {}
     for field, column in missing.items():
@@ -166,13 +166,13 @@ def _in_yaml(name: str) -> str:
 
 
 class UnreadColumns:
-    """Columns of rows that no field is read from.
+    """Collects columns of rows that are not used.
 
     Args:
-        known: Columns that fields are read from.
+        known: Columns that are used.
 
     Attributes:
-        names: The first few others, in order of appearance.
+        names: The first few unused columns, in order of appearance.
     """
 
     def __init__(self, known: Collection[str]) -> None:
@@ -180,7 +180,7 @@ class UnreadColumns:
         self.names: list[str] = []
 
     def add(self, row: Mapping[str, object]) -> None:
-        """Note the columns of a row."""
+        """Add the columns of a row."""
         if len(self.names) < _NAMED and not self._seen.issuperset(row):
             new = [str(name) for name in row if name not in self._seen]
             self._seen.update(row)
@@ -198,22 +198,22 @@ _LIST = re.compile(r'\s*\[\s*(?:"|null\b|\])')
 
 
 def winner_is_named(row: Mapping[str, Any], winner: str) -> bool:
-    """Return whether a row has a column, or three, that name a winner."""
+    """Return whether a row has a winner column, or the three columns of Kaggle's format."""
     return winner in row or all(flag in row for flag in _flags(winner))
 
 
 def winner_of(row: Mapping[str, Any], where: str, winner: str, names: tuple[str, str]) -> tuple[int | None, str] | None:
-    """Return which of two responses won (0, 1 or None for a tie) and the column that says so; None if none does.
+    """Return the winning response (0, 1 or None for a tie) and its column; None if no column names a winner.
 
     Args:
         row: The row.
-        where: Where it stands.
-        winner: The column that names the winner. Where there is none, `<winner>_model_a`, `<winner>_model_b` and
-            `<winner>_tie` with 1 in one of them will do, as in Kaggle's LMSYS data.
-        names: The columns of the two responses, whose names may name the winner as well.
+        where: Location of the row.
+        winner: The column of the winner. Without it, the columns `<winner>_model_a`, `<winner>_model_b` and
+            `<winner>_tie` are used, one of which is 1, as in Kaggle's LMSYS data.
+        names: The columns of the two responses; the winner may also be given by these names.
 
     Raises:
-        FeedbackFormatError: The winner is neither of them and no tie.
+        FeedbackFormatError: The winner is neither a response nor a tie.
     """
     if winner not in row:
         flags = _flags(winner)
@@ -248,22 +248,22 @@ def _flags(winner: str) -> list[str]:
 def only_turns(
     prompt: Any, responses: Sequence[Any], where: str, names: tuple[str, str] = ("response_a", "response_b")
 ) -> tuple[Any, list[Any]]:
-    """Return a prompt and its responses, where each is a list (maybe written as JSON) of one text, as that text.
+    """Unwrap a prompt and its responses if each is a list of one text (or its JSON).
 
-    Kaggle's LMSYS data are such lists, with a text for each turn. All else is returned as it is.
+    Kaggle's LMSYS data are such lists, with one text per turn. Other values are returned unchanged.
 
     Args:
-        prompt: The prompt, or None where there is none.
+        prompt: The prompt, or None.
         responses: The two responses.
-        where: Where the row stands.
+        where: Location of the row.
         names: The fields of the responses, for messages.
 
     Raises:
-        FeedbackFormatError: There are several turns, of which the two models saw different ones, or none.
+        FeedbackFormatError: There are several turns, in which the two models saw different messages, or none.
     """
     if (turns := _turns(prompt)) is not None:
         named = dict(zip(("prompt", *names), (turns, *map(_turns, responses)), strict=True))
-    else:  # responses alone may be lists because a list was asked for
+    else:  # responses without a prompt list may be lists because the prompt asked for one
         named = {name: _turns(response) for name, response in zip(names, responses, strict=True)}
         named = {name: found if _is_one(found) else None for name, found in named.items()}
     for name, found in named.items():
@@ -285,7 +285,7 @@ def _is_one(turns: list[str | None] | None) -> bool:
 
 
 def _turns(value: Any) -> list[str | None] | None:
-    """Return a list of texts, of which some may be null, that is given as such or written as JSON; None for others."""
+    """Return a list of texts or nulls, given as a list or as JSON; None for other values."""
     if isinstance(value, str) and _LIST.match(value):
         try:
             value = json.loads(value)

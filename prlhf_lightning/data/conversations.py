@@ -1,7 +1,7 @@
-"""Texts and conversations in the forms in which data sets hold them, read as strings or as messages for chat templates.
+"""Parsing of texts and conversations in various formats, into strings or messages for chat templates.
 
-Messages may be JSON or Python text (CSV has no other way), may be ShareGPT's `from` and `value`, and their content may
-be a list of text parts, as OpenAI's. All are read as `{"role": ..., "content": ...}`.
+Messages may be JSON or Python text (as in CSV), use ShareGPT's `from` and `value`, or have a list of text parts as
+content, as OpenAI's do. All are converted to `{"role": ..., "content": ...}`.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ Message: TypeAlias = dict[str, Any]
 Text: TypeAlias = str | list[Message]
 """A plain string, or a conversation."""
 
-#: Where messages hold thoughts: under one of these names, of which a chat template reads one or none.
+#: Keys of a message's thoughts; a chat template reads one of them or none.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking", "thought", "tool_plan")
-#: What a message may hold beside role and content; it reaches the chat template as it is.
+#: Other keys of a message; they are passed to the chat template unchanged.
 EXTRAS = ("tool_calls", "tool_call_id", "name", "function_call", *THOUGHTS)
 _CALLS = ("tool_calls", "function_call")
 _FIX = 'each message is {"role": "user" or "assistant" or "system", "content": "..."}, both strings'
-# Names of the role and the content of a message in other formats, in any case; read where the role is one.
+# Keys of role and content in other formats, in any case; used if the value is a known role.
 _ROLE_NAMES = ("role", "from", "speaker", "author", "sender")
 _CONTENT_NAMES = ("content", "value", "text", "message", "parts")
 _LISTS = ("messages", "conversations", "conversation", "contents")
-# Text that can be messages written out, and text that cannot be meant as anything else.
+# Text that may be serialized messages, and text that certainly is.
 _HOLDERS = "|".join((*_ROLE_NAMES, *_LISTS, "message", "choices", "candidates", "output", "content"))
 _WRITTEN = re.compile(
     rf"""\s*(?:\[\s*)?(?:\{{.*?['"](?:{_HOLDERS})['"]\s*:|[\[(]\s*['"]\w+['"]\s*,)""", re.DOTALL | re.IGNORECASE
@@ -45,19 +45,19 @@ def fail(where: str, field: str, problem: str) -> NoReturn:
 
 
 def check_characters(text: str, where: str, field: str) -> None:
-    """Refuse a text that cannot be encoded, without quoting it."""
+    """Reject a text that cannot be encoded as UTF-8; the message does not quote it."""
     try:
         text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell what no text can hold
+    except UnicodeEncodeError as error:  # JSON can contain lone surrogates
         fail(where, field, f"holds U+{ord(text[error.start]):X}, half of a surrogate pair; remove it or complete it")
 
 
 def read_text(value: Any, where: str, field: str) -> Text:
-    """Return a string as it is, and a conversation in any of the known forms as a list of messages.
+    """Return a string unchanged, and a conversation in any known format as a list of messages.
 
     Args:
-        value: What the row holds.
-        where: Where the row stands.
+        value: The value in the row.
+        where: Location of the row.
         field: The field, for messages.
 
     Raises:
@@ -79,7 +79,7 @@ def read_text(value: Any, where: str, field: str) -> Text:
 
 
 def read_tools(value: Any, where: str, field: str = "tools") -> list[dict[str, Any]] | None:
-    """Return the tools that an assistant may call, from a list of JSON schemas or its JSON text; None if there is none.
+    """Return tool definitions from a list of JSON schemas or its JSON text; None if there are none.
 
     Raises:
         FeedbackFormatError: It is something else.
@@ -102,25 +102,25 @@ def read_tools(value: Any, where: str, field: str = "tools") -> list[dict[str, A
 
 
 def plain_text(text: Text | None) -> str:
-    """Return all that is written in a text: of a conversation the contents and tool calls, a line each."""
+    """Return a string unchanged; for a conversation, its contents and tool calls, one per line."""
     if text is None or isinstance(text, str):
         return text or ""
     return "\n".join(message_text(message) for message in text)
 
 
 def message_text(message: Message) -> str:
-    """Return what is written in a message: its content, and its tool calls as JSON."""
+    """Return a message's content, and its tool calls as JSON."""
     calls = [json.dumps(message[name], default=str) for name in _CALLS if message.get(name)]
     return "\n".join([part for part in (message["content"], *calls) if part])
 
 
 def is_blank(message: Message) -> bool:
-    """Return whether a message says nothing and calls no tool."""
+    """Return whether a message has neither content nor tool calls."""
     return not (message["content"] or "").strip() and not any(message.get(name) for name in _CALLS)
 
 
 def _read_written(text: str, where: str, field: str) -> Any:
-    """Return the messages that a string spells out as JSON or as Python prints them; None for any other string."""
+    """Parse a string of messages in JSON or Python syntax; None for any other string."""
     if not text[:1].isspace() and text[:1] not in ("[", "{", '"', "\ufeff", "a"):  # most texts
         return None
     text = text.lstrip().removeprefix("\ufeff")
@@ -159,7 +159,7 @@ def _read_written(text: str, where: str, field: str) -> Any:
 
 
 def _json_lines(text: str) -> list[Any] | None:
-    """Return the objects that the lines of a text spell as JSON, if each does."""
+    """Return the objects of a text in JSON Lines; None if a line is not JSON."""
     try:
         found = [json.loads(line) for line in text.splitlines() if line.strip()]
     except (ValueError, RecursionError):
@@ -168,7 +168,7 @@ def _json_lines(text: str) -> list[Any] | None:
 
 
 def _literal(text: str) -> Any:
-    """Return what JSON, or a Python literal, spells; None if it is neither."""
+    """Parse JSON or a Python literal; None if it is neither."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -180,9 +180,9 @@ def _literal(text: str) -> Any:
 
 
 def _inner_list(value: Mapping[str, Any], where: str, field: str) -> Any:
-    """Return the messages of an object that holds a list of them, or that is one itself.
+    """Return the messages of an object that contains a list of messages, or is a message itself.
 
-    What programs get from the chat interfaces of OpenAI, Ollama and Gemini holds one message, too.
+    Responses of the chat APIs of OpenAI, Ollama and Gemini contain one message, too.
     """
     for name in _LISTS:
         if isinstance(value.get(name), list):
@@ -200,7 +200,7 @@ def _inner_list(value: Mapping[str, Any], where: str, field: str) -> Any:
         if len(messages) > 1:
             fail(where, field, f"is an API's response with {len(messages)} {name}; keep the one that is meant")
         return messages
-    if isinstance(value.get("output"), list):  # of OpenAI's responses, beside reasoning
+    if isinstance(value.get("output"), list):  # OpenAI's Responses API, next to reasoning
         said = [one for one in value["output"] if isinstance(one, Mapping) and one.get("type") == "message"]
         if said:
             return said
@@ -216,13 +216,13 @@ def _is_message(value: Mapping[str, Any]) -> bool:
 
 
 def _is_like_message(value: Mapping[str, Any]) -> bool:
-    """Return whether an object has the keys of a message, of whatever format, though not its role."""
+    """Return whether an object has the keys of a message in any format, except its role."""
     names = {str(name).lower() for name in value}
     return not names.isdisjoint(_ROLE_NAMES) and not names.isdisjoint(_CONTENT_NAMES)
 
 
 def _standard(raw: Any) -> Any:
-    """Return a message of another format by the names `role` and `content`; all else as it is."""
+    """Convert a message of another format to the keys `role` and `content`; return anything else unchanged."""
     if isinstance(raw, list | tuple) and len(raw) == 2 and is_role(raw[0]) and isinstance(raw[1], str):
         return {"role": raw[0], "content": raw[1]}
     if not isinstance(raw, Mapping) or ("role" in raw and "content" in raw):
@@ -256,7 +256,7 @@ def _message(raw: Any, number: int, where: str, field: str) -> Message:
             f"message {number} has the role 'function_call'; write it as an 'assistant' message with 'tool_calls'",
         )
     calls = extras.get("tool_calls", [])
-    if isinstance(calls, str):  # as Parquet files often hold it
+    if isinstance(calls, str):  # common in Parquet files
         calls = extras["tool_calls"] = _literal(calls)
     if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
         fail(
@@ -276,7 +276,7 @@ def _not_a_string(raw: Mapping[str, Any], key: str, number: int, where: str, fie
 
 
 def _joined(parts: Sequence[Any], number: int, where: str, field: str) -> str:
-    """Return the text of a content that is given in parts."""
+    """Return the text of a content with several parts."""
     texts = []
     for part in parts:
         text = part.get("text") if isinstance(part, Mapping) else part
@@ -302,14 +302,14 @@ _OTHER_NAMES = {
 
 
 def is_role(name: object) -> bool:
-    """Return whether something is the name of a role, as chat templates know it or another name for it."""
+    """Return whether a value is a role of chat templates, or another name for one."""
     return isinstance(name, str) and name.strip().lower() in {*_KNOWN, *_OTHER_NAMES}
 
 
 def standard_role(role: str) -> str:
-    """Return a role by the name that chat templates know; warn of one that few of them know.
+    """Return the standard name of a role; warn if few chat templates know the role.
 
-    Some templates write any role as it is, so that one under another name would be trained on without a word.
+    Some templates write any role, so a wrong name would be trained on silently.
     """
     if role in _KNOWN:
         return role
@@ -326,17 +326,17 @@ def standard_role(role: str) -> str:
 
 _TURN = "\n\nAssistant:"
 _USER_TURN = "\n\nHuman:"
-_LEAST_SHARED = 2  # words; answers that only begin alike share less
+_LEAST_SHARED = 2  # words; answers that just start with the same word share less
 _LEAST_REPEATED = 16
 
 
 class Note(NamedTuple):
-    """Something about a row that is told, with the number of such rows, and stops no run.
+    """A remark on a row, reported with the number of such rows; it does not stop a run.
 
     Attributes:
         field: The field.
-        problem: What is so.
-        fix: What to do about it.
+        problem: The problem.
+        fix: The fix.
     """
 
     field: str
@@ -376,11 +376,11 @@ ONE_REPEATS = Note(
 
 
 def implicit_prompt(chosen: str, rejected: str | None) -> tuple[str, list[Note]] | None:
-    """Return the prompt with which answers begin, and what to tell about it; None where there seems to be none.
+    """Return the prompt at the start of the answers, and remarks; None if there seems to be none.
 
     Args:
         chosen: The preferred answer, with its prompt.
-        rejected: The other, if there is one.
+        rejected: The other answer, if there is one.
     """
     shared = chosen if rejected is None else _shared_start(chosen, rejected)
     end = shared.rfind(_TURN)
@@ -399,14 +399,14 @@ def implicit_prompt(chosen: str, rejected: str | None) -> tuple[str, list[Note]]
 
 
 def without_prompt(prompt: str, answers: Mapping[str, str]) -> tuple[dict[str, str], list[Note]]:
-    """Return answers without their prompt where all begin with it, and what to tell.
+    """Remove the prompt from the answers if all start with it; also return remarks.
 
-    White space around the prompt does not count. Where only one of two answers begins with it, they stay as they are. A
-    prompt that is too short is not looked for: it could stand there by chance.
+    White space around the prompt is ignored. If only one of two answers starts with it, both stay unchanged. Very short
+    prompts are not removed: an answer may start with one by chance.
 
     Args:
-        prompt: What was asked.
-        answers: The field of each answer, and its text.
+        prompt: The prompt.
+        answers: Field and text of each answer.
     """
     asked = prompt.strip()
     if len(asked) < _LEAST_REPEATED or len(asked.split()) < _LEAST_SHARED:
@@ -420,7 +420,7 @@ def without_prompt(prompt: str, answers: Mapping[str, str]) -> tuple[dict[str, s
 
 
 def _after(prompt: str, answer: str) -> str:
-    """Return an answer after the prompt that it begins with; what parts them stands in one of the two only."""
+    """Return the part of an answer after the prompt; keep the separator in one of the two only."""
     if answer.startswith(prompt):
         return answer[len(prompt) :]
     rest = answer.lstrip()[len(prompt.strip()) :]
@@ -433,7 +433,7 @@ def _shared_start(first: str, second: str) -> str:
 
 
 def _whole_words(shared: str, chosen: str, rejected: str) -> str:
-    """Return a shared start without the beginning of a word in which the texts part, and without a last space."""
+    """Cut a shared start to whole words, without a trailing space."""
     following = chosen[len(shared) : len(shared) + 1] + rejected[len(shared) : len(shared) + 1]
     if shared[-1:].isalnum() and any(map(str.isalnum, following)):
         while shared and not shared[-1].isspace():

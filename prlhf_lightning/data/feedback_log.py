@@ -1,7 +1,7 @@
-"""The durable log of the feedback that people give on answers: its one table, and how it is written and read.
+"""Durable log of users' feedback in a database: its table, writing and reading.
 
-Here and not in `serving`, because the server writes what `data.sources.FeedbackLogSource` reads. Needs the extra
-`serve` (SQLAlchemy), and `postgres` for PostgreSQL.
+It is in `data`, not in `serving`, because the server writes it and `data.sources.FeedbackLogSource` reads it. Needs the
+extra `serve` (SQLAlchemy), and `postgres` for PostgreSQL.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Prompt: TypeAlias = str | list[dict[str, str]]
 FEEDBACK = sql.Table(
     "prlhf_feedback",
     sql.MetaData(),
-    # SQLite gives numbers of its own to INTEGER columns only.
+    # SQLite autoincrements only INTEGER columns.
     sql.Column("number", sql.BigInteger().with_variant(sql.Integer, "sqlite"), primary_key=True),
     sql.Column("source", sql.Text, nullable=False),
     sql.Column("id", sql.Text, nullable=False),
@@ -43,41 +43,41 @@ FEEDBACK = sql.Table(
     sql.Column("rejected", sql.Text),
     sql.Column("completion", sql.Text),
     sql.Column("liked", sql.Boolean),
-    sql.Column("digest", sql.Text),  # of the columns that were handed in; none in rows of older versions
+    sql.Column("digest", sql.Text),  # of the submitted columns; null in rows of older versions
     sql.UniqueConstraint("source", "id"),
-    sqlite_autoincrement=True,  # so that the number of a removed row is never given to another
+    sqlite_autoincrement=True,  # never reuse the number of a removed row
 )
 
 _IS_PAIR = FEEDBACK.c.chosen != FEEDBACK.c.rejected
-_ORDER = 0x7072_6C68  # of the PostgreSQL lock under which rows get their numbers
-_LOCKED_MS = 4000  # how long a write waits while somebody else holds the log's lock
-_SILENT_SECONDS = 8.0  # how long PostgreSQL may be silent; longer than it waits for locks
-_PROBE_LOCKED_SECONDS, _PROBE_SILENT_SECONDS = 1.0, 3.0  # where it is only asked whether the log can be used
+_ORDER = 0x7072_6C68  # key of the PostgreSQL advisory lock that serializes row numbers
+_LOCKED_MS = 4000  # timeout of a write that waits for the log's lock
+_SILENT_SECONDS = 8.0  # timeout of PostgreSQL's answers; longer than that of locks
+_PROBE_LOCKED_SECONDS, _PROBE_SILENT_SECONDS = 1.0, 3.0  # shorter timeouts of health checks
 
 
 class FeedbackLogError(PRLHFError, OSError):
-    """The log can't be written or read now, as on a full disk or without a connection to the database."""
+    """The log cannot be written or read now, for instance on a full disk or without a database connection."""
 
 
 class ConflictError(PRLHFError, ValueError):
-    """An id that already stands for other feedback."""
+    """An id that is already used for other feedback."""
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """What one person thought: which of two answers was better, or whether one was good.
+    """Feedback of one user: a preference between two answers, or a label of one answer.
 
     Attributes:
-        source: Who handed it in: the name of an API key, or nothing.
-        id: Tells it apart from all other feedback of the same source; handing it in twice counts once.
-        received: When, in seconds since 1970 (UTC).
-        user_id: Who judged.
-        prompt: What was answered.
-        chosen: The better answer of two.
-        rejected: The other. The same text as `chosen` stands for a tie.
-        completion: The one answer that was judged.
-        liked: Whether it was good.
-        user_text: What is known about the user, or nothing.
+        source: Name of the API key that submitted it, or empty.
+        id: Unique id within the source; feedback submitted twice counts once.
+        received: Time of receipt in seconds since 1970 (UTC).
+        user_id: The user's id.
+        prompt: The prompt.
+        chosen: The better of two answers.
+        rejected: The other answer; equal to `chosen` for a tie.
+        completion: The single answer, for unpaired feedback.
+        liked: Whether the user liked the single answer.
+        user_text: Text about the user, or None.
     """
 
     source: str
@@ -92,37 +92,37 @@ class Feedback:
     user_text: str | None = None
 
     def row(self) -> dict[str, Any]:
-        """Return the columns of the table. Equal prompts are equal texts."""
+        """Return the columns of the table; equal prompts become equal texts."""
         row = {**vars(self), "prompt": json.dumps(self.prompt, sort_keys=True), "received": float(self.received)}
         return row | {"digest": _digest(row)}
 
 
 class Extent(NamedTuple):
-    """How many rows there are up to the last, and that row's number."""
+    """Number of rows up to the last one, and the last row's number."""
 
     rows: int
     last: int
 
 
 class FeedbackLog:
-    """Feedback in a database. Safe to use from several threads and processes at once.
+    """Feedback log in a database; thread-safe and process-safe.
 
-    SQLite runs in WAL mode with `synchronous=FULL`, so that what `append` has returned for outlives a crash of the
-    process and of the machine; so it does in PostgreSQL with `synchronous_commit=on`, which `append` sets where it is
-    off. Only the owner can read a new SQLite file. A SQLite file that is deleted, moved, replaced or damaged while it
-    is open is noticed by `append`. A database that hangs makes `append` and `check` fail after some seconds. Each row
-    has a digest, by which a value that changed on the disk is noticed when it is read.
+    After `append` returns, the row survives a crash of the process or the machine: SQLite runs in WAL mode with
+    `synchronous=FULL`; in PostgreSQL, `append` sets `synchronous_commit=on` if it is off. Only the owner can read a new
+    SQLite file. `append` detects a SQLite file that was deleted, moved, replaced or damaged while open. If the database
+    hangs, `append` and `check` fail after some seconds. Each row has a digest, so reading detects values that changed
+    on disk.
 
     Args:
         url: `sqlite:///feedback.db`, `postgresql://user@host/database`, or the path of a SQLite file. The query of a
-            PostgreSQL URL is passed on to libpq: `?sslmode=verify-full&connect_timeout=3`.
-        create: Make the table if it is not there, to write to it. Without it, the log is only read, however long it
-            takes.
+            PostgreSQL URL is passed to libpq: `?sslmode=verify-full&connect_timeout=3`.
+        create: Open the log for writing and create the table if needed. Otherwise the log is read-only, without
+            timeouts.
 
     Raises:
-        ConfigurationError: The URL is none, its database's driver is not installed, or the database can't keep a log:
-            the table is not of this version or not durable (UNLOGGED), or the database's encoding is not UTF-8.
-        FeedbackLogError: The database can't be opened.
+        ConfigurationError: The URL is invalid, the database's driver is not installed, or the database cannot store the
+            log: the table has another version or is not durable (UNLOGGED), or the encoding is not UTF-8.
+        FeedbackLogError: The database cannot be opened.
     """
 
     def __init__(self, url: str, create: bool = True) -> None:
@@ -143,7 +143,7 @@ class FeedbackLog:
                 self._reader = self._engine
             else:
                 self._engine = sql.create_engine(address)
-                # Not of the same pool: what `append` writes to must have been opened when no other was open.
+                # A separate pool: the connection of `append` must be opened while no other is open.
                 self._reader = sql.create_engine(address, poolclass=sql.NullPool)
                 self._probe = self._engine
         except (SQLAlchemyError, ValueError, ImportError) as error:
@@ -154,7 +154,7 @@ class FeedbackLog:
             raise ConfigurationError(
                 f"The feedback log's URL can't be used ({type(error).__name__}); {fix}."
             ) from error
-        self._turn = Lock()  # to write to SQLite, which has one writer at a time anyway
+        self._turn = Lock()  # serializes writes to SQLite, which has a single writer anyway
         with self._errors():
             if self._is_sqlite:
                 if "uri" not in address.query:
@@ -167,7 +167,7 @@ class FeedbackLog:
             self._check_table()
 
     def _make(self) -> None:
-        """Make the table if it is not there."""
+        """Create the table if it does not exist."""
         if self._file is not None:
             self._file.make()
             kind = network_file_system(self._file.path)
@@ -183,7 +183,7 @@ class FeedbackLog:
         except (ProgrammingError, IntegrityError, OperationalError) as error:
             if not any(sign in str(error.orig) for sign in ("already exists", "duplicate key")):
                 raise
-            FEEDBACK.metadata.create_all(self._engine)  # another process has made it since it was looked for
+            FEEDBACK.metadata.create_all(self._engine)  # another process has just created it
         if self._found_columns() == {column.name for column in FEEDBACK.c} - {"digest"}:  # of an older version
             try:
                 with self._engine.begin() as connection:
@@ -207,7 +207,7 @@ class FeedbackLog:
             return {column["name"] for column in found.get_columns(FEEDBACK.name)}
 
     def _check_table(self) -> None:
-        """Refuse a table that can't hold the log."""
+        """Reject a table that cannot store the log."""
         found = self._found_columns()
         self._columns = [column for column in FEEDBACK.c if column.name in found or column.name != "digest"]
         with self._reader.connect() as connection:
@@ -221,10 +221,10 @@ class FeedbackLog:
                 _check_durable(connection, self.name)
 
     def append(self, feedback: Feedback) -> bool:
-        """Write feedback down for good. Return False where the same had been written before.
+        """Write feedback durably; return False if the same feedback is already in the log.
 
         Raises:
-            ConflictError: Its id stands for other feedback of the same source.
+            ConflictError: Its id is used for other feedback of the same source.
             FeedbackLogError: It could not be written.
         """
         names = {column.name for column in self._columns}
@@ -233,7 +233,7 @@ class FeedbackLog:
             try:
                 if not self._is_sqlite:
                     connection.execute(_DURABLY, {"ms": str(_LOCKED_MS)})
-                    # Rows become visible in the order of their numbers, as `until` needs.
+                    # Rows must become visible in the order of their numbers; `until` needs it.
                     connection.execute(sql.select(sql.func.pg_advisory_xact_lock(_ORDER)))
                 connection.execute(FEEDBACK.insert(), row)
                 connection.commit()
@@ -252,7 +252,7 @@ class FeedbackLog:
         return False
 
     def extent(self, until: int | None = None) -> Extent:
-        """Return how far the log goes, or what there is of it up to a row's number."""
+        """Return the extent of the log, or of its rows up to the number `until`."""
         query = sql.select(sql.func.count(), sql.func.coalesce(sql.func.max(FEEDBACK.c.number), 0))
         if until is not None:
             query = query.where(FEEDBACK.c.number <= until)
@@ -260,25 +260,25 @@ class FeedbackLog:
             return Extent(*connection.execute(query).one())
 
     def pairs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield each pair after its row's number, in the order of receipt, without ties.
+        """Yield the row number and content of each pair, in the order of receipt, without ties.
 
         Args:
-            until: The last row's number that counts.
+            until: Number of the last row to read.
         """
         yield from self._records(sql.select(*self._columns).where(_IS_PAIR), until)
 
     def newest_pairs(self, user_id: str, most: int) -> list[dict[str, Any]]:
-        """Return a user's last pairs, at most so many, in the order of receipt, without ties."""
+        """Return a user's last pairs, at most `most`, in the order of receipt, without ties."""
         query = sql.select(*self._columns).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
         with self._errors(), self._reader.connect() as connection:
             rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
         return [_record(row, self.name) for row in reversed(rows)]
 
     def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield each thumb after its row's number, in the order of receipt.
+        """Yield the row number and content of each thumb, in the order of receipt.
 
         Args:
-            until: The last row's number that counts.
+            until: Number of the last row to read.
         """
         yield from self._records(sql.select(*self._columns).where(FEEDBACK.c.completion.is_not(None)), until)
 
@@ -291,7 +291,11 @@ class FeedbackLog:
                 yield row["number"], _record(row, self.name)
 
     def check(self) -> None:
-        """Raise FeedbackLogError where the log can't be read and written now, within a few seconds."""
+        """Check within a few seconds that the log can be read and written.
+
+        Raises:
+            FeedbackLogError: It cannot.
+        """
         with self._errors(), self._connection(_PROBE_LOCKED_SECONDS, self._probe) as connection:
             if self._file is not None:
                 connection.execute(sql.select(FEEDBACK.c.number).limit(1))
@@ -301,7 +305,7 @@ class FeedbackLog:
                 self._try_writing(connection)
 
     def _try_writing(self, connection: sql.Connection) -> None:
-        """Write a row to PostgreSQL and take it back, durably; nobody else ever sees it."""
+        """Write and delete a row in PostgreSQL durably, in one transaction that others never see."""
         connection.execute(_DURABLY, {"ms": str(round(_PROBE_LOCKED_SECONDS * 1000))})
         name = f"trial {uuid4().hex}"
         row = Feedback(name, name, time.time(), name, "", completion="", liked=True).row()
@@ -317,11 +321,11 @@ class FeedbackLog:
 
     @contextmanager
     def _connection(self, seconds: float, engine: sql.Engine | None = None) -> Iterator[sql.Connection]:
-        """Give a connection to write to the database as it is now.
+        """Yield a connection for writing to the current database.
 
         Args:
-            seconds: How long to wait for other threads that write to SQLite.
-            engine: What to take it from.
+            seconds: Timeout for other threads that write to SQLite.
+            engine: Engine of the connection; by default the log's.
         """
         engine = engine or self._engine
         if self._file is None:
@@ -336,7 +340,7 @@ class FeedbackLog:
                     self._file.check_pages()
                     yield connection
                     return
-            engine.dispose()  # another file is there now, as from a backup
+            engine.dispose()  # the file was replaced, for instance by a backup
             with engine.connect() as connection:
                 self._file.check_pages()
                 yield connection
@@ -348,39 +352,39 @@ class FeedbackLog:
             self._file.check_same(connection.info["identity"])
 
     def _before_connect(self, *_: Any) -> None:
-        """Keep SQLite from making a new, empty file where the log was, and from mixing it with another."""
+        """Keep SQLite from creating an empty file in place of a missing log, or mixing the log with another file."""
         if self._file is not None:
             self._file.check_openable()
 
     def _after_connect(self, connection: Any, record: Any) -> None:
-        """Make writes durable, and remember which file was opened."""
+        """Make writes durable, and store the identity of the opened file."""
         for setting in (f"busy_timeout={_LOCKED_MS}", "journal_mode=WAL", "synchronous=FULL", "fullfsync=ON"):
             connection.execute(f"PRAGMA {setting}")
-        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # now its -wal and -shm are open
+        connection.execute("SELECT count(*) FROM sqlite_master").fetchone()  # opens the -wal and -shm files
         if self._file is not None:
             record.info["identity"] = self._file.opened()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
-        """Turn errors of the database, whose messages quote what was to be written, into ours, which do not."""
+        """Turn database errors, whose messages quote the written values, into errors that do not quote them."""
         try:
             yield
         except (SQLAlchemyError, sqlite3.Error) as error:
-            # Its connections may remember pages of a file that is gone, or lead to a server that no longer leads.
+            # Connections may cache pages of a removed file, or point to a server that is no longer the primary.
             self._engine.dispose()
             raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({self._reason(error)}).") from None
 
     def _reason(self, error: Exception) -> str:
-        """Say what is wrong, without what was to be written."""
+        """Return the reason of an error, without the written values."""
         cause = getattr(error, "orig", None) or error
         if isinstance(cause, sqlite3.Error):
-            if str(cause).startswith("Could not decode"):  # and then quotes it
+            if str(cause).startswith("Could not decode"):  # followed by the text
                 return "a text in it is damaged; put a backup in its place"
-            if not hasattr(cause, "sqlite_errorname"):  # of our own checks
+            if not hasattr(cause, "sqlite_errorname"):  # from our own checks
                 return str(cause)
             if str(cause).startswith("no such table"):
                 return f"{cause}; put a backup in its place, or start the server again to begin an empty one"
-            # Such as SQLITE_IOERR_WRITE, of which our own checks have no name.
+            # Such as SQLITE_IOERR_WRITE; errors of our own checks have no such name.
             name = cause.sqlite_errorname
             return next((text for kind, text in self._advice.items() if name.startswith(kind)), name)
         name = type(cause).__name__
@@ -395,7 +399,7 @@ _SQLITE_ADVICE = {
     "SQLITE_CORRUPT": "the file is damaged; put a backup in its place",
     "SQLITE_NOTADB": "the file is damaged; put a backup in its place",
 }
-# A transaction waits so long for locks, and for the disk where the database's own setting does not.
+# A transaction's lock timeout, and durable commits even if the database's own setting disables them.
 _DURABLY = sql.text(
     "SELECT set_config('lock_timeout', :ms, true), set_config('synchronous_commit', "
     "CASE current_setting('synchronous_commit') WHEN 'off' THEN 'on' ELSE current_setting('synchronous_commit') END, "
@@ -404,13 +408,13 @@ _DURABLY = sql.text(
 
 
 def _postgresql(address: sql.URL, writes: bool) -> tuple[sql.Engine, sql.Engine, Mapping[str, str]]:
-    """Return what makes connections to PostgreSQL, what makes them for trials, and what its errors mean."""
+    """Return the engine for PostgreSQL, the engine for health checks, and explanations of error codes."""
     from prlhf_lightning.data import postgresql
 
     patient = {name: value for name, value in postgresql.PATIENT.items() if name not in address.query}
     address = address.update_query_dict(patient)
     hasty = address.update_query_dict({"connect_timeout": "2"})
-    # Statements that are prepared on one connection do not work through a pooler such as PgBouncer.
+    # Prepared statements do not work through a pooler such as PgBouncer.
     given = {"connect_args": {"prepare_threshold": None}}
     engine = sql.create_engine(address, pool_pre_ping=True, **given)
     probe = sql.create_engine(hasty, poolclass=sql.NullPool, **given)
@@ -422,7 +426,7 @@ def _postgresql(address: sql.URL, writes: bool) -> tuple[sql.Engine, sql.Engine,
 
 
 def _check_durable(connection: sql.Connection, name: str) -> None:
-    """Refuse a PostgreSQL database in which what was acknowledged could be lost or changed."""
+    """Reject a PostgreSQL database that could lose or change acknowledged rows."""
     encoding = connection.execute(sql.text("SHOW server_encoding")).scalar_one()
     if encoding != "UTF8":
         raise ConfigurationError(f"{name}: the database's encoding is {encoding}; make one with ENCODING 'UTF8'.")
@@ -438,13 +442,13 @@ def _check_durable(connection: sql.Connection, name: str) -> None:
 
 
 def _digest(row: Mapping[Any, Any]) -> str:
-    """Return the SHA-256 of what was handed in; the row's number is the database's."""
+    """Return the SHA-256 of the submitted columns, without the row number."""
     values = [row[column.name] for column in FEEDBACK.c if column.name not in ("number", "digest")]
     return sha256(json.dumps(values, default=str).encode()).hexdigest()
 
 
 def _check_row(row: Mapping[Any, Any], log: str) -> None:
-    """Check that a row is as it was written, where it has a digest."""
+    """Check that a row is unchanged, if it has a digest."""
     if row.get("digest") is not None and row["digest"] != _digest(row):
         raise _damaged(row, log, "does not have the values that were written")
 
@@ -458,11 +462,11 @@ def _damaged(row: Mapping[Any, Any], log: str, what: str) -> FeedbackLogError:
 
 
 def _record(row: Mapping[Any, Any], log: str) -> dict[str, Any]:
-    """Return a row in the form that `data.records.parse_record` reads."""
+    """Return a row in the form that `data.schema.parse_record` reads."""
     _check_row(row, log)
     try:
         prompt = json.loads(row["prompt"])
-    except ValueError:  # whose message would quote it
+    except ValueError:  # its message would quote the value
         raise _damaged(row, log, "has a prompt that is no JSON") from None
     record = {"user_id": row["user_id"], "user_text": row["user_text"], "prompt": prompt}
     for name in ("chosen", "rejected") if row["completion"] is None else ("completion",):

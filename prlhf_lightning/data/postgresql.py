@@ -1,4 +1,4 @@
-"""Connections to PostgreSQL that do not wait forever for a database that hangs, or for a network that is cut.
+"""Connections to PostgreSQL with timeouts for a database or network that hangs.
 
 Needs psycopg, of the extra `postgres`.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg
 
-# Of libpq; a URL can set others. The kernel gives up a connection whose other side does not answer.
+# Defaults of libpq's options, which a URL can override. The kernel closes a connection if the peer does not answer.
 PATIENT = {
     "connect_timeout": "5",
     "keepalives_idle": "20",
@@ -22,14 +22,14 @@ PATIENT = {
 
 
 def impatient(seconds: float) -> type[psycopg.Connection[Any]]:
-    """Return a class of connections that fail, and are closed, where the database says nothing for so many seconds."""
+    """Return a connection class that fails and closes if the database does not answer for some seconds."""
 
     class Impatient(psycopg.Connection[Any]):
         def wait(self, gen: Any, *args: Any, **kwargs: Any) -> Any:
             try:
                 return super().wait(_limited(gen, time.monotonic() + seconds), *args, **kwargs)
             except _Silence:
-                self.pgconn.finish()  # an answer that came later would be taken for that of the next statement
+                self.pgconn.finish()  # a late answer would be taken for that of the next statement
                 raise
 
     return Impatient
@@ -40,7 +40,7 @@ class _Silence(psycopg.OperationalError):
 
 
 def _limited(waiting: Generator[Any, Any, Any], deadline: float) -> Generator[Any, Any, Any]:
-    """Go through what psycopg waits for, which is told ten times a second when there is nothing yet."""
+    """Drive psycopg's wait generator with a deadline; it wakes up ten times per second."""
     ready = None
     while True:
         try:

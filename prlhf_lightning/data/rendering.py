@@ -1,4 +1,4 @@
-"""Feedback records to the exact texts that are tokenized: the user-text format and the chat template, applied."""
+"""Rendering of feedback records to the texts that are tokenized, with the user-text format and the chat template."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from prlhf_lightning.utils.chat_tokens import end_token_ids
 from prlhf_lightning.utils.template_limits import TemplateLimitError
 
 _OPEN = re.compile(r"(<[\w:]+>|\[\w+\])\s*\Z")  # the start of a thought
-_CLOSED = re.compile(r"(?:<([\w:]+)>\s*(</\1>)|\[(\w+)\]\s*(\[/\3\]))\s*\Z")  # a thought that is empty
-_PRINTED_MARK = repr(MARK)[1:-1]  # as templates write it that print a mapping of Python
-_LONGEST_CAUSE = 300  # characters of what a template says
-_ANOTHER_QUESTION, _ANOTHER_ANSWER = "Qzquestion7", "Azanswer7"  # which no template has in its own text, or changes
+_CLOSED = re.compile(r"(?:<([\w:]+)>\s*(</\1>)|\[(\w+)\]\s*(\[/\3\]))\s*\Z")  # an empty thought
+_PRINTED_MARK = repr(MARK)[1:-1]  # the mark in templates that print a Python mapping
+_LONGEST_CAUSE = 300  # characters of a template's error message
+_ANOTHER_QUESTION, _ANOTHER_ANSWER = "Qzquestion7", "Azanswer7"  # placeholders that no template contains or changes
 
 
 @dataclass(frozen=True)
 class RenderedRecord:
-    """The texts of one record, control tokens that people wrote marked as text (`TokenEscaper`).
+    """The texts of one record, with user-written control tokens marked as text (`TokenEscaper`).
 
     Attributes:
-        user_text: Text about the user, empty where there is none.
-        prompt: All that stands before the completion, except what the tokenizer adds where `templated` is false.
-        chosen: The preferred completion, up to the token that ends it if it is written there, or None.
+        user_text: Text about the user, empty if there is none.
+        prompt: The whole text before the completion; if `templated` is false, the tokenizer still adds BOS.
+        chosen: The preferred completion, with its end token if the text has one, or None.
         rejected: The other completion, or None.
-        templated: Whether a chat template wrote these texts, in which case it decided about BOS too.
+        templated: Whether a chat template wrote these texts; it then also decided about BOS.
     """
 
     user_text: str
@@ -53,15 +53,15 @@ class RenderedRecord:
 class Renderer:
     """Renders records for one tokenizer.
 
-    In messages, in plain strings that become a message, and in texts about users, control tokens are text. Plain
-    strings that are used as they stand keep theirs, as they may be conversations rendered already.
+    Control tokens are escaped in messages, in plain strings that become a message, and in texts about users. Plain
+    strings used without a chat template keep them, because they may be conversations that are already rendered.
 
     Attributes:
-        tokenizer: Holds the chat template.
-        chat_template: Whether plain strings are wrapped as one turn of the chat template. Conversations always are.
-        user_text_format: How a user's text is written; `{user_text}` stands for it.
-        template_args: Further arguments of the chat template.
-        template_date: The day that a chat template writes which asks for today's date, or None for today.
+        tokenizer: Has the chat template.
+        chat_template: Wrap plain strings as one turn of the chat template. Conversations always use it.
+        user_text_format: Format of a user's text; `{user_text}` is replaced by the text.
+        template_args: Extra arguments of the chat template.
+        template_date: Date for chat templates that ask for today's date; None for today.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -92,7 +92,7 @@ class Renderer:
         return TemplateCoverage(self._plain_chat)
 
     def __call__(self, record: FeedbackRecord, where: str) -> RenderedRecord:
-        """Return the texts of a record that stands at `where`."""
+        """Return the texts of a record with location `where`."""
         user_text = self.user_text(record.user_text)
         prompt, templated = self.prompt(record.prompt, where, record.tools)
         if not templated:
@@ -111,16 +111,16 @@ class Renderer:
         return RenderedRecord(user_text, prompt, chosen, rejected, True)
 
     def user_text(self, text: str | None) -> str:
-        """Return how a text about a user is written; nothing where there is none."""
+        """Return the formatted text about a user; empty if there is none."""
         return self.user_text_format.replace("{user_text}", self.escaper.escape(text)) if text else ""
 
     def prompt(self, prompt: Text, where: str, tools: Tools = None, continued: bool = False) -> tuple[str, bool]:
-        """Return the text of a prompt, up to where the answer begins, and whether the chat template wrote it.
+        """Return the text of a prompt up to the start of the answer, and whether the chat template wrote it.
 
         Args:
             prompt: A string or a conversation.
-            where: Where it stands.
-            tools: What may be called in answering it.
+            where: Location of the prompt.
+            tools: Tool definitions, or None.
             continued: Whether its last message is the beginning of the answer.
         """
         if isinstance(prompt, str) and not self.chat_template:
@@ -142,9 +142,9 @@ class Renderer:
 
     @cached_property
     def _ends(self) -> tuple[str, ...]:
-        """The tokens that end an answer, as text."""
+        """The end tokens of an answer, as text."""
         tokens = self.tokenizer.convert_ids_to_tokens(list(end_token_ids(self.tokenizer)))
-        # A word of the vocabulary that ends answers too is no text to look for.
+        # Ordinary words that are configured as end tokens are not searched in the text.
         known = {*self.tokenizer.get_added_vocab(), *self.tokenizer.all_special_tokens}
         return tuple(token for token in tokens if token in known)
 
@@ -183,7 +183,7 @@ class Renderer:
             )
         except TemplateLimitError:
             raise
-        except Exception as error:  # templates raise whatever their authors chose
+        except Exception as error:  # templates may raise any error
             said = " ".join(str(error)[:_LONGEST_CAUSE].split())
             fix = "change the roles of the messages or their order"
             if any(message["content"] is None for message in messages):
@@ -194,8 +194,8 @@ class Renderer:
         return text.replace(_PRINTED_MARK, MARK)
 
     def _plain_answer(self, text: Text) -> str:
-        """Return a plain completion with one end token at most at its end, and no BOS."""
-        assert isinstance(text, str)  # as the prompt is
+        """Return a plain completion without BOS, and with at most one end token."""
+        assert isinstance(text, str)  # because the prompt is
         bos = self.tokenizer.bos_token
         while bos and text.startswith(bos):
             text = text[len(bos) :]
@@ -206,11 +206,11 @@ class Renderer:
         return kept + end if kept else text
 
     def _answer(self, prompt: str, messages: list[Message], where: str, field: str, tools: Tools) -> str:
-        """Return what the template writes for the last message after the prompt, up to the token that ends it."""
+        """Return the template's text of the last message after the prompt, up to and including its end token."""
         if closed := _CLOSED.search(prompt):
             messages = [*messages[:-1], _without_thought(messages[-1], closed[2] or closed[4])]
         whole = self._chat(messages, where, field, add_generation_prompt=False, tools=tools)
-        # What stands before was checked with the prompt, where all of it must be written.
+        # The earlier messages were checked with the prompt, which must be complete.
         self._coverage.check(messages, tools, where, ["prompt"] * (len(messages) - 1) + [field], only_last=True)
         content = str(messages[-1]["content"] or "").strip()
         if whole.startswith(prompt):
@@ -219,20 +219,20 @@ class Renderer:
             text = self._after_other_prompt(prompt, messages, whole, where, field, tools)
         start = max(text.find(content), 0) + len(content)
         end = self._end.search(text, start if content in text else 0)
-        # Many templates write a line break after the end of a turn; generation stops before it, so training does.
+        # Many templates write a line break after the end of a turn; like generation, training stops before it.
         return text[: end.end()] if end else text
 
     def _after_other_prompt(
         self, prompt: str, messages: list[Message], whole: str, where: str, field: str, tools: Tools
     ) -> str:
-        """Return the answer where the template writes a prompt otherwise than it does before an answer.
+        """Return the answer if the template writes a prompt differently with and without an answer.
 
-        It may end prompts in more, such as `<think>` of DeepSeek-R1, or leave the system message out once there is an
-        answer, as Mistral's. Generation starts from the prompt, so the answer follows what the two have in common after
-        the last message. Thoughts that the template leaves out of answers are kept.
+        A template may add text at the end of prompts, such as `<think>` of DeepSeek-R1, or omit the system message when
+        there is an answer, such as Mistral's. Generation starts from the prompt, so the answer starts after the part
+        that both texts share after the last message. Thoughts that the template omits from answers are kept.
         """
         *asked, answer = messages
-        # Another text in place of the last message shows where that message ends: `hi` may stand elsewhere too.
+        # Replace the last message by a placeholder to find its end: its text, such as `hi`, may occur elsewhere.
         marked = [*asked[:-1], {**asked[-1], "content": _ANOTHER_QUESTION}]
         other_answer = {"role": "assistant", "content": _ANOTHER_ANSWER}
         opened = _after_question(self._chat(marked, where, "prompt", True, tools))
@@ -271,7 +271,7 @@ class Renderer:
 
 
 def _without_thought(answer: Message, closing: str) -> Message:
-    """Return an answer without its thought, which ends in `closing` if it stands in the content."""
+    """Return an answer without its thought; a thought in the content ends with `closing`."""
     content = answer["content"]
     without = {name: value for name, value in answer.items() if name not in THOUGHTS}
     if content and closing in content:
@@ -287,17 +287,17 @@ def _without_thought(answer: Message, closing: str) -> Message:
 
 
 def _after_question(text: str) -> str:
-    """Return what stands after `_ANOTHER_QUESTION` in a rendered conversation; nothing where that is missing."""
+    """Return the text after `_ANOTHER_QUESTION` in a rendered conversation; empty if it is missing."""
     return text.rpartition(_ANOTHER_QUESTION)[2] if _ANOTHER_QUESTION in text else ""
 
 
 def _alike(first: str, second: str) -> int:
-    """Return how many characters two texts have in common at their start."""
+    """Return the length of the common prefix of two texts."""
     differ = (number for number, (a, b) in enumerate(zip(first, second, strict=False)) if a != b)
     return next(differ, min(len(first), len(second)))
 
 
-# What `apply_chat_template` takes for itself, or the rows give.
+# Arguments of `apply_chat_template` itself, or given by the rows.
 _TAKEN = {
     *(
         "messages",
@@ -315,7 +315,7 @@ _TAKEN = {
 
 
 def check_values(args: Mapping[str, Any], day: str | None) -> None:
-    """Refuse arguments that cannot be kept in a checkpoint, or are set elsewhere, and a day that is none."""
+    """Reject arguments that a checkpoint cannot store or that are set elsewhere, and an invalid date."""
     for name in args:
         if not isinstance(name, str) or name in _TAKEN:
             raise ConfigurationError(
@@ -336,7 +336,7 @@ def check_values(args: Mapping[str, Any], day: str | None) -> None:
 
 
 def check_names(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that is no Jinja, and arguments that it does not read, which would have no effect."""
+    """Reject a chat template with invalid Jinja syntax, and arguments that the template does not use."""
     _check_syntax(tokenizer)
     template = _text(tokenizer)
     for name in args:
@@ -349,10 +349,10 @@ def check_names(args: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse a chat template that is no Jinja, whatever the messages.
+    """Reject a chat template with invalid Jinja syntax.
 
     Raises:
-        ConfigurationError: Names the line of the template and what is wrong there.
+        ConfigurationError: The syntax is invalid; the message gives the line and the error.
     """
     templates: Any = tokenizer.chat_template or {}
     for template in templates.values() if isinstance(templates, dict) else [templates]:
@@ -365,7 +365,7 @@ def _check_syntax(tokenizer: PreTrainedTokenizerBase) -> None:
             ) from error
         except TemplateLimitError:
             raise
-        except Exception:  # templates raise whatever their authors chose, of which rows tell more
+        except Exception:  # templates may raise any error; rendering a row reports it
             continue
 
 
@@ -376,12 +376,12 @@ def writes_date(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 @lru_cache
 def on_day(template: str, day: str) -> str:
-    """Return a chat template for which it is always the first moment of a day, such as `2026-01-31`."""
+    """Return a chat template with a fixed date, such as `2026-01-31`, at midnight."""
     then = datetime.combine(date.fromisoformat(day), time())
     codes = [flag + letter for flag in ("", *"-_0^#") for letter in ascii_letters]
     values = {code: then.strftime(f"%{code}") for code in codes}
     known = {code: value for code, value in values.items() if value != f"%{code}"}
-    # A macro stands in for the clock that transformers gives to templates, which takes no other from its callers.
+    # A macro replaces the clock that transformers passes to templates; callers cannot replace it.
     clock = (
         "{% macro strftime_now(format) %}{% set known = " + json.dumps(known) + " %}"
         "{% for text in format.split('%%') %}{{ '' if loop.first else '%' }}{% for part in text.split('%') %}"
@@ -389,7 +389,7 @@ def on_day(template: str, day: str) -> str:
         "{% elif part[:1] in known %}{{ known[part[:1]] + part[1:] }}{% else %}{{ '%' + part }}{% endif %}"
         "{% endfor %}{% endfor %}{% endmacro %}"
     )
-    # Templates are read with blocks that take the line break after them: this one, not one at the template's start.
+    # A block removes the line break after it; here its own line break, not one at the template's start.
     return clock + "\n" + template
 
 

@@ -1,4 +1,4 @@
-"""Control tokens in texts that people write: kept as text, so that nobody can forge a turn of the conversation."""
+"""Escaping of control tokens in user-written text, so a text cannot forge a turn of the conversation."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from prlhf_lightning.data.conversations import Note, plain_text
 from prlhf_lightning.data.schema import FeedbackRecord
 from prlhf_lightning.utils.chat_tokens import ANSWER, QUESTION, SYSTEM, rendered
 
-#: Stands inside a control token that is only text, so that no tokenizer finds the token there. It is a noncharacter of
-#: Unicode, which texts do not hold, and it is taken out again before text becomes tokens.
+#: Marker inserted into a control token that is only text, so no tokenizer finds the token. It is a Unicode
+#: noncharacter, which texts do not contain, and it is removed before tokenization.
 MARK = "\ufdd0"
-# Stand for a tool, a call of it (nine letters and digits, as Mistral's templates ask for), and its result.
+# Placeholders for a tool, a call id (nine letters and digits, as Mistral's templates require), and a result.
 _TOOL, _CALL, _RESULT = "Tztool7", "Czcalled7", "Rzresult7"
 
 
 class TokenEscaper:
-    """Finds the control tokens of a tokenizer in texts, and escapes them: marks them as text.
+    """Finds the control tokens of a tokenizer in texts and escapes them: marks them as text.
 
-    Control tokens are all special tokens, and the other added tokens that the chat template writes around the messages
-    of a conversation (DeepSeek's `<|User|>` is not special), and around tools and their results. Pairs such as
-    `<think>` and `</think>` between which the template writes nobody's text but the assistant's are part of answers:
-    they are no control tokens in an assistant's message, and elsewhere only if they are special.
+    Control tokens are all special tokens, and the other added tokens that the chat template writes around messages,
+    tools and their results (DeepSeek's `<|User|>` is not special). Pairs such as `<think>` and `</think>`, between
+    which the template writes only the assistant's text, are part of answers. In an assistant's message they are not
+    control tokens; elsewhere only if they are special.
 
     Args:
         tokenizer: The tokenizer, with or without a chat template.
@@ -51,11 +51,11 @@ class TokenEscaper:
         return found
 
     def escape(self, text: str, role: str = "user") -> str:
-        """Return a text with its control tokens marked as text; `role` is that of its author."""
+        """Mark the control tokens in a text as text; `role` is the author's role."""
         return (self._in_answers if role == "assistant" else self._everywhere).sub(_marked, text)
 
     def escape_messages(self, messages: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """Return messages in which all strings are as `escape` returns them, but roles that are plain words."""
+        """Escape all strings of messages, except roles that are plain words."""
         return [
             {**self.within(message, role), "role": role if role.isidentifier() else self.escape(role)}
             for message in messages
@@ -63,7 +63,7 @@ class TokenEscaper:
         ]
 
     def within(self, value: Any, role: str = "user") -> Any:
-        """Return a string, or lists and mappings with all their strings, as `escape` returns them."""
+        """Escape a string, or all strings of nested lists and mappings."""
         if isinstance(value, str):
             return self.escape(value, role)
         if isinstance(value, Mapping):
@@ -72,7 +72,7 @@ class TokenEscaper:
 
 
 def unescaped(text: str) -> str:
-    """Return a text as it was before control tokens were marked."""
+    """Undo `escape`: remove the marks from a text."""
     return text.replace(MARK, "")
 
 
@@ -82,16 +82,16 @@ def _marked(match: re.Match[str]) -> str:
 
 def _pattern(tokens: Iterable[str]) -> re.Pattern[str]:
     longest_first = sorted(filter(None, tokens), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # which never matches
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # a pattern that never matches
 
 
 def _end(token: str) -> str:
-    """Return the end that belongs to a start such as `<think>` or `[THINK]`."""
+    """Return the closing token of an opening one such as `<think>` or `[THINK]`."""
     return token[:1] + "/" + token[1:]
 
 
 def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return short conversations with all roles and with a tool, as the chat template writes them."""
+    """Render short conversations with all roles and with a tool."""
     asked, said = {"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}
     call = {"id": _CALL, "type": "function", "function": {"name": _CALL, "arguments": {}}}
     calling = {"role": "assistant", "content": "", "tool_calls": [call]}
@@ -107,7 +107,7 @@ def _conversations(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 
 def _encloses(start: str, end: str, text: str) -> bool:
-    """Return whether what anybody but the assistant writes stands between `start` and `end` in a conversation."""
+    """Return whether text of another role than the assistant is between `start` and `end` in a conversation."""
     places = [match.start() for match in re.finditer("|".join([QUESTION, SYSTEM, _RESULT, _TOOL]), text)]
     return any(
         text.rfind(start, 0, place) > text.rfind(end, 0, place) and text.find(end, place) >= 0 for place in places
@@ -115,7 +115,7 @@ def _encloses(start: str, end: str, text: str) -> bool:
 
 
 _BAR = "\N{FULLWIDTH VERTICAL LINE}"  # of DeepSeek's tokens
-# Beginnings of turns in well-known templates. What is written in people's own texts too, such as <s>, is not here.
+# Turn starts of well-known templates, without those that are common in ordinary text, such as <s>.
 _TURNS = (
     "[INST]", "<<SYS>>", "<|im_start|>", "<start_of_turn>", "<|start_header_id|>", "<|header_start|>", "<|user|>",
     "<|assistant|>", "<|system|>", "<|start_of_role|>", "<|START_OF_TURN_TOKEN|>", f"<{_BAR}User{_BAR}>",
@@ -131,7 +131,7 @@ class ControlTokens:
     """Finds control tokens in the texts of rows.
 
     Args:
-        tokenizer: Whose special tokens are looked for too; without one only those of well-known templates are.
+        tokenizer: Its special tokens are searched too; without one, only those of well-known templates.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
@@ -141,7 +141,7 @@ class ControlTokens:
         self._starts = "".join(sorted({token[0] for token in known}))
 
     def notes(self, record: FeedbackRecord) -> Iterator[Note]:
-        """Yield what is to be told about a record, a note for each field that holds such tokens."""
+        """Yield a note for each field of a record with control tokens."""
         texts = (record.prompt, record.chosen, record.rejected)
         for field, text in zip(("prompt", *record.fields), texts, strict=True):
             if text is None or (found := self._found(plain_text(text))) is None:
@@ -161,14 +161,14 @@ class ControlTokens:
                 )
 
     def _found(self, text: str) -> str | None:
-        if not any(start in text for start in self._starts):  # most texts, and many times as fast
+        if not any(start in text for start in self._starts):  # fast path for most texts
             return None
         found = self._any.search(text)
         return found[0] if found else None
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """Return the special tokens that nobody writes by chance."""
+    """Return the special tokens that do not occur in ordinary text."""
     tokens = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
     tokens |= {str(token) for token in (tokenizer.bos_token, tokenizer.eos_token) if token}
     tokens -= {str(token) for token in (tokenizer.unk_token, tokenizer.pad_token) if token} - {str(tokenizer.eos_token)}

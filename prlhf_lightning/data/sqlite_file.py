@@ -1,7 +1,7 @@
-"""Checks of a SQLite file that a process keeps open: is it still there, whole, and can it be written?
+"""Checks that an open SQLite file still exists, is undamaged and writable.
 
-SQLite itself goes on without an error where the file that it has open was deleted or moved, and reads damaged pages
-only when it needs them.
+SQLite itself reports no error if its open file was deleted or moved, and it notices damaged pages only when it reads
+them.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ Identity: TypeAlias = tuple[tuple[int, int] | None, ...]
 """Device and inode of the file, of its log (-wal) and of its index (-shm); None for one that is not there."""
 
 _LEAST_FREE = 1 << 20  # bytes on the disk, below which the next rows may not fit
-_LOCKED_SECONDS = 1.0  # how long a trial waits for the file's lock
-_SMALL = 8 << 20  # bytes up to which indexes are compared with the table, too, which takes ten times as long
+_LOCKED_SECONDS = 1.0  # lock timeout of a trial write
+_SMALL = 8 << 20  # bytes; up to this size, indexes are also checked against the table, which takes ten times as long
 _ENDS = ("", "-wal", "-shm")
 _NETWORK = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "afs", "ceph", "glusterfs", "lustre", "gpfs", "beegfs")
-# A check of all pages that took longer than this is followed by a pause that is so many times as long.
+# After a check of all pages that took longer than this, the next one waits this many times its duration.
 _SLOW_SECONDS, _REST = 0.1, 20
 
 
 class SQLiteFile:
     """The file of a SQLite database in WAL mode.
 
-    All methods raise `sqlite3.Error` where the file is not what it should be. They may be called from any thread.
+    All methods raise `sqlite3.Error` if a check fails. They are thread-safe.
 
     Args:
         path: The file.
@@ -39,32 +39,32 @@ class SQLiteFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = Lock()
-        self._state: os.stat_result | None = None  # the file's, when its pages were last checked
+        self._state: os.stat_result | None = None  # state of the file at the last check of its pages
         self._is_whole = True
         self._checked, self._seconds = -float("inf"), 0.0
         self._opened: Identity | None = None
 
     def identity(self) -> Identity:
-        """Return which files the paths name now."""
+        """Return the current identity of the files."""
         found = self._stat()
         return (found.st_dev, found.st_ino), *(self._identity(end) for end in _ENDS[1:])
 
     def opened(self) -> Identity:
-        """Return which files there are, just after they were opened, when no other connection was open."""
+        """Return the identity of the files just after opening, while no other connection is open."""
         self._opened = self.identity()
         return self._opened
 
     def check_same(self, opened: Identity) -> None:
-        """Check that the paths still name the files that were opened."""
+        """Check that the paths still refer to the opened files."""
         for end, was, now in zip(_ENDS, opened, self.identity(), strict=True):
             if was != now:
                 what = f"the file's {end}" if end else "the file"
                 raise sqlite3.OperationalError(f"{what} was {'replaced' if now else 'deleted'}")
 
     def check_openable(self) -> None:
-        """Check that opening the file does harm to nothing: SQLite would apply, or delete, a -wal that is not its own.
+        """Check that the file can be opened safely: SQLite would apply or delete a -wal file of another database.
 
-        Such a -wal stays where the file alone was replaced, deleted or emptied.
+        Such a -wal remains if only the main file was replaced, deleted or emptied.
         """
         identity, wal = self.identity(), Path(f"{self.path}-wal")
         if not wal.exists() or not wal.stat().st_size:
@@ -76,23 +76,23 @@ class SQLiteFile:
             raise sqlite3.OperationalError(f"the file was replaced, but its -wal is that of the file before; {advice}")
 
     def make(self) -> None:
-        """Make the file, if it is not there, such that nobody else can read it.
+        """Create the file if needed, readable only by its owner.
 
-        SQLite's own would be as the umask says. It gives the files that it puts beside it the same permissions.
+        SQLite itself would use the umask. It creates the -wal and -shm files with the permissions of the main file.
         """
         wal = Path(f"{self.path}-wal")
         if not self.path.exists() and wal.exists() and wal.stat().st_size:
             raise sqlite3.OperationalError(
                 f"the file is gone, but not its -wal, which may hold the last rows; put it back, or move {wal} away"
             )
-        with suppress(OSError):  # it is there, or SQLite will say what is wrong
+        with suppress(OSError):  # it exists, or SQLite will report the error
             os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
     def check_pages(self) -> None:
-        """Check the structure of all pages, where the file has changed since this was last done.
+        """Check the structure of all pages if the file has changed since the last check.
 
-        In WAL mode the file itself changes about once in a thousand rows. Of a large file, which takes a while to read,
-        at most a twentieth of the time goes into it.
+        In WAL mode the main file changes about once per thousand rows. Checks of a large file take at most a twentieth
+        of the time.
         """
         with self._lock:
             state, started = self._stat(), time.monotonic()
@@ -114,11 +114,11 @@ class SQLiteFile:
                 return bool(connection.execute(f"PRAGMA {check}(1)").fetchone() == ("ok",))
         except sqlite3.OperationalError:  # locked, or gone
             raise
-        except sqlite3.DatabaseError:  # no longer the format of SQLite
+        except sqlite3.DatabaseError:  # no longer in SQLite's format
             return False
 
     def try_writing(self) -> None:
-        """Write to the file what changes nothing, durably; fails on a full disk, a locked or a read-only file."""
+        """Make a durable write without effect; fails on a full disk, or for a locked or read-only file."""
         system = os.statvfs(self.path.parent) if hasattr(os, "statvfs") else None
         if system is not None and system.f_bavail * system.f_frsize < _LEAST_FREE:
             raise sqlite3.OperationalError("the disk is full")
@@ -130,7 +130,7 @@ class SQLiteFile:
             connection.execute("COMMIT")
 
     def _connect(self) -> sqlite3.Connection:
-        """Open the file anew, without what other connections remember of its pages."""
+        """Open a new connection, without the cached pages of other connections."""
         uri = f"file:{quote(str(self.path.absolute()))}?mode=rw"
         return sqlite3.connect(uri, uri=True, timeout=_LOCKED_SECONDS, isolation_level=None)
 
@@ -157,7 +157,7 @@ def _same_state(found: os.stat_result, known: os.stat_result | None) -> bool:
 
 
 def network_file_system(path: Path) -> str | None:
-    """Return the kind of network file system that a path lies on, such as `nfs4`; None for a local or unknown one."""
+    """Return the type of a path's network file system, such as `nfs4`; None for a local or unknown one."""
     try:
         mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
     except OSError:  # not Linux

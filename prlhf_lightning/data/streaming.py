@@ -234,44 +234,45 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         self._epoch = -1
         self._reader: Iterator[RawRow] = iter(())
         self._closing: finalize[Any, Any] | None = None
-        self._read = 0  # rows that the reader has given
-        self._steps = range(0)  # the block that is laid out
+        self._read = 0  # rows read by the reader
+        self._steps = range(0)  # steps of the current block
         self._block: list[RawRow] = []
         self._batches: list[list[int]] = []
         self._left_out: Counter[str] = Counter()
 
     def __getitems__(self, places: Sequence[Place]) -> list[dict[str, Any]]:
-        """Return the rows of one batch, the only one of `places`."""
+        """Return the rows of one batch; `places` has one entry."""
         ((epoch, number),) = places
         steps = self._order.block(number)
         if (epoch, steps) != (self._epoch, self._steps):
             self._open(epoch, steps)
         batch = number - steps.start
-        return self._tokenized(self._batches[batch]) or self._stand_in(batch)
+        return self._tokenized(self._batches[batch]) or self._replacement(batch)
 
     def _open(self, epoch: int, steps: range) -> None:
-        """Read a block and lay it out, having skipped what stands before it."""
+        """Skip to a block, read it and assign its rows to batches."""
         wanted = self._order.rows_of(steps)
         if epoch != self._epoch or wanted.start < self._read:
             if self._closing is not None:
                 self._closing()
             self._reader = reader = iter(self._rows)
-            # A generator that is left open at the interpreter's end complains, for what it names is gone by then.
+            # A generator left open at interpreter exit would warn, because its globals are already gone.
             self._closing = finalize(self, reader.close)
             self._epoch, self._read = epoch, 0
-        self._block = []  # before the next one is read, so that memory holds one
+        self._block = []  # free the old block before reading the next one
         for _ in islice(self._reader, wanted.start - self._read):
             pass
         self._block = list(islice(self._reader, len(wanted)))
         self._steps, self._read = steps, wanted.stop
         if self._read == self._order.rows:
-            next(self._reader, None)  # which raises if there are more
+            next(self._reader, None)  # raises if there are more rows
         columns = self._rows.columns
         users = self._rows.vocabulary.rows([row[columns.user_id] for _, _, row in self._block]).tolist()
         lengths = [_length(row, columns) for _, _, row in self._block] if self._order.bucket_by_length else None
         self._batches = self._order.lay_out(epoch, steps, users, lengths)
 
-    def _stand_in(self, batch: int) -> list[dict[str, Any]]:
+    def _replacement(self, batch: int) -> list[dict[str, Any]]:
+        """Return a usable row of the block for a batch whose rows were all left out."""
         for places in (*self._batches[batch + 1 :], *self._batches):
             for place in places:
                 if row := self._tokenized([place]):
@@ -314,7 +315,7 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         return rows
 
     def _report(self, what: str, where: str, more: int = 1) -> None:
-        """Warn of rows that are changed or left out, at the first, the tenth, the hundredth, and so on."""
+        """Warn of rows that are changed or left out, at the first, tenth, hundredth, ... row."""
         before = self._left_out[what]
         self._left_out[what] = now = before + more
         if not before or len(str(now)) > len(str(before)):
@@ -322,7 +323,7 @@ class FeedbackStream(Dataset[dict[str, Any]]):
 
 
 def _length(row: Mapping[str, Any], columns: Columns) -> int:
-    """Return about how long a row is, in characters, before it is known to be valid."""
+    """Return the approximate length of a row in characters; the row is not validated yet."""
     fields = (columns.user_text, columns.prompt, columns.chosen, columns.rejected, columns.completion)
     text, prompt, chosen, rejected, completion = (len(str(row.get(column) or "")) for column in fields)
     return text + prompt + max(chosen, rejected, completion)

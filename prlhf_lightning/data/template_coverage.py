@@ -1,4 +1,4 @@
-"""Whether a chat template writes all that a conversation holds: many leave tools, calls, thoughts or messages out."""
+"""Check that a chat template renders all of a conversation; many omit tools, calls, thoughts or messages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _CALLS = ("tool_calls", "function_call")
 
 @dataclass
 class TemplateCoverage:
-    """Refuses conversations of which a chat template would leave a part out without a word.
+    """Rejects conversations that a chat template would render incompletely.
 
-    A part is left out where the template writes the same text without it. Conversations of one shape (their roles, and
-    which of their messages have content, calls and thoughts) are tried once.
+    A part is omitted if the template renders the same text without it. Conversations of the same shape (roles, and
+    messages with content, calls and thoughts) are tried once.
 
     Attributes:
-        render: Writes messages and tools, or raises a `FeedbackFormatError`.
+        render: Renders messages and tools, or raises a `FeedbackFormatError`.
     """
 
     render: Callable[[list[Message], Tools], str]
@@ -30,18 +30,18 @@ class TemplateCoverage:
     def check(
         self, messages: Sequence[Message], tools: Tools, where: str, fields: Sequence[str], only_last: bool = False
     ) -> None:
-        """Refuse a conversation that is not written whole.
+        """Reject a conversation that is rendered incompletely.
 
         Args:
-            messages: The conversation, which the template takes.
-            tools: What the assistant may call, or None.
-            where: Where it stands.
-            fields: The field that each message stands in.
-            only_last: Whether the tools, and all messages but the last, may be left out, but not the thoughts of the
-                last: those of earlier turns are left out on purpose by many templates.
+            messages: The conversation; the template must accept it.
+            tools: Tool definitions, or None.
+            where: Location of the conversation.
+            fields: The field of each message.
+            only_last: Check only the last message, with its thoughts. (Many templates omit thoughts of earlier turns on
+                purpose.)
 
         Raises:
-            FeedbackFormatError: A part is left out; the message names it.
+            FeedbackFormatError: A part is omitted; the message names it.
         """
         shape = (
             only_last,
@@ -53,7 +53,7 @@ class TemplateCoverage:
             return
         try:
             whole = self.render(list(messages), tools)
-        except FeedbackFormatError:  # it is the caller's to say why
+        except FeedbackFormatError:  # the caller reports the reason
             return
         if tools and not only_last and self._same(whole, list(messages), None):
             _refuse(where, "tools", "is left out", "write the tools into a system message, or drop the column")
@@ -77,10 +77,10 @@ class TemplateCoverage:
         self._tried.add(shape)
 
     def _check_thoughts(self, whole: str, messages: list[Message], tools: Tools, where: str, field_name: str) -> None:
-        """Refuse thoughts of the last message that are not written."""
+        """Reject thoughts of the last message that are not rendered."""
         *before, last = messages
         for name in _thoughts(last):
-            thought = last[name]  # which may stand under two names, of which the template reads one
+            thought = last[name]  # may be under two keys, of which the template reads one
             without = {key: value for key, value in last.items() if key not in THOUGHTS or value != thought}
             if not self._same(whole, [*before, without], tools):
                 continue
@@ -94,12 +94,12 @@ class TemplateCoverage:
     def _same(self, whole: str, messages: list[Message], tools: Tools) -> bool:
         try:
             return self.render(messages, tools) == whole
-        except FeedbackFormatError:  # so the template does look at it
+        except FeedbackFormatError:  # the template does read it
             return False
 
 
 def _thoughts(message: Message) -> list[str]:
-    """Return the names under which a message holds thoughts."""
+    """Return the keys of a message's thoughts."""
     return [name for name in THOUGHTS if str(message.get(name) or "").strip()]
 
 

@@ -1,4 +1,4 @@
-"""Whether a model or a data set can be where its name says, before anything is loaded or asked for over a network."""
+"""Checks of model and data set paths before anything is loaded or requested over the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from prlhf_lightning.errors import ConfigurationError
 
 _log = logging.getLogger(__name__)
-#: What one of which is in a folder that `from_pretrained` reads.
+#: Files of which a folder for `from_pretrained` has at least one.
 _FILES = {
     "weights": ["config.json", "adapter_config.json"],
     "config": ["config.json"],
@@ -27,33 +27,33 @@ _FILES = {
 }
 _DATA_FILES = {".jsonl", ".json", ".csv", ".parquet", ".gz", ".txt"}
 _LONGEST = 500  # characters of a cause
-#: How the hub's oldest names begin, which have no owner.
+#: Prefixes of the hub's oldest names, which have no owner.
 _WITHOUT_OWNER = ("gpt2", "distil", "openai-gpt", "ctrl", "bert-", "roberta-", "xlnet-", "xlm-")
 
 
 def find_source_problem(path: str, what: Literal["weights", "config", "tokenizer", "data"]) -> str | None:
-    """Return why nothing can be loaded from a path or hub name; else say so where the hub is going to be asked.
+    """Return the reason why a path or hub name cannot be loaded, or None; log a message before a request to the hub.
 
     Args:
         path: A folder, or a hub name.
-        what: What is to be loaded.
+        what: Kind of files to load.
     """
     folder = Path(path)
     if folder.exists():
         if not folder.is_dir():
-            return gguf_problem(folder) if folder.suffix == ".gguf" else "that is a file, and no folder"
+            return gguf_problem(folder) if folder.suffix == ".gguf" else "it is a file, not a folder"
         if not any(any(folder.glob(name)) for name in _FILES[what]):
             gguf = sorted(folder.glob("*.gguf"))
             return f"the folder holds no {what} ({' or '.join(_FILES[what])})" + (
                 f"; {gguf_problem(gguf[0])}" if gguf else ""
             )
         return None
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # no name on the hub
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:  # not a hub name
         return "there is no such folder"
     if what == "data":
         if folder.suffix in _DATA_FILES:
             return "there is no such file"
-    elif "/" not in path and not path.startswith(_WITHOUT_OWNER):  # old data sets without an owner are many
+    elif "/" not in path and not path.startswith(_WITHOUT_OWNER):  # but many old data sets have no owner
         return "there is no such folder, and a name on the hub has an owner, as in `owner/model`"
     if folder.parent.is_dir() and folder.parent != Path():
         warnings.warn(f"There is no folder {path}: looking for it on the hub.", stacklevel=2)
@@ -64,20 +64,20 @@ def find_source_problem(path: str, what: Literal["weights", "config", "tokenizer
 
 @contextmanager
 def loading(path: str, what: Literal["weights", "config", "tokenizer"], name: str, fix: str) -> Iterator[None]:
-    """Name the setting where what a block loads from a path or hub name is not there, or can't be read.
+    """Turn errors of a block that loads from a path or hub name into errors that name the setting.
 
     Args:
         path: A folder, or a hub name.
-        what: What is to be loaded.
-        name: The setting and what it names, with which the error begins.
-        fix: What to do where it can't be read.
+        what: Kind of files to load.
+        name: The setting and its value; the message starts with it.
+        fix: The fix if it cannot be read.
 
     Raises:
-        ConfigurationError: It can't be loaded, or the block has found that it can't be used.
+        ConfigurationError: It cannot be loaded, or the block rejected it.
     """
-    told = f"{name} could not be loaded; {fix} Cause:"
+    failure = f"{name} could not be loaded; {fix} Cause:"
     if (problem := find_source_problem(path, what)) is not None:
-        raise ConfigurationError(f"{told} {problem}")
+        raise ConfigurationError(f"{failure} {problem}")
     try:
         if Path(path).is_dir() and (problem := find_model_problem(Path(path), what)) is not None:
             raise ConfigurationError(problem)
@@ -86,40 +86,40 @@ def loading(path: str, what: Literal["weights", "config", "tokenizer"], name: st
         raise ConfigurationError(f"{name} can't be used: {error}") from error
     except (KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    # Libraries fail in ways of their own over files that are not what they should be; Rust's panics are no `Exception`.
+    # Libraries raise all kinds of errors for malformed files; panics of Rust libraries are not an `Exception`.
     except BaseException as error:
-        if isinstance(error, MemoryError) or "memory" in str(error):  # about which others know more
+        if isinstance(error, MemoryError) or "memory" in str(error):  # the caller handles these
             raise
-        raise ConfigurationError(f"{told} {_cause(error)}") from error
+        raise ConfigurationError(f"{failure} {_cause(error)}") from error
 
 
 def _cause(error: BaseException) -> str:
-    """Return what an error says, in a line."""
+    """Return an error's message in one line."""
     first, _, rest = str(error).strip().partition("\n")
     if first.startswith("Weights only load failed"):
-        return "a .bin file is damaged, or holds code beside weights; take the model's .safetensors files"
+        return "a .bin file is damaged, or contains code besides weights; use the model's .safetensors files"
     if "contains custom code" in first:
         return (
-            "it comes with code of its own; where you trust it, set trust_remote_code (`--trust_remote_code true`), or "
-            "for `validate`, `test` and `predict` name the run's configuration, which sets it, with --config"
+            "it comes with its own code; if you trust it, set trust_remote_code (`--trust_remote_code true`), or "
+            "for `validate`, `test` and `predict` give the run's configuration, which sets it, with --config"
         )
-    if first.endswith(":"):  # what is wrong stands in the next line
+    if first.endswith(":"):  # the reason is in the next line
         first = f"{first} {rest.strip().partition(chr(10))[0]}"
     first = first if len(first) <= _LONGEST else f"{first[:_LONGEST]}..."
-    # A name alone, as of a key that is missing, says little.
+    # A single word, such as a missing key, needs the type of the error.
     is_said = " " in first or isinstance(error, OSError | ValueError)
     return first if is_said else f"a file is damaged or of another format ({type(error).__name__}: {first})"
 
 
 @cache  # once for weights and tokenizer
 def _announce(path: str) -> None:
-    _log.warning("Asking the hub for %s, which takes a minute to fail where it can't be reached.", path)
+    _log.warning("Asking the hub for %s, which takes a minute to fail if it can't be reached.", path)
 
 
 _AGAIN = "download it again"
-#: In the order in which transformers looks for them; the second of each pair lists the shards of large models.
+#: In the search order of transformers; the second of each pair lists the shards of large models.
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-#: Data types of safetensors whose numbers stand for others, and the settings of config.json that say for which.
+#: Data types of quantized weights in safetensors, and the settings of config.json that describe them.
 _EIGHT_BITS = ("I8", "U8", "F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ", "F8_E8M0")
 _SCALES = ("quantization_config", "compression_config")
 _SETTINGS = ("config.json", "generation_config.json", "adapter_config.json")
@@ -135,11 +135,11 @@ _TOKENIZER_TEXTS = ("*.model", "merges.txt", "vocab.txt", "*.jinja", "*.tiktoken
 
 
 def find_model_problem(folder: Path, what: Literal["weights", "config", "tokenizer"]) -> str | None:
-    """Return which file of a model's folder can't be what it is called, with what to do, or None.
+    """Return a message about a missing or malformed file of a model folder, with the fix; None if there is none.
 
     Args:
-        folder: A folder that `from_pretrained` is to read.
-        what: What is to be read: weights with their configuration, the configuration alone, or the tokenizer.
+        folder: A folder for `from_pretrained`.
+        what: Files to read: weights with their configuration, only the configuration, or the tokenizer.
     """
     if what == "tokenizer":
         texts = [path for pattern in _TOKENIZER_TEXTS for path in sorted(folder.glob(pattern))]
@@ -196,28 +196,28 @@ def _problem_of_file(path: Path, has_scales: bool) -> str | None:
                 return None if has_scales else _without_scales(path, file)
         elif _starts_with(path, b"PK"):
             zipfile.ZipFile(path).close()
-        elif not _starts_with(path, b"\x80"):  # which `torch.save` began its files with before they were zip files
-            return f"{path.name} is no file of `torch.save`; {_AGAIN}"
+        elif not _starts_with(path, b"\x80"):  # first byte of `torch.save` files before the zip format
+            return f"{path.name} is not a `torch.save` file; {_AGAIN}"
     except (SafetensorError, zipfile.BadZipFile, OSError) as error:
         return f"{path.name} ({path.stat().st_size:,} bytes) is cut off or damaged ({error}); {_AGAIN}"
     return None
 
 
 def _without_scales(path: Path, file: Any) -> str | None:
-    """Return the problem of a matrix in 8 bits, of which nothing says what its numbers stand for."""
-    for name in file.keys():  # noqa: SIM118 - it is no mapping
+    """Return a message about an 8-bit matrix without quantization settings, or None."""
+    for name in file.keys():  # noqa: SIM118 - it is not a mapping
         matrix = file.get_slice(name)
         if len(matrix.get_shape()) > 1 and name.endswith("weight") and matrix.get_dtype() in _EIGHT_BITS:
             return (
                 f"{path.name} holds {name} in 8 bits ({matrix.get_dtype()}), and config.json has no "
-                "quantization_config that says how to read it; take the model before quantization, or one with that "
+                "quantization_config for reading it; use the unquantized model, or one with that "
                 "setting"
             )
     return None
 
 
 def _stand_in(path: Path) -> str | None:
-    """Return why a file holds something else than its content, by its first bytes."""
+    """Return a message if a file's first bytes show another kind of content; otherwise None."""
     try:
         with path.open("rb") as file:
             start = file.read(256).lstrip()
@@ -233,13 +233,13 @@ def _stand_in(path: Path) -> str | None:
 
 
 def _json(path: Path) -> dict[str, Any] | str:
-    """Return the object that a file holds, or what is wrong with it."""
+    """Return the JSON object of a file, or a message about the error."""
     if (problem := _stand_in(path)) is not None:
         return problem
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # of the encoding, too
-        return f"{path.name} is no JSON ({error}); {_AGAIN}"
+    except (ValueError, RecursionError) as error:  # also encoding errors
+        return f"{path.name} is not JSON ({error}); {_AGAIN}"
     return content if isinstance(content, dict) else f"{path.name} holds no JSON object; {_AGAIN}"
 
 
@@ -249,7 +249,7 @@ def _starts_with(path: Path, mark: bytes) -> bool:
 
 
 def _in_another_form(folder: Path) -> str:
-    """Return what to do with weights that are there in a form that is not read, if there are any."""
+    """Return the fix for weights in an unsupported format, or an empty text."""
     if gguf := sorted(folder.glob("*.gguf")):
         return f"; {gguf_problem(gguf[0])}"
     if any(folder.glob("consolidated*")):
@@ -260,7 +260,7 @@ def _in_another_form(folder: Path) -> str:
 
 
 def gguf_problem(path: Path) -> str:
-    """Return what to do with a GGUF file, which holds a model for llama.cpp."""
+    """Return a message about a GGUF file, a model for llama.cpp, with the fix."""
     return (
         f"{path.name} is GGUF, made to run and not to train; use the model that it was made from, or convert it with "
         f"`AutoModelForCausalLM.from_pretrained({str(path.parent)!r}, gguf_file={path.name!r}).save_pretrained(...)`, "

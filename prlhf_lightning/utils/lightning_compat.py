@@ -1,6 +1,6 @@
-"""Every use of a private part of Lightning, with why it is needed and when it can go.
+"""All uses of private Lightning APIs, each with its reason and the condition for its removal.
 
-Written for lightning 2.6. `tests/utils/test_lightning_compat.py` fails where a later version changes one of them.
+Written for lightning 2.6. `tests/utils/test_lightning_compat.py` fails if a later version changes one of them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _Module = TypeVar("_Module", bound=LightningModule)
 def trainer_of(module: LightningModule) -> Trainer | None:
     """Return a module's trainer, or None where it has none.
 
-    `module.trainer` raises without a trainer, and creates one under Fabric. It can go once Lightning has a public test.
+    `module.trainer` raises without a trainer, and creates one under Fabric. Remove it once Lightning has a public test.
     """
     return module._trainer
 
@@ -32,7 +32,7 @@ def trainer_of(module: LightningModule) -> Trainer | None:
 def is_built_from_config() -> bool:
     """Whether LightningCLI is creating the module from a configuration, which then becomes its hyperparameters.
 
-    `save_hyperparameters` knows, but does not tell. It can go once a module can ask where its hyperparameters are from.
+    `save_hyperparameters` knows, but does not tell. Remove it once a module can ask where its hyperparameters are from.
     """
     return _given_hyperparameters.get() is not None
 
@@ -40,7 +40,7 @@ def is_built_from_config() -> bool:
 def load_from_content(cls: type[_Module], content: Mapping[str, Any]) -> _Module:
     """Rebuild a module from the content of a checkpoint, as `load_from_checkpoint` does from a file.
 
-    It can go once `load_from_checkpoint` takes a mapping.
+    Remove it once `load_from_checkpoint` takes a mapping.
     """
     module: _Module = _load_state(cls, dict(content))  # type: ignore[assignment]
     return module
@@ -49,7 +49,7 @@ def load_from_content(cls: type[_Module], content: Mapping[str, Any]) -> _Module
 def set_device(module: nn.Module, device: torch.device) -> None:
     """Tell a LightningModule its device, where Lightning sends batches and metrics, without moving its weights.
 
-    A sharded module is moved part by part, which Lightning does not see. It can go once `device` can be set.
+    A sharded module is moved part by part, which Lightning does not see. Remove it once `device` can be set.
     """
     _update_properties(module, device=device)
 
@@ -57,7 +57,7 @@ def set_device(module: nn.Module, device: torch.device) -> None:
 def ends_optimizer_step(trainer: Trainer) -> bool:
     """Whether the present micro-batch is the last of its optimizer step.
 
-    It can go once the trainer tells.
+    Remove it once the trainer tells.
     """
     return not trainer.fit_loop._should_accumulate()
 
@@ -65,7 +65,7 @@ def ends_optimizer_step(trainer: Trainer) -> bool:
 def logs_this_step(trainer: Trainer) -> bool:
     """Whether Lightning passes what this optimizer step logs on to the loggers.
 
-    It can go once the trainer tells.
+    Remove it once the trainer tells.
     """
     return bool(trainer._logger_connector.should_update_logs or trainer.fast_dev_run)  # type: ignore[attr-defined]
 
@@ -73,7 +73,7 @@ def logs_this_step(trainer: Trainer) -> bool:
 def log_training_step(trainer: Trainer) -> None:
     """Pass what the last optimizer step logged on to the loggers, where training was broken off before that.
 
-    It can go once the trainer does so itself when it is interrupted.
+    Remove it once the trainer does so itself when it is interrupted.
     """
     trainer._logger_connector.update_train_step_metrics()
 
@@ -81,7 +81,7 @@ def log_training_step(trainer: Trainer) -> None:
 def set_callback_metrics(trainer: Trainer, values: Mapping[str, torch.Tensor]) -> None:
     """Add to `trainer.callback_metrics`, which is a copy that can't be written to.
 
-    For a resumed run, whose last validation was in the earlier process. It can go once checkpoints hold these values.
+    For a resumed run, whose last validation was in the earlier process. Remove it once checkpoints hold these values.
     """
     trainer._logger_connector._callback_metrics.update(values)
 
@@ -89,7 +89,7 @@ def set_callback_metrics(trainer: Trainer, values: Mapping[str, torch.Tensor]) -
 def wrap_restoring(trainer: Trainer, context: Callable[[], AbstractContextManager[object]]) -> None:
     """Have a trainer restore loops, callbacks and optimizers within a context, such as one that explains errors.
 
-    No hook runs around restoring. It can go once there is one, or once Lightning checks what it reads.
+    No hook runs around restoring. Remove it once there is one, or once Lightning checks what it reads.
     """
     connector: Any = trainer._checkpoint_connector
 
@@ -108,7 +108,7 @@ def wrap_restoring(trainer: Trainer, context: Callable[[], AbstractContextManage
 def is_validation_due(trainer: Trainer) -> bool:
     """Whether the training loop validates after the present batch; False before the first batch.
 
-    It can go once the trainer tells.
+    Remove it once the trainer tells.
     """
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
@@ -117,7 +117,7 @@ def is_validation_due(trainer: Trainer) -> bool:
 def has_validated(trainer: Trainer) -> bool:
     """Whether the fit has validated at least once.
 
-    It can go once the trainer tells.
+    Remove it once the trainer tells.
     """
     return bool(trainer.fit_loop.epoch_loop.val_loop._has_run)
 
@@ -125,7 +125,7 @@ def has_validated(trainer: Trainer) -> bool:
 def save_checkpoint_alone(trainer: Trainer, path: str | Path) -> None:
     """Save a checkpoint from this process alone, without the barrier in `trainer.save_checkpoint`.
 
-    For when the other processes may be gone. It can go once `save_checkpoint` can leave the barrier out.
+    For when the other processes may be gone. Remove it once `save_checkpoint` can leave the barrier out.
     """
     trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(weights_only=False), path)
 
@@ -133,7 +133,7 @@ def save_checkpoint_alone(trainer: Trainer, path: str | Path) -> None:
 def replaces_sampler(trainer: Trainer) -> bool:
     """Whether the trainer replaces a data loader's sampler by a distributed one.
 
-    It can go once `use_distributed_sampler` is public.
+    Remove it once `use_distributed_sampler` is public.
     """
     connector = trainer._accelerator_connector
     return bool(connector.use_distributed_sampler and connector.is_distributed)

@@ -33,7 +33,7 @@ def opening(name: str, fix: str) -> Iterator[None]:
     except BaseException as error:  # panics of Rust libraries are not an `Exception`
         if "memory" in str(error):  # the caller handles these
             raise
-        raise ConfigurationError(f"{name} cannot be used: {cause_of(error)}. {fix}") from error
+        raise ConfigurationError(f"{name} can't be used: {cause_of(error)}. {fix}") from error
 
 
 def cause_of(error: BaseException) -> str:

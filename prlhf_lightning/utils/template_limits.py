@@ -1,8 +1,8 @@
-"""Bounds on what a chat template may compute: it comes with a model, and may come from anybody.
+"""Limits on the time and memory of chat templates, which come with a model and are untrusted.
 
-Jinja's sandbox keeps a template from reading or changing anything, but not from looping or growing without end. Here
-every round of a loop, every call and every filter checks the time, and an operation that would make a huge text or
-number is refused before it is done.
+Jinja's sandbox keeps a template from reading or changing anything, but not from endless loops or growth. Here every
+loop iteration, call and filter checks the time, and an operation that would create a huge text or number is rejected
+before it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers.utils import chat_template_utils
 
 from prlhf_lightning.errors import ConfigurationError
 
-SECONDS = 2.0  # of the thread's own computing for one conversation, which takes milliseconds
+SECONDS = 2.0  # CPU time of the thread per conversation; rendering takes milliseconds
 _LONGEST_TEMPLATE = 1_000_000  # characters; the templates of large models have up to 30,000
 _LARGEST = 100_000_000  # characters of a text, or entries of a list
 _WIDEST = 100_000  # of a number that is a width or a count
@@ -31,7 +31,7 @@ _BY_WIDTH |= {"ljust", "rjust", "zfill", "expandtabs", "to_bytes"}
 
 
 class TemplateLimitError(ConfigurationError):
-    """A chat template that computes for too long, or makes something too large."""
+    """A chat template exceeds the limits of time or size."""
 
     def __init__(self, what: str) -> None:
         super().__init__(
@@ -41,7 +41,7 @@ class TemplateLimitError(ConfigurationError):
 
 
 class _Budget(local):
-    """What the template that this thread renders may still do; None where it renders none."""
+    """Remaining budget of the template that this thread renders; None if it renders none."""
 
     deadline: float | None = None
     characters = 0
@@ -51,13 +51,13 @@ _budget = _Budget()
 
 
 class LimitedTemplate(Template):
-    """A template that is rendered within bounds."""
+    """Template with limits on rendering."""
 
     def render(self, *args: Any, **kwargs: Any) -> str:
         """Render; see `jinja2.Template.render`.
 
         Raises:
-            TemplateLimitError: It takes too long, makes something too large, or writes what is no text.
+            TemplateLimitError: It takes too long, creates too large an object, or writes invalid text.
         """
         before = _budget.deadline, _budget.characters
         _budget.deadline, _budget.characters = time.thread_time() + SECONDS, _LARGEST
@@ -75,7 +75,7 @@ class LimitedTemplate(Template):
 
 
 class LimitedEnvironment(ImmutableSandboxedEnvironment):
-    """Jinja's sandbox with bounds on time and size."""
+    """Jinja's sandbox with limits on time and size."""
 
     template_class = LimitedTemplate
     intercepted_binops = frozenset(("*", "**", "%", "+"))  # constants as well, which else are computed beforehand
@@ -84,10 +84,10 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         super().__init__(*args, **{"finalize": _written, **kwargs})
         # Compiled templates reach these where no template can put something else in their place.
         self.rounds, self.joined = _rounds, _joined
-        self.globals.pop("lipsum", None)  # writes as much text as it is asked for
+        self.globals.pop("lipsum", None)  # generates any amount of text
 
     def compile(self, source: Any, *args: Any, **kwargs: Any) -> Any:
-        """Compile a template, in which loops and joined texts are looked at."""
+        """Compile a template with checks of loops and concatenations."""
         if isinstance(source, str):
             if len(source) > _LONGEST_TEMPLATE:
                 raise TemplateLimitError(f"has {len(source):,} characters, and {_LONGEST_TEMPLATE:,} are the most")
@@ -110,7 +110,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
                 setattr(parent, field, [*map(watched, value)] if isinstance(value, list) else watched(value))
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        """Compute an operator, unless the result would be huge."""
+        """Evaluate an operator, unless the result would be huge."""
         _check_time()
         if operator == "%" and isinstance(left, str):
             _check_format(left)
@@ -127,7 +127,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
     def call(self, context: Context, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function, a method or a macro from within a template."""
+        """Call a function, method or macro of a template."""
         _check_time()
         method = getattr(function, "__wrapped__", function)  # the sandbox wraps `format`
         owner = getattr(method, "__self__", None)
@@ -137,7 +137,7 @@ class LimitedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def limit_templates() -> None:
-    """Have transformers compile all chat templates within these bounds; it has no other place to say so."""
+    """Patch transformers to compile all chat templates with these limits; it has no setting for it."""
     chat_template_utils.ImmutableSandboxedEnvironment = LimitedEnvironment
 
 
@@ -148,12 +148,12 @@ def _call(attribute: str, args: Sequence[nodes.Expr]) -> nodes.Expr:
 
 
 def _rounds(values: Iterable[Any]) -> Iterable[Any]:
-    """Return what a loop goes over, where every round checks the time."""
+    """Wrap the values of a loop so every iteration checks the time."""
     return _Timed(values) if isinstance(values, Sized) else _timed(values)
 
 
 class _Timed:
-    """A collection in a loop, which may ask for its length."""
+    """Wrapper of a collection in a loop; supports `len`."""
 
     def __init__(self, values: Any) -> None:
         self._values = values
@@ -172,14 +172,14 @@ def _timed(values: Iterable[Any]) -> Iterator[Any]:
 
 
 def _joined(*parts: Any) -> str:
-    """Return parts as one text, as the operator `~` does."""
+    """Concatenate parts, as the operator `~` does."""
     texts = [str(part) for part in parts]
     _check_size(sum(map(len, texts)))
     return "".join(texts)
 
 
 def _written(value: Any) -> Any:
-    """Return what is put into the output; counts its characters."""
+    """Return an output value; counts its characters."""
     if _budget.deadline is not None:
         _check_time()
         _budget.characters -= len(value) if isinstance(value, str) else len(str(value))
@@ -189,7 +189,7 @@ def _written(value: Any) -> Any:
 
 
 def _limited(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a filter that looks at its arguments first."""
+    """Wrap a filter so it checks its arguments first."""
     if hasattr(function, "_is_limited"):
         return function
 
@@ -222,7 +222,7 @@ def _check_bits(bits: int) -> None:
 
 
 def _check_growth(name: str, value: Any, others: Sequence[Any]) -> None:
-    """Check a filter or a method whose result may be far larger than all that it is given."""
+    """Check a filter or method whose result may be far larger than its arguments."""
     if name in _BY_WIDTH and any(isinstance(other, int) and abs(other) > _WIDEST for other in others):
         raise TemplateLimitError(f"asks {name!r} for more than {_WIDEST:,}")
     if name in ("replace", "translate") and others:

@@ -1,9 +1,9 @@
-"""Which code a file may have run that is opened: the components of this package and of Lightning, and nothing else.
+"""Restriction of the classes that an opened file may import to trusted ones.
 
-A checkpoint, an exported folder and a run's `config.yaml` name classes by dotted paths, and to import a path runs its
-module. Whoever wrote the file would choose what runs here. While a file is open, it may therefore only name components
-that come with this package or with Lightning, that have been imported already, or that the user has named: in an
-argument `trust_classes`, on the command line, or in a configuration given there with `--config`.
+Checkpoints, exported folders and a run's `config.yaml` name classes by dotted paths, and importing a path runs its
+module. So the author of a file could run any code here. While a file is open, it may only name components of this
+package or of Lightning, components already imported, and classes that the user has named: in an argument
+`trust_classes`, on the command line, or in a configuration given with `--config`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
-from jsonargparse import _typehints, _util  # there is no public place where the check of a path can be replaced
+from jsonargparse import _typehints, _util  # there is no public hook for the check of a path
 from jsonargparse._common import check_import_path as _check
 
 from prlhf_lightning.errors import ConfigurationError
 
-#: What a file may name, by where it is found once that has been imported: the bases of components, and settings.
+#: Base classes of components, and settings, that a file may name once they are imported.
 _COMPONENTS = {
     "prlhf_lightning.user_models": ("UserModel",),
     "prlhf_lightning.policies": ("Policy", "LoRA", "Sampling"),
@@ -38,7 +38,7 @@ _COMPONENTS = {
     "lightning.pytorch.accelerators": ("Accelerator",),
     "lightning.pytorch.plugins": ("CheckpointIO", "ClusterEnvironment", "LayerSync", "Precision"),
 }
-#: Packages whose modules may be imported for the sake of a file.
+#: Packages whose modules a file may import.
 _PACKAGES = {path.partition(".")[0] for path in _COMPONENTS}
 _SHOWN, _LONGEST = 10, 200  # classes that a message names, and characters of a name
 
@@ -47,15 +47,15 @@ class _Consent(Protocol):
     folder: Path
 
     def check(self, path: str) -> None:
-        """Raise ConfigurationError where a dotted path may not be imported."""
+        """Raise ConfigurationError if a dotted path may not be imported."""
 
 
 @dataclass
 class _OfUser:
-    """The user's own words may name anything, and modules in the current folder.
+    """Policy for the user's own arguments: any class, and modules in the current folder.
 
     Attributes:
-        folder: The current folder: while jsonargparse reads a configuration, it makes the configuration's the current.
+        folder: The user's current folder; jsonargparse changes to a configuration's folder while reading it.
     """
 
     folder: Path
@@ -67,15 +67,15 @@ class _OfUser:
 
 @dataclass
 class _OfFile:
-    """What a file that is opened may name.
+    """Policy for an opened file: only trusted classes.
 
     Attributes:
-        file: What it is called.
-        trusted: What the user has named.
+        file: Name of the file.
+        trusted: Classes named by the user.
         trust_remote_code: Whether code that comes with a base model may run.
-        remedy: What to do to have the classes imported.
-        refused: What it has named beside.
-        folder: The current folder.
+        remedy: The fix, for the message.
+        refused: Other classes named by the file.
+        folder: The user's current folder.
     """
 
     file: str
@@ -96,17 +96,20 @@ class _OfFile:
             # jsonargparse also asks for the place where an object was made.
             self.trusted.add(f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}")
             return True
-        return "<locals>" in path or _is_component(path)  # the former stands for what was found by another path
+        # "<locals>" is in the qualified name of an object that was found by another path.
+        return "<locals>" in path or _is_component(path)
 
     def refusal(self) -> ConfigurationError:
         paths = list(dict.fromkeys(self.refused))
         if odd := next(filter(_is_no_class_of_users, paths), None):
-            return ConfigurationError(f"{self.file} names {odd[:_LONGEST]!r} as a class, which no model is made of.")
+            return ConfigurationError(
+                f"{self.file} names {odd[:_LONGEST]!r} as a class, which is not part of any model."
+            )
         names = " ".join(paths[:_SHOWN])
         more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
         return ConfigurationError(
-            f"{self.file} names {names.replace(' ', ', ')}{more}, not of this package. To import a class runs its "
-            f"module's code, which nobody but you can allow. If you trust it, {self.remedy.format(names)}."
+            f"{self.file} names {names.replace(' ', ', ')}{more}, not of this package. Importing a class runs its "
+            f"module's code, which only you can allow. If you trust it, {self.remedy.format(names)}."
         )
 
 
@@ -118,7 +121,7 @@ def _check_by_consent(path: str) -> None:
     (_check if consent is None else consent.check)(path)
 
 
-# jsonargparse calls this before it imports a path that is a value, and not a type in somebody's code.
+# jsonargparse calls this before it imports a path from a value; not for types in code.
 for _module in (_util, _typehints):
     vars(_module)[_check.__name__] = _check_by_consent
 
@@ -127,16 +130,16 @@ for _module in (_util, _typehints):
 def only_trusted_classes(
     file: object, trust_classes: Collection[str] | None = None, trust_remote_code: bool = False, content: Any = None
 ) -> Iterator[None]:
-    """Import in the block only what a file may name.
+    """Allow only trusted classes in imports within the block.
 
     Args:
-        file: What the file is called, for messages.
+        file: Name of the file, for messages.
         trust_classes: Dotted paths of other classes that it may name; they are imported.
-        trust_remote_code: Whether it may have the code run that comes with a base model.
-        content: What the file holds, as far as it is known, so that one message names all its classes.
+        trust_remote_code: Whether code that comes with a base model may run.
+        content: Content of the file, if known, so one message can list all its classes.
 
     Raises:
-        ConfigurationError: The file names other classes, or one that is trusted is not there.
+        ConfigurationError: The file names other classes, or a trusted class does not exist.
     """
     trusted = list(trust_classes or ())
     for path in trusted:
@@ -144,8 +147,8 @@ def only_trusted_classes(
             imported(path)
         except (ImportError, ValueError) as error:
             raise ConfigurationError(
-                f"trust_classes: {path!r} can't be imported ({error}); give the dotted path of a class, as "
-                "my_file.MyClass, of what is installed or lies in the current folder."
+                f"trust_classes: {path!r} can't be imported ({error}); give the dotted path of a class, such as "
+                "my_file.MyClass, that is installed or in the current folder."
             ) from error
     remedy = "name it: `--trust_classes {}` (in Python the argument trust_classes, or import the module first)"
     consent = _OfFile(str(file), set(trusted), trust_remote_code, remedy)
@@ -153,7 +156,7 @@ def only_trusted_classes(
     token = _current.set(consent)
     try:
         yield
-    except Exception as error:  # others may have caught and wrapped it
+    except Exception as error:  # a library may have caught and wrapped it
         if consent.refused:
             raise consent.refusal() from error
         raise
@@ -163,7 +166,7 @@ def only_trusted_classes(
 
 @contextmanager
 def words_of_user() -> Iterator[None]:
-    """Let the words of a command, read in the block, name any class; see `words_beside`."""
+    """Allow the arguments of a command, parsed in the block, to name any class; see `words_beside`."""
     token = _current.set(_OfUser(Path.cwd()))
     try:
         yield
@@ -172,12 +175,12 @@ def words_of_user() -> Iterator[None]:
 
 
 def words_beside(file: Path, words: Collection[str], content: Any) -> None:
-    """Let a command, for the rest of its block of `words_of_user`, use a configuration that it has found by itself.
+    """Restrict a configuration that a command has found by itself, for the rest of its `words_of_user` block.
 
     Args:
         file: The configuration.
-        words: What the user has named, which may be anything beside class paths.
-        content: What the file holds.
+        words: The user's arguments, class paths or others.
+        content: Content of the file.
 
     Raises:
         ConfigurationError: The file names other classes.
@@ -188,30 +191,30 @@ def words_beside(file: Path, words: Collection[str], content: Any) -> None:
 
 
 def current_folder() -> Path:
-    """Return the folder that the user is in, also while a configuration in another is read."""
+    """Return the user's current folder, even while jsonargparse reads a configuration in another folder."""
     consent = _current.get()
     return Path.cwd() if consent is None else consent.folder
 
 
 def raise_refusal() -> None:
-    """Raise the error about what a file may not name, where that is why something went wrong."""
+    """Raise the error about refused classes, if there are any."""
     consent = _current.get()
     if isinstance(consent, _OfFile) and consent.refused:
         raise consent.refusal()
 
 
 def allows_remote_code() -> bool:
-    """Return whether a `trust_remote_code` that is set is the user's word, and not that of a file that is opened."""
+    """Return whether a set `trust_remote_code` comes from the user instead of an opened file."""
     consent = _current.get()
     return not isinstance(consent, _OfFile) or consent.trust_remote_code
 
 
 def imported(path: str) -> Any:
-    """Return what a dotted path names; modules in the current folder are found too.
+    """Import the object of a dotted path; also searches the current folder.
 
     Raises:
-        ImportError: There is no such module, or nothing of that name in it.
-        ValueError: It is no dotted path.
+        ImportError: The module or the name in it does not exist.
+        ValueError: It is not a dotted path.
     """
     _find_in(current_folder(), path)
     module, _, name = path.rpartition(".")
@@ -220,14 +223,14 @@ def imported(path: str) -> Any:
 
 
 def named_by_file(path: str) -> Any:
-    """Return what the file that is opened names; raises as `imported`, and ConfigurationError where it may not."""
+    """Import an object named by the opened file; raises like `imported`, and ConfigurationError if not trusted."""
     if (consent := _current.get()) is not None:
         consent.check(path)
     return imported(path)
 
 
 def class_paths(content: Any) -> Iterator[str]:
-    """Yield the dotted paths of classes that stand anywhere in mappings and lists."""
+    """Yield all dotted class paths in nested mappings and lists."""
     rest, seen = [content], set()
     while rest:
         one = rest.pop()
@@ -251,21 +254,21 @@ def _is_no_class_of_users(path: str) -> bool:
 
 
 def _is_component(path: str) -> bool:
-    """Say whether a path names a component that is known, importing no more than this package and Lightning."""
+    """Return whether a path names a known component; imports only this package and Lightning."""
     module, _, name = path.rpartition(".")
     if module.partition(".")[0] in _PACKAGES:
         with suppress(ImportError, ValueError):
             import_module(module)
         found = getattr(sys.modules.get(module), name, None)
     else:
-        # Not by `getattr`: a module may import what it is asked for.
+        # Without `getattr`, because a module's `__getattr__` may import.
         found = vars(sys.modules[module]).get(name) if module in sys.modules else None
     bases = (getattr(sys.modules.get(place), base, None) for place, names in _COMPONENTS.items() for base in names)
     return isinstance(found, type) and issubclass(found, tuple(base for base in bases if base is not None))
 
 
 def _find_in(folder: Path, path: str) -> None:
-    """Let Python look into a folder, after all else, for a module that is nowhere else."""
+    """Add a folder at the end of Python's search path if a module is not found elsewhere."""
     top = path.partition(".")[0]
     is_there = top.isidentifier() and ((folder / top).is_dir() or (folder / f"{top}.py").is_file())
     if is_there and top not in sys.modules and find_spec(top) is None and str(folder) not in sys.path:

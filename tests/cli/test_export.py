@@ -351,7 +351,7 @@ def test_a_folder_can_name_no_other_code_than_user_models(exported, tmp_path, cl
     settings = json.loads((tmp_path / "e" / "prlhf.json").read_text())
     settings["user_model"] = {"class_path": class_path, "init_args": {"command": "true"}}
     (tmp_path / "e" / "prlhf.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigurationError, match=r"which no model is made of|, not of this package"):
+    with pytest.raises(ConfigurationError, match=r"which is not part of any model|, not of this package"):
         open_writer(tmp_path / "e")
 
 

@@ -59,7 +59,7 @@ CHECKPOINTS = {
     "a class that is a number": (("hyper_parameters", "loss"), 7, "loss is of type int"),
     "a user less": (("prlhf_lightning", "users"), ["ann"], "another number of users"),
     "optimizers that are a number": (("optimizer_states",), 3.5, "optimizer_states is of type float"),
-    "an argument of another type": ((*LORA, "alpha"), {"": None}, "cannot be used"),
+    "an argument of another type": ((*LORA, "alpha"), {"": None}, "can't be used"),
 }  # fmt: skip
 
 
@@ -107,7 +107,7 @@ def test_a_library_panic_names_the_file_and_ctrl_c_does_not():
     class Panic(BaseException):
         """As those of Rust are."""
 
-    said = r"a\.json cannot be used: Panic: x\. Mend it\."
+    said = r"a\.json can't be used: Panic: x\. Mend it\."
     with pytest.raises(ConfigurationError, match=said), opening("a.json", "Mend it."):
         raise Panic("x")
     with pytest.raises(KeyboardInterrupt), opening("a.json", "Mend it."):

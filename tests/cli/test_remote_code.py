@@ -48,7 +48,7 @@ def test_the_command_decides_and_no_file_that_is_opened(own_model, votes, tmp_pa
         "collapse": {"prompts": 0},
     }
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    says = r"it comes with code of its own; where you trust it, set trust_remote_code \(`--trust_remote_code true`\)"
+    says = r"it comes with its own code; if you trust it, set trust_remote_code \(`--trust_remote_code true`\)"
     with pytest.raises(SystemExit, match=says):
         main(["fit", "-c", str(tmp_path / "config.yaml"), "--model.policy.trust_remote_code", "false"])
     main(["fit", "-c", str(tmp_path / "config.yaml")])

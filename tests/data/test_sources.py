@@ -102,7 +102,7 @@ def test_a_data_set_that_fails_to_load_is_named_with_its_split(monkeypatch, erro
         ("./votes", "there is no such folder"),
         ("data/of/mine", "there is no such folder"),
         ("data/votes.jsonl", "there is no such file"),
-        ("a.jsonl", "that is a file, and no folder"),
+        ("a.jsonl", "it is a file, not a folder"),
         ("empty", "the folder holds no data"),
     ],
 )

@@ -182,7 +182,7 @@ def test_float16_that_overflows_names_the_setting(copied):
         ("model.safetensors", "x" * 500, "model.safetensors (500 bytes) is cut off or damaged"),
         ("model.safetensors", None, "the folder holds no weights (model.safetensors or"),
         ("config.json", "<!DOCTYPE html><html>Sign in</html>", "config.json is an HTML page, such as a log-in"),
-        ("config.json", '{"model_type": ', "config.json is no JSON"),
+        ("config.json", '{"model_type": ', "config.json is not JSON"),
         ("config.json", "[]", "config.json holds no JSON object"),
         ("config.json", None, "Cause: the folder holds no weights (config.json or"),
         ("tokenizer.json", POINTER, "tokenizer.json is a git-lfs pointer"),
@@ -210,9 +210,9 @@ def test_a_torch_file_is_checked_too(copied):
     cut(copied / "pytorch_model.bin")
     assert "pytorch_model.bin (" in refusal(copied)
     torch.save({"a": print}, copied / "pytorch_model.bin")
-    assert "a .bin file is damaged, or holds code beside weights" in refusal(copied)
+    assert "a .bin file is damaged, or contains code besides weights" in refusal(copied)
     (copied / "pytorch_model.bin").write_text("rubbish")
-    assert "pytorch_model.bin is no file of `torch.save`" in refusal(copied)
+    assert "pytorch_model.bin is not a `torch.save` file" in refusal(copied)
 
 
 def test_shards_are_looked_for_and_checked_one_by_one(sharded):

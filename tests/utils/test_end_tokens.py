@@ -111,7 +111,7 @@ def test_generation_config_ends_that_are_no_ids_are_refused(configured):
 
 @pytest.mark.parametrize("unknown", [-1, 99])
 def test_generation_config_ends_that_are_no_tokens_are_left_out(unknown):
-    with pytest.warns(UserWarning, match=rf"eos_token_id .* holds {unknown}, which is no token"):
+    with pytest.warns(UserWarning, match=rf"eos_token_id .* holds {unknown}, which its tokenizer does not have"):
         assert end_token_ids(tokenizer(None, "x"), GenerationConfig(eos_token_id=[unknown, 2])) == (1, 2)
 
 
