@@ -175,7 +175,7 @@ def test_a_text_that_is_no_transcript_is_named(tmp_path):
         (lambda: PersonalLLMSource("x.jsonl", alpha=1e-4).weights, "alpha=0.0001 is too small"),
         (lambda: UltraFeedbackPSource("x", ["kindness"]), "no user 'kindness'; there are helpfulness"),
         (lambda: UltraFeedbackPSource("x", []), "users is empty"),
-        (lambda: HHRLHFSource("x", users={"helpful": []}), "name each user's folders"),
+        (lambda: HHRLHFSource("x", users={"helpful": []}), "give each user's folders"),
     ],
 )
 def test_impossible_settings_are_refused(make, says):

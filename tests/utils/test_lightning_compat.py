@@ -125,7 +125,7 @@ def test_a_checkpoint_is_restored_within_a_context(tmp_path, points):
     assert len(entered) == 3
 
 
-def test_what_a_step_logged_can_be_passed_on(tmp_path, points):
+def test_what_a_step_logged_can_be_passed_on(tmp_path, monkeypatch, points):
     class Logs(Line):
         def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
             loss = self.line(batch).mean()
@@ -135,6 +135,7 @@ def test_what_a_step_logged_can_be_passed_on(tmp_path, points):
         def on_train_batch_end(self, *_: object) -> None:
             compat.log_training_step(self.trainer)
 
+    monkeypatch.chdir(tmp_path)  # the logger has no folder of its own, so checkpoints go into the current one
     logger = RecordingLogger()
     quiet_trainer(tmp_path, max_epochs=1, log_every_n_steps=1, logger=logger).fit(Logs(), points)
     assert len(logger.values["loss"]) == 12  # by Lightning, and by us
