@@ -1,1 +1,1 @@
-"""An OpenAI-compatible server that writes for each person, and collects what they think of it."""
+"""An OpenAI-compatible server that generates for each user and collects feedback."""

@@ -1,4 +1,4 @@
-"""The web application: routes, what stands before them, and its life from start to end."""
+"""The web application: routes, middleware, and lifespan."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prlhf_lightning.serving.services import Services
 
 
 def create_app(services: Services) -> FastAPI:
-    """Return the application of a server; its engine runs while the application does."""
+    """Return the application of a server; the engine runs during its lifespan."""
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -35,7 +35,7 @@ def create_app(services: Services) -> FastAPI:
         version=prlhf_lightning.__version__,
         description="Writes for each user as that user likes it. Compatible with OpenAI's API.",
         lifespan=life,
-        docs_url=None,  # pages that load scripts from elsewhere
+        docs_url=None,  # those pages load scripts from other hosts
         redoc_url=None,
     )
     app.services = services
@@ -48,7 +48,7 @@ def create_app(services: Services) -> FastAPI:
             app.include_router(adapt_router(services, services.log, services.learner))
     app.include_router(demo_router())
     app.mount("/static", StaticFiles(directory=FOLDER))
-    # The last is the first to see a request.
+    # The last one sees a request first.
     app.add_middleware(BodyLimit, most=services.limits.max_body, seconds=services.limits.read_seconds)
     limiter = RateLimiter(services.limits.requests_per_minute, services.limits.burst)
     app.add_middleware(AuthMiddleware, keys=services.keys, limiter=limiter)
@@ -58,12 +58,12 @@ def create_app(services: Services) -> FastAPI:
 
 
 class _App(FastAPI):
-    """A FastAPI whose OpenAPI document says what this server does, and no more."""
+    """A FastAPI application with an exact OpenAPI document."""
 
     services: Services
 
     def openapi(self) -> dict[str, Any]:
-        """Return the document, with the one model's name, keys if there are any, and no error that is never sent."""
+        """Return the document, with the model's name, keys if any, and without errors that are never sent."""
         document = super().openapi()
         for path in document["paths"].values():
             for operation in path.values():

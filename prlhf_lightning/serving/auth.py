@@ -1,4 +1,4 @@
-"""Who may use the server, for which users, and how often."""
+"""API keys, their users, and rate limits."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from prlhf_lightning.utils.io import append_whole
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _GUESSABLE = 16  # characters; wrong keys are not slowed, since those that are made here can't be guessed at any speed
-_MOST_CALLERS = 10_000  # of which a limiter remembers how much they have asked
+_MOST_CALLERS = 10_000  # callers that a limiter remembers
 
 
 @dataclass(frozen=True)
 class APIKey:
-    """A key, of which only the hash is known.
+    """An API key, stored as a hash.
 
     SHA-256 without salt or stretching, because keys are long and random, not chosen by people.
 
     Attributes:
-        name: What the key is called in logs.
+        name: Name of the key in logs.
         sha256: Hexadecimal hash of the key.
-        users: Pattern of the users whom it may write and give feedback for, such as `team-a-*`.
+        users: Pattern of the users that the key may act for, such as `team-a-*`.
     """
 
     name: str
@@ -46,11 +46,11 @@ class APIKey:
 
     @property
     def prefix(self) -> str:
-        """How the ids of all its users begin."""
+        """Common prefix of the ids of its users."""
         return re.split(r"[*?\[]", self.users, maxsplit=1)[0]
 
     def may_act_for(self, user: str) -> bool:
-        """Whether the key is for this user."""
+        """Return whether the key may act for this user."""
         return fnmatchcase(user, self.users)
 
 
@@ -73,7 +73,7 @@ class KeyRing:
         return bool(self._keys)
 
     def find(self, presented: str) -> APIKey | None:
-        """Return the key that was presented, in a time that does not tell how nearly a wrong one is right."""
+        """Return the presented key or None, in constant time."""
         digest = sha256(presented.encode()).hexdigest()
         found = None
         for key in self._keys:
@@ -83,12 +83,12 @@ class KeyRing:
 
     @classmethod
     def load(cls, path: Path | None, environment: Mapping[str, str]) -> KeyRing:
-        """Read the keys of a TOML file, and the one in `$PRLHF_API_KEY`, whose name is `environment`.
+        """Return the keys of a TOML file and the one in `$PRLHF_API_KEY`, which gets the name `environment`.
 
         A file has a table for each key: `[NAME]`, `sha256 = "…"`, and optionally `users = "team-a-*"`.
 
         Raises:
-            ConfigurationError: The file can't be read or is not what it should be.
+            ConfigurationError: The file cannot be read or is malformed.
         """
         keys = [] if path is None else list(_read(path))
         if secret := environment.get("PRLHF_API_KEY"):
@@ -99,22 +99,22 @@ class KeyRing:
 
 
 def new_key(name: str, users: str = "*") -> tuple[str, str]:
-    """Return a new key, and the lines about it for the file of keys."""
+    """Return a new key, and its entry for the key file."""
     key = "sk-" + secrets.token_urlsafe(32)
     digest = sha256(key.encode()).hexdigest()
     return key, f'[{_toml(name)}]\nsha256 = "{digest}"\nusers = {_toml(users)}\n'
 
 
 def _toml(text: str) -> str:
-    """Return a string of TOML: as in JSON, but for what JSON writes as two halves, and for DEL."""
+    """Return a TOML string: as in JSON, except for surrogate pairs and DEL."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def add_entry(path: Path, entry: str) -> None:
-    """Write a new key's lines at the end of a file of keys; a new file is its owner's alone.
+    """Append a new key's entry to a key file; a new file is readable only by its owner.
 
     Raises:
-        ConfigurationError: The file can't be written, or has a key of this name already.
+        ConfigurationError: The file cannot be written, or already has a key of this name.
     """
     try:
         before = path.read_text(encoding="utf-8") if path.exists() else ""
@@ -156,19 +156,19 @@ def _is_hash(value: Any) -> bool:
 
 
 class RateLimiter:
-    """A bucket of tokens for each caller, filled at a steady rate; a request takes one.
+    """Token-bucket rate limiter, with one bucket per caller.
 
     Args:
-        per_minute: Requests a minute in the long run; none means that nobody is held up.
-        burst: Requests at once after a pause.
+        per_minute: Long-run rate in requests per minute; None for no limit.
+        burst: Number of requests at once after a pause.
     """
 
     def __init__(self, per_minute: float | None = None, burst: int = 20) -> None:
         self._rate, self._burst = per_minute and per_minute / 60, burst
-        self._buckets: dict[str, tuple[float, float]] = {}  # tokens, and when there were so many
+        self._buckets: dict[str, tuple[float, float]] = {}  # tokens, and the time of that count
 
     def wait(self, caller: str, now: float | None = None) -> float:
-        """Take a token and return 0, or return the seconds until there is one."""
+        """Take a token and return 0, or return the seconds until one is available."""
         if not self._rate:
             return 0.0
         now = time.monotonic() if now is None else now
@@ -176,7 +176,7 @@ class RateLimiter:
         tokens = min(float(self._burst), tokens + (now - then) * self._rate)
         taken = tokens >= 1
         self._buckets[caller] = (tokens - taken, now)
-        if len(self._buckets) > _MOST_CALLERS:  # the one who has been away longest
+        if len(self._buckets) > _MOST_CALLERS:  # drop the least recent caller
             del self._buckets[next(iter(self._buckets))]
         return 0.0 if taken else (1 - tokens) / self._rate
 
@@ -191,7 +191,7 @@ async def _caller(request: Request, _: Annotated[HTTPAuthorizationCredentials | 
 
 
 def caller_of(request: Request) -> str:
-    """Return who asks, as far as rates and turns go: a key, or without keys an address."""
+    """Return the caller for rate limits and scheduling: a key, or without keys an address."""
     return str(request.scope["prlhf.caller"])
 
 
@@ -199,6 +199,6 @@ Caller: TypeAlias = Annotated[APIKey, Depends(_caller)]
 
 
 def check_users(key: APIKey, users: Iterable[str], param: str) -> None:
-    """Refuse a key that is not for all of these users."""
+    """Refuse a key that may not act for all of these users."""
     if not all(key.may_act_for(user) for user in users):
         raise APIError(403, "This API key is not for this user.", "user_not_allowed", param)

@@ -1,4 +1,4 @@
-"""Routes that write: chat completions and completions, whole or streamed."""
+"""Generation routes: chat completions and completions, whole or streamed."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def completions_router(services: Services) -> APIRouter:
 
     @routes.post("/v1/chat/completions", responses=answers(schemas.ChatCompletion, schemas.ChatCompletionChunk))
     async def chat_completions(body: schemas.ChatRequest, request: Request, key: Caller) -> Response:
-        """Write the next turn of a conversation, for a user."""
+        """Generate the next turn of a conversation for a user."""
         _check_last_message(body)
         prompt = services.prompt([message.plain() for message in body.messages])
         answer = await _begin(services, body, prompt, request, key, "chatcmpl")
@@ -55,7 +55,7 @@ def completions_router(services: Services) -> APIRouter:
 
     @routes.post("/v1/completions", responses=answers(schemas.Completion, schemas.Completion))
     async def completions(body: schemas.CompletionRequest, request: Request, key: Caller) -> Response:
-        """Go on with a text, for a user."""
+        """Continue a text for a user."""
         answer = await _begin(services, body, services.prompt(body.text()), request, key, "cmpl")
         if body.stream:
             return _EventStream(answer, body, "text_completion", _text)
@@ -67,7 +67,7 @@ def completions_router(services: Services) -> APIRouter:
 
 @dataclass
 class _Usage:
-    """Tokens read, and written so far."""
+    """Token counts of prompt and answer."""
 
     read: int = 0
     written: int = 0
@@ -82,12 +82,12 @@ class _Usage:
 
 @dataclass
 class _Answer:
-    """An answer that is being written.
+    """A running answer.
 
     Attributes:
         ticket: Where its pieces come from.
-        base: What every object about it holds.
-        on_first: Called when there is the first piece.
+        base: Common fields of all response objects.
+        on_first: Called at the first chunk.
     """
 
     ticket: PendingRequest
@@ -115,7 +115,7 @@ class _Answer:
 
 
 async def _begin(services: Services, body: Body, prompt: Prompt, request: Request, key: APIKey, kind: str) -> _Answer:
-    """Wait until the engine has accepted a request, or say why not."""
+    """Return the answer once the engine has accepted the request, or raise an error."""
     if body.model != services.writer.name:
         message = "There is no such model here; /v1/models names the one that there is."
         raise APIError(404, message, "model_not_found", "model")
@@ -166,7 +166,7 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
 
 
 def _check_last_message(body: schemas.ChatRequest) -> None:
-    """Refuse to write a second turn of the assistant's after one."""
+    """Refuse to generate a second consecutive assistant turn."""
     ends_with_answer = body.messages[-1].role == "assistant"
     goes_on = bool(body.continue_final_message)
     if goes_on and body.add_generation_prompt:
@@ -187,7 +187,7 @@ def _check_last_message(body: schemas.ChatRequest) -> None:
 
 
 def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] | None:
-    """Return a request's user as the model knows them, or its blend with shares that sum to 1."""
+    """Return a request's user under the model's id, or its blend with shares that sum to 1."""
     if not body.blend:
         return None if body.user is None else rename(body.user)
     total = math.fsum(body.blend.values())
@@ -195,7 +195,7 @@ def _named(body: Body, rename: Callable[[str], str]) -> str | dict[str, float] |
 
 
 async def _whole(request: Request, answer: _Answer) -> tuple[str, str | None, dict[str, int]]:
-    """Wait for the whole answer, or stop writing it when the client leaves."""
+    """Return the whole answer; stop generating if the client disconnects."""
     try:
         return await _unless_gone(request, answer.whole())
     except (Closing, EngineFailed) as error:
@@ -205,7 +205,7 @@ async def _whole(request: Request, answer: _Answer) -> tuple[str, str | None, di
 
 
 async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """Return what some work comes to, or end it when the client leaves."""
+    """Return the result of a coroutine, or cancel it if the client disconnects."""
     working, leaving = asyncio.create_task(work), asyncio.create_task(_gone(request))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -238,7 +238,7 @@ def _text(text: str, finish: str | None) -> dict[str, Any]:
 
 
 class _EventStream(StreamingResponse):
-    """An answer as server-sent events. Nothing more is written once it has been sent, or the client has left."""
+    """An answer as server-sent events. Generation stops when the client disconnects."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Errors as OpenAI's API words them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors in OpenAI's format: `{"error": {"message", "type", "param", "code"}}`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-# Of what the web framework finds wrong itself; 400 are bodies that can't be read.
+# Errors of the web framework itself; 400 is an unreadable body.
 _CODES = {400: "invalid_json", 404: "not_found", 405: "method_not_allowed", 408: "too_slow", 413: "too_large"}
 _MEANING = {
     400: "The request is not what it should be.",
@@ -29,7 +29,7 @@ _MEANING = {
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Description of an error."""
 
     message: str
     type: str
@@ -38,20 +38,20 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """The body of every answer that is an error."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class APIError(Exception):
-    """An answer that is an error.
+    """An error response.
 
     Args:
         status: HTTP status.
-        message: What is wrong and how to mend it.
+        message: The problem and the fix.
         code: Short name of the error, for programs.
-        param: The field of the request that is to blame.
-        retry_after: Seconds after which another try may go well.
+        param: The invalid field of the request.
+        retry_after: Seconds after which to try again.
     """
 
     def __init__(
@@ -71,12 +71,12 @@ class APIError(Exception):
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
     def response(self) -> JSONResponse:
-        """Return the answer to send."""
+        """Return the response to send."""
         return JSONResponse(self.body.model_dump(), self.status, self.headers)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return the errors that a route may answer with, as FastAPI's `responses` takes them."""
+    """Return the possible errors of a route, in the format of FastAPI's `responses`."""
     answers: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
         answers[status] = {"model": ErrorBody, "description": _MEANING[status]}
@@ -104,9 +104,9 @@ def install(app: FastAPI) -> None:
 
 
 def _of_validation(errors: Any) -> APIError:
-    """Name what is wrong, without repeating what was sent.
+    """Return an error that names the invalid field without repeating the request.
 
-    Of the forms that a field may have, the nearest counts: where the fault is deepest, and then is not the type.
+    If a field has several forms, the closest one counts: the deepest error that is not about the type.
     """
     worst = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     if worst["type"] == "json_invalid":
@@ -127,5 +127,5 @@ def _of_validation(errors: Any) -> APIError:
 
 
 def _is_label(part: int | str) -> bool:
-    """Whether a part of a place is pydantic's name for one of the forms that a field may have, and no field."""
+    """Return whether a part of an error's location is pydantic's label of a form, not a field."""
     return isinstance(part, str) and not re.fullmatch(r"(?!(str|list|int|float|pair|thumb)$)[a-z_]+", part)

@@ -1,4 +1,4 @@
-"""The route that takes feedback."""
+"""Routes for feedback and for learning new users."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def feedback_router(services: Services, log: FeedbackLog) -> APIRouter:
         responses={200: repeated, **documented(400, 401, 403, 408, 409, 413, 429, 500, 503)},
     )
     async def give_feedback(body: schemas.AnyFeedback, response: Response, key: Caller) -> schemas.FeedbackReceipt:
-        """Write down which of two answers a user found better, or whether one was good.
+        """Store which of two answers a user preferred, or whether one was good.
 
-        Once this is answered, the feedback is on disk.
+        When the response arrives, the feedback is on disk.
         """
         check_users(key, [body.user], "user")
         given = body.prompt if isinstance(body.prompt, str) else [message.plain() for message in body.prompt]
@@ -97,7 +97,7 @@ def adapt_router(services: Services, log: FeedbackLog, learner: Learner) -> APIR
 
     @routes.post("/v1/adapt", responses=documented(400, 401, 403, 408, 409, 413, 429, 500, 503))
     async def adapt(body: schemas.LearnRequest, request: Request, key: Caller) -> schemas.Learned:
-        """Learn a user whom the model was not trained on from the pairs in the feedback log, again with every call."""
+        """Learn a user who was not in training from the pairs in the feedback log; each call learns again."""
         check_users(key, [body.user], "user")
         try:
             rows = await services.use_log(lambda: _newest(log.newest_pairs(body.user, _MOST_PAIRS)))
@@ -121,7 +121,7 @@ def adapt_router(services: Services, log: FeedbackLog, learner: Learner) -> APIR
 
 
 def _newest(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the last rows, as many as have so many characters together; one at least."""
+    """Return the last rows up to a total number of characters, at least one."""
     sizes = accumulate(len(json.dumps(row, ensure_ascii=False)) for row in reversed(rows))
     kept = sum(1 for _ in takewhile(lambda size: size <= _MOST_CHARACTERS, sizes))
     return rows[-max(1, kept) :] if rows else []

@@ -9,21 +9,21 @@ from prlhf_lightning.errors import ConfigurationError
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is taken in.
+    """Limits on requests, answers and learned users.
 
     Attributes:
-        max_tokens: Most tokens of an answer.
-        max_open: Most requests for text that are waiting or being written at once; the next ones get 429. When there
-            are so many, a newcomer takes the place of a waiting request of whoever has the most.
-        max_batch: Most texts that are written at once.
-        max_batch_tokens: Most positions for which the model keeps keys and values: texts written at once by the length
-            of the longest, its answer included.
-        max_prompt: Most characters of a prompt; a longer one gets 413.
-        max_body: Most bytes of a request; a larger one gets 413.
-        max_learned: Most users that the server learns while it runs.
-        read_seconds: Seconds within which the head of a request, and then its body, must be there.
-        requests_per_minute: Requests of one API key (without keys: of one address) in the long run; more get 429.
-        burst: Requests of one key at once, where they are limited.
+        max_tokens: Maximum number of tokens of an answer.
+        max_open: Maximum number of waiting and running requests for text; further ones get 429. At the limit, a new
+            request replaces a waiting request of the caller with the most.
+        max_batch: Maximum number of texts generated at once.
+        max_batch_tokens: Maximum number of positions in the KV cache: running texts times the longest, including its
+            answer.
+        max_prompt: Maximum characters of a prompt; a longer one gets 413.
+        max_body: Maximum bytes of a request; a larger one gets 413.
+        max_learned: Maximum number of users that a running server learns.
+        read_seconds: Time limit in seconds for the headers of a request, and again for its body.
+        requests_per_minute: Long-run rate limit of one API key (without keys: of one address); more get 429.
+        burst: Number of requests of one key at once under the rate limit.
     """
 
     max_tokens: int = 512

@@ -1,4 +1,4 @@
-"""Routes that tell what there is: the model, and the users whom it knows."""
+"""Routes for the model, its users, health and the demo page."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from prlhf_lightning.serving.services import Services
 
 
 class UserDirectory:
-    """The ids of users in their order, in which those that begin alike stand together."""
+    """The sorted ids of users, for prefix search."""
 
     def __init__(self) -> None:
         self._given, self._sorted = tuple[str, ...](), list[str]()
 
     def find(self, ids: tuple[str, ...], prefix: str, key: APIKey) -> Iterator[str]:
-        """Yield the ids that begin so and that the key is for; of a million, only those that it may be for are seen."""
-        if ids is not self._given:  # the first time, or after a user was learned
+        """Yield the ids with a prefix that the key may act for, without a scan of all ids."""
+        if ids is not self._given:  # first call, or a new user was learned
             self._sorted, self._given = sorted(ids), ids
         found, begins = self._sorted, max(prefix, key.prefix, key=len)
         for place in range(bisect_left(found, begins), len(found)):
@@ -46,7 +46,7 @@ def models_router(services: Services) -> APIRouter:
 
     @routes.get("/v1/models", responses=documented(401, 429, 500))
     async def models(key: Caller) -> schemas.ModelList:
-        """List the model that is served."""
+        """List the served model."""
         return schemas.ModelList(data=[model])
 
     @routes.get("/v1/models/{name:path}", responses=documented(401, 404, 429, 500))
@@ -60,9 +60,9 @@ def models_router(services: Services) -> APIRouter:
     def users(  # not async: a thread sorts what may be a million ids
         key: Caller, asked: Annotated[schemas.UserQuery, Query()]
     ) -> schemas.UserList:
-        """List users whom the model knows and the caller may write for, in the order of their ids.
+        """List known users that the caller may act for, sorted by id.
 
-        There are none where the model knows them by pseudonyms, from which nobody can tell the ids to give.
+        The list is empty if the model knows users by pseudonyms, which do not reveal the ids.
         """
         known = services.writer.vocabulary.ids if services.rename is str else ()
         found = directory.find(known, asked.prefix, key)
@@ -79,12 +79,12 @@ def operations_router(services: Services) -> APIRouter:
 
     @routes.get("/healthz", responses=documented(500))
     async def health() -> schemas.Health:
-        """Say that the process answers."""
+        """Report that the process responds."""
         return schemas.Health()
 
     @routes.get("/readyz", responses=documented(500, 503))
     async def ready() -> schemas.Health:
-        """Say whether the model can write and feedback can be written down."""
+        """Report whether the model can generate and feedback can be stored."""
         if not services.scheduler.well:
             raise APIError(503, "The model can't write now.", "engine_unwell", retry_after=5)
         if services.log is not None:

@@ -1,4 +1,4 @@
-"""uvicorn's HTTP for clients who may be slow, or mean to be."""
+"""uvicorn's HTTP protocol with time limits for slow clients."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from prlhf_lightning.serving.errors import APIError
 
 
 class TimeoutProtocol(H11Protocol):
-    """HTTP that does not wait for ever, as uvicorn's own does: for a request's head, or for a client to read.
+    """HTTP protocol with time limits for a request's headers and for reading the response.
 
-    A connection whose head is late gets 408 where some of it has come, and is closed; one that has left what was sent
-    to it unread for so long is cut off. `BodyLimit` sees to bodies.
+    A connection with incomplete headers gets 408 and is closed; one that does not read its response is closed too.
+    `BodyLimit` handles bodies.
     """
 
     seconds = 30.0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """Give a client its time, from now on, for the head of a request."""
+        """Start the timer for the headers of a request."""
         # Heads and bodies are sent one after the other, and with Nagle's algorithm the second would wait up to 40 ms
         # for the client's acknowledgment. asyncio sets this only on sockets that were made with a protocol number.
         transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -31,7 +31,7 @@ class TimeoutProtocol(H11Protocol):
         self._late.start(self.seconds)
 
     def data_received(self, data: bytes) -> None:
-        """Read on; the first part of a head says when all of it must be there."""
+        """Read data; the first part of the headers starts their timer."""
         super().data_received(data)
         if self.cycle is not None and not self.cycle.response_complete:  # there is a request
             self._late.stop()
@@ -39,17 +39,17 @@ class TimeoutProtocol(H11Protocol):
             self._late.start(self.seconds)
 
     def pause_writing(self) -> None:
-        """Stop writing until the client reads, which it must in time."""
+        """Stop writing, and start the timer for the client to read."""
         super().pause_writing()
         self._stuck.start(self.seconds)
 
     def resume_writing(self) -> None:
-        """Write on."""
+        """Resume writing and stop the timer."""
         super().resume_writing()
         self._stuck.stop()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """Wait for nothing more."""
+        """Stop all timers."""
         super().connection_lost(exc)
         self._late.stop()
         self._stuck.stop()
@@ -68,7 +68,7 @@ class TimeoutProtocol(H11Protocol):
 
 
 class _Timer:
-    """Calls a function when it has run down, if nobody stops it; one that runs is not started anew."""
+    """Calls a function after a delay unless stopped; starting a running timer has no effect."""
 
     def __init__(self, function: Callable[[], None]) -> None:
         self._function = function
