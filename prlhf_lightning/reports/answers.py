@@ -1,4 +1,4 @@
-"""What a model writes for users, beside what it writes for nobody in particular, and who wins."""
+"""Answers of a model and its comparison writers for users, and their win rates."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class Answers:
         prompts: P prompts.
         people: U users.
         texts: For each writer, U rows of P answers.
-        utility: For each writer, the true utility of its answers by user; of simulated users only.
-        well_formed: For each writer, the share of its answers that are well-formed; of simulated users only.
+        utility: For each writer, the true utility of its answers by user; only for simulated users.
+        well_formed: For each writer, the share of well-formed answers; only for simulated users.
     """
 
     prompts: Sequence[Text]
@@ -50,16 +50,16 @@ class Answers:
 
 @dataclass(frozen=True)
 class WinRate:
-    """How often the answers written for a user beat others, as a judge has it.
+    """Win rate of the answers for a user against other answers, according to a judge.
 
     Attributes:
-        against: Who wrote the others.
+        against: Writer of the other answers.
         rate: Mean over users of their scores (1, 0.5 for a tie, 0).
         wins: Number of questions won.
-        ties: Number of ties, those included where the judge's two verdicts differ.
+        ties: Number of ties, including those with different verdicts in the two orders.
         losses: Number lost.
-        inconsistent: Number of ties that are due to different verdicts in the two orders.
-        errors: Number of questions without a verdict, by what went wrong.
+        inconsistent: Number of ties with different verdicts in the two orders.
+        errors: Number of questions without a verdict, by reason.
     """
 
     against: str
@@ -72,10 +72,10 @@ class WinRate:
 
 
 def find_people(data: PreferenceDataModule, pairs: Pairs, user_ids: Sequence[str]) -> tuple[list[Person], Tokens]:
-    """Gather what a judge may know of users: their text, and some of their validation votes.
+    """Return users with the information for a judge: their text and some of their validation votes.
 
     Returns:
-        The users of whom there is anything, and the tokens of their texts.
+        The users with any information, and the tokens of their texts.
     """
     places = rows_by_user(pairs, user_ids, _VOTES)
     rows = {user_id: pairs.__getitems__(own) for user_id, own in places.items()}
@@ -90,7 +90,7 @@ def find_people(data: PreferenceDataModule, pairs: Pairs, user_ids: Sequence[str
 
 
 def find_prompts(data: PreferenceDataModule, pairs: Pairs, count: int) -> list[Text]:
-    """Return different validation prompts, evenly over those that there are."""
+    """Return distinct validation prompts, spread evenly."""
     if isinstance(data.source, SimulatedSource):
         known = data.source.eval_prompts()
         return [known[place] for place in spread(len(known), count)]
@@ -108,7 +108,7 @@ def find_prompts(data: PreferenceDataModule, pairs: Pairs, count: int) -> list[T
 
 
 def _records(data: PreferenceDataModule, wheres: set[str]) -> dict[str, FeedbackRecord]:
-    """Return validation rows as they stand in the source, before they became tokens."""
+    """Return validation rows of the source, before tokenization."""
     columns = Columns.from_mapping(data.source.columns)
     found: dict[str, FeedbackRecord] = {}
     split: Split = "validation" if "validation" in data.source.splits() else "train"
@@ -121,13 +121,13 @@ def _records(data: PreferenceDataModule, wheres: set[str]) -> dict[str, Feedback
 
 
 class AnswerGenerator:
-    """Writes answers by the different writers.
+    """Generates answers with the different writers.
 
     Args:
         module: The trained model, in evaluation mode.
-        data: Its data, for their way of encoding prompts.
-        sampling: How to draw.
-        baseline: A model that was trained on the same without users.
+        data: Its data module, for the tokenization of prompts.
+        sampling: Sampling settings.
+        baseline: The same model trained without users.
     """
 
     def __init__(
@@ -141,7 +141,7 @@ class AnswerGenerator:
 
     @property
     def writers(self) -> list[str]:
-        """Who writes; the first is the model as trained."""
+        """Names of the writers; the first is the model as trained."""
         module = self._module
         names = [OWN, GENERIC] if module.user_model.personalizes else [OWN]
         return [*names, *([BASELINE] if self._baseline else []), *([BEFORE] if module.loss.requires_reference else [])]
@@ -153,13 +153,13 @@ class AnswerGenerator:
         prompts: Sequence[Text],
         on_answers: Callable[[int], object],
     ) -> dict[str, list[list[str]]]:
-        """Write every prompt for every user.
+        """Return an answer of every writer to every prompt for every user.
 
         Args:
             people: U users.
             user_text: U texts about them.
             prompts: P prompts.
-            on_answers: Called with the number of answers as they are written.
+            on_answers: Called with the number of new answers.
 
         Returns:
             For each writer, U rows of P answers.
@@ -167,7 +167,7 @@ class AnswerGenerator:
         asked = self._data.encode_prompts(prompts)
         written: dict[str, list[list[str]]] = {}
         for writer in self.writers:
-            # Whoever knows nothing of the users writes once for all of them.
+            # Writers without users generate once for all of them.
             same = writer != OWN and not self._module.user_model.uses_text
             rows = [(u, p) for u in range(1 if same else len(people)) for p in range(len(prompts))]
             texts: list[str] = []
@@ -199,7 +199,7 @@ def _to(tokens: Tokens, module: PersonalizedModel) -> Tokens:
 
 
 def with_utility(answers: Answers, judge: UtilityJudge, seed: int = 0) -> Answers:
-    """Let simulated users say what each answer is worth to them."""
+    """Return the answers with the true utility of simulated users."""
     utility, well_formed = {}, {}
     for writer, texts in answers.texts.items():
         ids, found = [], []
@@ -213,7 +213,7 @@ def with_utility(answers: Answers, judge: UtilityJudge, seed: int = 0) -> Answer
 
 
 def features_written(answers: Answers) -> dict[str, Floats]:
-    """Return by user the mean `[F]` of the `SURFACE_FEATURES` of what is written for them."""
+    """Return the mean `[F]` of `SURFACE_FEATURES` of the answers for each user."""
     asked = [
         prompt if isinstance(prompt, str) else "\n".join(message_text(turn) for turn in prompt)
         for prompt in answers.prompts
@@ -225,12 +225,12 @@ def features_written(answers: Answers) -> dict[str, Floats]:
 
 
 def win_rates(answers: Answers, judge: Judge, seed: int, on_ruling: Callable[[], object]) -> list[WinRate]:
-    """Let a judge compare what is written for each user with what every other writer writes.
+    """Return a judge's comparison of the answers for each user with those of every other writer.
 
     Args:
-        answers: What was written.
-        judge: Who compares.
-        seed: Draws the bootstrap samples.
+        answers: The generated answers.
+        judge: The judge.
+        seed: Seed of the bootstrap samples.
         on_ruling: Called after each comparison.
     """
     places = [(u, p) for u in range(len(answers.people)) for p in range(len(answers.prompts))]

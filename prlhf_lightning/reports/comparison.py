@@ -1,4 +1,4 @@
-"""A personalized model and its vanilla counterpart, side by side."""
+"""Comparison of a personalized model with its vanilla counterpart."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _BATCH = 64
 
 @dataclass(frozen=True)
 class Contender:
-    """A trained model and what its last validation logged.
+    """A trained model and the metrics of its last validation.
 
     Attributes:
         module: The model.
@@ -43,14 +43,14 @@ def write(
     source: SimulatedSource,
     sampling: Sampling | None = None,
 ) -> list[str]:
-    """Write an answer to each request.
+    """Return an answer to each request.
 
     Args:
         module: A trained model.
         data: The data module that it was trained with, for its way of encoding prompts.
-        requests: User and prompt of each answer wanted.
-        source: Where the users come from, who may say something about themselves.
-        sampling: How to draw; the model's own settings by default.
+        requests: User and prompt of each answer.
+        source: Source of the users and their texts.
+        sampling: Sampling settings; the model's own by default.
     """
     answers: list[str] = []
     with eval_mode(module):
@@ -63,7 +63,7 @@ def write(
 
 
 def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSource) -> dict[str, float]:
-    """Let each simulated user judge what a model writes for them.
+    """Return simulated users' judgments of a model's answers for them.
 
     Returns:
         Share of well-formed answers, and mean true utility, over seen users and held-out prompts.
@@ -82,16 +82,16 @@ def judge(contender: Contender, data: PreferenceDataModule, source: SimulatedSou
 def compare(
     contenders: Mapping[str, Contender], data: PreferenceDataModule, folder: Path | None, quiet: bool = False
 ) -> None:
-    """Print the models' metrics side by side, and write them to `comparison.json`.
+    """Print the models' metrics next to each other, and write them to `comparison.json`.
 
-    Where the users are simulated, they also judge what each model writes for them, and a prompt is answered for
-    three of them whose tastes differ most.
+    Simulated users also judge each model's answers for them, and a prompt is answered for the three users whose
+    preferences differ most.
 
     Args:
         contenders: The models by name.
         data: The data module that they were trained with.
-        folder: Where the file goes; None writes none.
-        quiet: Print and write nothing, for a process that only takes part because the models are sharded.
+        folder: Folder of the file; None to write none.
+        quiet: Print and write nothing, for processes other than the first with sharded models.
     """
     rows = {
         "pair accuracy, seen users": "val/seen/accuracy",
@@ -111,7 +111,7 @@ def compare(
     results: dict[str, dict[str, float]] = {}
     for name, contender in contenders.items():
         values = {key: float(value) for key, value in contender.metrics.items()}
-        # Without personalization everyone is the generic user.
+        # Without personalization all users are the generic user.
         for key in ("accuracy", "auc"):
             if f"val/seen/{key}" in values:
                 values.setdefault(f"val/seen/generic_{key}", values[f"val/seen/{key}"])
@@ -137,7 +137,7 @@ def compare(
 
 
 def _limits(source: SimulatedSource) -> dict[str, float]:
-    """What a model that knew every user's taste would reach: labels are noisy, so not 1."""
+    """Return the accuracy of a model that knows every user's preferences; labels are noisy, so below 1."""
     limits = {"val/seen/accuracy": source.noise_ceiling(), "well_formed": 1.0, "utility": 1.0}
     if source.unseen_users:
         limits["val/unseen/accuracy"] = source.noise_ceiling(unseen=True)

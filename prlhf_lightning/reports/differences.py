@@ -1,4 +1,4 @@
-"""What users differ in, by their votes: found in the features of the answers, and shown on a page."""
+"""Differences between users by features of the answers, from their votes, and their section of a page."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ _DOTS = 150  # users who are drawn one by one
 
 @dataclass(frozen=True)
 class Differences:
-    """How far users' tastes lie apart, feature by feature.
+    """Spread of users' preferences by feature.
 
     Attributes:
         features: F things of which an answer can have more, in words; those in which users differ most come first.
         tastes: The same features, over U users; an answer that has typically more of one differs by 1.
         user_ids: The U users.
-        votes: Number of votes that were looked at.
+        votes: Number of votes used.
         seldom: Things that were left out, as the two answers of a pair seldom differ in them.
     """
 
@@ -44,11 +44,11 @@ class Differences:
 
     @property
     def is_told(self) -> bool:
-        """Whether there is a feature in which users surely differ."""
+        """Whether users differ significantly in any feature."""
         return bool(self.tastes.low[0] > 0)
 
     def groups(self) -> list[str]:
-        """Return for each user whether they like the feature in which users differ most more or less than others do."""
+        """Return for each user whether they like the feature of largest spread more or less than others."""
         away, unsure = self.tastes.weights[:, 0] - self.tastes.mean[0], self.tastes.stds[:, 0]
         names = ("less than most", "about as most", "more than most")
         return [names[1 + int(one > limit) - int(one < -limit)] for one, limit in zip(away, unsure, strict=True)]

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for people: each value with its count and interval."""
+"""The console table of an evaluation: each value with its count and interval."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def evaluation_table(
 ) -> Table:
     """Return a table with a column for each set.
 
-    Intervals are of 95%, by drawing users again with replacement; of a single user there is none.
+    Intervals are 95% bootstraps over users; a single user has none.
 
     Args:
         metrics: Logged values by name, such as `val/seen/accuracy`.
         users: Each user's row, by set.
         sets: The sets, such as seen and unseen users.
-        stage: How names of logged values begin: `val` or `test`.
+        stage: Prefix of the logged values: `val` or `test`.
     """
     title = "Validation" if stage == "val" else "Test"
     table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD)
@@ -58,7 +58,7 @@ def evaluation_table(
 
 
 def _counted(rows: Rows) -> dict[str, str]:
-    """Return what is known of users one by one: how many there are, and values with their intervals."""
+    """Return per-user values: the number of users, and means with their intervals."""
     found = {"users": f"{len(rows):,}"} if rows else {}
     pairs = [row for _, row in rows if isinstance(row, UserAccuracy)]
     if pairs:

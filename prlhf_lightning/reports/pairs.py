@@ -1,4 +1,4 @@
-"""How a model ranks the validation pairs, for their own users and for the generic one."""
+"""Scores of validation pairs under their own users and under the generic user."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from prlhf_lightning.metrics.preference import pair_scores
 from prlhf_lightning.model import PersonalizedModel
 
 LEARNED, TESTED = 30, 20
-"""Most pairs of a new user to learn from, and to test on."""
+"""Maximum number of pairs of a new user for learning and for testing."""
 _LEAST = 8
 _NEW_USERS = 30
 
 
 @dataclass(frozen=True)
 class Scores:
-    """N pairs as a model ranks them.
+    """A model's scores of N pairs.
 
     Attributes:
-        user_ids: Who judged each.
-        own: `[N]` 1 where the pair is ranked as its user did, 0.5 for a tie, 0 otherwise.
-        generic: `[N]` the same with the generic user in each user's place.
+        user_ids: User of each pair.
+        own: `[N]` 1 if the pair is ranked correctly, 0.5 for a tie, 0 otherwise.
+        generic: `[N]` the same under the generic user.
         log_probs: `[N]` each, the log-probability a token of the chosen completion, under the user (`own`), the generic
             user (`generic`) and, where the loss has one, the `reference`.
     """
@@ -52,12 +52,12 @@ class Scores:
 def score(
     module: PersonalizedModel, pairs: Pairs, places: Positions, batch_size: int, on_batch: Callable[[int], object]
 ) -> Scores:
-    """Rank pairs, those of like length together.
+    """Return the scores of pairs, computed in batches of similar length.
 
     Args:
         module: The model, in evaluation mode.
         pairs: A validation set.
-        places: Which of it, `[N]`.
+        places: `[N]` positions in the set.
         batch_size: Pairs in a pass.
         on_batch: Called with the number of pairs of each pass.
     """
@@ -81,14 +81,14 @@ def score(
 
 
 def cold_start_of(module: PersonalizedModel, pairs: Pairs | None) -> list[ColdStartPoint] | str:
-    """Learn users whom the model has never met from their first pairs, and test on their last.
+    """Return the cold-start curve of unseen users, who are learned from their first pairs and tested on their last.
 
     Args:
         module: The model.
-        pairs: The unseen users' pairs; None where there are none.
+        pairs: The unseen users' pairs, or None.
 
     Returns:
-        The curve, or why there is none.
+        The curve, or the reason why there is none.
     """
     if not module.user_model.row_tables():
         return f"{type(module.user_model).__name__} has no rows of users, so there is nothing to learn of a new one."
@@ -111,7 +111,7 @@ def cold_start_of(module: PersonalizedModel, pairs: Pairs | None) -> list[ColdSt
 
 
 def rows_by_user(pairs: Pairs, user_ids: Sequence[str], most: int) -> dict[str, list[int]]:
-    """Return up to `most` places of each user's rows in a set, of those users who have any."""
+    """Return up to `most` positions of each user's rows in a set, for users with any."""
     codes = pairs.split.users[pairs.positions]
     code_of = {user_id: code for code, user_id in enumerate(pairs.split.user_ids)}
     found = {user_id: np.flatnonzero(codes == code_of[user_id])[:most] for user_id in user_ids if user_id in code_of}

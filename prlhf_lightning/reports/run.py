@@ -1,4 +1,4 @@
-"""What a finished run left behind: its configuration, its metrics, its comparison with a baseline."""
+"""Files of a finished run: configuration, metrics, comparison with a baseline."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from prlhf_lightning.utils.trust import only_trusted_classes
 
 @dataclass(frozen=True)
 class Run:
-    """What a run's folder holds.
+    """The content of a run's folder.
 
     Attributes:
-        folder: The folder; None where the checkpoint lies in none.
-        history: Rows of `metrics.csv`: what was logged, by name, with `step`.
+        folder: The folder; None if the checkpoint is in none.
+        history: Rows of `metrics.csv`: logged values by name, with `step`.
         users: Rows of `users_seen.csv`: `user_id`, and numbers by name.
         comparison: `comparison.json` of a run with a baseline: values by contender and name.
     """
@@ -43,14 +43,14 @@ class Run:
 
 
 def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
-    """Read what there is in a run's folder.
+    """Return the content of a run's folder.
 
     Args:
-        checkpoint: Where the folder is looked for if none is given: two levels above, as `fit` writes it.
+        checkpoint: Its default folder is two levels above, as `fit` writes it.
         folder: The run's folder.
 
     Raises:
-        ConfigurationError: The folder that was named is none, or a file in it is not what `fit` wrote.
+        ConfigurationError: The given folder does not exist, or a file in it is malformed.
     """
     if folder is None:
         beside = (checkpoint.parent.parent, checkpoint.parent)
@@ -70,13 +70,13 @@ def open_run(checkpoint: Path, folder: Path | None = None) -> Run:
 def data_of(
     run: Run, source: DataSource | None, module: PersonalizedModel, trust_classes: Collection[str] | None = None
 ) -> PreferenceDataModule | None:
-    """Return the data that a model was trained on, or None where nobody says which.
+    """Return the data module of a model's training, or None if it is unknown.
 
     Args:
-        run: Whose `config.yaml` says so.
-        source: Other data, to be handled by the run's settings, or, without a run, by the checkpoint's.
-        module: Whose tokenizer and kind of feedback they need.
-        trust_classes: Classes from outside this package that the run's configuration may name.
+        run: The run, with its `config.yaml`.
+        source: Other data, with the settings of the run, or, without a run, of the checkpoint.
+        module: The model, with the tokenizer and kind of feedback.
+        trust_classes: Classes outside this package that the run's configuration may name.
 
     Raises:
         ConfigurationError: The settings cannot be read.

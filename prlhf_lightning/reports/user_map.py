@@ -1,4 +1,4 @@
-"""Where users are to one another: their soft prompts, seen from the direction in which they differ most."""
+"""A map of users by the principal components of their soft prompts."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class UserMap:
 
     Attributes:
         rows: `[U]` their rows of the user table.
-        points: `[U, 2]` their places.
-        generic: `[2]` the generic user's place.
-        explained: Share of the variance of the users' vectors that each axis shows.
-        clusters: `[U]` the prompt that each user has the largest share of, for models with shared prompts.
+        points: `[U, 2]` their coordinates.
+        generic: `[2]` coordinates of the generic user.
+        explained: Share of the vectors' variance that each axis explains.
+        clusters: `[U]` the prompt with each user's largest share, for models with shared prompts.
     """
 
     rows: Tensor
@@ -45,20 +45,20 @@ def user_vectors(module: PersonalizedModel, rows: Tensor) -> Tensor:
 
 
 def map_users(module: PersonalizedModel, rows: Tensor) -> UserMap | None:
-    """Put users on a plane by the first two principal components of their vectors.
+    """Return a map of users by the first two principal components of their vectors.
 
     Args:
         module: A trained model.
         rows: `[U]` rows of its user table, without the generic user's.
 
     Returns:
-        The map, or None where there are fewer than three users or all have the same vectors.
+        The map, or None if there are fewer than three users or all have the same vectors.
     """
     if not module.user_model.row_tables() or len(rows) < 3:
         return None
     vectors = user_vectors(module, rows)
     mean = vectors.mean(0)
-    # Of U users with many more numbers each: the Gram matrix [U, U] has the same principal components.
+    # With more dimensions than users, the Gram matrix [U, U] has the same principal components.
     centered = (vectors - mean).double()
     values, sides = torch.linalg.eigh(centered @ centered.T)
     values, sides = values.flip(0).clamp(min=0), sides.flip(1)
@@ -74,11 +74,11 @@ def map_users(module: PersonalizedModel, rows: Tensor) -> UserMap | None:
 
 
 def most_unlike(vectors: Tensor, count: int) -> list[int]:
-    """Return users who differ much: the first, then each time the one farthest from those taken.
+    """Return users who differ much: the first, then repeatedly the one farthest from those chosen.
 
     Args:
         vectors: `[U, n]` a vector of each.
-        count: How many are wanted.
+        count: Number of users.
     """
     taken = [0] if len(vectors) else []
     while 0 < len(taken) < min(count, len(vectors)):
