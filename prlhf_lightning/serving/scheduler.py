@@ -1,4 +1,4 @@
-"""Between many requests, each a coroutine, and the one engine, which writes for all of them at once in a thread."""
+"""The scheduler between many requests (coroutines) and the one engine, which runs in a thread."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ from prlhf_lightning.serving.metrics import Metrics
 T = TypeVar("T")
 _log = logging.getLogger("prlhf_lightning.serving")
 _FAILURES_UNTIL_UNWELL = 3
-_MOST_CALLS = 4  # that wait; each holds up all that is being written
+_MOST_CALLS = 4  # waiting calls; each delays all running texts
 # Requests that the engine holds, tokenized and embedded, before there is room for them, and that join it in one step.
 _AHEAD = 8
 
 
 class WritingEngine(Protocol):
-    """What the scheduler needs of `inference.Engine`."""
+    """The methods of `inference.Engine` that the scheduler uses."""
 
     def add(self, generation: GenerationRequest) -> int:
-        """Take in a request; return its number."""
+        """Add a request and return its number."""
 
     def cancel(self, number: int) -> None:
         """Forget a request."""
 
     def step(self) -> list[Chunk]:
-        """Write the next token of every request."""
+        """Generate the next token of every request."""
 
     @property
     def idle(self) -> bool:
-        """Whether there is nothing to write."""
+        """Whether no request is waiting or running."""
 
     @property
     def waiting(self) -> int:
-        """Number of requests that it has taken in and not begun."""
+        """Number of waiting requests."""
 
 
 @dataclass(frozen=True)
@@ -63,20 +63,20 @@ class _Call:
 
 
 class Scheduler:
-    """Runs an engine in a thread of its own and hands its pieces to the requests that wait for them.
+    """Runs an engine in its own thread and delivers its chunks to the waiting requests.
 
     All methods but the thread's own are of the event loop.
 
     Args:
-        make_engine: Returns a fresh engine; called at the start, and after an engine has failed.
-        max_open: Most requests that are waiting or being written.
-        metrics: Where steps, tokens and failures are counted.
+        make_engine: Returns a new engine; called at the start and after a failure.
+        max_open: Maximum number of waiting and running requests.
+        metrics: Counters of steps, tokens and failures.
     """
 
     def __init__(self, make_engine: Callable[[], WritingEngine], max_open: int, metrics: Metrics) -> None:
         self._make_engine, self._max_open, self._metrics = make_engine, max_open, metrics
         self._inbox: SimpleQueue[_Add | _Cancel | _Call | None] = SimpleQueue()
-        self._open: dict[PendingRequest, None] = {}  # in the order of their arrival
+        self._open: dict[PendingRequest, None] = {}  # in order of arrival
         self._closing = False
         self._ended = False  # the thread, as far as the event loop knows
         self._engine = make_engine()
@@ -84,27 +84,27 @@ class Scheduler:
         self._waiting = FairQueue()
         self._writing: dict[int, PendingRequest] = {}
         self._ending = False
-        self._failures = 0  # since the last step that went well
+        self._failures = 0  # since the last successful step
         self._calling: dict[str, asyncio.Future[Any]] = {}  # calls that have not been answered, by who asked
         self._thread = Thread(target=self._run, name="engine", daemon=True)
         metrics.open_requests.set_function(lambda: len(self._open))
 
     def start(self) -> None:
-        """Start the thread; call it where the event loop runs."""
+        """Start the thread; call this in the event loop."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     @property
     def well(self) -> bool:
-        """Whether the engine can be expected to write."""
+        """Whether the engine is expected to work."""
         return self._thread.is_alive() and not self._closing and self._failures < _FAILURES_UNTIL_UNWELL
 
     async def submit(self, generation: GenerationRequest, caller: str = "") -> PendingRequest:
-        """Line a request up and wait until the engine has accepted it, which is when there is nearly room for it.
+        """Queue a request and return it once the engine has accepted it, shortly before there is room for it.
 
         Args:
-            generation: What is asked.
-            caller: Who asks. Callers take turns, however many requests each has.
+            generation: The request.
+            caller: The caller. Callers take turns, however many requests each has.
 
         Raises:
             Overloaded: Too many requests are open.
@@ -127,7 +127,7 @@ class Scheduler:
         return ticket
 
     def _make_room(self, caller: str) -> None:
-        """Send away the newest waiting request of whoever has the most, if that is more than the caller would have."""
+        """Reject the newest waiting request of the caller with the most, if that is more than `caller` would have."""
         counts = Counter(ticket.caller for ticket in self._open)
         greediest, most = counts.most_common(1)[0]
         waiting = [ticket for ticket in self._open if ticket.caller == greediest and not ticket.accepted.done()]
@@ -161,7 +161,7 @@ class Scheduler:
         return await done
 
     def end_within(self, seconds: float) -> None:
-        """Take in nothing more, and give up what has not been written by then."""
+        """Accept no more requests, and fail those that are unfinished after `seconds`."""
         self._closing = True
         self._loop.call_later(seconds, self._give_up)
 
@@ -170,7 +170,7 @@ class Scheduler:
             self._dismiss(ticket, Closing())
 
     async def drain(self) -> None:
-        """Take in nothing more, let the engine finish what it writes, and end the thread."""
+        """Accept no more requests, finish the running ones, and end the thread."""
         self._closing = True
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
@@ -304,7 +304,7 @@ class Scheduler:
                 self._writing.pop(piece.number, None)
 
     def _recover(self, error: Exception) -> None:
-        """Give up what was being written, whoever's fault it was, and go on with a new engine."""
+        """Fail all running requests and create a new engine."""
         self._failures += 1
         self._report(error)
         self._send([(ticket, EngineFailed()) for ticket in self._writing.values()])
@@ -312,19 +312,19 @@ class Scheduler:
         self._engine = self._make_engine()
 
     def _report(self, error: Exception) -> None:
-        """Log where an error arose, but not its message, which may quote what people wrote."""
+        """Log the location of an error, but not its message, which may quote users' text."""
         self._metrics.engine_failures.inc()
         frames = "".join(traceback.format_tb(error.__traceback__))
         _log.error("The engine failed: %s\n%s", type(error).__name__, frames)
 
 
 def _settle(done: asyncio.Future[Any], result: Any) -> None:
-    if not done.done():  # whoever asked may have left
+    if not done.done():  # the caller may have disconnected
         done.set_exception(result) if isinstance(result, Exception) else done.set_result(result)
 
 
 class Overloaded(Exception):
-    """As many requests are open as the server takes."""
+    """The server has reached its limit of open requests."""
 
 
 class Closing(Exception):
@@ -332,18 +332,18 @@ class Closing(Exception):
 
 
 class EngineFailed(Exception):
-    """The engine failed while it wrote this and other requests; the next ones are written by a new one."""
+    """The engine failed with all running requests; a new engine handles later ones."""
 
 
 class PendingRequest:
-    """A request: once it is accepted, iterate over the pieces of its answer.
+    """An accepted request; iterate over it for the chunks of its answer.
 
-    Iterating raises EngineFailed where the engine fails, and Closing where the server ends before the answer.
+    Iterating raises EngineFailed if the engine fails, and Closing if the server ends before the answer.
 
     Args:
         generation: What is asked.
         caller: Who asks: those who take turns.
-        close: Called with this ticket when nobody waits for it any more.
+        close: Called with this request when it is no longer awaited.
     """
 
     def __init__(self, generation: GenerationRequest, caller: str, close: Callable[[PendingRequest], None]) -> None:
@@ -354,7 +354,7 @@ class PendingRequest:
         self._close = close
 
     async def __aiter__(self) -> AsyncIterator[Chunk]:
-        """Yield pieces until one has a finish reason."""
+        """Yield chunks until one has a finish reason."""
         while True:
             piece = await self._pieces.get()
             if isinstance(piece, Exception):
@@ -364,11 +364,11 @@ class PendingRequest:
                 return
 
     def cancel(self) -> None:
-        """Stop writing. Does nothing where the answer is complete."""
+        """Stop generating; no effect on a complete answer."""
         self._close(self)
 
     def put(self, event: Event) -> bool:
-        """Take in what the engine has to say; return whether it was the last."""
+        """Add an event of the engine; return whether it was the last."""
         if event is None or (isinstance(event, Exception) and not self.accepted.done()):
             if not self.accepted.done():
                 self.accepted.set_exception(event) if event else self.accepted.set_result(None)
@@ -382,7 +382,7 @@ Event: TypeAlias = Chunk | Exception | None
 
 
 class FairQueue:
-    """First come, first served among the requests of one caller; callers take turns."""
+    """Round-robin queue over callers, first come, first served within a caller."""
 
     def __init__(self) -> None:
         self._lines: dict[str, deque[PendingRequest]] = {}  # in the order of their turns; none is empty
@@ -391,11 +391,11 @@ class FairQueue:
         return bool(self._lines)
 
     def push(self, ticket: PendingRequest) -> None:
-        """Line a request up behind its caller's others."""
+        """Append a request to its caller's queue."""
         self._lines.setdefault(ticket.caller, deque()).append(ticket)
 
     def pop(self) -> PendingRequest:
-        """Return the next request of the caller whose turn it is."""
+        """Remove and return the next request of the next caller."""
         caller = next(iter(self._lines))
         line = self._lines.pop(caller)
         ticket = line.popleft()
@@ -404,7 +404,7 @@ class FairQueue:
         return ticket
 
     def discard(self, ticket: PendingRequest) -> None:
-        """Forget a request; one that is not here is no error."""
+        """Remove a request if it is in the queue."""
         line = self._lines.get(ticket.caller, deque())
         if ticket in line:
             line.remove(ticket)

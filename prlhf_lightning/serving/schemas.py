@@ -1,6 +1,6 @@
-"""What requests and answers hold: OpenAI's fields, and those of personalization.
+"""Schemas of requests and responses: OpenAI's fields, and those of personalization.
 
-The OpenAPI document is made of this.
+The OpenAPI document is generated from them.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 
 from prlhf_lightning.inference.requests import MOST_SEED, MOST_SHARE, MOST_STRENGTH, MOST_TEMPERATURE
 
-# What `str.strip` strips; each dialect of regular expressions has another idea of what \s is.
+# The characters that `str.strip` strips; regular expression dialects differ in \s.
 _BLANK = r"\u0009-\u000d\u001c-\u0020\u0085\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-# A visible character and no NUL, which PostgreSQL can't store. Matching takes linear time: no part of the pattern can
-# begin with what ends the one before it.
+# A visible character and no NUL, which PostgreSQL cannot store. Matching takes linear time: no part of the pattern can
+# begin with the end of the part before it.
 _VISIBLE = rf"^[{_BLANK}]*[^{_BLANK}\u0000][^\u0000]*$"
 Visible: TypeAlias = Annotated[str, Field(pattern=_VISIBLE)]
 UserId: TypeAlias = Annotated[Visible, Field(max_length=256)]
 # JSON Schema counts 1.0 as an integer.
 _from_whole = BeforeValidator(lambda number: int(number) if isinstance(number, float) and number % 1 == 0 else number)
 Count: TypeAlias = Annotated[int, Field(ge=1, le=2**31 - 1), _from_whole]
-Seed: TypeAlias = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), _from_whole]  # JSON's readers can tell these apart
+Seed: TypeAlias = Annotated[int, Field(ge=-MOST_SEED, le=MOST_SEED), _from_whole]  # exact in every JSON reader
 One: TypeAlias = Annotated[int, Field(ge=1, le=1), _from_whole]
 Share: TypeAlias = Annotated[float, Field(gt=0, le=MOST_SHARE, allow_inf_nan=False)]
 Blend: TypeAlias = Annotated[
     dict[UserId, Share],
     Field(min_length=1, max_length=64),
-    WithJsonSchema(  # pydantic's own says nothing against names that do not match the pattern
+    WithJsonSchema(  # pydantic's own schema allows names that do not match the pattern
         {
             "type": "object",
             "minProperties": 1,
@@ -57,13 +57,13 @@ class ChatMessage(_Request):
     content: Visible | Annotated[list[TextPart], Field(min_length=1, max_length=64)]
 
     def plain(self) -> dict[str, str]:
-        """Return the message as chat templates take it."""
+        """Return the message in the format of chat templates."""
         content = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": content}
 
 
 class AnswerTurn(ChatMessage):
-    """A turn of the assistant's, which may be empty, as answers sometimes are."""
+    """An assistant turn, which may be empty, like some answers."""
 
     role: Literal["assistant"]
     content: (
@@ -83,20 +83,20 @@ Messages: TypeAlias = Annotated[list[Turn], Field(min_length=1, max_length=256)]
 
 
 class StreamOptions(_Request):
-    """What a stream tells besides text."""
+    """Options of a stream."""
 
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None
 
 
 class _Generate(_Request):
-    """What both kinds of request for text have in common.
+    """Common fields of both kinds of generation requests.
 
-    Parameters of OpenAI's that are not supported may be given with the value that means nothing, as many clients do.
+    Unsupported OpenAI parameters are accepted with a value that has no effect, since many clients send them.
     """
 
-    model: str = Field(description="The name that /v1/models gives.")
-    user: UserId | None = Field(None, description="Whom to write for. Unknown people get the generic user.")
+    model: str = Field(description="The name from /v1/models.")
+    user: UserId | None = Field(None, description="Id of the user to write for. Unknown users get the generic user.")
     user_text: Annotated[Visible, Field(max_length=8192)] | None = Field(
         None, description="Text about the user, for models that read it."
     )
@@ -108,9 +108,9 @@ class _Generate(_Request):
         description="0 writes for the generic user, 1 as trained, more exaggerates.",
     )
     blend: Blend | None = Field(
-        None, description="A mixture of users by their shares, to write for instead of `user`, who then only asks."
+        None, description="A mixture of users by shares to write for; `user` then only identifies the caller."
     )
-    max_tokens: Count | None = Field(None, description="The server's own limit holds as well.")
+    max_tokens: Count | None = Field(None, description="The server's own limit also applies.")
     temperature: float | None = Field(
         None, ge=0, le=MOST_TEMPERATURE, allow_inf_nan=False, description="1 if not given."
     )
@@ -129,7 +129,7 @@ class _Generate(_Request):
     logit_bias: Annotated[dict[str, float], Field(max_length=0)] | None = None
 
     def stops(self) -> tuple[str, ...]:
-        """Return the texts before which to stop."""
+        """Return the stop strings."""
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     def limits(self) -> list[int]:
@@ -138,11 +138,11 @@ class _Generate(_Request):
 
 
 class ChatRequest(_Generate):
-    """A conversation to go on with."""
+    """A conversation to continue."""
 
     messages: Messages
     continue_final_message: bool | None = Field(
-        None, description="Go on with the last message, which is then the assistant's, as vLLM does."
+        None, description="Continue the last message, which must be the assistant's, as in vLLM."
     )
     add_generation_prompt: bool | None = Field(
         None, description="As in vLLM: not true together with continue_final_message, and false only with it."
@@ -158,11 +158,11 @@ class ChatRequest(_Generate):
 
 
 class CompletionRequest(_Generate):
-    """A text to go on with; of a model that was trained on conversations, one to answer."""
+    """A text to continue; with a model trained on conversations, a text to answer."""
 
     prompt: Visible | Annotated[list[Visible], Field(min_length=1, max_length=1)]
     chat_template: bool | None = Field(
-        None, description="Whether the prompt is answered as a turn of the user's; as in training if not given."
+        None, description="Whether the prompt is a user turn in the chat template; as in training by default."
     )
     best_of: One | None = None
     echo: Literal[False] | None = None
@@ -184,17 +184,17 @@ ChatRequest.model_rebuild()
 
 
 class Personalization(BaseModel):
-    """For whom an answer was written."""
+    """The users of an answer."""
 
     status: Literal["known", "unknown", "blend", "none"] = Field(
         description="known: this user. unknown: the generic user, as the model does not know this one. blend: several. "
         "none: no user was given."
     )
-    unknown_users: list[str] = Field(description="Those of the request whom the model does not know.")
+    unknown_users: list[str] = Field(description="Users of the request that the model does not know.")
 
 
 class Usage(BaseModel):
-    """How many tokens were read and written."""
+    """Token counts of prompt and answer."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -205,14 +205,14 @@ Finish: TypeAlias = Literal["stop", "length"]
 
 
 class AnswerMessage(BaseModel):
-    """The model's turn."""
+    """The assistant's message."""
 
     role: Literal["assistant"] = "assistant"
     content: str
 
 
 class ChatChoice(BaseModel):
-    """An answer; there is one."""
+    """The only answer."""
 
     index: int = 0
     message: AnswerMessage
@@ -221,12 +221,12 @@ class ChatChoice(BaseModel):
 
 
 class CompletionChoice(BaseModel):
-    """How a text goes on."""
+    """A continuation of a text."""
 
     index: int = 0
     text: str
     logprobs: None = None
-    finish_reason: Finish | None  # null in the pieces of a stream, but for the last
+    finish_reason: Finish | None  # null in all chunks of a stream but the last
 
 
 class _Answer(BaseModel):
@@ -245,21 +245,21 @@ class ChatCompletion(_Answer):
 
 
 class Completion(_Answer):
-    """How a text goes on, whole or a piece of it."""
+    """A continuation of a text, whole or a chunk of it."""
 
     object: Literal["text_completion"] = "text_completion"
     choices: list[CompletionChoice]
 
 
 class Delta(BaseModel):
-    """What a piece adds to the message."""
+    """The text that a chunk adds to the message."""
 
     role: Literal["assistant"] | None = None
     content: str | None = None
 
 
 class DeltaChoice(BaseModel):
-    """A piece of an answer."""
+    """A chunk of an answer."""
 
     index: int = 0
     delta: Delta
@@ -268,14 +268,14 @@ class DeltaChoice(BaseModel):
 
 
 class ChatCompletionChunk(_Answer):
-    """A piece of an answer to a conversation."""
+    """A chunk of an answer to a conversation."""
 
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     choices: list[DeltaChoice]
 
 
 class Model(BaseModel):
-    """A model that is served."""
+    """A served model."""
 
     id: str
     object: Literal["model"] = "model"
@@ -284,30 +284,30 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """All models that are served: one."""
+    """The list of the one served model."""
 
     object: Literal["list"] = "list"
     data: list[Model]
 
 
 class UserQuery(BaseModel):
-    """Which people to list."""
+    """Filter of the users to list."""
 
     model_config = ConfigDict(extra="forbid")
 
-    prefix: str = Field("", max_length=256, description="How their ids begin.")
+    prefix: str = Field("", max_length=256, description="Prefix of their ids.")
     limit: int = Field(100, ge=1, le=1000)
 
 
 class User(BaseModel):
-    """A person whom the model knows."""
+    """A known user."""
 
     id: str
     object: Literal["user"] = "user"
 
 
 class UserList(BaseModel):
-    """People whom the model knows."""
+    """A list of known users."""
 
     object: Literal["list"] = "list"
     data: list[User]
@@ -338,7 +338,7 @@ class ThumbFeedback(_Feedback):
 
 
 def _form(value: Any) -> str:
-    """Tell a pair from a thumb, so that what is wrong with one is said and not that it is none of the other."""
+    """Return the form, pair or thumb, so that errors are about the intended form."""
     given = value if isinstance(value, dict) else vars(value) if isinstance(value, BaseModel) else {}
     return "thumb" if {"completion", "label"} & set(given) else "pair"
 
@@ -349,21 +349,21 @@ AnyFeedback: TypeAlias = Annotated[
 
 
 class FeedbackReceipt(BaseModel):
-    """Says that feedback is written down for good."""
+    """Confirmation that feedback is on disk."""
 
     id: str
     object: Literal["feedback"] = "feedback"
-    duplicate: bool = Field(description="Whether it had been written down before.")
+    duplicate: bool = Field(description="Whether it was already stored.")
 
 
 class LearnRequest(_Request):
-    """Whom to learn."""
+    """The user to learn."""
 
     user: UserId
 
 
 class Learned(BaseModel):
-    """Says that the model knows a user now."""
+    """Confirmation that the model has learned a user."""
 
     user: str
     object: Literal["user"] = "user"
@@ -371,13 +371,13 @@ class Learned(BaseModel):
 
 
 class Health(BaseModel):
-    """How the server is."""
+    """State of the server."""
 
     status: Literal["ok"] = "ok"
 
 
 def event_stream(model: type[BaseModel]) -> dict[str, Any]:
-    """Return the documentation of an answer that is a stream of server-sent events, each of which holds a model."""
+    """Return the documentation of a stream of server-sent events, each of which holds a `model`."""
     data = {"type": "string", "description": f"A {model.__name__} as JSON, an error, or at last [DONE]."}
     event = {"type": "object", "description": "An event.", "properties": {"data": data}, "required": ["data"]}
     return {"text/event-stream": {"schema": event}}

@@ -1,4 +1,4 @@
-"""A server process: model, log and web application put together, until a signal ends it."""
+"""The server process: model, feedback log and web application, until a signal ends it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from prlhf_lightning.serving.services import Learner, Services
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they never write to a closed one
-_LAST_WORDS = 5  # seconds after draining in which to send what it comes to
+_LAST_WORDS = 5  # seconds after draining to send the last responses
 
 
 def run(
@@ -39,19 +39,19 @@ def run(
     rename: Callable[[str], str] = str,
     allowed_hosts: Sequence[str] = (),
 ) -> None:
-    """Serve until SIGTERM or Ctrl+C, then finish what is being written.
+    """Serve until SIGTERM or Ctrl+C, then finish running answers.
 
     Args:
-        load: Loads the model, and what learns users for it.
+        load: Loads the model and its learner of users.
         host: Address to listen on.
-        port: Port to listen on; 0 takes any that is free.
+        port: Port to listen on; 0 for any free port.
         feedback: URL of the feedback log, or None for none.
         keys: File of API keys.
-        limits: How much is taken in.
-        drain_seconds: How long answers may still be written at the end.
-        rename: Returns the id that the model knows a user by.
-        allowed_hosts: Patterns of names, besides `localhost` and addresses, by which it may be called. Without any,
-            names are checked only where it has no keys and nobody but this machine can reach it.
+        limits: Limits of the server.
+        drain_seconds: Time in seconds for running answers at the end.
+        rename: Returns the model's id of a user.
+        allowed_hosts: Allowed patterns of the Host header, besides `localhost` and IP addresses. Without any, names are
+            checked only if there are no keys and the server listens on this machine only.
     """
     _set_up_logs()
     ring = KeyRing.load(keys, os.environ)
@@ -84,8 +84,8 @@ def make_server(services: Services, drain_seconds: float) -> uvicorn.Server:
     """Return a web server that is ready to run.
 
     Args:
-        services: What it serves.
-        drain_seconds: How long answers may still be written once it is told to end.
+        services: The services of its routes.
+        drain_seconds: Time in seconds for running answers after a signal.
     """
     protocol = type("Protocol", (TimeoutProtocol,), {"seconds": services.limits.read_seconds})
     config = uvicorn.Config(
@@ -102,20 +102,20 @@ def make_server(services: Services, drain_seconds: float) -> uvicorn.Server:
 
 
 class _DrainingServer(uvicorn.Server):
-    """A server that ends what can't be finished in time with an error, where uvicorn would cut it off."""
+    """A server that ends unfinished answers with an error, where uvicorn would disconnect."""
 
     def __init__(self, config: uvicorn.Config, services: Services, drain_seconds: float) -> None:
         super().__init__(config)
         self._services, self._drain_seconds = services, drain_seconds
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take in nothing more, and wait for what is being written."""
+        """Accept no more requests, and wait for running answers."""
         self._services.scheduler.end_within(self._drain_seconds)
         await super().shutdown(sockets)
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Take the address before the model is loaded, which may take long."""
+    """Return a listening socket, opened before the model is loaded, which may take long."""
     try:
         kind = socket.AF_INET6 if ":" in host else socket.AF_INET
         listener = socket.socket(kind)

@@ -1,4 +1,4 @@
-"""What the routes of one server share."""
+"""Services that the routes of a server share."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ _log = logging.getLogger("prlhf_lightning.serving")
 
 
 class Learner(Protocol):
-    """Teaches the writer a user whom the model was not trained on."""
+    """Adds a user who was not in training to the generator."""
 
     def __call__(self, user_id: str, rows: Sequence[Mapping[str, Any]], between: Callable[[], None]) -> None:
-        """Learn a user; the writer knows them from then on. Called in the engine's thread.
+        """Learn a user and add them to the generator. Called in the engine's thread.
 
         Args:
-            user_id: The user's id, as the model is to know it.
-            rows: Their pairs, in the form that `data.records.parse_record` reads.
-            between: Writes one token of every text that is being written; to be called often.
+            user_id: The user's id for the model.
+            rows: Their pairs, in the format of `data.records.parse_record`.
+            between: Generates one token of every running text; call it often.
 
         Raises:
             PRLHFError: This user can't be learned, or not from these pairs.
@@ -47,18 +47,18 @@ class Learner(Protocol):
 
 @dataclass
 class Services:
-    """A model, the engine that writes with it, and all that surrounds them.
+    """A model, its engine, and the other services of a server.
 
     Attributes:
         writer: The model.
         make_engine: Returns an engine for it.
-        log: Where feedback goes; without one there is no route for it.
-        keys: Who may use the server.
-        limits: How much is taken in.
+        log: The feedback log; without it there is no feedback route.
+        keys: The API keys.
+        limits: Limits of the server.
         metrics: Counts and times.
-        rename: Returns the id that the model knows a user by.
-        learner: Learns new users from their pairs; without one there is no route for it.
-        hosts: Patterns of names, besides `localhost` and addresses, by which the server may be called; None for any.
+        rename: Returns the model's id of a user.
+        learner: Learns new users from their pairs; without it there is no route for that.
+        hosts: Allowed patterns of the Host header, besides `localhost` and IP addresses; None for any.
     """
 
     writer: Generator
@@ -114,7 +114,7 @@ class Services:
             _log.warning("%s", fault)
 
     def prompt(self, prompt: Prompt) -> Prompt:
-        """Return a prompt in the form that the model takes, after a look at its size.
+        """Return a prompt in the model's form, after checking its size.
 
         Models without a chat template know no turns: a conversation of one message of the user's is its text.
         """
@@ -124,13 +124,13 @@ class Services:
         return texts[0] if is_one_turn and not self.writer.tokenizer.chat_template else prompt
 
     def check_size(self, name: str, *texts: str) -> None:
-        """Refuse texts that are longer together than `limits.max_prompt`."""
+        """Refuse texts whose total length exceeds `limits.max_prompt`."""
         if sum(map(len, texts)) > self.limits.max_prompt:
             message = f"The {name} has more than {self.limits.max_prompt} characters, the most that are taken."
             raise APIError(413, message, f"{name}_too_large", name)
 
     def check_conversation(self, prompt: Prompt, param: str) -> None:
-        """Refuse turns where the model knows none."""
+        """Refuse conversations of several turns without a chat template."""
         if not isinstance(prompt, str) and not self.writer.tokenizer.chat_template:
             message = "This model has no chat template: send one message, of role user."
             raise APIError(400, message, "no_chat_template", param)
