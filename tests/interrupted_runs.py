@@ -14,6 +14,17 @@ from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.user_models import IndividualUserModel
 
 
+class Crash(Callback):
+    """Ends a run with an error after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, *args) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
 def fit(
     model_path, votes, folder, *callbacks: Callback, checkpoint=None, schedule="cosine", **options
 ) -> PersonalizedLM:

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from chat_models import ANSWERS, FAMILIES, conversation
 from datasets import Dataset
+from short_runs import fit, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning import CausalLMPolicy
@@ -99,28 +99,21 @@ def dated(chat_model, tmp_path_factory):
     tokenizer.save_pretrained(folder / "base")
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(folder / "base")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row()) + "\n" for _ in range(4)))
-    config = {
-        "trainer": {
-            "accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
-            "default_root_dir": str(folder / "runs"),
-        },
-        "model": {
+    config = run_config(
+        folder,
+        {"model": str(folder / "base")},
+        folder / "rows.jsonl",
+        trainer={"max_steps": 1, "enable_model_summary": False},
+        model={
             "user_model": {"class_path": "UniformUserModel", "init_args": {"num_tokens": 1}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": str(folder / "base")}},
-            "loss": "DPOLoss",
             "cache_reference": False,
             "sampling": {"max_new_tokens": 4},
         },
-        "data": {
-            "source": {"class_path": "FileSource", "init_args": {"train": str(folder / "rows.jsonl")}},
-            "cache_dir": str(folder / "cache"),
-        },
-        "collapse": {"prompts": 0},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        data={"cache_dir": str(folder / "cache")},
+        collapse={"prompts": 0},
+    )
     options = ["--data.chat_template_args", "{enable_thinking: false}", "--data.chat_template_date", "2026-05-01"]
-    main(["fit", "-c", str(folder / "config.yaml"), *options])
-    (checkpoint,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
+    checkpoint = fit(folder, config, *options)
     main(["export", "--model", str(checkpoint), "--output", str(folder / "export")])
     return checkpoint, folder
 

@@ -7,9 +7,9 @@ import json
 import httpx
 import pytest
 import torch
-import yaml
 from chat_models import ANSWERS, FAMILIES
 from serving.serving_helpers import serving
+from short_runs import fit, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import PersonalizedLM, Sampling
@@ -56,28 +56,24 @@ def trained(family, chat_model, tmp_path_factory):
                 rows = {name: [{"role": "assistant", "content": said}] for name, said in answers.items()}
                 file.write(json.dumps({"user_id": user, "prompt": ask(question), **rows}) + "\n")
     rows = str(folder / "rows.jsonl")
-    config = {
-        "trainer": {
-            "accelerator": "cpu", "max_steps": 1, "enable_progress_bar": False, "enable_model_summary": False,
-            "default_root_dir": str(folder / "runs"),
-        },
-        "model": {
+    config = run_config(
+        folder,
+        {"model": str(base)},
+        rows,
+        trainer={"max_steps": 1, "enable_model_summary": False},
+        model={
             "user_model": {"class_path": "UniformUserModel", "init_args": {"num_tokens": 0}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": str(base)}},
-            "loss": "DPOLoss",
             "optim": {"lr": 1e-9, "user_lr": 1e-9},
             "cache_reference": False,
             "sampling": {"max_new_tokens": 40, "temperature": 0.0},
         },
-        "data": {
+        data={
             "source": {"class_path": "FileSource", "init_args": {"train": rows, "validation": rows}},
             "cache_dir": str(folder / "cache"),
         },
-        "collapse": {"prompts": 0},
-    }  # fmt: skip
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "-c", str(folder / "config.yaml")])
-    (checkpoint,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
+        collapse={"prompts": 0},
+    )
+    checkpoint = fit(folder, config)
     for kind, options in (("whole", []), ("adapters", ["--adapters", "true"])):
         main(["export", "--model", str(checkpoint), "--output", str(folder / kind), *options])
     return base, checkpoint, folder

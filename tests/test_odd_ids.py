@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from odd_texts import ODD
 from safetensors import safe_open
+from short_runs import fit, run_config
 
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.user_rows import UserRows
@@ -39,14 +39,9 @@ def run_folder(model_path, tmp_path_factory) -> Path:
     """A run of the command line on people with odd ids."""
     folder = tmp_path_factory.mktemp("odd")
     votes = write_votes(folder / "votes.jsonl", dict.fromkeys(IDS, 6))
-    words = ["fit", "--model.user_model=IndividualUserModel", "--model.user_model.num_tokens=1", "--model.loss=DPOLoss"]
-    words += ["--model.policy=CausalLMPolicy", f"--model.policy.model={model_path}", "--model.policy.lora.rank=2"]
-    words += ["--data.source=FileSource", f"--data.source.train={votes}", "--trainer.enable_progress_bar=false"]
-    words += ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder / 'runs'}", "--collapse.prompts=0"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["prlhf_lightning"])
-        patch.setenv("PRLHF_CACHE", str(folder / "cache"))
-        main(words)
+    model = {"user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 1}}}
+    policy = {"model": model_path, "lora": {"rank": 2}}
+    fit(folder, run_config(folder, policy, votes, model=model, collapse={"prompts": 0}))
     return folder / "runs/version_0"
 
 

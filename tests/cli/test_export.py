@@ -9,11 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import short_runs
 import torch
 import yaml
 from conftest import write_votes
 from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
+from short_runs import run_config
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -34,26 +36,8 @@ def export(checkpoint, folder, *options):
 
 
 def fit(model_path, votes, folder, lora, user_model=INDIVIDUAL):
-    path = folder / "config.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "trainer": {
-                    "accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": str(folder / "runs")
-                },
-                "model": {
-                    "user_model": user_model,
-                    "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": lora}},
-                    "loss": "DPOLoss",
-                    "optim": {"lr": 0.05, "user_lr": 1.0},
-                },
-                "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}},
-            }
-        )
-    )  # fmt: skip
-    main(["fit", "-c", str(path)])
-    (checkpoint,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
-    return checkpoint
+    model = {"user_model": user_model, "optim": {"lr": 0.05, "user_lr": 1.0}}
+    return short_runs.fit(folder, run_config(folder, {"model": model_path, "lora": lora}, votes, model=model))
 
 
 @pytest.mark.parametrize("lora", [{"rank": 2}, None], ids=["lora", "full"])

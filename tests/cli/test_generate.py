@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-import yaml
 from conftest import write_votes
+from short_runs import fit, run_config
 
 from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
@@ -18,25 +18,14 @@ from prlhf_lightning.inference import GenerationRequest
 def checkpoint(model_path, tmp_path_factory):
     folder = tmp_path_factory.mktemp("generate")
     votes = write_votes(folder / "votes.jsonl", {"ann": 12, "bob": 12})
-    config = {
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": str(folder / "runs")},
-        "model": {
-            "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path}},
-            "loss": "DPOLoss",
-            "optim": {"lr": 0.05, "user_lr": 1.0},
-            "cache_reference": False,
-        },
-        "data": {
-            "source": {"class_path": "FileSource", "init_args": {"train": str(votes)}},
-            "user_text_format": "{user_text} likes ",
-            "cache_dir": str(folder / "cache"),
-        },
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "-c", str(folder / "config.yaml")])
-    (path,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
-    return path
+    config = run_config(
+        folder,
+        {"model": model_path},
+        votes,
+        model={"optim": {"lr": 0.05, "user_lr": 1.0}, "cache_reference": False},
+        data={"user_text_format": "{user_text} likes ", "cache_dir": str(folder / "cache")},
+    )
+    return fit(folder, config)
 
 
 def generate(checkpoint, *options):

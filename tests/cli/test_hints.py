@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import short_runs
 import torch
-import yaml
 
 from prlhf_lightning.cli.fit import how_to_shrink
 from prlhf_lightning.cli.main import main
@@ -66,16 +66,10 @@ def test_the_version_is_told(capsys):
 @pytest.fixture
 def settings(model_path, votes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = {
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "enable_progress_bar": False},
-        "model": {
-            "user_model": "IndividualUserModel",
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
-            "loss": "DPOLoss",
-        },
-        "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(content))
+    policy = {"model": model_path, "lora": {"rank": 2}}
+    model = {"user_model": "IndividualUserModel"}
+    content = short_runs.run_config(Path(), policy, votes, trainer={"max_steps": 1}, model=model)
+    short_runs.write_config(tmp_path, content)
     return ["fit", "-c", "config.yaml"]
 
 

@@ -14,6 +14,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningArgumentParser
+from short_runs import run_config, write_config
 
 from prlhf_lightning.cli.fit import read_whole_numbers_first
 from prlhf_lightning.cli.main import main
@@ -23,23 +24,15 @@ from prlhf_lightning.training import PersonalizedLM
 
 @pytest.fixture
 def config(model_path, votes, tmp_path):
-    content = {
-        "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False,
-                    "default_root_dir": str(tmp_path / "runs"), "log_every_n_steps": 1},
-        "model": {
-            "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
-            "loss": {"class_path": "DPOLoss", "init_args": {"beta": 0.1}},
-            "sampling": {"max_new_tokens": 4},
-        },
-        "data": {
-            "source": {"class_path": "FileSource", "init_args": {"train": str(votes)}},
-            "validation_fraction": 0.2,
-        },
-    }  # fmt: skip
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    content = run_config(
+        tmp_path,
+        {"model": model_path, "lora": {"rank": 2}},
+        votes,
+        trainer={"max_epochs": 1, "log_every_n_steps": 1},
+        model={"loss": {"class_path": "DPOLoss", "init_args": {"beta": 0.1}}, "sampling": {"max_new_tokens": 4}},
+        data={"validation_fraction": 0.2},
+    )
+    return write_config(tmp_path, content)
 
 
 def run(*args: object) -> None:

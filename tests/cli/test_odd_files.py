@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import write_votes
+from short_runs import fit, run_config
 
 from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.export import export
-from prlhf_lightning.cli.fit import PRLHFCLI
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference.folder import read_folder
@@ -24,16 +25,10 @@ TABLE = "user_model.offsets.weight"
 @pytest.fixture(scope="module")
 def trained(model_path, tmp_path_factory) -> tuple[dict[str, Any], Path]:
     """What a checkpoint of `fit` holds, and its folder export."""
-    from conftest import write_votes
-
     folder = tmp_path_factory.mktemp("trained")
     votes = write_votes(folder / "votes.jsonl", {"ann": 6, "bob": 6})
-    words = ["fit", "--model.user_model=IndividualUserModel", "--model.user_model.num_tokens=2"]
-    words += ["--model.policy=CausalLMPolicy", f"--model.policy.model={model_path}", "--model.policy.lora.rank=2"]
-    words += ["--model.loss=DPOLoss", "--data.source=FileSource", f"--data.source.train={votes}"]
-    words += ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-    PRLHFCLI([*words, f"--trainer.default_root_dir={folder}"])
-    checkpoint = next(folder.rglob("last.ckpt"))
+    content = run_config(folder, {"model": model_path, "lora": {"rank": 2}}, votes, trainer={"max_steps": 1})
+    checkpoint = fit(folder, content)
     export(checkpoint, folder / "exported")
     return checkpoint_files.load(checkpoint), folder / "exported"
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-import yaml
+from short_runs import run_config, write_config
 from transformers import dynamic_module_utils
 
 from prlhf_lightning.cli.checkpoints import open_writer
@@ -37,21 +37,11 @@ def own_model(model_path, tmp_path, monkeypatch):
 
 def test_the_command_decides_and_no_file_that_is_opened(own_model, votes, tmp_path):
     policy = {"model": str(own_model), "lora": {"rank": 2}, "trust_remote_code": True}
-    config = {
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": str(tmp_path / "runs")},
-        "model": {
-            "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": policy},
-            "loss": "DPOLoss",
-        },
-        "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}},
-        "collapse": {"prompts": 0},
-    }
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    config = write_config(tmp_path, run_config(tmp_path, policy, votes, collapse={"prompts": 0}))
     says = r"it comes with its own code; if you trust it, set trust_remote_code \(`--trust_remote_code true`\)"
     with pytest.raises(SystemExit, match=says):
-        main(["fit", "-c", str(tmp_path / "config.yaml"), "--model.policy.trust_remote_code", "false"])
-    main(["fit", "-c", str(tmp_path / "config.yaml")])
+        main(["fit", "-c", str(config), "--model.policy.trust_remote_code", "false"])
+    main(["fit", "-c", str(config)])
     (checkpoint,) = (tmp_path / "runs").glob("*/checkpoints/last.ckpt")
     exported, trusted = tmp_path / "exported", ["--trust_remote_code", "true"]
     export = ["export", "--model", str(checkpoint), "--output", str(exported)]

@@ -12,6 +12,13 @@ CHATML = (
 )
 
 
+def turn(role, content):
+    return {"role": role, "content": content}
+
+
+ASK, GOOD, BAD = turn("user", "Hi"), turn("assistant", "one"), turn("assistant", "two")
+
+
 def row(number=0, user="ann", **changes):
     fields = {
         "user_id": user,

@@ -5,18 +5,12 @@ import json
 import re
 
 import pytest
-from feedback_helpers import row
+from feedback_helpers import ASK, BAD, GOOD, row, turn
 from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
 from prlhf_lightning.data.schema import Columns, TieError, parse_record
 from prlhf_lightning.errors import FeedbackFormatError
 
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-ASK, GOOD, BAD = turn("user", "Hi"), turn("assistant", "one"), turn("assistant", "two")
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sun"}}}
 TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}]
 PLAIN = {"user_id": "ann", "prompt": [ASK], "chosen": [GOOD], "rejected": [BAD]}

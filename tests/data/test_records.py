@@ -2,20 +2,13 @@ import json
 import re
 
 import pytest
-from feedback_helpers import row
+from feedback_helpers import ASK, BAD, GOOD, row, turn
 
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.holdout import count
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
 from prlhf_lightning.data.schema import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
-
-
-def turn(role, content):
-    return {"role": role, "content": content}
-
-
-ASK, GOOD, BAD = turn("user", "Hi"), turn("assistant", "one"), turn("assistant", "two")
 
 
 def without(name):

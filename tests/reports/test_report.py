@@ -8,9 +8,10 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
+import short_runs
 import torch
-import yaml
 from conftest import write_votes
+from short_runs import run_config
 
 from prlhf_lightning.analysis.judges import Judge, Person, RewardJudge
 from prlhf_lightning.cli.checkpoints import load_module
@@ -23,27 +24,20 @@ TEXT = "user likes long answers"
 
 
 def fit(folder, user_model, source, model, **data):
-    config = {
-        "trainer": {
-            "accelerator": "cpu",
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder / "runs"),
-            "val_check_interval": 0.5,
-        },
-        "model": {
+    config = run_config(
+        folder,
+        {"model": model},
+        "",
+        trainer={"val_check_interval": 0.5},
+        model={
             "user_model": {"class_path": user_model, "init_args": {"num_tokens": 2}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model}},
-            "loss": "DPOLoss",
             "optim": {"lr": 0.02, "user_lr": 0.5},
             "sampling": {"max_new_tokens": 20},
             "cache_reference": False,
         },
-        "data": {"source": source, "cache_dir": str(folder / "cache"), **data},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    main(["fit", "-c", str(folder / "config.yaml"), "--collapse.prompts", "0"])
-    (path,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
-    return path
+        data={"source": source, "cache_dir": str(folder / "cache"), **data},
+    )
+    return short_runs.fit(folder, config, "--collapse.prompts", "0")
 
 
 @pytest.fixture(scope="module")

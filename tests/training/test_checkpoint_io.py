@@ -13,6 +13,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from interrupted_runs import Crash
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -147,12 +148,6 @@ def test_a_full_disk_stops_training_and_keeps_the_checkpoint(model_path, votes, 
     assert checkpoint_files.load(tmp_path / "checkpoints/last.ckpt")["global_step"] == 2
 
 
-class Crash(Callback):
-    def on_train_batch_end(self, trainer, *_):
-        if trainer.global_step == 3:
-            raise RuntimeError("crash")
-
-
 def test_chance_goes_on_where_it_was(model_path, votes, tmp_path, monkeypatch):
     def run(folder, *callbacks, **kwargs):
         folder = tmp_path / folder
@@ -161,7 +156,7 @@ def test_chance_goes_on_where_it_was(model_path, votes, tmp_path, monkeypatch):
 
     straight = run("straight")
     with pytest.raises(RuntimeError, match="crash"):
-        run("crashed", SaveOnInterrupt(), Crash())
+        run("crashed", SaveOnInterrupt(), Crash(3))
     torch.manual_seed(1)
     resumed = run("crashed", ckpt_path=tmp_path / "crashed/checkpoints/interrupted.ckpt")
     for (name, a), b in zip(straight.named_parameters(), resumed.parameters(), strict=True):

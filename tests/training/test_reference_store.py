@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from counting_policy import CountingPolicy
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
 from quiet_trainer import quiet_trainer
@@ -11,22 +12,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss, SimPOLoss
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.policies import LoRA
 from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.reference_cache import ReferenceCache
 from prlhf_lightning.training.reference_store import ReferenceStore
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens
 from prlhf_lightning.user_models import CompositeUserModel, IndividualUserModel, TextUserModel, UserModel
-
-
-class CountingPolicy(CausalLMPolicy):
-    """Counts the completions that the reference scores."""
-
-    scored = 0
-
-    def reference_log_probs(self, prompt, completions, soft_prompt=None):
-        self.scored += len(prompt) * len(completions)
-        return super().reference_log_probs(prompt, completions, soft_prompt)
 
 
 def fit(model_path, votes, tmp_path, user_model: UserModel | None = None, epochs=1, loss=None, seed=0, **kwargs):

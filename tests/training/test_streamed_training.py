@@ -7,35 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import write_votes
-from lightning.pytorch import Callback
+from counting_policy import CountingPolicy
+from interrupted_runs import Crash
 from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.losses import DPOLoss
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.policies import LoRA
 from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt
 from prlhf_lightning.user_models import IndividualUserModel
-
-
-class CountingPolicy(CausalLMPolicy):
-    """Counts the completions that the reference scores."""
-
-    scored = 0
-
-    def reference_log_probs(self, prompt, completions, soft_prompt=None):
-        self.scored += len(prompt) * len(completions)
-        return super().reference_log_probs(prompt, completions, soft_prompt)
-
-
-class Crash(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 def fit(model_path, votes, folder, *callbacks, checkpoint=None, epochs=2, num_workers=0, **settings):

@@ -8,13 +8,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from counting_policy import CountingPolicy
+from interrupted_runs import Crash
 from quiet_trainer import quiet_trainer
 
 from prlhf_lightning.data import FileSource, PreferenceDataModule, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOUnpairedLoss, DPOLoss, KTOLoss
-from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.policies import LoRA
 from prlhf_lightning.training import Optim, PersonalizedLM
 from prlhf_lightning.training.callbacks.outputs import SaveOnInterrupt, UserTable
 from prlhf_lightning.types import PreferenceBatch, Tokens
@@ -22,16 +23,6 @@ from prlhf_lightning.user_models import IndividualUserModel
 
 COMPLETIONS = [[5, 6, 2], [7, 2], [8, 9, 10, 2], [5, 6, 2]]  # the first and the last are the same, judged differently
 UP = torch.tensor([True, False, True, False])
-
-
-class CountingPolicy(CausalLMPolicy):
-    """Counts the completions that the reference scores."""
-
-    scored = 0
-
-    def reference_log_probs(self, prompt, completions, soft_prompt=None):
-        self.scored += len(prompt) * len(completions)
-        return super().reference_log_probs(prompt, completions, soft_prompt)
 
 
 def make(model_path, loss=None, **settings):
@@ -106,12 +97,6 @@ def test_the_reference_point_is_the_mean_log_ratio_so_far(module):
     assert module.loss.pairs_seen == 4
 
 
-class Crash(Callback):
-    def on_train_batch_end(self, trainer, *args) -> None:
-        if trainer.global_step == 7:
-            raise RuntimeError("crash")
-
-
 def fit(module, thumbs, folder, *callbacks, checkpoint=None, epochs=2, validation=None, **settings):
     options = {"batch_size": 4, "validation_fraction": 0.25, "feedback": "thumbs", **settings}
     data = PreferenceDataModule(FileSource(thumbs, validation), module.policy.tokenizer, **options)
@@ -128,7 +113,7 @@ def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, thumbs, tmp_
     fit(straight, thumbs, tmp_path / "straight")
     torch.manual_seed(0)
     with pytest.raises(RuntimeError, match="crash"):
-        fit(make(model_path, make_loss()), thumbs, tmp_path / "crashed", Crash())
+        fit(make(model_path, make_loss()), thumbs, tmp_path / "crashed", Crash(7))
     resumed = make(model_path, make_loss())
     fit(resumed, thumbs, tmp_path / "resumed", checkpoint=tmp_path / "crashed/checkpoints/interrupted.ckpt")
     for name, weight in straight.state_dict().items():

@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from interrupted_runs import Crash
 from lightning.pytorch import Callback, Trainer
 from quiet_trainer import quiet_trainer
 from torch.utils.data import DataLoader
@@ -116,15 +117,6 @@ def test_full_fine_tuning_trains_and_saves_all_weights(model_path, votes, tmp_pa
     state = torch.load(tmp_path / "a.ckpt", weights_only=True)["state_dict"]
     assert "policy.model.model.embed_tokens.weight" in state
     assert not any("reference_model" in key for key in state)
-
-
-class Crash(Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *args) -> None:
-        if trainer.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 # Within the first epoch of ten steps, at its end, within the second.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-import yaml
+from short_runs import run_config, write_config
 
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.losses import DPOLoss
@@ -55,21 +55,14 @@ class Hungry(DPOLoss):
 def config(model_path, votes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "my_losses", sys.modules[__name__])
     monkeypatch.setattr(Hungry, "__module__", "my_losses")
-    content = {
-        "trainer": {"accelerator": "cpu", "enable_progress_bar": False, "default_root_dir": str(tmp_path / "runs")},
-        "model": {
-            "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
-            "loss": {"class_path": "my_losses.Hungry"},
-        },
-        "data": {
-            "source": {"class_path": "FileSource", "init_args": {"train": str(votes)}},
-            "validation_fraction": 0.2,
-        },
-    }
-    path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(content))
-    return path
+    content = run_config(
+        tmp_path,
+        {"model": model_path, "lora": {"rank": 2}},
+        votes,
+        model={"loss": {"class_path": "my_losses.Hungry"}},
+        data={"validation_fraction": 0.2},
+    )
+    return write_config(tmp_path, content)
 
 
 def said(*args: object) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from conftest import write_votes
+from short_runs import run_config, write_config
 
 from prlhf_lightning.losses import DPOLoss
 
@@ -48,29 +48,22 @@ class Trouble(DPOLoss):
 def run(folder: Path, model_path: str, kind: str, rank: int) -> tuple[int, str]:
     """Train in two processes until the trouble; return the code that the command ends with, and what it says."""
     votes = write_votes(folder / "votes.jsonl", {"ann": 20, "bob": 20})
-    content = {
-        "trainer": {
-            "accelerator": "cpu",
-            "devices": 2,
-            "strategy": "ddp",
-            "enable_progress_bar": False,
-            "default_root_dir": str(folder / "runs"),
-        },
-        "model": {
-            "user_model": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 2}},
-            "policy": {"class_path": "CausalLMPolicy", "init_args": {"model": model_path, "lora": {"rank": 2}}},
-            "loss": {"class_path": "test_two_processes.Trouble", "init_args": {"kind": kind, "rank": rank}},
-        },
-        "data": {"source": {"class_path": "FileSource", "init_args": {"train": str(votes)}}, "batch_size": 2},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(content))
+    content = run_config(
+        folder,
+        {"model": model_path, "lora": {"rank": 2}},
+        votes,
+        trainer={"devices": 2, "strategy": "ddp"},
+        model={"loss": {"class_path": "test_two_processes.Trouble", "init_args": {"kind": kind, "rank": rank}}},
+        data={"batch_size": 2},
+    )
+    config = write_config(folder, content)
     here = Path(__file__)
     environment = {
         **{name: value for name, value in os.environ.items() if name not in ("LOCAL_RANK", "PL_GLOBAL_SEED")},
         "PYTHONPATH": os.pathsep.join(map(str, [here.parent, here.parents[2], here.parents[3]])),
         "OMP_NUM_THREADS": "1",
     }
-    words = [sys.executable, "-m", "prlhf_lightning", "fit", "-c", str(folder / "config.yaml")]
+    words = [sys.executable, "-m", "prlhf_lightning", "fit", "-c", str(config)]
     with (folder / "output.txt").open("w") as output:
         process = subprocess.Popen(words, env=environment, stdout=output, stderr=output, start_new_session=True)
         try:
