@@ -340,7 +340,7 @@ def test_a_row_that_changed_on_the_disk_is_refused(url, change):
         log.append(pair(2))
 
 
-def test_a_log_without_digests_is_read_and_gets_them_when_written_to(url):
+def test_a_log_without_digests_is_read_and_later_has_them(url):
     log = FeedbackLog(url)
     log.append(pair(1))
     with log._engine.begin() as connection:

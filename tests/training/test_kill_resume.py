@@ -27,7 +27,7 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_was_not(repo_root):
 )
 def test_a_run_that_is_broken_off_anywhere_ends_as_one_in_peace(repo_root, tmp_path, monkeypatch, names):
     monkeypatch.syspath_prepend(repo_root / "benchmarks")
-    mistakes = importlib.import_module("resume_points").measure(names, points=3, seed=0, root=tmp_path)
+    mistakes = importlib.import_module("resume_points").measure(names, points=2, seed=0, root=tmp_path)
     assert list(mistakes) == []
 
 
