@@ -1,4 +1,4 @@
-"""A loss of your own, personalized without more, from the class to the launch.
+"""Define a loss of your own and train with it; it is personalized like every other loss.
 
     python examples/custom_loss.py
 

@@ -29,7 +29,7 @@ def main(pairs_per_user: int = 450) -> tuple[float, float]:
     )
     data.prepare_data()
     data.setup("fit")
-    (pairs,) = data.val_dataloader()[data.eval_sets.index("unseen")]
+    (pairs,) = data.val_dataloader()[list(data.eval_sets["validate"]).index("unseen")]
 
     seen_so_far: dict[str, int] = {}
     is_known = []

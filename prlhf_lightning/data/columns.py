@@ -125,7 +125,8 @@ def similar_columns(field: str, column: str, columns: Sequence[object]) -> str |
     for meant in (column, field, *_SYNONYMS.get(field, "").split()):
         if _plain(meant) in plain:
             return plain[_plain(meant)]
-        if meant in (column, field) and (close := get_close_matches(meant, names, n=1)):
+    for meant in (column, field):  # a misspelled name
+        if close := get_close_matches(meant, names, n=1, cutoff=0.75):
             return close[0]
     words = set(_SYNONYMS.get(field, "").split()) | {field}
     return next((name for name in names if words.intersection(re.split(r"[^0-9a-z]+", name.lower()))), None)

@@ -58,6 +58,7 @@ def test_an_impossible_hub_name_is_reported_without_asking(monkeypatch, caplog):
 
     asked: list[str] = []
     monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", offline)
+    monkeypatch.setattr("prlhf_lightning.policies.loading.refuse_kernels", lambda *_, **__: None)  # asks as well
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ConfigurationError, match="no such folder, and a name on the hub has an owner"):
         CausalLMPolicy("qwen3-0.6b").build()
