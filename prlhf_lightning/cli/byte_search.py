@@ -258,14 +258,14 @@ _CALLBACKS = {"BestAndLast", "CollapseMonitor"}
 
 
 class Vectors:
-    """The vectors of people who are erased, but for those that tell nothing of a person.
+    """The vectors of erased users, except uninformative ones.
 
-    A row that equals one of somebody who stays, as the generic user's does until it is trained, is theirs too; nor does
-    a row of zeros tell anything, or one of fewer than 8 bytes.
+    Uninformative are rows of zeros, rows below 8 bytes, and rows that equal one of a remaining user, such as an
+    untrained row that equals the generic user's.
 
     Args:
-        tables: What is kept of all users, each `[rows, ...]`.
-        rows: Those of the people.
+        tables: Stored tensors of all users, each `[rows, ...]`.
+        rows: Rows of the erased users.
         stay: For each of the first tables, one more row that stays.
     """
 
@@ -291,11 +291,11 @@ class Vectors:
         return iter(self._rows_of)
 
     def count(self, row: int) -> int:
-        """Return how many vectors there are of one person."""
+        """Return the number of vectors of a user."""
         return self._counts[row]
 
     def whose(self, raw: Iterable[bytes]) -> set[int]:
-        """Return the rows that some of the vectors are of."""
+        """Return the row numbers of the given vectors."""
         return {row for one in raw for row in self._rows_of.get(one, ())}
 
     @cached_property
@@ -313,7 +313,7 @@ def _raw_rows(table: Tensor) -> Iterator[bytes]:
 
 
 def texts(content: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
-    """Yield every text in what a checkpoint holds, keys and settings included, each with the keys that lead to it."""
+    """Yield every text in a checkpoint, including keys and settings, each with its path of keys."""
     if isinstance(content, str):
         yield place, content
     elif isinstance(content, Mapping):
@@ -329,10 +329,10 @@ def texts(content: Any, place: Place = ()) -> Iterator[tuple[Place, str]]:
 
 
 def is_of_no_user(place: Place) -> bool:
-    """Return whether what stands at a place of a checkpoint is a name or a setting, the same whoever the users are.
+    """Return whether the text at a path of a checkpoint is a name or a setting that does not depend on users.
 
-    So are the names of the checkpoint's parts, and what Lightning and this package keep in them, but for the list of
-    users. A part that is not known may hold anything, as may the state of a callback of somebody else.
+    This includes names of the checkpoint's parts, and content of Lightning and this package, except the list of users.
+    Unknown parts may hold anything, and so may the state of other callbacks.
     """
     part, *below = place
     if not below or part in _WITHOUT_USERS:

@@ -1,4 +1,4 @@
-"""One page about a trained model: how it learned, whom it serves how well, what it writes, and who would like that."""
+"""The command `report`: a page about a trained model, and its numbers as JSON."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def report(
     trust_remote_code: bool = False,
     trust_classes: list[str] | None = None,
 ) -> None:
-    """Write a page about a trained model, for a colleague, and its numbers as JSON beside it.
+    """Write a page about a trained model, and its numbers as JSON next to it.
 
     Learning curves; each user's accuracy against the votes given; how new users fare; what users differ in; a map of
     users; what personalization costs; what the model writes for users, and how often a judge prefers that. See
@@ -273,7 +273,7 @@ def _map(found: Findings, module: PersonalizedModel, data: PreferenceDataModule 
 def _call_users(
     found: Findings, module: PersonalizedModel, data: PreferenceDataModule | None, ids: bool, texts: bool
 ) -> None:
-    """Decide by what users are called, and what is said of them."""
+    """Set the displayed names and descriptions of users."""
     known = module.vocabulary.ids if module.vocabulary else ()
     found.names = {user_id: user_id if ids else f"user {number}" for number, user_id in enumerate(known, start=1)}
     if isinstance(found.map, UserMap):

@@ -1,4 +1,4 @@
-"""What `data describe` found, and the same as JSON, which its page is made from."""
+"""Findings of `data describe`, and their JSON form, from which the page is generated."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOTES_FOR_A_RATE = 10  # with fewer, a user's rate is mostly chance
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of how much there is to personalize.
+    """Estimate of the gain from personalization.
 
     Attributes:
         headroom: The comparison, or None where there are too few votes for any.
@@ -63,7 +63,7 @@ class Description:
 
 
 def in_words(finding: Finding) -> str:
-    """Return what was found in a few sentences."""
+    """Return a summary of the findings."""
     found = finding.headroom
     if found is None:
         return "Cannot tell whether there is something to personalize: there are too few votes to hold any out."

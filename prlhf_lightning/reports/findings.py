@@ -1,4 +1,4 @@
-"""What a report found, and the same as JSON: the content of `report.json`, which the page is made from."""
+"""Findings of a report, and their JSON form: the content of `report.json`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _CURVES = (
 
 @dataclass
 class Findings:
-    """What a report says; what is not known is a text that says why.
+    """Findings of a report; an unknown value is a text with the reason.
 
     Attributes:
         title: Of the page.
@@ -85,7 +85,7 @@ class Findings:
 
 
 def report_content(found: Findings) -> dict[str, Any]:
-    """Return what was found as JSON values, with users called as on the page.
+    """Return the findings as JSON values, with users named as on the page.
 
     What is not known is None, and `unknown` says why. Numbers that are not finite are None too.
     """
@@ -120,7 +120,7 @@ def report_content(found: Findings) -> dict[str, Any]:
 
 
 def in_words(found: Findings) -> str:
-    """Return what was found in a few sentences."""
+    """Return a summary of the findings."""
     said = []
     seen = found.scores.get("seen")
     if seen and found.personalizes:
@@ -152,12 +152,12 @@ def _mean(scores: Scores, whose: str) -> UserMean:
 
 
 def _gain(scores: Scores) -> UserMean:
-    """Return what knowing the user adds to a user's pair accuracy."""
+    """Return the mean gain in pair accuracy from knowing the user."""
     return user_mean(scores.user_ids, (scores.own - scores.generic).double().numpy())
 
 
 def _price(found: Findings) -> UserMean | None:
-    """Return what the generic user's pair accuracy falls behind the baseline's on the same pairs; None if not known."""
+    """Return the baseline's pair accuracy minus the generic user's on the same pairs; None if unknown."""
     seen, baseline = found.scores.get("seen"), found.baseline
     if seen is None or baseline is None or baseline.user_ids != seen.user_ids:
         return None
@@ -165,7 +165,7 @@ def _price(found: Findings) -> UserMean | None:
 
 
 def _drift(seen: Scores) -> dict[str, Any] | None:
-    """Return how far training moved the log-probability a token of the chosen answers, under the generic user."""
+    """Return the change by training of the generic user's log-probability per token of chosen answers."""
     if "reference" not in seen.log_probs:
         return None
     change = (seen.log_probs["generic"] - seen.log_probs["reference"]).double().numpy()
@@ -213,7 +213,7 @@ def _accuracy(found: Findings, scores: Scores) -> dict[str, Any]:
 
 
 def _users_seen(found: Findings) -> list[dict[str, Any]] | None:
-    """Return what the run's last validation wrote about its users, worst first, where nothing was scored anew."""
+    """Return the users of the run's last validation, worst first, if no pairs were scored."""
     if found.scores or not found.run.users:
         return None
     value = "auc" if "auc" in found.run.users[0] else "accuracy"
@@ -225,7 +225,7 @@ def _users_seen(found: Findings) -> list[dict[str, Any]] | None:
 
 
 def _writers(found: Findings, seen: Scores) -> dict[str, Any]:
-    """Return of each writer the pair accuracy, log-probability of chosen answers, utility and well-formedness."""
+    """Return each writer's pair accuracy, log-probability of chosen answers, utility and well-formedness."""
     answers = found.answers if isinstance(found.answers, Answers) else None
     compared = found.run.comparison.get("vanilla", {})
     rows: dict[str, Any] = {}

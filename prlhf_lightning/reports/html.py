@@ -1,4 +1,4 @@
-"""HTML pages that are one file: text, figures, plots and tables, with nothing to fetch when they are opened.
+"""Self-contained HTML pages with text, numbers, plots and tables.
 
 Everything that is handed in is escaped. Plots are drawn by matplotlib as inline SVG that takes its colors from the
 page, so that they follow light and dark mode.
@@ -121,7 +121,7 @@ class _Quotes:
 
 @dataclass
 class Section:
-    """One part of a page, filled from top to bottom. On a wide screen, plots and small tables stand side by side.
+    """A section of a page, filled from top to bottom. On a wide screen, plots and small tables are side by side.
 
     Attributes:
         title: Its heading.
@@ -133,11 +133,11 @@ class Section:
     blocks: list[_Text | _Facts | _Plot | _Table | _Quotes] = field(default_factory=list)
 
     def text(self, text: str, role: Role = "") -> None:
-        """Add a paragraph; a `verdict` stands out, a `note` stands back."""
+        """Add a paragraph; a `verdict` is emphasized, a `note` is muted."""
         self.blocks.append(_Text(text, role))
 
     def facts(self, facts: Mapping[str, Cell]) -> None:
-        """Add a few numbers, large, each with what it counts."""
+        """Add a few large numbers, each with a label."""
         self.blocks.append(_Facts(facts))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[Cell]], caption: str) -> None:
@@ -200,7 +200,7 @@ class Page:
         return template.render(page=self)
 
     def write(self, path: str | Path) -> None:
-        """Write the page to a file, whole or not at all.
+        """Write the page to a file atomically.
 
         Raises:
             CheckpointWriteError: The file cannot be written; what was there before is untouched.

@@ -1,4 +1,4 @@
-"""The JSON file beside a page: the content that the page is made from."""
+"""The JSON file next to a page, from which the page is generated."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def json_path(page: Path) -> Path:
-    """Return where the numbers of a page go: beside it, under its name."""
+    """Return the path of a page's JSON file: next to the page, with its name."""
     return page.with_suffix(".json") if page.suffix != ".json" else page.with_name(f"{page.name}.json")
 
 
@@ -20,7 +20,7 @@ def to_json(content: Mapping[str, Any]) -> bytes:
 
 
 def finite(value: Any) -> Any:
-    """Return a value in which numbers that are not finite, which JSON does not have, are None."""
+    """Return a value with None in place of non-finite numbers, which JSON does not support."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -29,5 +29,5 @@ def finite(value: Any) -> Any:
 
 
 def number(value: float | None) -> float:
-    """Return a number of JSON, which has null where there was NaN."""
+    """Return a number from JSON, with NaN for null."""
     return math.nan if value is None else value

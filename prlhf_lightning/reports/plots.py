@@ -163,7 +163,7 @@ def cold_start_curve(section: Section, points: Sequence[ColdStartPoint]) -> None
 
 
 def user_map(section: Section, found: Mapping[str, Any]) -> None:
-    """Add the users' places.
+    """Add a map of users.
 
     Args:
         section: Where it goes.
@@ -201,7 +201,7 @@ def user_map(section: Section, found: Mapping[str, Any]) -> None:
 
 
 def _label(axes: Axes, points: Floats, names: Sequence[str], generic: Floats) -> None:
-    """Write names beside points, each on the side where it covers least of what is there already."""
+    """Write names next to points, each on the side with the least overlap."""
     if (figure := axes.get_figure(root=True)) is not None:
         figure.draw_without_rendering()  # lays out the axes: places in the figure are known
     places = axes.transData.transform(points)
@@ -241,7 +241,7 @@ def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
 def win_bars(
     section: Section, names: Sequence[str], shares: Sequence[tuple[float, float, float]], rates: Sequence[UserMean]
 ) -> None:
-    """Add how often what is written for a user won, tied and lost, and the win rate with its interval."""
+    """Add a bar chart of wins, ties and losses of the answers for users, and the win rates with intervals."""
 
     def draw(axes: Axes) -> None:
         left = np.zeros(len(names))
