@@ -41,7 +41,7 @@ class Margins:
         self._device = next(iter(self._tables.values())).device
         self._positions = _POSITIONS_ON_CPU if self._device.type == "cpu" else _POSITIONS
         self._texts = texts = DistinctTexts.of(pairs.to(self._device), model.user_model.uses_text)
-        self._model, self._policy = model, model.policy.settled()
+        self._model, self._policy = model, model.policy.merged_for_scoring()
         anyone = Users(torch.zeros(1, dtype=torch.long, device=self._device))
         vectors = model.user_model.generic(anyone).vectors.shape[1]
         parts = (texts.user_text, texts.prompt, texts.completion)

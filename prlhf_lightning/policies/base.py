@@ -170,7 +170,7 @@ class Policy(nn.Module, ABC):
                 scores[some] = found.tokens
         return LogProbs(scores, completions.mask)
 
-    def settled(self) -> Policy:
+    def merged_for_scoring(self) -> Policy:
         """Return an inference-only policy with the same log-probs; merges adapters if that is faster.
 
         The returned policy scores under the policy only, not under the reference.

@@ -312,8 +312,8 @@ class CausalLMPolicy(Policy):
         """Whether the weights have 4 or 8 bits; needs a built policy."""
         return bool(getattr(self.lm, "is_quantized", False))
 
-    def settled(self) -> CausalLMPolicy:
-        """Return a copy with merged adapters if the model is small; see `Policy.settled`."""
+    def merged_for_scoring(self) -> CausalLMPolicy:
+        """Return a copy with merged adapters if the model is small; see `Policy.merged_for_scoring`."""
         adapted = [module for module in self.lm.modules() if isinstance(module, LoraLayer)]
         if any(
             isinstance(module, ParamWrapper) for module in adapted

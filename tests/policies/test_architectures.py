@@ -121,7 +121,7 @@ def test_experts_are_adapted_quietly_and_scored_in_place(build, recwarn):
     before, answers = Tokens.from_lists(PROMPTS), [Tokens.from_lists(ANSWERS)]
     (adapted,), (reference,) = policy.log_probs(before, answers), policy.reference_log_probs(before, answers)
     assert (adapted.tokens - reference.tokens).abs().max() > 0.01
-    torch.testing.assert_close(policy.settled().log_probs(before, answers)[0].tokens, adapted.tokens)
+    torch.testing.assert_close(policy.merged_for_scoring().log_probs(before, answers)[0].tokens, adapted.tokens)
 
 
 # With a memory that is not keys and values; that transformers' generate gives no vectors; that is padded wrongly; and

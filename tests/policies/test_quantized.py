@@ -45,7 +45,7 @@ def test_a_kind_that_has_no_gradient_is_refused(model_path, quantized):
 def test_unmerged_adapters_give_the_scores_of_the_adapters(model_path, quantized):
     policy = CausalLMPolicy(model_path, lora=LoRA(rank=8))
     policy.build()
-    assert policy.settled() is policy
+    assert policy.merged_for_scoring() is policy
     with pytest.raises(ConfigurationError, match=r"would be rounded: .* `--adapters true`"):
         policy.merged()
 

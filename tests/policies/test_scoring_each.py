@@ -35,7 +35,7 @@ def test_each_completion_is_scored_as_alone_with_its_prompt(model_paths, name, d
     prompt_of = torch.tensor([data.draw(st.integers(0, prompts - 1)) for _ in texts])
     soft_prompt = data.draw(st.sampled_from([None, SoftPrompt.full(torch.randn(prompts, 2, 32))]))
     reference, completions = data.draw(st.booleans()), Tokens.from_lists(texts)
-    scorer = policy if reference else policy.settled()
+    scorer = policy if reference else policy.merged_for_scoring()
     found = scorer.grouped_log_probs(prompt, completions, prompt_of, soft_prompt, reference, batch_size=3)
     # What a policy does that brings no way of its own.
     expected = Policy.grouped_log_probs(policy, prompt, completions, prompt_of, soft_prompt, reference, batch_size=1)
@@ -46,12 +46,12 @@ def test_each_completion_is_scored_as_alone_with_its_prompt(model_paths, name, d
 def test_only_weighing_adapters_merge_and_large_ones_never(model_path, monkeypatch):
     policy = build(model_path, LoRA(rank=4))
     before = {name: weight.clone() for name, weight in policy.state_dict().items()}
-    assert not any("lora" in name for name, _ in policy.settled().named_parameters())
+    assert not any("lora" in name for name, _ in policy.merged_for_scoring().named_parameters())
     assert all(torch.equal(before[name], weight) for name, weight in policy.state_dict().items())
     for kept in (build(model_path, None), build(model_path, LoRA(rank=4)).bfloat16()):
-        assert kept.settled() is kept
+        assert kept.merged_for_scoring() is kept
     monkeypatch.setattr("prlhf_lightning.policies.causal_lm._MAX_MERGED_PARAMETERS", 1000)
-    assert policy.settled() is policy
+    assert policy.merged_for_scoring() is policy
 
 
 def test_too_long_a_completion_names_the_settings(model_path):
