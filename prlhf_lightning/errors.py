@@ -1,12 +1,95 @@
-"""Errors that a person can act on: each message says where, what and how to mend it."""
+"""Errors that a person can act on: each says where, what and how to mend it, as text and as fields."""
+
+from __future__ import annotations
+
+from typing import Self
+
+
+class Place(str):
+    """Where a row stands, as text: `votes.jsonl`, `votes.jsonl:17` or `votes.json:1, row 17`, with its parts.
+
+    It is a text because that is all that most of its readers need, and all that a source of one's own has to give.
+
+    Args:
+        file: The file, or what else a source names its rows by, such as `organization/name[train]`.
+        line: The line (row of a Parquet file or of a data set), counted from 1.
+        row: Which row of a JSON array it is, counted from 1, for several may stand on one line.
+    """
+
+    __slots__ = ("file", "line", "row")
+
+    file: str
+    line: int | None
+    row: int | None
+
+    def __new__(cls, file: str, line: int | None = None, row: int | None = None) -> Self:
+        """Join the parts."""
+        place = str.__new__(
+            cls, file if line is None else f"{file}:{line}" if row is None else f"{file}:{line}, row {row}"
+        )
+        place.file, place.line, place.row = file, line, row
+        return place
+
+    @classmethod
+    def of(cls, where: str) -> Place:
+        """Return a place as it is, and as a file any other text."""
+        return where if isinstance(where, Place) else cls(where)
 
 
 class PRLHFError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    Its text is `where: field: problem; fix.`, of which all but the problem may be missing.
+
+    Args:
+        problem: What is wrong; a whole sentence where nothing else is given.
+        fix: What to do about it, without a full stop.
+        field: The field or the setting that is wrong.
+        where: Where it is wrong.
+        kind: What errors of one sort have in common: the problem without values, names and numbers. The problem itself
+            if none is given.
+
+    Attributes:
+        problem: As above.
+        fix: As above, or None.
+        field: As above, or None.
+        where: The place, or None.
+        kind: Groups errors: the field, if there is one, and the kind as above.
+    """
+
+    def __init__(
+        self,
+        problem: str = "",
+        fix: str | None = None,
+        *,
+        field: str | None = None,
+        where: str | None = None,
+        kind: str | None = None,
+    ) -> None:
+        super().__init__(problem)
+        self.problem, self.fix, self.field = problem, fix, field
+        self.where = Place.of(where) if where else None
+        self.kind = f"{field}: {kind or problem}" if field else kind or problem
+
+    def at(self, where: str) -> Self:
+        """Say where the error arose, unless it says so already, and return it."""
+        self.where = self.where or Place.of(where)
+        return self
+
+    def __str__(self) -> str:
+        return described(self.where, f"{self.field}: " if self.field else "", self.problem, self.fix)
 
 
 class FeedbackFormatError(PRLHFError, ValueError):
-    """A feedback file or row is not what it should be. The message starts with `path:line: field 'name'`."""
+    """A feedback file or row is not what it should be: `path:line: field 'name' problem; fix.` in words."""
+
+    def __str__(self) -> str:
+        return described(self.where, f"field {self.field!r} " if self.field else "", self.problem, self.fix)
+
+
+def described(where: str | None, name: str, problem: str, fix: str | None) -> str:
+    """Return what is wrong as one sentence."""
+    return (f"{where}: " if where else "") + name + problem + (f"; {fix}." if fix else "")
 
 
 class ConfigurationError(PRLHFError, ValueError):

@@ -161,7 +161,7 @@ def _converted(
                     raise
                 first = first or error
                 problem = Problem.of(split, where, error)
-                bad.write(_rejection(problem, row))
+                bad.write(_rejection(problem, error.kind, row))
                 if isinstance(row, Unreadable) and row.rest:
                     counts.unread.append(problem.place)
                 else:
@@ -173,7 +173,7 @@ def _converted(
     if not counts.written:
         raise FeedbackFormatError(
             f"The {split} split has no good row, so there is nothing to write ({counts.rejected:,} were read and "
-            f"rejected). The first error: {first or 'the source has no rows'}"
+            f"rejected). The first error: {first or 'the source has no rows.'}"
         )
     return counts
 
@@ -206,8 +206,12 @@ class _Writer:
             kinds = ("a text", "a conversation")
             here, there = kinds if is_text else reversed(kinds)
             raise FeedbackFormatError(
-                f"{where}: field 'prompt' is {here}, where {self._first[0]} has {there}; a Parquet column has one "
-                "type, so convert the two kinds apart, to two folders, and name both files in training."
+                f"is {here}, where {self._first[0]} has {there}",
+                "a Parquet column has one type, so convert the two kinds apart, to two folders, and name both files in "
+                "training",
+                field="prompt",
+                where=where,
+                kind=f"is {here}, where the first row has {there}",
             )
         self._group.append(record)
         self.written += 1
@@ -264,8 +268,10 @@ def _refuse_tools(record: FeedbackRecord, where: str) -> None:
     ]
     for field_name, name in [("tools", "tools")] * bool(record.tools) + held:
         raise FeedbackFormatError(
-            f"{where}: field {field_name!r} holds {name}, which these columns have no place for; train on the file as "
-            "it is, or drop the row here."
+            f"holds {name}, which these columns have no place for",
+            "train on the file as it is, or drop the row here",
+            field=field_name,
+            where=where,
         )
 
 
@@ -273,14 +279,14 @@ def _length(text: Text | None) -> int:
     return len(plain_text(text))
 
 
-def _rejection(problem: Problem, row: Mapping[str, Any] | Unreadable) -> bytes:
+def _rejection(problem: Problem, kind: str, row: Mapping[str, Any] | Unreadable) -> bytes:
     """Return the JSON line of a rejected row, with the row itself as far as JSON can hold it."""
     is_rest = isinstance(row, Unreadable) and row.rest
     told = {
         "file": problem.file,
         "line": problem.line,
         "row_number": problem.row_number,
-        "kind": problem.kind,
+        "kind": kind,
         "field": problem.field,
         "problem": problem.problem,
         "fix": problem.fix,

@@ -16,8 +16,8 @@ from rich.text import Text
 
 from prlhf_lightning.cli.checkpoints import open_writer, pick_device
 from prlhf_lightning.data import Pseudonyms
-from prlhf_lightning.data.conversations import message_text, read_text, read_tools
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.data.conversations import fail, message_text, read_text, read_tools
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, Place
 from prlhf_lightning.inference import Completion, GenerationRequest, Generator
 from prlhf_lightning.inference.requests import Message
 from prlhf_lightning.utils.io import atomic_writer, check_output
@@ -152,30 +152,27 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        where = f"{path}:{number}"
+        where = Place(str(path), number)
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FeedbackFormatError(f"{where}: this is not JSON ({error}); write one object per line.") from error
+            raise FeedbackFormatError(f"this is not JSON ({error})", "write one object per line", where=where) from error
         if not isinstance(row, dict):
-            raise FeedbackFormatError(f"{where}: this is not a JSON object; write one per line, with a 'prompt'.")
+            raise FeedbackFormatError("this is not a JSON object", "write one per line, with a 'prompt'", where=where)
         user = row.get("user_id", row.get("user"))
         if type(user) is int:  # as in the files that training reads
             user = str(user)
         if not isinstance(row.get("prompt"), str | list):
-            raise FeedbackFormatError(
-                f"{where}: field 'prompt' must be a string, or a list of messages with 'role' and 'content'."
-            )
+            fix = "write a list of messages with 'role' and 'content', or a string"
+            fail(where, "prompt", "must be a string, or a list of messages", fix)
         if not isinstance(user, str | None):
-            raise FeedbackFormatError(
-                f"{where}: field 'user_id' is of type {type(user).__name__}; ids are strings, so put it in quotes."
-            )
+            fail(where, "user_id", f"is of type {type(user).__name__}", "ids are strings, so put it in quotes")
         if user is not None and not user.strip():
-            raise FeedbackFormatError(f"{where}: field 'user_id' is empty; leave it out for the generic user.")
+            fail(where, "user_id", "is empty", "leave it out for the generic user")
         if not isinstance(row.get("user_text") or "", str):
-            raise FeedbackFormatError(f"{where}: field 'user_text' must be a string.")
+            fail(where, "user_text", "must be a string", "put it in quotes, or leave it out")
         if not isinstance(row.get("id", number), str | int):
-            raise FeedbackFormatError(f"{where}: field 'id' must be a string or a whole number.")
+            fail(where, "id", "must be a string or a whole number", "write one, or leave it out for the line's number")
         yield {
             "prompt": read_text(row["prompt"], where, "prompt"),
             "user": user,

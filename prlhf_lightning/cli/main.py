@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Iterator
@@ -89,8 +88,7 @@ def _run(args: list[str] | dict[str, Any] | None) -> None:
 
 def _for_people(error: BaseException) -> str:
     """Return the message of an error that users can fix, or an empty string."""
-    # An error of a process that loads batches comes with the stack trace of that process in its message.
-    said = re.sub(r"(?s)\ACaught \w+ in DataLoader worker.*^[\w.]+Error: ", "", str(error), flags=re.MULTILINE).strip()
+    said = str(error).strip()
     if isinstance(error, PRLHFError):
         return said
     # A class with a missing package, such as WandbLogger, names it; an error with a name is a bug in a user's file.

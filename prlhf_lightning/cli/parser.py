@@ -54,13 +54,24 @@ class Explaining(ArgumentParser):
         defaults = {"prog": PROGRAM, "formatter_class": _Formatter, "allow_abbrev": False}
         super().__init__(*args, **{**defaults, **{key: value for key, value in kwargs.items() if value is not None}})
 
+    def validate(self, *args: Any, **kwargs: Any) -> None:
+        """Check a configuration; an error names the parser that refused it, which may be that of a component."""
+        try:
+            super().validate(*args, **kwargs)
+        except KeyError as error:
+            if not hasattr(error, "refused_by"):  # by a parser within this one
+                error.refused_by = self  # type: ignore[attr-defined]
+            raise
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Print the error and suggestions, and exit."""
         raise_refusal()
         asked = getattr(ex, "subcommand_parser", None) or self
         options = {str(action.dest) for action in asked._actions}
         hints = list(_hints(message, options))
-        if message.startswith("Option ") and (known := _options_of_component(ex)):
+        refused_by = getattr(ex, "refused_by", None)
+        if refused_by is not None and not refused_by._subcommands_action:
+            known = sorted(action.dest for action in refused_by._actions if action.dest != "help")
             hints.append(f"Here there are: {', '.join(known)}")
         hints.append(f"All options: {self.called} --help")
         sys.stderr.write("error: " + printable("\n".join([shortened(message), *hints]), LAYOUT) + "\n")
@@ -141,17 +152,6 @@ def _in_full(word: str, options: set[str]) -> list[str]:
         if component and any(name in signature(subclass).parameters for subclass in _subclasses(component)):
             found.append(f"{option}.{name}")
     return sorted(found)[:3]
-
-
-def _options_of_component(error: Exception | None) -> list[str]:
-    """Return the options of the component whose parser raised an error that names neither."""
-    trace = error.__traceback__ if error else None
-    while trace and trace.tb_next:
-        trace = trace.tb_next
-    parser = trace.tb_frame.f_locals.get("self") if trace else None
-    if not isinstance(parser, ArgumentParser) or parser._subcommands_action:
-        return []
-    return sorted(action.dest for action in parser._actions if action.dest != "help")
 
 
 def _subclasses(component: type) -> Iterator[type]:

@@ -15,11 +15,31 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.splits import Positions
 from prlhf_lightning.data.tokenization import Ids
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
 from prlhf_lightning.utils import lightning_compat
 
 Loader: TypeAlias = DataLoader[dict[str, Any]]
+
+
+class _WholeErrors(DataLoader[dict[str, Any]]):
+    """Raises what its processes hand over in the place of a batch: an error of ours, with its fields.
+
+    Left to torch, it would be made anew of its class and the text of its traceback.
+    """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return map(_raised, super().__iter__())
+
+
+def _raised(batch: PreferenceBatch | PRLHFError) -> PreferenceBatch:
+    if isinstance(batch, PRLHFError):
+        raise batch
+    return batch
+
+
+def _collated(rows: Sequence[Mapping[str, Any]] | PRLHFError) -> PreferenceBatch | PRLHFError:
+    return rows if isinstance(rows, PRLHFError) else collate(rows)
 
 
 def make_loader(rows: Dataset[dict[str, Any]], batches: Sampler[Any], num_workers: int, pin_memory: bool) -> Loader:
@@ -39,10 +59,10 @@ def make_loader(rows: Dataset[dict[str, Any]], batches: Sampler[Any], num_worker
     if num_workers:
         # Workers are forked after the tokenizer has used threads; it would warn in each of them.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return DataLoader(
+    return _WholeErrors(
         rows,
         batch_sampler=batches,
-        collate_fn=collate,
+        collate_fn=_collated,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=pin_memory,

@@ -162,7 +162,7 @@ class Inspector:
         for number, (where, row) in enumerate(counted(self.source.scan(split), f"Checking the {split} split")):
             if isinstance(row, Unreadable):
                 problem = Problem.of(split, where, row.error)
-                self._problems.add("error", problem)
+                self._problems.add("error", problem, row.error.kind)
                 if row.rest:
                     counts.unread.append(problem.place)
                 else:
@@ -176,10 +176,11 @@ class Inspector:
             except TieError as error:
                 self._tie(Problem.of(split, where, error), counts)
             except PRLHFError as error:
-                self._reject(Problem.of(split, where, error), counts)
+                self._reject(split, where, error, counts)
             else:
                 for note in (*record.notes, *self._control.notes(record)):
-                    self._problems.add("warning", Problem.at(split, where, note.problem, note.fix, note.field))
+                    problem = Problem.at(split, where, note.problem, note.fix, note.field)
+                    self._problems.add("warning", problem, note.kind)
                 yield _Item(number, where, record)
 
     def _tie(self, problem: Problem, counts: SplitCounts) -> None:
@@ -187,9 +188,9 @@ class Inspector:
         kind = _NO_WINNER if problem.field == "winner" else _TIE
         self._problems.add("error" if self.ties == "error" else "warning", problem, kind)
 
-    def _reject(self, problem: Problem, counts: SplitCounts) -> None:
+    def _reject(self, split: Split, where: str, error: PRLHFError, counts: SplitCounts) -> None:
         counts.rejected += 1
-        self._problems.add("error", problem)
+        self._problems.add("error", Problem.of(split, where, error), error.kind)
 
     def _measured(
         self, items: Iterator[_Item], split: Split, counts: SplitCounts, tokenizer: PreTrainedTokenizerBase
@@ -202,7 +203,7 @@ class Inspector:
         while batch := list(islice(items, _BATCH)):
             for item, ids in zip(batch, _tokenized(tokenize, batch), strict=True):
                 if isinstance(ids, PRLHFError):
-                    self._reject(Problem.of(split, item.where, ids), counts)
+                    self._reject(split, item.where, ids, counts)
                 elif self._fits(item, ids, split, counts):
                     yield item
 

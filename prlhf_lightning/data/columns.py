@@ -62,12 +62,12 @@ class Schema:
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.fail(where, path, f"is {_found(value)} where {self.name} has a number")
         if not math.isfinite(value):
-            self.fail(where, path, f"is {value}, which is no judgment")
+            self.fail(where, path, f"is {value}, which is no judgment", "is no finite number")
         return float(value)
 
-    def fail(self, where: str, path: tuple[str | int, ...], problem: str) -> NoReturn:
-        """Raise an error about a field."""
-        raise FeedbackFormatError(f"{where}: field {_shown(path)!r} {problem}; {self.fix}.")
+    def fail(self, where: str, path: tuple[str | int, ...], problem: str, kind: str | None = None) -> NoReturn:
+        """Raise an error about a field; `kind` is the problem without the row's values."""
+        raise FeedbackFormatError(problem, self.fix, field=_shown(path), where=where, kind=kind)
 
     def _follow(self, row: Any, where: str, path: tuple[str | int, ...]) -> Any:
         value = row
@@ -140,8 +140,8 @@ def column_advice(field: str, column: str, columns: Sequence[object]) -> str:
     return f"if {close!r} holds it, rename that column or set columns: {{{field}: {_in_yaml(close)}}}"
 
 
-def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object]) -> str:
-    """Return the message about several missing columns.
+def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object]) -> FeedbackFormatError:
+    """Return the error about several missing columns.
 
     Args:
         where: Location of the row.
@@ -156,9 +156,11 @@ def all_missing(where: str, missing: Mapping[str, str], columns: Sequence[object
     named = [f"{field!r}" + (f" (column {column!r})" if column != field else "") for field, column in missing.items()]
     mapping = ", ".join(f"{field}: {_in_yaml(found[field]) if field in found else '<its name>'}" for field in missing)
     there = ", ".join(repr(str(name)) for name in columns)
-    return (
-        f"{where}: fields {', '.join(named[:-1])} and {named[-1]} are missing: there are the columns {there}; "
-        f"name those that hold them, as in columns: {{{mapping}}}."
+    return FeedbackFormatError(
+        f"fields {', '.join(named[:-1])} and {named[-1]} are missing: there are the columns {there}",
+        f"name those that hold them, as in columns: {{{mapping}}}",
+        where=where,
+        kind=f"fields {', '.join(missing)} are missing",
     )
 
 
@@ -222,10 +224,11 @@ def winner_of(row: Mapping[str, Any], where: str, winner: str, names: tuple[str,
             return None
         won = [flag for flag in flags if str(row[flag]).strip().lower() in ("1", "1.0", "true")]
         if len(won) != 1:
-            fail(where, "winner", f"is not told by the columns {', '.join(map(repr, flags))}; one of them must be 1")
+            problem = f"is not told by the columns {', '.join(map(repr, flags))}"
+            fail(where, "winner", problem, "one of them must be 1", "is not told by the columns of winners")
         return (0, 1, None)[flags.index(won[0])], won[0]
     if row[winner] is None:
-        fail(where, "winner", f"is null (column {winner!r}); fill it or drop the row")
+        fail(where, "winner", f"is null (column {winner!r})", "fill it or drop the row", "is null")
     value = str(row[winner]).strip()
     for first, second in (names, (str(row.get("model_a")), str(row.get("model_b")))):
         if value in (first, second) and first != second:
@@ -238,7 +241,9 @@ def winner_of(row: Mapping[str, Any], where: str, winner: str, names: tuple[str,
     fail(
         where,
         "winner",
-        f"is {shown!r}; write a, b or tie (also model_a and model_b, 1 and 2, or the name of the response's column)",
+        f"is {shown!r}",
+        "write a, b or tie (also model_a and model_b, 1 and 2, or the name of the response's column)",
+        "names neither response and no tie",
     )
 
 
@@ -273,10 +278,12 @@ def only_turns(
                 where,
                 name,
                 f"is a list of {len(found)} turns, and the two models, whose earlier answers differ, share no prompt "
-                "but the first; keep the first turn and its two answers as texts, or drop the row",
+                "but the first",
+                "keep the first turn and its two answers as texts, or drop the row",
+                "is a list of several turns",
             )
         if found is not None and not _is_one(found):
-            fail(where, name, "is a list without a text (null, or nothing, stands there); drop the row")
+            fail(where, name, "is a list without a text (null, or nothing, stands there)", "drop the row")
     texts = [found[0] if (found := named[name]) else given for name, given in zip(names, responses, strict=True)]
     return (prompt if turns is None else turns[0]), texts
 

@@ -39,9 +39,9 @@ _WRITTEN_TWICE = re.compile(r"""\s*"\s*[\[{]""")
 _SURELY_WRITTEN = re.compile(r"""\s*(?:array\(\s*)?\[\s*\{\s*['"](?:role|content|from|value)['"]\s*:""", re.IGNORECASE)
 
 
-def fail(where: str, field: str, problem: str) -> NoReturn:
-    """Raise the error about a field of the row at `where`."""
-    raise FeedbackFormatError(f"{where}: field {field!r} {problem}.")
+def fail(where: str, field: str, problem: str, fix: str, kind: str | None = None) -> NoReturn:
+    """Raise the error about a field of the row at `where`; `kind` is the problem without the row's values."""
+    raise FeedbackFormatError(problem, fix, field=field, where=where, kind=kind)
 
 
 def check_characters(text: str, where: str, field: str) -> None:
@@ -49,7 +49,8 @@ def check_characters(text: str, where: str, field: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can contain lone surrogates
-        fail(where, field, f"holds U+{ord(text[error.start]):X}, half of a surrogate pair; remove it or complete it")
+        problem = f"holds U+{ord(text[error.start]):X}, half of a surrogate pair"
+        fail(where, field, problem, "remove it or complete it", "holds half of a surrogate pair")
 
 
 def read_text(value: Any, where: str, field: str) -> Text:
@@ -72,9 +73,9 @@ def read_text(value: Any, where: str, field: str) -> Text:
     if isinstance(value, Mapping):
         value = _inner_list(value, where, field)
     if not isinstance(value, list):
-        fail(where, field, f"is of type {type(value).__name__}; write a string or a list of messages")
+        fail(where, field, f"is of type {type(value).__name__}", "write a string or a list of messages")
     if not value:
-        fail(where, field, "is an empty list; write at least one message")
+        fail(where, field, "is an empty list", "write at least one message")
     return [_message(message, number, where, field) for number, message in enumerate(value, start=1)]
 
 
@@ -95,8 +96,9 @@ def read_tools(value: Any, where: str, field: str = "tools") -> list[dict[str, A
         fail(
             where,
             field,
-            "is no list of tools; write a list of JSON schemas, as apply_chat_template(tools=...) takes it, or rename "
-            "the column if it holds something else",
+            "is no list of tools",
+            "write a list of JSON schemas, as apply_chat_template(tools=...) takes it, or rename the column if it "
+            "holds something else",
         )
     return [dict(tool) for tool in value]
 
@@ -138,7 +140,9 @@ def _read_written(text: str, where: str, field: str) -> Any:
                 where,
                 field,
                 "looks like a list of messages written as text, but is neither JSON nor a Python list (NumPy arrays, "
-                "for one, are printed without commas); write it with json.dumps(messages), or use JSON Lines",
+                "for one, are printed without commas)",
+                "write it with json.dumps(messages), or use JSON Lines",
+                "looks like a list of messages written as text, but is neither JSON nor a Python list",
             )
         return None
     messages = _inner_list(value, where, field) if isinstance(value, dict) else value
@@ -198,7 +202,8 @@ def _inner_list(value: Mapping[str, Any], where: str, field: str) -> Any:
         else:
             continue
         if len(messages) > 1:
-            fail(where, field, f"is an API's response with {len(messages)} {name}; keep the one that is meant")
+            problem = f"is an API's response with {len(messages)} {name}"
+            fail(where, field, problem, "keep the one that is meant", f"is an API's response with several {name}")
         return messages
     if isinstance(value.get("output"), list):  # OpenAI's Responses API, next to reasoning
         said = [one for one in value["output"] if isinstance(one, Mapping) and one.get("type") == "message"]
@@ -240,7 +245,8 @@ def _standard(raw: Any) -> Any:
 def _message(raw: Any, number: int, where: str, field: str) -> Message:
     raw = _standard(raw)
     if not isinstance(raw, Mapping):
-        fail(where, field, f"message {number} is of type {type(raw).__name__}; {_FIX}")
+        kind = f"is of type {type(raw).__name__}"
+        fail(where, field, f"message {number} {kind}", _FIX, f"a message {kind}")
     extras = {name: raw[name] for name in EXTRAS if raw.get(name) not in (None, [], "")}
     if not isinstance(raw.get("role"), str):
         _not_a_string(raw, "role", number, where, field)
@@ -253,7 +259,9 @@ def _message(raw: Any, number: int, where: str, field: str) -> Message:
         fail(
             where,
             field,
-            f"message {number} has the role 'function_call'; write it as an 'assistant' message with 'tool_calls'",
+            f"message {number} has the role 'function_call'",
+            "write it as an 'assistant' message with 'tool_calls'",
+            "a message has the role 'function_call'",
         )
     calls = extras.get("tool_calls", [])
     if isinstance(calls, str):  # common in Parquet files
@@ -262,8 +270,9 @@ def _message(raw: Any, number: int, where: str, field: str) -> Message:
         fail(
             where,
             field,
-            f"message {number} has 'tool_calls' that are no list of calls; write "
-            '[{"type": "function", "function": {"name": "...", "arguments": {...}}}]',
+            f"message {number} has 'tool_calls' that are no list of calls",
+            'write [{"type": "function", "function": {"name": "...", "arguments": {...}}}]',
+            "a message has 'tool_calls' that are no list of calls",
         )
     check_characters(raw["role"], where, field)
     check_characters(content or "", where, field)
@@ -272,7 +281,8 @@ def _message(raw: Any, number: int, where: str, field: str) -> Message:
 
 def _not_a_string(raw: Mapping[str, Any], key: str, number: int, where: str, field: str) -> NoReturn:
     found = f"of type {type(raw[key]).__name__}" if key in raw else "missing"
-    fail(where, field, f"message {number} has a {key!r} that is {found}; {_FIX}")
+    kind = f"has a {key!r} that is {found}"
+    fail(where, field, f"message {number} {kind}", _FIX, f"a message {kind}")
 
 
 def _joined(parts: Sequence[Any], number: int, where: str, field: str) -> str:
@@ -284,11 +294,13 @@ def _joined(parts: Sequence[Any], number: int, where: str, field: str) -> str:
             fail(
                 where,
                 field,
-                f"message {number} has a part of type {str(part['type'])[:40]!r}; only text is supported, so drop the "
-                "part or the row",
+                f"message {number} has a part of type {str(part['type'])[:40]!r}",
+                "only text is supported, so drop the part or the row",
+                "a message has a part that is no text",
             )
         if not isinstance(text, str):
-            fail(where, field, f'message {number} has a part that is no {{"type": "text", "text": "..."}}; write such')
+            kind = 'has a part that is no {"type": "text", "text": "..."}'
+            fail(where, field, f"message {number} {kind}", "write such", f"a message {kind}")
         texts.append(text)
     return "".join(texts)
 
@@ -337,14 +349,26 @@ class Note(NamedTuple):
         field: The field.
         problem: The problem.
         fix: The fix.
+        sort: The problem without the row's values, if it has any.
     """
 
     field: str
     problem: str
     fix: str
+    sort: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """What such notes are grouped by."""
+        return f"{self.field}: {self.sort or self.problem}"
+
+    @property
+    def told(self) -> str:
+        """What is so of which field."""
+        return f"field {self.field!r} {self.problem}"
 
     def __str__(self) -> str:
-        return f"field {self.field!r} {self.problem}; {self.fix}"
+        return f"{self.told}; {self.fix}"
 
 
 TRANSCRIPT = Note(

@@ -262,7 +262,7 @@ def count(source: DataSource, split: Split) -> UserCounts:
             if number % _SHOWN_EVERY == 0:
                 progress.update(progress.task_ids[0], completed=number)
     if not number:
-        raise FeedbackFormatError(f"The {split} split of {type(source).__name__} has no rows; give it at least one.")
+        raise FeedbackFormatError(f"The {split} split of {type(source).__name__} has no rows", "give it at least one")
     return UserCounts(rows, texts)
 
 
@@ -277,7 +277,7 @@ def read_user_counts(path: Path) -> UserCounts:
     for where, row in read_rows(path):
         user_id = parse_user_id(spell_user_id(row, "user_id"), where)
         if user_id in rows:
-            raise FeedbackFormatError(f"{where}: this user stands in the file twice; give each user one row.")
+            raise FeedbackFormatError("this user stands in the file twice", "give each user one row", where=where)
         rows[user_id] = _number(row.get("rows"), where, "rows", least=1)
         # Without the column `texts`, assume that all rows have a text.
         texts += rows[user_id] if row.get("texts") is None else _number(row["texts"], where, "texts", least=0)
@@ -290,7 +290,8 @@ def _number(value: object, where: str, field: str, least: int) -> int:
     except ValueError:
         number = -1
     if number < least:
-        raise FeedbackFormatError(f"{where}: field {field!r} is {value!r}; write a whole number, at least {least}.")
+        fix = f"write a whole number, at least {least}"
+        raise FeedbackFormatError(f"is {value!r}", fix, field=field, where=where, kind="is no such number")
     return number
 
 

@@ -233,8 +233,8 @@ def _kept(split: Split, report: BuildReport, overlong: Overlong) -> Iterator[str
         yield f"{report.ties:,} {split} rows left out (equal completions)"
     if report.token_ties:
         yield f"{report.token_ties:,} {split} rows left out (completions equal once tokenized and truncated)"
-    for note, found in report.notes.items():
-        yield f"{found.count:,} {split} rows: {note.partition('; ')[0]}"
+    for told, found in report.notes.items():
+        yield f"{found.count:,} {split} rows: {told}"
     if unread := report.unread_columns:
         more = f" and {len(unread) - _NAMED} more" if len(unread) > _NAMED else ""
         yield f"{split}: columns not read: {', '.join(map(repr, unread[:_NAMED]))}{more}"

@@ -1,21 +1,17 @@
-"""Errors about rows as data: where, which field, what and how to mend it, grouped by kind with examples of each."""
+"""What is wrong with rows, as data: where, which field, what and how to mend it, grouped by kind with examples."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
+from prlhf_lightning.errors import Place, PRLHFError, described
+
 Severity: TypeAlias = Literal["error", "warning"]
 
-_MOST_KINDS = 200  # so that memory is bounded whatever messages there are
+_MOST_KINDS = 200  # so that memory is bounded whatever kinds there are
 _OTHER = "other"
-# Values and names that a message quotes, as `repr` writes them, or cut short with dots.
-_QUOTED = re.compile(r"(?<!\w)(?:'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|['\"][^;]*?\.\.\.)", re.DOTALL)
-_NUMBER = re.compile(r"U\+[0-9A-F]+|(?<![\w-])-?\d[\w.+-]*")
-_PLACE = r":([0-9]{1,18})(?:, row ([0-9]{1,18}))?"
-_FIELD = re.compile(r"field '(?P<field>[^']*)':? (?P<problem>.*)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -41,41 +37,23 @@ class Problem:
     row_number: int | None = None
 
     @classmethod
-    def at(cls, split: str, where: str, problem: str, fix: str, field: str | None = None) -> Problem:
+    def at(cls, split: str, where: str, problem: str, fix: str | None, field: str | None = None) -> Problem:
         """Build a problem of the row at `where`."""
-        file, line, row_number = _parts(where)
-        return cls(split, file, line, field, problem, fix, row_number)
+        place = Place.of(where)
+        return cls(split, place.file, place.line, field, problem, fix, place.row)
 
     @classmethod
-    def of(cls, split: str, where: str, error: Exception) -> Problem:
-        """Take apart an error about the row, or the file, at `where`, as in `where: field 'name' problem; fix`."""
-        text = str(error)
-        if text.startswith(where):  # an error about a file may go on with the line
-            rest = re.match(rf"(?:{_PLACE})?", text[len(where) :])[0]  # type: ignore[index]
-            where, text = where + rest, text[len(where + rest) :].removeprefix(":").removeprefix(" ")
-        named = _FIELD.match(text)
-        text = named["problem"] if named else text
-        end = _QUOTED.sub(lambda quoted: "_" * len(quoted[0]), text).find("; ")
-        problem, fix = (text, None) if end < 0 else (text[:end], text[end + 2 :])
-        file, line, row_number = _parts(where)
-        return cls(split, file, line, named["field"] if named else None, problem, fix, row_number)
-
-    @property
-    def kind(self) -> str:
-        """What problems of one sort have in common: the field and the problem without values, names and numbers."""
-        text = _QUOTED.sub("'…'", self.problem).partition(": ")[0]
-        text = _NUMBER.sub("N", re.sub(r"\s*\(.*\)?", "", text, flags=re.DOTALL)).strip(" .")
-        return f"{self.field}: {text}" if self.field else text
+    def of(cls, split: str, where: str, error: PRLHFError) -> Problem:
+        """Return what an error says; it is about the row, or the file, at `where` unless it knows better."""
+        return cls.at(split, error.where or where, error.problem, error.fix, error.field)
 
     @property
     def place(self) -> str:
         """The file, line and number of the row, or what there is of them."""
-        row = f", row {self.row_number}" if self.row_number is not None else ""
-        return (self.file or self.split) + (f":{self.line}{row}" if self.line is not None else "")
+        return Place(self.file or self.split, self.line, self.row_number)
 
     def __str__(self) -> str:
-        named = f" field {self.field!r}" if self.field else ""
-        return f"{self.place}:{named} {self.problem}" + (f"; {self.fix}" if self.fix else "")
+        return described(self.place, f"field {self.field!r} " if self.field else "", self.problem, self.fix)
 
 
 @dataclass
@@ -110,9 +88,9 @@ class Problems:
         """Yield errors before warnings, the most frequent first."""
         yield from sorted(self._groups.values(), key=lambda group: (group.severity, -group.count))
 
-    def add(self, severity: Severity, problem: Problem, kind: str | None = None) -> None:
+    def add(self, severity: Severity, problem: Problem, kind: str) -> None:
         """Count a problem, and keep it if it is one of the first of its kind."""
-        group = self._group(severity, problem.kind if kind is None else kind)
+        group = self._group(severity, kind)
         group.count += 1
         if len(group.examples) < self.examples:
             group.examples.append(problem)
@@ -133,9 +111,3 @@ class Problems:
     def as_list(self) -> list[dict[str, Any]]:
         """Return the groups as JSON can hold them."""
         return [asdict(group) for group in self]
-
-
-def _parts(where: str) -> tuple[str, int | None, int | None]:
-    """Return the file, line and number of the row of a place, or the place where it has no such parts."""
-    parts = re.fullmatch(rf"(.+){_PLACE}", where, re.DOTALL)
-    return (parts[1], int(parts[2]), int(parts[3]) if parts[3] else None) if parts else (where, None, None)

@@ -126,14 +126,18 @@ class Renderer:
         if isinstance(prompt, str) and not self.chat_template:
             if tools:
                 raise FeedbackFormatError(
-                    f"{where}: field 'tools' stands beside a prompt that is a plain string, which no chat template "
-                    "writes; write the prompt as a list of messages, or leave the tools out."
+                    "stands beside a prompt that is a plain string, which no chat template writes",
+                    "write the prompt as a list of messages, or leave the tools out",
+                    field="tools",
+                    where=where,
                 )
             return prompt, False
         if not self.tokenizer.chat_template:
             raise ConfigurationError(
-                f"{where}: the row is a conversation, but the tokenizer has no chat template; use the tokenizer of a "
-                "chat model, set its chat_template, or write prompt and completions as plain strings."
+                "the row is a conversation, but the tokenizer has no chat template",
+                "use the tokenizer of a chat model, set its chat_template, or write prompt and completions as plain "
+                "strings",
+                where=where,
             )
         messages, tools = self._messages(prompt, "user"), self.escaper.within(tools)
         text = self._chat(messages, where, "prompt", not continued, tools, continued)
@@ -188,9 +192,8 @@ class Renderer:
             fix = "change the roles of the messages or their order"
             if any(message["content"] is None for message in messages):
                 fix = 'write "" for the content that is null beside tool calls, if the template cannot take it'
-            raise FeedbackFormatError(
-                f"{where}: field {field!r} does not fit the tokenizer's chat template ({said}); {fix}."
-            ) from error
+            kind = "does not fit the tokenizer's chat template"
+            raise FeedbackFormatError(f"{kind} ({said})", fix, field=field, where=where, kind=kind) from error
         return text.replace(_PRINTED_MARK, MARK)
 
     def _plain_answer(self, text: Text) -> str:
@@ -241,10 +244,13 @@ class Renderer:
         )
         if not (opened and answered and prompt.endswith(opened) and whole.endswith(answered)):
             prompt_end, in_whole = unescaped(prompt[-40:]), unescaped(whole[len(prompt[:-40]) : len(prompt)])
+            kind = "the tokenizer's chat template does not render a conversation as its prompt followed by the answer"
             raise ConfigurationError(
-                f"{where}: field {field!r}: the tokenizer's chat template does not render a conversation as its prompt "
-                f"followed by the answer (the prompt ends in {prompt_end!r}, where the conversation has {in_whole!r}); "
-                "give the tokenizer a chat_template that does, or use plain strings."
+                f"{kind} (the prompt ends in {prompt_end!r}, where the conversation has {in_whole!r})",
+                "give the tokenizer a chat_template that does, or use plain strings",
+                field=field,
+                where=where,
+                kind=kind,
             )
         if prompt.removesuffix(opened) != whole.removesuffix(answered):
             warnings.warn(

@@ -154,19 +154,26 @@ def parse_record(
     if feedback == "pairs" or row.get(columns.rejected):
         rejected = read_text(_required(row, where, "rejected", columns), where, "rejected")
         if isinstance(rejected, str) != isinstance(chosen, str):
-            fail(where, "rejected", "and 'chosen' must both be strings or both be lists of messages")
+            problem = "and 'chosen' must both be strings or both be lists of messages"
+            fail(where, "rejected", problem, "write both in one way")
     prompt, completions, notes = _split_prompt(row, where, columns, {"chosen": chosen, "rejected": rejected})
     for field, completion in completions.items():
         _check_completion(completion, where, field)
     if tie is not None:
         raise TieError(
-            f"{where}: field 'winner' is a tie (column {tie!r}), so the row says nothing about what the user prefers; "
-            "drop the row, or set ties: drop to leave such rows out."
+            f"is a tie (column {tie!r}), so the row says nothing about what the user prefers",
+            "drop the row, or set ties: drop to leave such rows out",
+            field="winner",
+            where=where,
+            kind="is a tie",
         )
     if completions.get("rejected") == completions["chosen"]:
         raise TieError(
-            f"{where}: field 'chosen' equals 'rejected', so the row says nothing about what the user prefers; "
-            "drop the row, or set ties: drop to leave such rows out."
+            "equals 'rejected', so the row says nothing about what the user prefers",
+            "drop the row, or set ties: drop to leave such rows out",
+            field="chosen",
+            where=where,
+            kind="equals 'rejected'",
         )
     return FeedbackRecord(
         user_id,
@@ -193,8 +200,10 @@ def _parse_thumb(user_id: str, row: Mapping[str, Any], where: str, columns: Colu
         fail(
             where,
             "label",
-            f"is {_shown(value)}, of type {type(value).__name__}; write true (or 1) for a thumbs-up and "
-            "false (or 0) for a thumbs-down; for stars or other labels, read the rows with LabelSource",
+            f"is {_shown(value)}, of type {type(value).__name__}",
+            "write true (or 1) for a thumbs-up and false (or 0) for a thumbs-down; for stars or other labels, read the "
+            "rows with LabelSource",
+            "is neither up nor down",
         )
     chosen, rejected = (completion, None) if up else (None, completion)
     tools = read_tools(row.get(columns.tools), where)
@@ -249,7 +258,7 @@ def _refuse_missing(row: Mapping[str, Any], where: str, columns: Columns, feedba
     if missing == ["winner"]:
         _required(row, where, "winner", columns)
     if len(missing) > 1 and all(_other_kind(row, field, columns) is None for field in missing):
-        raise FeedbackFormatError(all_missing(where, {field: getattr(columns, field) for field in missing}, list(row)))
+        raise all_missing(where, {field: getattr(columns, field) for field in missing}, list(row))
 
 
 def _is_by_winner(row: Mapping[str, Any], columns: Columns) -> bool:
@@ -267,12 +276,13 @@ def parse_user_id(row: Mapping[str, Any], where: str, columns: Columns = _DEFAUL
         fail(
             where,
             "user_id",
-            f"is of type {type(user_id).__name__}; write it as a string (in files, whole numbers are read as strings; "
-            "pandas makes numbers like 7.0 of a column with gaps: fill or drop these rows first)",
+            f"is of type {type(user_id).__name__}",
+            "write it as a string (in files, whole numbers are read as strings; pandas makes numbers like 7.0 of a "
+            "column with gaps: fill or drop these rows first)",
         )
     check_characters(user_id, where, "user_id")
     if not user_id.strip():
-        fail(where, "user_id", "is empty; every row needs the id of the person who judged, so drop or fill this row")
+        fail(where, "user_id", "is empty", "every row needs the id of the person who judged, so drop or fill this row")
     return user_id
 
 
@@ -293,25 +303,30 @@ def _required(row: Mapping[str, Any], where: str, field: str, columns: Columns) 
     if value is not None:
         return value
     if column in row:
-        fail(where, field, f"is null (column {column!r}); fill it or drop the row")
-    if (kind := _other_kind(row, field, columns)) is not None:
-        fail(where, field, f"is missing: {kind}")
+        fail(where, field, f"is null (column {column!r})", "fill it or drop the row", "is null")
+    if (other := _other_kind(row, field, columns)) is not None:
+        what, fix = other
+        fail(where, field, f"is missing: {what}", fix)
     fail(
         where,
         field,
-        f"is missing: there is no column {column!r} among {', '.join(repr(str(name)) for name in row)}; "
-        + column_advice(field, column, list(row)),
+        f"is missing: there is no column {column!r} among {', '.join(repr(str(name)) for name in row)}",
+        column_advice(field, column, list(row)),
+        "is missing",
     )
 
 
-def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> str | None:
-    """Return the fix for a row that lacks a field because it is another kind of feedback; otherwise None."""
+def _other_kind(row: Mapping[str, Any], field: str, columns: Columns) -> tuple[str, str] | None:
+    """Return the problem and the fix for a row that is another kind of feedback; otherwise None."""
     if field in ("chosen", "rejected") and columns.completion in row and columns.label in row:
-        return "the row is a thumb up or down, where a pair is needed; to train on thumbs, take a loss such as KTOLoss"
+        return (
+            "the row is a thumb up or down, where a pair is needed",
+            "to train on thumbs, take a loss such as KTOLoss",
+        )
     if field in ("completion", "label") and columns.chosen in row and columns.rejected in row:
         return (
-            "the row is a pair, which another loss takes, such as DPOLoss; or write it as two rows, each with one "
-            "completion and a label"
+            "the row is a pair, which another loss takes, such as DPOLoss",
+            "or write it as two rows, each with one completion and a label",
         )
     return None
 
@@ -324,7 +339,7 @@ def _user_text(row: Mapping[str, Any], where: str, columns: Columns) -> str | No
             _required(row, where, "user_text", columns)
         return None
     if not isinstance(value, str):
-        fail(where, "user_text", f"is of type {type(value).__name__}; write a string, or null where there is none")
+        fail(where, "user_text", f"is of type {type(value).__name__}", "write a string, or null where there is none")
     check_characters(value, where, "user_text")
     return value if value.strip() else None
 
@@ -340,7 +355,7 @@ def _split_prompt(
     raw = row.get(columns.prompt)
     prompt = None if raw is None else read_text(raw, where, "prompt")
     if isinstance(prompt, list) and prompt[-1]["role"] == "assistant":
-        fail(where, "prompt", "ends with an assistant message; end it with what is to be answered")
+        fail(where, "prompt", "ends with an assistant message", "end it with what is to be answered")
     texts = {field: answer for field, answer in given.items() if isinstance(answer, str)}
     notes: list[Note] = []
     if texts:
@@ -399,14 +414,15 @@ def _split_conversations(
         fail(
             where,
             "prompt",
-            f"is {_shown(prompt)}, which is no message of the conversation in {field!r}; "
+            f"is {_shown(prompt)}, which is no message of the conversation in {field!r}",
             "write it as a list of messages, or drop the column",
+            f"is no message of the conversation in {field!r}",
         )
     if any(answer[:-1] != shared for answer in answers.values()):
         fail(
             where,
             "rejected",
-            "must share all but its last message with 'chosen' when the prompt stands inside them; "
+            "must share all but its last message with 'chosen' when the prompt stands inside them",
             "or give the shared part as 'prompt' and one assistant message each as 'chosen' and 'rejected'",
         )
     return shared, {field: answer[-1:] for field, answer in answers.items()}
@@ -420,7 +436,7 @@ def _system(row: Mapping[str, Any], where: str, columns: Columns) -> str | None:
         _required(row, where, "system", columns)
     value = row[columns.system]
     if value is not None and not isinstance(value, str):
-        fail(where, "system", f"is of type {type(value).__name__}; write a string, or null where there is none")
+        fail(where, "system", f"is of type {type(value).__name__}", "write a string, or null where there is none")
     return value if value and value.strip() else None
 
 
@@ -433,7 +449,9 @@ def _with_system(prompt: list[Message], row: Mapping[str, Any], where: str, colu
     if prompt[0]["role"] in ("system", "developer"):
         if prompt[0]["content"] == text:
             return prompt
-        fail(where, "system", "stands in its own column, and the conversation begins with another; remove one of them")
+        fail(
+            where, "system", "stands in its own column, and the conversation begins with another", "remove one of them"
+        )
     return [{"role": "system", "content": text}, *prompt]
 
 
@@ -441,12 +459,13 @@ def _check_completion(text: Text, where: str, field: str) -> None:
     if isinstance(text, list):
         if len(text) != 1 or text[0]["role"] != "assistant":
             roles = ", ".join(message["role"] for message in text)
-            fail(where, field, f"must be one assistant message after the prompt, not messages by: {roles}")
+            kind = "must be one assistant message after the prompt"
+            fail(where, field, f"{kind}, not messages by: {roles}", "keep the answer alone", kind)
         blank = is_blank(text[0])
     else:
         blank = not text.strip()
     if blank:
-        fail(where, field, "is empty; a completion needs at least one visible character, so drop or fill this row")
+        fail(where, field, "is empty", "a completion needs at least one visible character, so drop or fill this row")
 
 
 def _shown(value: Any, limit: int = 40) -> str:

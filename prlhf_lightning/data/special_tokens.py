@@ -152,12 +152,14 @@ class ControlTokens:
                     field,
                     f"is a conversation that a chat template has rendered, as plain text (it holds {turn!r})",
                     "write it as a list of messages, so that the model's own template is applied, and once",
+                    "is a conversation that a chat template has rendered, as plain text",
                 )
             else:
                 yield Note(
                     field,
                     f"holds the control token {found!r}",
                     "write the text alone: the tokenizer and its chat template add such tokens",
+                    "holds the control token",
                 )
 
     def _found(self, text: str) -> str | None:

@@ -72,6 +72,15 @@ _SCHEMA = pa.schema(
 
 
 @dataclass
+class Noted:
+    """How often there was something to tell about a row, the first place where, and what to do about it."""
+
+    count: int
+    first: str
+    fix: str = ""
+
+
+@dataclass
 class BuildReport:
     """Counts of kept and dropped rows of a split.
 
@@ -84,7 +93,7 @@ class BuildReport:
         conversations: Kept rows with a conversation as the prompt instead of a plain string.
         excess: For each field, the rows over its limit; truncated or left out as the settings say.
         source: Counts of the source itself, such as raw rows left out by its protocol.
-        notes: Remarks on kept rows, with the number and the first of these rows.
+        notes: Remarks on kept rows, with the number and the first of these rows, and the fix.
         unread_columns: The first few columns that are not used.
         digest: SHA-256 of the users and token ids of all kept rows, in order.
     """
@@ -97,13 +106,13 @@ class BuildReport:
     conversations: int = 0
     excess: dict[str, Excess] = field(default_factory=dict)
     source: dict[str, int] = field(default_factory=dict)
-    notes: dict[str, Excess] = field(default_factory=dict)
+    notes: dict[str, Noted] = field(default_factory=dict)
     unread_columns: list[str] = field(default_factory=list)
     digest: str = ""
 
     def note(self, note: Note, where: str) -> None:
         """Count a row with a remark."""
-        self.notes.setdefault(str(note), Excess(0, where)).count += 1
+        self.notes.setdefault(note.told, Noted(0, where, note.fix)).count += 1
 
     @property
     def kept(self) -> int:
@@ -126,9 +135,8 @@ class TokenizedSplit:
         """Open a split of the cache."""
         rows = datasets.Dataset.from_file(str(folder / _ROWS))
         stored = json.loads((folder / _REPORT).read_text())
-        excess, notes = (
-            {name: Excess(**entry) for name, entry in stored.pop(part).items()} for part in ("excess", "notes")
-        )
+        excess = {name: Excess(**entry) for name, entry in stored.pop("excess").items()}
+        notes = {told: Noted(**entry) for told, entry in stored.pop("notes").items()}
         return cls(rows, BuildReport(**stored, excess=excess, notes=notes))
 
     def __len__(self) -> int:
@@ -283,11 +291,13 @@ class FeedbackCache:
             writer.close()
         report.source, report.digest = source.counts(split), digest.hexdigest()
         if not report.kept:
+            before = "".join(f". Before that: {count} {what}" for what, count in report.source.items())
             raise FeedbackFormatError(
                 f"The {split} split has no usable rows: {report.read} were read and all of them left out "
                 f"({report.ties} with equal completions, {report.token_ties} with completions that are equal once "
-                f"tokenized or cut, {report.too_long} too long); {_mend(report)}."
-                + "".join(f" Before that: {count} {what}." for what, count in report.source.items())
+                f"tokenized or cut, {report.too_long} too long)",
+                _mend(report) + before,
+                kind="no usable rows",
             )
         return report
 
@@ -319,7 +329,8 @@ class FeedbackCache:
                 "%d of %d %s rows have a longer '%s' than allowed and were %s (first: %s).",
                 excess.count, report.read, split, name, done, excess.first,
             )  # fmt: skip
-        for note, found in report.notes.items():
+        for told, found in report.notes.items():
+            note = f"{told}; {found.fix}" if found.fix else told
             _log.warning("%d of %d %s rows: %s (first: %s).", found.count, report.read, split, note, found.first)
         if report.ties:
             _log.warning(

@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 from weakref import finalize
 
 import numpy as np
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from prlhf_lightning.data.sampling import UserGroupedBatchSampler
 from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
@@ -27,7 +27,7 @@ from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.special_tokens import ControlTokens
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.data.users import UserVocabulary
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError, PRLHFError
 from prlhf_lightning.types import Feedback
 
 Place: TypeAlias = tuple[int, int]
@@ -73,23 +73,26 @@ class StreamedRows:
             if not isinstance(user_id, str) or user_id not in self.vocabulary:
                 if isinstance(user_id, str) and user_id in self._held_out:
                     continue
-                self._refuse(f"{where}: field 'user_id' names a user who was not there when users were counted")
+                raise _changed("names a user who was not there when users were counted", where, "user_id")
             count += 1
             if count > self._size:
-                self._refuse(f"{where}: the {self.split} split has more than the {self._size:,} rows that were counted")
+                raise _changed(f"the {self.split} split has more than the {self._size:,} rows that were counted", where)
             yield number, where, row
         if count < self._size:
-            self._refuse(f"The {self.split} split ended after {count:,} of the {self._size:,} rows that were counted")
+            problem = f"The {self.split} split ended after {count:,} of the {self._size:,} rows that were counted"
+            raise _changed(problem)
 
     def where(self, record: int) -> str:
         """Return the location of a row by its number in the source; reads the source up to it."""
         return next(islice(read(self.source, self.split), record, None))[0]
 
-    def _refuse(self, problem: str) -> None:
-        raise FeedbackFormatError(
-            f"{problem}; leave the data as they are while they are trained on, or, if you gave a users_file, count "
-            "anew (leave it out)."
-        )
+
+def _changed(problem: str, where: str | None = None, field: str | None = None) -> FeedbackFormatError:
+    """Return the error about rows that are not those that were counted."""
+    fix = (
+        "leave the data as they are while they are trained on, or, if you gave a users_file, count anew (leave it out)"
+    )
+    return FeedbackFormatError(problem, fix, where=where, field=field)
 
 
 @dataclass(frozen=True)
@@ -240,9 +243,17 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         self._batches: list[list[int]] = []
         self._left_out: Counter[str] = Counter()
 
-    def __getitems__(self, places: Sequence[Place]) -> list[dict[str, Any]]:
-        """Return the rows of one batch; `places` has one entry."""
-        ((epoch, number),) = places
+    def __getitems__(self, places: Sequence[Place]) -> list[dict[str, Any]] | PRLHFError:
+        """Return the rows of one batch; `places` has one entry. A worker process returns an error instead of raising it."""
+        (place,) = places
+        try:
+            return self._rows_of(*place)
+        except PRLHFError as error:
+            if get_worker_info() is None:
+                raise
+            return error
+
+    def _rows_of(self, epoch: int, number: int) -> list[dict[str, Any]]:
         steps = self._order.block(number)
         if (epoch, steps) != (self._epoch, self._steps):
             self._open(epoch, steps)
@@ -279,8 +290,9 @@ class FeedbackStream(Dataset[dict[str, Any]]):
                     return row
         first, last = self._block[0][1], self._block[-1][1]
         raise FeedbackFormatError(
-            f"{first} to {last}: none of these rows can be used: all were left out, having equal completions or too "
-            "many tokens; raise the limits, or set overlong to truncate."
+            "none of these rows can be used: all were left out, having equal completions or too many tokens",
+            "raise the limits, or set overlong to truncate",
+            where=f"{first} to {last}",
         )
 
     def _tokenized(self, places: Sequence[int]) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ class TemplateCoverage:
         if tools and not only_last and self._same(whole, list(messages), None):
             _refuse(where, "tools", "is left out", "write the tools into a system message, or drop the column")
         for place, message in list(enumerate(messages))[-1 if only_last else 0 :]:
-            told = f"message {place - list(fields).index(fields[place]) + 1}"
+            number = place - list(fields).index(fields[place]) + 1
             fix = "write what it says as a user or assistant message, or drop the row"
             changed = list(messages)
             if any(message.get(name) for name in _CALLS):
@@ -66,12 +66,12 @@ class TemplateCoverage:
                 changed[place] = {**others, "content": message["content"] or ""}
                 if self._same(whole, changed, tools):
                     fix = "write the call into the message's content, or drop the row"
-                    _refuse(where, fields[place], f"{told} has tool calls, which are left out", fix)
+                    _refuse(where, fields[place], f"message {number} has tool calls, which are left out", fix)
             if message["content"]:
                 changed[place] = {**message, "content": message["content"] + "x"}
                 if self._same(whole, changed, tools):
                     role = message["role"]
-                    _refuse(where, fields[place], f"{told}, of the role {role!r}, is left out", fix)
+                    _refuse(where, fields[place], f"message {number}, of the role {role!r}, is left out", fix)
         if only_last:
             self._check_thoughts(whole, list(messages), tools, where, fields[-1])
         self._tried.add(shape)
@@ -89,7 +89,7 @@ class TemplateCoverage:
                 if other not in last and not self._same(whole, [*before, {**without, other: thought}], tools):
                     fix = f"rename it to {other!r}, or drop it"
                     break
-            _refuse(where, field_name, f"the assistant message has {name!r}, which is left out", fix)
+            _refuse(where, field_name, f"is an assistant message that has {name!r}, which is left out", fix)
 
     def _same(self, whole: str, messages: list[Message], tools: Tools) -> bool:
         try:
@@ -105,6 +105,9 @@ def _thoughts(message: Message) -> list[str]:
 
 def _refuse(where: str, field_name: str, problem: str, fix: str) -> NoReturn:
     raise FeedbackFormatError(
-        f"{where}: field {field_name!r}: {problem} by the tokenizer's chat template; use a model (or set a "
-        f"chat_template) that writes it, {fix}."
+        f"{problem} by the tokenizer's chat template",
+        f"use a model (or set a chat_template) that writes it, {fix}",
+        field=field_name,
+        where=where,
+        kind="is not written whole by the tokenizer's chat template",
     )

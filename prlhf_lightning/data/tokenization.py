@@ -212,8 +212,11 @@ class FeedbackTokenizer:
             limit = self.settings.max_completion_length
             how, mend = f"are equal once truncated to {limit} tokens", f"raise max_completion_length (now {limit}),"
         return TieError(
-            f"{where}: fields 'chosen' and 'rejected' {how}, so nothing is left that the user could prefer; "
-            f"{mend} or set ties: drop to leave such rows out."
+            f"and 'rejected' {how}, so nothing is left that the user could prefer",
+            f"{mend} or set ties: drop to leave such rows out",
+            field="chosen",
+            where=where,
+            kind="equals 'rejected' once tokenized and cut",
         )
 
     def _completions(self, rows: Sequence[RenderedRecord]) -> dict[tuple[str, str], Ids]:
@@ -282,14 +285,16 @@ class FeedbackTokenizer:
             ids = np.concatenate([self._prefix, ids])
         if not len(ids):
             raise FeedbackFormatError(
-                f"{where}: field 'prompt' has no tokens, and the tokenizer writes no BOS, so nothing stands before the "
-                "completion; write a prompt."
+                "has no tokens, and the tokenizer writes no BOS, so nothing stands before the completion",
+                "write a prompt",
+                field="prompt",
+                where=where,
             )
         return ids
 
     def _ended(self, ids: Ids, where: str, name: str) -> Ids:
         if not len(ids):
-            raise FeedbackFormatError(f"{where}: field {name!r} has no token that the tokenizer knows; drop the row.")
+            raise FeedbackFormatError("has no token that the tokenizer knows", "drop the row", field=name, where=where)
         first = next((place for place, token in enumerate(ids.tolist()) if token in self._ends), None)
         if first is not None and not self.tokenizer.decode(ids[first:].tolist(), skip_special_tokens=True).strip():
             return ids[: first + 1]  # a row that is already rendered may end in several end tokens
@@ -303,10 +308,11 @@ class FeedbackTokenizer:
             setting, limit = settings.limit(name)
             if len(ids) <= limit:
                 continue
-            message = f"{where}: field {field_name!r} has {len(ids)} tokens, limit {limit}"
+            problem = f"has {len(ids)} tokens, limit {limit}"
             if settings.overlong == "error":
-                raise FeedbackFormatError(f"{message}; raise {setting}, or set overlong to truncate or drop.")
-            self.excess.setdefault(field_name, Excess(0, message)).count += 1
+                fix = f"raise {setting}, or set overlong to truncate or drop"
+                raise FeedbackFormatError(problem, fix, field=field_name, where=where, kind=f"over {setting}={limit}")
+            self.excess.setdefault(field_name, Excess(0, f"{where}: field {field_name!r} {problem}")).count += 1
             # The end of a prompt has the question; the start of an answer is its most important part.
             over[name] = self._end(ids, limit) if name == "prompt" else ids[:limit]
         if over and settings.overlong == "drop":

@@ -185,9 +185,8 @@ class Generator:
         text, text_tokens = None, 0
         if generation.user_text:
             if not self.user_model.uses_text:
-                raise ConfigurationError(
-                    f"user_text: this model's {type(self.user_model).__name__} reads no text about users; leave it out."
-                )
+                problem = f"this model's {type(self.user_model).__name__} reads no text about users"
+                raise ConfigurationError(problem, "leave it out", field="user_text")
             ids = encode.user_texts([generation.user_text])[0].tolist()
             text_tokens = len(ids)
             text = segments(self.lm, None, self._tokens([ids]), None)[0]
@@ -242,17 +241,19 @@ class Generator:
 def _check_last_message(generation: GenerationRequest) -> None:
     prompt = generation.prompt
     if prompt == []:
-        raise FeedbackFormatError("prompt: the conversation has no message; give it one of the user.")
+        raise FeedbackFormatError("is a conversation without a message", "give it one of the user", field="prompt")
     ends_with_answer = not isinstance(prompt, str) and prompt[-1]["role"] == "assistant"
     if ends_with_answer and not generation.continue_final_message:
         raise FeedbackFormatError(
-            "prompt: the last message is the assistant's, which needs no answer; end with a message of the user, or "
-            "set continue_final_message to true to continue it."
+            "ends with a message of the assistant, which needs no answer",
+            "end with a message of the user, or set continue_final_message to true to continue it",
+            field="prompt",
         )
     if generation.continue_final_message and not ends_with_answer:
         raise FeedbackFormatError(
-            "prompt: continue_final_message continues the last message, which must be the assistant's; leave it out "
-            "to have the prompt answered."
+            "does not end with a message of the assistant, which continue_final_message would continue",
+            "leave continue_final_message out to have the prompt answered",
+            field="prompt",
         )
 
 

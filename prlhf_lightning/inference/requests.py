@@ -85,18 +85,19 @@ class GenerationRequest:
             _check_id(user)
         bad = next((user for user, share in blend.items() if not 0 < share <= MOST_SHARE), None)
         if bad is not None:
-            raise ConfigurationError(
-                f"user: the share of {bad!r} is {blend[bad]}; it must be above 0, and {MOST_SHARE:g} at most."
-            )
+            fix = f"it must be above 0, and {MOST_SHARE:g} at most"
+            raise ConfigurationError(f"the share of {bad!r} is {blend[bad]}", fix, field="user")
         if not blend:
-            raise ConfigurationError("user: a blend is empty; name users and their shares, as in {'ann': 2, 'bob': 1}.")
+            fix = "name users and their shares, as in {'ann': 2, 'bob': 1}"
+            raise ConfigurationError("a blend is empty", fix, field="user")
 
 
 def _check_id(user: object) -> None:
     if not isinstance(user, str):
-        raise ConfigurationError(f"user: {user!r} is of type {type(user).__name__}; ids are strings: {str(user)!r}.")
+        fix = f"ids are strings: {str(user)!r}"
+        raise ConfigurationError(f"{user!r} is of type {type(user).__name__}", fix, field="user")
     if not user.strip():
-        raise ConfigurationError("user: an id is empty; give None for the generic user.")
+        raise ConfigurationError("an id is empty", "give None for the generic user", field="user")
 
 
 @dataclass(frozen=True)

@@ -153,8 +153,8 @@ async def _begin(services: Services, body: Body, prompt: Prompt, request: Reques
         param = "messages" if isinstance(body, schemas.ChatRequest) else "prompt"
         raise APIError(400, str(error), "context_length_exceeded", param) from error
     except PRLHFError as error:
-        field = str(error).partition(":")[0]
-        raise APIError(400, str(error), "refused", field if field in type(body).model_fields else None) from error
+        named = error.field if error.field in type(body).model_fields else None
+        raise APIError(400, str(error), "refused", named) from error
     base = {
         "id": f"{kind}-{uuid4().hex}",
         "created": int(time.time()),

@@ -1,18 +1,22 @@
+import pickle
 import tempfile
 from pathlib import Path
 
+import datasets
 import pytest
 from feedback_helpers import row, word_tokenizer, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from malformed import GOOD
 
-from prlhf_lightning.data import DataSource, FileSource, SimulatedSource
+from prlhf_lightning.data import DataSource, FileSource, HubSource, SimulatedSource
 from prlhf_lightning.data.checks import Inspector
 from prlhf_lightning.data.problems import Problem, Problems
+from prlhf_lightning.data.readers import read_rows
+from prlhf_lightning.data.schema import TieError, parse_record
 from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, Place
 
 TOKENIZER = word_tokenizer()
 
@@ -50,27 +54,58 @@ def test_values_and_names_make_no_kinds(tmp_path):
 def test_kinds_are_bounded():
     problems = Problems()
     for i in range(1000):
-        problems.add("error", Problem.at("train", "a:1", f"is {chr(97 + i % 26)}{chr(97 + i // 26)}", "mend it"))
+        problems.add("error", Problem.at("train", "a:1", "is odd", "mend it"), f"is odd in way {i}")
     assert len(list(problems)) <= 202
     assert problems.count("error") == 1000
 
 
 @pytest.mark.parametrize(
-    ("where", "text", "parts"),
+    ("name", "content", "where", "place"),
     [
-        ("a.csv:3", "a.csv:3: field 'x' is 'a; b'; mend it.", ("a.csv", 3, "x", "is 'a; b'", "mend it.")),
-        ("a.csv", "a.csv:3: broken CSV; quote it.", ("a.csv", 3, None, "broken CSV", "quote it.")),
-        ("a.gz", "a.gz: ends early", ("a.gz", None, None, "ends early", None)),
-        ("hub[train]:5", "hub[train]:5: field 'x' is null", ("hub[train]", 5, "x", "is null", None)),
-        ("a.json:1, row 37", "a.json:1, row 37: field 'x' is null", ("a.json", 1, "x", "is null", None)),
-        ("a.json", "a.json:1, row 37: broken JSON; mend it.", ("a.json", 1, None, "broken JSON", "mend it.")),
+        ("votes.jsonl", '{"a": 1}\n{"a": 1\n', ":2", (2, None)),
+        ("votes.json", '[{"a": 1}, [1]]', ":1, row 2", (1, 2)),
+        ("votes.csv", "a,b\n1,2\n1\n", ":3", (3, None)),
+        ("votes.jsonl", "", "", (None, None)),
     ],
 )
-def test_an_error_is_taken_apart(where, text, parts):
-    problem = Problem.of("train", where, FeedbackFormatError(text))
-    assert (problem.file, problem.line, problem.field, problem.problem, problem.fix) == parts
-    assert problem.row_number == (37 if "row 37" in text else None)
-    assert str(problem) == text
+def test_an_error_of_a_file_knows_its_place_by_parts(tmp_path, name, content, where, place):
+    path = tmp_path / name
+    path.write_text(content)
+    with pytest.raises(FeedbackFormatError) as caught:
+        list(read_rows(path))
+    error = caught.value
+    assert (error.where.file, (error.where.line, error.where.row), error.field) == (str(path), place, None)
+    assert str(error) == f"{path}{where}: {error.problem}; {error.fix}."
+
+
+def test_an_error_of_a_row_knows_field_problem_and_fix(tmp_path):
+    datasets.Dataset.from_list([row(0), {**row(1), "chosen": None}]).to_parquet(tmp_path / "train.parquet")
+    hub = HubSource("parquet", data_files={"train": str(tmp_path / "train.parquet")})
+    for source, file in ((FileSource(tmp_path / "train.parquet"), f"{tmp_path}/train.parquet"), (hub, "[train]")):
+        ((where, _), (bad_where, bad)) = source.rows("train")
+        with pytest.raises(FeedbackFormatError) as caught:
+            parse_record(bad, bad_where)
+        error = caught.value
+        assert (where.line, error.where.line, error.where.row) == (1, 2, None)
+        assert error.where.file.endswith(file)
+        assert (error.field, error.kind) == ("chosen", "chosen: is null")
+        assert (error.problem, error.fix) == ("is null (column 'chosen')", "fill it or drop the row")
+        assert str(error) == f"{error.where}: field 'chosen' is null (column 'chosen'); fill it or drop the row."
+
+
+def test_an_error_without_a_place_gets_it_once():
+    error = FeedbackFormatError("is empty", "fill it", field="prompt")
+    assert error.where is None
+    assert str(error) == "field 'prompt' is empty; fill it."
+    assert str(error.at(Place("a.csv", 3)).at("b.csv")) == "a.csv:3: field 'prompt' is empty; fill it."
+
+
+def test_errors_keep_their_fields_when_they_are_pickled():
+    given = {"fix": "fill it", "field": "prompt", "where": Place("a.json", 1, 37), "kind": "is empty"}
+    for error in (FeedbackFormatError("is ''", **given), ConfigurationError("is ''", **given), TieError("x", **given)):
+        copy = pickle.loads(pickle.dumps(error))
+        assert (type(copy), vars(copy), str(copy)) == (type(error), vars(error), str(error))
+        assert (copy.where.file, copy.where.line, copy.where.row) == ("a.json", 1, 37)
 
 
 def test_repeated_and_contradictory_judgements_name_both_places(tmp_path):
@@ -121,7 +156,7 @@ def test_a_source_that_stops_early_reports_its_rest_as_unread():
 
         def rows(self, split):
             yield "place:1", row(0)
-            raise FeedbackFormatError("place:2: field 'x' is broken; mend it.")
+            raise FeedbackFormatError("is broken", "mend it", field="x", where="place:2")
 
         def fingerprint(self, split):
             return ""

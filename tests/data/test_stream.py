@@ -214,3 +214,13 @@ def test_the_sizes_of_steps_add_up_to_the_epoch():
     sampler = StreamBatchSampler(StreamOrder(103, 4, 1, False, 0, 40, rank=0, world_size=2))
     assert sampler.pairs_per_rank(0, slice(None)) == 103 / 2
     assert sampler.pairs_per_rank(0, slice(12, 13)) == 7 / 2
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_row_keeps_its_fields_whichever_process_reads_it(make, num_workers):
+    data = make([*ROWS, {**row(0), "rejected": " "}], shuffle_buffer=len(ROWS) + 1, num_workers=num_workers)
+    with pytest.raises(FeedbackFormatError) as caught:
+        list(data.train_dataloader())
+    error = caught.value
+    assert (error.where.line, error.field, error.problem) == (len(ROWS) + 1, "rejected", "is empty")
+    assert str(error).startswith(f"{error.where.file}:{len(ROWS) + 1}: field 'rejected' is empty; ")

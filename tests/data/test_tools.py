@@ -67,18 +67,18 @@ def test_an_answer_that_calls_a_tool_is_one():
 @pytest.mark.parametrize(
     ("template", "raw", "message"),
     [
-        (CALLS + END, row(), "field 'tools': is left out by the tokenizer's chat template"),
-        (PLAIN + END, row(tools=None), "field 'prompt': message 2 has tool calls, which are left out"),
+        (CALLS + END, row(), "field 'tools' is left out by the tokenizer's chat template"),
+        (PLAIN + END, row(tools=None), "field 'prompt' message 2 has tool calls, which are left out"),
         (
             ONLY_THREE_ROLES,
             row(tools=None, prompt=[{"role": "user", "content": "a"}, {"role": "tool", "content": "21"}]),
-            "field 'prompt': message 2, of the role 'tool', is left out",
+            "field 'prompt' message 2, of the role 'tool', is left out",
         ),
         (
             PLAIN + END,
             row("", tools=None, prompt=[{"role": "user", "content": "a"}],
                 chosen=[{"role": "assistant", "content": "b", "tool_calls": [CALL]}]),
-            "field 'chosen': message 1 has tool calls, which are left out",
+            "field 'chosen' message 1 has tool calls, which are left out",
         ),
     ],
 )  # fmt: skip
@@ -104,7 +104,9 @@ def with_thought(**thoughts):
 def test_thoughts_of_an_answer_are_written_or_refused_by_name(names):
     raw = with_thought(**dict.fromkeys(names, "21. "))
     assert with_template(THINKS).decode(tokens(THINKS + END, raw).rejected) == "21. Warm<eos>"
-    with pytest.raises(FeedbackFormatError, match=f"^f:1: field 'rejected': the assistant .* '{names[0]}', .*content"):
+    with pytest.raises(
+        FeedbackFormatError, match=f"^f:1: field 'rejected' is an assistant .* '{names[0]}', .*content"
+    ):
         tokens(PLAIN + END, raw)
 
 

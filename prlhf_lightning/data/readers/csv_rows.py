@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 
 from prlhf_lightning.data.readers.text import Items, Unreadable, lines, refuse_twins
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError, Place
 
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "bars"}
 
@@ -29,29 +29,30 @@ def read_csv(path: Path, delimiter: str | None = None) -> Items:
         skipped += 1 + blank
     mark = delimiter or _delimiter_of(top)
     reader = csv.reader(chain([top] * bool(top), rest), strict=True, delimiter=mark)
-    start = skipped + 1
+    start, file = skipped + 1, str(path)
     try:
         header = next((values for values in reader if values), [])
         start = skipped + reader.line_num + 1
         refuse_twins(path, header)
         for values in reader:
-            where, start = f"{path}:{start}", skipped + reader.line_num + 1
+            where, start = Place(file, start), skipped + reader.line_num + 1
             if not values:
                 continue
             if len(values) != len(header):
                 error = FeedbackFormatError(
-                    f"{where}: has {len(values)} values but the header names {len(header)} columns; put values that "
-                    f'hold {_DELIMITERS.get(mark, repr(mark))}, quotes or line breaks in double quotes (" inside them '
-                    "doubled)."
+                    f"has {len(values)} values but the header names {len(header)} columns",
+                    f"put values that hold {_DELIMITERS.get(mark, repr(mark))}, quotes or line breaks in double quotes "
+                    '(" inside them doubled)',
+                    where=where,
+                    kind="has not as many values as the header names columns",
                 )
                 yield where, Unreadable(error, values)
                 continue
             # CSV knows no null: an empty cell is one where that is allowed, and "is null" where it is not.
             yield where, {name: value or None for name, value in zip(header, values, strict=True)}
     except csv.Error as broken:
-        raise FeedbackFormatError(
-            f'{path}:{start}: broken CSV ({broken}); put values in double quotes, with " inside them doubled.'
-        ) from None
+        fix = 'put values in double quotes, with " inside them doubled'
+        raise FeedbackFormatError(f"broken CSV ({broken})", fix, where=Place(file, start), kind="broken CSV") from None
 
 
 def _header(rest: Iterator[str]) -> tuple[int, str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prlhf_lightning.data.readers.text import Items, Row, Unreadable, chunks, decoded, pieces
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError, Place
 
 
 class _Decoder(json.JSONDecoder):
@@ -34,45 +34,52 @@ class _Decoder(json.JSONDecoder):
         twins, self.twins = self.twins, []
         if not isinstance(value, dict):
             raise FeedbackFormatError(
-                f"{where}: is a JSON {type(value).__name__}; each row must be an object such as "
-                '{"user_id": ..., "prompt": ..., "chosen": ..., "rejected": ...}.'
+                f"is a JSON {type(value).__name__}",
+                'each row must be an object such as {"user_id": ..., "prompt": ..., "chosen": ..., "rejected": ...}',
+                where=where,
             )
         if twins:
-            raise FeedbackFormatError(f"{where}: key {twins[0]!r} stands twice in one object; remove one of the two.")
+            raise FeedbackFormatError(
+                f"key {twins[0]!r} stands twice in one object",
+                "remove one of the two",
+                where=where,
+                kind="a key stands twice in one object",
+            )
         return value
 
 
 def read_jsonl(path: Path) -> Items:
     """Read an object a line; after one that cannot be read, go on with the next line."""
-    decoder = _Decoder()
+    decoder, file = _Decoder(), str(path)
     for number, raw in pieces(path):
-        where = f"{path}:{number}"
+        where = Place(file, number)
         try:
             line = decoded(path, number, raw)
             if line.isspace() or not line:  # a file that is a byte order mark alone has an empty line
                 continue
-            yield where, decoder.row(_parsed(decoder, path, number, line), where)
+            yield where, decoder.row(_parsed(decoder, line, where), where)
         except FeedbackFormatError as error:
             decoder.twins.clear()
             yield where, Unreadable(error, raw.decode("utf-8", "backslashreplace"))
 
 
-def _parsed(decoder: _Decoder, path: Path, number: int, line: str) -> Any:
+def _parsed(decoder: _Decoder, line: str, where: Place) -> Any:
     try:
         return decoder.decode(line.rstrip("\r\n"))
     except json.JSONDecodeError as error:
-        raise FeedbackFormatError(
-            f"{path}:{number}: broken JSON at column {error.colno} ({error.msg}); "
-            "each line must be one whole JSON object."
-        ) from None
+        problem = f"broken JSON at column {error.colno} ({error.msg})"
+        fix = "each line must be one whole JSON object"
+        raise FeedbackFormatError(problem, fix, where=where, kind="broken JSON") from None
     except (ValueError, RecursionError) as error:
-        _beyond_json(f"{path}:{number}", error)
+        _beyond_json(where, error)
 
 
-def _beyond_json(where: str, error: Exception) -> NoReturn:
+def _beyond_json(where: Place, error: Exception) -> NoReturn:
     """Refuse what is JSON by its grammar, but a number of thousands of digits or nested thousands deep."""
-    what = "is nested too deeply" if isinstance(error, RecursionError) else f"holds a number too long to read ({error})"
-    raise FeedbackFormatError(f"{where}: the JSON {what}; mend the row or drop it.") from None
+    deep = isinstance(error, RecursionError)
+    kind = "the JSON is nested too deeply" if deep else "the JSON holds a number too long to read"
+    problem = kind if deep else f"{kind} ({error})"
+    raise FeedbackFormatError(problem, "mend the row or drop it", where=where, kind=kind) from None
 
 
 def read_json(path: Path) -> Items:
@@ -86,7 +93,7 @@ def _read_array(path: Path) -> Items:
 
     Arrays often are one long line, so that a row is named by its number too.
     """
-    decoder = _Decoder()
+    decoder, file = _Decoder(), str(path)
     pieces = chunks(path)
     buffer, position, line, opened, number = next(pieces, ""), 0, 1, False, 1
     while True:
@@ -98,18 +105,18 @@ def _read_array(path: Path) -> Items:
         if position == len(buffer):
             buffer, position = next(pieces, ""), 0
             if not buffer:
-                raise FeedbackFormatError(
-                    f"{path}:{line}, row {number}: the JSON array is cut short here; it must end in ]."
-                )
+                where = Place(file, line, number)
+                raise FeedbackFormatError("the JSON array is cut short here", "it must end in ]", where=where)
             continue
         if buffer[position] == "]":
             if any(rest.strip() for rest in itertools.chain([buffer[position + 1 :]], pieces)):
                 raise FeedbackFormatError(
-                    f"{path}:{line}: the JSON array ends here, but the file goes on; write one array, or one object a "
-                    "line."
+                    "the JSON array ends here, but the file goes on",
+                    "write one array, or one object a line",
+                    where=Place(file, line),
                 )
             return
-        where = f"{path}:{line}, row {number}"
+        where = Place(file, line, number)
         try:
             decoder.twins.clear()  # of an object that was not whole
             row, end = decoder.raw_decode(buffer, position)
@@ -122,8 +129,10 @@ def _read_array(path: Path) -> Items:
                 continue
             broken = line + buffer.count("\n", position, error.pos)
             raise FeedbackFormatError(
-                f"{path}:{broken}, row {number}: broken JSON ({error.msg}); the file must be an array of objects, "
-                "[{...}, {...}]."
+                f"broken JSON ({error.msg})",
+                "the file must be an array of objects, [{...}, {...}]",
+                where=Place(file, broken, number),
+                kind="broken JSON",
             ) from None
         except (ValueError, RecursionError) as error:
             _beyond_json(where, error)

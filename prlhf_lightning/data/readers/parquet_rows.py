@@ -11,12 +11,12 @@ import pyarrow
 import pyarrow.parquet
 
 from prlhf_lightning.data.readers.text import Items, Row, Unreadable, refuse_twins, without_gaps
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError, Place
 
 
 def read_parquet(path: Path) -> Items:
     """Read rows, counted from 1."""
-    number = 0
+    number, file_name = 0, str(path)
     try:
         with pyarrow.parquet.ParquetFile(path, page_checksum_verification=True) as file:
             refuse_twins(path, file.schema_arrow.names)
@@ -24,22 +24,26 @@ def read_parquet(path: Path) -> Items:
             for batch in file.iter_batches(batch_size=1024):
                 for row in _python_rows(batch):
                     number += 1
-                    where = f"{path}:{number}"
+                    where = Place(file_name, number)
                     if isinstance(row, Exception):
-                        told = f"{where}: has a value that cannot be read ({row}); mend or drop it."
-                        yield where, Unreadable(FeedbackFormatError(told))
+                        kind = "has a value that cannot be read"
+                        error = FeedbackFormatError(f"{kind} ({row})", "mend or drop it", where=where, kind=kind)
+                        yield where, Unreadable(error)
                     else:
                         yield where, {name: without_gaps(value) for name, value in row.items()}
             if number != (told_of := file.metadata.num_rows):  # a damaged length reads as fewer rows
                 raise FeedbackFormatError(
-                    f"{path}: is damaged after row {number}: it should have {told_of} rows; write it again."
+                    f"is damaged after row {number}: it should have {told_of} rows",
+                    "write it again",
+                    where=file_name,
+                    kind="is damaged",
                 )
     except FeedbackFormatError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         after = f" after row {number}" if number else ""
-        told = " ".join(str(error).split())
-        raise FeedbackFormatError(f"{path}: is no readable Parquet file{after} ({told}); write it again.") from None
+        told, kind = " ".join(str(error).split()), "is no readable Parquet file"
+        raise FeedbackFormatError(f"{kind}{after} ({told})", "write it again", where=file_name, kind=kind) from None
 
 
 def _check_names(path: Path, file: pyarrow.parquet.ParquetFile) -> None:
@@ -53,8 +57,10 @@ def _check_names(path: Path, file: pyarrow.parquet.ParquetFile) -> None:
     other = [(name, told) for name, told in zip(file.schema_arrow.names, copy, strict=False) if name != told]
     if other and len(copy) == len(file.schema_arrow.names):
         raise FeedbackFormatError(
-            f"{path}: is damaged: a column is called {other[0][0]!r} in one place and {other[0][1]!r} in another; "
-            "write it again."
+            f"is damaged: a column is called {other[0][0]!r} in one place and {other[0][1]!r} in another",
+            "write it again",
+            where=str(path),
+            kind="is damaged",
         )
 
 

@@ -10,7 +10,7 @@ from prlhf_lightning.data.readers.csv_rows import read_csv
 from prlhf_lightning.data.readers.json_rows import read_json, read_jsonl
 from prlhf_lightning.data.readers.parquet_rows import read_parquet
 from prlhf_lightning.data.readers.text import Items, Row, Unreadable
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError, Place
 
 #: How the names of files end that can be read; all but Parquet may have .gz after it.
 KINDS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
@@ -43,7 +43,7 @@ def scan_rows(path: str | Path, delimiter: str | None = None) -> Items:
     try:
         yield from _items(path, delimiter)
     except FeedbackFormatError as error:
-        yield str(path), Unreadable(error, rest=True)
+        yield Place(str(path)), Unreadable(error, rest=True)
 
 
 def _refusing(items: Items) -> Iterator[tuple[str, Row]]:
@@ -56,9 +56,11 @@ def _refusing(items: Items) -> Iterator[tuple[str, Row]]:
 def _items(path: Path, delimiter: str | None) -> Items:
     reader = _reader(path, delimiter)
     if not path.exists():
-        raise FeedbackFormatError(f"{path}: there is no such file; check the path (it is relative to {Path.cwd()}).")
+        fix = f"check the path (it is relative to {Path.cwd()})"
+        raise FeedbackFormatError("there is no such file", fix, where=str(path))
     if not path.is_file():
-        raise FeedbackFormatError(f"{path}: is a directory; name the files in it, as one path or a list of paths.")
+        fix = "name the files in it, as one path or a list of paths"
+        raise FeedbackFormatError("is a directory", fix, where=str(path))
     return _not_empty(path, reader(path))
 
 
@@ -81,8 +83,9 @@ def _reader(path: Path, delimiter: str | None) -> Callable[[Path], Items]:
         suffixes.pop()
     if not suffixes or suffixes[-1] not in readers:
         raise FeedbackFormatError(
-            f"{path}: unknown kind of file; the name must end in .jsonl, .json, .csv or .tsv (each may have .gz after "
-            "it) or .parquet."
+            "unknown kind of file",
+            "the name must end in .jsonl, .json, .csv or .tsv (each may have .gz after it) or .parquet",
+            where=str(path),
         )
     return readers[suffixes[-1]]
 
@@ -93,4 +96,5 @@ def _not_empty(path: Path, rows: Items) -> Items:
         empty = False
         yield item
     if empty:
-        raise FeedbackFormatError(f"{path}: has no rows; write at least one row of feedback, or leave the file out.")
+        fix = "write at least one row of feedback, or leave the file out"
+        raise FeedbackFormatError("has no rows", fix, where=str(path))

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeAlias
 
-from prlhf_lightning.errors import FeedbackFormatError
+from prlhf_lightning.errors import FeedbackFormatError, Place
 
 _CHUNK = 1 << 16  # bytes read at a time where lines mean nothing
 
@@ -24,11 +24,14 @@ def pieces(path: Path, size: int | None = None) -> Iterator[tuple[int, bytes]]:
                 yield line, raw
                 line += raw.count(b"\n")
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        kind = "the gzip data is damaged or cut short here"
         raise FeedbackFormatError(
-            f"{path}:{line}: the gzip data is damaged or cut short here ({error}); copy or compress it again."
+            f"{kind} ({error})", "copy or compress it again", where=Place(str(path), line), kind=kind
         ) from None
     except OSError as error:
-        raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the file and who may read it.") from None
+        raise FeedbackFormatError(
+            f"cannot be read ({error})", "check the file and who may read it", where=str(path), kind="cannot be read"
+        ) from None
 
 
 def _open(path: Path) -> gzip.GzipFile | IO[bytes]:
@@ -64,21 +67,26 @@ def chunks(path: Path) -> Iterator[str]:
         if text:
             yield text
     if decoder.getstate()[0]:
-        raise FeedbackFormatError(f"{path}: ends in the middle of a UTF-8 character; save the whole file as UTF-8.")
+        fix = "save the whole file as UTF-8"
+        raise FeedbackFormatError("ends in the middle of a UTF-8 character", fix, where=str(path))
 
 
 def _refuse_utf16(path: Path, start: bytes) -> None:
     if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise FeedbackFormatError(
-            f"{path}:1: is UTF-16, as 'Unicode Text' of Excel; save the file as UTF-8 (in Excel 'CSV UTF-8'), or "
-            "convert it, as by `iconv -f UTF-16 -t UTF-8`."
+            "is UTF-16, as 'Unicode Text' of Excel",
+            "save the file as UTF-8 (in Excel 'CSV UTF-8'), or convert it, as by `iconv -f UTF-16 -t UTF-8`",
+            where=Place(str(path), 1),
         )
 
 
 def _not_utf8(path: Path, line: int, error: UnicodeDecodeError) -> NoReturn:
     raise FeedbackFormatError(
-        f"{path}:{line}: byte 0x{error.object[error.start]:02x} is not UTF-8; save the file as UTF-8 (in Excel "
-        "'CSV UTF-8'), or convert it, as by `iconv -f WINDOWS-1252 -t UTF-8` for Latin-1 and Windows text."
+        f"byte 0x{error.object[error.start]:02x} is not UTF-8",
+        "save the file as UTF-8 (in Excel 'CSV UTF-8'), or convert it, as by `iconv -f WINDOWS-1252 -t UTF-8` for "
+        "Latin-1 and Windows text",
+        where=Place(str(path), line),
+        kind="is not UTF-8",
     ) from None
 
 
@@ -100,7 +108,7 @@ class Unreadable:
     rest: bool = False
 
 
-Items: TypeAlias = Iterator[tuple[str, Row | Unreadable]]
+Items: TypeAlias = Iterator[tuple[Place, Row | Unreadable]]
 """Where a row stands, such as `votes.jsonl:17`, and the row."""
 
 
@@ -119,6 +127,8 @@ def refuse_twins(path: Path, columns: list[str]) -> None:
     for number, name in enumerate(columns):
         if name and name in columns[:number]:
             raise FeedbackFormatError(
-                f"{path}: column {name!r} stands twice (columns {columns.index(name) + 1} and {number + 1}); "
-                "rename or remove one of them."
+                f"column {name!r} stands twice (columns {columns.index(name) + 1} and {number + 1})",
+                "rename or remove one of them",
+                where=str(path),
+                kind="a column stands twice",
             )

@@ -35,6 +35,7 @@ class DataSource(ABC):
     def rows(self, split: Split) -> Iterator[tuple[str, Mapping[str, Any]]]:
         """Yield the location (such as `votes.jsonl:17`) and the row of each row of a split, always in the same order.
 
+        Use a `Place`, so that error reports know the file and the line; other text counts as the name of a file.
         Large sources should stream rows: memory must not grow with their number.
         """
 
@@ -43,7 +44,7 @@ class DataSource(ABC):
         try:
             yield from read(self, split)
         except FeedbackFormatError as error:
-            yield str(error).partition(": ")[0], Unreadable(error, rest=True)
+            yield error.where or split, Unreadable(error, rest=True)
 
     @abstractmethod
     def fingerprint(self, split: Split) -> str:
@@ -81,5 +82,7 @@ def read(source: DataSource, split: Split) -> Iterator[tuple[str, Mapping[str, A
         yield from source.rows(split)
     except OSError as error:
         raise FeedbackFormatError(
-            f"The {split} split of {type(source).__name__} cannot be read ({error}); check that it can be reached."
+            f"The {split} split of {type(source).__name__} cannot be read ({error})",
+            "check that it can be reached",
+            kind="cannot be read",
         ) from error

@@ -110,7 +110,8 @@ def finite(value: Any, name: str, where: str) -> float:
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
-        raise FeedbackFormatError(f"{where}: score {name!r} is not a finite number; mend what gives it, or the answer.")
+        fix = "mend what gives it, or the answer"
+        raise FeedbackFormatError(f"score {name!r} is not a finite number", fix, where=where)
     return number
 
 
@@ -135,12 +136,15 @@ def _column(
     if name in row:
         values = _SCHEMA.get(row, where, name, kind=list)
         if len(values) != len(answers):
-            _SCHEMA.fail(where, (name,), f"has {len(values)} numbers for {len(answers)} responses")
+            problem = f"has {len(values)} numbers for {len(answers)} responses"
+            _SCHEMA.fail(where, (name,), problem, "has not one number for each response")
         return [_SCHEMA.number(row, where, name, place) for place in range(len(values))]
     if name not in functions:
         raise ConfigurationError(
-            f"{where}: there is no score {name!r}; it is no column of the row, and the functions are "
-            f"{', '.join(sorted(functions))}."
+            f"there is no score {name!r}; it is no column of the row, and the functions are "
+            f"{', '.join(sorted(functions))}.",
+            where=where,
+            kind=f"there is no score {name!r}",
         )
     return [finite(functions[name](prompt, answer), name, where) for answer in answers]
 

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from prlhf_lightning.data.sources.base import DataSource, Split
-from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
+from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, Place
 
 if TYPE_CHECKING:
     from prlhf_lightning.data.feedback_log import FeedbackLog
@@ -37,11 +37,10 @@ class FeedbackLogSource(DataSource):
         read = self._log.thumbs if self._thumbs else self._log.pairs
         for number, record in read(self._until):
             empty = False
-            yield f"{self._log.name}:{number}", record
+            yield Place(self._log.name, number), record
         if empty:
-            raise FeedbackFormatError(
-                f"{self._log.name}: has no {self._kind} yet; collect some, or train on other data."
-            )
+            fix = "collect some, or train on other data"
+            raise FeedbackFormatError(f"has no {self._kind} yet", fix, where=self._log.name)
 
     def fingerprint(self, split: Split) -> str:
         """Return the log's name and extent; rows may be added and removed, but never change."""

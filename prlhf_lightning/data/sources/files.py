@@ -78,11 +78,11 @@ class FileSource(DataSource):
             try:
                 stat = path.stat()
             except FileNotFoundError:
-                raise FeedbackFormatError(
-                    f"{path}: there is no such file; check the path (it is relative to {Path.cwd()})."
-                ) from None
+                fix = f"check the path (it is relative to {Path.cwd()})"
+                raise FeedbackFormatError("there is no such file", fix, where=str(path)) from None
             except OSError as error:
-                raise FeedbackFormatError(f"{path}: cannot be read ({error}); check the path and its rights.") from None
+                fix = "check the path and its rights"
+                raise FeedbackFormatError(f"cannot be read ({error})", fix, where=str(path)) from None
             parts.append(f"{path} {path.resolve()} {stat.st_size} {stat.st_mtime_ns}")
         return "\n".join(parts)
 

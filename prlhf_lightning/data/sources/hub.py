@@ -10,7 +10,7 @@ import datasets
 from prlhf_lightning.data.readers.text import without_gaps
 from prlhf_lightning.data.schema import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, Place
 from prlhf_lightning.utils.hub import find_source_problem
 
 _BUILDERS = {"arrow", "csv", "json", "parquet", "text"}  # names of builders of `datasets`, not of data sets
@@ -62,7 +62,7 @@ class HubSource(DataSource):
         place = f"{self._path}/{files}" if files else self._path
         for number, row in enumerate(self._load(split), start=1):
             whole = {name: without_gaps(value) for name, value in row.items()}
-            yield f"{place}[{self._names[split]}]:{number}", spell_user_id(whole, self._id_column)
+            yield Place(f"{place}[{self._names[split]}]", number), spell_user_id(whole, self._id_column)
 
     def fingerprint(self, split: Split) -> str:
         """Return the fingerprint of `datasets`, derived from the data files; for a stream, its names and revision."""

@@ -80,8 +80,9 @@ class PersonalizedSoupsSource(DerivedSource):
                     yield where, {"user_id": str(user), "prompt": prompt, "chosen": chosen, "rejected": rejected}
             if not stated:
                 raise FeedbackFormatError(
-                    f"{self.folder / profile}.json: no 'user_input' states {PREFERENCE_PROMPTS[profile]!r}; "
-                    "this is another user's file or another version: check which file it is."
+                    f"no 'user_input' states {PREFERENCE_PROMPTS[profile]!r}",
+                    "this is another user's file or another version: check which file it is",
+                    where=f"{self.folder / profile}.json",
                 )
 
     def prompts(self) -> Iterator[tuple[str, Text]]:

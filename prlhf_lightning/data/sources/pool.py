@@ -14,7 +14,7 @@ from prlhf_lightning.data.sources.candidate_pool import Candidates, Pool, finite
 from prlhf_lightning.data.sources.derived import left_out
 from prlhf_lightning.data.sources.files import FileSource, Paths
 from prlhf_lightning.data.splits import text_key
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, Place
 from prlhf_lightning.simulation.scores import SCORES, Score
 from prlhf_lightning.simulation.users import Member, draw_members, draw_votes
 
@@ -143,7 +143,7 @@ class PoolSource(DataSource):
                 }
                 if self.user_texts is not None:
                     row["user_text"] = self.user_texts[member.group]
-                yield f"pool {split}:{member.user_id}:{number}", row
+                yield Place(f"pool {split}:{member.user_id}", number), row
 
     def fingerprint(self, split: Split) -> str:
         """Return a hash of the settings and of all answers with their scores."""

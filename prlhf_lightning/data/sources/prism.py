@@ -227,7 +227,8 @@ def _turns(row: Mapping[str, Any], where: str) -> list[_Turn]:
         path = ("conversation_history", i)
         number = _DIALOGUE.get(row, where, *path, "turn", kind=int)
         if not 0 <= number < len(turns):
-            _DIALOGUE.fail(where, (*path, "turn"), f"is {number}, but 'conversation_turns' is {len(turns)}")
+            problem = f"is {number}, but 'conversation_turns' is {len(turns)}"
+            _DIALOGUE.fail(where, (*path, "turn"), problem, "is not the number of turns")
         text, turn = _DIALOGUE.get(row, where, *path, "content", kind=str), turns[number]
         if _DIALOGUE.get(row, where, *path, "role", kind=str) != "user":
             (turn.chosen if _DIALOGUE.get(row, where, *path, "if_chosen", kind=bool) else turn.others).append(text)

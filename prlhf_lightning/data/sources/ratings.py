@@ -49,7 +49,7 @@ class _OfColumns(DerivedSource):
         missing = {name: self._names[name] for name in ("user_id", "prompt", *self.fields[: self.needed])}
         missing = {name: column for name, column in missing.items() if column not in row}
         if len(missing) > 1:
-            raise FeedbackFormatError(all_missing(where, missing, list(row)))
+            raise all_missing(where, missing, list(row))
         row = spell_user_id(row, self._names["user_id"])
         user_id = self.schema.get(row, where, self._names["user_id"], kind=str)
         prompt = self._text(row, where, "prompt")
@@ -82,8 +82,8 @@ class _OfColumns(DerivedSource):
 
 
 def _place(pair: Pair) -> str:
-    places = list(dict.fromkeys((pair.chosen.where, pair.rejected.where)))
-    return " and ".join(places)
+    chosen, rejected = pair.chosen.where, pair.rejected.where
+    return chosen if chosen == rejected else f"{chosen} and {rejected}"
 
 
 class RatingSource(_OfColumns):
@@ -188,7 +188,8 @@ class RankingSource(_OfColumns):
         if row.get(ranks) is None and not self._asks_for_ranks:
             return ranked(completions, where)
         if len(schema.get(row, where, ranks, kind=list)) != len(completions):
-            schema.fail(where, (ranks,), f"must hold one place for each of the {len(completions)} completions")
+            problem = f"must hold one place for each of the {len(completions)} completions"
+            schema.fail(where, (ranks,), problem, "must hold one place for each completion")
         places = [schema.number(row, where, ranks, i) for i in range(len(completions))]
         return [Rated(text, -place, where) for text, place in zip(completions, places, strict=True)]
 
@@ -287,8 +288,11 @@ class LabelSource(DataSource):
             known = sorted(self._up | self._down)
             told = f"write one of {', '.join(map(repr, known))}, or name it" if known else "write a number, or name it"
             raise FeedbackFormatError(
-                f"{where}: field 'label' is {str(value)[:40]!r}, which is neither up nor down; {told} in up or down of "
-                "LabelSource."
+                f"is {str(value)[:40]!r}, which is neither up nor down",
+                f"{told} in up or down of LabelSource",
+                field="label",
+                where=where,
+                kind="is neither up nor down",
             )
         if number >= self._up_from:
             return {**row, column: True}

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 from prlhf_lightning.data.sources.base import DataSource, Split
-from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.errors import ConfigurationError, Place
 from prlhf_lightning.simulation.grammar import ATTRIBUTES, NOTE_WORDS, PROMPTS, STYLES, parse, render, sample
 from prlhf_lightning.simulation.users import MAX_GROUPS, SimulatedUser, draw_tastes, draw_users, state_preference
 
@@ -99,7 +99,7 @@ class SimulatedSource(DataSource):
                 row = {"user_id": user.user_id, "prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
                 if self.user_text:
                     row["user_text"] = user.stated_preference()
-                yield f"simulated {split}:{user.user_id}:{number}", row
+                yield Place(f"simulated {split}:{user.user_id}", number), row
 
     def fingerprint(self, split: Split) -> str:
         """Return the version of the grammar and the settings that the rows depend on."""
@@ -209,7 +209,7 @@ class StyleCorpus(DataSource):
                 "chosen": render(prompt, style, rng),
                 "rejected": "",
             }
-            yield f"style corpus {split}:{number}", row
+            yield Place(f"style corpus {split}", number), row
 
     def fingerprint(self, split: Split) -> str:
         """Return the version of the grammar and the settings that the rows depend on."""

@@ -162,7 +162,7 @@ class TLDRSource(DerivedSource):
         else:
             choice = _SCHEMA.get(row, where, "choice", kind=int)
             if choice not in (0, 1):
-                _SCHEMA.fail(where, ("choice",), f"is {choice}, neither 0 nor 1")
+                _SCHEMA.fail(where, ("choice",), f"is {choice}, neither 0 nor 1", "is neither 0 nor 1")
             first_wins = choice == 0
         return (first, second) if first_wins else (second, first)
 
