@@ -24,9 +24,8 @@ class Place(str):
 
     def __new__(cls, file: str, line: int | None = None, row: int | None = None) -> Self:
         """Join the parts."""
-        place = str.__new__(
-            cls, file if line is None else f"{file}:{line}" if row is None else f"{file}:{line}, row {row}"
-        )
+        text = file if line is None else f"{file}:{line}" if row is None else f"{file}:{line}, row {row}"
+        place = str.__new__(cls, text)
         place.file, place.line, place.row = file, line, row
         return place
 

@@ -46,7 +46,7 @@ def test_check_shows_problems_writes_json_and_exits_with_1(tmp_path, capsys):
     assert report["splits"]["train"]["rejected"] == 2
     null = next(group for group in report["problems"] if group["kind"] == "user_id: is null")
     assert {name: null["examples"][0][name] for name in ("file", "line", "field", "fix")} == {
-        "file": str(votes), "line": 3, "field": "user_id", "fix": "fill it or drop the row.",
+        "file": str(votes), "line": 3, "field": "user_id", "fix": "fill it or drop the row",
     }  # fmt: skip
 
 

@@ -104,9 +104,7 @@ def with_thought(**thoughts):
 def test_thoughts_of_an_answer_are_written_or_refused_by_name(names):
     raw = with_thought(**dict.fromkeys(names, "21. "))
     assert with_template(THINKS).decode(tokens(THINKS + END, raw).rejected) == "21. Warm<eos>"
-    with pytest.raises(
-        FeedbackFormatError, match=f"^f:1: field 'rejected' is an assistant .* '{names[0]}', .*content"
-    ):
+    with pytest.raises(FeedbackFormatError, match=f"^f:1: field 'rejected' is an assistant .* '{names[0]}', .*content"):
         tokens(PLAIN + END, raw)
 
 
