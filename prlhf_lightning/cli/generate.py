@@ -156,7 +156,9 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise FeedbackFormatError(f"this is not JSON ({error})", "write one object per line", where=where) from error
+            raise FeedbackFormatError(
+                f"this is not JSON ({error})", "write one object per line", where=where
+            ) from error
         if not isinstance(row, dict):
             raise FeedbackFormatError("this is not a JSON object", "write one per line, with a 'prompt'", where=where)
         user = row.get("user_id", row.get("user"))

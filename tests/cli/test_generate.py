@@ -79,8 +79,8 @@ def test_checkpoints_remember_how_text_became_ids(checkpoint):
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ("{", r"in.jsonl:2: this is no JSON"),
-        ("[]", r"in.jsonl:2: this is no JSON object"),
+        ("{", r"in.jsonl:2: this is not JSON"),
+        ("[]", r"in.jsonl:2: this is not a JSON object"),
         ('{"prompt": 3}', r"in.jsonl:2: field 'prompt' must be a string, or a list of messages"),
         ('{"prompt": "a", "user_id": 7.5}', r"in.jsonl:2: field 'user_id' is of type float; ids are strings"),
         ('{"prompt": "a", "user_id": ""}', r"in.jsonl:2: field 'user_id' is empty"),
