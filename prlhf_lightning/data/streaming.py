@@ -244,7 +244,7 @@ class FeedbackStream(Dataset[dict[str, Any]]):
         self._left_out: Counter[str] = Counter()
 
     def __getitems__(self, places: Sequence[Place]) -> list[dict[str, Any]] | PRLHFError:
-        """Return the rows of one batch; `places` has one entry. A worker process returns an error instead of raising it."""
+        """Return the rows of one batch; `places` has one entry. A worker returns an error and does not raise it."""
         (place,) = places
         try:
             return self._rows_of(*place)
