@@ -144,9 +144,10 @@ def watch_rows(reached: Callable[[], None]) -> None:
 
     def save(self: MetricsFile) -> None:
         path = Path(self.metrics_file_path)
-        before = path.stat().st_size if path.exists() else 0
+        before, inode = (path.stat().st_size, path.stat().st_ino) if path.exists() else (0, 0)
         original(self)
-        if path.exists() and (size := path.stat().st_size) > before:
+        # A file with a new header takes the old one's place whole.
+        if path.exists() and (size := path.stat().st_size) > before and path.stat().st_ino == inode:
             whole = path.read_bytes()
             os.truncate(path, (before + size) // 2)
             reached()

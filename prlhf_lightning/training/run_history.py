@@ -70,6 +70,10 @@ class RunHistory(Callback):
         lightning_compat.set_callback_metrics(trainer, self._last)
         self._last = {}
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Have rows bear the number of steps taken; before any other callback logs for this batch."""
+        lightning_compat.number_rows(trainer)
+
 
 def folder_of(checkpoint: Any) -> Path | None:
     """Return the folder of a checkpoint's run, or None if it is in none."""

@@ -114,6 +114,15 @@ def is_validation_due(trainer: Trainer) -> bool:
     return fetcher is not None and bool(trainer.fit_loop.epoch_loop._should_check_val_fx(fetcher))
 
 
+def number_rows(trainer: Trainer) -> None:
+    """Have what is logged bear the number of optimizer steps taken.
+
+    Going on at the beginning of an epoch, Lightning (2.6.6) counts the validation that it skips as a step. It can go
+    once it does not.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
 def has_validated(trainer: Trainer) -> bool:
     """Whether the fit has validated at least once.
 
