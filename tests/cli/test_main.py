@@ -345,7 +345,7 @@ def test_help_names_the_tasks(capsys):
     run("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert "export Write a checkpoint as a Hugging Face model folder" in text
-    assert "generate Write for one user or several at once" in text
+    assert "generate Generate answers for one or several users" in text
 
 
 def test_a_misspelt_command_is_named(capsys):
