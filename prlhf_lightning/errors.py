@@ -1,4 +1,4 @@
-"""Errors that a person can act on: each says where, what and how to mend it, as text and as fields."""
+"""Errors that a person can act on: each names the place, the problem and the fix, as text and as fields."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Self
 
 
 class Place(str):
-    """Where a row stands, as text: `votes.jsonl`, `votes.jsonl:17` or `votes.json:1, row 17`, with its parts.
+    """The place of a row, as text with its parts: `votes.jsonl`, `votes.jsonl:17` or `votes.json:1, row 17`.
 
-    It is a text because that is all that most of its readers need, and all that a source of one's own has to give.
+    It is a string, so that a `DataSource` of your own may also yield plain strings.
 
     Args:
         file: The file, or what else a source names its rows by, such as `organization/name[train]`.
         line: The line (row of a Parquet file or of a data set), counted from 1.
-        row: Which row of a JSON array it is, counted from 1, for several may stand on one line.
+        row: The row of a JSON array, counted from 1, as one line may hold several.
     """
 
     __slots__ = ("file", "line", "row")
@@ -31,7 +31,7 @@ class Place(str):
 
     @classmethod
     def of(cls, where: str) -> Place:
-        """Return a place as it is, and as a file any other text."""
+        """Return a `Place` unchanged, and any other text as the name of a file."""
         return where if isinstance(where, Place) else cls(where)
 
 
@@ -69,11 +69,6 @@ class PRLHFError(Exception):
         self.problem, self.fix, self.field = problem, fix, field
         self.where = Place.of(where) if where else None
         self.kind = f"{field}: {kind or problem}" if field else kind or problem
-
-    def at(self, where: str) -> Self:
-        """Say where the error arose, unless it says so already, and return it."""
-        self.where = self.where or Place.of(where)
-        return self
 
     def __str__(self) -> str:
         return described(self.where, f"{self.field}: " if self.field else "", self.problem, self.fix)

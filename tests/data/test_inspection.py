@@ -93,11 +93,10 @@ def test_an_error_of_a_row_knows_field_problem_and_fix(tmp_path):
         assert str(error) == f"{error.where}: field 'chosen' is null (column 'chosen'); fill it or drop the row."
 
 
-def test_an_error_without_a_place_gets_it_once():
+def test_an_error_may_have_no_place():
     error = FeedbackFormatError("is empty", "fill it", field="prompt")
     assert error.where is None
     assert str(error) == "field 'prompt' is empty; fill it."
-    assert str(error.at(Place("a.csv", 3)).at("b.csv")) == "a.csv:3: field 'prompt' is empty; fill it."
 
 
 def test_errors_keep_their_fields_when_they_are_pickled():
