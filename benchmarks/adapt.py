@@ -20,7 +20,7 @@ from torch import Tensor
 
 from prlhf_lightning import PersonalizedLM, PreferenceBatch, SimulatedSource, UserVocabulary
 from prlhf_lightning.adaptation import Margins, adapt_users, fit_prior, trained_rows
-from prlhf_lightning.cli.checkpoints import load_module
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.schema import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings

@@ -17,7 +17,7 @@ import torch
 from adapt import TESTED, Simulation
 
 from prlhf_lightning.adaptation import Margins, encode_users, trained_rows
-from prlhf_lightning.cli.checkpoints import load_module
+from prlhf_lightning.cli.models import load_module
 
 COUNTS = (0, 1, 2, 5, 10, 20, 60)
 

@@ -42,7 +42,7 @@ from fuzz_checkpoint import truncate, zero_page
 from transformers import AutoTokenizer
 
 from prlhf_lightning.cli import main as cli
-from prlhf_lightning.cli.checkpoints import load_module, open_writer
+from prlhf_lightning.cli.models import load_module, open_writer
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.data.holdout import count_users

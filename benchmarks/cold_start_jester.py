@@ -25,7 +25,7 @@ from rich.progress import track
 from prlhf_lightning.adaptation import cold_start, fit_prior, select_pairs, trained_rows
 from prlhf_lightning.adaptation.margins import Margins
 from prlhf_lightning.cli.adapt import read_pairs
-from prlhf_lightning.cli.checkpoints import load_module
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.types import PreferenceBatch
 

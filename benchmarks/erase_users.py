@@ -26,7 +26,7 @@ import torch
 from reporting import about, tell
 
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import FORMAT, KEY, users_of
+from prlhf_lightning.training.checkpoint_entry import FORMAT, KEY, users_of
 
 TABLE = "user_model.table.weight"
 COMMAND = [sys.executable, "-m", "prlhf_lightning", "users", "remove"]

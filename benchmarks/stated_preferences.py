@@ -18,7 +18,7 @@ from statistics import mean
 import yaml
 from reporting import about, tell
 
-from prlhf_lightning.cli.checkpoints import load_module
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.reports.comparison import Contender, judge
 

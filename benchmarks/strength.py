@@ -18,7 +18,7 @@ from random import Random
 from reporting import about, tell
 
 from prlhf_lightning import Generation, SimulatedSource
-from prlhf_lightning.cli.checkpoints import open_writer
+from prlhf_lightning.cli.models import open_writer
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0)
 _DRAWS = 10_000

@@ -13,8 +13,8 @@ from short_runs import fit, run_config
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import PersonalizedLM, Sampling
-from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import open_writer
 from prlhf_lightning.data.schema import FeedbackRecord
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
@@ -168,9 +168,9 @@ def test_an_answer_is_continued_where_that_is_asked(trained, tmp_path, expected)
 def test_a_conversation_that_ends_with_an_answer_is_refused(trained):
     turns = [*ask("What"), {"role": "assistant", "content": "Go"}]
     writer = open_writer(trained[1])
-    with pytest.raises(FeedbackFormatError, match="the last message is the assistant's"):
+    with pytest.raises(FeedbackFormatError, match="ends with a message of the assistant"):
         writer.generate([GenerationRequest(turns)])
-    with pytest.raises(FeedbackFormatError, match="which must be the assistant's"):
+    with pytest.raises(FeedbackFormatError, match="does not end with a message of the assistant"):
         writer.generate([GenerationRequest(ask("What"), continue_final_message=True)])
     with pytest.raises(ConfigurationError, match="the last message is the assistant's"):
         PersonalizedLM.load_from_checkpoint(trained[1]).generate([turns], ["ann"])

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
 from prlhf_lightning.adaptation.margins import check_ranks_pairs
-from prlhf_lightning.cli.checkpoints import module_of, pick_device, read_checkpoint
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.models import module_of, pick_device
 from prlhf_lightning.cli.user_rows import UserRows, user_rows
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.batching import collate

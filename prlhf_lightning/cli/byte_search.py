@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from prlhf_lightning.training.checkpointing import KEY
+from prlhf_lightning.training.checkpoint_entry import KEY
 
 _BLOCK = 8 << 20  # bytes in memory at once
 _HEAD = 1 << 16  # first bytes, by which a text is recognized: it has no zero bytes

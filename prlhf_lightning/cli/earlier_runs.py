@@ -14,8 +14,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpoint_entry import entry_of
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
-from prlhf_lightning.training.checkpointing import entry_of
 from prlhf_lightning.utils.config_checksum import change_in, check_configuration
 from prlhf_lightning.utils.trust import words_beside
 

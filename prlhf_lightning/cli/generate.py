@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from prlhf_lightning.cli.checkpoints import open_writer, pick_device
+from prlhf_lightning.cli.models import open_writer, pick_device
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.conversations import fail, message_text, read_text, read_tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, Place

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from transformers import __version__
 
-from prlhf_lightning.cli.checkpoints import load_module, read_checkpoint
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import entry_of
+from prlhf_lightning.training.checkpoint_entry import entry_of
 from prlhf_lightning.utils.finite import check_finite
 from prlhf_lightning.utils.io import check_output
 

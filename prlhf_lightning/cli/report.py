@@ -12,7 +12,7 @@ from rich.progress import Progress
 
 from prlhf_lightning.analysis.feedback_table import read_table
 from prlhf_lightning.analysis.judges import Judge, RewardJudge, UtilityJudge
-from prlhf_lightning.cli.checkpoints import load_module, pick_device
+from prlhf_lightning.cli.models import load_module, pick_device
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.splits import spread

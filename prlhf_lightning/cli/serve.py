@@ -12,7 +12,7 @@ import torch
 from prlhf_lightning.adaptation import UserPrior, adapt_users, encode_users, fit_prior
 from prlhf_lightning.adaptation.pauses import pausing
 from prlhf_lightning.cli.adapt import to_batch
-from prlhf_lightning.cli.checkpoints import load_module, open_writer, pick_device, writer_of
+from prlhf_lightning.cli.models import load_module, open_writer, pick_device, writer_of
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError

@@ -10,7 +10,8 @@ from prlhf_lightning.adaptation import Shrinkage, fit_shrinkage
 from prlhf_lightning.adaptation.margins import check_ranks_pairs
 from prlhf_lightning.adaptation.shrinkage import MOST_PAIRS
 from prlhf_lightning.cli.adapt import read_pairs
-from prlhf_lightning.cli.checkpoints import module_of, pick_device, read_checkpoint
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.models import module_of, pick_device
 from prlhf_lightning.cli.user_rows import user_rows
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.batching import collate

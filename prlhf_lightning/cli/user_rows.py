@@ -18,7 +18,7 @@ from torch import Tensor
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.data.users import look_alikes
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
-from prlhf_lightning.training.checkpointing import entry_of, users_of
+from prlhf_lightning.training.checkpoint_entry import entry_of, users_of
 
 
 def user_rows(content: dict[str, Any], path: Path) -> UserRows:

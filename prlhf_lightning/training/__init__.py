@@ -1,11 +1,27 @@
 """Training: the LightningModule, its optimizer, callbacks, checkpoints and strategies."""
 
-from prlhf_lightning.training.checkpointing import ChecksummedCheckpointIO
-from prlhf_lightning.training.fsdp import FSDP1Strategy
-from prlhf_lightning.training.module import PersonalizedLM
-from prlhf_lightning.training.objective import Term
-from prlhf_lightning.training.optim import Optim, RowwiseAdamW
-from prlhf_lightning.training.sharding import FSDP2Strategy
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prlhf_lightning.training.checkpointing import ChecksummedCheckpointIO
+    from prlhf_lightning.training.fsdp import FSDP1Strategy
+    from prlhf_lightning.training.module import PersonalizedLM
+    from prlhf_lightning.training.objective import Term
+    from prlhf_lightning.training.optim import Optim, RowwiseAdamW
+    from prlhf_lightning.training.sharding import FSDP2Strategy
+
+_MODULE_OF = {
+    "ChecksummedCheckpointIO": "checkpointing",
+    "FSDP1Strategy": "fsdp",
+    "FSDP2Strategy": "sharding",
+    "Optim": "optim",
+    "PersonalizedLM": "module",
+    "RowwiseAdamW": "optim",
+    "Term": "objective",
+}
 
 __all__ = [
     "ChecksummedCheckpointIO",
@@ -16,3 +32,10 @@ __all__ = [
     "RowwiseAdamW",
     "Term",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use: reading a checkpoint needs no Lightning, which takes seconds to load."""
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.checkpointing import KEY
+from prlhf_lightning.training.checkpoint_entry import KEY
 
 _FIX = "use a checkpoint that `fit` wrote"
 

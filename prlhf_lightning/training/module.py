@@ -28,16 +28,14 @@ from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.training import checkpoint_files, checkpointing
+from prlhf_lightning.training.checkpoint_entry import KEY, entry_of, users_of
 from prlhf_lightning.training.checkpointing import (
-    KEY,
     check_names,
     check_shapes,
-    entry_of,
     is_local,
     names_of,
     trained_names,
     use_checksummed_files,
-    users_of,
 )
 from prlhf_lightning.training.distributed import (
     average_gradients,

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.checkpointing import KEY
+from prlhf_lightning.training.checkpoint_entry import KEY
 from prlhf_lightning.training.distributed import gather_objects
 from prlhf_lightning.training.loggers import MetricsFile, read_metrics, run_folder
 from prlhf_lightning.utils import lightning_compat

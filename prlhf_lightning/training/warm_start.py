@@ -21,13 +21,12 @@ from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpoint_entry import entry_of, users_of
 from prlhf_lightning.training.checkpoint_schema import check_content
 from prlhf_lightning.training.checkpointing import (
     base_of,
-    entry_of,
     names_of,
     trained_names,
-    users_of,
     warn_of_other_id_key,
     warn_of_other_rendering,
 )

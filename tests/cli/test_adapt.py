@@ -32,8 +32,9 @@ from prlhf_lightning.adaptation import (
 from prlhf_lightning.adaptation.adapt import _Layout, _under_each_kind
 from prlhf_lightning.adaptation.margins import DistinctTexts
 from prlhf_lightning.cli.adapt import read_pairs, write_users
-from prlhf_lightning.cli.checkpoints import load_module, module_of, read_checkpoint
+from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import load_module, module_of
 from prlhf_lightning.cli.user_rows import UserRows
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
@@ -219,7 +220,7 @@ def test_what_is_asked_next_tells_at_least_as_much_as_the_rest(model, pairs):
 
 def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     for user_model, loss, says in (
-        (UniformUserModel(1), DPOLoss(), "UniformUserModel has no rows of users"),
+        (UniformUserModel(1), DPOLoss(), "UniformUserModel has no user rows"),
         (IndividualUserModel(1), SFTLoss(), r"trained on demonstrations \(SFTLoss\)"),
     ):
         with pytest.raises(ConfigurationError, match=says):
@@ -227,7 +228,7 @@ def test_models_that_rank_nothing_or_know_no_users_say_so(model_path, pairs):
     of_thumbs = PersonalizedLM(IndividualUserModel(1), CausalLMPolicy(model_path), KTOLoss())
     with pytest.raises(ConfigurationError, match=r"trained on thumbs \(KTOLoss\).* train it with their thumbs too"):
         read_pairs(of_thumbs, FileSource("nowhere.jsonl"))
-    with pytest.raises(ConfigurationError, match="UniformUserModel has no rows of users"):
+    with pytest.raises(ConfigurationError, match="UniformUserModel has no user rows"):
         trained_rows(PersonalizedLM(UniformUserModel(1), CausalLMPolicy(model_path), DPOLoss()))
 
 
@@ -457,7 +458,7 @@ def test_a_missing_base_model_is_named_with_the_next_command(trained_file, folde
     content = read_checkpoint(trained_file, "x")
     content["hyper_parameters"]["policy"]["init_args"]["model"] = "/gone/base"
     checkpoint_files.save(content, folder / "gone.ckpt")
-    says = r"trained on the base model /gone/base, which is not there\. .* relocate --model .*gone\.ckpt --base"
+    says = r"trained on the base model /gone/base, which does not exist\. .* relocate --model .*gone\.ckpt --base"
     for command in (["generate", "--prompt", "a", "--model"], ["export", "--output", "e", "--model"]):
         with pytest.raises(SystemExit, match=says):
             main([*command, str(folder / "gone.ckpt")])

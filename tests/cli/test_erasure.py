@@ -24,7 +24,7 @@ from prlhf_lightning.cli import users
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpointing import FORMAT, KEY, users_of
+from prlhf_lightning.training.checkpoint_entry import FORMAT, KEY, users_of
 from prlhf_lightning.utils.cache_dir import default_cache_dir
 from prlhf_lightning.utils.io import escape_cell
 
@@ -258,7 +258,7 @@ def test_hashed_ids_are_erased_by_the_ids_of_the_data(run, monkeypatch, capsys):
 def test_ids_that_look_alike_and_stay_are_told(run, capsys):
     save(run / "checkpoints/last.ckpt", ["e\u0301", "\u00e9", "Zoe", "zoe ", "zoe"])
     erase(run, "zoe", "\u00e9")
-    assert "Other ids look like these, and stay: 'Zoe', 'zoe ', " in capsys.readouterr().out
+    assert "Remaining ids that look similar: 'Zoe', 'zoe ', " in capsys.readouterr().out
 
 
 def test_an_unknown_place_that_names_a_person_is_reported(run, capsys):

@@ -20,9 +20,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from prlhf_lightning import CausalLMPolicy, DPOLoss, FileSource, IndividualUserModel, LoRA, PersonalizedLM
-from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.export import peft_name, write_user_vectors
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import open_writer
 from prlhf_lightning.data import PreferenceDataModule, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import GenerationRequest, Generator

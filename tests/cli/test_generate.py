@@ -8,8 +8,8 @@ import pytest
 from conftest import write_votes
 from short_runs import fit, run_config
 
-from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import open_writer
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.inference import GenerationRequest
 
@@ -45,7 +45,7 @@ def test_answers_stand_side_by_side_and_unknown_users_are_named(checkpoint, caps
     monkeypatch.setenv("COLUMNS", "150")
     generate(checkpoint, "--prompt", "the cat", "--user", "ann", "eve", "--blend", "{ann: 0.25, bob: 0.75}")
     shown = capsys.readouterr()
-    assert shown.err.strip().endswith("Not known to this model, and so written for as the generic user: eve")
+    assert shown.err.strip().endswith("Unknown users, who get the generic user's answer: eve")
     (titles,) = [line for line in shown.out.splitlines() if " ann " in line and " eve " in line]
     assert " 0.25 ann + 0.75 bob" in titles
     for user in ("ann", "eve", {"ann": 0.25, "bob": 0.75}):

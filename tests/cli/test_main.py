@@ -198,7 +198,7 @@ def test_one_batch_is_not_all_batches():
         (["--trainer.val_check_interval", "0"], "trainer.val_check_interval is 0"),
         (["--trainer.val_check_interval", "6"], "trainer.val_check_interval is 6, but an epoch has 5 batches"),
         (["--trainer.limit_train_batches", "3", "--trainer.val_check_interval", "4"], "an epoch has 3 batches"),
-        (["--trainer.default_root_dir", __file__], "trainer.default_root_dir: files can't be written to"),
+        (["--trainer.default_root_dir", __file__], "trainer.default_root_dir: cannot write files to"),
         (["--seed_everything", "-1"], "seed_everything: -1 is not in bounds"),
         (["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=nope"], "conditioned on metric `nope`"),
     ],

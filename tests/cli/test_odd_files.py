@@ -11,8 +11,8 @@ import torch
 from conftest import write_votes
 from short_runs import fit, run_config
 
-from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.export import export
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.inference.folder import read_folder

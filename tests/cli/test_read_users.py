@@ -12,8 +12,8 @@ from lightning.pytorch import Trainer
 
 from prlhf_lightning.adaptation import Margins, cold_start, encode_users, select_pairs, trained_rows
 from prlhf_lightning.cli.adapt import read_pairs
-from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.cli.user_rows import UserRows
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError

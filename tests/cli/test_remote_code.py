@@ -10,8 +10,8 @@ import pytest
 from short_runs import run_config, write_config
 from transformers import dynamic_module_utils
 
-from prlhf_lightning.cli.checkpoints import open_writer
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import open_writer
 
 CONFIG = "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n"
 MODEL = (

@@ -207,7 +207,7 @@ def test_removing_says_where_else_a_user_is(plain, tmp_path, capsys):
     assert f"{folder / '.best.ckpt.partial'}, which a killed process left, names {CARLA}: delete it" in said
     assert f"{folder.parent / 'users_seen.csv'} names {CARLA}" in said
     (command,) = [line.strip() for line in said.splitlines() if "users remove" in line]
-    main(shlex.split(command)[3:])
+    main(shlex.split(command)[1:])
     assert CARLA.encode() not in (folder / "best.ckpt").read_bytes()
 
 

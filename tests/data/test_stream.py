@@ -217,7 +217,7 @@ def test_the_sizes_of_steps_add_up_to_the_epoch():
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_an_error_of_a_row_keeps_its_fields_whichever_process_reads_it(make, num_workers):
+def test_an_error_of_a_row_keeps_its_fields_in_any_process(make, num_workers):
     data = make([*ROWS, {**row(0), "rejected": " "}], shuffle_buffer=len(ROWS) + 1, num_workers=num_workers)
     with pytest.raises(FeedbackFormatError) as caught:
         list(data.train_dataloader())

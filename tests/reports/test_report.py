@@ -14,8 +14,8 @@ from conftest import write_votes
 from short_runs import run_config
 
 from prlhf_lightning.analysis.judges import Judge, Person, RewardJudge
-from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.errors import JudgeError
 from prlhf_lightning.reports.page import page_of
 from prlhf_lightning.reports.user_map import map_users, most_unlike

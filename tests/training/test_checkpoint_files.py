@@ -152,7 +152,8 @@ KILLS = """
 import os, signal, sys
 from pathlib import Path
 import torch
-from prlhf_lightning import checkpoint_files, files
+from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.utils.io import partial_path
 
 torch.set_num_threads(1)
 path, content = Path(sys.argv[1]), {"weights": torch.ones(300_000)}
@@ -160,7 +161,7 @@ for _ in range(8):
     pid = os.fork()
     while not pid:
         checkpoint_files.save(content, path)
-    while not files.partial_of(path).exists():
+    while not partial_path(path).exists():
         pass
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)

@@ -20,9 +20,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from test_distributed import evaluations, rows_of, write_config
 from transformers import AutoModelForCausalLM
 
-from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.export import export
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.policies import Sampling
 from prlhf_lightning.types import Tokens
 

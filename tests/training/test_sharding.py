@@ -182,7 +182,8 @@ def test_an_error_of_one_process_saves_no_joint_checkpoint(monkeypatch):
     trainer.state.fn = TrainerFn.FITTING
     trainer.strategy.reduce = lambda tensor, reduce_op: tensor
     module = Mock(device=torch.device("cpu"))
-    module.parameters.return_value = [nn.Parameter(torch.zeros(1))]
+    module.named_parameters.side_effect = lambda: [("weight", nn.Parameter(torch.zeros(1)))]
+    module.named_buffers.side_effect = lambda: []
     callback = SaveOnInterrupt()
     callback.on_fit_start(trainer, module)
     with pytest.warns(UserWarning, match="did not stop together"):

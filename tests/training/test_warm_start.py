@@ -15,9 +15,9 @@ from quiet_trainer import quiet_trainer
 from safetensors.torch import load_file, save_file
 from test_training import USER_MODELS, make, make_data, make_trainer
 
-from prlhf_lightning.cli.checkpoints import load_module
 from prlhf_lightning.cli.export import export
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BCOLoss, DPOLoss, IPOLoss
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
