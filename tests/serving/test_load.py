@@ -111,7 +111,8 @@ def test_a_full_queue_is_shared_among_keys():
         answers = together(url, *[ask_as("many")] * 20, *[later(ask_as("few"), 0.2)] * 3)
     statuses = [status for status, _ in answers]
     assert statuses[20:] == [200] * 3
-    assert Counter(statuses[:20]) == {200: 13, 429: 7}  # 4 too many, and 3 who made room
+    # 4 too many, and 3 who made room, unless one had been answered before the others came.
+    assert Counter(statuses[:20]) in ({200: 13, 429: 7}, {200: 14, 429: 6})
 
 
 def test_a_client_who_leaves_the_queue_frees_a_place_at_once():
