@@ -5,7 +5,7 @@ from pathlib import Path
 
 newest = max(Path("runs").glob("version_*/comparison.json"), key=lambda path: path.stat().st_mtime)
 results = json.loads(newest.read_text())
-ours, vanilla, best = results["personalised"], results["vanilla"], results["best possible"]
+ours, vanilla, best = results["personalized"], results["vanilla"], results["best possible"]
 checks = {
     "seen users' accuracy, of the ceiling": ours["val/seen/accuracy"] / best["val/seen/accuracy"] >= 0.92,
     "well-formed": ours["well_formed"] >= 0.95,
