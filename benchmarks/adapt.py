@@ -22,7 +22,7 @@ from prlhf_lightning import PersonalizedLM, PreferenceBatch, SimulatedSource, Us
 from prlhf_lightning.adaptation import Margins, adapt_users, fit_prior, trained_rows
 from prlhf_lightning.cli.models import load_module
 from prlhf_lightning.data.batching import collate
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.types import Tokens
 

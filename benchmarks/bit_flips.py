@@ -46,7 +46,7 @@ from prlhf_lightning.cli.models import load_module, open_writer
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.data.holdout import count_users
-from prlhf_lightning.data.schema import Columns, parse_record
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.data.sources.base import read
 from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings, tokenizer_identity

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from kill_resume import distance
+from resume_points import write_rows
 
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.training import PersonalizedLM, checkpoint_files
@@ -289,20 +290,6 @@ def differences(expected: dict[str, Any], found: dict[str, Any], tolerance: floa
 
 
 # ---- the trials
-
-
-def write_rows(folder: Path) -> None:
-    """Write votes and thumbs."""
-    draw = random.Random(0)
-    with (folder / "pairs.jsonl").open("w") as pairs, (folder / "thumbs.jsonl").open("w") as thumbs:
-        for number in range(26):
-            row: dict[str, Any] = {
-                "user_id": f"u{number % 4}",
-                "prompt": draw.choice("abcdefgh") * draw.randrange(1, 9),
-            }
-            long, short = ("".join(draw.choices("xyz", k=k)) for k in (7, 3))
-            pairs.write(json.dumps(row | {"chosen": long, "rejected": short}) + "\n")
-            thumbs.write(json.dumps(row | {"completion": long, "label": bool(number % 2)}) + "\n")
 
 
 def trials(counts: dict[str, int], pairs: int, singles: int, draw: random.Random) -> Iterator[list[tuple[str, int]]]:

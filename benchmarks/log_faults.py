@@ -176,7 +176,12 @@ def _locked(trial: Trial, seconds: float) -> Iterator[None]:
 
 def _disk_full(trial: Trial, seconds: float) -> Iterator[None]:
     """The file lies on a file system of its own (tmpfs)."""
-    filler = trial.folder / "filler"
+    yield from _filled(trial.folder)
+
+
+def _filled(folder: Path) -> Iterator[None]:
+    """Fill the file system of a folder until the fault is over."""
+    filler = folder / "filler"
     with filler.open("wb", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(4096))
@@ -364,12 +369,7 @@ def _tablespace_full(trial: Trial, seconds: float) -> Iterator[None]:
     with _admin(trial) as admin:
         admin.execute(f"CREATE TABLESPACE small LOCATION '{trial.folder}'")
         admin.execute("ALTER TABLE prlhf_feedback SET TABLESPACE small")
-        filler = trial.folder / "filler"
-        with filler.open("wb", buffering=0) as file, suppress(OSError):
-            while True:
-                file.write(bytes(4096))
-        yield
-        filler.unlink()
+        yield from _filled(trial.folder)
 
 
 def _frozen(trial: Trial, seconds: float) -> Iterator[None]:

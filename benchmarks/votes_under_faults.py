@@ -42,7 +42,7 @@ from postgres_cluster import Cluster, binaries, running_cluster
 
 from prlhf_lightning.cli import main as cli
 from prlhf_lightning.data import FeedbackLogSource
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.errors import FeedbackFormatError
 
 CLIENTS = 8

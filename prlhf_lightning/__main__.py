@@ -4,8 +4,8 @@ import os
 import sys
 
 if __name__ == "__main__" and not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:
-    # `python -m` looks into the current folder first: a torch.py beside somebody's data would run in the place of
-    # torch. Classes of the user's own are still found there, see `consent`, and so is this package.
+    # `python -m` searches the current folder first: a torch.py beside the data would replace torch. The user's own
+    # classes are still found there (see `utils/trust.py`), and so is this package.
     here = sys.path.pop(0)
     if os.path.dirname(os.path.dirname(os.path.abspath(__file__))) == here:
         sys.path.append(here)

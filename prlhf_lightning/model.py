@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding_bag
 from transformers import PreTrainedTokenizerBase
 
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.tokenization import (
     FeedbackTokenizer,
     TokenizationSettings,
@@ -86,9 +86,7 @@ class PersonalizedModel(nn.Module):
         Raises:
             ConfigurationError: The model has no users yet.
         """
-        if self.vocabulary is None:
-            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
-        rows = to_device(self.vocabulary.rows(user_ids), user_text.ids.device)
+        rows = to_device(self._known_users().rows(user_ids), user_text.ids.device)
         with_text = self.user_model.uses_text and user_text.ids.shape[1] > 0
         return Users(rows, self.policy.embed(user_text, reference) if with_text else None)
 
@@ -110,16 +108,19 @@ class PersonalizedModel(nn.Module):
         Raises:
             ConfigurationError: The model has no users yet.
         """
-        if self.vocabulary is None:
-            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
-        tables = self.user_model.row_tables()
-        new = [user_id for user_id in user_ids if user_id not in self.vocabulary]
-        for table in tables:
-            table.data = torch.cat([table.data, table.data[:1].expand(len(new), *table.shape[1:])])
-        self.vocabulary = self.vocabulary.plus(*new)
-        places = self.vocabulary.rows(user_ids)
+        known, tables = self._known_users(), self.user_model.row_tables()
+        if new := [user_id for user_id in user_ids if user_id not in known]:
+            for table in tables:
+                table.data = torch.cat([table.data, table.data[:1].expand(len(new), *table.shape[1:])])
+            self.vocabulary = known = known.plus(*new)
+        places = known.rows(user_ids)
         for table, part in zip(tables, torch.split(rows, [table[0].numel() for table in tables], dim=1), strict=True):
             table.data[places.to(table.device)] = part.view(len(rows), *table.shape[1:]).to(table)
+
+    def _known_users(self) -> UserVocabulary:
+        if self.vocabulary is None:
+            raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
+        return self.vocabulary
 
     # ---- log-probs and rewards
 

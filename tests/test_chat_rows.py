@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from prlhf_lightning import CausalLMPolicy
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.models import open_writer
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.types import Tokens

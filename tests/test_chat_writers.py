@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from prlhf_lightning import PersonalizedLM, Sampling
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.models import open_writer
-from prlhf_lightning.data.schema import FeedbackRecord
+from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 from prlhf_lightning.inference import Engine, GenerationRequest

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prlhf_lightning.data.conversations import plain_text
-from prlhf_lightning.data.schema import Columns, Text, TieError, parse_record
+from prlhf_lightning.data.records import Columns, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.utils.progress import counted
 

@@ -21,7 +21,7 @@ from prlhf_lightning.cli.user_rows import UserRows, user_rows
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.privacy import hashed
-from prlhf_lightning.data.schema import Columns, parse_record
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.model import PersonalizedModel

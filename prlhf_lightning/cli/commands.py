@@ -18,7 +18,7 @@ PROGRAM = "prlhf-lightning"
 
 @dataclass(frozen=True)
 class Task:
-    """A function of a module of `tasks`, whose arguments are the options.
+    """A function of a module of `cli`; its arguments are the options.
 
     Attributes:
         place: Module and function.

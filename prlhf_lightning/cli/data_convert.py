@@ -17,7 +17,7 @@ from prlhf_lightning.cli.data_check import the_source
 from prlhf_lightning.data.conversations import EXTRAS, plain_text
 from prlhf_lightning.data.problems import Problem
 from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, parse_record
+from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.sources.files import Paths
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError

@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from prlhf_lightning.data.privacy import Pseudonyms
-from prlhf_lightning.data.schema import FeedbackRecord
+from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.sources.combined import CombinedSource
 from prlhf_lightning.data.sources.derived import DerivedSource

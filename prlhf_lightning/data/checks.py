@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from prlhf_lightning.data.columns import UnreadColumns
 from prlhf_lightning.data.problems import Problem, Problems, Severity
 from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, TieError, parse_record
+from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, TieError, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.data.special_tokens import ControlTokens
 from prlhf_lightning.data.splits import text_key

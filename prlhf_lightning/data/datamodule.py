@@ -41,8 +41,8 @@ from prlhf_lightning.data.order import (
 )
 from prlhf_lightning.data.preparation import PreparedFeedback, Stage, summary
 from prlhf_lightning.data.privacy import Pseudonyms
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.sampling import SequentialBatchSampler, UserGroupedBatchSampler
-from prlhf_lightning.data.schema import Text
 from prlhf_lightning.data.sources.base import DataSource
 from prlhf_lightning.data.splits import SplitBy, spread
 from prlhf_lightning.data.store import Ties

@@ -462,7 +462,7 @@ def _damaged(row: Mapping[Any, Any], log: str, what: str) -> FeedbackLogError:
 
 
 def _record(row: Mapping[Any, Any], log: str) -> dict[str, Any]:
-    """Return a row in the form that `data.schema.parse_record` reads."""
+    """Return a row in the form that `data.records.parse_record` reads."""
     _check_row(row, log)
     try:
         prompt = json.loads(row["prompt"])

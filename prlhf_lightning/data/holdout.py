@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.data.schema import Columns, parse_user_id, spell_user_id
+from prlhf_lightning.data.records import Columns, parse_user_id, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.splits import Positions, SplitBy, held_out_users, split_train_validation
 from prlhf_lightning.data.store import TokenizedSplit

@@ -17,7 +17,7 @@ from prlhf_lightning.data.batching import PairsWithHistory, PromptDataset
 from prlhf_lightning.data.holdout import Pairs, SplitConfig, SplitResult, UserCounts, count_users, read_user_counts
 from prlhf_lightning.data.order import TrainingOrder
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
-from prlhf_lightning.data.schema import Columns, parse_record
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split, read
 from prlhf_lightning.data.store import BuildReport, FeedbackCache, Ties, TokenizedSplit
 from prlhf_lightning.data.streaming import FeedbackStream, StreamedRows

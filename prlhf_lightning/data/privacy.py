@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from prlhf_lightning.data.conversations import check_characters
-from prlhf_lightning.data.schema import Columns
+from prlhf_lightning.data.records import Columns
 from prlhf_lightning.data.sources.base import DataSource, Split
 from prlhf_lightning.errors import ConfigurationError
 

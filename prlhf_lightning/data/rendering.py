@@ -16,7 +16,7 @@ from jinja2 import TemplateSyntaxError
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.conversations import THOUGHTS
-from prlhf_lightning.data.schema import FeedbackRecord, Message, Text
+from prlhf_lightning.data.records import FeedbackRecord, Message, Text
 from prlhf_lightning.data.special_tokens import MARK, TokenEscaper, unescaped
 from prlhf_lightning.data.template_coverage import TemplateCoverage, Tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from prlhf_lightning.data.conversations import Note, plain_text
-from prlhf_lightning.data.schema import FeedbackRecord
+from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.utils.chat_tokens import ANSWER, QUESTION, SYSTEM, rendered
 
 #: Marker inserted into a control token that is only text, so no tokenizer finds the token. It is a Unicode

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 
 SplitBy: TypeAlias = Literal["prompt", "pair"]
 Positions: TypeAlias = npt.NDArray[np.int64]

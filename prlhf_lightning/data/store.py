@@ -31,7 +31,7 @@ from transformers import PreTrainedTokenizerBase
 from prlhf_lightning.data.columns import UnreadColumns
 from prlhf_lightning.data.conversations import Note
 from prlhf_lightning.data.privacy import Pseudonyms
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
+from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.special_tokens import ControlTokens
 from prlhf_lightning.data.splits import SplitBy, text_key

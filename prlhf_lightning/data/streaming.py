@@ -21,8 +21,8 @@ from weakref import finalize
 import numpy as np
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
+from prlhf_lightning.data.records import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sampling import UserGroupedBatchSampler
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, TieError, parse_record
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.special_tokens import ControlTokens
 from prlhf_lightning.data.tokenization import FeedbackTokenizer

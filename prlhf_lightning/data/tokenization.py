@@ -26,8 +26,8 @@ import numpy.typing as npt
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
+from prlhf_lightning.data.records import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.rendering import RenderedRecord, Renderer, check_names, check_values, writes_date
-from prlhf_lightning.data.schema import FeedbackRecord, Text, TieError
 from prlhf_lightning.data.special_tokens import MARK, unescaped
 from prlhf_lightning.data.template_coverage import Tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError

@@ -16,7 +16,7 @@ from prlhf_lightning.analysis.win_rate import UserMean, user_mean
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.conversations import message_text
 from prlhf_lightning.data.holdout import Pairs
-from prlhf_lightning.data.schema import Columns, FeedbackRecord, Text, parse_record
+from prlhf_lightning.data.records import Columns, FeedbackRecord, Text, parse_record
 from prlhf_lightning.data.sources.base import Split, read
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.model import PersonalizedModel

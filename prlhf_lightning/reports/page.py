@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from prlhf_lightning.adaptation import ColdStartPoint
 from prlhf_lightning.analysis.win_rate import UserMean
 from prlhf_lightning.data.conversations import message_text
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.reports import plots
 from prlhf_lightning.reports.answers import GENERIC, OWN
 from prlhf_lightning.reports.differences import add_differences

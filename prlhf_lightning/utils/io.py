@@ -231,13 +231,8 @@ def check_output(path: Path, option: str) -> None:
         raise ConfigurationError(f"{option}: {path} is a folder; give a file.")
     if os.path.exists(target) and not os.path.isfile(target):
         raise ConfigurationError(f"{option}: {path} is a device or another special file; give a regular file.")
-    try:
-        with suppress(FileNotFoundError):  # a name may be too long
-            os.lstat(partial_path(target))
-        check_writable(target.parent)
-    except OSError as error:
-        reason = _blocking_file(target.parent) or error.strerror
-        raise ConfigurationError(f"{option}: {path} cannot be written ({reason}); give another file.") from error
+    if reason := _why_not_writable(target, target.parent):
+        raise ConfigurationError(f"{option}: {path} cannot be written ({reason}); give another file.")
 
 
 def check_output_folder(folder: Path, option: str) -> None:
@@ -253,13 +248,19 @@ def check_output_folder(folder: Path, option: str) -> None:
     target = _target(folder)
     if os.path.exists(target) and not os.path.isdir(target):
         raise ConfigurationError(f"{option}: {folder} is a file; give a folder.")
+    if reason := _why_not_writable(target, target):
+        raise ConfigurationError(f"{option}: {folder} cannot be written to ({reason}); give another folder.")
+
+
+def _why_not_writable(target: Path, folder: Path) -> str | None:
+    """Return why a target, in or equal to a folder that is created if needed, cannot be written; otherwise None."""
     try:
         with suppress(FileNotFoundError):  # a name may be too long
             os.lstat(partial_path(target))
-        check_writable(target)
+        check_writable(folder)
     except OSError as error:
-        reason = _blocking_file(target) or error.strerror
-        raise ConfigurationError(f"{option}: {folder} cannot be written to ({reason}); give another folder.") from error
+        return _blocking_file(folder) or error.strerror or str(error)
+    return None
 
 
 def _blocking_file(folder: Path) -> str | None:

@@ -12,7 +12,7 @@ import pytest
 from prlhf_lightning.cli import data_convert
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.data import FileSource
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.errors import FeedbackFormatError
 
 

@@ -8,7 +8,7 @@ import pytest
 from feedback_helpers import ASK, BAD, GOOD, row, turn
 from trl.data_utils import extract_prompt, maybe_convert_to_chatml
 
-from prlhf_lightning.data.schema import Columns, TieError, parse_record
+from prlhf_lightning.data.records import Columns, TieError, parse_record
 from prlhf_lightning.errors import FeedbackFormatError
 
 CALL = {"type": "function", "function": {"name": "look", "arguments": {"at": "sun"}}}

@@ -5,7 +5,7 @@ import pytest
 from tokenizer_families import CHAT_FAMILIES, DEEPSEEK_R1, FAMILIES, GLM_4_5, ZEPHYR, control_ids, family, takes_system
 from transformers import ByT5Tokenizer
 
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 
 SYSTEM = {"role": "system", "content": "Answer in one line."}

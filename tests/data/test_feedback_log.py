@@ -20,7 +20,7 @@ import sqlalchemy as sql
 
 from prlhf_lightning.data import FeedbackLogSource, FeedbackRecord, PreferenceDataModule
 from prlhf_lightning.data.feedback_log import FEEDBACK, ConflictError, Feedback, FeedbackLog, FeedbackLogError
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 

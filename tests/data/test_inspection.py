@@ -13,7 +13,7 @@ from prlhf_lightning.data import DataSource, FileSource, HubSource, SimulatedSou
 from prlhf_lightning.data.checks import Inspector
 from prlhf_lightning.data.problems import Problem, Problems
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.data.schema import TieError, parse_record
+from prlhf_lightning.data.records import TieError, parse_record
 from prlhf_lightning.data.store import FeedbackCache
 from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, Place

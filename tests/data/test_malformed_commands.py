@@ -9,7 +9,7 @@ from malformed import files
 
 from prlhf_lightning.cli.data_convert import convert_source
 from prlhf_lightning.data.checks import Inspector
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.sources.files import FileSource
 from prlhf_lightning.errors import PRLHFError
 

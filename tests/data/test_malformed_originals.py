@@ -29,7 +29,7 @@ from prlhf_lightning.data import (
     TLDRSource,
     UltraFeedbackPSource,
 )
-from prlhf_lightning.data.schema import TieError, parse_record
+from prlhf_lightning.data.records import TieError, parse_record
 from prlhf_lightning.errors import FeedbackFormatError
 
 VALUES = st.recursive(

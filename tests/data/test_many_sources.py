@@ -14,7 +14,7 @@ from prlhf_lightning.data import (
 )
 from prlhf_lightning.data.checks import Inspector
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
-from prlhf_lightning.data.schema import Columns, parse_record
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 

@@ -7,7 +7,7 @@ from feedback_helpers import ASK, BAD, GOOD, row, turn
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.holdout import count
 from prlhf_lightning.data.privacy import PseudonymousSource, Pseudonyms
-from prlhf_lightning.data.schema import Columns, parse_record
+from prlhf_lightning.data.records import Columns, parse_record
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 
 

@@ -1,7 +1,7 @@
 import pytest
 from feedback_helpers import CHATML, byte_tokenizer, word_tokenizer
 
-from prlhf_lightning.data.schema import FeedbackRecord
+from prlhf_lightning.data.records import FeedbackRecord
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TextIds, TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 

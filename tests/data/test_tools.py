@@ -10,7 +10,7 @@ from prlhf_lightning.cli import generate
 from prlhf_lightning.cli.data_convert import convert_source
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.checks import Inspector
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings
 from prlhf_lightning.errors import FeedbackFormatError
 from prlhf_lightning.utils.chat_tokens import remember_end_tokens

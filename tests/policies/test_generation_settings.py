@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from prlhf_lightning import CausalLMPolicy, LoRA, Sampling
 from prlhf_lightning.data import UserVocabulary
-from prlhf_lightning.data.schema import parse_record
+from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.data.tokenization import FeedbackTokenizer, TokenizationSettings, tokenizer_identity
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import GenerationRequest, Generator

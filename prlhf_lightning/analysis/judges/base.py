@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, TypeAlias
 
 from prlhf_lightning.data import PreferenceDataModule
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.errors import JudgeError
 
 Verdict: TypeAlias = Literal["a", "b", "tie"]

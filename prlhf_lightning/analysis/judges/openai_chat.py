@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.errors import ConfigurationError, JudgeError
 
 _SYSTEM = (

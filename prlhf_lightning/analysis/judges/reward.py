@@ -9,7 +9,7 @@ import torch
 from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.batching import collate
-from prlhf_lightning.data.schema import FeedbackRecord, Text
+from prlhf_lightning.data.records import FeedbackRecord, Text
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, JudgeError
 from prlhf_lightning.training import PersonalizedLM, checkpoint_files

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prlhf_lightning.analysis.judges.base import Judge, Person, Verdict
 from prlhf_lightning.data import PreferenceDataModule, SimulatedSource
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.sources.simulated import Judgment
 from prlhf_lightning.errors import ConfigurationError, JudgeError
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.errors import FeedbackFormatError
 
 Split = Literal["train", "validation", "test"]

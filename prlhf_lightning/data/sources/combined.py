@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.sources.derived import left_out
 from prlhf_lightning.data.splits import text_key

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from prlhf_lightning.data.readers import Unreadable, is_readable, read_rows, scan_rows
-from prlhf_lightning.data.schema import spell_user_id
+from prlhf_lightning.data.records import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError
 

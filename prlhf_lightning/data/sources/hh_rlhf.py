@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prlhf_lightning.data.columns import Schema
-from prlhf_lightning.data.schema import Message, Text
+from prlhf_lightning.data.records import Message, Text
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out, original, unusable
 from prlhf_lightning.errors import ConfigurationError

@@ -8,7 +8,7 @@ from typing import Any
 import datasets
 
 from prlhf_lightning.data.readers.text import without_gaps
-from prlhf_lightning.data.schema import spell_user_id
+from prlhf_lightning.data.records import spell_user_id
 from prlhf_lightning.data.sources.base import SPLITS, DataSource, Split
 from prlhf_lightning.errors import ConfigurationError, Place
 from prlhf_lightning.utils.hub import find_source_problem

@@ -10,7 +10,7 @@ from typing import Any
 
 from prlhf_lightning.data.columns import Schema
 from prlhf_lightning.data.readers import read_rows
-from prlhf_lightning.data.schema import Text
+from prlhf_lightning.data.records import Text
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.sources.derived import DerivedSource, Part, check_template, filled, left_out, unusable
 from prlhf_lightning.data.sources.files import FileSource

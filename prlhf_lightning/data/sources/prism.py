@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import numpy as np
 
 from prlhf_lightning.data.columns import Schema
-from prlhf_lightning.data.schema import Message
+from prlhf_lightning.data.records import Message
 from prlhf_lightning.data.sources.base import Split
 from prlhf_lightning.data.sources.derived import DerivedSource, check_template, filled, left_out, original, unusable
 from prlhf_lightning.errors import ConfigurationError

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 from prlhf_lightning.data.columns import Schema, all_missing
 from prlhf_lightning.data.readers import Unreadable
-from prlhf_lightning.data.schema import Columns, Text, spell_user_id
+from prlhf_lightning.data.records import Columns, Text, spell_user_id
 from prlhf_lightning.data.sources.base import DataSource, Split, read
 from prlhf_lightning.data.sources.derived import DerivedSource, Part, left_out
 from prlhf_lightning.data.splits import text_key
