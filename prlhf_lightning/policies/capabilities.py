@@ -67,12 +67,15 @@ def prefix_packing_works(lm: PreTrainedModel, device: torch.device) -> bool:
         others = score(lm, swapped, completions, padded)
         tried = score(lm, before, completions, replace(padded, trees=True), as_trees=True)
     error, change = (
-        torch.stack([(a.tokens - b.tokens).abs().max() for a, b in zip(truth, results, strict=True)]).max().item()
+        torch.cat([(a.tokens - b.tokens)[a.mask] for a, b in zip(truth, results, strict=True)])
         for results in (tried, others)
     )
     # Relative to the effect of another prompt: with random weights, wrong attention changes very little.
-    exact = lm.dtype == torch.float32 and device.type == "cpu"
-    return error <= (1e-5 + 1e-3 * change if exact else 0.1)
+    if lm.dtype == torch.float32 and device.type == "cpu":
+        return bool(error.abs().max() <= 1e-5 + 1e-3 * change.abs().max())
+    # Rounding in bfloat16 moves the log-probs of a trained model by up to 1; attention that ignores mask or positions
+    # moves them by more than a fifth of what another prompt does.
+    return bool(error.abs().max() <= 0.1 or error.square().mean() <= (change / 8).square().mean())
 
 
 def _few_tokens(lm: PreTrainedModel, device: torch.device) -> tuple[list[SoftPrompt], list[Tokens]]:

@@ -37,7 +37,14 @@ from prlhf_lightning.policies.generation_settings import (
     load_generation_config,
     warn_of_not_applied,
 )
-from prlhf_lightning.policies.loading import base_identity, check_vocabulary, load_lm, refuse_kernels, unused_ids
+from prlhf_lightning.policies.loading import (
+    avoid_cudnn_attention,
+    base_identity,
+    check_vocabulary,
+    load_lm,
+    refuse_kernels,
+    unused_ids,
+)
 from prlhf_lightning.policies.lora import LoRA, add_adapters, merge
 from prlhf_lightning.policies.moe import note_on_router_loss, router_loss_coef
 from prlhf_lightning.policies.scoring import embed, grouped_score, score, segments, writing_inputs
@@ -191,23 +198,7 @@ class CausalLMPolicy(Policy):
         self._refuse_adapters((Path(self.path) / "adapter_config.json").is_file())
         self._check_files()
         with self._loading("weights" if self.random_init is None else "config"):
-            options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
-            if self.random_init is not None:
-                refuse_kernels(self.path, **self._hub_args, **options)
-                config = AutoConfig.from_pretrained(self.path, **self._hub_args)
-                options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
-                device = torch.get_default_device()  # Lightning sets it to the training device
-                # The weights must be reproducible, because a checkpoint contains neither a frozen backbone nor the
-                # reference. A GPU draws other random numbers than a CPU from the same seed.
-                with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-                    torch.default_generator.manual_seed(self.random_init)
-                    lm = AutoModelForCausalLM.from_config(
-                        config, trust_remote_code=self._hub_args["trust_remote_code"], **options
-                    )
-                lm = lm.to(device)
-                lm.generation_config = self.generation_config
-            else:
-                lm = load_lm(self.path, **self._hub_args, **options)
+            lm = self._load_lm()
         self._refuse_adapters(getattr(lm, "_hf_peft_config_loaded", False))
         self._check_quantized(lm)
         if "tokenizer" in vars(self):  # otherwise the property checks it on first access
@@ -245,6 +236,27 @@ class CausalLMPolicy(Policy):
                 if compiled is not None:
                     # In place, to keep the names of the weights; dynamic, because lengths differ between batches.
                     compiled.base_model.compile(dynamic=True)
+
+    def _load_lm(self) -> PreTrainedModel:
+        """Load the weights, or draw random ones, on torch's default device."""
+        options: dict[str, Any] = {"dtype": self.dtype, "attn_implementation": self.attn_implementation}
+        if self.random_init is None:
+            return load_lm(self.path, **self._hub_args, **options)
+        refuse_kernels(self.path, **self._hub_args, **options)
+        avoid_cudnn_attention()
+        config = AutoConfig.from_pretrained(self.path, **self._hub_args)
+        options["dtype"] = torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        device = torch.get_default_device()  # Lightning sets it to the training device
+        # The weights must be reproducible, because a checkpoint contains neither a frozen backbone nor the reference. A
+        # GPU draws other random numbers than a CPU from the same seed.
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.default_generator.manual_seed(self.random_init)
+            lm = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=self._hub_args["trust_remote_code"], **options
+            )
+        lm = lm.to(device)
+        lm.generation_config = self.generation_config
+        return lm
 
     def _check_quantized(self, lm: PreTrainedModel) -> None:
         """Reject quantized models that cannot be trained: without adapters, or without gradients for adapters."""

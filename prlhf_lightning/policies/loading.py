@@ -46,6 +46,7 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
             names them and the fix; it does not name the path.
     """
     refuse_kernels(path, **options)
+    avoid_cudnn_attention()
     try:
         with _without_report():
             lm, found = AutoModelForCausalLM.from_pretrained(
@@ -69,6 +70,16 @@ def load_lm(path: str, **options: Any) -> PreTrainedModel:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return lm
+
+
+def avoid_cudnn_attention() -> None:
+    """Exclude cuDNN from the kernels that torch chooses from for attention, in this process.
+
+    On H100 and H200, torch 2.11 and later prefer it in half precision. Its backward returns NaN for some lengths of a
+    batch with padding (pytorch/pytorch issue 196678), as in DPO (huggingface/trl issue 7181). This is a setting of the
+    process and not of a call, because checkpointed layers choose again in the backward pass, and must choose the same.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def refuse_kernels(path: str, **options: Any) -> None:

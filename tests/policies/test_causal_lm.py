@@ -142,6 +142,13 @@ def test_greedy_generation_picks_what_scoring_finds_likeliest(model_paths, name)
     assert written.ids[0, 0].item() == scores.sum.argmax().item()
 
 
+@pytest.mark.parametrize("random_init", [None, 0])
+def test_cudnn_whose_attention_loses_gradients_is_not_used(model_path, random_init):
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    build(model_path, random_init=random_init)
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
 @pytest.mark.parametrize("lora", [SMALL, None])
 def test_the_reference_writes_as_the_policy_did_before_training(model_path, lora):
     policy = CausalLMPolicy(model_path, lora=lora)

@@ -22,6 +22,7 @@ from transformers.integrations import flex_attention as integration
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import CausalLMPolicy, LoRA, capabilities, scoring
 from prlhf_lightning.policies.capabilities import find_capabilities
+from prlhf_lightning.policies.loading import load_lm
 from prlhf_lightning.policies.prefix_sharing import BLOCK, PackedPrefixes, pack_prefixes
 from prlhf_lightning.policies.scoring import Capabilities, score, segments
 from prlhf_lightning.types import SoftPrompt, Tokens
@@ -228,20 +229,36 @@ def test_models_that_cannot_be_packed_say_so_and_are_padded(paths, name):
         assert torch.equal(a.tokens, b.tokens)
 
 
-@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
-def test_a_model_that_goes_by_places_in_the_row_is_found_out(model_path, monkeypatch, ignored):
-    policy = build(model_path)
-    base = policy.lm.base_model
+def change_trees(monkeypatch, lm, ignored: str | None, rounding: float = 0.0) -> None:
+    """Have a model go by places in the row, or round otherwise, where it computes trees."""
+    base = lm.base_model
     forward = base.forward
 
     @wraps(forward)
-    def ignoring(**inputs):
-        if inputs["attention_mask"].ndim == 4:
-            inputs[ignored] = None
-        return forward(**inputs)
+    def changed(**inputs):
+        if inputs["attention_mask"].ndim < 4:
+            return forward(**inputs)
+        output = forward(**inputs | ({ignored: None} if ignored else {}))
+        states = output.last_hidden_state
+        output.last_hidden_state = states * (1 + rounding * torch.randn_like(states))
+        return output
 
-    monkeypatch.setattr(base, "forward", ignoring)
+    monkeypatch.setattr(base, "forward", changed)
+
+
+@pytest.mark.parametrize("ignored", ["attention_mask", "position_ids"])
+def test_a_model_that_goes_by_places_in_the_row_is_found_out(model_path, monkeypatch, ignored):
+    policy = build(model_path)
+    change_trees(monkeypatch, policy.lm, ignored)
     assert find_capabilities(policy.lm) == Capabilities(head=True, shared_prompt=True)
+
+
+@pytest.mark.parametrize("ignored", [None, "attention_mask", "position_ids"])
+def test_rounding_in_bfloat16_is_not_taken_for_wrong_attention(model_path, monkeypatch, ignored):
+    lm = load_lm(model_path, dtype="bfloat16")
+    lm.lm_head.weight.data.mul_(4)  # log-probs as far apart as those of a trained model
+    change_trees(monkeypatch, lm, ignored, rounding=2.0**-8)  # as another kernel may
+    assert find_capabilities(lm).trees == (ignored is None)
 
 
 LONG, SHORT = Tokens.from_lists([[1, *[5] * 30], [1, 6]]), Tokens.from_lists([[1], [1]])
