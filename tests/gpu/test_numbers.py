@@ -23,8 +23,8 @@ from prlhf_lightning.types import SoftPrompt, Tokens
 from prlhf_lightning.user_models import IndividualUserModel
 
 REAL = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-#: Largest difference of a token's log-prob from float64, of log-probs down to about -20. In bfloat16 a logit of that size
-#: is rounded by up to 1/16.
+#: Largest difference of a token's log-prob from float64, of log-probs down to about -20. In bfloat16 a logit of that
+#: size is rounded by up to 1/16.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.5}
 WIDTHS = [3, 64, 150]  # tokens of the longest prompt: in one tile of attention, at its edge, over several
 
@@ -95,7 +95,7 @@ def test_log_probs_are_those_of_float64(llama, device, dtype, how, width):
 
 @pytest.mark.parametrize("dtype", TOLERANCES)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_gradients_of_padded_rows_are_finite_and_those_of_float32_on_the_cpu(llama, device, dtype, width):
+def test_gradients_of_padded_rows_are_those_of_the_cpu(llama, device, dtype, width):
     prompts, texts = ragged(width)
     found = []
     for where, precision in ((device, dtype), ("cpu", "float32")):
@@ -110,7 +110,7 @@ def test_gradients_of_padded_rows_are_finite_and_those_of_float32_on_the_cpu(lla
     assert error < (1e-3 if dtype == "float32" else 0.2)  # false for NaN
 
 
-def test_attention_over_the_width_at_which_cudnn_fails_has_finite_gradients(llama, device):
+def test_gradients_at_the_width_where_cudnn_fails_are_finite(llama, device):
     build(llama, device, "bfloat16")  # which excludes cuDNN
     length, width = 704, 64
     query, key, value = (0.1 * torch.randn(1, 1, length, width, device=device, dtype=torch.bfloat16) for _ in range(3))
@@ -133,7 +133,7 @@ def fit(path: str, votes, folder, device: str, **limits) -> PersonalizedLM:
     return module
 
 
-def test_a_step_changes_the_rows_of_the_users_of_its_batch_alone(llama, votes, tmp_path, device, monkeypatch):
+def test_a_step_changes_the_users_of_its_batch_alone(llama, votes, tmp_path, device, monkeypatch):
     users, step = [], PersonalizedLM.training_step
     monkeypatch.setattr(
         PersonalizedLM, "training_step", lambda self, b, i: users.extend(b.user_ids) or step(self, b, i)
@@ -145,7 +145,7 @@ def test_a_step_changes_the_rows_of_the_users_of_its_batch_alone(llama, votes, t
     assert len(changed) < 4
 
 
-def test_texts_written_in_a_mixed_batch_are_those_written_alone(llama, votes, tmp_path, device):
+def test_texts_of_a_mixed_batch_are_those_written_alone(llama, votes, tmp_path, device):
     module = fit(llama, votes, tmp_path, device, limit_train_batches=8).eval().to(device)
     writer = Generator(module.policy.lm.float(), module.policy.tokenizer, module.user_model, module.vocabulary)
     asked = [

@@ -254,7 +254,7 @@ def test_a_model_that_goes_by_places_in_the_row_is_found_out(model_path, monkeyp
 
 
 @pytest.mark.parametrize("ignored", [None, "attention_mask", "position_ids"])
-def test_rounding_in_bfloat16_is_not_taken_for_wrong_attention(model_path, monkeypatch, ignored):
+def test_rounding_in_bfloat16_is_told_from_wrong_attention(model_path, monkeypatch, ignored):
     lm = load_lm(model_path, dtype="bfloat16")
     lm.lm_head.weight.data.mul_(4)  # log-probs as far apart as those of a trained model
     change_trees(monkeypatch, lm, ignored, rounding=2.0**-8)  # as another kernel may
