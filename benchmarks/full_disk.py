@@ -104,7 +104,7 @@ CASES = {
     "fit, caches": Case([*FIT, *DATA, "--trainer.default_root_dir={base}/other"], is_cache=True),
     "fit, a stream's caches": Case(
         [*FIT, *DATA, "--trainer.default_root_dir={base}/other", "--data.streaming=true",
-         "--data.validation_fraction=0"],
+         "--data.validation_fraction=0", "--data.max_prompt_length=60", "--data.max_completion_length=60"],
         is_cache=True,
     ),
     "validate": Case(["validate", *FIT[2:], *DATA, RUNS, "--ckpt_path", LAST]),

@@ -10,19 +10,19 @@ import json
 import logging
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Lock
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 from uuid import uuid4
 
 import sqlalchemy as sql
 from sqlalchemy.exc import IntegrityError, NoSuchModuleError, OperationalError, ProgrammingError, SQLAlchemyError
 
-from prlhf_lightning.data.sqlite_file import SQLiteFile, network_file_system
+from prlhf_lightning.data.sqlite_file import SQLiteFile, check_all, network_file_system
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 
 _log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ FEEDBACK = sql.Table(
     sqlite_autoincrement=True,  # never reuse the number of a removed row
 )
 
-_IS_PAIR = FEEDBACK.c.chosen != FEEDBACK.c.rejected
+_ROWS = 1000  # read at a time
 _ORDER = 0x7072_6C68  # key of the PostgreSQL advisory lock that serializes row numbers
 _LOCKED_MS = 4000  # timeout of a write that waits for the log's lock
 _SILENT_SECONDS = 8.0  # timeout of PostgreSQL's answers; longer than that of locks
@@ -265,14 +265,22 @@ class FeedbackLog:
         Args:
             until: Number of the last row to read.
         """
-        yield from self._records(sql.select(*self._columns).where(_IS_PAIR), until)
+        yield from self._records(_is_pair, until)
 
     def newest_pairs(self, user_id: str, most: int) -> list[dict[str, Any]]:
         """Return a user's last pairs, at most `most`, in the order of receipt, without ties."""
-        query = sql.select(*self._columns).where(_IS_PAIR, FEEDBACK.c.user_id == user_id)
+        query = sql.select(*self._columns).where(FEEDBACK.c.user_id == user_id).order_by(FEEDBACK.c.number.desc())
+        found: list[dict[str, Any]] = []
         with self._errors(), self._reader.connect() as connection:
-            rows = connection.execute(query.order_by(FEEDBACK.c.number.desc()).limit(most)).mappings().all()
-        return [_record(row, self.name) for row in reversed(rows)]
+            if self._file is not None:
+                self._file.check_pages()
+            for row in connection.execute(query.execution_options(yield_per=_ROWS)).mappings():
+                record = _record(row, self.name)
+                if _is_pair(row):
+                    found.append(record)
+                if len(found) >= most:
+                    break
+        return found[::-1]
 
     def thumbs(self, until: int | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the row number and content of each thumb, in the order of receipt.
@@ -280,15 +288,21 @@ class FeedbackLog:
         Args:
             until: Number of the last row to read.
         """
-        yield from self._records(sql.select(*self._columns).where(FEEDBACK.c.completion.is_not(None)), until)
+        yield from self._records(_is_thumb, until)
 
-    def _records(self, query: sql.Select[Any], until: int | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _records(self, wanted: Callable[[Mapping[Any, Any]], bool], until: int | None) -> Iterator[tuple[int, Any]]:
+        # Every row is read and checked: a query for pairs would pass over one that damage made into something else.
+        query = sql.select(*self._columns)
         if until is not None:
             query = query.where(FEEDBACK.c.number <= until)
-        query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=1000)
+        query = query.order_by(FEEDBACK.c.number).execution_options(yield_per=_ROWS)
         with self._errors(), self._reader.connect() as connection:
+            if self._is_sqlite:
+                check_all(cast("sqlite3.Connection", connection.connection.driver_connection))
             for row in connection.execute(query).mappings():
-                yield row["number"], _record(row, self.name)
+                record = _record(row, self.name)
+                if wanted(row):
+                    yield row["number"], record
 
     def check(self) -> None:
         """Check within a few seconds that the log can be read and written.
@@ -369,7 +383,7 @@ class FeedbackLog:
         """Turn database errors, whose messages quote the written values, into errors that do not quote them."""
         try:
             yield
-        except (SQLAlchemyError, sqlite3.Error) as error:
+        except (SQLAlchemyError, sqlite3.Error, UnicodeDecodeError) as error:
             # Connections may cache pages of a removed file, or point to a server that is no longer the primary.
             self._engine.dispose()
             raise FeedbackLogError(f"The feedback log {self.name} can't be used now ({self._reason(error)}).") from None
@@ -377,9 +391,10 @@ class FeedbackLog:
     def _reason(self, error: Exception) -> str:
         """Return the reason of an error, without the written values."""
         cause = getattr(error, "orig", None) or error
+        # Python's sqlite3 can't decode a damaged text, nor a message of SQLite's that quotes a damaged name.
+        if isinstance(cause, UnicodeDecodeError) or str(cause).startswith("Could not decode"):  # followed by the text
+            return "a text in it is damaged; put a backup in its place"
         if isinstance(cause, sqlite3.Error):
-            if str(cause).startswith("Could not decode"):  # followed by the text
-                return "a text in it is damaged; put a backup in its place"
             if not hasattr(cause, "sqlite_errorname"):  # from our own checks
                 return str(cause)
             if str(cause).startswith("no such table"):
@@ -448,8 +463,11 @@ def _digest(row: Mapping[Any, Any]) -> str:
 
 
 def _check_row(row: Mapping[Any, Any], log: str) -> None:
-    """Check that a row is unchanged, if it has a digest."""
-    if row.get("digest") is not None and row["digest"] != _digest(row):
+    """Check that a row is unchanged, if it has a digest, and a pair or a thumb."""
+    # Damage can remove the digest and leave the row readable; then the row is often neither.
+    are_there = [row[name] is not None for name in ("chosen", "rejected", "completion", "liked")]
+    is_changed = row.get("digest") is not None and row["digest"] != _digest(row)
+    if is_changed or are_there not in ([True, True, False, False], [False, False, True, True]):
         raise _damaged(row, log, "does not have the values that were written")
 
 
@@ -459,6 +477,15 @@ def _damaged(row: Mapping[Any, Any], log: str, what: str) -> FeedbackLogError:
         f"The feedback log {log} is damaged: row {number} {what}. Restore the log from a backup, or delete the row: "
         f"DELETE FROM {FEEDBACK.name} WHERE number = {number}."
     )
+
+
+def _is_pair(row: Mapping[Any, Any]) -> bool:
+    """Return whether a row is a pair, and no tie."""
+    return None not in (row["chosen"], row["rejected"]) and row["chosen"] != row["rejected"]
+
+
+def _is_thumb(row: Mapping[Any, Any]) -> bool:
+    return row["completion"] is not None
 
 
 def _record(row: Mapping[Any, Any], log: str) -> dict[str, Any]:

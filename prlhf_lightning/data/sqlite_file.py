@@ -102,19 +102,17 @@ class SQLiteFile:
                 self._state, self._checked = state, time.monotonic()
                 self._seconds = self._checked - started
             if not self._is_whole:
-                raise sqlite3.DatabaseError(
-                    "the file is damaged; put a backup in its place, without the -wal and -shm of the damaged one"
-                )
+                raise _damaged()
 
     def _find_whole(self) -> bool:
         self.check_openable()
         check = "integrity_check" if self._stat().st_size <= _SMALL else "quick_check"
         try:
             with closing(self._connect()) as connection:
-                return bool(connection.execute(f"PRAGMA {check}(1)").fetchone() == ("ok",))
+                return _passes(connection, check)
         except sqlite3.OperationalError:  # locked, or gone
             raise
-        except sqlite3.DatabaseError:  # no longer in SQLite's format
+        except (sqlite3.DatabaseError, UnicodeDecodeError):  # no longer in SQLite's format
             return False
 
     def try_writing(self) -> None:
@@ -148,6 +146,26 @@ class SQLiteFile:
         except OSError:
             return None
         return found.st_dev, found.st_ino
+
+
+def check_all(connection: sqlite3.Connection) -> None:
+    """Check all pages, the order of all rows, and each index against its table; takes about 25 ms per MB.
+
+    Raises:
+        sqlite3.DatabaseError: A check fails.
+    """
+    if not _passes(connection, "integrity_check"):
+        raise _damaged()
+
+
+def _passes(connection: sqlite3.Connection, check: str) -> bool:
+    return bool(connection.execute(f"PRAGMA {check}(1)").fetchone() == ("ok",))
+
+
+def _damaged() -> sqlite3.DatabaseError:
+    return sqlite3.DatabaseError(
+        "the file is damaged; put a backup in its place, without the -wal and -shm of the damaged one"
+    )
 
 
 def _same_state(found: os.stat_result, known: os.stat_result | None) -> bool:

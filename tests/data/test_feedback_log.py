@@ -311,6 +311,29 @@ def test_a_damaged_index_is_noticed(tmp_path):
         log.append(pair(1))
 
 
+def test_a_reader_notices_what_no_row_tells(tmp_path):
+    """Such as a row that is missing, or that has another row's number."""
+    file = tmp_path / "feedback.db"
+    log = FeedbackLog(str(file))
+    log.append(pair(user="somebody"))
+    log.close()
+    content = file.read_bytes()
+    file.write_bytes(content.replace(b"somebody", b"somebodx", 1))  # in the index, which comes first
+    with pytest.raises(FeedbackLogError, match="damaged"):
+        list(FeedbackLog(str(file), create=False).pairs())
+
+
+def test_a_damaged_name_in_the_table_is_one_error(tmp_path):
+    file = tmp_path / "feedback.db"
+    FeedbackLog(str(file)).close()
+    content = file.read_bytes()
+    damaged = content.replace(b"user_text TEXT", b"user_te\xe3t TEXT")
+    assert damaged != content
+    file.write_bytes(damaged)
+    with pytest.raises(FeedbackLogError, match="a text in it is damaged"):
+        list(FeedbackLog(str(file), create=False).pairs())
+
+
 def test_a_row_with_a_damaged_prompt_is_named_and_how_to_go_on(tmp_path):
     log = FeedbackLog(str(tmp_path / "feedback.db"))
     log.append(pair())
@@ -322,7 +345,17 @@ def test_a_row_with_a_damaged_prompt_is_named_and_how_to_go_on(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", ["chosen = 'no!'", "received = 9", "user_id = 'bob'", "chosen = x'ff'", "digest = ''"]
+    "change",
+    [
+        "chosen = 'no!'",
+        "chosen = rejected",
+        "chosen = NULL, rejected = NULL",
+        "chosen = x'ff'",
+        "received = 9",
+        "user_id = 'bob'",
+        "digest = ''",
+        "liked = true, digest = NULL",
+    ],
 )
 def test_a_row_that_changed_on_the_disk_is_refused(url, change):
     if "x'ff'" in change and "sqlite" not in url:
@@ -338,6 +371,8 @@ def test_a_row_that_changed_on_the_disk_is_refused(url, change):
         next(rows)
     with pytest.raises(FeedbackLogError, match="damaged"):
         log.append(pair(2))
+    with pytest.raises(FeedbackLogError, match="damaged"):
+        log.newest_pairs("bob" if "bob" in change else "ann", 5)
 
 
 def test_a_log_without_digests_is_read_and_later_has_them(url):
