@@ -1,7 +1,8 @@
 """Kills training (kill -9) at chosen moments, once and twice, and compares all that is left with a run in peace.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill_points.py                        # 15 configurations
+    OMP_NUM_THREADS=1 python benchmarks/kill_points.py                        # 17 configurations
     OMP_NUM_THREADS=1 python benchmarks/kill_points.py --only plain --pairs 0 --singles 4
+    OMP_NUM_THREADS=1 python benchmarks/kill_points.py --way terminate        # SIGTERM in place of kill -9; max_time
     OMP_NUM_THREADS=1 python benchmarks/kill_points.py --together 10          # runs that are started at once
 
 A moment is a place in the code, such as a micro-batch inside an accumulation, a batch of a validation, a half-written
@@ -12,6 +13,11 @@ of the best checkpoints; every row of `metrics.csv` (but for speed and memory), 
 
 Processes are forks of this one, which has imported what takes long, and run the command line. Of two that train
 together either one is killed, and the other then as well, as torchrun does.
+
+With `--way terminate` the process sends itself SIGTERM instead, as SLURM and Kubernetes do, and must end all processes
+by itself. With `--way max_time`, the time of `--trainer.max_time` is over at the moment; the run goes on without that
+option. A run that `max_time` ends validates once more than the one in peace, so only weights, optimizer, schedule and
+number of steps are compared.
 """
 
 from __future__ import annotations
@@ -37,6 +43,7 @@ from typing import Any
 
 import torch
 from kill_resume import distance
+from lightning.pytorch.callbacks import Timer
 from resume_points import write_rows
 
 from prlhf_lightning.cli.main import main
@@ -80,10 +87,17 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "monitored": {"collapse.prompts": 2, "collapse.max_new_tokens": 4, "checkpoint.save_top_k": 2},
     "warmed_up": {"model.optim.warmup_steps": 4, "trainer.max_steps": 9, "data.balance": 0.5},
     "baseline": {"train_baseline": "true", "trainer.max_epochs": 1},
+    "continued": {"init_from": "{root}/first/runs/version_0/checkpoints/last.ckpt", "trainer.val_check_interval": 3},
     "two_processes": {"trainer.strategy": "ddp", "trainer.devices": 2, "trainer.val_check_interval": 2},
+    "sharded": {
+        "trainer.strategy": "{class_path: prlhf_lightning.FSDP2Strategy}",
+        "trainer.devices": 2,
+        "trainer.val_check_interval": 2,
+    },
 }
 TIMED = ("per_second", "peak_memory")
 TOLERANCE = 1e-5  # of several processes, whose sums may be added in another order
+STOPPED = 128 + signal.SIGTERM  # exit status of a process that was told to stop
 
 
 # ---- where a process dies
@@ -92,6 +106,19 @@ TOLERANCE = 1e-5  # of several processes, whose sums may be added in another ord
 def die() -> None:
     """End this process as `kill -9` does."""
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def terminate() -> None:
+    """Tell this process to stop as a scheduler does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_out_of_time() -> None:
+    """Let all time of `--trainer.max_time` be over."""
+    Timer.time_elapsed = lambda self, stage=None: float(1 << 30)  # type: ignore[method-assign]
+
+
+WAYS: dict[str, Callable[[], None]] = {"kill": die, "terminate": terminate, "max_time": run_out_of_time}
 
 
 def count_calls(owner: Any, name: str, reached: Callable[[], None], after: bool = False) -> None:
@@ -174,7 +201,14 @@ MOMENTS: dict[str, Callable[[Callable[[], None]], None]] = {
 }
 
 
-def start(name: str, root: Path, folder: Path, moment: tuple[str, int] | None, counts: Path | None = None) -> int:
+def start(
+    name: str,
+    root: Path,
+    folder: Path,
+    moment: tuple[str, int] | None,
+    counts: Path | None = None,
+    way: str = "kill",
+) -> int:
     """Run the command of a configuration to its end or death; return the exit status, negative where it was killed.
 
     Args:
@@ -183,8 +217,13 @@ def start(name: str, root: Path, folder: Path, moment: tuple[str, int] | None, c
         folder: What this run, and the runs that go on with it, write to.
         moment: Where it dies, and the how manieth time that it is there.
         counts: File for how often each moment was reached.
+        way: How it dies.
     """
     settings = {**COMMAND, **CONFIGURATIONS[name]}
+    if "init_from" in settings:
+        settings["init_from"] = settings["init_from"].format(root=root)
+    if moment is not None and way == "max_time":
+        settings["trainer.max_time"] = "99:00:00:00"
     processes = settings.get("trainer.devices", 1)
     data = "thumbs" if settings["model.loss"] == "KTOLoss" else "pairs"
     settings |= {"data.source.train": root / f"{data}.jsonl", "trainer.default_root_dir": folder / "runs"}
@@ -210,25 +249,28 @@ def start(name: str, root: Path, folder: Path, moment: tuple[str, int] | None, c
                 os.environ.update({key: str(value) for key, value in told.items()})
             reached: Counter[str] = Counter()
             for kind, watch in MOMENTS.items():
-                watch(partial(_reached, reached, kind, moment if rank == victim else None))
+                watch(partial(_reached, reached, kind, moment if rank == victim else None, WAYS[way]))
             main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
             if counts is not None and rank == 0:
                 counts.write_text(json.dumps(reached))
-            os._exit(0)
+            is_over = moment is not None and way == "max_time" and reached[moment[0]] >= moment[1]
+            os._exit(STOPPED if is_over else 0)
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else 1)
         except BaseException as error:
             print("ended with", repr(error), flush=True)
             os._exit(1)
     return _wait(pids)
 
 
-def _reached(counter: Counter[str], kind: str, moment: tuple[str, int] | None) -> None:
+def _reached(counter: Counter[str], kind: str, moment: tuple[str, int] | None, end: Callable[[], None]) -> None:
     counter[kind] += 1
     if moment == (kind, counter[kind]):
-        die()
+        end()
 
 
 def _wait(pids: list[int]) -> int:
-    """Wait for processes; once one has died, end the others."""
+    """Wait for processes; once one has died, end the others, but not if it stopped in an orderly way."""
     status, left = 0, set(pids)
     while left:
         pid, code = os.wait()
@@ -236,7 +278,7 @@ def _wait(pids: list[int]) -> int:
         code = os.waitstatus_to_exitcode(code)
         if code and not status:
             status = code
-            for other in left:
+            for other in left if code != STOPPED else ():
                 os.kill(other, signal.SIGKILL)
     return status
 
@@ -306,34 +348,44 @@ def trials(counts: dict[str, int], pairs: int, singles: int, draw: random.Random
     yield from double if pairs < 0 or pairs >= len(double) else draw.sample(double, pairs)
 
 
-def measure(name: str, pairs: int, singles: int, seed: int, root: Path) -> list[str]:
+#: Exit statuses of a process that was ended: killed, stopped, or told to stop before or after it trained.
+_ENDS = (-signal.SIGKILL, STOPPED, -signal.SIGTERM)
+
+
+def measure(name: str, pairs: int, singles: int, seed: int, root: Path, way: str = "kill") -> list[str]:
     """Try a configuration; return what went wrong."""
     draw, began = random.Random(f"{seed} {name}"), time.time()
+    first = root / "first"
+    if "init_from" in CONFIGURATIONS[name] and not first.exists() and start("plain", root, first, None):
+        return [f"{name}: the first run failed: {_said(first)}"]
     peace = root / name / "peace"
     if start(name, root, peace, None, root / name / "counts.json"):
         return [f"{name}: the run in peace failed: {_said(peace)}"]
     counts = json.loads((root / name / "counts.json").read_text())
     expected = result(peace)
+    if way == "max_time":
+        expected = {key: value for key, value in expected.items() if key.startswith("last.ckpt")}
     tolerance = TOLERANCE if "trainer.devices" in CONFIGURATIONS[name] else 0.0
     wrong, kills, doubles, runs = [], 0, 0, 0
     for number, moments in enumerate(trials(counts, pairs, singles, draw)):
         folder = root / name / f"run-{number}"
         died, before = 0, len(wrong)
         for moment in [*moments, None]:
-            status = start(name, root, folder, moment)
-            died += status == -signal.SIGKILL
-            if status not in (0, -signal.SIGKILL) or (moment is None and status):
+            status = start(name, root, folder, moment, way=way)
+            died += status in _ENDS
+            if status not in (0, *_ENDS) or (moment is None and status):
                 wrong.append(f"{name}: {moments}: exit {status}: {_said(folder)}")
                 break
         else:
-            if other := differences(expected, result(folder), tolerance):
+            found = {key: value for key, value in result(folder).items() if way != "max_time" or key in expected}
+            if other := differences(expected, found, tolerance):
                 wrong.append(f"{name}: killed at {moments}: {', '.join(other)} differ")
         if len(wrong) > before:
             print(wrong[-1], flush=True)
         runs, kills, doubles = runs + 1, kills + died, doubles + (died > 1)
         shutil.rmtree(folder)
     print(
-        f"{name}: {runs} runs, {kills} kills, {doubles} killed twice: {len(wrong)} ended differently "
+        f"{name}, {way}: {runs} runs, {kills} ended, {doubles} twice: {len(wrong)} ended differently "
         f"({time.time() - began:.0f} s)",
         flush=True,
     )
@@ -398,6 +450,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--pairs", type=int, default=12, help="pairs of moments of each configuration; -1 for all")
     parser.add_argument("--singles", type=int, default=13, help="runs of each configuration that are killed once")
+    parser.add_argument("--way", choices=WAYS, default="kill", help="how a process ends at a moment")
     parser.add_argument("--together", type=int, default=0, help="start so many runs at once, and do nothing else")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -410,7 +463,9 @@ if __name__ == "__main__":
             mistakes = [
                 mistake
                 for name in arguments.only
-                for mistake in measure(name, arguments.pairs, arguments.singles, arguments.seed, Path(place))
+                for mistake in measure(
+                    name, arguments.pairs, arguments.singles, arguments.seed, Path(place), arguments.way
+                )
             ]
     print("\n".join(mistakes))
     sys.exit(bool(mistakes))
