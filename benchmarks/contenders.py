@@ -1,35 +1,40 @@
 """What the benchmarks compare: our training step, TRL's DPOTrainer, and the authors' scheme.
 
 A step is forward, loss, backward, clipping and AdamW on a batch that is already tokenized; no trainer's loop or logging
-is in it. All see the same model (random weights), the same LoRA and the same token ids. Needs the package `trl`.
+is in it. All see the same model (random weights), the same LoRA and the same token ids. Without the package `trl`, its
+contenders are left out.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import importlib.util
 import platform
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
-import trl
 from datasets import Dataset
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.losses import DPOLoss
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
+from prlhf_lightning.policies.loading import avoid_cudnn_attention
 from prlhf_lightning.training import PersonalizedLM, RowwiseAdamW
 from prlhf_lightning.training.optim import clip_gradients
 from prlhf_lightning.types import PreferenceBatch, Tokens
 from prlhf_lightning.user_models import IndividualUserModel, UniformUserModel
 
 MODELS = {
+    "tiny": {"vocab_size": 32000, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "heads": 2},
     "20m": {"vocab_size": 32000, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 6, "heads": 4},
     "125m": {"vocab_size": 32000, "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 12, "heads": 12},
     "128k": {"vocab_size": 128256, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 4, "heads": 8},
@@ -37,6 +42,7 @@ MODELS = {
     "8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "heads": 32},
 }
 BETA, RANK = 0.1, 16
+HAS_TRL = importlib.util.find_spec("trl") is not None
 Step = Callable[[], float]
 
 
@@ -55,13 +61,47 @@ def save_model(name: str, folder: Path) -> Path:
     return path
 
 
-def make_batch(shape: tuple[int, int, int], pairs: int, device: str) -> PreferenceBatch:
-    """Draw pairs of exactly the shape's lengths."""
+@cache
+def _weights(path: Path, dtype: str, device: str) -> PreTrainedModel:
+    """Draw weights where they are computed with, in their own dtype: at 8B, the host would need 32 GB and minutes."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        return AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(path), dtype=getattr(torch, dtype))
+
+
+def make_lm(path: Path, args: argparse.Namespace, lora: bool) -> PreTrainedModel:
+    """Return a model; with LoRA, all share their weights, which nothing trains."""
+    lm = _weights(path, args.dtype, args.device)
+    shared = {id(weight): weight for weight in lm.parameters()} if lora else {}
+    return copy.deepcopy(lm, shared)
+
+
+class RandomPolicy(CausalLMPolicy):
+    """A policy with the weights that all contenders have."""
+
+    def __init__(self, path: Path, args: argparse.Namespace, lora: bool, **how: bool) -> None:
+        adapters = LoRA(rank=RANK, alpha=2 * RANK) if lora else None
+        recompute = getattr(args, "checkpointing", False)
+        what = {"random_init": 0, "dtype": args.dtype, "gradient_checkpointing": recompute}
+        super().__init__(str(path), lora=adapters, **what, **how)
+        self._args = args
+
+    def _load_lm(self) -> PreTrainedModel:
+        avoid_cudnn_attention()
+        return make_lm(Path(self.path), self._args, self.lora is not None)
+
+
+def make_batch(shape: tuple[int, int, int], pairs: int, device: str, ragged: bool = False) -> PreferenceBatch:
+    """Draw pairs of exactly the shape's lengths; ragged, of lengths between a quarter of them and the whole."""
     generator = torch.Generator().manual_seed(0)
 
     def block(length: int) -> Tokens:
         ids = torch.randint(3, 30000, (pairs, length), generator=generator)
-        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+        lengths = torch.full((pairs,), length)
+        if ragged:
+            lengths = torch.randint(max(1, length // 4), length + 1, (pairs,), generator=generator)
+            lengths[0] = length
+        return Tokens(ids, torch.arange(length) < lengths[:, None])
 
     prompt, chosen, rejected = (block(length) for length in shape)
     prompt.ids[:, 0] = 1
@@ -83,18 +123,12 @@ def ours(
 ) -> Step:
     """P-DPO with ten vectors a user, or plain DPO."""
     torch.manual_seed(0)
-    policy = CausalLMPolicy(
-        str(path),
-        lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None,
-        dtype=args.dtype,
-        random_init=0,
-        torch_compile=compiled,
-        packing=packed,
-    )
+    policy = RandomPolicy(path, args, lora, torch_compile=compiled, packing=packed)
     user_model = IndividualUserModel(10) if personal else UniformUserModel(0)
     module = PersonalizedLM(user_model, policy, DPOLoss(BETA), alpha=0.5 if personal else 1.0)
     module.vocabulary = UserVocabulary(batch.user_ids)
-    module.configure_model()
+    with torch.device(args.device):
+        module.configure_model()
     module.to(args.device).train()
     if cached:
         batch = replace(batch, reference=module.reference_log_probs(batch))
@@ -108,9 +142,10 @@ def ours(
 
 def trls(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: bool, cached: bool) -> Step:
     """TRL's DPOTrainer: its own model set-up and loss."""
+    import trl
+
     torch.manual_seed(0)
-    dtype = getattr(torch, args.dtype)
-    model = AutoModelForCausalLM.from_config(LlamaConfig.from_pretrained(path), dtype=dtype)
+    model = make_lm(path, args, lora)
     row = {"prompt": "a", "chosen": " b", "rejected": " c"}
     trainer = trl.DPOTrainer(
         model,
@@ -124,6 +159,8 @@ def trls(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: boo
         peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear") if lora else None,
     )  # fmt: skip
     model = trainer.model.to(args.device).train()
+    if getattr(args, "checkpointing", False):  # which the trainer's own loop switches on
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     for param in model.parameters():
         if lora and param.requires_grad:
             param.data = param.data.float()  # as peft leaves adapters, and as ours are
@@ -163,9 +200,7 @@ def authors(path: Path, batch: PreferenceBatch, args: argparse.Namespace, lora: 
     Full logits at every position, as `get_batch_logps` of the DPO reference code has them.
     """
     torch.manual_seed(0)
-    policy = CausalLMPolicy(
-        str(path), lora=LoRA(rank=RANK, alpha=2 * RANK) if lora else None, dtype=args.dtype, random_init=0
-    )
+    policy = RandomPolicy(path, args, lora)
     policy.build()
     policy.to(args.device).train()
     reference = copy.deepcopy(policy.lm).requires_grad_(False).eval()
@@ -223,6 +258,8 @@ def contenders(
             path, batch, args, lora, personal=True, cached=True, sampled=True
         ),
     }
+    if not HAS_TRL:
+        makers = {name: make for name, make in makers.items() if not name.startswith("TRL")}
     if getattr(args, "compiled", False):
         makers["our P-DPO, cached reference, torch_compile"] = lambda: ours(
             path, batch, args, lora, personal=True, cached=True, compiled=True
@@ -244,5 +281,5 @@ def environment(args: argparse.Namespace) -> str:
     machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{torch.get_num_threads()} CPU threads"
     return (
         f"{machine}, {platform.machine()}; {args.dtype}; torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, trl {trl.__version__}"
+        f"transformers {transformers.__version__}, {'trl ' + version('trl') if HAS_TRL else 'no trl'}"
     )

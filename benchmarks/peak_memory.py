@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from contenders import MODELS, contenders, environment, make_batch, save_model
+from contenders import MODELS, Step, contenders, environment, make_batch, save_model
 from reporting import tell
 
 
@@ -29,11 +29,9 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measure(name: str, path: Path, args: argparse.Namespace) -> float:
-    """Return what two steps of one contender add at their peak, in MiB."""
-    batch = make_batch(tuple(args.shape), args.pairs, args.device)
-    step = contenders(path, batch, args, args.mode == "lora")[name]()
-    if args.device == "cuda":
+def peak_of(step: Step, device: str) -> float:
+    """Return what two steps add at their peak, in MiB."""
+    if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
@@ -41,10 +39,16 @@ def measure(name: str, path: Path, args: argparse.Namespace) -> float:
         before = resident()
     step()
     step()
-    if args.device == "cuda":
+    if device == "cuda":
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     return int(peak.split()[1]) / 2**10 - before / 2**20
+
+
+def measure(name: str, path: Path, args: argparse.Namespace) -> float:
+    """Return what two steps of one contender add at their peak, in MiB."""
+    batch = make_batch(tuple(args.shape), args.pairs, args.device)
+    return peak_of(contenders(path, batch, args, args.mode == "lora")[name](), args.device)
 
 
 def main() -> None:
@@ -56,6 +60,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument("--checkpointing", action="store_true", help="recompute the layers' states in backward")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)  # this process's contender
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

@@ -25,15 +25,15 @@ from pathlib import Path
 
 import torch
 import transformers
-from contenders import MODELS, save_model
+from contenders import MODELS, RandomPolicy, make_batch, save_model
 from reporting import tell
 
-from prlhf_lightning.policies import CausalLMPolicy, LoRA, scoring
+from prlhf_lightning.policies import CausalLMPolicy, scoring
 from prlhf_lightning.policies.scoring import Capabilities
 from prlhf_lightning.types import Tokens
 
 SHAPES = ["300/150/150", "512/100/100", "1024/64/64", "100/250/250"]
-MODES = {"lora": {}, "checkpointing": {"gradient_checkpointing": True}, "full": {"lora": None}}
+MODES = ("lora", "checkpointing", "full")
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 WAYS = {
     "twice": Capabilities(head=True, shared_prompt=False),
@@ -42,13 +42,18 @@ WAYS = {
 }
 
 
-def make_policy(path: Path, mode: str) -> CausalLMPolicy:
+def make_policy(path: Path, mode: str, device: str = "cpu", dtype: str = "float32") -> CausalLMPolicy:
     """Build a Llama of random weights, with adapters of rank 16 unless it is trained in full."""
-    settings = {"lora": LoRA(rank=16, alpha=32), "random_init": 0} | MODES[mode]
-    policy = CausalLMPolicy(str(path), **settings)
+    how = argparse.Namespace(device=device, dtype=dtype, checkpointing=mode == "checkpointing")
+    policy = RandomPolicy(path, how, lora=mode != "full", packing=device == "cuda")  # on a CPU, nothing is packed
     policy.build(with_reference=False)
     _ = policy.tokenizer  # which would be read when it is first used
-    return policy.train()
+    return policy.to(device).train()
+
+
+def ways_of(policy: CausalLMPolicy) -> list[str]:
+    """Return the ways that a policy can take; recomputed layers keep no cache."""
+    return [way for way in WAYS if way != "cache" or not policy.gradient_checkpointing]
 
 
 def make_step(policy: CausalLMPolicy, prompt: Tokens, completions: list[Tokens], way: str) -> Callable[[], None]:
@@ -59,6 +64,8 @@ def make_step(policy: CausalLMPolicy, prompt: Tokens, completions: list[Tokens],
         chosen, rejected = policy.log_probs(prompt, completions)
         torch.nn.functional.softplus(rejected.sum - chosen.sum).mean().backward()
         policy.zero_grad(set_to_none=True)
+        if chosen.sum.is_cuda:
+            torch.cuda.synchronize()
 
     return step
 
@@ -77,16 +84,9 @@ def measure(steps: dict[str, Callable[[], None]], repeats: int, clock: Callable[
 
 def row(policy: CausalLMPolicy, shape: str, args: argparse.Namespace) -> str:
     """Measure one shape; return its line of the table."""
-    lengths = list(map(int, shape.split("/")))
-    generator = torch.Generator().manual_seed(0)
-
-    def block(width: int) -> Tokens:
-        ids = torch.randint(3, 30000, (args.pairs, width), generator=generator)
-        return Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
-
-    prompt, *completions = map(block, lengths)
-    ways = [way for way in WAYS if way != "cache" or not policy.gradient_checkpointing]
-    steps = {way: make_step(policy, prompt, completions, way) for way in ways}
+    lengths = tuple(map(int, shape.split("/")))
+    batch = make_batch(lengths, args.pairs, "cpu")
+    steps = {way: make_step(policy, batch.prompt, [batch.chosen, batch.rejected], way) for way in ways_of(policy)}
     times = measure(steps, args.repeats, CLOCKS[args.clock])
     cells = [shape, f"{lengths[0] / (2 * lengths[0] + sum(lengths[1:])):.2f}", spread(times["twice"], ".0f")]
     for way in ("cache", "tree"):

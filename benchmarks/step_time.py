@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compiled", action="store_true", help="also time our P-DPO with torch.compile")
     parser.add_argument("--packed", action="store_true", help="also time our P-DPO with packing (cuda)")
+    parser.add_argument("--checkpointing", action="store_true", help="recompute the layers' states in backward")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--output", type=Path, default=Path("docs/benchmarks/step_time.md"))
