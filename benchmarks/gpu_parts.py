@@ -77,7 +77,8 @@ POLIS = {"steps": 300, "pairs": 64, "evaluated": 40}  # `evaluated` batches of v
 
 def tell(what: str, **values: float | str) -> None:
     """Print a result."""
-    print(RESULT + json.dumps({"what": what, **values}), flush=True)
+    # In a line of its own, whatever came before.
+    print("\n" + RESULT + json.dumps({"what": what, **values}), flush=True)
 
 
 def sizes_of(args: argparse.Namespace) -> Sizes:
@@ -103,7 +104,17 @@ def gpu_tests(args: argparse.Namespace) -> None:
     marked.sort(key=lambda path: (len(path.parts), path))  # those of folders compile kernels and take longer
     files = [own] if args.rehearse else [own, *(path for path in marked if path != own)]
     which = ["-k", "step_changes and cpu"] if args.rehearse else ["-m", "gpu"]
-    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "--rootdir", str(REPO), "-c", str(REPO / "pyproject.toml")]
+    options = [
+        "-q",
+        "-s",
+        "--tb=short",
+        "-p",
+        "no:cacheprovider",
+        "--rootdir",
+        str(REPO),
+        "-c",
+        str(REPO / "pyproject.toml"),
+    ]
     code = pytest.main([*options, *which, *map(str, files)], plugins=[Reporter()])
     if code:
         raise SystemExit(f"pytest ended with {code!r}")
