@@ -122,6 +122,10 @@ class PersonalizedModel(nn.Module):
             raise ConfigurationError("The users are not known yet: call setup() or load a checkpoint first.")
         return self.vocabulary
 
+    def penalty(self, batch: PreferenceBatch) -> Tensor | None:
+        """Return the user model's penalty of each pair's user, `[B]`, or None; see `UserModel.penalty`."""
+        return self.user_model.penalty(Users(to_device(self._known_users().rows(batch.user_ids), self.device)))
+
     # ---- log-probs and rewards
 
     def reference_log_probs(self, batch: PreferenceBatch) -> PairLogProbs | None:
@@ -165,7 +169,7 @@ class PersonalizedModel(nn.Module):
             [self.user_model.generic(users).select(first) if g else self.user_model(users) for g in generic]
         )
         index = torch.cat(rows)
-        scored = self._scored(batch, index, soft_prompt)
+        scored = self.scored(batch, index, soft_prompt)
         ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
         places = [torch.arange(end - len(r), end, device=index.device) for r, end in zip(rows, ends, strict=True)]
         return [scored.select(place[of_pair] if g else place) for place, g in zip(places, generic, strict=True)]
@@ -184,7 +188,7 @@ class PersonalizedModel(nn.Module):
         order = to_device(generic.int().argsort(stable=True), users.rows.device)
         own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
         soft_prompt = SoftPrompt.cat_batch([self.user_model(own), self.user_model.generic(others)])
-        return self._scored(batch, order, soft_prompt).select(order.argsort())
+        return self.scored(batch, order, soft_prompt).select(order.argsort())
 
     @torch.no_grad()
     def rewards(self, batch: PreferenceBatch, generic: bool = False) -> tuple[Tensor, Tensor]:
@@ -197,8 +201,8 @@ class PersonalizedModel(nn.Module):
         (scored,) = self.log_probs(batch, [generic])
         return self.loss.rewards(scored, self.reference_log_probs(batch))
 
-    def _scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
-        """Score the pairs at `rows` `[N]` under the policy, each with its own of N soft prompts."""
+    def scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
+        """Return differentiable log-probs of the pairs at `rows` `[N]`, each with its own of N soft prompts."""
         completions = [part.select(rows) for part in self._completions(batch)]
         scores = self.policy.log_probs(batch.prompt.select(rows), completions, soft_prompt)
         return self._pair(scores, batch.desirable[rows])

@@ -267,6 +267,10 @@ class PairLogProbs(_TensorStruct):
     chosen: LogProbs
     rejected: LogProbs
 
+    def detached(self) -> PairLogProbs:
+        """Return the same numbers without gradients."""
+        return self._map(lambda part: part._map(Tensor.detach))
+
 
 @dataclass(frozen=True)
 class LossOutput(_TensorStruct):

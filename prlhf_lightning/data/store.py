@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from hashlib import file_digest, sha256
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self, TypeAlias, TypeVar
 
@@ -146,6 +146,21 @@ class TokenizedSplit:
         """Return rows in the order of `positions`, each with its position as `record`."""
         rows: list[dict[str, Any]] = self._rows[list(positions)].to_pylist()
         return [{**row, "record": position} for row, position in zip(rows, positions, strict=True)]
+
+    def ids(self, positions: npt.NDArray[np.int64], parts: Sequence[str]) -> list[list[bytes]]:
+        """Return the token ids of parts of rows, as bytes of int32, in the order of `positions`.
+
+        Args:
+            positions: `[n]`.
+            parts: Such as `prompt`, `chosen` and `rejected`.
+        """
+        table = self._rows[positions.tolist()]
+        found = []
+        for part in parts:
+            column = table[f"{part}_ids"].combine_chunks()
+            ids, ends = column.flatten().to_numpy(), (column.offsets.to_numpy() - column.offsets[0].as_py()).tolist()
+            found.append([ids[start:end].tobytes() for start, end in pairwise(ends)])
+        return found
 
     @cached_property
     def users(self) -> npt.NDArray[np.int32]:

@@ -72,6 +72,7 @@ from prlhf_lightning.training.reference_store import ReferenceStore, exchange, o
 from prlhf_lightning.training.resume import StepProgress, end_epoch, go_on
 from prlhf_lightning.training.settings_checks import check_feedback, check_fit, check_row_lengths
 from prlhf_lightning.training.sharding import check_strategy, dummy_batch, is_sharded, shard
+from prlhf_lightning.training.user_start import start_users
 from prlhf_lightning.training.warm_start import WarmStart
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.user_models import UserModel
@@ -251,6 +252,9 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             rank_zero_info(note)
         if getattr(self.policy, "torch_compile", False):
             rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
+        if self.vocabulary is not None:
+            is_fresh = self._started_from is None and not self.trainer.ckpt_path
+            start_users(self, self.vocabulary, self._datamodule, is_fresh, self._started_from is not None)
         ddp = ddp_wrapper(self.trainer)
         if ddp is not None or is_sharded(self.policy):
             broadcast_parameters(self.user_model, alone=ddp is None)

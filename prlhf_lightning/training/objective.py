@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prlhf_lightning.model import PersonalizedModel
-from prlhf_lightning.types import LossOutput, PairLogProbs, PreferenceBatch, Tokens
+from prlhf_lightning.types import LossOutput, PairLogProbs, PreferenceBatch, Tokens, to_device
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,16 @@ class Objective:
 
     def _compute(self, batch: PreferenceBatch, every_term: bool, sampled: bool) -> tuple[Tensor, list[Term]]:
         model = self.model
+        penalty = model.penalty(batch)
         if sampled and model.user_model.personalizes:
-            drawn = model.log_probs_under_either(batch, torch.rand(len(batch)) >= self.alpha)
+            generic = torch.rand(len(batch)) >= self.alpha
+            drawn = model.log_probs_under_either(batch, generic)
             reference = model.reference_log_probs(batch)
             output = model.loss(drawn, reference)
-            return output.losses, [Term(False, drawn, output, reference)]
+            losses = output.losses
+            if penalty is not None:
+                losses = losses + penalty.masked_fill(to_device(generic, penalty.device), 0.0)
+            return losses, [Term(False, drawn, output, reference)]
         weights = self._weights
         kinds = [generic for generic, weight in weights.items() if weight > 0 or every_term]
         reference = model.reference_log_probs(batch)
@@ -82,6 +87,8 @@ class Objective:
         ]
         # P-DPO, arXiv:2402.05133: mixed pair by pair, before the mean over the batch.
         losses = torch.stack([weights[term.generic] * term.output.losses for term in terms]).sum(0)
+        if penalty is not None:
+            losses = losses + weights[False] * penalty
         return losses, terms
 
     @torch.no_grad()

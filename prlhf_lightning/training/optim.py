@@ -29,6 +29,9 @@ _OF_MASTER = ("master", "exp_avg", "exp_avg_sq")  # float32 state of a half-prec
 _WARMUPS = "a whole number of steps, or, below 1, a share of all steps"
 #: Default rate of adapters at this width, and the maximum at any width.
 _RATE, _WIDTH, _HIGHEST = 1.5e-4, 2000, 2e-3
+#: Rate of the directions of users' codes, relative to their root mean square. At 20 times the rate of adapters, which
+#: suits prompts, a basis grew 17-fold in 300 steps, by noise.
+_OF_DIRECTIONS = 0.01
 
 
 @dataclass(frozen=True)
@@ -95,10 +98,19 @@ class Optim:
         return replace(self, lr=lr, user_lr=user_lr)
 
     def group(self, name: str) -> dict[str, Any]:
-        """Return the settings of a parameter group: `policy`, `user_model` or `user_tables`; all rates must be set."""
-        rates = {"policy": self.lr, "user_model": self.user_lr, "user_tables": self.table_lr or self.user_lr}
-        decays = {"policy": self.weight_decay, "user_model": 0.0, "user_tables": self.user_weight_decay}
-        return {"lr": rates[name], "weight_decay": decays[name], "betas": self.betas}
+        """Return the settings of a parameter group; all rates must be set.
+
+        Args:
+            name: `policy`, `user_model`, `user_tables`, or `user_directions`, whose rate is relative to their size.
+        """
+        rates = {
+            "policy": self.lr,
+            "user_model": self.user_lr,
+            "user_tables": self.table_lr or self.user_lr,
+            "user_directions": _OF_DIRECTIONS,
+        }
+        decays = {"policy": self.weight_decay, "user_tables": self.user_weight_decay}
+        return {"lr": rates[name], "weight_decay": decays.get(name, 0.0), "betas": self.betas}
 
     def warmup(self, total_steps: int) -> int:
         """Return the number of warm-up steps of a run of `total_steps`."""
@@ -221,10 +233,11 @@ def make_optimizer(optim: Optim, policy: nn.Module, user_model: UserModel) -> Ro
         user_model: A user model that has been built.
     """
     tables = user_model.row_tables()
-    is_table = {id(table) for table in tables}
-    shared = [p for p in user_model.parameters() if p.requires_grad and id(p) not in is_table]
+    directions = user_model.directions()
+    apart = {id(param) for param in (*tables, *directions)}
+    shared = [p for p in user_model.parameters() if p.requires_grad and id(p) not in apart]
     trained = [p for p in policy.parameters() if p.requires_grad]
-    parts = {"policy": trained, "user_model": shared, "user_tables": tables}
+    parts = {"policy": trained, "user_model": shared, "user_tables": tables, "user_directions": directions}
     return RowwiseAdamW(
         [{"name": name, "params": params, **optim.group(name)} for name, params in parts.items() if params]
     )
@@ -238,7 +251,7 @@ def make_schedule(optim: Optim, optimizer: torch.optim.Optimizer, steps: int) ->
 
 
 def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: LambdaLR) -> None:
-    """Apply the settings of a run to an optimizer and a schedule that were restored from a checkpoint.
+    """Apply the settings of a run to a new optimizer and schedule, or to those restored from a checkpoint.
 
     Args:
         optim: The settings.
@@ -247,6 +260,9 @@ def apply_settings(optim: Optim, optimizer: torch.optim.Optimizer, scheduler: La
     """
     for number, group in enumerate(optimizer.param_groups):
         settings = optim.group(group["name"])
+        if group["name"] == "user_directions":  # relative to their size at the first step
+            size = torch.cat([param.detach().flatten() for param in group["params"]]).square().mean().sqrt()
+            settings["lr"] = scheduler.base_lrs[number] if scheduler.last_epoch else settings["lr"] * float(size)
         rate = settings["lr"] * scheduler.lr_lambdas[number](scheduler.last_epoch)
         group.update(settings, lr=rate, initial_lr=settings["lr"])
         scheduler.base_lrs[number] = settings["lr"]

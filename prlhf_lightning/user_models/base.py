@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import History, SoftPrompt, Users
+from prlhf_lightning.user_models.factorization import UserCodes
 
 
 class UserModel(nn.Module, ABC):
@@ -28,6 +29,9 @@ class UserModel(nn.Module, ABC):
 
     #: Most pairs per user that the model reads in training; 0 if it reads none.
     history_size: int = 0
+
+    #: Numbers per user that `start_fit` can start from, estimated from users' feedback alone; 0 if none.
+    code_size: int = 0
 
     @abstractmethod
     def build(self, num_rows: int, token_embeddings: Tensor) -> None:
@@ -65,6 +69,27 @@ class UserModel(nn.Module, ABC):
             tables: The trained tables, in the order of `row_tables`.
         """
         return [table[0] for table in tables]
+
+    def directions(self) -> list[nn.Parameter]:
+        """Return shared parameters that users' rows multiply; their learning rate is relative to their size."""
+        return []
+
+    def start_fit(self, pairs: Tensor, codes: UserCodes | None, is_fresh: bool) -> None:
+        """Prepare for a fit, after `build`; by default nothing.
+
+        Args:
+            pairs: `[num_rows]` float32 number of training pairs of each row's user.
+            codes: What the pairs say about the users' codes, `[num_rows - 1, code_size]`; None if that is not known.
+            is_fresh: Whether the rows are those of `build`, and not of a checkpoint.
+        """
+
+    def penalty(self, users: Users) -> Tensor | None:
+        """Return a penalty of each user's row, such as a prior, to add to the loss of the user's own term.
+
+        Returns:
+            `[B]`, or None for none. Each is the share of one of the user's training pairs.
+        """
+        return None
 
     def history_tables(self) -> list[Tensor]:
         """Return the `row_tables` that are computed from the users' training pairs instead of trained.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from itertools import islice
 
+import torch
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import History, SoftPrompt, Users
 from prlhf_lightning.user_models.base import UserModel
+from prlhf_lightning.user_models.factorization import UserCodes
 
 
 class CompositeUserModel(UserModel):
@@ -26,6 +28,7 @@ class CompositeUserModel(UserModel):
         self.personalizes = any(part.personalizes for part in parts)
         self.uses_text = any(part.uses_text for part in parts)
         self.history_size = max(part.history_size for part in parts)
+        self.code_size = max(part.code_size for part in parts)
 
     @property
     def _models(self) -> list[UserModel]:
@@ -48,6 +51,20 @@ class CompositeUserModel(UserModel):
         """Return each part's rows for its own tables."""
         left = iter(tables)
         return [row for part in self._models for row in part.new_rows(list(islice(left, len(part.row_tables()))))]
+
+    def directions(self) -> list[nn.Parameter]:
+        """Return the directions of all parts."""
+        return [parameter for part in self._models for parameter in part.directions()]
+
+    def start_fit(self, pairs: Tensor, codes: UserCodes | None, is_fresh: bool) -> None:
+        """Prepare each part."""
+        for part in self._models:
+            part.start_fit(pairs, codes if part.code_size else None, is_fresh)
+
+    def penalty(self, users: Users) -> Tensor | None:
+        """Return the sum of the parts' penalties."""
+        found = [penalty for part in self._models if (penalty := part.penalty(users)) is not None]
+        return torch.stack(found).sum(0) if found else None
 
     def history_tables(self) -> list[Tensor]:
         """Return the history tables of all parts."""

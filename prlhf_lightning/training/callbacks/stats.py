@@ -15,7 +15,7 @@ from prlhf_lightning.types import PreferenceBatch
 
 _GIB = 2**30
 #: Names of the learning rates of the optimizer's groups, as in `model.optim`.
-_RATES = {"policy": "lr", "user_model": "user_lr", "user_tables": "table_lr"}
+_RATES = {"policy": "lr", "user_model": "user_lr", "user_tables": "table_lr", "user_directions": "direction_lr"}
 
 
 class TrainingStats(Callback):
