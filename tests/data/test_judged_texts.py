@@ -43,7 +43,7 @@ def test_each_side_of_each_pair_is_a_judgment_of_its_user(tmp_path, model_path):
     assert actual == sorted(expected)
 
 
-def test_equal_completions_are_one_text_only_under_the_same_prompt(tmp_path, model_path):
+def test_equal_completions_of_one_prompt_are_one_text(tmp_path, model_path):
     _, found = judged(tmp_path, model_path, ROWS)
     assert len(found.lengths) == 4
     assert len(found.texts) == 6

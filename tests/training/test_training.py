@@ -121,7 +121,8 @@ def test_full_fine_tuning_trains_and_saves_all_weights(model_path, votes, tmp_pa
 
 # Within the first epoch of ten steps, at its end, within the second.
 @pytest.mark.parametrize(
-    ("step", "name"), [(3, "individual"), (10, "individual"), (13, "individual"), (13, "amortized")]
+    ("step", "name"),
+    [(3, "individual"), (10, "individual"), (13, "individual"), (13, "amortized"), (13, "low rank")],
 )
 def test_a_run_that_crashed_goes_on_to_the_same_weights(model_path, votes, tmp_path, step, name):
     def run(folder, *callbacks: Callback, checkpoint=None) -> PersonalizedLM:

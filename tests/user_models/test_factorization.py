@@ -43,7 +43,7 @@ def test_users_of_chance_are_not_told_apart():
     assert found.mean.square().mean() < 0.2
 
 
-def test_features_tell_what_users_think_of_texts_that_nobody_else_judged():
+def test_features_place_texts_that_only_one_user_judged():
     draw = torch.Generator().manual_seed(0)
     users = torch.arange(2000) % USERS
     features = torch.randn(2000, 4, generator=draw)  # each text is judged once
@@ -127,7 +127,7 @@ def features_of(*texts: list[int], size: int = 8) -> Tensor:
     return text_features(torch.tensor([token for text in texts for token in text]), lengths, size)[:, :-1]
 
 
-def test_texts_that_share_words_are_closer_than_texts_that_do_not():
+def test_texts_that_share_words_are_closer():
     features = features_of([1, 2, 3, 4], [1, 2, 3, 5], [6, 7, 8, 9], [6, 7, 8, 10])
     similar = torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=-1)
     assert similar[0, 1] > similar[0, 2] + 0.2
