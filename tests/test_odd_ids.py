@@ -16,8 +16,8 @@ from safetensors import safe_open
 from short_runs import fit, run_config
 
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.cli.user_rows import UserRows
 from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.user_rows import UserRows
 from prlhf_lightning.utils.io import escape_cell, unescape_cell
 from prlhf_lightning.utils.terminal import printable
 

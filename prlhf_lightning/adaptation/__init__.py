@@ -5,6 +5,7 @@ from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start, in
 from prlhf_lightning.adaptation.laplace import Posterior, laplace
 from prlhf_lightning.adaptation.margins import Margins, select_pairs
 from prlhf_lightning.adaptation.prior import UserPrior
+from prlhf_lightning.adaptation.shrink_users import ShrinkUsers
 from prlhf_lightning.adaptation.shrinkage import Shrinkage, fit_shrinkage
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Encoded",
     "Margins",
     "Posterior",
+    "ShrinkUsers",
     "Shrinkage",
     "UserPrior",
     "adapt_users",

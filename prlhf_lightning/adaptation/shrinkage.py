@@ -7,7 +7,7 @@ training did not see (James and Stein 1961; here by likelihood, since margins ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,32 +68,52 @@ def fit_shrinkage(
     Raises:
         ConfigurationError: No pair belongs to a known user, or these users have no trained rows.
     """
-    read = {id(table) for table in model.user_model.history_tables()}
-    trained = {name: id(table) not in read for name, table in row_tables(model).items()}
-    if not any(trained.values()):
+    names = trained_tables(model)
+    if not names:
         raise ConfigurationError(
             f"shrink: {type(model.user_model).__name__} reads users from their pairs; it has no trained rows to shrink."
         )
-    known = model.vocabulary.rows(pairs.user_ids) if model.vocabulary else torch.zeros(len(pairs), dtype=torch.long)
-    places = known.nonzero().flatten()
+    places = known_rows(model, pairs).nonzero().flatten()
     if not len(places):
         raise ConfigurationError("shrink: no pair belongs to a user in the checkpoint; give pairs of its users.")
-    places = places[torch.from_numpy(spread(len(places), most))]
-    users, of = torch.unique(known[places], return_inverse=True)
-    rows, generic = trained_rows(model, users)
-    widths = [table[0].numel() for table in row_tables(model).values()]
-    moves = torch.tensor(list(trained.values())).repeat_interleave(torch.tensor(widths)).to(rows.device)
-    if not (rows != generic)[:, moves].any():
+    chosen = select_pairs(pairs, places[torch.from_numpy(spread(len(places), most))])
+    rows, generic = trained_rows(model, torch.unique(known_rows(model, chosen)))
+    if not (rows != generic)[:, _columns(model, names)].any():
         raise ConfigurationError(
             "shrink: all users of these pairs have the row of a new user (they were added, but not trained)."
         )
-    margins_of = Margins(model, select_pairs(pairs, places))
-    drawn = (torch.where(moves, torch.lerp(generic, rows, factor), rows) for factor in factors)
-    margins = torch.stack([margins_of(some, of) for some in drawn])
-    return Shrinkage(
-        tuple(factors),
-        F.logsigmoid(margins).mean(1),
-        (margins > 0).float().mean(1),
-        len(places),
-        tuple(name for name, moved in trained.items() if moved),
-    )
+    margins = margins_by_factor(model, chosen, factors)
+    return Shrinkage(tuple(factors), F.logsigmoid(margins).mean(1), (margins > 0).float().mean(1), len(chosen), names)
+
+
+def margins_by_factor(model: PersonalizedModel, pairs: PreferenceBatch, factors: Sequence[float]) -> Tensor:
+    """Return the margins of N pairs with rows at each of F factors, `[F, N]`, on the model's device.
+
+    Args:
+        model: A trained model with `trained_tables`.
+        pairs: Pairs of known users.
+        factors: The parts that are left of the rows' distance from the generic user.
+    """
+    users, of = torch.unique(known_rows(model, pairs), return_inverse=True)
+    rows, generic = trained_rows(model, users)
+    margins_of, moves = Margins(model, pairs), _columns(model, trained_tables(model)).to(rows.device)
+    moved = (torch.where(moves, torch.lerp(generic, rows, factor), rows) for factor in factors)
+    return torch.stack([margins_of(some, of) for some in moved])
+
+
+def trained_tables(model: PersonalizedModel) -> tuple[str, ...]:
+    """Return the names of the user tables that are trained, in the user model; others are read from users' pairs."""
+    read = {id(table) for table in model.user_model.history_tables()}
+    return tuple(name for name, table in row_tables(model).items() if id(table) not in read)
+
+
+def known_rows(model: PersonalizedModel, pairs: PreferenceBatch) -> Tensor:
+    """Return the number of each pair's user in the tables, `[N]`; 0 for unknown users."""
+    return model.vocabulary.rows(pairs.user_ids) if model.vocabulary else torch.zeros(len(pairs), dtype=torch.long)
+
+
+def _columns(model: PersonalizedModel, names: Collection[str]) -> Tensor:
+    """Return which numbers of a user's concatenated rows are of the tables `names`, `[p]` bool."""
+    tables = row_tables(model)
+    widths = torch.tensor([table[0].numel() for table in tables.values()])
+    return torch.tensor([name in names for name in tables]).repeat_interleave(widths)

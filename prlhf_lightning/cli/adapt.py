@@ -17,7 +17,6 @@ from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_use
 from prlhf_lightning.adaptation.margins import check_ranks_pairs
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.models import module_of, pick_device
-from prlhf_lightning.cli.user_rows import UserRows, user_rows
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.privacy import hashed
@@ -26,6 +25,7 @@ from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.user_rows import UserRows, user_rows
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
 from prlhf_lightning.utils.io import check_output

@@ -15,8 +15,8 @@ from prlhf_lightning.cli.byte_search import IdSearch, is_of_no_user, texts
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.file_contents import SQLITE, UnreadContentError, contents, head_of
 from prlhf_lightning.cli.model_card import is_card
-from prlhf_lightning.cli.user_rows import user_rows
 from prlhf_lightning.errors import PRLHFError
+from prlhf_lightning.training.user_rows import user_rows
 from prlhf_lightning.utils.cache_dir import default_cache_dir
 from prlhf_lightning.utils.hashing import SETTINGS
 from prlhf_lightning.utils.progress import progress_bars

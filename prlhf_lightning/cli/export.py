@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.model_card import is_card, model_card
 from prlhf_lightning.cli.models import module_of
-from prlhf_lightning.cli.user_rows import check_known_users
 from prlhf_lightning.data import UserVocabulary
 from prlhf_lightning.data.tokenization import writes_bos
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
@@ -28,6 +27,7 @@ from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
 from prlhf_lightning.policies.loading import unused_ids
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.training.user_rows import check_known_users
 from prlhf_lightning.types import Users
 from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.utils.finite import named_not_finite

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,8 +19,8 @@ from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
-from torch import Tensor
 
+from prlhf_lightning.adaptation import ShrinkUsers
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.earlier_runs import (
     configuration_of_run,
@@ -36,6 +35,7 @@ from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.errors import CheckpointWriteError, ConfigurationError, NonFiniteError
 from prlhf_lightning.reports.comparison import Contender, compare
 from prlhf_lightning.reports.evaluation_table import evaluation_table
+from prlhf_lightning.reports.gain import gain_sentence
 from prlhf_lightning.training import PersonalizedLM, checkpoint_files
 from prlhf_lightning.training.callbacks import CollapseMonitor, ExplainOutOfMemory, LearningMonitor, StopOnSignal
 from prlhf_lightning.training.callbacks.outputs import (
@@ -58,7 +58,6 @@ from prlhf_lightning.training.loggers import (
 )
 from prlhf_lightning.training.run_history import RunHistory
 from prlhf_lightning.training.sharding import is_sharded
-from prlhf_lightning.user_models import UserModel
 from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.cache_dir import resolve_path
 from prlhf_lightning.utils.config_checksum import add_checksum
@@ -185,6 +184,13 @@ class PRLHFCLI(LightningCLI):
             "vanilla DPO), and print the two side by side.",
         )
         parser.add_argument(
+            "--shrink_users",
+            type=bool,
+            default=True,
+            help="At the end of fit, move all user rows toward the generic user if held-out pairs show that they also "
+            "fit noise; see docs/adapt.md.",
+        )
+        parser.add_argument(
             "--init_from",
             type=str | None,
             default=None,
@@ -277,6 +283,8 @@ class PRLHFCLI(LightningCLI):
     def before_fit(self) -> None:
         """Start from an earlier training if `init_from` is given and there is no checkpoint to resume."""
         given = self.config.fit
+        if given.shrink_users:
+            self.trainer.callbacks.append(ShrinkUsers())  # type: ignore[attr-defined]
         if not given.init_from:
             return
         if given.train_baseline:
@@ -296,11 +304,10 @@ class PRLHFCLI(LightningCLI):
             if len(checkpoints) > 1:
                 rank_zero_info("The first is the best, the second the last. Commands use the last of a run's folder.")
         (monitor,) = (one for one in self.trainer.callbacks if isinstance(one, LearningMonitor))  # type: ignore[attr-defined]
-        advice = monitor.advice(self.trainer, self.model)
-        if checkpoints and advice is None:
-            advice = how_to_shrink(self.trainer.callback_metrics, self.model.user_model, Path(checkpoints[-1]))
-        if advice:
+        if advice := monitor.advice(self.trainer, self.model):
             rank_zero_info(advice)
+        if gain := self._gain():
+            rank_zero_info(gain)
         if not self.config.fit.train_baseline or self.trainer.interrupted:
             return
         config = self.config.fit.clone()
@@ -332,6 +339,14 @@ class PRLHFCLI(LightningCLI):
             }
             written_to = None if config.trainer.fast_dev_run else folder
             compare(contenders, self.datamodule, written_to, quiet=not self.trainer.is_global_zero)
+
+    def _gain(self) -> str | None:
+        """Return what personalization gains on held-out pairs of seen users; all processes must call this."""
+        names = (f"val/seen/{name}" for name in ("generic_accuracy", "generic_auc"))
+        if not any(name in self.trainer.callback_metrics for name in names):
+            return None  # not validated, or users do not differ
+        own, generic = (self.model.user_table("seen", is_generic) for is_generic in (False, True))
+        return gain_sentence(own, generic)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Any]) -> Trainer:
         config["callbacks"] = list(config["callbacks"] or [])
@@ -372,27 +387,6 @@ def read_whole_numbers_first(parser: LightningArgumentParser) -> None:
         if {int, float} <= set(types) and types.index(float) < types.index(int):
             whole_first = reduce(or_, (int, *(one for one in types if one is not int)))
             vars(action)["_typehint"] = whole_first  # undeclared in jsonargparse
-
-
-def how_to_shrink(metrics: Mapping[str, Tensor], user_model: UserModel, last: Path) -> str | None:
-    """Return the advice to shrink if users' own rows rank held-out pairs no better than the generic user, or None.
-
-    Args:
-        metrics: Metrics of the last validation.
-        user_model: A user model that was trained.
-        last: The last validated checkpoint, in its run's folder of checkpoints.
-    """
-    own, generic = (metrics.get(f"val/seen/{name}") for name in ("accuracy", "generic_accuracy"))
-    is_trained = len(user_model.row_tables()) > len(user_model.history_tables())
-    if own is None or generic is None or own > generic or not is_trained or last.is_dir():
-        return None
-    # Not among the run's checkpoints, where `--ckpt_path last` would use it as the newest.
-    words = ["shrink", "--model", str(last), "--output", str(last.parent.parent / "shrunk.ckpt")]
-    return (
-        f"Pair accuracy on held-out pairs is {own:.3f} with users' own rows and {generic:.3f} with the generic user: "
-        "the rows have learned nothing yet, or noise. Shrink them toward the generic user: "
-        f"prlhf-lightning {shlex.join(words)}"
-    )
 
 
 def _start_of_run(given: str, goes_on: bool, roots: Sequence[Path]) -> str:

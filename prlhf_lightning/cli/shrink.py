@@ -12,7 +12,6 @@ from prlhf_lightning.adaptation.shrinkage import MOST_PAIRS
 from prlhf_lightning.cli.adapt import read_pairs
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.models import module_of, pick_device
-from prlhf_lightning.cli.user_rows import user_rows
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.privacy import hashed
@@ -21,6 +20,8 @@ from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.reports.run import data_of, open_run
 from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.checkpoint_entry import entry_of
+from prlhf_lightning.training.user_rows import user_rows
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
 from prlhf_lightning.utils.io import check_output
@@ -40,7 +41,8 @@ def shrink(
     """Shrink all user rows toward the generic user by the factor with the highest held-out likelihood.
 
     Rows that were trained on few pairs, or for many steps, also fit noise. Factor 1 keeps the rows, 0 gives the generic
-    user. `adapt` works better afterward, since its prior comes from these rows.
+    user. `adapt` works better afterward, since its prior comes from these rows. `fit` does the same at its end,
+    so this is for other checkpoints, and for other pairs than those of the run.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
@@ -70,6 +72,11 @@ def shrink(
         source = hashed(FileSource(validation, columns=columns), hash_user_ids_with)
         pairs, _ = read_pairs(module, source, option="validation")
     console = plain_console()
+    earlier = entry_of(content).get("shrunk", 1.0)
+    if earlier < 1.0:
+        console.print(
+            f"These rows have {earlier:g} of the distance that they were trained to; factors are of the rest."
+        )
     with console.status("Trying factors"):
         found = fit_shrinkage(module, pairs)
     console.print(_table(found))
@@ -80,6 +87,8 @@ def shrink(
         )
     if output is not None:
         users.shrink(found.best, [f"user_model.{name}" for name in found.tables])
+        if found.best < 1.0:
+            entry_of(content)["shrunk"] = earlier * found.best
         checkpoint_files.save(content, output)
         how = f"rows {found.best:g} times as far from the generic user" if found.best < 1 else "rows as they were"
         console.print(f"Written to {output}, with {how}")

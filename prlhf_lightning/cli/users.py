@@ -15,11 +15,11 @@ from safetensors.torch import save as safetensors_bytes
 from prlhf_lightning.cli.byte_search import ByteSearch, Place, Vectors, id_bytes, is_of_no_user, texts
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.erasure import report_other_copies
-from prlhf_lightning.cli.user_rows import UserRows, check_known_users, user_rows
 from prlhf_lightning.data import Pseudonyms, UserVocabulary
 from prlhf_lightning.data.users import look_alikes
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.training.user_rows import UserRows, check_known_users, user_rows
 from prlhf_lightning.utils.finite import check_finite, wrong_numbers
 from prlhf_lightning.utils.io import check_output, check_output_folder, not_left_empty, write_together
 from prlhf_lightning.utils.progress import progress_bars

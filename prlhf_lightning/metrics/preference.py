@@ -170,3 +170,9 @@ class PreferenceAccuracy(RewardsByUser):
         """Return one row per user, over all processes; a collective that all of them must call."""
         with self.sync_context(dist_sync_fn=self.dist_sync_fn):
             return user_accuracies(*self._rewards())
+
+    def margins(self) -> Tensor:
+        """Return each pair's margin, `[N]`, over all processes; a collective that all of them must call."""
+        with self.sync_context(dist_sync_fn=self.dist_sync_fn):
+            _, chosen, rejected = self._rewards()
+            return chosen - rejected

@@ -38,6 +38,8 @@ def check_content(content: Mapping[str, Any]) -> None:
 
 
 def _check_users(entry: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    if not isinstance(entry.get("shrunk", 1.0), float):
+        raise ConfigurationError(f"{KEY}.shrunk is no number; {_FIX}.")
     for part in ("tokenization", "base"):
         _mapping(entry.get(part) or {}, f"{KEY}.{part}", of=str if part == "base" else object)
     for name, row in _mapping(entry.get("new_rows", {}), f"{KEY}.new_rows", of=Tensor).items():

@@ -72,10 +72,28 @@ class Evaluation:
             values[f"generic_{self._headline}"] = self._generic[name].compute()[self._headline]
         return values
 
-    def user_table(self, name: str, trainer: Trainer) -> list[tuple[str, UserAccuracy | UserAUC]]:
-        """Return each user's id and accuracy in a set over all processes; all processes must call this."""
+    def user_table(
+        self, name: str, trainer: Trainer, generic: bool = False
+    ) -> list[tuple[str, UserAccuracy | UserAUC]]:
+        """Return each user's id and accuracy in a set over all processes; all processes must call this.
+
+        Args:
+            name: The set.
+            trainer: The trainer of the processes.
+            generic: Whether the generic user ranks the users' rows; only where users differ from it.
+        """
         user_ids = {key: user_id for part in gather_objects(trainer, self._user_ids) for key, user_id in part.items()}
-        return [(user_ids[row.user], row) for row in self._own[name].table()]
+        metric = (self._generic if generic else self._own)[name]
+        return [(user_ids[row.user], row) for row in metric.table()]
+
+    def margins(self, name: str) -> Tensor | None:
+        """Return the margins of a set's pairs over all processes, `[2, N]`: of the generic user, and of users' own.
+
+        All processes must call this. It is None for other feedback, and where users do not differ.
+        """
+        metrics = (self._generic.get(name), self._own.get(name))
+        found = [metric.margins().cpu() for metric in metrics if isinstance(metric, PreferenceAccuracy)]
+        return torch.stack(found) if len(found) == 2 else None
 
     def reset(self, device: torch.device) -> None:
         """Reset for a new evaluation.

@@ -444,12 +444,16 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
                     f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values(), sync_dist=True
                 )
 
-    def user_table(self, name: str) -> list[tuple[str, UserAccuracy | UserAUC]]:
+    def user_table(self, name: str, generic: bool = False) -> list[tuple[str, UserAccuracy | UserAUC]]:
         """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
 
-        With several processes, all must call it.
+        With several processes, all must call it. With `generic`, the generic user ranks the rows in each user's place.
         """
-        return self._evaluation.user_table(name, self.trainer)
+        return self._evaluation.user_table(name, self.trainer, generic)
+
+    def margins(self, name: str) -> Tensor | None:
+        """Return the margins of all pairs in the last evaluation of a set, `[2, N]`; see `Evaluation.margins`."""
+        return self._evaluation.margins(name)
 
     @property
     def eval_sets(self) -> tuple[str, ...]:

@@ -131,6 +131,16 @@ def has_validated(trainer: Trainer) -> bool:
     return bool(trainer.fit_loop.epoch_loop.val_loop._has_run)
 
 
+def validate_within_fit(trainer: Trainer) -> None:
+    """Validate and log as the training loop does, where the weights have changed after its last validation.
+
+    Remove it once `trainer.validate` can be called within a fit.
+    """
+    trainer.validating = True
+    trainer.fit_loop.epoch_loop.val_loop.run()
+    trainer.training = True
+
+
 def save_checkpoint_alone(trainer: Trainer, path: str | Path) -> None:
     """Save a checkpoint from this process alone, without the barrier in `trainer.save_checkpoint`.
 

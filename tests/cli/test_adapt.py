@@ -35,13 +35,13 @@ from prlhf_lightning.cli.adapt import read_pairs, write_users
 from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.models import load_module, module_of
-from prlhf_lightning.cli.user_rows import UserRows
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.data.feedback_log import Feedback, FeedbackLog
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import DPOLoss, KTOLoss, SFTLoss, SimPOLoss
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.user_rows import UserRows
 from prlhf_lightning.types import Tokens
 from prlhf_lightning.user_models import (
     AmortizedUserModel,

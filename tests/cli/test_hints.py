@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import short_runs
-import torch
 
-from prlhf_lightning.cli.fit import how_to_shrink
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
+from prlhf_lightning.training import checkpoint_files
 
 
 @pytest.fixture(autouse=True)
@@ -97,14 +94,12 @@ def test_a_run_ends_with_its_checkpoints_or_warns_of_others(settings, model_path
         main([*settings, "--model.policy.model=elsewhere", "--ckpt_path=runs/version_0", "--trainer.max_steps=2"])
 
 
-def test_rows_no_better_than_the_generic_user_end_with_advice(settings, tmp_path, caplog, capsys, monkeypatch):
-    # These votes are drawn at random: a model that learned nothing of them would be advised to learn first.
-    monkeypatch.setattr("prlhf_lightning.training.callbacks.LearningMonitor.advice", lambda *_: None)
-    main([*settings, "--trainer.max_steps", "-1", "--model.optim.user_lr", "1e-12"])  # so that both rank alike
-    (advice,) = [line for line in caplog.messages if "prlhf-lightning shrink" in line]
-    main(shlex.split(advice.partition("prlhf-lightning ")[2]))
-    said = " ".join(capsys.readouterr().out.split())
-    assert "Written to runs/version_0/shrunk.ckpt, with rows" in said
+def test_a_run_ends_with_what_personalization_gains(settings, tmp_path, caplog, capsys):
+    main([*settings, "--trainer.max_steps", "-1"])
+    (said,) = [line for line in caplog.messages if line.startswith("Personalization")]
+    assert said.endswith(" points of pair accuracy against the generic user (held-out data, 2 users).")
+    main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt", "--output", "runs/shrunk.ckpt"])
+    assert "Written to runs/shrunk.ckpt, with rows" in " ".join(capsys.readouterr().out.split())
     (tmp_path / "runs/version_0/config.yaml").unlink()
     with pytest.raises(SystemExit, match=r"validation: no config\.yaml beside .* says what its run held out"):
         main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt"])
@@ -112,17 +107,16 @@ def test_rows_no_better_than_the_generic_user_end_with_advice(settings, tmp_path
         main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt", "--columns", "{user_id: worker}"])
 
 
-def test_shrinking_is_advised_only_where_rows_gain_nothing():
-    users, last = IndividualUserModel(1), Path("a run/checkpoints/last.ckpt")
-    users.build(3, torch.randn(4, 8))
-    found = {"val/seen/accuracy": torch.tensor(0.6), "val/seen/generic_accuracy": torch.tensor(0.62)}
-    words = "shrink --model 'a run/checkpoints/last.ckpt' --output 'a run/shrunk.ckpt'"
-    assert how_to_shrink(found, users, last).endswith(words)
-    assert how_to_shrink(found | {"val/seen/accuracy": torch.tensor(0.63)}, users, last) is None
-    assert how_to_shrink({"val/seen/accuracy": torch.tensor(0.6)}, users, last) is None  # thumbs, or nobody differs
-    read = AmortizedUserModel(1)
-    read.build(3, torch.randn(4, 8))
-    assert how_to_shrink(found, read, last) is None
+def test_rows_are_shrunk_unless_told_otherwise(settings, caplog, capsys, monkeypatch):
+    monkeypatch.setattr("prlhf_lightning.adaptation.shrink_users.most_likely", lambda *_: 0.5)
+    for number, option in enumerate(([], ["--shrink_users", "false"])):
+        caplog.clear()
+        main([*settings, "--trainer.max_steps", "-1", *option])
+        entry = checkpoint_files.load(Path(f"runs/version_{number}/checkpoints/last.ckpt"))["prlhf_lightning"]
+        assert entry.get("shrunk") == (None if option else 0.5)
+        assert ("distance from the generic user: 0.5 in" in caplog.text) == (not option)
+    main(["shrink", "--model", "runs/version_0/checkpoints/last.ckpt"])
+    assert "rows have 0.5 of the distance that they were trained to" in " ".join(capsys.readouterr().out.split())
 
 
 def test_a_checkpoint_can_be_used_from_any_folder(settings, model_path, tmp_path, monkeypatch):

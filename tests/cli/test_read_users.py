@@ -14,7 +14,6 @@ from prlhf_lightning.adaptation import Margins, cold_start, encode_users, select
 from prlhf_lightning.cli.adapt import read_pairs
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.models import load_module
-from prlhf_lightning.cli.user_rows import UserRows
 from prlhf_lightning.data import FileSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generator
@@ -23,6 +22,7 @@ from prlhf_lightning.model import pool_history
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
 from prlhf_lightning.training.histories import check_histories
+from prlhf_lightning.training.user_rows import UserRows
 from prlhf_lightning.types import PairTokens, Tokens, Users
 from prlhf_lightning.user_models import AmortizedUserModel, IndividualUserModel
 

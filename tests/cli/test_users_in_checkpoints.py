@@ -18,13 +18,13 @@ from torch import nn
 
 from prlhf_lightning.cli import users
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.cli.user_rows import UserRows, check_known_users
 from prlhf_lightning.data import FileSource, PreferenceDataModule, Pseudonyms, UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.losses import DPOLoss
 from prlhf_lightning.policies import CausalLMPolicy, LoRA
 from prlhf_lightning.training import Optim, PersonalizedLM, checkpoint_files
+from prlhf_lightning.training.user_rows import UserRows, check_known_users
 from prlhf_lightning.types import SoftPrompt
 from prlhf_lightning.user_models import (
     ClusterUserModel,

@@ -21,6 +21,17 @@ from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.training.checkpoint_entry import entry_of, users_of
 
 
+def move_toward(new: Tensor, table: Tensor, factor: float) -> None:
+    """Move all users' rows of a table toward a new user's row, in place.
+
+    Args:
+        new: `[...]` the row of a new user.
+        table: `[1 + number of users, ...]`; row 0 stays.
+        factor: The part of the distance that is left, in [0, 1]; exact at 0 and 1.
+    """
+    table[1:] = torch.lerp(new.expand_as(table[1:]), table[1:], factor)
+
+
 def user_rows(content: dict[str, Any], path: Path) -> UserRows:
     """Return the user rows of a checkpoint that has been read, or raise an error.
 
@@ -137,8 +148,7 @@ class UserRows:
         """
         new = dict(zip(self.tables, self.new_rows(), strict=True))
         for name in names:
-            table = self.tables[name]
-            table[1:] = torch.lerp(new[name].expand_as(table[1:]), table[1:], factor)  # exact at 0 and 1
+            move_toward(new[name], self.tables[name], factor)
 
     def require_trained(self, path: Path) -> None:
         """Refuse a checkpoint without trained user rows: its user model has none, or they were not trained."""
