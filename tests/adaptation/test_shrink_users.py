@@ -93,9 +93,7 @@ def shrunk(model_path, tmp_path):
     return train(model_path, tmp_path, Rows(), ShrinkUsers())
 
 
-def test_rows_with_noise_end_more_likely_than_trained_and_than_generic_in_every_kept_file(
-    plain, shrunk, model_path, tmp_path
-):
+def test_noisy_rows_end_more_likely_in_every_kept_file(plain, shrunk, model_path, tmp_path):
     module, _, files = shrunk
     assert files.keys() == {"best", "last"}
     assert content(files["best"])["global_step"] < content(files["last"])["global_step"]
@@ -125,7 +123,7 @@ def test_metrics_are_those_of_the_moved_rows(shrunk):
         assert float(known[name]) == pytest.approx(value, abs=1e-6)
 
 
-def test_rows_that_held_out_pairs_confirm_stay_and_cost_no_pass(model_path, tmp_path, monkeypatch):
+def test_rows_that_held_out_pairs_confirm_stay(model_path, tmp_path, monkeypatch):
     monkeypatch.setattr(shrink_users, "margins_by_factor", lambda *_: pytest.fail("scored pairs"))
     _, _, plain = train(model_path, tmp_path / "a", Rows(0, 0.1))
     _, _, files = train(model_path, tmp_path / "b", Rows(0, 0.1), ShrinkUsers())
@@ -154,7 +152,7 @@ def test_a_kill_between_two_files_leaves_both_whole(plain, model_path, tmp_path,
     assert torch.equal(rows(content(files["last"])), rows(content(plain["last"])))
 
 
-def test_training_goes_on_from_shrunk_rows_and_a_file_is_shrunk_once(model_path, shrunk, tmp_path):
+def test_training_goes_on_and_a_file_is_shrunk_once(model_path, shrunk, tmp_path):
     _, _, files = shrunk
     best = rows(content(files["best"]))
     before = files["last"].read_bytes()
@@ -165,7 +163,7 @@ def test_training_goes_on_from_shrunk_rows_and_a_file_is_shrunk_once(model_path,
     assert content(again["last"])["prlhf_lightning"]["shrunk"] < 1
 
 
-def test_a_likely_factor_is_found_between_those_that_were_tried():
+def test_a_factor_is_found_between_those_tried():
     torch.manual_seed(0)
     generic, own = torch.randn(2, 5000, dtype=torch.double)
     chosen = torch.rand(5000) < (generic + 0.4 * own).sigmoid()  # rows are 2.5 times too far

@@ -21,7 +21,7 @@ def rows(*accuracies: float) -> list[tuple[str, UserAccuracy]]:
         ((0.7, 0.9, 0.3), "Personalization gains nothing that the held-out data can show: +3.3 ± 23.6 points"),
     ],
 )
-def test_the_sentence_says_whether_the_interval_is_clear_of_zero(own, says):
+def test_the_sentence_says_if_the_interval_is_clear_of_0(own, says):
     said = gain_sentence(rows(*own), rows(0.6, 0.7, 0.5))
     assert said.startswith(says)
     assert said.endswith("against the generic user (held-out data, 3 users).")
