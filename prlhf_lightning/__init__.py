@@ -11,9 +11,17 @@ if TYPE_CHECKING:
     from prlhf_lightning.data import DataSource, FileSource, HubSource, PreferenceDataModule, SimulatedSource
     from prlhf_lightning.data.users import UserVocabulary
     from prlhf_lightning.inference import GenerationRequest, Generator
-    from prlhf_lightning.losses import DPOLoss, MarginLoss, PreferenceLoss, UnpairedLoss
+    from prlhf_lightning.losses import BradleyTerryLoss, DPOLoss, MarginLoss, PreferenceLoss, UnpairedLoss
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
-    from prlhf_lightning.training import FSDP1Strategy, FSDP2Strategy, Optim, PersonalizedLM
+    from prlhf_lightning.rewards import RewardBackbone
+    from prlhf_lightning.training import (
+        FSDP1Strategy,
+        FSDP2Strategy,
+        Optim,
+        PersonalizedLM,
+        PersonalizedRewardModel,
+        RewardDataModule,
+    )
     from prlhf_lightning.types import LogProbs, LossOutput, PairLogProbs, PreferenceBatch, SoftPrompt, Tokens, Users
     from prlhf_lightning.user_models import (
         AmortizedUserModel,
@@ -29,8 +37,16 @@ if TYPE_CHECKING:
 _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
     "inference": ["GenerationRequest", "Generator"],
-    "losses": ["DPOLoss", "MarginLoss", "PreferenceLoss", "UnpairedLoss"],
-    "training": ["FSDP1Strategy", "FSDP2Strategy", "Optim", "PersonalizedLM"],
+    "losses": ["BradleyTerryLoss", "DPOLoss", "MarginLoss", "PreferenceLoss", "UnpairedLoss"],
+    "rewards": ["RewardBackbone"],
+    "training": [
+        "FSDP1Strategy",
+        "FSDP2Strategy",
+        "Optim",
+        "PersonalizedLM",
+        "PersonalizedRewardModel",
+        "RewardDataModule",
+    ],
     "policies": ["CausalLMPolicy", "LoRA", "Policy", "Sampling"],
     "types": ["LogProbs", "LossOutput", "PairLogProbs", "PreferenceBatch", "SoftPrompt", "Tokens", "Users"],
     "user_models": [
@@ -48,6 +64,7 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AmortizedUserModel",
+    "BradleyTerryLoss",
     "CausalLMPolicy",
     "ClusterUserModel",
     "CompositeUserModel",
@@ -68,10 +85,13 @@ __all__ = [
     "Optim",
     "PairLogProbs",
     "PersonalizedLM",
+    "PersonalizedRewardModel",
     "Policy",
     "PreferenceBatch",
     "PreferenceDataModule",
     "PreferenceLoss",
+    "RewardBackbone",
+    "RewardDataModule",
     "Sampling",
     "SimulatedSource",
     "SoftPrompt",

@@ -47,10 +47,12 @@ OVERRIDES = sorted((CONFIGS / "overrides").glob("*.yaml"))  # of other configura
 def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, tmp_path):
     content = yaml.safe_load(path.read_text())
     overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
-                 "cpu", "--trainer.default_root_dir", tmp_path, "--train_baseline", "false", "--collapse.prompts", 1,
-                 "--data.eval_batch_size", 4]  # fmt: skip
+                 "cpu", "--trainer.default_root_dir", tmp_path]  # fmt: skip
+    if "policy" in content["model"]:
+        overrides += ["--train_baseline", "false", "--collapse.prompts", 1, "--data.eval_batch_size", 4]
     source = content["data"]["source"]
-    if not content["model"]["policy"]["init_args"]["model"].startswith("builtin:"):
+    policy = content["model"].get("policy")
+    if policy and not policy["init_args"]["model"].startswith("builtin:"):
         model = chat_model_path if source["class_path"].endswith("PRISMSource") else model_path
         overrides += ["--model.policy.model", model, "--model.policy.dtype", "float32"]
     if path.parent.name == "paper":

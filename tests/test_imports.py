@@ -18,7 +18,7 @@ ORDER = [
     {"utils"},
     {"simulation"},
     {"losses", "user_models", "policies", "metrics", "data"},
-    {"model"},
+    {"model", "rewards"},
     {"training", "inference"},
     {"adaptation"},
     {"analysis"},

@@ -117,6 +117,11 @@ class PRLHFCLI(LightningCLI):
         args: Command line, or the configuration itself; `sys.argv` by default.
     """
 
+    #: The classes that the commands configure, and the argument of the model that names its base model.
+    model_type: type[LightningModule] = PersonalizedLM
+    data_type: type[PreferenceDataModule] = PreferenceDataModule
+    base = "policy"
+
     def __init__(self, args: ArgsType = None) -> None:
         self._claimed: Path | None = None  # the run's folder
         try:
@@ -140,26 +145,9 @@ class PRLHFCLI(LightningCLI):
 
     def _run(self, args: ArgsType) -> None:
         super().__init__(
-            PersonalizedLM,
-            PreferenceDataModule,
-            trainer_defaults={
-                "max_epochs": 1,
-                "gradient_clip_val": 1.0,
-                "log_every_n_steps": 10,
-                "use_distributed_sampler": False,  # the data module's sampler distributes batches to processes
-                "enable_model_summary": False,
-                "callbacks": [
-                    SaveOnInterrupt(),
-                    StopOnSignal(),
-                    ExplainOutOfMemory(),
-                    RunHistory(),
-                    UserTable(),
-                    PredictionWriter(),
-                    LogShortRuns(),
-                    TrainingStats(),
-                    LearningMonitor(),
-                ],
-            },
+            self.model_type,
+            self.data_type,
+            trainer_defaults=self._trainer_defaults(),
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"overwrite": True, "save_to_log_dir": False},
@@ -167,6 +155,26 @@ class PRLHFCLI(LightningCLI):
             auto_configure_optimizers=False,
             args=args,
         )
+
+    def _trainer_defaults(self) -> dict[str, Any]:
+        return {
+            "max_epochs": 1,
+            "gradient_clip_val": 1.0,
+            "log_every_n_steps": 10,
+            "use_distributed_sampler": False,  # the data module's sampler distributes batches to processes
+            "enable_model_summary": False,
+            "callbacks": [
+                SaveOnInterrupt(),
+                StopOnSignal(),
+                ExplainOutOfMemory(),
+                RunHistory(),
+                UserTable(),
+                PredictionWriter(),
+                LogShortRuns(),
+                TrainingStats(),
+                LearningMonitor(),
+            ],
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings of fixed callbacks, and link settings that data and model share."""
@@ -211,7 +219,7 @@ class PRLHFCLI(LightningCLI):
         root = str(trainer.default_root_dir or _RUNS)
         trainer.default_root_dir = root if "://" in root else str(Path(root).expanduser().absolute())
         keep_under(trainer.default_root_dir, trainer.logger)
-        settings = config.model.policy.get("init_args") or {}
+        settings = _settings(config.model[self.base])
         model = settings.get("model")
         if model and Path(found := resolve_path(model, folders)).is_dir():
             settings["model"] = found
@@ -226,7 +234,7 @@ class PRLHFCLI(LightningCLI):
         given = self.config[self.config.subcommand]
         roots = folders_of_runs(given.trainer.default_root_dir or _RUNS, given.trainer.logger)
         source = None
-        if given.init_from and self.config.subcommand == "fit":
+        if given.get("init_from") and self.config.subcommand == "fit":
             given.init_from = _start_of_run(given.init_from, given.ckpt_path == "last", roots)
             source = checkpoint_files.origin(Path(given.init_from))
         if given.ckpt_path == "last":
@@ -238,7 +246,7 @@ class PRLHFCLI(LightningCLI):
         is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
         if not is_found_later:
             content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
-            _warn_of_another_model(content, given.model.policy)
+            _warn_of_another_model(content, given.model[self.base], self.base)
             if source and content and not is_start_of(source, content):
                 rank_zero_warn(
                     f"The run of ckpt_path {path} was not started from init_from {given.init_from}, as far as its "
@@ -416,14 +424,19 @@ def _listed(folders: Iterable[Path]) -> str:
     return " or ".join(map(str, folders))
 
 
-def _warn_of_another_model(checkpoint: dict[str, Any], policy: Any) -> None:
-    """Warn if a checkpoint's adapters would be loaded into another model: with equal shapes, that raises no error."""
-    trained = checkpoint.get("hyper_parameters", {}).get("policy")
-    before = trained.get("init_args", {}).get("model") if isinstance(trained, dict) else None
-    now = policy.get("init_args", {}).get("model") if policy else None
+def _settings(component: Any) -> Any:
+    """Return the settings of a component, which has a class of its own or not; empty for none."""
+    return component.get("init_args", component) if component else {}
+
+
+def _warn_of_another_model(checkpoint: dict[str, Any], component: Any, base: str) -> None:
+    """Warn if trained weights would be loaded into another model: with equal shapes, that raises no error."""
+    trained = checkpoint.get("hyper_parameters", {}).get(base)
+    before = _settings(trained).get("model") if isinstance(trained, dict) else None
+    now = _settings(component).get("model")
     if before and now and Path(before).resolve() != Path(now).resolve():
         rank_zero_warn(
-            f"The checkpoint was trained on model.policy.model {before}, and this is {now}. Trained weights fit no "
+            f"The checkpoint was trained on model.{base}.model {before}, and this is {now}. Trained weights fit no "
             "other model, even if they can be loaded: make sure that the models are the same."
         )
 
@@ -448,7 +461,34 @@ def run_training(args: ArgsType, program: str) -> None:
         program: Name of the command, for messages.
     """
     Parser.called = program
-    PRLHFCLI(args)
+    if _names_backbone(args):
+        from prlhf_lightning.cli.fit_reward import RewardCLI  # it is a subclass of PRLHFCLI
+
+        RewardCLI(args)
+    else:
+        PRLHFCLI(args)
+
+
+def _names_backbone(args: ArgsType) -> bool:
+    """Return whether a command configures a reward model: whether `model.backbone` is given, in words or in a file."""
+    if args is not None and not isinstance(args, list):
+        return any("backbone" in ((part or {}).get("model") or {}) for part in dict(args).values() if part)
+    words: list[str] = with_shipped_configs(sys.argv[1:] if args is None else args)
+    of_run = configuration_of_run(words, _RUNS)
+    files: list[str | Path] = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-c", "--config")]
+    files += [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]
+    return any(word.startswith("--model.backbone") for word in words) or any(
+        _file_names_backbone(Path(file)) for file in (*files, *filter(None, [of_run]))
+    )
+
+
+def _file_names_backbone(path: Path) -> bool:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # the parser says what is wrong with it
+    model = content.get("model") if isinstance(content, dict) else None
+    return isinstance(model, dict) and "backbone" in model
 
 
 def _locate_data(settings: Any, folders: Sequence[Path]) -> None:

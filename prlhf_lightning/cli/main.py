@@ -32,6 +32,7 @@ def main(args: list[str] | dict[str, Any] | None = None) -> None:
         ".*LeafSpec.*",  # Lightning's use of torch's pytree
         ".*overridden `on_before_batch_transfer`.*",  # on purpose
         ".*smaller than the logging interval.*",  # LogShortRuns handles it
+        ".*in eval mode at the start of training.*",  # a frozen backbone
     ):
         warnings.filterwarnings("ignore", message=message)
     # Lightning advertises an add-on at each start, as a warning.

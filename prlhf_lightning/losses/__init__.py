@@ -6,6 +6,7 @@ it by `class_path`.
 """
 
 from prlhf_lightning.losses.base import MarginLoss, PreferenceLoss
+from prlhf_lightning.losses.bradley_terry import BradleyTerryLoss
 from prlhf_lightning.losses.margin import (
     DiscoPOPLoss,
     DPOLoss,
@@ -43,6 +44,7 @@ __all__ = [
     "APOZeroLoss",
     "BCOLoss",
     "BCOUnpairedLoss",
+    "BradleyTerryLoss",
     "CPOLoss",
     "DPOLoss",
     "DiscoPOPLoss",

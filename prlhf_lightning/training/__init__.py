@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from prlhf_lightning.training.module import PersonalizedLM
     from prlhf_lightning.training.objective import Term
     from prlhf_lightning.training.optim import Optim, RowwiseAdamW
+    from prlhf_lightning.training.reward_data import RewardDataModule
+    from prlhf_lightning.training.reward_module import PersonalizedRewardModel
     from prlhf_lightning.training.sharding import FSDP2Strategy
 
 _MODULE_OF = {
@@ -19,6 +21,8 @@ _MODULE_OF = {
     "FSDP2Strategy": "sharding",
     "Optim": "optim",
     "PersonalizedLM": "module",
+    "PersonalizedRewardModel": "reward_module",
+    "RewardDataModule": "reward_data",
     "RowwiseAdamW": "optim",
     "Term": "objective",
 }
@@ -29,6 +33,8 @@ __all__ = [
     "FSDP2Strategy",
     "Optim",
     "PersonalizedLM",
+    "PersonalizedRewardModel",
+    "RewardDataModule",
     "RowwiseAdamW",
     "Term",
 ]

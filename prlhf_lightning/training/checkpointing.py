@@ -27,8 +27,9 @@ _RENDERING = ("chat_template", "user_text_format", "chat_template_args")  # the 
 
 
 def trained_names(module: nn.Module) -> set[str]:
-    """Return the names of the weights in a checkpoint: trained ones, and the buffers of losses and user models."""
-    buffers = {name for name, _ in module.named_buffers() if name.startswith(("user_model.", "loss."))}
+    """Return the names of the weights in a checkpoint: trained ones, and the buffers of these parts."""
+    parts = ("user_model.", "loss.", "features.")
+    buffers = {name for name, _ in module.named_buffers() if name.startswith(parts)}
     return {plain_name(name) for name, param in module.named_parameters() if param.requires_grad} | buffers
 
 
@@ -86,6 +87,15 @@ def base_of(policy: Policy) -> dict[str, str] | None:
         if found is not None and isinstance(tokenizer, PreTrainedTokenizerBase):
             return {**found, "tokenizer": tokenizer_identity(tokenizer)}
     return found
+
+
+def rendering_of(data: Any) -> dict[str, Any]:
+    """Return the tokenization settings of a data module, as stored in checkpoints; empty for other data modules."""
+    settings = getattr(data, "settings", None)
+    if settings is None:
+        return {}
+    # With `conversations`, plain prompts are also rendered as conversations, if the model was trained on them.
+    return {**asdict(settings), "conversations": getattr(data, "conversational", False)}
 
 
 def warn_of_other_rendering(source: str, earlier: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,12 +12,23 @@ from torchmetrics import MeanMetric
 
 from prlhf_lightning.metrics import PreferenceAccuracy, UnpairedAUC, UserAccuracy, UserAUC
 from prlhf_lightning.training.distributed import gather_objects, stable_hash
-from prlhf_lightning.training.objective import Term
-from prlhf_lightning.types import Feedback
+from prlhf_lightning.types import Feedback, LossOutput
 
 _METRICS: dict[Feedback, type[PreferenceAccuracy | UnpairedAUC]] = {"pairs": PreferenceAccuracy, "thumbs": UnpairedAUC}
 HEADLINE: dict[Feedback, str] = {"pairs": "accuracy", "thumbs": "auc"}
 """The main metric for each kind of feedback."""
+
+
+class Judged(Protocol):
+    """The rewards of a batch under its own users, or under the generic user."""
+
+    @property
+    def generic(self) -> bool:
+        """Whether the generic user replaced each user."""
+
+    @property
+    def output(self) -> LossOutput:
+        """The losses and rewards."""
 
 
 class Evaluation:
@@ -42,7 +54,7 @@ class Evaluation:
         self._generic = {name: metric() for name in self.sets if metric and personalizes}
         self._user_ids: dict[int, str] = {}  # by the accuracies' keys
 
-    def update(self, name: str, user_ids: Sequence[str], losses: Tensor, terms: Sequence[Term]) -> None:
+    def update(self, name: str, user_ids: Sequence[str], losses: Tensor, terms: Sequence[Judged]) -> None:
         """Add a batch of a set.
 
         Args:

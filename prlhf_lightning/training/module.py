@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -196,7 +195,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
         if stage == "fit":
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
-            self._render_as(_rendering_of(datamodule))
+            self._render_as(checkpointing.rendering_of(datamodule))
             self._id_key = checkpointing.id_key_of(datamodule)
             if self._warm_start is not None:
                 self._warm_start.check_id_key(self._id_key)
@@ -606,7 +605,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         data: Any = getattr(lightning_compat.trainer_of(self), "datamodule", None)
         if kept.get("chat_template_date") and hasattr(data, "use_template_date"):
             data.use_template_date(kept["chat_template_date"])
-        now = _rendering_of(data)
+        now = checkpointing.rendering_of(data)
         checkpointing.warn_of_other_rendering("The checkpoint", kept, now)
         self._render_as(now if self._rendering and now else kept)
 
@@ -686,12 +685,3 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         if strict:
             check_names(trained_names(self) & set(result.missing_keys), result.unexpected_keys)
         return _IncompatibleKeys([], [])
-
-
-def _rendering_of(data: Any) -> dict[str, Any]:
-    """Return the tokenization settings of a data module, as stored in checkpoints; empty for other data modules."""
-    settings = getattr(data, "settings", None)
-    if settings is None:
-        return {}
-    # With `conversations`, plain prompts are also rendered as conversations, if the model was trained on them.
-    return {**asdict(settings), "conversations": getattr(data, "conversational", False)}

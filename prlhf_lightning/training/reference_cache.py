@@ -43,19 +43,6 @@ _MOST_SMALL = 64
 _KEEP_SECONDS = 7 * 24 * 3600
 
 
-def content_key(*parts: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
-    """Return the 16-byte key of token sequences, for example user text, prompt and completion.
-
-    Each part is hashed with its length, so that moving a token from one part to the next changes the key.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        ids = np.asarray(part, dtype="<i8")
-        digest.update(ids.size.to_bytes(8, "little"))
-        digest.update(ids.tobytes())
-    return digest.digest()
-
-
 class ReferenceCache:
     """An append-only on-disk store of the log-probs of completions, with keys from the content of their texts.
 
@@ -70,9 +57,11 @@ class ReferenceCache:
         folder: Folder of the caches of all references.
         identity: Everything else that the log-probs depend on: weights, dtype, tokenizer, template, truncation. Any
             change opens another cache. It is written to `identity.json`, for people to read.
+        name: What this cache is, for messages.
     """
 
-    def __init__(self, folder: str | Path, identity: Identity) -> None:
+    def __init__(self, folder: str | Path, identity: Identity, name: str = "reference cache") -> None:
+        self._name = name
         self._identity = json.dumps({"format": _FORMAT, "identity": dict(identity)}, indent=2, sort_keys=True)
         self.folder = Path(folder) / hashlib.sha256(self._identity.encode()).hexdigest()[:32]
         self._pending: dict[bytes, Values] = {}
@@ -86,8 +75,7 @@ class ReferenceCache:
             self._prepare_folder()
         except OSError as error:
             raise ConfigurationError(
-                f"Cannot create the reference cache in {self.folder}: {error}. Set a writable folder "
-                "(the variable PRLHF_CACHE)."
+                f"Cannot create the {name} in {self.folder}: {error}. Set a writable folder (the variable PRLHF_CACHE)."
             ) from error
         self._sweep()
         self.refresh()
@@ -139,7 +127,7 @@ class ReferenceCache:
                 write_segment(self.folder, np.array(described, ENTRY), rows)
             except OSError as error:
                 message = (
-                    f"Reference log-probs could not be stored in {self.folder}: {error}. Stored rows are not "
+                    f"New rows of the {self._name} could not be stored in {self.folder}: {error}. Stored rows are not "
                     "affected. Training continues and computes the others again when needed; to store them, "
                     "free space there or name another folder."
                 )
@@ -229,7 +217,7 @@ class ReferenceCache:
     def _warn_damaged(self, path: Path, what: str) -> None:
         if path not in self._damaged:
             self._damaged.add(path)
-            warnings.warn(f"Damaged file in the reference cache, {path}: {what}. It is safe to delete.", stacklevel=3)
+            warnings.warn(f"Damaged file in the {self._name}, {path}: {what}. It is safe to delete.", stacklevel=3)
 
 
 def _small(segments: Iterable[Segment]) -> list[Segment]:

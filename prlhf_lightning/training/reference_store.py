@@ -14,9 +14,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies import Policy
-from prlhf_lightning.training.reference_cache import ReferenceCache, Values, content_key
+from prlhf_lightning.training.reference_cache import ReferenceCache, Values
 from prlhf_lightning.types import LogProbs, PairLogProbs, PreferenceBatch, Tokens
 from prlhf_lightning.utils.cache_dir import default_cache_dir
+from prlhf_lightning.utils.hashing import content_key
 
 
 class ReferenceStore:

@@ -12,12 +12,26 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from prlhf_lightning.errors import ConfigurationError
 
 _BLOCK = 1 << 15  # 64-bit words per sum; fits into a core's cache. Part of the digest: do not change it
+
+
+def content_key(*parts: Sequence[int] | npt.NDArray[np.integer[Any]]) -> bytes:
+    """Return the 16-byte key of token sequences, for example user text, prompt and completion.
+
+    Each part is hashed with its length, so that moving a token from one part to the next changes the key.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        ids = np.asarray(part, dtype="<i8")
+        digest.update(ids.size.to_bytes(8, "little"))
+        digest.update(ids.tobytes())
+    return digest.digest()
 
 
 def weights_digest(parameters: Iterable[tuple[str, Tensor]]) -> str:

@@ -24,8 +24,8 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import load_file
 
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.reference_cache import ReferenceCache, content_key
-from prlhf_lightning.utils.hashing import weights_digest
+from prlhf_lightning.training.reference_cache import ReferenceCache
+from prlhf_lightning.utils.hashing import content_key, weights_digest
 
 IDENTITY = {
     "weights": "3f2a",

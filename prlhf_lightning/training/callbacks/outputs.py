@@ -21,6 +21,7 @@ from prlhf_lightning.training import PersonalizedLM
 from prlhf_lightning.training.finite import finite_everywhere, trained_state
 from prlhf_lightning.training.loggers import run_folder
 from prlhf_lightning.training.optim import optimizer_steps
+from prlhf_lightning.training.reward_module import PersonalizedRewardModel
 from prlhf_lightning.training.run_history import best_of_earlier_run, copy_on_first
 from prlhf_lightning.training.sharding import is_sharded
 from prlhf_lightning.utils import lightning_compat
@@ -269,7 +270,9 @@ class UserTable(Callback):
         self._write(trainer, pl_module)
 
     def _write(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(module, PersonalizedLM) or module.loss.feedback == "demonstrations":
+        if not isinstance(module, PersonalizedLM | PersonalizedRewardModel):
+            return
+        if module.loss.feedback == "demonstrations":
             return
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

@@ -1,0 +1,74 @@
+"""Data of reward models: all pairs of a split at once, as indices into their distinct texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from prlhf_lightning.data import PreferenceDataModule
+from prlhf_lightning.data.batching import share_of
+from prlhf_lightning.data.holdout import Pairs
+from prlhf_lightning.errors import ConfigurationError
+from prlhf_lightning.rewards import JudgedPairs
+
+_ROWS = 4096
+
+
+class RewardDataModule(PreferenceDataModule):
+    """A `PreferenceDataModule` whose only training batch is all training pairs.
+
+    With a frozen backbone a pair is three numbers: its user and two texts. So all pairs fit into memory, and settings
+    of batches have no effect.
+    """
+
+    def judged(self, pairs: Any) -> JudgedPairs:
+        """Return stored rows as pairs of distinct texts.
+
+        Raises:
+            ConfigurationError: The rows are a stream, or not pairs.
+        """
+        if not isinstance(pairs, Pairs) or self.feedback != "pairs":
+            raise ConfigurationError(
+                "A reward model with a frozen backbone needs stored pairs: set data.streaming: false, and give rows "
+                "with 'chosen' and 'rejected'."
+            )
+
+        def rows() -> Iterator[dict[str, Any]]:
+            for part in torch.split(torch.arange(len(pairs)), _ROWS):
+                yield from pairs.__getitems__(part.tolist())
+
+        return JudgedPairs.of_rows(rows())
+
+    @cache  # noqa: B019 - it lives as long as the data module, which is used once in a process
+    def training_pairs(self) -> JudgedPairs:
+        """Return the training pairs."""
+        return self.judged(self._prepared.division.train)
+
+    def train_dataloader(self) -> Any:
+        """Return a loader of one batch: all training pairs.
+
+        Raises:
+            ConfigurationError: Several processes share the data.
+        """
+        if share_of(self.trainer)[1] > 1:
+            raise ConfigurationError("A frozen backbone's heads are fitted by one process: set trainer.devices: 1.")
+        return _one_batch(self.training_pairs())
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Return the batch as it is: the module moves what it needs."""
+        return batch
+
+    def _evaluation_loaders(self, stage: Any) -> list[Any]:
+        return [_one_batch(self.judged(pairs)) for pairs in self._prepared.evaluation(stage).values()]
+
+
+def _one_batch(pairs: JudgedPairs) -> DataLoader[JudgedPairs]:
+    return DataLoader([pairs], batch_size=None, collate_fn=_same)  # type: ignore[arg-type]
+
+
+def _same(batch: JudgedPairs) -> JudgedPairs:
+    return batch
