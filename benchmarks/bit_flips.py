@@ -213,12 +213,38 @@ def _parts(value: Any) -> Iterator[bytes]:
         yield f"{value!r};".encode()
 
 
+def of_lm(lm: Any, generation_config: Any) -> list[Any]:
+    """Return the weights and settings of a language model, and what it computes, in training as well.
+
+    `use_cache`, dropout rates and names that begin with an underscore are left out: what a model computes does not
+    depend on them, as logits and answer show. transformers keeps such names of `config.json`, also damaged ones.
+    """
+
+    def read(settings: Any) -> Any:
+        if not isinstance(settings, dict):
+            return settings
+        named = {str(name): read(value) for name, value in settings.items()}
+        return {
+            name: value
+            for name, value in named.items()
+            if not name.startswith("_") and "drop" not in name and name != "use_cache"
+        }
+
+    ids, was_training = torch.arange(3, 15)[None], lm.training
+    logits = []
+    with torch.no_grad():
+        for mode in (False, True):
+            torch.manual_seed(0)
+            logits.append(lm.train(mode)(input_ids=ids).logits)
+    lm.train(was_training)
+    settings = [read(config.to_dict()) for config in (lm.config, lm.generation_config, generation_config)]
+    return [dict(lm.state_dict()), settings, lm.generate(ids, max_new_tokens=4, do_sample=False), *logits]
+
+
 def of_writer(writer: Generator) -> str:
     """Return all that decides what a writer writes."""
-    lm = writer.lm
-    settings = {name: value for name, value in lm.config.to_dict().items() if name != "_name_or_path"}
     return _digest([
-        dict(lm.state_dict()), settings, lm.generation_config.to_dict(), tokenizer_identity(writer.tokenizer),
+        of_lm(writer.lm, writer.lm.generation_config), tokenizer_identity(writer.tokenizer),
         dict(writer.user_model.state_dict()), list(writer.vocabulary.ids), writer.tokenization,
     ])  # fmt: skip
 
@@ -227,9 +253,8 @@ def of_module(module: PersonalizedLM) -> str:
     """Return all that a module that was loaded from a checkpoint holds."""
     policy = module.policy
     assert isinstance(policy, CausalLMPolicy)
-    settings = {name: value for name, value in policy.lm.config.to_dict().items() if name != "_name_or_path"}
     return _digest([
-        dict(module.state_dict()), settings, policy.generation_config.to_dict(), tokenizer_identity(policy.tokenizer),
+        dict(module.state_dict()), of_lm(policy.lm, policy.generation_config), tokenizer_identity(policy.tokenizer),
         list(module.vocabulary.ids) if module.vocabulary else None, dict(module.hparams), module.tokenization,
     ])  # fmt: skip
 
@@ -288,10 +313,7 @@ def _built(model: str) -> str:
     """Return all that a base model holds which is to be trained."""
     policy = CausalLMPolicy(model, lora=None)
     policy.build()
-    settings = {name: value for name, value in policy.lm.config.to_dict().items() if name != "_name_or_path"}
-    return _digest([
-        dict(policy.lm.state_dict()), settings, policy.generation_config.to_dict(), tokenizer_identity(policy.tokenizer)
-    ])  # fmt: skip
+    return _digest([of_lm(policy.lm, policy.generation_config), tokenizer_identity(policy.tokenizer)])
 
 
 def _of_checkpoint(path: Path) -> Kind:
