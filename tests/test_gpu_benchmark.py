@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 
 @pytest.fixture
-def run(repo_root, monkeypatch) -> Callable[..., None]:
+def run(repo_root, monkeypatch) -> Iterator[Callable[..., None]]:
     """Run the program with arguments."""
     monkeypatch.syspath_prepend(repo_root / "benchmarks")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -21,7 +22,9 @@ def run(repo_root, monkeypatch) -> Callable[..., None]:
         monkeypatch.setattr(sys, "argv", ["gpu.py", *map(str, words)])
         gpu.main()
 
-    return run
+    before = signal.getsignal(signal.SIGTERM)
+    yield run
+    signal.signal(signal.SIGTERM, before)  # the program sets its own
 
 
 def test_without_a_gpu_the_plan_is_told_and_nothing_is_written(run, tmp_path, capsys):
