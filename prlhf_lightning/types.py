@@ -285,3 +285,9 @@ class LossOutput(_TensorStruct):
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
+    """Return the pairs `rows` `[n]`, with their users."""
+    users = tuple(pairs.user_ids[row] for row in rows.tolist())
+    return replace(pairs.select(rows), user_ids=users, reference_keys=())

@@ -3,10 +3,11 @@
 from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start, information_gain, suggest
 from prlhf_lightning.adaptation.laplace import Posterior, laplace
-from prlhf_lightning.adaptation.margins import Margins, select_pairs
+from prlhf_lightning.adaptation.margins import Margins
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.adaptation.shrink_users import ShrinkUsers
 from prlhf_lightning.adaptation.shrinkage import Shrinkage, fit_shrinkage
+from prlhf_lightning.types import select_pairs
 
 __all__ = [
     "Adapted",

@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf_lightning.adaptation.laplace import laplace
-from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs, table_rows, users_in
+from prlhf_lightning.adaptation.margins import Margins, row_tables, table_rows, users_in
 from prlhf_lightning.adaptation.pauses import pause
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.model import PersonalizedModel, pool_history
-from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens
+from prlhf_lightning.types import PairTokens, PreferenceBatch, Tokens, select_pairs
 
 # A kind with a lower probability than this after a user's first pairs is not scored on the rest.
 _FIRST, _RULED_OUT = 4, 1e-3
+_STEPS = 2
 # Enough to distinguish kinds of users, in a few seconds.
 _USERS, _PAIRS = 64, 32
 
@@ -170,7 +171,7 @@ def fit_prior(
     rows, generic = trained_rows(model, users[torch.from_numpy(spread(len(users), _USERS))])
     margins_of = Margins(model, select_pairs(pairs, torch.from_numpy(spread(len(pairs), _PAIRS))))
     judgments = torch.stack([margins_of(row).sigmoid() for row in (generic, *rows)])
-    return UserPrior.fit(rows, generic, judgments[1:], kinds, rank, judgments[0])
+    return UserPrior.fit(rows, generic, judgments[1:], kinds, rank, judgments[0], model.user_model.has_unit_prior)
 
 
 def adapt_users(
@@ -178,7 +179,7 @@ def adapt_users(
     pairs: PreferenceBatch,
     user_ids: Sequence[str] | None = None,
     prior: UserPrior | None = None,
-    steps: int = 0,
+    steps: int | None = None,
     batch_size: int = 32,
 ) -> Adapted:
     """Return the rows of users learned from their pairs; the model does not change.
@@ -188,7 +189,8 @@ def adapt_users(
         pairs: N pairs of new users, in any order, on any device.
         user_ids: The users; those of the pairs by default. A user without pairs gets exactly the generic row.
         prior: The prior; fitted to the model's users by default.
-        steps: Number of linearizations, each a forward and backward pass over the pairs; 0 infers only the kind.
+        steps: Number of linearizations, each a forward and backward pass over the pairs; 0 infers only the kind. By
+            default 2 if the prior is known (`UserPrior.is_known`), and else 0, since a guessed spread may do harm.
         batch_size: Pairs in a pass of the policy.
 
     Raises:
@@ -198,6 +200,7 @@ def adapt_users(
     user_ids = users_in(pairs, user_ids)
     margins_of = Margins(model, pairs, batch_size)
     prior = fit_prior(model, pairs) if prior is None else prior
+    steps = (_STEPS if prior.is_known else 0) if steps is None else steps
     return _adapt(user_ids, prior, _Layout(user_ids, pairs.user_ids, prior.generic.device), margins_of, steps)
 
 

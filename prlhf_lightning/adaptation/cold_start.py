@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
-from prlhf_lightning.adaptation.margins import Margins, select_pairs
+from prlhf_lightning.adaptation.margins import Margins
 from prlhf_lightning.adaptation.prior import UserPrior
 from prlhf_lightning.model import PersonalizedModel
-from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.types import PreferenceBatch, select_pairs
 
 COUNTS = (0, 2, 5, 10, 20, 30)
 _MOST_USERS = 2 / 3  # share of users with enough pairs for the last point
@@ -47,7 +47,7 @@ def cold_start(
     held_out: PreferenceBatch,
     counts: Sequence[int] = COUNTS,
     prior: UserPrior | None = None,
-    steps: int = 0,
+    steps: int | None = None,
 ) -> list[ColdStartPoint]:
     """Return the accuracy on held-out pairs of new users after increasing numbers of pairs.
 

@@ -174,12 +174,6 @@ def check_ranks_pairs(model: PersonalizedModel) -> None:
         )
 
 
-def select_pairs(pairs: PreferenceBatch, rows: Tensor) -> PreferenceBatch:
-    """Return the pairs `rows` `[n]`, with their users."""
-    users = tuple(pairs.user_ids[row] for row in rows.tolist())
-    return replace(pairs.select(rows), user_ids=users, reference_keys=())
-
-
 def users_in(pairs: PreferenceBatch, user_ids: Sequence[str] | None) -> tuple[str, ...]:
     """Return `user_ids`, or else the users of the pairs.
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+_LEAST_INSIDE = 0.05  # variance of a kind's users, where kinds explain the whole prior
 
 
 @dataclass(frozen=True)
@@ -22,12 +24,15 @@ class UserPrior:
 
     Attributes:
         generic: `[p]` row of the generic user.
-        directions: `[k, p]` orthogonal directions, each as long as the trained users' root mean square along it:
-            principal ones, and further ones that the centers need.
+        directions: `[k, p]` orthogonal directions, principal ones and further ones that the centers need. Each is as
+            long as the users' standard deviation along it: 1 if the prior is known, and otherwise the root mean square
+            of the trained rows.
         centers: `[1 + K, k]` codes of the kinds; the first, 0, is the generic user.
         weights: `[1 + K]` probabilities of the kinds.
         std: Spread of the users of a kind around its center, in each direction.
         judgments: `[1 + K, M]` probability with which each kind prefers the first of two completions, of M pairs.
+        is_known: Whether the spread is that of the prior that trained rows were estimated with. If not, it is the
+            spread of these rows, whose noise is unknown.
     """
 
     generic: Tensor
@@ -36,6 +41,7 @@ class UserPrior:
     weights: Tensor
     std: float
     judgments: Tensor
+    is_known: bool = False
 
     @classmethod
     def fit(
@@ -46,6 +52,7 @@ class UserPrior:
         kinds: int | None = None,
         rank: int = 8,
         generic_judgements: Tensor | None = None,
+        is_unit: bool = False,
     ) -> UserPrior:
         """Return the prior fitted to trained users.
 
@@ -57,6 +64,8 @@ class UserPrior:
             kinds: Maximum number of kinds; by default the number that predicts held-out users best, see `choose_kinds`.
             rank: Maximum number of principal directions; fewer if the users span fewer.
             generic_judgements: `[M]` the same for the generic user; 0.5 by default.
+            is_unit: Whether rows were estimated with the prior N(generic, I). Estimated rows differ less than the users
+                do, so the spread inside kinds is then what the kinds leave of that prior.
         """
         like, users = rows, len(rows)
         # On the host: many small steps in float64, which not every device supports.
@@ -68,12 +77,17 @@ class UserPrior:
         medoids = medoids_of(distances, min(users, choose_kinds(judgments, by_generic) if kinds is None else kinds))
         away = (rows - generic).double()
         directions = _directions(away, medoids, rank)
+        if is_unit:
+            directions = nn.functional.normalize(directions, dim=1)
         codes = away @ (directions / directions.square().sum(1, keepdim=True)).T
         kept = len(directions)
         kind = distances[:, medoids].argmin(1) if users else distances.new_zeros(0, dtype=torch.long)
         sizes = torch.bincount(kind, minlength=len(medoids)).double()
         # The center is itself one of the n users of its kind, which slightly overestimates the spread.
         inside = (codes - codes[medoids][kind]).square().sum() / max(1, (users - len(medoids)) * kept)
+        if is_unit and users:
+            between = (sizes[:, None] * codes[medoids].square()).sum(0) / users
+            inside = (1 - between).clamp(min=_LEAST_INSIDE).mean()
         return cls(
             generic.to(like),
             directions.to(like),
@@ -81,6 +95,7 @@ class UserPrior:
             torch.cat([codes.new_ones(1), sizes]).to(like) / (1 + users),
             float(inside) ** 0.5,
             torch.cat([by_generic[None], judgments[medoids]]).to(like),
+            is_unit,
         )
 
     @property

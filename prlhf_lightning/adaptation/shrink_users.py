@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import functional as F
 
-from prlhf_lightning.adaptation.margins import select_pairs
 from prlhf_lightning.adaptation.shrinkage import MOST_PAIRS, known_rows, margins_by_factor, trained_tables
 from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.batching import collate
@@ -25,7 +24,7 @@ from prlhf_lightning.training.checkpoint_entry import entry_of
 from prlhf_lightning.training.checkpointing import is_local
 from prlhf_lightning.training.distributed import gather_objects, holds_whole_model
 from prlhf_lightning.training.user_rows import UserRows, move_toward
-from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.types import PreferenceBatch, select_pairs
 from prlhf_lightning.utils import lightning_compat
 from prlhf_lightning.utils.finite import are_finite
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prlhf_lightning.adaptation.adapt import trained_rows
-from prlhf_lightning.adaptation.margins import Margins, row_tables, select_pairs
+from prlhf_lightning.adaptation.margins import Margins, row_tables
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.model import PersonalizedModel
-from prlhf_lightning.types import PreferenceBatch
+from prlhf_lightning.types import PreferenceBatch, select_pairs
 
 MOST_PAIRS = 4000
 FACTORS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -43,7 +43,7 @@ def adapt(
     pool: Path | None = None,
     hash_user_ids_with: str | None = None,
     kinds: int | None = None,
-    steps: int = 0,
+    steps: int | None = None,
     columns: dict[str, str] | None = None,
     pool_columns: dict[str, str] | None = None,
     skip_known: bool = False,
@@ -67,7 +67,8 @@ def adapt(
         hash_user_ids_with: The value of `data.hash_user_ids_with` in training; new users are then also shown and stored
             by their pseudonyms.
         kinds: Number of kinds of trained users in the prior; by default the number that predicts trained users best.
-        steps: Passes that learn how a user differs from their kind; useful with many pairs per user.
+        steps: Passes that learn how a user differs from their kind. By default 2 if `fit` estimated the users' codes
+            (`LowRankUserModel`), and otherwise 0.
         columns: Mapping of fields to column names of `feedback`, as in `{user_id: worker}`.
         pool_columns: The same for `pool`.
         skip_known: Leave out users who are already in the checkpoint, as always for a server's log. Without it, the
@@ -82,7 +83,7 @@ def adapt(
         raise ConfigurationError("pool: `--suggest` chooses from a file of pairs; give it with --pool.")
     if pool is not None and not suggest:
         raise ConfigurationError("suggest: give the number of pairs to suggest for each user, as in `--suggest 5`.")
-    if suggest < 0 or steps < 0:
+    if suggest < 0 or (steps or 0) < 0:
         raise ConfigurationError(f"suggest is {suggest} and steps {steps}; neither can be below 0.")
     if output is not None:
         check_output(output, "output")
@@ -133,7 +134,7 @@ def _read(model: PersonalizedModel, pairs: PreferenceBatch, console: Console) ->
 
 
 def _learn(
-    model: PersonalizedModel, pairs: PreferenceBatch, kinds: int | None, steps: int, console: Console
+    model: PersonalizedModel, pairs: PreferenceBatch, kinds: int | None, steps: int | None, console: Console
 ) -> Adapted:
     start = time.perf_counter()
     with console.status("Learning the new users"):

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.model import PersonalizedModel
-from prlhf_lightning.types import PreferenceBatch, Users
+from prlhf_lightning.types import PreferenceBatch, Users, select_pairs
 from prlhf_lightning.user_models.factorization import UserCodes, estimate_codes, text_features
 from prlhf_lightning.utils.modes import eval_mode
 
@@ -21,6 +21,7 @@ _SAMPLE = 64  # pairs to measure the directions by
 #: sets, trained directions reach 0.04 to 1.5, and overfitted ones 5 to 30.
 _START_EFFECT = 0.35
 _MOST_SCALE = 30.0
+_POSITIONS = 1 << 11  # in a pass, of prompts and completions
 
 
 def start_users(
@@ -97,11 +98,19 @@ def code_effect(model: PersonalizedModel, batch: PreferenceBatch) -> float:
 
     Args:
         model: A model whose user model has `directions`.
-        batch: B pairs.
+        batch: B pairs; they are computed in parts, since these passes keep all activations.
     """
+    positions = sum(part.mask.shape[1] for part in (batch.user_text, batch.prompt, batch.chosen, batch.rejected))
+    parts = torch.arange(len(batch), device=model.device).split(max(1, _POSITIONS // positions))
+    squares = [_squared_slopes(model, select_pairs(batch, rows)) for rows in parts]
+    return float(torch.cat(squares).mean())
+
+
+def _squared_slopes(model: PersonalizedModel, batch: PreferenceBatch) -> Tensor:
     every = torch.arange(len(batch), device=model.device)
     names = {id(parameter): name for name, parameter in model.user_model.named_parameters()}
     tables = model.user_model.row_tables()
+    # Each pair gets its own copy of the row, so that one backward pass gives the gradient of each margin separately.
     own = {names[id(table)]: table.detach()[:1].repeat(len(batch) + 1, 1).requires_grad_() for table in tables}
     with eval_mode(model), torch.enable_grad():
         users: Users = replace(model.users_of(batch), rows=every + 1)
@@ -109,10 +118,7 @@ def code_effect(model: PersonalizedModel, batch: PreferenceBatch) -> float:
         scored = model.scored(batch, every, prompt)
         # The reference only shifts margins; these log-probs in its place spare another pass.
         chosen, rejected = model.loss.rewards(scored, scored.detached() if model.loss.requires_reference else None)
-        grads: list[Tensor] = list(
-            torch.autograd.grad(
-                (chosen - rejected).sum(), list(own.values()), allow_unused=True, materialize_grads=True
-            )
-        )
+        margins = (chosen - rejected).sum()
+        grads = torch.autograd.grad(margins, list(own.values()), allow_unused=True, materialize_grads=True)
     dense = [(grad.to_dense() if grad.is_sparse else grad)[1:].flatten(1) for grad in grads]
-    return float(torch.cat(dense, 1).float().square().sum(1).mean())
+    return torch.cat(dense, 1).float().square().sum(1)

@@ -91,6 +91,11 @@ class UserModel(nn.Module, ABC):
         """
         return None
 
+    @property
+    def has_unit_prior(self) -> bool:
+        """Whether all rows were estimated with the prior N(0, I) around the generic user's row, 0."""
+        return False
+
     def history_tables(self) -> list[Tensor]:
         """Return the `row_tables` that are computed from the users' training pairs instead of trained.
 

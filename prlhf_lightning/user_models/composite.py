@@ -66,6 +66,12 @@ class CompositeUserModel(UserModel):
         found = [penalty for part in self._models if (penalty := part.penalty(users)) is not None]
         return torch.stack(found).sum(0) if found else None
 
+    @property
+    def has_unit_prior(self) -> bool:
+        """Whether all parts with rows have one."""
+        with_rows = [part for part in self._models if part.row_tables()]
+        return bool(with_rows) and all(part.has_unit_prior for part in with_rows)
+
     def history_tables(self) -> list[Tensor]:
         """Return the history tables of all parts."""
         return [table for part in self._models for table in part.history_tables()]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -31,6 +33,7 @@ class LowRankUserModel(UserModel):
             are trained together with the policy, with the same prior. So it is also for streams, and for `init_from`.
     """
 
+    estimated: Tensor
     spread: Tensor | None
     pairs: Tensor | None
 
@@ -54,9 +57,15 @@ class LowRankUserModel(UserModel):
         # padding_idx keeps the generic user's code at zero and out of the gradient.
         self.codes = nn.Embedding(num_rows, self.rank, padding_idx=0, sparse=True)
         nn.init.zeros_(self.codes.weight)
+        self.register_buffer("estimated", torch.tensor(False, device=token_embeddings.device))
         # Set at the start of each fit; not in checkpoints, since they follow from the training data.
         self.register_buffer("spread", None, persistent=False)
         self.register_buffer("pairs", None, persistent=False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load weights, also those of versions that did not estimate codes."""
+        state_dict.setdefault(f"{prefix}estimated", torch.tensor(False))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, users: Users) -> SoftPrompt:
         """Return `e_0 + B c_u` for each row, `[B, T, d]`."""
@@ -81,6 +90,12 @@ class LowRankUserModel(UserModel):
             mean, self.spread = (F.pad(part[:, : self.rank], (0, 0, 1, 0)) for part in (codes.mean, codes.std))
             if is_fresh:
                 self.codes.weight.copy_(mean)
+                self.estimated.fill_(True)
+
+    @property
+    def has_unit_prior(self) -> bool:
+        """Whether the codes were estimated."""
+        return bool(self.estimated)
 
     def penalty(self, users: Users) -> Tensor | None:
         """Return each pair's share of `-log p(c_u)`, `[B]`, so that all pairs of a user add up to it once."""

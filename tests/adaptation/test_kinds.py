@@ -46,6 +46,17 @@ def test_a_kind_is_a_users_row_with_any_number_of_directions():
     torch.testing.assert_close(gram, gram.diagonal().diag(), atol=1e-4, rtol=0)
 
 
+def test_a_known_prior_keeps_its_variance_in_and_between_kinds():
+    draw = torch.Generator().manual_seed(0)
+    rows, judgments = 0.3 * torch.randn(60, 4, generator=draw), population([15] * 4)[0].float()
+    prior = UserPrior.fit(rows, torch.zeros(4), judgments, kinds=4, is_unit=True)
+    torch.testing.assert_close(prior.directions @ prior.directions.T, torch.eye(4), atol=1e-5, rtol=0)
+    weights = prior.weights[1:] / prior.weights[1:].sum()
+    between = (weights[:, None] * prior.centers[1:].square()).sum(0).mean()
+    assert prior.std**2 + float(between) == pytest.approx(1.0, abs=1e-4)
+    assert UserPrior.fit(rows, torch.zeros(4), judgments, kinds=4).std * 0.3 < 0.6  # the rows' own, which is smaller
+
+
 def known(prior, weights):
     """What is known of users of whom only their kinds' probabilities are."""
     users, kinds = weights.shape

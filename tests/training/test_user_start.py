@@ -178,3 +178,28 @@ def test_evaluation_and_estimated_codes_have_no_penalty():
     assert model.eval().penalty(Users(torch.tensor([1]))) is None
     model.train().spread = torch.zeros(4, 3)
     assert model.penalty(Users(torch.tensor([1]))) is None
+
+
+# ---- what new users are adapted with
+
+
+@pytest.mark.parametrize("estimate_codes", [True, False])
+def test_only_estimated_codes_have_a_known_prior(model_path, split_crowd, tmp_path, estimate_codes):
+    module = fitted(model_path, split_crowd, tmp_path, LowRankUserModel(2, 2, estimate_codes=estimate_codes))
+    assert module.user_model.has_unit_prior == estimate_codes
+    module.trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = PersonalizedLM.load_from_checkpoint(
+        tmp_path / "a.ckpt",
+        user_model=LowRankUserModel(2, 2),
+        policy=CausalLMPolicy(model_path, lora=LoRA(rank=2)),
+        loss=DPOLoss(),
+    )
+    assert loaded.user_model.has_unit_prior == estimate_codes
+
+
+def test_weights_of_a_version_that_trained_codes_have_no_known_prior():
+    model = low_rank()
+    older = {name: weight for name, weight in model.state_dict().items() if name != "estimated"}
+    model.estimated.fill_(True)
+    model.load_state_dict(older)
+    assert not model.has_unit_prior
