@@ -101,7 +101,7 @@ def code_effect(model: PersonalizedModel, batch: PreferenceBatch) -> float:
         batch: B pairs; they are computed in parts, since these passes keep all activations.
     """
     positions = sum(part.mask.shape[1] for part in (batch.user_text, batch.prompt, batch.chosen, batch.rejected))
-    parts = torch.arange(len(batch), device=model.device).split(max(1, _POSITIONS // positions))
+    parts = torch.split(torch.arange(len(batch), device=model.device), max(1, _POSITIONS // positions))
     squares = [_squared_slopes(model, select_pairs(batch, rows)) for rows in parts]
     return float(torch.cat(squares).mean())
 
