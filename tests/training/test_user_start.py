@@ -197,7 +197,7 @@ def test_only_estimated_codes_have_a_known_prior(model_path, split_crowd, tmp_pa
     assert loaded.user_model.has_unit_prior == estimate_codes
 
 
-def test_weights_of_a_version_that_trained_codes_have_no_known_prior():
+def test_weights_of_older_versions_have_no_known_prior():
     model = low_rank()
     older = {name: weight for name, weight in model.state_dict().items() if name != "estimated"}
     model.estimated.fill_(True)
