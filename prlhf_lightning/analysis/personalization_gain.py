@@ -210,6 +210,13 @@ def _well_regularised(
     return shared, personal, Choice(shared_ridge, ridge, rank)
 
 
+def shared_preferences(votes: Votes, family: PreferenceFamily, scheme: Scheme, seed: int = 0) -> PreferenceModel:
+    """Return the model that all users share, with the penalty that is best in cross-validation within the votes."""
+    parts = [(votes[train], votes[test]) for train, test in folds(votes, scheme, seed) if train.any() and test.any()]
+    _, ridge = _choose_shared(parts, family, lambda: None)
+    return family.shared(votes, ridge)
+
+
 def number_of_fits(family: PreferenceFamily, num_ridges: int = 6) -> int:
     """Return the approximate number of fitted models for one part."""
     return _FOLDS * (len(family.shared_ridges) + num_ridges + len(family.ranks) - 1) + 1
