@@ -181,7 +181,7 @@ def _is_causal(config: PreTrainedConfig) -> bool:
 def _load_encoder(path: str, options: dict[str, Any]) -> PreTrainedModel:
     """Load an encoder, and reject one whose weights are not complete."""
     refuse_kernels(path, **options)
-    logger = logging.getLogger("transformers.modeling_utils")
+    logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)  # its report of unused heads; missing weights are refused below
     try:

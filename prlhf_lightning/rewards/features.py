@@ -22,7 +22,7 @@ _PROMPT_FEATURES, _KNOWN_TEXTS = 1 << 15, 1 << 15
 #: Share of a head's prior variance in the weights of all prompts; each known prompt's own weights have the rest.
 _SHARED = 0.3
 #: Prior variance of a known text's own effect, in units of that of its features.
-_OF_TEXT = 2.0
+_OF_TEXT = 4.0
 
 
 @dataclass(frozen=True)

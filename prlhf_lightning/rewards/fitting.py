@@ -9,7 +9,7 @@ Shapes: N pairs, T texts, U users, k directions, D features.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 from prlhf_lightning.rewards.features import TextFeatures
 
-#: Precision of the prior of `w_0`, at which a generic reward may differ by about a third of a logit.
-GENERIC_PRECISION = 8.0
+#: Precision of the prior of `w_0`.
+GENERIC_PRECISION = 20.0
 #: Precisions of the prior of `B` to choose from. The larger, the less users differ.
-PRECISIONS = (30.0, 60.0, 120.0, 240.0)
+PRECISIONS = (50.0, 100.0, 200.0, 400.0, 800.0)
 _STEPS, _STEPS_OF_TRIAL, _STEPS_OF_CODES = 100, 60, 10
 _RATE, _START = 0.05, 0.05
-_PAIRS_AT_ONCE = 1 << 17
+_NUMBERS_AT_ONCE = 1 << 23
+_RANK_OF_TRIAL = 8  # the best precision depends little on the rank
 _HELD_OUT = 4  # every fourth judged text of a user
 
 
@@ -115,20 +116,38 @@ def fit_codes(
     """
     dims = codes.shape[1]
     eye = torch.eye(dims, dtype=codes.dtype, device=codes.device)
+    blocks = list(_blocks(pairs.users, len(codes), dims))
     for _ in range(steps):
-        precisions = torch.zeros_like(covariances)
-        shifts = torch.zeros_like(codes)
-        for part in torch.split(torch.arange(len(pairs), device=codes.device), _PAIRS_AT_ONCE):
-            users, x, weights = pairs.users[part], slopes[part], pairs.weights[part].to(codes.dtype)
-            margin = generic[part] + (x * codes[users]).sum(1)
-            variance = (torch.einsum("nkl,nl->nk", covariances[users], x) * x).sum(1)
-            xi = (margin.square() + variance).clamp(min=1e-12).sqrt()
+        margin = generic + (slopes * codes[pairs.users]).sum(1)
+        precisions, shifts = torch.zeros_like(covariances), torch.zeros_like(codes)
+        for users, rows, mask in blocks:
+            x = slopes[rows]
+            variance = ((x @ covariances[users]) * x).sum(2)
+            xi = (margin[rows].square() + variance).clamp(min=1e-12).sqrt()
+            weights = pairs.weights[rows].to(codes.dtype) * mask
             curvature = weights * torch.tanh(xi / 2) / (2 * xi)
-            precisions.index_add_(0, users, curvature[:, None, None] * x[:, :, None] * x[:, None, :])
-            shifts.index_add_(0, users, (weights / 2 - curvature * generic[part])[:, None] * x)
+            precisions[users] = x.mT @ (curvature[..., None] * x)
+            shifts[users] = (x.mT @ (weights / 2 - curvature * generic[rows])[..., None])[..., 0]
         covariances = torch.linalg.inv(precisions + eye)
         codes = torch.einsum("ukl,ul->uk", covariances, shifts)
     return codes, covariances
+
+
+def _blocks(users: Tensor, num_users: int, dims: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield users `[B]` with pairs, the places of their pairs `[B, n]`, and which of these are real, `[B, n]` bool.
+
+    Users with similar numbers of pairs stand together, and a block has a limited number of pairs.
+    """
+    order, counts = users.argsort(stable=True), torch.bincount(users, minlength=num_users)
+    starts = counts.cumsum(0) - counts
+    left = counts.argsort(descending=True)[: int((counts > 0).sum())]
+    while len(left):
+        most = int(counts[left[0]])
+        size = max(1, _NUMBERS_AT_ONCE // (most * dims))
+        some, left = left[:size], left[size:]
+        slots = torch.arange(most, device=users.device)
+        mask = slots < counts[some, None]
+        yield some, order[(starts[some, None] + slots).clamp(max=len(order) - 1)], mask
 
 
 def fit_head(
@@ -192,9 +211,10 @@ def fit_head(
         optimizer.step()
         loss = fit.detach()
         report(step)
-    with torch.no_grad():
-        generic, slopes = _margins(features, pairs, weights)
-        codes, covariances = fit_codes(generic, slopes, pairs, codes, covariances, 5)
+    if rank:
+        with torch.no_grad():
+            generic, slopes = _margins(features, pairs, weights)
+            codes, covariances = fit_codes(generic, slopes, pairs, codes, covariances, 5)
     return FittedHead(weights.detach(), codes, covariances, float(loss) / max(float(pairs.weights.sum()), 1e-12))
 
 
@@ -226,11 +246,12 @@ def choose_precision(
     """
     out = _held_out_texts(pairs, seed)
     train, test = (pairs.select((out == number).nonzero().flatten()) for number in (0, 2))
-    if not len(train) or not len(test) or not rank:
+    if not len(train) or not len(test):
         return candidates[len(candidates) // 2]
 
     def log_likelihood(precision: float) -> float:
-        head = fit_head(features, train, num_users, rank, precision, alpha, seed, _STEPS_OF_TRIAL, report)
+        dims = min(rank, _RANK_OF_TRIAL)
+        head = fit_head(features, train, num_users, dims, precision, alpha, seed, _STEPS_OF_TRIAL, report)
         generic, slopes = _margins(features, test, head.weights)
         margins = generic + (slopes * head.codes[test.users]).sum(1)
         return float((test.weights * F.logsigmoid(margins)).sum())

@@ -76,7 +76,7 @@ class PersonalizedRewardModel(RewardModel, LightningModule):
         alpha: Weight of the user's own term, in [0, 1]; the generic user's has 1 - alpha.
         precision: Precision of the Gaussian prior of the directions in which users differ (with AdamW: of the
             differences between a user's head and the generic one). By default the fit chooses it by the likelihood of
-            held-out judgments; with AdamW it is then 60.
+            held-out judgments; with AdamW it is then 100.
         lr: Learning rate of AdamW.
         steps: Steps of AdamW, of 512 pairs each.
         cache_features: Keep the backbone's vectors of texts on disk (in `$PRLHF_CACHE` or
@@ -175,9 +175,10 @@ class PersonalizedRewardModel(RewardModel, LightningModule):
 
     def _fit(self, features: TextFeatures, pairs: IndexedPairs) -> None:
         rank = self.user_model.rank if isinstance(self.user_model, LowRankUserModel) else 0
-        seed, precision = (self._seed or 0) % (1 << 31), self.precision
+        seed = (self._seed or 0) % (1 << 31)
+        precision = self.precision or (None if rank else PRECISIONS[0])  # without directions it has no effect
         with progress_bars() as progress:
-            task = progress.add_task("Fitting heads", total=steps_in_all(precision is None and rank > 0))
+            task = progress.add_task("Fitting heads", total=steps_in_all(precision is None))
 
             def report(step: int) -> None:
                 progress.advance(task)

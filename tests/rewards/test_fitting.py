@@ -115,7 +115,7 @@ def test_the_order_of_pairs_changes_nothing():
 def test_a_strong_prior_is_chosen_where_users_agree():
     found = features()
     scores = (found.vectors @ torch.randn(WIDTH)).expand(USERS, -1)
-    assert choose_precision(found, judged(scores, 200), USERS, 4, candidates=(0.3, 300.0)) == 300.0
+    assert choose_precision(found, judged(scores, 200), USERS, 4, candidates=(20.0, 2000.0)) == 2000.0
 
 
 def test_a_weak_prior_is_chosen_where_users_differ():
