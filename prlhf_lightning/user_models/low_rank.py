@@ -87,7 +87,8 @@ class LowRankUserModel(UserModel):
         """Set the codes of a new training, and their uncertainty."""
         self.pairs, self.spread = pairs, None
         if codes is not None:
-            mean, self.spread = (F.pad(part[:, : self.rank], (0, 0, 1, 0)) for part in (codes.mean, codes.std))
+            own = (part[:, : self.rank].to(self.codes.weight) for part in (codes.mean, codes.std))
+            mean, self.spread = (F.pad(part, (0, 0, 1, 0)) for part in own)  # the generic user has neither
             if is_fresh:
                 self.codes.weight.copy_(mean)
                 self.estimated.fill_(True)

@@ -38,7 +38,7 @@ def test_help_explains_every_argument(loss_class):
         parser.print_help()
     for argument in (action for action in parser._actions if action.dest.startswith("loss.")):
         assert argument.help, f"{loss_class.__name__}: {argument.dest} is not explained"
-    assert ("--loss.beta" in out.getvalue()) == (loss_class is not L.SFTLoss)
+    assert ("--loss.beta" in out.getvalue()) == (loss_class not in (L.SFTLoss, L.BradleyTerryLoss))
 
 
 @pytest.mark.parametrize(
