@@ -146,6 +146,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         self._kept_means: dict[str, Tensor] = {}  # of the resumed checkpoint
         self._saves_alone = False
         self._seed: int | None = None
+        self._has_started = False  # whether weights are those of a fit or a checkpoint, and not of `build`
         self._id_key: str | None = None  # fingerprint, see `id_key_of`; stored in checkpoints
         self._rendering: dict[str, Any] = {}  # tokenization settings, as stored in checkpoints
 
@@ -252,8 +253,9 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         if getattr(self.policy, "torch_compile", False):
             rank_zero_info("policy.torch_compile is true: the first steps compile the model, which takes minutes.")
         if self.vocabulary is not None:
-            is_fresh = self._started_from is None and not self.trainer.ckpt_path
+            is_fresh = not self._has_started and self._started_from is None and not self.trainer.ckpt_path
             start_users(self, self.vocabulary, self._datamodule, is_fresh, self._started_from is not None)
+            self._has_started = True
         ddp = ddp_wrapper(self.trainer)
         if ddp is not None or is_sharded(self.policy):
             broadcast_parameters(self.user_model, alone=ddp is None)
@@ -582,6 +584,7 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             is_fitted = trainer.state.fn == TrainerFn.FITTING
         check_finite(checkpoint, source, with_optimizer=is_fitted)
         self._seed, self._started_from = kept.get("seed"), kept.get("started_from")
+        self._has_started = True
         self._take_rendering(kept.get("tokenization") or {})
         checkpointing.warn_of_other_id_key("The checkpoint", kept.get("id_key"), self._data_id_key)
         self._id_key = kept.get("id_key")

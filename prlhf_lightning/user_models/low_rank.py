@@ -86,7 +86,8 @@ class LowRankUserModel(UserModel):
     def start_fit(self, pairs: Tensor, codes: UserCodes | None, is_fresh: bool) -> None:
         """Set the codes of a new training, and their uncertainty."""
         self.pairs, self.spread = pairs, None
-        if codes is not None:
+        # Codes that were trained from the start, as by versions that estimated none, are trained further.
+        if codes is not None and (is_fresh or self.estimated):
             own = (part[:, : self.rank].to(self.codes.weight) for part in (codes.mean, codes.std))
             mean, self.spread = (F.pad(part, (0, 0, 1, 0)) for part in own)  # the generic user has neither
             if is_fresh:

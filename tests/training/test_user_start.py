@@ -85,6 +85,21 @@ def test_a_resumed_fit_keeps_codes_and_uncertainty(model_path, split_crowd, tmp_
     assert torch.equal(resumed.user_model.spread, module.user_model.spread)
 
 
+def test_codes_that_were_not_estimated_are_trained_further(model_path, split_crowd, tmp_path):
+    module = fitted(model_path, split_crowd, tmp_path, LowRankUserModel(2, 2, estimate_codes=False))
+    codes = codes_from(module.trainer.datamodule, module.vocabulary, 2)
+    module.user_model.start_fit(torch.ones(21), codes, is_fresh=False)
+    assert module.user_model.spread is None
+
+
+def test_a_second_fit_of_a_module_keeps_what_the_first_learned(model_path, split_crowd, tmp_path):
+    module = fitted(model_path, split_crowd, tmp_path, LowRankUserModel(2, 2))
+    module.user_model.basis.data *= 2
+    basis, data = module.user_model.basis.detach().clone(), module.trainer.datamodule
+    quiet_trainer(tmp_path, max_epochs=0).fit(module, data)
+    assert torch.equal(module.user_model.basis, basis)
+
+
 def test_a_later_training_on_other_data_does_not_replace_codes(model_path, split_crowd, tmp_path):
     module = fitted(model_path, split_crowd, tmp_path / "a", LowRankUserModel(2, 2))
     module.trainer.save_checkpoint(tmp_path / "a.ckpt")
