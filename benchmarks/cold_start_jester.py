@@ -1,10 +1,8 @@
 r"""Cold-start curve on real people: users of Jester who were held out of training, adapted from their first pairs.
 
     python -m prlhf_lightning fit --config benchmarks/jester.yaml
-    python -m prlhf_lightning shrink --model runs/version_0/checkpoints/last.ckpt \
-        --validation validation.jsonl.gz --output shrunk.ckpt
-    python benchmarks/cold_start_jester.py --checkpoint shrunk.ckpt \
-        --train train.jsonl.gz --validation validation.jsonl.gz --kinds 16
+    python benchmarks/cold_start_jester.py --checkpoint runs/version_0/checkpoints/last.ckpt \
+        --train train.jsonl.gz --validation validation.jsonl.gz
 
 New users are those in the files of whom the checkpoint knows nothing: their training pairs are what they are adapted
 from, and their validation pairs, about other jokes, are what is measured. Each is adapted several times, from other
@@ -45,8 +43,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, required=True)
     parser.add_argument("--train", type=Path, required=True)
     parser.add_argument("--validation", type=Path, required=True)
-    parser.add_argument("--kinds", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=0)
+    parser.add_argument("--kinds", type=int, help="by default, as many as predict trained users best")
+    parser.add_argument("--steps", type=int, help="by default, as `adapt`")
     parser.add_argument("--draws", type=int, default=5, help="times that each new user is adapted, from other pairs")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
