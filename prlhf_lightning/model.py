@@ -124,6 +124,8 @@ class PersonalizedModel(nn.Module):
 
     def penalty(self, batch: PreferenceBatch) -> Tensor | None:
         """Return the user model's penalty of each pair's user, `[B]`, or None; see `UserModel.penalty`."""
+        if not self.training:
+            return None
         return self.user_model.penalty(Users(to_device(self._known_users().rows(batch.user_ids), self.device)))
 
     # ---- log-probs and rewards

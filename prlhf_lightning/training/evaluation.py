@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -115,3 +115,56 @@ class Evaluation:
         """
         for metric in (*self._losses.values(), *self._own.values(), *self._generic.values()):
             metric.to(device).reset()
+
+
+class EvaluationHooks(LightningModule):
+    """The hooks of validation and test, for modules that score a batch in `_evaluation_step`."""
+
+    _evaluation: Evaluation
+
+    def _evaluation_step(self, batch: Any, dataloader_idx: int) -> None:
+        raise NotImplementedError
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the seen or unseen users' validation pairs."""
+        self._evaluation_step(batch, dataloader_idx)
+
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Score a batch of the seen or unseen users' test pairs."""
+        self._evaluation_step(batch, dataloader_idx)
+
+    def on_validation_epoch_start(self) -> None:
+        """Reset the metrics of the last validation."""
+        self._evaluation.reset(self.device)
+
+    def on_test_epoch_start(self) -> None:
+        """Reset the metrics of the last test."""
+        self._evaluation.reset(self.device)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log accuracy and margin over pairs and over users."""
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        """Log accuracy and margin over pairs and over users."""
+        self._log_metrics("test")
+
+    def _log_metrics(self, stage: str) -> None:
+        for name in self.eval_sets:
+            for key, value in self._evaluation.values(name).items():
+                # They are reduced already; sync_dist only silences Lightning's warning.
+                self.log(
+                    f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values(), sync_dist=True
+                )
+
+    def user_table(self, name: str, generic: bool = False) -> list[tuple[str, UserAccuracy | UserAUC]]:
+        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
+
+        With several processes, all must call it. With `generic`, the generic user ranks the rows in each user's place.
+        """
+        return self._evaluation.user_table(name, self.trainer, generic)
+
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Names of the current stage's evaluation sets, in the order of their dataloaders."""
+        return self._evaluation.sets

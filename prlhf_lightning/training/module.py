@@ -22,7 +22,6 @@ from prlhf_lightning.data.tokenization import TokenizationSettings, decode
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
-from prlhf_lightning.metrics import UserAccuracy, UserAUC
 from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.policies import Policy, Sampling
 from prlhf_lightning.policies.loading import warning_of_other_base
@@ -45,7 +44,7 @@ from prlhf_lightning.training.distributed import (
     sparse_tables,
     sum_over_processes,
 )
-from prlhf_lightning.training.evaluation import HEADLINE, Evaluation
+from prlhf_lightning.training.evaluation import Evaluation, EvaluationHooks
 from prlhf_lightning.training.finite import FiniteGuard, check_state, what_to_try
 from prlhf_lightning.training.histories import keep_histories
 from prlhf_lightning.training.micro_batch import (
@@ -85,7 +84,7 @@ from prlhf_lightning.utils.trust import class_paths, only_trusted_classes
 torch.serialization.add_safe_globals([Optim, Sampling])
 
 
-class PersonalizedLM(PersonalizedModel, LightningModule):
+class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
     """A policy conditioned on users, trained on preference pairs.
 
     The objective of a pair is `alpha * l(u) + (1 - alpha) * l(u_0)`: the loss under the pair's own user and under
@@ -403,14 +402,6 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
             self._means.reset()
         return losses.mean() * batch_weight(self.trainer, len(batch), batch_idx)
 
-    def validation_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of the seen or unseen users' validation pairs."""
-        self._evaluation_step(batch, dataloader_idx)
-
-    def test_step(self, batch: PreferenceBatch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Score a batch of the seen or unseen users' test pairs."""
-        self._evaluation_step(batch, dataloader_idx)
-
     def _evaluation_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
         if not len(batch):  # a process without rows of a small set still takes part in the sums
             if is_sharded(self.policy):
@@ -419,47 +410,15 @@ class PersonalizedLM(PersonalizedModel, LightningModule):
         losses, terms = self.objective(batch, every_term=True)
         self._evaluation.update(self.eval_sets[dataloader_idx], batch.user_ids, losses, terms)
 
-    def on_validation_epoch_start(self) -> None:
-        """Reset the metrics of the last validation."""
-        self._evaluation.reset(self.device)
-
-    def on_test_epoch_start(self) -> None:
-        """Reset the metrics of the last test."""
-        self._evaluation.reset(self.device)
-
     def on_validation_epoch_end(self) -> None:
         """Log accuracy and margin over pairs and over users."""
-        self._log_metrics("val")
+        super().on_validation_epoch_end()
         if self.trainer.state.fn == TrainerFn.FITTING and not self.trainer.sanity_checking:
             self._progress.validated(self.trainer)
-
-    def on_test_epoch_end(self) -> None:
-        """Log accuracy and margin over pairs and over users."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: str) -> None:
-        for name in self.eval_sets:
-            for key, value in self._evaluation.values(name).items():
-                # They are reduced already; sync_dist only silences Lightning's warning.
-                self.log(
-                    f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values(), sync_dist=True
-                )
-
-    def user_table(self, name: str, generic: bool = False) -> list[tuple[str, UserAccuracy | UserAUC]]:
-        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`.
-
-        With several processes, all must call it. With `generic`, the generic user ranks the rows in each user's place.
-        """
-        return self._evaluation.user_table(name, self.trainer, generic)
 
     def margins(self, name: str) -> Tensor | None:
         """Return the margins of all pairs in the last evaluation of a set, `[2, N]`; see `Evaluation.margins`."""
         return self._evaluation.margins(name)
-
-    @property
-    def eval_sets(self) -> tuple[str, ...]:
-        """Names of the current stage's evaluation sets, in the order of their dataloaders."""
-        return self._evaluation.sets
 
     # ---- generation
 

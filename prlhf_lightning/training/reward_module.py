@@ -16,7 +16,6 @@ from torch.nn.modules.module import _IncompatibleKeys
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BradleyTerryLoss, MarginLoss
-from prlhf_lightning.metrics import UserAccuracy, UserAUC
 from prlhf_lightning.rewards import (
     FeatureMap,
     JudgedPairs,
@@ -30,7 +29,7 @@ from prlhf_lightning.rewards.fitting import GENERIC_PRECISION, PRECISIONS, Index
 from prlhf_lightning.training import checkpoint_files, checkpointing
 from prlhf_lightning.training.checkpoint_entry import KEY, entry_of, users_of
 from prlhf_lightning.training.checkpointing import check_names, is_local, trained_names, use_checksummed_files
-from prlhf_lightning.training.evaluation import HEADLINE, Evaluation
+from prlhf_lightning.training.evaluation import Evaluation, EvaluationHooks
 from prlhf_lightning.training.feature_store import open_feature_store
 from prlhf_lightning.training.optim import RowwiseAdamW
 from prlhf_lightning.training.reward_data import RewardDataModule
@@ -59,7 +58,7 @@ class RewardTerm:
     output: LossOutput
 
 
-class PersonalizedRewardModel(RewardModel, LightningModule):
+class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
     """A reward model with a head for each user, trained on preference pairs.
 
     The loss of a pair is `alpha * l(r(c, u) - r(r, u)) + (1 - alpha) * l(r(c, u_0) - r(r, u_0))`: a margin loss under
@@ -245,47 +244,9 @@ class PersonalizedRewardModel(RewardModel, LightningModule):
 
     # ---- evaluation
 
-    def validation_step(self, batch: JudgedPairs, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Judge the seen or unseen users' validation pairs."""
-        self._evaluation_step(batch, dataloader_idx)
-
-    def test_step(self, batch: JudgedPairs, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Judge the seen or unseen users' test pairs."""
-        self._evaluation_step(batch, dataloader_idx)
-
     def _evaluation_step(self, batch: JudgedPairs, dataloader_idx: int) -> None:
         losses, terms = self._judge(self.features_of(batch.texts), self._indexed(batch))
         self._evaluation.update(self.eval_sets[dataloader_idx], batch.user_ids, losses, terms)
-
-    def on_validation_epoch_start(self) -> None:
-        """Reset the metrics of the last validation."""
-        self._evaluation.reset(self.device)
-
-    def on_test_epoch_start(self) -> None:
-        """Reset the metrics of the last test."""
-        self._evaluation.reset(self.device)
-
-    def on_validation_epoch_end(self) -> None:
-        """Log accuracy and margin over pairs and over users."""
-        self._log_metrics("val")
-
-    def on_test_epoch_end(self) -> None:
-        """Log accuracy and margin over pairs and over users."""
-        self._log_metrics("test")
-
-    def _log_metrics(self, stage: str) -> None:
-        for name in self.eval_sets:
-            for key, value in self._evaluation.values(name).items():
-                self.log(f"{stage}/{name}/{key}", value.to(self.device), prog_bar=key in HEADLINE.values())
-
-    def user_table(self, name: str) -> list[tuple[str, UserAccuracy | UserAUC]]:
-        """Return each user's id and accuracy in the last evaluation of a set, `seen` or `unseen`."""
-        return self._evaluation.user_table(name, self.trainer)
-
-    @property
-    def eval_sets(self) -> tuple[str, ...]:
-        """Names of the current stage's evaluation sets, in the order of their dataloaders."""
-        return self._evaluation.sets
 
     # ---- checkpoints
 
