@@ -60,6 +60,19 @@ def test_a_request_that_comes_too_slowly_is_answered_408(url, sent):
     assert 0.4 < seconds < 3
 
 
+@pytest.mark.parametrize("sent", [HEAD[:40], HEAD + b'{"model": '], ids=["head", "body"])
+def test_a_client_who_keeps_sending_can_read_the_refusal(url, sent):
+    with connect(url) as connection:
+        connection.sendall(sent)
+        connection.recv(1, socket.MSG_PEEK)  # the refusal is there
+        for _ in range(3):  # the first data for a closed socket resets the connection, which the next call would see
+            time.sleep(0.02)
+            connection.sendall(b"x" * 10)
+        said = b"".join(iter(lambda: connection.recv(4096), b""))
+    assert said.startswith(b"HTTP/1.1 408 ")
+    assert json.loads(said.partition(b"\r\n\r\n")[2])["error"]["code"] == "too_slow"
+
+
 def test_a_connection_on_which_nothing_comes_is_closed(url):
     with connect(url) as connection:
         assert connection.recv(100) == b""
