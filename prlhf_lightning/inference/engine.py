@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -48,9 +48,10 @@ class Engine:
     """Generates with iteration-level (continuous) batching, as in Orca (Yu et al. 2022).
 
     Each step generates one token for every running text. A text takes one row of the batch per condition: one at
-    strengths 0 and 1, two at others. Apart from float rounding, texts do not depend on the rest of the batch. For a
-    model with states other than keys and values (such as Mamba), rows are computed one by one. Not thread-safe. If
-    `step` fails, for example out of memory, running texts are lost: create a new engine.
+    strengths 0 and 1, two at others. Requests that follow one another and differ only in their seed share the
+    computation of their prompt. Apart from float rounding, texts do not depend on the rest of the batch. For a model
+    with states other than keys and values (such as Mamba), rows are computed one by one. Not thread-safe. If `step`
+    fails, for example out of memory, running texts are lost: create a new engine.
 
     Args:
         writer: The model.
@@ -126,7 +127,8 @@ class Engine:
             last = [text.last for text in self._running for _ in range(text.rows)]
             logits.append(self._rows.advance(torch.tensor(last, device=self._writer.lm.device)))
         if new:
-            logits.append(self._rows.append(self._writer.sequences([text.prepared for text in new])))
+            prompts, rows = _distinct(new)
+            logits.append(self._rows.append(self._writer.sequences(prompts), rows))
             self._running += new
         if not logits:
             return []
@@ -199,6 +201,20 @@ class Engine:
         owners = [text.number for text in self._running for _ in range(text.rows)]
         self._rows.keep(row for row, owner in enumerate(owners) if owner in kept)
         self._running = texts
+
+
+def _distinct(texts: Sequence[_Text]) -> tuple[list[PreparedRequest], list[int]]:
+    """Return the prompts of texts, once where neighbors differ only in their seed, and the sequence of each row."""
+    prompts: list[PreparedRequest] = []
+    rows: list[int] = []
+    first = 0  # the first sequence of the last prompt
+    for text in texts:
+        asked = replace(text.prepared.generation, seed=None)
+        if not prompts or asked != replace(prompts[-1].generation, seed=None):
+            first += len(prompts[-1].conditions) if prompts else 0
+            prompts.append(text.prepared)
+        rows += range(first, first + text.rows)
+    return prompts, rows
 
 
 def sample_tokens(logits: Tensor, temperatures: Tensor, top_ps: Tensor, chances: Tensor) -> Tensor:

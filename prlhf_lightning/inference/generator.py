@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -148,20 +149,40 @@ class Generator:
         """
         for generation in generations:  # before anything is computed
             self.prepare(generation)
-        engine = Engine(self, max_batch_rows)
-        waiting = list(enumerate(generations))[::-1]
-        place_of: dict[int, int] = {}
-        pieces: list[list[Chunk]] = [[] for _ in generations]
+        found: dict[int, Completion] = {}
         with Progress(disable=not progress) as bar:
-            task = bar.add_task("Writing", total=len(generations))
-            while waiting or not engine.idle:
-                while waiting and engine.waiting < max_batch_rows:  # not all: that holds their vectors
-                    place, generation = waiting.pop()
-                    place_of[engine.add(generation)] = place
-                for piece in engine.step():
-                    pieces[place_of[piece.number]].append(piece)
-                    bar.advance(task, piece.finish_reason is not None)
-        return [_completion(parts) for parts in pieces]
+            for place, completion in bar.track(
+                self.as_finished(generations, max_batch_rows), len(generations), description="Writing"
+            ):
+                found[place] = completion
+        return [found[place] for place in range(len(generations))]
+
+    def as_finished(
+        self, generations: Iterable[GenerationRequest], max_batch_rows: int = 64
+    ) -> Iterator[tuple[int, Completion]]:
+        """Yield the number and the completion of each request as soon as it is finished.
+
+        Args:
+            generations: What is asked; read only as far as the batch needs.
+            max_batch_rows: Maximum number of rows in a step.
+
+        Raises:
+            ConfigurationError: One of them is invalid; earlier ones may have been generated.
+        """
+        engine = Engine(self, max_batch_rows)
+        left = enumerate(generations)
+        upcoming = next(left, None)
+        places: dict[int, int] = {}
+        pieces: dict[int, list[Chunk]] = defaultdict(list)
+        while upcoming or not engine.idle:
+            while upcoming and engine.waiting < max_batch_rows:  # not all: that holds their vectors
+                place, generation = upcoming
+                places[engine.add(generation)] = place
+                upcoming = next(left, None)
+            for piece in engine.step():
+                pieces[piece.number].append(piece)
+                if piece.finish_reason is not None:
+                    yield places.pop(piece.number), _completion(pieces.pop(piece.number))
 
     def stream(self, generation: GenerationRequest) -> Iterator[Chunk]:
         """Yield the chunks of one request as they are generated; the last has a `finish_reason`."""

@@ -5,7 +5,7 @@ R rows, S positions of the longest row, V tokens in the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from inspect import signature
@@ -40,26 +40,32 @@ class BatchedKVCache:
     def __len__(self) -> int:
         return len(self._mask)
 
-    def append(self, sequences: SoftPrompt) -> Tensor:
+    def append(self, sequences: SoftPrompt, of: Sequence[int] | None = None) -> Tensor:
         """Add rows at the end and return their next logits.
 
         Args:
-            sequences: `[n, L, d]` embedded prompts, padded at the start.
+            sequences: `[n, L, d]` embedded prompts, padded at the start. Each is computed once.
+            of: The sequence of each of m new rows; by default, there is one row for each.
 
         Returns:
-            `[n, V]` float32 logits of the next token of the new rows.
+            `[m, V]` float32 logits of the next token of the new rows.
         """
         cache = DynamicCache()
-        logits = self._forward(sequences, sequences.mask, cache)
-        width, new = self._mask.shape[1], sequences.mask.shape[1]
+        mask, logits = sequences.mask, self._forward(sequences, sequences.mask, cache)
+        if of is not None and len(of) != len(mask):
+            index = torch.tensor(of, device=mask.device)
+            mask, logits = mask[index], logits[index]
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys[index], layer.values[index]
+        width, new = self._mask.shape[1], mask.shape[1]
         common = max(width, new)
         if len(self):
             for old, added in zip(self._cache.layers, cache.layers, strict=True):
                 old.keys = torch.cat([_pad(old.keys, common), _pad(added.keys, common)])
                 old.values = torch.cat([_pad(old.values, common), _pad(added.values, common)])
-            self._mask = torch.cat([pad(self._mask, (common - width, 0)), pad(sequences.mask, (common - new, 0))])
+            self._mask = torch.cat([pad(self._mask, (common - width, 0)), pad(mask, (common - new, 0))])
         else:
-            self._cache, self._mask = cache, sequences.mask
+            self._cache, self._mask = cache, mask
         return logits
 
     def advance(self, tokens: Tensor) -> Tensor:
@@ -104,11 +110,13 @@ class SeparateKVCaches:
     def __len__(self) -> int:
         return len(self._rows)
 
-    def append(self, sequences: SoftPrompt) -> Tensor:
-        """Add rows; see `BatchedKVCache.append`."""
-        new = [CachedDecoder(self._lm, self._memory) for _ in range(len(sequences.mask))]
+    def append(self, sequences: SoftPrompt, of: Sequence[int] | None = None) -> Tensor:
+        """Add rows; see `BatchedKVCache.append`. Here each row computes its sequence."""
+        prompts = list(sequences.unpadded())
+        read = [prompts[number] for number in (range(len(prompts)) if of is None else of)]
+        new = [CachedDecoder(self._lm, self._memory) for _ in read]
         self._rows += new
-        return torch.stack([row.read(vectors) for row, vectors in zip(new, sequences.unpadded(), strict=True)])
+        return torch.stack([row.read(vectors) for row, vectors in zip(new, read, strict=True)])
 
     def advance(self, tokens: Tensor) -> Tensor:
         """Add a token `[R]` to each row; see `BatchedKVCache.advance`."""
