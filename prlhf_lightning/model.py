@@ -203,6 +203,22 @@ class PersonalizedModel(nn.Module):
         (scored,) = self.log_probs(batch, [generic])
         return self.loss.rewards(scored, self.reference_log_probs(batch))
 
+    @torch.no_grad()
+    def completion_rewards(self, batch: PreferenceBatch) -> Tensor:
+        """Return the implicit rewards of a batch's chosen completions alone, `[B]`; the rejected ones are not read.
+
+        Args:
+            batch: B completions.
+        """
+        own = self.policy.log_probs(batch.prompt, [batch.chosen], self.user_model(self.users_of(batch)))
+        nothing = batch.desirable.new_ones(len(batch))
+        reference = None
+        if self.loss.requires_reference:
+            visible = self.user_model.reference(self.users(batch.user_ids, batch.user_text, reference=True))
+            scored = self.policy.reference_log_probs(batch.prompt, [batch.chosen], visible)
+            reference = self._pair(scored, nothing)
+        return self.loss.rewards(self._pair(own, nothing), reference)[0]
+
     def scored(self, batch: PreferenceBatch, rows: Tensor, soft_prompt: SoftPrompt) -> PairLogProbs:
         """Return differentiable log-probs of the pairs at `rows` `[N]`, each with its own of N soft prompts."""
         completions = [part.select(rows) for part in self._completions(batch)]

@@ -46,3 +46,11 @@ def fit(folder: Path, content: dict[str, Any], *options: str) -> Path:
         main(["fit", "-c", str(write_config(folder, content)), *options])
     (checkpoint,) = (folder / "runs").glob("*/checkpoints/last.ckpt")
     return checkpoint
+
+
+def reward_config(folder: Path, backbone: str, train: Path | str, **parts: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration of a short run of a reward model with two directions; arguments as in `run_config`."""
+    content = run_config(folder, {}, train)
+    user_model = {"class_path": "LowRankUserModel", "init_args": {"num_tokens": 1, "rank": 2}}
+    content["model"] = {"user_model": user_model, "backbone": {"model": backbone}, "precision": 30.0}
+    return content | {name: {**content.get(name, {}), **values} for name, values in parts.items()}

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from prlhf_lightning.training.optim import Optim, RowwiseAdamW
     from prlhf_lightning.training.reward_data import RewardDataModule
     from prlhf_lightning.training.reward_module import PersonalizedRewardModel
+    from prlhf_lightning.training.reward_scorer import RewardScorer, load_scorer
     from prlhf_lightning.training.sharding import FSDP2Strategy
 
 _MODULE_OF = {
@@ -23,8 +24,10 @@ _MODULE_OF = {
     "PersonalizedLM": "module",
     "PersonalizedRewardModel": "reward_module",
     "RewardDataModule": "reward_data",
+    "RewardScorer": "reward_scorer",
     "RowwiseAdamW": "optim",
     "Term": "objective",
+    "load_scorer": "reward_scorer",
 }
 
 __all__ = [
@@ -35,8 +38,10 @@ __all__ = [
     "PersonalizedLM",
     "PersonalizedRewardModel",
     "RewardDataModule",
+    "RewardScorer",
     "RowwiseAdamW",
     "Term",
+    "load_scorer",
 ]
 
 

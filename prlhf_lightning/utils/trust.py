@@ -28,6 +28,7 @@ _COMPONENTS = {
     "prlhf_lightning.user_models": ("UserModel",),
     "prlhf_lightning.policies": ("Policy", "LoRA", "Sampling"),
     "prlhf_lightning.losses": ("PreferenceLoss",),
+    "prlhf_lightning.rewards": ("RewardBackbone",),
     "prlhf_lightning.training": ("Optim",),
     "prlhf_lightning.data": ("DataSource",),
     "prlhf_lightning.analysis.judges": ("Judge",),
