@@ -77,6 +77,7 @@ COMMANDS = Group(
         "adapt": Task("adapt.adapt"),
         "export": Task("export.export"),
         "generate": Task("generate.generate"),
+        "make-pairs": Task("make_pairs.make_pairs"),
         "report": Task("report.report"),
         "serve": Task("serve.serve"),
         "shrink": Task("shrink.shrink"),

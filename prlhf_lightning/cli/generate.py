@@ -14,16 +14,19 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
+from prlhf_lightning.cli.candidates import described, finite, report_unknown
 from prlhf_lightning.cli.models import open_writer, pick_device
 from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.conversations import fail, message_text, read_text, read_tools
 from prlhf_lightning.errors import ConfigurationError, FeedbackFormatError, Place
 from prlhf_lightning.inference import Completion, GenerationRequest, Generator
+from prlhf_lightning.inference.best_of import Candidates, Scores, check_sampled, sample_candidates
 from prlhf_lightning.inference.requests import Message
+from prlhf_lightning.training.reward_scorer import load_scorer
 from prlhf_lightning.utils.io import atomic_writer, check_output
+from prlhf_lightning.utils.progress import tracked
 from prlhf_lightning.utils.terminal import LAYOUT, plain_console, printable
 
-_LISTED = 5
 _NARROWEST = 30  # columns of a panel
 
 
@@ -64,6 +67,9 @@ def generate(
     stop: str | list[str] | None = None,
     chat_template: bool | None = None,
     continue_final_message: bool = False,
+    best_of: int = 1,
+    reward_model: Path | None = None,
+    keep_candidates: bool = False,
     output: Path | None = None,
     max_batch_rows: int = 64,
     device: str = "auto",
@@ -93,6 +99,10 @@ def generate(
         chat_template: Whether a string prompt is one user turn in the chat template; by default as in training.
             Conversations always use the template.
         continue_final_message: Continue the last message of each conversation, which must be the assistant's.
+        best_of: Number of answers to sample; the one with the highest reward for the user is kept.
+        reward_model: A checkpoint of a reward model, or of a policy (whose implicit reward is used), or the folder of
+            its run. It scores the answers, also with `best_of: 1`.
+        keep_candidates: Write all sampled answers and their rewards to `output`, as `candidates`.
         output: A JSONL file for the answers, in place of the terminal; replaced atomically.
         max_batch_rows: Maximum number of rows in a step; strengths other than 0 and 1 take two rows.
         device: `cpu`, `cuda`, `cuda:1`, `mps`, ...; `auto` uses a GPU if there is one.
@@ -107,6 +117,11 @@ def generate(
         raise ConfigurationError("prompt: give one of --prompt and --prompts.")
     if output is not None:
         check_output(output, "output")
+    if best_of > 1 and reward_model is None:
+        raise ConfigurationError("best_of: who chooses the best answer? Give a reward model with --reward_model.")
+    if keep_candidates and (output is None or reward_model is None):
+        raise ConfigurationError("keep_candidates: candidates are written to --output, with a --reward_model.")
+    check_sampled(best_of, temperature)
     ids = [user] if isinstance(user, str) else list(user or ())
     if not all(map(str.strip, (*ids, *(blend or ())))):
         raise ConfigurationError("user: an id is empty; leave it out to write for the generic user.")
@@ -121,10 +136,26 @@ def generate(
     if hash_user_ids_with is not None:
         pseudonym = Pseudonyms.load(hash_user_ids_with)
         requests = [one.renamed(pseudonym) for one in requests]
-    writer = open_writer(model, "model", pick_device(device), trust_remote_code, trust_classes)
-    _report_unknown(writer, requests)
+    device = pick_device(device)
+    scorer = None if reward_model is None else load_scorer(reward_model, device, trust_classes)
+    writer = open_writer(model, "model", device, trust_remote_code, trust_classes)
+    users = [one.generation.user for one in requests]
+    report_unknown(writer.vocabulary, users)
     console = plain_console()
-    if output is not None:
+    if scorer is not None:
+        report_unknown(scorer.vocabulary, users, "the reward model")
+        progress = output is not None or console.is_terminal
+        found = _candidates(writer, scorer, requests, best_of, max_batch_rows, progress)
+        written = [one.answers[one.best] for one in found]
+        if output is not None:
+            _write(output, requests, written, found, keep_candidates)
+            console.print(f"{len(written)} answers are in {output}", soft_wrap=True)
+        elif len(requests) == 1:
+            sys.stdout.write(printable(written[0].text, LAYOUT) + "\n")
+        else:
+            _show(console, requests, written)
+        sys.stderr.write(described([one.rewards for one in found], [one.lengths for one in found]) + "\n")
+    elif output is not None:
         written = writer.generate([one.generation for one in requests], True, max_batch_rows)
         _write(output, requests, written)
         console.print(f"{len(written)} answers are in {output}", soft_wrap=True)
@@ -198,13 +229,18 @@ def _requests(
             yield _Request(GenerationRequest(prompt, user, user_text=text, tools=tools, **how), row.get("id", number))
 
 
-def _report_unknown(writer: Generator, requests: Sequence[_Request]) -> None:
-    """Print unknown users, whose answers are for the generic user."""
-    users = [one.generation.user for one in requests if one.generation.user is not None]
-    named = dict.fromkeys(name for user in users for name in ([user] if isinstance(user, str) else user))
-    if unknown := [printable(name) for name in named if name not in writer.vocabulary]:
-        more = f" and {len(unknown) - _LISTED} more" if len(unknown) > _LISTED else ""
-        sys.stderr.write(f"Unknown users, who get the generic user's answer: {', '.join(unknown[:_LISTED])}{more}\n")
+def _candidates(
+    writer: Generator, scorer: Scores, requests: Sequence[_Request], n: int, max_batch_rows: int, progress: bool
+) -> list[Candidates]:
+    """Return the sampled answers to each request, with rewards."""
+    found: dict[int, Candidates] = {}
+    asked = [one.generation for one in requests]
+    for generation in asked:  # before anything is computed
+        writer.prepare(generation)
+    sampled = sample_candidates(writer, scorer, asked, n, max_batch_rows)
+    for place, candidates in tracked(sampled, "Writing", len(requests), progress):
+        found[place] = candidates
+    return [found[place] for place in range(len(requests))]
 
 
 def _report_empty(writer: Generator, requests: Sequence[_Request], texts: Sequence[str]) -> None:
@@ -243,10 +279,16 @@ def _show(console: Console, requests: Sequence[_Request], written: Sequence[Comp
         console.print(Columns(panels))
 
 
-def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completion]) -> None:
+def _write(
+    path: Path,
+    requests: Sequence[_Request],
+    written: Sequence[Completion],
+    found: Sequence[Candidates] | None = None,
+    all_candidates: bool = False,
+) -> None:
     with atomic_writer(path) as file:
-        for one, answer in zip(requests, written, strict=True):
-            row = {
+        for number, (one, answer) in enumerate(zip(requests, written, strict=True)):
+            row: dict[str, Any] = {
                 "id": one.id,
                 "user_id": one.generation.user if isinstance(one.generation.user, str) else None,
                 **({"blend": dict(one.generation.user)} if isinstance(one.generation.user, Mapping) else {}),
@@ -258,4 +300,12 @@ def _write(path: Path, requests: Sequence[_Request], written: Sequence[Completio
                 "prompt_tokens": answer.prompt_tokens,
                 "completion_tokens": answer.completion_tokens,
             }
+            if found is not None:
+                candidates = found[number]
+                row["reward"] = finite(candidates.rewards[candidates.best])
+                if all_candidates:
+                    row["candidates"] = [
+                        {"completion": each.text, "reward": finite(reward), "completion_tokens": each.completion_tokens}
+                        for each, reward in zip(candidates.answers, candidates.rewards, strict=True)
+                    ]
             file.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
