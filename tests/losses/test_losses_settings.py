@@ -1,3 +1,4 @@
+import inspect
 import io
 from contextlib import redirect_stdout
 
@@ -11,9 +12,9 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import LogProbs, PairLogProbs
 
 CLASSES = [
-    getattr(L, name)
-    for name in L.__all__
-    if name.endswith("Loss") and name not in ("PreferenceLoss", "MarginLoss", "UnpairedLoss")
+    loss
+    for loss in vars(L).values()
+    if isinstance(loss, type) and issubclass(loss, L.PreferenceLoss) and not inspect.isabstract(loss)
 ]
 
 
