@@ -48,7 +48,7 @@ def test_config_trains_a_step(path, votes, thumbs, model_path, chat_model_path, 
     content = yaml.safe_load(path.read_text())
     overrides = ["--trainer.fast_dev_run", "true", "--trainer.enable_progress_bar", "false", "--trainer.accelerator",
                  "cpu", "--trainer.default_root_dir", tmp_path]  # fmt: skip
-    if "policy" in content["model"]:
+    if "policy" in content["model"] and "rewards" not in content["model"]:
         overrides += ["--train_baseline", "false", "--collapse.prompts", 1, "--data.eval_batch_size", 4]
     source = content["data"]["source"]
     policy = content["model"].get("policy")

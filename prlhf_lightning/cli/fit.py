@@ -198,6 +198,9 @@ class PRLHFCLI(LightningCLI):
             help="At the end of fit, move all user rows toward the generic user if held-out pairs show that they also "
             "fit noise; see docs/adapt.md.",
         )
+        self._add_init_from(parser)
+
+    def _add_init_from(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--init_from",
             type=str | None,
@@ -461,34 +464,49 @@ def run_training(args: ArgsType, program: str) -> None:
         program: Name of the command, for messages.
     """
     Parser.called = program
-    if _names_backbone(args):
-        from prlhf_lightning.cli.fit_reward import RewardCLI  # it is a subclass of PRLHFCLI
+    match _kind_of_model(args):
+        case "backbone":
+            from prlhf_lightning.cli.fit_reward import RewardCLI  # it is a subclass of PRLHFCLI
 
-        RewardCLI(args)
-    else:
-        PRLHFCLI(args)
+            RewardCLI(args)
+        case "rewards":
+            from prlhf_lightning.cli.fit_online import OnlineCLI
+
+            OnlineCLI(args)
+        case _:
+            PRLHFCLI(args)
 
 
-def _names_backbone(args: ArgsType) -> bool:
-    """Return whether a command configures a reward model: whether `model.backbone` is given, in words or in a file."""
+_KINDS = ("backbone", "rewards")
+
+
+def _kind_of_model(args: ArgsType) -> str | None:
+    """Return which setting of `model`, in words or in a file, tells what a command trains.
+
+    Returns:
+        `backbone` for a reward model, `rewards` for online RL, and otherwise None.
+    """
     if args is not None and not isinstance(args, list):
-        return any("backbone" in ((part or {}).get("model") or {}) for part in dict(args).values() if part)
+        parts = [(part or {}).get("model") or {} for part in dict(args).values() if part]
+        return next((kind for kind in _KINDS if any(kind in part for part in parts)), None)
     words: list[str] = with_shipped_configs(sys.argv[1:] if args is None else args)
     of_run = configuration_of_run(words, _RUNS)
     files: list[str | Path] = [words[i + 1] for i, word in enumerate(words[:-1]) if word in ("-c", "--config")]
     files += [word.partition("=")[2] for word in words if word.startswith(("--config=", "-c="))]
-    return any(word.startswith("--model.backbone") for word in words) or any(
-        _file_names_backbone(Path(file)) for file in (*files, *filter(None, [of_run]))
-    )
+    models = [_model_of_file(Path(file)) for file in (*files, *filter(None, [of_run]))]
+    for kind in _KINDS:
+        if any(word.startswith(f"--model.{kind}") for word in words) or any(kind in model for model in models):
+            return kind
+    return None
 
 
-def _file_names_backbone(path: Path) -> bool:
+def _model_of_file(path: Path) -> Mapping[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # the parser says what is wrong with it
+        return {}  # the parser says what is wrong with it
     model = content.get("model") if isinstance(content, dict) else None
-    return isinstance(model, dict) and "backbone" in model
+    return model if isinstance(model, dict) else {}
 
 
 def _locate_data(settings: Any, folders: Sequence[Path]) -> None:

@@ -94,7 +94,11 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def log_probs(
-        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+        self,
+        prompt: Tokens,
+        completions: Sequence[Tokens],
+        soft_prompt: SoftPrompt | None = None,
+        temperature: float = 1.0,
     ) -> tuple[LogProbs, ...]:
         """Score several completions of the same prompts.
 
@@ -102,6 +106,7 @@ class Policy(nn.Module, ABC):
             prompt: B prompts.
             completions: One or more batches of B completions of those prompts.
             soft_prompt: B soft prompts, or None.
+            temperature: Divides the logits, for completions that were sampled at another temperature than 1.
 
         Returns:
             For each batch of completions, its per-token log-probabilities `[B, L]`, differentiable.
@@ -109,7 +114,11 @@ class Policy(nn.Module, ABC):
 
     @abstractmethod
     def reference_log_probs(
-        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+        self,
+        prompt: Tokens,
+        completions: Sequence[Tokens],
+        soft_prompt: SoftPrompt | None = None,
+        temperature: float = 1.0,
     ) -> tuple[LogProbs, ...]:
         """Score completions as `log_probs` does, under the policy from before training and without gradient."""
 

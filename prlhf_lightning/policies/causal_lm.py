@@ -370,13 +370,17 @@ class CausalLMPolicy(Policy):
             return embed(lm, tokens)
 
     def log_probs(
-        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+        self,
+        prompt: Tokens,
+        completions: Sequence[Tokens],
+        soft_prompt: SoftPrompt | None = None,
+        temperature: float = 1.0,
     ) -> tuple[LogProbs, ...]:
         """Score completions under the policy; see `Policy.log_probs`."""
         if not (self._router_coef and self.training and torch.is_grad_enabled()):
-            return self._score(self.lm, prompt, completions, soft_prompt)
+            return self._score(self.lm, prompt, completions, soft_prompt, temperature)
         losses: list[Tensor] = []
-        scores = self._score(self.lm, prompt, completions, soft_prompt, losses)
+        scores = self._score(self.lm, prompt, completions, soft_prompt, temperature, losses)
         self._auxiliary_loss = self._router_coef * torch.stack(losses).sum()
         return scores
 
@@ -391,11 +395,15 @@ class CausalLMPolicy(Policy):
 
     @torch.no_grad()
     def reference_log_probs(
-        self, prompt: Tokens, completions: Sequence[Tokens], soft_prompt: SoftPrompt | None = None
+        self,
+        prompt: Tokens,
+        completions: Sequence[Tokens],
+        soft_prompt: SoftPrompt | None = None,
+        temperature: float = 1.0,
     ) -> tuple[LogProbs, ...]:
         """Score completions with adapters disabled or by the frozen copy; see `Policy.reference_log_probs`."""
         with self._reference_lm() as lm:
-            return self._score(lm, prompt, completions, soft_prompt)
+            return self._score(lm, prompt, completions, soft_prompt, temperature)
 
     def grouped_log_probs(
         self,
@@ -441,13 +449,14 @@ class CausalLMPolicy(Policy):
         prompt: Tokens,
         completions: Sequence[Tokens],
         soft_prompt: SoftPrompt | None,
+        temperature: float,
         router_losses: list[Tensor] | None = None,
     ) -> tuple[LogProbs, ...]:
         before = self._segments(lm, prompt, soft_prompt)
         for part in completions:
             self._check_completions(before, part)
         packed = self._packing is not None and self._packing.applies(lm, prompt.ids.device)
-        return score(lm, before, completions, self.shortcuts, packed, router_losses)
+        return score(lm, before, completions, self.shortcuts, packed, router_losses, temperature)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:
         return segments(lm, self.tokenizer.bos_token_id, prompt, soft_prompt)

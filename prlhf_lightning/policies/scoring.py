@@ -72,6 +72,7 @@ def score(
     shortcuts: Capabilities,
     as_trees: bool = False,
     router_losses: list[Tensor] | None = None,
+    temperature: float = 1.0,
 ) -> tuple[LogProbs, ...]:
     """Score n completions of the same B prompts.
 
@@ -83,6 +84,7 @@ def score(
         as_trees: Pack trees if the model supports it, however little that saves.
         router_losses: A list to which a mixture of experts appends its load-balancing loss. Completions then do not
             share their prompt, because the loss is a mean over all tokens.
+        temperature: Divides the logits.
 
     Returns:
         For each batch of completions, its per-token log-probabilities, float32.
@@ -115,7 +117,7 @@ def score(
             hidden = lm.base_model(**inputs).last_hidden_state[rows, positions].to(inputs["inputs_embeds"].dtype)
         else:
             hidden, head = lm(**inputs).logits[rows, positions], nn.Identity()
-    scores = token_log_probs(hidden, ids, head, lm.get_input_embeddings().weight.shape[0])
+    scores = token_log_probs(hidden, ids, head, lm.get_input_embeddings().weight.shape[0], temperature)
     log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
     return LogProbs(log_probs, targets.mask).chunk(n)
 

@@ -33,7 +33,9 @@ def join(segments: Sequence[SoftPrompt], align: str = "left") -> SoftPrompt:
     return SoftPrompt(vectors, joined.mask.gather(1, order))
 
 
-def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size: int) -> Tensor:
+def token_log_probs(
+    hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size: int, temperature: float = 1.0
+) -> Tensor:
     """Return `log p(target)` of each position; never stores the logits of all positions.
 
     Args:
@@ -41,6 +43,7 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
         targets: `[N]` int64 token ids.
         head: Maps `[n, d]` to logits `[n, V]`.
         vocab_size: V, to size the chunks.
+        temperature: Divides the logits.
 
     Returns:
         `[N]` float32; the softmax is computed in float32 whatever the dtype of the logits.
@@ -53,12 +56,12 @@ def token_log_probs(hidden: Tensor, targets: Tensor, head: nn.Module, vocab_size
         and not (head.bias is not None and head.bias.requires_grad)
     ):
         scores: Tensor = _FrozenHeadLogProbs.apply(  # type: ignore[no-untyped-call]
-            hidden, targets, head.weight, head.bias, rows
+            hidden, targets, head.weight, head.bias, rows, temperature
         )
         return scores
 
     def score(hidden_n: Tensor, targets_n: Tensor) -> Tensor:
-        return _gather(head(hidden_n).float().log_softmax(-1), targets_n)
+        return _gather((head(hidden_n).float() / temperature).log_softmax(-1), targets_n)
 
     if len(targets) <= rows:
         return score(hidden, targets)
@@ -81,7 +84,9 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, rows: int) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, rows: int, temperature: float
+    ) -> Tensor:
         device = hidden.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
         wants_gradient = ctx.needs_input_grad[0]
@@ -90,12 +95,14 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
             weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
             for hidden_n, targets_n in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
                 logits = nn.functional.linear(hidden_n.to(dtype), weight, bias).float()
+                if temperature != 1.0:
+                    logits /= temperature
                 # In place: on a CPU, allocating a second buffer of this size takes longer than filling it.
                 log_probs = torch.log_softmax(logits, -1, out=logits)
                 scores.append(_gather(log_probs, targets_n))
                 if wants_gradient:
                     mean = log_probs.exp_().to(dtype) @ weight
-                    directions.append((weight[targets_n] - mean).to(hidden.dtype))
+                    directions.append(((weight[targets_n] - mean) / temperature).to(hidden.dtype))
         if wants_gradient:
             ctx.save_for_backward(torch.cat(directions))
         return torch.cat(scores)
@@ -103,4 +110,4 @@ class _FrozenHeadLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (directions,) = ctx.saved_tensors
-        return (grads[0][:, None] * directions).to(directions.dtype), None, None, None, None
+        return (grads[0][:, None] * directions).to(directions.dtype), None, None, None, None, None

@@ -20,6 +20,9 @@ _VALUES = {
     "accuracy_worst_decile": "  worst tenth of users",
     "generic_auc": "  same thumbs, generic user",
     "auc_worst_decile": "  worst tenth of users",
+    "reward": "reward of answers, mean over users",
+    "generic_reward": "  same prompts, generic user",
+    "reward_worst_decile": "  worst tenth of users",
     "margin": "margin of rewards",
     "loss": "loss",
 }

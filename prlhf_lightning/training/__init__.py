@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from prlhf_lightning.training.fsdp import FSDP1Strategy
     from prlhf_lightning.training.module import PersonalizedLM
     from prlhf_lightning.training.objective import Term
+    from prlhf_lightning.training.online_data import OnlineDataModule
+    from prlhf_lightning.training.online_module import OnlineRL
     from prlhf_lightning.training.optim import Optim, RowwiseAdamW
     from prlhf_lightning.training.reward_data import RewardDataModule
     from prlhf_lightning.training.reward_module import PersonalizedRewardModel
@@ -20,6 +22,8 @@ _MODULE_OF = {
     "ChecksummedCheckpointIO": "checkpointing",
     "FSDP1Strategy": "fsdp",
     "FSDP2Strategy": "sharding",
+    "OnlineDataModule": "online_data",
+    "OnlineRL": "online_module",
     "Optim": "optim",
     "PersonalizedLM": "module",
     "PersonalizedRewardModel": "reward_module",
@@ -34,6 +38,8 @@ __all__ = [
     "ChecksummedCheckpointIO",
     "FSDP1Strategy",
     "FSDP2Strategy",
+    "OnlineDataModule",
+    "OnlineRL",
     "Optim",
     "PersonalizedLM",
     "PersonalizedRewardModel",

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from lightning.pytorch import LightningModule
@@ -49,6 +49,7 @@ from prlhf_lightning.training.finite import FiniteGuard, check_state, what_to_tr
 from prlhf_lightning.training.histories import keep_histories
 from prlhf_lightning.training.micro_batch import (
     IntervalMeans,
+    Share,
     batch_weight,
     is_logged_now,
     seed_randomness,
@@ -106,6 +107,9 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
             `alpha * (1 - alpha) * |g(u) - g(u_0)|^2` to the variance of a pair's gradient g.
     """
 
+    #: Arguments that are modules or hold some: in checkpoints only as configurations.
+    components: ClassVar[Sequence[str]] = ("user_model", "policy", "loss")
+
     reference_store: ReferenceStore | None
     device = LightningModule.device  # Lightning updates it, also for sharded weights
 
@@ -125,7 +129,7 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
             raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term must be in [0, 1].")
         # From the CLI these are the components' configurations, which are enough to load a checkpoint. Built in code,
         # they are live modules, which must not be in a checkpoint (nor in the copy made here).
-        live = [] if lightning_compat.is_built_from_config() else ["user_model", "policy", "loss"]
+        live = [] if lightning_compat.is_built_from_config() else list(self.components)
         self.save_hyperparameters(ignore=live, logger=False)
         self.alpha = alpha
         self.optim = optim
@@ -192,7 +196,7 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
             self.vocabulary = datamodule.vocabulary
             if self._warm_start is not None:
                 self.vocabulary = self._warm_start.users_with(datamodule.vocabulary)
-        check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
+        self._check_data(datamodule)
         if stage == "fit":
             check_fit(self.trainer, self.user_model, self.loss, self.vocabulary)
             self._render_as(checkpointing.rendering_of(datamodule))
@@ -203,6 +207,10 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
         sets = getattr(datamodule, "eval_sets", {})
         evaluated = sets.get("validate" if stage == "fit" else stage, ())
         self._evaluation = Evaluation(evaluated, self.user_model.personalizes, self.loss.feedback)
+
+    def _check_data(self, datamodule: Any) -> None:
+        """Refuse data that cannot be trained on."""
+        check_feedback(self.loss, getattr(datamodule, "feedback", self.loss.feedback))
 
     def configure_model(self) -> None:
         """Load the policy and create the user model's parameters."""
@@ -265,7 +273,7 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
         """Apply the optimizer settings of this run in place of those of the resumed checkpoint."""
         self._means.reset({name: sums.to(self.device) for name, sums in self._kept_means.items()})
         self._kept_means, self._saves_alone = {}, False
-        self._progress.begin(self.trainer, self.loss, self._means.sums)
+        self._progress.begin(self.trainer, self._running_state(), self._means.sums)
         scheduler: Any = self.trainer.lr_scheduler_configs[0].scheduler
         apply_settings(self.optim, self.trainer.optimizers[0], scheduler)
 
@@ -309,7 +317,7 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
                 f"(defaults depend on the model's width, {self._width})"
             )
         optimizer = make_optimizer(self.optim, self.policy, self.user_model)
-        scheduler = make_schedule(self.optim, optimizer, optimizer_steps(self.trainer))
+        scheduler = make_schedule(self.optim, optimizer, optimizer_steps(self.trainer, self.steps_per_batch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(
@@ -321,7 +329,11 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
     ) -> None:
         """Take a step and record it as complete: a checkpoint saved before the next step resumes here."""
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        self._progress.step_taken(epoch, batch_idx, self.loss, self._means.sums)
+        self._progress.step_taken(epoch, batch_idx, self._running_state(), self._means.sums)
+
+    def _running_state(self) -> dict[str, Tensor]:
+        """Return what batches change before their step, by its names in checkpoints: the state of the loss."""
+        return {f"loss.{name}": value for name, value in self.loss.named_buffers()}
 
     def configure_gradient_clipping(
         self,
@@ -347,6 +359,11 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_gradients(moved.all, gradient_clip_val, norm)
+
+    @property
+    def steps_per_batch(self) -> int:
+        """Optimizer steps that a batch takes, if it takes any: batches may be accumulated."""
+        return 1
 
     # ---- objective
 
@@ -394,13 +411,17 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
         """Return the mean loss of a batch's pairs, weighted so that every pair of an optimizer step counts the same."""
         losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
-        self._means.add(sums_to_log(losses, terms[0], self.loss.feedback))
+        self._log_means(sums_to_log(losses, terms[0], self.loss.feedback), ("loss", "accuracy"), len(batch))
+        return losses.mean() * batch_weight(self.trainer, len(batch), batch_idx)
+
+    def _log_means(self, shares: Mapping[str, Share], shown: Collection[str], batch_size: int) -> None:
+        """Add the sums of a batch, and log means over the interval; `shown` are in the progress bar."""
+        self._means.add(shares)
         is_logged = is_logged_now(self.trainer)
         for name, value in self._means.means(self.trainer if is_logged else None).items():
-            self.log(f"train/{name}", value, prog_bar=name in ("loss", "accuracy"), batch_size=len(batch))
+            self.log(f"train/{name}", value, prog_bar=name in shown, batch_size=batch_size)
         if is_logged:
             self._means.reset()
-        return losses.mean() * batch_weight(self.trainer, len(batch), batch_idx)
 
     def _evaluation_step(self, batch: PreferenceBatch, dataloader_idx: int) -> None:
         if not len(batch):  # a process without rows of a small set still takes part in the sums
@@ -524,8 +545,8 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
                 checkpoint[KEY][name] = value
         if (place := self._progress.entry(trainer) if trainer is not None else None) is not None:
             checkpoint[KEY]["place"] = place
-            of_loss = self._progress.of_loss
-            checkpoint["state_dict"].update({k: v for k, v in of_loss.items() if k in checkpoint["state_dict"]})
+            state = self._progress.state
+            checkpoint["state_dict"].update({k: v for k, v in state.items() if k in checkpoint["state_dict"]})
             checkpoint[KEY]["means"] = self._interval_so_far()
             if hasattr(datamodule := self._datamodule, "order_record"):
                 checkpoint[KEY]["order"] = datamodule.order_record(*self._sharing)

@@ -275,11 +275,15 @@ def training_batches(trainer: Trainer) -> int:
     return min(batches, limit) if isinstance(limit, int) else int(batches * limit)
 
 
-def optimizer_steps(trainer: Trainer) -> int:
+def optimizer_steps(trainer: Trainer, per_batch: int = 1) -> int:
     """Return the number of optimizer steps of a fit.
 
     Counted from the data module: `trainer.estimated_stepping_batches` creates a loader as a side effect, and drops the
     loader's state on resume (Lightning issue 20550).
+
+    Args:
+        trainer: The trainer.
+        per_batch: Optimizer steps that a batch takes, if batches are not accumulated.
     """
     if trainer.accumulate_grad_batches < 1:
         raise ConfigurationError(
@@ -292,7 +296,7 @@ def optimizer_steps(trainer: Trainer) -> int:
     batches = training_batches(trainer)
     limits = []
     if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-        limits.append(math.ceil(batches / trainer.accumulate_grad_batches) * trainer.max_epochs)
+        limits.append(math.ceil(batches / trainer.accumulate_grad_batches) * per_batch * trainer.max_epochs)
     if trainer.max_steps >= 0:
         limits.append(trainer.max_steps)
     if not limits:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from prlhf_lightning.utils import lightning_compat
 
@@ -38,7 +38,7 @@ class StepProgress:
         self._is_entered = False
         self._validated = (-1, -1)  # the same for the last validation
         self._validations = _Validations()
-        self._of_loss: dict[str, Tensor] = {}
+        self._state: dict[str, Tensor] = {}
         self._means: dict[str, Tensor] = {}
 
     def enter(self, epoch: int, batch: int, validations: int) -> None:
@@ -46,19 +46,19 @@ class StepProgress:
         self._place, self._is_entered = (epoch, batch), True
         self._validations = _Validations(validations, validations, validations)
 
-    def begin(self, trainer: Trainer, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
+    def begin(self, trainer: Trainer, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
         """Start training at the position of a checkpoint, or at a new epoch."""
         epochs: Any = trainer.fit_loop.epoch_progress.current
         if not self._is_entered:
             self._place, self._validations = (epochs.processed, 0), _Validations()
         self._validated, self._is_entered = (-1, -1), False
-        self._remember(loss, means)
+        self._remember(state, means)
 
-    def step_taken(self, epoch: int, batch_idx: int, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
-        """Record the step of a batch, with the state of the loss and of the logged means."""
+    def step_taken(self, epoch: int, batch_idx: int, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
+        """Record the step of a batch, with running state, by its names in checkpoints, and the logged means."""
         self._place = (epoch, batch_idx + 1)
         self._validations.at_step = self._validations.at_place = self._validations.made
-        self._remember(loss, means)
+        self._remember(state, means)
 
     def is_logged(self, trainer: Trainer) -> bool:
         """Return whether Lightning has logged the values of the last complete step."""
@@ -92,18 +92,18 @@ class StepProgress:
         }
 
     @property
-    def of_loss(self) -> dict[str, Tensor]:
-        """State of the loss after the last complete step, by its names in the module."""
-        return self._of_loss
+    def state(self) -> dict[str, Tensor]:
+        """Running state after the last complete step, by its names in checkpoints."""
+        return self._state
 
     @property
     def means(self) -> dict[str, Tensor]:
         """Sums of `IntervalMeans` in this process at the last complete step."""
         return self._means
 
-    def _remember(self, loss: nn.Module, means: Mapping[str, Tensor]) -> None:
+    def _remember(self, state: Mapping[str, Tensor], means: Mapping[str, Tensor]) -> None:
         self._means = dict(means)
-        self._of_loss = {f"loss.{name}": value.detach().clone() for name, value in loss.named_buffers()}
+        self._state = {name: value.detach().clone() for name, value in state.items()}
 
     def _is_due(self, trainer: Trainer) -> bool:
         here = (trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready)

@@ -68,7 +68,8 @@ class UserRows:
                 raise ConfigurationError(
                     f"This checkpoint has {len(self.vocabulary) - 1} users, and {name} rows of {len(table) - 1}."
                 )
-        self._states = list(self._optimizer_states())
+        # With the running statistics of users' rewards, if online RL trained the model.
+        self._states = [*self._optimizer_states(), self._entry.get("advantages", {})]
 
     @property
     def tables(self) -> dict[str, Tensor]:

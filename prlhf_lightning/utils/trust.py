@@ -27,7 +27,8 @@ from prlhf_lightning.errors import ConfigurationError
 _COMPONENTS = {
     "prlhf_lightning.user_models": ("UserModel",),
     "prlhf_lightning.policies": ("Policy", "LoRA", "Sampling"),
-    "prlhf_lightning.losses": ("PreferenceLoss",),
+    "prlhf_lightning.losses": ("PreferenceLoss", "PolicyGradientLoss", "UserScale"),
+    "prlhf_lightning.online": ("Reward", "RewardFunction"),
     "prlhf_lightning.rewards": ("RewardBackbone",),
     "prlhf_lightning.training": ("Optim",),
     "prlhf_lightning.data": ("DataSource",),

@@ -1,0 +1,71 @@
+"""`fit`, `validate`, `test` and `predict` of online RL: their configuration has `model.rewards`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+
+from prlhf_lightning.cli.fit import PRLHFCLI, read_whole_numbers_first
+from prlhf_lightning.training.callbacks import ExplainOutOfMemory, StopOnSignal
+from prlhf_lightning.training.callbacks.online import AnswerTable, OnlineMonitor
+from prlhf_lightning.training.callbacks.outputs import (
+    BestAndLast,
+    LogShortRuns,
+    PredictionWriter,
+    SaveOnInterrupt,
+    UserTable,
+    kept_by,
+)
+from prlhf_lightning.training.callbacks.stats import TrainingStats
+from prlhf_lightning.training.online_data import OnlineDataModule
+from prlhf_lightning.training.online_module import OnlineRL
+from prlhf_lightning.training.run_history import RunHistory
+
+
+class OnlineCLI(PRLHFCLI):
+    """LightningCLI for an `OnlineRL` and an `OnlineDataModule`, with shared settings linked."""
+
+    model_type = OnlineRL
+    data_type = OnlineDataModule
+
+    def _trainer_defaults(self) -> dict[str, Any]:
+        return {
+            "max_epochs": 1,
+            "log_every_n_steps": 1,
+            "use_distributed_sampler": False,
+            "enable_model_summary": False,
+            "callbacks": [
+                SaveOnInterrupt(),
+                StopOnSignal(),
+                ExplainOutOfMemory(),
+                RunHistory(),
+                UserTable(),
+                PredictionWriter(),
+                LogShortRuns(),
+                TrainingStats(),
+                AnswerTable(),
+            ],
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add the settings of fixed callbacks, and link settings that data and model share."""
+        read_whole_numbers_first(parser)
+        parser.add_lightning_class_args(BestAndLast, "checkpoint")
+        parser.add_lightning_class_args(OnlineMonitor, "monitor")
+        parser.set_defaults({"checkpoint.monitor": "val/seen/reward", "checkpoint.mode": "max"})
+        parser.link_arguments("model.policy", "data.tokenizer", lambda policy: policy.tokenizer, "instantiate")
+        parser.link_arguments("model.user_model", "data.history_size", lambda users: users.history_size, "instantiate")
+        self._add_init_from(parser)
+
+    def before_fit(self) -> None:
+        """Start from an earlier training if `init_from` is given and there is no checkpoint to resume."""
+        if self.config.fit.init_from and not self.config.fit.ckpt_path:
+            self.model.start_from(self.config.fit.init_from)
+
+    def after_fit(self) -> None:
+        """Print the metrics and the checkpoints."""
+        self._print_evaluation("val")
+        if checkpoints := kept_by(self.trainer):
+            rank_zero_info(f"Checkpoints: {', '.join(checkpoints)}")
