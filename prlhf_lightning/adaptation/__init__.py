@@ -2,6 +2,7 @@
 
 from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start, information_gain, suggest
+from prlhf_lightning.adaptation.heads import AdaptedHeads, adapt_heads, suggest_pairs
 from prlhf_lightning.adaptation.laplace import Posterior, laplace
 from prlhf_lightning.adaptation.margins import Margins
 from prlhf_lightning.adaptation.prior import UserPrior
@@ -11,6 +12,7 @@ from prlhf_lightning.types import select_pairs
 
 __all__ = [
     "Adapted",
+    "AdaptedHeads",
     "ColdStartPoint",
     "Encoded",
     "Margins",
@@ -18,6 +20,7 @@ __all__ = [
     "ShrinkUsers",
     "Shrinkage",
     "UserPrior",
+    "adapt_heads",
     "adapt_users",
     "cold_start",
     "encode_users",
@@ -27,5 +30,6 @@ __all__ = [
     "laplace",
     "select_pairs",
     "suggest",
+    "suggest_pairs",
     "trained_rows",
 ]

@@ -70,6 +70,11 @@ class Adapted:
         return torch.einsum("bc,bckl->bkl", self.weights, self.covariances + away[..., None] * away[:, :, None])
 
     @property
+    def generic_margins(self) -> Tensor:
+        """`[N]` margin of each pair under the generic user."""
+        return self.under[:, 0]
+
+    @property
     def uncertainty(self) -> Tensor:
         """`[B]` root mean square of the dimensions' standard deviations; the trained users' spread is about 1."""
         return self.covariance.diagonal(dim1=1, dim2=2).mean(1).clamp(min=0).sqrt()

@@ -9,22 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from prlhf_lightning.adaptation import Adapted, Encoded, adapt_users, encode_users, fit_prior, suggest
+from prlhf_lightning.adaptation import (
+    Adapted,
+    AdaptedHeads,
+    Encoded,
+    adapt_heads,
+    adapt_users,
+    encode_users,
+    fit_prior,
+    suggest,
+    suggest_pairs,
+)
 from prlhf_lightning.adaptation.margins import check_ranks_pairs
 from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.models import module_of, pick_device
+from prlhf_lightning.cli.models import module_of, pick_device, reward_model_of
+from prlhf_lightning.cli.new_pairs import read_rows, tokenized
 from prlhf_lightning.data import DataSource, FeedbackLogSource, FileSource
 from prlhf_lightning.data.batching import collate
 from prlhf_lightning.data.privacy import hashed
-from prlhf_lightning.data.records import Columns, parse_record
+from prlhf_lightning.data.records import Columns
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.model import PersonalizedModel
-from prlhf_lightning.training import checkpoint_files
+from prlhf_lightning.rewards import JudgedPairs
+from prlhf_lightning.training import PersonalizedRewardModel, checkpoint_files
+from prlhf_lightning.training.checkpoint_entry import is_reward_model
 from prlhf_lightning.training.user_rows import UserRows, user_rows
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
@@ -55,7 +67,8 @@ def adapt(
 
     Prints for each user how well their pairs are predicted from their other pairs (leave-one-out), the expected pair
     accuracy with its uncertainty, and how much the pairs have reduced the uncertainty about the user. A user model that
-    reads pairs (`AmortizedUserModel`) needs no learning, and nothing is printed.
+    reads pairs (`AmortizedUserModel`) needs no learning, and nothing is printed. Users of a reward model are learned in
+    closed form.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
@@ -90,19 +103,31 @@ def adapt(
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
     user_rows(content, checkpoint).require_trained(checkpoint)
-    module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
-    if module.user_model.history_size and (suggest or steps):
-        raise ConfigurationError(
-            f"suggest, steps: {type(module.user_model).__name__} reads users off their pairs, which takes no steps and "
-            "does not tell what to ask; leave both out."
-        )
+    learner: Any  # each reads pairs in the form of its model
+    if is_reward_model(content):
+        if kinds is not None or steps is not None:
+            raise ConfigurationError(
+                "kinds, steps: a reward model learns new users in closed form, under the prior of training; leave both "
+                "out."
+            )
+        reward_model = reward_model_of(content, checkpoint, "model", trust_classes)
+        learner = _OfRewardModel(reward_model.to(pick_device(device)))
+    else:
+        module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))
+        if module.user_model.history_size and (suggest or steps):
+            raise ConfigurationError(
+                f"suggest, steps: {type(module.user_model).__name__} reads users off their pairs, which takes no steps "
+                "and does not tell what to ask; leave both out."
+            )
+        learner = _OfPolicy(module, kinds, steps)
     from_log = "://" in feedback
     source: DataSource = FeedbackLogSource(feedback) if from_log else FileSource(feedback, columns=columns)
     source = hashed(source, hash_user_ids_with)
-    leave_out = module.vocabulary.ids if (from_log or skip_known) and module.vocabulary else ()
+    vocabulary = learner.model.vocabulary
+    leave_out = vocabulary.ids if (from_log or skip_known) and vocabulary else ()
     left_out: set[str] = set()
-    pairs, _ = read_pairs(module, source, leave_out, left_out=left_out)
-    known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if module.vocabulary and user_id in module.vocabulary]
+    pairs = learner.read(source, leave_out, left_out=left_out)[0]
+    known = [user_id for user_id in dict.fromkeys(pairs.user_ids) if vocabulary and user_id in vocabulary]
     if known:
         raise ConfigurationError(
             f"feedback: {known[0]!r} is in this checkpoint already. Leave known users' rows out with "
@@ -111,8 +136,14 @@ def adapt(
     console = plain_console()
     if left_out:
         console.print(f"{len(left_out)} users left out, since they are in this checkpoint already")
-    reads = module.user_model.history_size > 0
-    found = _read(module, pairs, console) if reads else _learn(module, pairs, kinds, steps, console)
+    start = time.perf_counter()
+    with console.status("Learning the new users"):
+        found: Adapted | AdaptedHeads | Encoded = learner.learn(pairs)
+    if isinstance(found, Encoded):
+        console.print(f"{len(found.user_ids)} users read off {len(pairs)} pairs")
+    else:
+        console.print(_table(found))
+        console.print(f"{len(found.user_ids)} users in {time.perf_counter() - start:.1f} s")
     if not are_finite([found.rows]):
         raise NonFiniteError(
             "feedback: the learned rows are infinite or NaN, so nothing is written. Check the pairs, and "
@@ -121,36 +152,55 @@ def adapt(
     if output is not None:
         write_users(content, output, found)
         console.print(f"Added to {output}")
-    if pool is not None and isinstance(found, Adapted):
+    if pool is not None and not isinstance(found, Encoded):
         with console.status("Choosing what to ask"):
-            asked = read_pairs(module, FileSource(pool, columns=pool_columns), anyone=True, option="pool")
-            _print_suggestions(module, found, *asked, suggest)
+            asked, wheres = learner.read(FileSource(pool, columns=pool_columns), anyone=True, option="pool")
+            _print_suggestions(found.user_ids, wheres, *learner.suggest(found, asked, suggest))
 
 
-def _read(model: PersonalizedModel, pairs: PreferenceBatch, console: Console) -> Encoded:
-    encoded = encode_users(model, pairs)
-    console.print(f"{len(encoded.user_ids)} users read off {len(pairs)} pairs")
-    return encoded
+class _OfPolicy:
+    """Learns users of a policy."""
 
+    def __init__(self, model: PersonalizedModel, kinds: int | None, steps: int | None) -> None:
+        self.model, self._kinds, self._steps = model, kinds, steps
 
-def _learn(
-    model: PersonalizedModel, pairs: PreferenceBatch, kinds: int | None, steps: int | None, console: Console
-) -> Adapted:
-    start = time.perf_counter()
-    with console.status("Learning the new users"):
-        prior = fit_prior(model, pairs, kinds)
+    def read(self, source: DataSource, *args: Any, **how: Any) -> tuple[PreferenceBatch, list[str]]:
+        return read_pairs(self.model, source, *args, **how)
+
+    def learn(self, pairs: PreferenceBatch) -> Adapted | Encoded:
+        if self.model.user_model.history_size:
+            return encode_users(self.model, pairs)
+        prior = fit_prior(self.model, pairs, self._kinds)
         if not prior.rank:
             raise ConfigurationError(
                 "model: none of its users has a row that differs from a new user's, so there is no prior for "
                 "new users. Train on users' pairs first."
             )
-        adapted = adapt_users(model, pairs, prior=prior, steps=steps)
-    console.print(_table(adapted))
-    console.print(f"{len(adapted.user_ids)} users in {time.perf_counter() - start:.1f} s")
-    return adapted
+        return adapt_users(self.model, pairs, prior=prior, steps=self._steps)
+
+    def suggest(self, found: Any, pool: PreferenceBatch, count: int) -> tuple[Tensor, Tensor]:
+        return suggest(self.model, found, pool, count)
 
 
-def write_users(content: dict[str, Any], output: Path, users: Adapted | Encoded) -> None:
+class _OfRewardModel:
+    """Learns users of a reward model."""
+
+    def __init__(self, model: PersonalizedRewardModel) -> None:
+        self.model = model
+        self._tokenize = FeedbackTokenizer(model.backbone.tokenizer, model.tokenization)
+
+    def read(self, source: DataSource, *args: Any, **how: Any) -> tuple[JudgedPairs, list[str]]:
+        rows, wheres = read_rows(self._tokenize, source, *args, **how)
+        return JudgedPairs.of_rows(rows), wheres
+
+    def learn(self, pairs: JudgedPairs) -> AdaptedHeads:
+        return adapt_heads(self.model, pairs)
+
+    def suggest(self, found: Any, pool: JudgedPairs, count: int) -> tuple[Tensor, Tensor]:
+        return suggest_pairs(self.model, found, pool, count)
+
+
+def write_users(content: dict[str, Any], output: Path, users: Adapted | AdaptedHeads | Encoded) -> None:
     """Write a checkpoint with new users; all existing content stays bit-identical.
 
     Args:
@@ -164,7 +214,7 @@ def write_users(content: dict[str, Any], output: Path, users: Adapted | Encoded)
     checkpoint_files.save(content, output)
 
 
-def _table(adapted: Adapted) -> Table:
+def _table(adapted: Adapted | AdaptedHeads) -> Table:
     table = Table(
         title="New users",
         title_justify="left",
@@ -178,7 +228,7 @@ def _table(adapted: Adapted) -> Table:
         table.add_column(
             name, justify="left" if is_user else "right", overflow="fold", min_width=16 if is_user else None
         )
-    hits, generic = (adapted.left_out() > 0.5).float(), (adapted.under[:, 0] > 0).float()
+    hits, generic = (adapted.left_out() > 0.5).float(), (adapted.generic_margins > 0).float()
     sums = hits.new_zeros(2, len(adapted.user_ids)).index_add(1, adapted.users, torch.stack([hits, generic]))
     expected = torch.stack([adapted.expected_accuracy, adapted.expected_accuracy_std, adapted.settled], dim=1)
     for place, user_id in enumerate(adapted.user_ids[:_SHOWN]):
@@ -197,11 +247,8 @@ def _expected(values: Tensor) -> tuple[str, str]:
     return f"{accuracy:.2f} ± {std:.2f}", f"{max(0.0, settled):.0%}"
 
 
-def _print_suggestions(
-    model: PersonalizedModel, adapted: Adapted, pool: PreferenceBatch, wheres: list[str], count: int
-) -> None:
-    places, bits = suggest(model, adapted, pool, count)
-    for user_id, own, told in zip(adapted.user_ids, places.tolist(), bits.tolist(), strict=True):
+def _print_suggestions(user_ids: Sequence[str], wheres: Sequence[str], places: Tensor, bits: Tensor) -> None:
+    for user_id, own, told in zip(user_ids, places.tolist(), bits.tolist(), strict=True):
         for place, value in zip(own, told, strict=True):
             row = {"user_id": user_id, "ask": wheres[place], "bits": round(value, 3)}
             print(printable(json.dumps(row, ensure_ascii=False)))
@@ -233,26 +280,9 @@ def read_pairs(
         FeedbackFormatError: A row is not a pair.
     """
     check_ranks_pairs(model)  # before errors about fields that such a model does not need
-    columns = Columns.from_mapping(source.columns)
-    blank: Mapping[str, Any] = {columns.user_id: "anyone"} if anyone else {}
-    unwanted, passed_over = frozenset(leave_out), set[str]() if left_out is None else left_out
-    wheres, rows = [], []
-    for where, row in source.rows("train"):
-        user_id = row.get(columns.user_id)
-        if isinstance(user_id, str) and user_id in unwanted:
-            passed_over.add(user_id)
-        else:
-            wheres.append(where)
-            rows.append({**blank, **row})
-    if not rows:
-        whose = " of a new user" if passed_over else ""
-        raise ConfigurationError(f"{option}: there is no row{whose} in it; give one pair or more.")
-    found = to_batch(FeedbackTokenizer(model.policy.tokenizer, model.tokenization), rows, wheres, columns)
-    if found is None:
-        raise ConfigurationError(
-            f"{wheres[0]} and all other rows: both completions are the same tokens once they are cut."
-        )
-    return found
+    tokenize = FeedbackTokenizer(model.policy.tokenizer, model.tokenization)
+    rows, wheres = read_rows(tokenize, source, leave_out, anyone, left_out, option)
+    return collate(rows), wheres
 
 
 def to_batch(
@@ -272,11 +302,5 @@ def to_batch(
     Returns:
         The pairs and their files and lines, without dropped rows and ties; None if nothing is left.
     """
-    records = [parse_record(row, where, columns) for row, where in zip(rows, wheres, strict=True)]
-    names = ("user_text", "prompt", "chosen", "rejected")
-    kept = [
-        (number, {"user_id": record.user_id, "record": number} | {f"{name}_ids": getattr(ids, name) for name in names})
-        for number, (record, ids) in enumerate(zip(records, tokenize(records, wheres), strict=True))
-        if ids is not None and not ids.tie
-    ]
-    return (collate([row for _, row in kept]), [wheres[number] for number, _ in kept]) if kept else None
+    kept, places = tokenized(tokenize, rows, wheres, columns)
+    return (collate(kept), places) if kept else None

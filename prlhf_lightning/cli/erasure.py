@@ -158,8 +158,8 @@ def _cached() -> Iterator[Path]:
     """Yield the cache files that may name users: tokenized data, and user counts of streams."""
     folder = default_cache_dir()
     for path in sorted(folder.rglob("*")) if folder.is_dir() else ():
-        # The reference's log-probs have digests of texts as keys.
-        if path.is_file() and path.relative_to(folder).parts[0] != "reference":
+        # Log-probs of the reference and vectors of texts have digests of texts as keys.
+        if path.is_file() and path.relative_to(folder).parts[0] not in ("reference", "features"):
             yield path
 
 

@@ -47,6 +47,7 @@ from prlhf_lightning.training.callbacks.outputs import (
     kept_by,
 )
 from prlhf_lightning.training.callbacks.stats import TrainingStats
+from prlhf_lightning.training.checkpoint_entry import is_reward_model
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.training.loggers import (
     MetricsTable,
@@ -249,12 +250,23 @@ class PRLHFCLI(LightningCLI):
         is_found_later = path in ("", "hpc") or path.startswith("registry") or "://" in path
         if not is_found_later:
             content = read_checkpoint(path, "ckpt_path", weights_only=given.weights_only is not False)
+            self._check_kind(path, content)
             _warn_of_another_model(content, given.model[self.base], self.base)
             if source and content and not is_start_of(source, content):
                 rank_zero_warn(
                     f"The run of ckpt_path {path} was not started from init_from {given.init_from}, as far as its "
                     "checkpoint says: init_from is left out. To start a new run from it leave ckpt_path out."
                 )
+
+    def _check_kind(self, path: str, content: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of a reward model for a policy, and the reverse."""
+        kinds = {"policy": "a policy (model.policy)", "backbone": "a reward model (model.backbone)"}
+        found = "backbone" if content and is_reward_model(content) else "policy"
+        if content and found != self.base:
+            raise ConfigurationError(
+                f"ckpt_path: {path} is of {kinds[found]}, and the configuration of {kinds[self.base]}; use the "
+                "config.yaml of the checkpoint's run."
+            )
 
     def _last_checkpoint(self, roots: Sequence[Path], source: Mapping[str, str] | None) -> str | None:
         """Return the last checkpoint of the last run; Lightning itself looks in the folder of the new run."""
@@ -373,8 +385,9 @@ class PRLHFCLI(LightningCLI):
             trainer = super()._instantiate_trainer(config, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise ConfigurationError(f"trainer: {error}") from error
+        path = self.config[self.config.subcommand].ckpt_path  # during `fit`, the trainer does not say it
         lightning_compat.wrap_restoring(
-            trainer, lambda: opening(f"ckpt_path: {trainer.ckpt_path}", "Use a checkpoint that `fit` wrote.")
+            trainer, lambda: opening(f"ckpt_path: {path or trainer.ckpt_path}", "Use a checkpoint that `fit` wrote.")
         )
         if getattr(trainer.strategy.launcher, "_start_method", None) == "spawn":
             raise ConfigurationError("trainer.strategy: spawned processes cannot get the command line; use ddp.")

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from prlhf_lightning.cli.fit import PRLHFCLI, read_whole_numbers_first
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.training.callbacks import StopOnSignal
 from prlhf_lightning.training.callbacks.outputs import BestAndLast, LogShortRuns, UserTable, kept_by
 from prlhf_lightning.training.reward_data import RewardDataModule
 from prlhf_lightning.training.reward_module import PersonalizedRewardModel
 from prlhf_lightning.training.run_history import RunHistory
+
+#: Options of policies that reward models do not have, and what to do in their place.
+_NOT_HERE = {
+    "init_from": "a reward model is fitted to all pairs at once, in seconds: give old and new pairs together, or learn "
+    "new users with `adapt`.",
+    "train_baseline": "each evaluation shows the same pairs under the generic user; for a model without users, train a "
+    "UniformUserModel.",
+    "shrink_users": "`fit` chooses by held-out judgments how much users may differ (model.precision).",
+}
 
 
 class RewardCLI(PRLHFCLI):
@@ -21,6 +32,31 @@ class RewardCLI(PRLHFCLI):
     model_type = PersonalizedRewardModel
     data_type = RewardDataModule
     base = "backbone"
+
+    def _run(self, args: ArgsType) -> None:
+        words = sys.argv[1:] if args is None else args
+        for word in words if isinstance(words, list) else ():
+            name = word.partition("=")[0].removeprefix("--")
+            if word.startswith("--") and name in _NOT_HERE:
+                raise ConfigurationError(f"{name}: reward models have no such option: {_NOT_HERE[name]}")
+        super()._run(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Check the checkpoint; a fit goes on from none."""
+        given = self.config[self.config.subcommand]
+        if self.config.subcommand == "fit" and given.ckpt_path == "last":  # a command that starts and resumes a run
+            rank_zero_info("A fit of a reward model takes seconds and always starts anew: ckpt_path has no effect.")
+            given.ckpt_path = None
+        elif self.config.subcommand == "fit" and given.ckpt_path:
+            raise ConfigurationError(
+                "ckpt_path: a fit of a reward model takes seconds and goes on from no checkpoint. Leave it out to fit "
+                "all pairs anew, or learn new users with `adapt`."
+            )
+        super()._parse_ckpt_path()
+
+    def before_predict(self) -> None:
+        """Refuse the command."""
+        raise ConfigurationError("predict: a reward model writes no text. `validate` evaluates it on held-out pairs.")
 
     def _trainer_defaults(self) -> dict[str, Any]:
         return {

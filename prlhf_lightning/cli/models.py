@@ -12,7 +12,8 @@ from prlhf_lightning.cli.checkpoints import read_checkpoint
 from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.inference import Generator
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training import PersonalizedLM, PersonalizedRewardModel
+from prlhf_lightning.training.checkpoint_entry import is_reward_model
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.utils.hashing import SETTINGS
 from prlhf_lightning.utils.load_errors import opening
@@ -50,6 +51,11 @@ def module_of(
         trust_remote_code: Run code that comes with the base model; the checkpoint's own value is ignored.
         trust_classes: Classes outside this package that the checkpoint may name.
     """
+    if content and is_reward_model(content):
+        raise ConfigurationError(
+            f"{option}: {path} is a reward model, which judges texts and writes none; this command needs a policy's "
+            "checkpoint. See docs/reward_models.md for the commands that take reward models."
+        )
     settings = content.get("hyper_parameters")
     if not isinstance(settings, dict) or not isinstance(settings.get("policy"), dict):
         raise ConfigurationError(
@@ -59,16 +65,47 @@ def module_of(
         )
     with opening(f"{option}: {path}", _FIX):
         base = str((settings["policy"].get("init_args") or {}).get("model", ""))
-    if base.startswith(("/", ".", "~")) and not Path(base).expanduser().exists():
-        raise ConfigurationError(
-            f"{option}: {path} was trained on the base model {base}, which does not exist. Write its "
-            f"new path: prlhf-lightning relocate --model {path} --base NEW_PATH --output moved.ckpt"
-        )
+    _check_is_there(base, path, option)
     try:
         with opening(f"{option}: {path}", _FIX):
             return PersonalizedLM.from_content(content, trust_remote_code, trust_classes, f"{option}: {path}")
     except NonFiniteError as error:
         raise NonFiniteError(f"{option}: {path}: {error}") from error
+
+
+def reward_model_of(
+    content: Mapping[str, Any], path: str | Path, option: str, trust_classes: Collection[str] | None = None
+) -> PersonalizedRewardModel:
+    """Return the reward model of a checkpoint that has been read, on the CPU.
+
+    Args:
+        content: Result of `read_checkpoint`; it is not changed.
+        path: Its path.
+        option: Name of the option, for messages.
+        trust_classes: Classes outside this package that the checkpoint may name.
+
+    Raises:
+        ConfigurationError: It does not say of which parts it was made, or its backbone has changed.
+    """
+    settings = content.get("hyper_parameters") or {}
+    if not isinstance(settings.get("backbone"), dict):
+        raise ConfigurationError(
+            f"{option}: {path} does not say which user model and backbone it holds, as checkpoints of `fit` do. Of a "
+            "module built in code, load it there: PersonalizedRewardModel.load_from_checkpoint(path, user_model=..., "
+            "backbone=...)."
+        )
+    with opening(f"{option}: {path}", _FIX):
+        _check_is_there(str((settings["backbone"].get("init_args") or {}).get("model", "")), path, option)
+        return PersonalizedRewardModel.from_content(content, trust_classes, f"{option}: {path}")
+
+
+def _check_is_there(base: str, path: str | Path, option: str) -> None:
+    """Refuse a checkpoint whose base model is in a folder that does not exist."""
+    if base.startswith(("/", ".", "~")) and not Path(base).expanduser().exists():
+        raise ConfigurationError(
+            f"{option}: {path} was trained on the base model {base}, which does not exist. Write its "
+            f"new path: prlhf-lightning relocate --model {path} --base NEW_PATH --output moved.ckpt"
+        )
 
 
 def open_writer(

@@ -7,10 +7,10 @@ from pathlib import Path
 from transformers import __version__
 
 from prlhf_lightning.cli.checkpoints import read_checkpoint
-from prlhf_lightning.cli.models import load_module
+from prlhf_lightning.cli.models import load_module, reward_model_of
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpoint_entry import entry_of
+from prlhf_lightning.training.checkpoint_entry import entry_of, is_reward_model
 from prlhf_lightning.utils.finite import check_finite
 from prlhf_lightning.utils.io import check_output
 
@@ -43,7 +43,8 @@ def relocate(
             f"model: {checkpoint} is a folder; give a .ckpt file of `fit`. In a folder with exported adapters, "
             "write the base model's path into base_model_name_or_path of adapter_config.json."
         )
-    settings = content.get("hyper_parameters", {}).get("policy", {}).get("init_args", {})
+    part = "backbone" if is_reward_model(content) else "policy"
+    settings = content.get("hyper_parameters", {}).get(part, {}).get("init_args", {})
     if "model" not in settings:
         raise ConfigurationError(f"model: {checkpoint} names no base model, as checkpoints of CausalLMPolicy do.")
     check_finite(content, f"model: {checkpoint}")
@@ -52,10 +53,14 @@ def relocate(
     trial = output.with_name(f"{output.name}.trial")
     try:  # before it replaces a file, which may be the checkpoint itself
         checkpoint_files.save(content, trial)
-        module = load_module(trial, "output", trust_remote_code, trust_classes)
+        if part == "backbone":  # which refuses other weights by itself
+            reward_model_of(content, output, "base", trust_classes)
+            trained_on = now = None
+        else:
+            module = load_module(trial, "output", trust_remote_code, trust_classes)
+            trained_on, now = entry_of(content).get("base"), module.policy.base_identity()
     finally:
         trial.unlink(missing_ok=True)
-    trained_on, now = entry_of(content).get("base"), module.policy.base_identity()
     # Another version of transformers may have other names for the same weights: `load_module` has warned.
     if trained_on and now and trained_on["weights"] != now["weights"] and trained_on["transformers"] == __version__:
         raise ConfigurationError(

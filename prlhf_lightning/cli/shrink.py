@@ -20,7 +20,7 @@ from prlhf_lightning.errors import ConfigurationError, NonFiniteError
 from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.reports.run import data_of, open_run
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpoint_entry import entry_of
+from prlhf_lightning.training.checkpoint_entry import entry_of, is_reward_model
 from prlhf_lightning.training.user_rows import user_rows
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
@@ -63,6 +63,11 @@ def shrink(
         check_output(output, "output")
     checkpoint = checkpoint_files.checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
+    if content and is_reward_model(content):
+        raise ConfigurationError(
+            f"model: {checkpoint} is a reward model, and its users need no shrinking: `fit` has chosen by held-out "
+            "judgments how much they may differ (model.precision)."
+        )
     users = user_rows(content, checkpoint)
     users.require_trained(checkpoint)
     module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes).to(pick_device(device))

@@ -106,16 +106,8 @@ class RewardModel(nn.Module):
         return self.vocabulary.rows(user_ids).to(self.features.means.device)
 
     @torch.no_grad()
-    def new_users(self, pairs: JudgedPairs) -> tuple[UserVocabulary, Tensor, Tensor]:
-        """Return codes of new users, learned from their pairs with everything else frozen.
-
-        The prior `N(0, I)` is the one of training, so nothing needs to be fitted first.
-
-        Args:
-            pairs: Pairs of new users.
-
-        Returns:
-            The users (row 0 is the generic one), the means `[U, k]` and the covariances `[U, k, k]` of their codes.
+    def linear_margins(self, pairs: JudgedPairs) -> tuple[Tensor, Tensor]:
+        """Return pairs' margins as functions of a user's code: at code 0, `[N]`, and their derivatives, `[N, k]`.
 
         Raises:
             ConfigurationError: The user model has no codes.
@@ -123,11 +115,33 @@ class RewardModel(nn.Module):
         model = self.user_model
         if not isinstance(model, LowRankUserModel):
             raise ConfigurationError(f"{type(model).__name__} has no codes to learn; train a LowRankUserModel.")
-        users = UserVocabulary(dict.fromkeys(pairs.user_ids))
-        features = self.features_of(pairs.texts)
-        scores = features.scores(torch.cat([model.generic_prompt, model.basis]).T)
+        scores = self.features_of(pairs.texts).scores(torch.cat([model.generic_prompt, model.basis]).T)
         margins = scores[pairs.chosen] - scores[pairs.rejected]
-        indexed = IndexedPairs.weighted(users.rows(pairs.user_ids).to(margins.device), pairs.chosen, pairs.rejected)
-        prior = torch.eye(model.rank, device=margins.device).expand(len(users), -1, -1)
-        codes = margins.new_zeros(len(users), model.rank)
-        return users, *fit_codes(margins[:, 0], margins[:, 1:], indexed, codes, prior, _STEPS_OF_NEW_USERS)
+        return margins[:, 0], margins[:, 1:]
+
+    @torch.no_grad()
+    def new_users(
+        self, pairs: JudgedPairs, linear: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[UserVocabulary, Tensor, Tensor]:
+        """Return codes of new users, learned from their pairs with everything else frozen.
+
+        The prior `N(0, I)` is the one of training, so nothing needs to be fitted first.
+
+        Args:
+            pairs: Pairs of new users.
+            linear: Their `linear_margins`, if known.
+
+        Returns:
+            The users (row 0 is the generic one), the means `[U, k]` and the covariances `[U, k, k]` of their codes.
+
+        Raises:
+            ConfigurationError: The user model has no codes.
+        """
+        generic, slopes = self.linear_margins(pairs) if linear is None else linear
+        users = UserVocabulary(dict.fromkeys(pairs.user_ids))
+        chosen, rejected = (texts.to(slopes.device) for texts in (pairs.chosen, pairs.rejected))
+        indexed = IndexedPairs.weighted(users.rows(pairs.user_ids).to(slopes.device), chosen, rejected)
+        rank = slopes.shape[1]
+        prior = torch.eye(rank, device=slopes.device).expand(len(users), -1, -1)
+        codes = slopes.new_zeros(len(users), rank)
+        return users, *fit_codes(generic, slopes, indexed, codes, prior, _STEPS_OF_NEW_USERS)

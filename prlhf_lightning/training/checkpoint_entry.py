@@ -34,6 +34,11 @@ def entry_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
+def is_reward_model(checkpoint: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint is of a reward model, and not of a policy; raises as `entry_of`."""
+    return "backbone" in entry_of(checkpoint)
+
+
 def users_of(checkpoint: Mapping[str, Any]) -> UserVocabulary:
     """Return the users of a checkpoint; raises as `entry_of`."""
     return UserVocabulary(entry_of(checkpoint)["users"])

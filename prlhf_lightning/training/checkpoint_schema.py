@@ -31,7 +31,7 @@ def check_content(content: Mapping[str, Any]) -> None:
     _check_users(content[KEY], weights)
     _check_optimizers(content.get("optimizer_states") or [])
     settings = _mapping(content.get("hyper_parameters", {}), "hyper_parameters")
-    for part in ("policy", "user_model", "loss"):
+    for part in ("policy", "backbone", "user_model", "loss"):
         if part in settings and settings[part] is not None:
             _mapping(_mapping(settings[part], part).get("init_args") or {}, f"{part}.init_args")
     _check_rank(settings, weights)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import copy
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.modules.module import _IncompatibleKeys
 
+from prlhf_lightning.data.tokenization import TokenizationSettings
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import BradleyTerryLoss, MarginLoss
@@ -109,6 +112,7 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
         self.cache_features = cache_features
         self._seed: int | None = None
         self._rendering: dict[str, Any] = {}
+        self._id_key: str | None = None  # of the data
         self._evaluation = Evaluation((), user_model.personalizes, "pairs")
 
     # ---- set-up
@@ -121,6 +125,10 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
             raise ConfigurationError("A PersonalizedRewardModel takes a RewardDataModule: pass one to the trainer.")
         self._build_backbone()
         self.backbone.to(self.trainer.strategy.root_device)  # before Lightning moves the module there, to embed texts
+        id_key = checkpointing.id_key_of(data)
+        if stage != "fit":
+            checkpointing.warn_of_other_id_key("The model", self._id_key, id_key)
+        self._id_key = id_key
         sets = data.eval_sets["validate" if stage == "fit" else cast(Any, stage)]
         self._evaluation = Evaluation(sets, self.user_model.personalizes, "pairs")
         if stage == "fit":
@@ -284,25 +292,68 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
                 checkpoint_path, map_location, hparams_file, strict, weights_only is not False, **kwargs
             )
 
+    @classmethod
+    def from_content(
+        cls,
+        content: Mapping[str, Any],
+        trust_classes: Collection[str] | None = None,
+        source: str = "The checkpoint",
+    ) -> Self:
+        """Return a model on the CPU from the content of a checkpoint (`checkpoint_files.load`).
+
+        Args:
+            content: Content of a checkpoint; it is not changed.
+            trust_classes: As for `load_from_checkpoint`.
+            source: Name of the checkpoint, for messages.
+
+        Raises:
+            ConfigurationError: The checkpoint names other classes, or is not of a reward model.
+        """
+        parts = copy.deepcopy(content.get(cls.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        needed = {"state_dict": content["state_dict"], KEY: content[KEY], cls.CHECKPOINT_HYPER_PARAMS_KEY: parts}
+        with only_trusted_classes(source, trust_classes, content=parts):
+            return lightning_compat.load_from_content(cls, needed)
+
+    @property
+    def tokenization(self) -> TokenizationSettings:
+        """How the texts of training were rendered and tokenized."""
+        return TokenizationSettings.from_kept(self._rendering)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Store the heads, the map of features and the users; not the frozen backbone."""
+        """Store the heads, the map of features and the users; not the frozen backbone, nor an optimizer's state.
+
+        A fit takes seconds and goes on from no checkpoint.
+
+        Raises:
+            NonFiniteError: Weights are infinite or NaN.
+        """
         seed = torch.initial_seed() if self._seed is None else self._seed
+        checkpoint["optimizer_states"] = []
         checkpointing.fill(checkpoint, self, self.user_model, self.vocabulary, seed, self._rendering)
+        check_finite(checkpoint, "After this fit, the model", with_optimizer=False)
         checkpoint[KEY]["backbone"] = self.backbone.identity()
+        if self._id_key is not None:
+            checkpoint[KEY]["id_key"] = self._id_key
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Restore the checkpoint's users, and size features and heads for them.
 
         Raises:
-            ConfigurationError: The checkpoint is not of a reward model, or its backbone had other weights.
+            ConfigurationError: The checkpoint is not of a reward model, its backbone had other weights, or a fit was to
+                go on from it.
             NonFiniteError: Its weights are infinite or NaN.
         """
+        trainer = lightning_compat.trainer_of(self)
+        if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+            raise ConfigurationError("A fit of a reward model goes on from no checkpoint: leave ckpt_path out.")
         kept, weights = entry_of(checkpoint), checkpoint["state_dict"]
         if "backbone" not in kept or "features.means" not in weights:
             raise ConfigurationError("This checkpoint is not of a PersonalizedRewardModel.")
         check_finite(checkpoint, "The checkpoint", with_optimizer=False)
         self.vocabulary = users_of(checkpoint)
         self._seed, self._rendering = kept.get("seed"), kept.get("tokenization") or {}
+        checkpointing.warn_of_other_id_key("The checkpoint", kept.get("id_key"), self._id_key)
+        self._id_key = kept.get("id_key")
         self._build_backbone()
         if self.backbone.identity()["weights"] != kept["backbone"]["weights"]:
             raise ConfigurationError(

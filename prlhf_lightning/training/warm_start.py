@@ -21,7 +21,7 @@ from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.policies.loading import warning_of_other_base
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpoint_entry import entry_of, users_of
+from prlhf_lightning.training.checkpoint_entry import entry_of, is_reward_model, users_of
 from prlhf_lightning.training.checkpoint_schema import check_content
 from prlhf_lightning.training.checkpointing import (
     base_of,
@@ -101,6 +101,10 @@ class WarmStart:
             check_content(content)
         except ConfigurationError as error:
             raise ConfigurationError(f"init_from: {path}: {error}") from error
+        if is_reward_model(content):
+            raise ConfigurationError(
+                f"init_from: {path} is a reward model, with which no policy can start; give a policy's checkpoint."
+            )
         check_finite(content, f"init_from: {path}")
         settings = content.get("hyper_parameters", {})
         # The state of a loss belongs to its own training: the new one may have another loss.
