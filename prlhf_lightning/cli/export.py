@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.export_rewards import export_reward_model
 from prlhf_lightning.cli.model_card import is_card, model_card
 from prlhf_lightning.cli.models import module_of
 from prlhf_lightning.data import UserVocabulary
@@ -26,6 +27,7 @@ from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.policies import CausalLMPolicy
 from prlhf_lightning.policies.generation_settings import end_tokens_only, warn_of_not_applied
 from prlhf_lightning.policies.loading import unused_ids
+from prlhf_lightning.training.checkpoint_entry import is_reward_model
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.training.user_rows import check_known_users
 from prlhf_lightning.types import Users
@@ -55,7 +57,7 @@ def export(
     """Write a checkpoint as a Hugging Face model folder, with its users.
 
     transformers reads the language model and tokenizer; `generate` and `Generator.from_folder` all of it. See
-    docs/export.md.
+    docs/export.md. Of a reward model, the folder holds heads and users, which torch reads (docs/reward_models.md).
 
     Args:
         model: A checkpoint of a model that the command line trained, or the folder of its run.
@@ -75,6 +77,13 @@ def export(
     _check_output(output)
     checkpoint = checkpoint_of(model)
     content = read_checkpoint(checkpoint, "model")
+    if content and is_reward_model(content):
+        if adapters or prompt_embeds or peft_users or user:
+            raise ConfigurationError(
+                "adapters, prompt_embeds, peft_users, user: a reward model has no soft prompts; leave them out."
+            )
+        export_reward_model(content, checkpoint, output, include_users, trust_classes)
+        return
     module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes)
     policy = module.policy
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:

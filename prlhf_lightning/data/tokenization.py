@@ -159,7 +159,7 @@ class FeedbackTokenizer:
             settings.chat_template_date if writes_date(self.tokenizer) else None,
         )
         self._ends = frozenset(end_token_ids(self.tokenizer))
-        self._prefix = np.array(_prefix(self.tokenizer), dtype=np.int32)
+        self._prefix = np.array(prefix_ids(self.tokenizer), dtype=np.int32)
         self._eos = np.array([self.tokenizer.eos_token_id], dtype=np.int32)
         self._ids = TextIds(self.tokenizer)
 
@@ -327,10 +327,10 @@ class FeedbackTokenizer:
 def writes_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Return whether a tokenizer adds BOS to a plain text."""
     # Tested on a text, because some tokenizers have a BOS token but never add it (Qwen), and others add EOS too.
-    return tokenizer.bos_token_id is not None and _prefix(tokenizer)[:1] == [tokenizer.bos_token_id]
+    return tokenizer.bos_token_id is not None and prefix_ids(tokenizer)[:1] == [tokenizer.bos_token_id]
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the ids that a tokenizer adds before a plain text: usually BOS, or none."""
     alone = tokenizer("x", add_special_tokens=False)["input_ids"]
     whole = list(tokenizer("x")["input_ids"])

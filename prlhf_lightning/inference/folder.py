@@ -93,6 +93,8 @@ def _read_folder(folder: Path, trust_remote_code: bool, trust_classes: Collectio
             f"{folder / SETTINGS}: format is {settings.get('format')!r}, and this version reads formats up to {FORMAT};"
             " use the version that wrote the folder, or a later one."
         )
+    if "backbone" in settings:
+        raise ConfigurationError(f"{folder} is an exported reward model, which writes no text; give a policy.")
     for field in ("name", "user_model", "tokenization"):
         _get(settings, field, folder / SETTINGS)
     with only_trusted_classes(folder / SETTINGS, trust_classes, trust_remote_code, settings):

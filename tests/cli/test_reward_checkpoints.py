@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import random
 import re
 import shutil
 
 import pytest
 import torch
-from conftest import write_votes
+from conftest import WORDS, write_votes
+from safetensors.torch import load_file
 from short_runs import fit, reward_config, run_config, write_config
 
 from prlhf_lightning.adaptation import adapt_heads, suggest_pairs
 from prlhf_lightning.cli.main import main
 from prlhf_lightning.cli.models import reward_model_of
+from prlhf_lightning.cli.new_pairs import tokenized
 from prlhf_lightning.data import FileSource
+from prlhf_lightning.data.tokenization import FeedbackTokenizer
+from prlhf_lightning.rewards import JudgedPairs
 from prlhf_lightning.rewards.fitting import IndexedPairs, fit_codes
 from prlhf_lightning.training import RewardDataModule, checkpoint_files
 
@@ -196,6 +201,66 @@ def test_leaving_a_pair_out_is_learning_from_the_others(checkpoint, new_pairs):
         mean, variance = found.generic_margins[out] + slope @ code[0], slope @ covariance[0] @ slope
         expected.append((mean / (1 + torch.pi / 8 * variance).sqrt()).sigmoid())
     assert torch.allclose(found.left_out(), torch.stack(expected), atol=0.03)
+
+
+def lines_of_docs(repo_root):
+    text = (repo_root / "docs" / "reward_models.md").read_text()
+    return text.partition("<!-- test: exported -->\n```python\n")[2].partition("```")[0]
+
+
+USER_MODELS = {
+    "low rank": {"class_path": "LowRankUserModel", "init_args": {"num_tokens": 1, "rank": 2}},
+    "cluster": {"class_path": "ClusterUserModel", "init_args": {"num_tokens": 1, "num_clusters": 2}},
+    "individual": {"class_path": "IndividualUserModel", "init_args": {"num_tokens": 1}},
+    "without users": {"class_path": "UniformUserModel", "init_args": {"num_tokens": 1}},
+}
+
+
+def write_ratings(path, prompts, users):
+    """Write pairs of known texts of known prompts, so that prompts and texts get weights of their own."""
+    draw = random.Random(0)
+    texts = [f"{one} {two}" for one in WORDS[:4] for two in WORDS[4:7]]
+    with path.open("w") as file:
+        for user in users:
+            for prompt in prompts:
+                for _ in range(12):
+                    chosen, rejected = sorted(draw.sample(texts, 2), reverse=user < "b")
+                    row = {"user_id": user, "prompt": f"{prompt} ", "chosen": chosen, "rejected": rejected}
+                    file.write(json.dumps(row) + "\n")
+    return path
+
+
+@pytest.mark.parametrize("user_model", USER_MODELS)
+def test_plain_torch_reads_an_exported_reward_model(repo_root, model_path, tmp_path, user_model):
+    """The lines of the docs give each user the model's own rewards: of known and new prompts, texts and users."""
+    train = write_ratings(tmp_path / "train.jsonl", ["the cat", "a dog"], ["ann", "bob"])
+    model = {"user_model": USER_MODELS[user_model], "steps": 30}
+    checkpoint = fit(tmp_path, reward_config(tmp_path, model_path, train, model=model))
+    run("export", "--model", checkpoint, "--output", tmp_path / "exported")
+    module = model_of(checkpoint)
+    assert len(module.features.prompt_keys) == 2
+    assert len(module.features.text_keys) > 10
+    tokenize = FeedbackTokenizer(module.backbone.tokenizer, module.tokenization)
+    for user in ("ann", "bob", "eve"):
+        for prompt, completion in (("the cat ", f"{WORDS[0]} {WORDS[4]}"), ("a dog ", "moon"), ("new sun ", "moon")):
+            record = {"user_id": user, "prompt": prompt, "chosen": completion, "rejected": "yes no"}
+            pair = JudgedPairs.of_rows(tokenized(tokenize, [record], ["here"])[0])
+            expected = module.rewards(module.features_of(pair.texts), module.rows_of([user]), pair.chosen)
+            given = {"folder": tmp_path / "exported", "user": user, "prompt": prompt, "completion": completion}
+            exec(lines_of_docs(repo_root), given)
+            assert given["reward"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_an_export_without_users_names_none(checkpoint, tmp_path):
+    run("export", "--model", checkpoint, "--output", tmp_path / "exported", "--include_users", "false")
+    assert len(load_file(tmp_path / "exported" / "users.safetensors")["shares"]) == 1
+    assert not any(CARLA.encode() in path.read_bytes() for path in (tmp_path / "exported").iterdir())
+
+
+def test_an_exported_reward_model_is_no_policy(checkpoint, tmp_path):
+    run("export", "--model", checkpoint, "--output", tmp_path / "exported")
+    with pytest.raises(SystemExit, match="is an exported reward model"):
+        run("generate", "--model", tmp_path / "exported", "--prompt", "a dog")
 
 
 def test_more_pairs_settle_more(checkpoint, tmp_path):
