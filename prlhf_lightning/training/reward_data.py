@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -13,7 +13,7 @@ from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.batching import share_of
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.rewards import JudgedPairs
+from prlhf_lightning.rewards import JudgedPairs, TextTable
 
 _ROWS = 4096
 
@@ -23,25 +23,43 @@ class RewardDataModule(PreferenceDataModule):
 
     With a frozen backbone a pair is three numbers: its user and two texts. So all pairs fit into memory, and settings
     of batches have no effect.
+
+    Ratings and rankings become pairs in their sources (`RatingSource`, `RankingSource`). A thumb (`feedback: thumbs`)
+    is a comparison with the user's own threshold: the reward of a text without content, which every user judges. So
+    users may be hard or easy to please, and a thumb needs no second text of the same prompt.
     """
 
     def judged(self, pairs: Any) -> JudgedPairs:
         """Return stored rows as pairs of distinct texts.
 
         Raises:
-            ConfigurationError: The rows are a stream, or not pairs.
+            ConfigurationError: The rows are a stream, or demonstrations.
         """
-        if not isinstance(pairs, Pairs) or self.feedback != "pairs":
+        if not isinstance(pairs, Pairs) or self.feedback == "demonstrations":
             raise ConfigurationError(
-                "A reward model with a frozen backbone needs stored pairs: set data.streaming: false, and give rows "
-                "with 'chosen' and 'rejected'."
+                "A reward model with a frozen backbone needs stored pairs or thumbs: set data.streaming: false, and "
+                "give rows with 'chosen' and 'rejected', or data.feedback: thumbs."
             )
 
         def rows() -> Iterator[dict[str, Any]]:
             for part in torch.split(torch.arange(len(pairs)), _ROWS):
                 yield from pairs.__getitems__(part.tolist())
 
-        return JudgedPairs.of_rows(rows())
+        return JudgedPairs.of_rows(rows()) if self.feedback == "pairs" else self._thumbs(rows())
+
+    def _thumbs(self, rows: Iterable[dict[str, Any]]) -> JudgedPairs:
+        """Return thumbs as pairs of a text and the threshold; a row has the text on one of its sides."""
+        nothing = [self._prepared.tokenize.tokenizer.eos_token_id]
+        user_ids: list[str] = []
+
+        def texts() -> Iterator[tuple[Any, Any]]:
+            for row in rows:
+                user_ids.append(row["user_id"])
+                for side in (row["chosen_ids"], row["rejected_ids"]):
+                    yield (row["prompt_ids"], side) if len(side) else (nothing, nothing)
+
+        table, index = TextTable.of(texts())
+        return JudgedPairs(tuple(user_ids), index[0::2], index[1::2], table)
 
     @cache  # noqa: B019 - it lives as long as the data module, which is used once in a process
     def training_pairs(self) -> JudgedPairs:

@@ -1,14 +1,16 @@
 """Reward models from data to checkpoint."""
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_votes
+from conftest import WORDS, write_votes
 from quiet_trainer import quiet_trainer
 
 from prlhf_lightning import losses, user_models
-from prlhf_lightning.data import FileSource
+from prlhf_lightning.data import FileSource, RankingSource, RatingSource
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.rewards import JudgedPairs, RewardBackbone
 from prlhf_lightning.training import PersonalizedRewardModel, RewardDataModule
@@ -131,6 +133,60 @@ def test_other_models_and_losses_train_by_gradient_descent(model_path, data, use
     _, trainer = fitted(model_path, data, user_model, loss=loss, steps=150, precision=1.0, lr=0.03)
     values = trainer.callback_metrics
     assert values["val/seen/accuracy"] > values["val/seen/generic_accuracy"] + 0.15
+
+
+def write_judgments(path, kind, seed):
+    """Write ratings, rankings or thumbs by two users: one likes long texts, one short ones."""
+    draw = random.Random(seed)
+    with path.open("w") as file:
+        for user, sign in (("ann", 1), ("bob", -1)):
+            for number in range(60):
+                prompt = f"{WORDS[number % 5]} {WORDS[number // 5]}"
+                texts = [" ".join(draw.choices(WORDS, k=k)) for k in (1, 3, 6)][::sign]  # better and better
+                if kind == "ratings":
+                    rows = [{"completion": text, "rating": n} for n, text in enumerate(texts)]
+                elif kind == "rankings":
+                    rows = [{"completions": texts[::-1]}]
+                else:  # one text of each prompt
+                    place = draw.choice((0, 2))
+                    rows = [{"completion": texts[place], "label": place > 0}]
+                file.writelines(json.dumps({"user_id": user, "prompt": prompt, **row}) + "\n" for row in rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [("ratings", RatingSource), ("rankings", RankingSource), ("thumbs", lambda raw: raw)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_ratings_rankings_and_thumbs_tell_users_apart(model_path, tmp_path, kind, source):
+    train, held_out = (write_judgments(tmp_path / f"{seed}.jsonl", kind, seed) for seed in (0, 1))
+    feedback = "thumbs" if kind == "thumbs" else "pairs"
+    data = RewardDataModule(
+        source(FileSource(train, held_out)), RewardBackbone(model_path).tokenizer, feedback=feedback, ties="drop"
+    )
+    values = fitted(model_path, data)[1].callback_metrics
+    assert values["val/seen/accuracy"] > values["val/seen/generic_accuracy"] + 0.15
+
+
+def test_a_thumb_is_a_comparison_with_the_same_text_for_all(model_path, tmp_path):
+    """A user whose every thumb is up is easier to please than one whose every thumb is down."""
+    draw, path = random.Random(0), tmp_path / "thumbs.jsonl"
+    with path.open("w") as file:
+        for user, label in (("ann", True), ("bob", False)):
+            for number in range(40):
+                row = {"prompt": f"cat {WORDS[number % 9]}", "completion": draw.choice(WORDS), "label": label}
+                file.write(json.dumps({"user_id": user, **row}) + "\n")
+    tokenizer = RewardBackbone(model_path).tokenizer
+    data = RewardDataModule(FileSource(path), tokenizer, feedback="thumbs", validation_fraction=0.0)
+    module, _ = fitted(model_path, data)
+    pairs = data.training_pairs()
+    up = torch.tensor([user == "ann" for user in pairs.user_ids])
+    threshold = pairs.rejected[up][0]
+    assert (pairs.rejected[up] == threshold).all()
+    assert (pairs.chosen[~up] == threshold).all()
+    rewards = module.rewards(module.features_of(pairs.texts), module.rows_of(["ann", "bob"]), threshold.expand(2))
+    assert rewards[0] < 0 < rewards[1]
 
 
 def test_without_users_there_is_one_reward(model_path, data, held_out):
