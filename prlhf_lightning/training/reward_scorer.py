@@ -42,24 +42,31 @@ class RewardScorer(Scorer):
         self.model = model.eval()
 
     @classmethod
-    def load(cls, path: str | Path, device: str = "cpu", trust_classes: Collection[str] | None = None) -> Self:
+    def load(
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        trust_classes: Collection[str] | None = None,
+        option: str = "reward_model",
+    ) -> Self:
         """Return the scorer of a checkpoint of an explicit reward model.
 
         Args:
             path: A checkpoint, or the folder of its run.
             device: Device of the model.
             trust_classes: Dotted paths of classes outside this package that the checkpoint may name.
+            option: Name of the option that gave the path, for messages.
 
         Raises:
             ConfigurationError: There is no such checkpoint, or it is not of a reward model.
             DamagedCheckpointError: The file is damaged.
         """
-        file, content = _read(path)
+        file, content = _read(path, option)
         if not _is_reward_model(content):
             raise ConfigurationError(
-                f"{file} is not a checkpoint of a reward model, but of a policy; give one of `fit -c reward.yaml`."
+                f"{option}: {file} is of a policy and not of a reward model; give one with `model.backbone`."
             )
-        return cls.of_content(content, str(file), device, trust_classes)
+        return cls.of_content(content, f"{option}: {file}", device, trust_classes)
 
     @classmethod
     def of_content(
@@ -122,35 +129,46 @@ class ImplicitRewardScorer(Scorer):
         return rewards
 
 
-def load_scorer(path: str | Path, device: str = "cpu", trust_classes: Collection[str] | None = None) -> Scorer:
+def load_scorer(
+    path: str | Path,
+    device: str = "cpu",
+    trust_classes: Collection[str] | None = None,
+    option: str = "reward_model",
+) -> Scorer:
     """Return the scorer of any checkpoint of `fit`: of a reward model, or of a policy by its implicit reward.
 
     Args:
         path: A checkpoint, or the folder of its run.
         device: Device of the model.
         trust_classes: Dotted paths of classes outside this package that the checkpoint may name.
+        option: Name of the option that gave the path, for messages.
 
     Raises:
         ConfigurationError: There is no such checkpoint, or its loss defines no rewards of pairs.
         DamagedCheckpointError: The file is damaged.
     """
-    file, content = _read(path)
+    file, content = _read(path, option)
     kind = RewardScorer if _is_reward_model(content) else ImplicitRewardScorer
-    return kind.of_content(content, str(file), device, trust_classes)
+    return kind.of_content(content, f"{option}: {file}", device, trust_classes)
 
 
-def _read(path: str | Path) -> tuple[Path, dict[str, Any]]:
+def _read(path: str | Path, option: str) -> tuple[Path, dict[str, Any]]:
     """Return the checkpoint of a file or a run's folder, and its content."""
-    file = checkpoint_files.checkpoint_of(Path(path), "reward_model")
+    file = checkpoint_files.checkpoint_of(Path(path), option)
     if not file.is_file():
-        raise ConfigurationError(f"There is no checkpoint {file}; give one that `fit` wrote, or the folder of its run.")
-    content: dict[str, Any] = checkpoint_files.load(file, mmap=True)
+        raise ConfigurationError(
+            f"{option}: there is no checkpoint {file}; give one that `fit` wrote, or the folder of its run."
+        )
+    try:
+        content: dict[str, Any] = checkpoint_files.load(file, mmap=True)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{option}: {error}") from error
     try:
         entry_of(content)
     except ConfigurationError as error:
-        raise ConfigurationError(f"{file}: {error}") from error
+        raise ConfigurationError(f"{option}: {file}: {error}") from error
     if not isinstance(content.get("state_dict"), dict):
-        raise DamagedCheckpointError(f"{file} holds no weights; give a checkpoint that `fit` wrote.")
+        raise DamagedCheckpointError(f"{option}: {file} holds no weights; give a checkpoint that `fit` wrote.")
     return file, content
 
 

@@ -123,8 +123,8 @@ def test_a_policy_scores_by_its_implicit_rewards(policy_checkpoint, model_path):
 
 
 def test_only_a_reward_model_is_an_explicit_scorer(policy_checkpoint, checkpoint, tmp_path):
-    with pytest.raises(ConfigurationError, match="not a checkpoint of a reward model"):
+    with pytest.raises(ConfigurationError, match="is of a policy and not of a reward model"):
         RewardScorer.load(policy_checkpoint)
-    with pytest.raises(ConfigurationError, match="There is no checkpoint"):
+    with pytest.raises(ConfigurationError, match="there is no checkpoint"):
         RewardScorer.load(tmp_path / "none.ckpt")
     assert isinstance(load_scorer(checkpoint.parent.parent), RewardScorer)
