@@ -131,28 +131,16 @@ def rounds(folder: Path, start: Path, by: list[object], seed: int, count: int, n
     return found[1:]
 
 
-def run(seed: int, folder: Path, n: int, prompts: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Return what is measured of each policy of a seed."""
-    done = folder / f"measured-{seed}.json"
-    if done.is_file():
-        return json.loads(done.read_text())  # type: ignore[no-any-return]
+def run(seed: int, folder: Path, n: int, prompts: int, count: int) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what is measured of each policy of a seed, up to a number of rounds."""
     source = SimulatedSource(20, 450, 40, 20, seed=seed)
     seeds = ["--seed_everything", seed, "--data.source.seed", seed]
     start = fit(folder / f"policy-{seed}", "--config", "configs/quickstart.yaml", *seeds)
-    scorers, paths = {}, {}
+    paths = {}
     for name, user_model in USER_MODELS.items():
-        words = [
-            "--config",
-            "configs/reward.yaml",
-            "--data.source.pairs_per_user",
-            450,
-            "--model.user_model",
-            *user_model,
-        ]
-        paths[name] = fit(folder / f"reward-{name.replace(' ', '-')}-{seed}", *words, *seeds)
-        scorers[name] = RewardScorer.load(paths[name])
+        words = ["--config", "configs/reward.yaml", *seeds, "--data.source.pairs_per_user", 450]
+        paths[name] = fit(folder / f"reward-{_slug(name)}-{seed}", *words, "--model.user_model", *user_model)
     policies = {"vanilla DPO": start / "baseline" / "last.ckpt", "P-DPO": start}
-    found = {name: measured(open_writer(path), source, scorers, n) for name, path in policies.items()}
     asked = ["--source", "SimulatedSource", "--source.pairs_per_user", 450, "--source.seed", seed]
     by = {
         "personalized reward": ["--reward_model", paths["personalized"], *asked],
@@ -161,9 +149,17 @@ def run(seed: int, folder: Path, n: int, prompts: int) -> dict[str, dict[str, di
     }
     for name, words in by.items():
         place = folder / f"rounds-{_slug(name)}-{seed}"
-        for number, path in enumerate(rounds(place, start, words, seed, 2, n, prompts), start=1):
-            found[f"round {number}, {name}"] = measured(open_writer(path), source, scorers, n)
-    done.write_text(json.dumps(found))
+        for number, path in enumerate(rounds(place, start, words, seed, count, n, prompts), start=1):
+            policies[f"P-DPO, round {number} by {name}"] = path
+    found = {}
+    for name, path in policies.items():
+        done = folder / f"measured-{seed}" / f"{_slug(name)}.json"
+        if not done.is_file():
+            scorers = {kind: RewardScorer.load(model) for kind, model in paths.items()}
+            values = measured(open_writer(path), source, scorers, n)
+            done.parent.mkdir(exist_ok=True)
+            done.write_text(json.dumps(values))
+        found[name] = json.loads(done.read_text())
     return found
 
 
@@ -201,9 +197,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/best_of_n"), help="where runs and results are kept")
     parser.add_argument("-n", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=40, help="of each user, in a round")
+    parser.add_argument("--rounds", type=int, default=2, help="of iterative P-DPO")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    results = [run(seed, given.folder, given.n, given.prompts) for seed in given.seeds]
+    results = [run(seed, given.folder, given.n, given.prompts, given.rounds) for seed in given.seeds]
     text = (
         f"Means over seeds {', '.join(map(str, given.seeds))} (and range); best of {given.n} is at most "
         f"{kl_bound(given.n):.2f} nats from its policy; {about()}.\n\n{table(results, list(results[0]))}"

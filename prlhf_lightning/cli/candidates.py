@@ -51,7 +51,7 @@ def described(rewards: Sequence[Tensor], lengths: Sequence[Tensor]) -> str:
     scored = [one[~one.isnan()] for one in rewards]
     kept = [expected_best(one) for one in scored if len(one)]
     none = sum(map(len, rewards)) - sum(map(len, scored))
-    without = f" {none} answers have no reward: they are blank, or the reward model refuses them." if none else ""
+    without = f" Answers without a reward: {none} (blank, or refused by the scorer)." if none else ""
     if not kept:
         return f"No answer has a reward.{without}"
     said = f"Mean reward of an answer: {mean(float(curve[0]) for curve in kept):.3f}"
@@ -62,7 +62,9 @@ def described(rewards: Sequence[Tensor], lengths: Sequence[Tensor]) -> str:
     tokens = mean(float(one.double().mean()) for one in lengths)
     places = [int(one.nan_to_num(-math.inf).argmax()) for one in rewards]
     chosen = mean(float(one[place]) for one, place in zip(lengths, places, strict=True))
+    correlation = length_correlation(rewards, lengths)
+    related = "" if math.isnan(correlation) else f"; correlation of reward and length {correlation:.2f}"
     return (
         f"{said}; {best}, at most {kl_bound(n):.2f} nats from the policy. Tokens: {tokens:.1f}, of the best "
-        f"{chosen:.1f}; correlation of reward and length {length_correlation(rewards, lengths):.2f}.{without}"
+        f"{chosen:.1f}{related}.{without}"
     )
