@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ USER_MODELS = {
     "personalized": ["LowRankUserModel", "--model.user_model.num_tokens", "1", "--model.user_model.rank", "8"],
     "without users": ["UniformUserModel", "--model.user_model.num_tokens", "1"],
 }
+SCORERS = ["personalized reward", "reward without users", "true utility"]
 TOKENS = 40
 
 
@@ -65,12 +67,12 @@ def fit(folder: Path, *words: object) -> Path:
 
 
 def measured(
-    writer: Generator, source: SimulatedSource, scorers: dict[str, RewardScorer], n: int
+    writer: Generator, source: SimulatedSource, scorers: dict[str, RewardScorer], n: int, temperature: float
 ) -> dict[str, dict[str, float]]:
     """Return utility, share of well-formed answers and tokens of answers, by how they are chosen."""
     truth = TrueUtility(source)
     asked = [
-        GenerationRequest(prompt, user.user_id, max_new_tokens=TOKENS, temperature=1.0, seed=0)
+        GenerationRequest(prompt, user.user_id, max_new_tokens=TOKENS, temperature=temperature, seed=0)
         for user in source.seen_users
         for prompt in source.eval_prompts()
     ]
@@ -101,7 +103,7 @@ def measured(
 
 
 def _rewards(scorer: RewardScorer, rows: Sequence[tuple[str, str, str]]) -> Tensor:
-    rewards = torch.full((len(rows),), -torch.inf, dtype=torch.float64)
+    rewards = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     kept = [place for place, row in enumerate(rows) if row[2].strip()]
     rewards[kept] = scorer.score(*map(list, zip(*(rows[place] for place in kept), strict=True))).double()
     return rewards
@@ -113,26 +115,26 @@ def _means(utilities: Tensor, formed: Tensor, lengths: Tensor, of: Callable[[Ten
 
 
 def _at(utilities: Tensor, formed: Tensor, lengths: Tensor, rewards: Tensor) -> dict[str, float]:
-    best = rewards.argmax(1, keepdim=True)
+    best = rewards.nan_to_num(-torch.inf).argmax(1, keepdim=True)
     return _means(utilities, formed, lengths, lambda values: values.gather(1, best))
 
 
-def rounds(folder: Path, start: Path, by: list[object], seed: int, count: int, n: int, prompts: int) -> list[Path]:
+def rounds(folder: Path, start: Path, pairs_by: list[object], seed: int, count: int) -> list[Path]:
     """Return the runs of rounds of iterative P-DPO, each on pairs that the model before wrote."""
     found = [start]
     for number in range(1, count + 1):
         pairs = folder / f"round-{number}.jsonl"
         if not pairs.is_file():
-            sampling = ["--num_answers", n, "--prompts_per_user", prompts, "--max_new_tokens", TOKENS, "--seed", number]
-            prlhf("make-pairs", "--model", found[-1], *by, *sampling, "--output", pairs, "--device", "cpu")
+            prlhf("make-pairs", "--model", found[-1], *pairs_by, "--seed", number, "--output", pairs)
         source = ["--data.source", "FileSource", "--data.source.train", pairs]
         words = ["--config", "configs/quickstart.yaml", "--train_baseline", "false", "--seed_everything", seed]
         found.append(fit(folder / f"round-{number}", *words, "--init_from", found[-1], *source))
     return found[1:]
 
 
-def run(seed: int, folder: Path, n: int, prompts: int, count: int) -> dict[str, dict[str, dict[str, float]]]:
-    """Return what is measured of each policy of a seed, up to a number of rounds."""
+def run(seed: int, given: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+    """Return what is measured of each policy of a seed."""
+    folder, n, heat = given.folder, given.n, given.temperature
     source = SimulatedSource(20, 450, 40, 20, seed=seed)
     seeds = ["--seed_everything", seed, "--data.source.seed", seed]
     start = fit(folder / f"policy-{seed}", "--config", "configs/quickstart.yaml", *seeds)
@@ -141,22 +143,25 @@ def run(seed: int, folder: Path, n: int, prompts: int, count: int) -> dict[str, 
         words = ["--config", "configs/reward.yaml", *seeds, "--data.source.pairs_per_user", 450]
         paths[name] = fit(folder / f"reward-{_slug(name)}-{seed}", *words, "--model.user_model", *user_model)
     policies = {"vanilla DPO": start / "baseline" / "last.ckpt", "P-DPO": start}
-    asked = ["--source", "SimulatedSource", "--source.pairs_per_user", 450, "--source.seed", seed]
+    asked = {"--source": "SimulatedSource", "--source.pairs_per_user": 450, "--source.seed": seed, "--device": "cpu"}
+    asked |= {"--num_answers": n, "--temperature": heat, "--max_new_tokens": TOKENS}
+    asked["--prompts_per_user"] = given.prompts
+    options = list(chain.from_iterable(asked.items()))
     by = {
-        "personalized reward": ["--reward_model", paths["personalized"], *asked],
-        "reward without users": ["--reward_model", paths["without users"], *asked],
-        "true utility": ["--judge", "UtilityJudge", *asked],
+        "personalized reward": ["--reward_model", paths["personalized"], *options],
+        "reward without users": ["--reward_model", paths["without users"], *options],
+        "true utility": ["--judge", "UtilityJudge", *options],
     }
-    for name, words in by.items():
-        place = folder / f"rounds-{_slug(name)}-{seed}"
-        for number, path in enumerate(rounds(place, start, words, seed, count, n, prompts), start=1):
+    for name in given.by:
+        place = folder / f"rounds-{_slug(name)}-{seed}-{heat:g}"
+        for number, path in enumerate(rounds(place, start, by[name], seed, given.rounds), start=1):
             policies[f"P-DPO, round {number} by {name}"] = path
     found = {}
     for name, path in policies.items():
-        done = folder / f"measured-{seed}" / f"{_slug(name)}.json"
+        done = folder / f"measured-{seed}-{heat:g}" / f"{_slug(name)}.json"
         if not done.is_file():
             scorers = {kind: RewardScorer.load(model) for kind, model in paths.items()}
-            values = measured(open_writer(path), source, scorers, n)
+            values = measured(open_writer(path), source, scorers, n, heat)
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(values))
         found[name] = json.loads(done.read_text())
@@ -196,11 +201,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--folder", type=Path, default=Path("runs/best_of_n"), help="where runs and results are kept")
     parser.add_argument("-n", type=int, default=8)
+    parser.add_argument("--temperature", type=float, default=0.7, help="of sampled answers")
     parser.add_argument("--prompts", type=int, default=40, help="of each user, in a round")
     parser.add_argument("--rounds", type=int, default=2, help="of iterative P-DPO")
+    parser.add_argument("--by", nargs="*", default=SCORERS, choices=SCORERS, help="who scores the answers of rounds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
-    results = [run(seed, given.folder, given.n, given.prompts, given.rounds) for seed in given.seeds]
+    results = [run(seed, given) for seed in given.seeds]
     text = (
         f"Means over seeds {', '.join(map(str, given.seeds))} (and range); best of {given.n} is at most "
         f"{kl_bound(given.n):.2f} nats from its policy; {about()}.\n\n{table(results, list(results[0]))}"
