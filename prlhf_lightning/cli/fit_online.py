@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.utilities import rank_zero_info
 
 from prlhf_lightning.cli.fit import PRLHFCLI, read_whole_numbers_first
+from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.training.callbacks import ExplainOutOfMemory, StopOnSignal
 from prlhf_lightning.training.callbacks.online import AnswerTable, OnlineMonitor
 from prlhf_lightning.training.callbacks.outputs import (
@@ -61,6 +62,15 @@ class OnlineCLI(PRLHFCLI):
 
     def before_fit(self) -> None:
         """Start from an earlier training if `init_from` is given and there is no checkpoint to resume."""
+        if self.trainer.gradient_clip_val:
+            raise ConfigurationError(
+                "trainer.gradient_clip_val has no effect in online RL: leave it out, and set model.max_grad_norm."
+            )
+        if self.trainer.accumulate_grad_batches != 1:
+            raise ConfigurationError(
+                "trainer.accumulate_grad_batches has no effect in online RL, where a step is on all answers of a "
+                "batch: leave it out, and set data.batch_size; model.micro_batch_size limits memory."
+            )
         if self.config.fit.init_from and not self.config.fit.ckpt_path:
             self.model.start_from(self.config.fit.init_from)
 

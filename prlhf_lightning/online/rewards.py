@@ -42,8 +42,9 @@ class Reward:
     Attributes:
         function: A function, a `RewardFunction`, or another callable object, called as TRL calls its reward functions:
             `function(prompts=..., completions=..., completion_ids=..., **columns)`, where `columns` are lists of the
-            columns of the rows, `user_id` among them. It returns a number for each answer, or None for an answer that
-            it does not judge. It may be async. In conversations, a completion is a list with one message.
+            columns of the rows, `user_id` among them; also with `trainer_state`, a `TrainerState` of transformers, and
+            `log_metric(name, value)`. It returns a number for each answer, or None for an answer that it does not
+            judge. It may be async. In conversations, a completion is a list with one message.
         weight: Its weight in the sum.
         normalize: Subtract the mean of the answers to the same row and divide by their standard deviation, before the
             sum. For rewards of different scales.
@@ -143,12 +144,15 @@ class RewardSum:
         """Names of the columns that the rewards name as arguments."""
         return {name for reward in self.rewards for name in inspect.signature(reward.function).parameters}
 
-    def __call__(self, answers: Mapping[str, Sequence[Any]], copies: int = 1) -> Scores:
+    def __call__(
+        self, answers: Mapping[str, Sequence[Any]], copies: int = 1, common: Mapping[str, Any] | None = None
+    ) -> Scores:
         """Return the scores of B answers.
 
         Args:
             answers: Arguments of the functions by name, each a sequence of B values.
             copies: Answers to each row, next to one another, for normalization.
+            common: Arguments that do not belong to single answers.
 
         Raises:
             ConfigurationError: A reward failed for every answer, or returned another number of values.
@@ -156,8 +160,11 @@ class RewardSum:
         count = len(answers["completions"])
         total, scored = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
         parts, failures = {}, list[Failure]()
-        for reward in self.rewards:
-            values, failed = _values(reward, answers)
+        outputs = _outputs(self.rewards, answers, common or {})
+        for reward, output in zip(self.rewards, outputs, strict=True):
+            if isinstance(output, Exception):
+                output = _one_by_one(reward, answers, common or {}, output)
+            values, failed = _values(reward, output, count)
             failures += failed
             parts[reward.title] = values.float()
             given = ~values.isnan()
@@ -168,15 +175,24 @@ class RewardSum:
         return Scores(torch.where(scored, total, torch.nan).float(), parts, failures)
 
 
-def _values(reward: Reward, answers: Mapping[str, Sequence[Any]]) -> tuple[Tensor, list[Failure]]:
-    """Return a reward's values `[B]` float64, NaN where there is none, and its failures."""
-    try:
-        found = _call(reward, answers)
-    except ConfigurationError:
-        raise
-    except Exception as error:
-        found = _one_by_one(reward, answers, error)
-    values, failures = torch.full((len(found),), torch.nan, dtype=torch.float64), []
+def _values(reward: Reward, output: Any, count: int) -> tuple[Tensor, list[Failure]]:
+    """Return a reward's values `[B]` float64, NaN where there is none, and its failures.
+
+    Args:
+        reward: The reward.
+        output: What it returned for B answers; an exception is a failure of its answer.
+        count: B.
+
+    Raises:
+        ConfigurationError: The number of values is another.
+    """
+    found = list(output)
+    if len(found) != count:
+        raise ConfigurationError(
+            f"model.rewards: {reward.title} returned {len(found)} values for {count} completions; return one for each, "
+            "None for a completion that it does not judge."
+        )
+    values, failures = torch.full((count,), torch.nan, dtype=torch.float64), []
     for place, value in enumerate(found):
         if value is None:
             continue
@@ -196,16 +212,15 @@ def _finite(value: Any) -> float:
     return number
 
 
-def _one_by_one(reward: Reward, answers: Mapping[str, Sequence[Any]], error: Exception) -> Sequence[Any]:
-    """Score answer by answer, so that an error costs only the answers that cause it: they get it as their value."""
+def _one_by_one(
+    reward: Reward, answers: Mapping[str, Sequence[Any]], common: Mapping[str, Any], error: Exception
+) -> list[Any]:
+    """Score answer by answer, so that an error costs only the answers that cause it: it stands in place of a value."""
     found: list[Any] = []
     for place in range(len(answers["completions"])):
-        try:
-            found += _call(reward, {name: values[place : place + 1] for name, values in answers.items()})
-        except ConfigurationError:
-            raise
-        except Exception as its_own:
-            found.append(its_own)
+        one = {name: values[place : place + 1] for name, values in answers.items()}
+        (output,) = _outputs([reward], one, common)
+        found += [output] if isinstance(output, Exception) else list(output)
     if all(isinstance(value, Exception) for value in found):
         raise ConfigurationError(
             f"model.rewards: {reward.title} fails for all {len(found)} answers of a batch: {error!r}. It is called as "
@@ -214,27 +229,42 @@ def _one_by_one(reward: Reward, answers: Mapping[str, Sequence[Any]], error: Exc
     return found
 
 
-def _call(reward: Reward, answers: Mapping[str, Sequence[Any]]) -> Sequence[Any]:
-    function = reward.function
-    arguments = {name: list(values) for name, values in answers.items()}
-    taken = inspect.signature(function).parameters
-    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
-        arguments = {name: values for name, values in arguments.items() if name in taken}
-    found = function(**arguments)
-    if inspect.isawaitable(found):
+def _outputs(
+    rewards: Sequence[Reward], answers: Mapping[str, Sequence[Any]], common: Mapping[str, Any]
+) -> list[Any | Exception]:
+    """Return what each reward returns for B answers, or the exception that it raises; async ones run together."""
+    outputs: list[Any] = []
+    for reward in rewards:
+        try:
+            outputs.append(reward.function(**_arguments(reward.function, answers, common)))
+        except ConfigurationError:
+            raise
+        except Exception as error:
+            outputs.append(error)
+    waiting = [number for number, output in enumerate(outputs) if inspect.isawaitable(output)]
+    if waiting:
         with ThreadPoolExecutor(1) as pool:  # this thread may have a loop of its own, as in a notebook
-            found = pool.submit(asyncio.run, _awaited(found)).result()
-    found, count = list(found), len(answers["completions"])
-    if len(found) != count:
-        raise ConfigurationError(
-            f"model.rewards: {reward.title} returned {len(found)} values for {count} completions; return one for each, "
-            "None for a completion that it does not judge."
-        )
-    return found
+            found = pool.submit(asyncio.run, _together([outputs[number] for number in waiting])).result()
+        for number, output in zip(waiting, found, strict=True):
+            if isinstance(output, ConfigurationError):
+                raise output
+            outputs[number] = output
+    return outputs
 
 
-async def _awaited(found: Any) -> Any:
-    return await found
+async def _together(waiting: Sequence[Any]) -> list[Any]:
+    return await asyncio.gather(*waiting, return_exceptions=True)
+
+
+def _arguments(
+    function: Callable[..., Any], answers: Mapping[str, Sequence[Any]], common: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a function: those that it names, or all if it takes any."""
+    given = {**{name: list(values) for name, values in answers.items()}, **common}
+    taken = inspect.signature(function).parameters
+    if any(one.kind is inspect.Parameter.VAR_KEYWORD for one in taken.values()):
+        return given
+    return {name: value for name, value in given.items() if name in taken}
 
 
 def _normalized(values: Tensor, copies: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import TrainerState
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import (
@@ -36,7 +37,7 @@ from prlhf_lightning.training.micro_batch import Share, describe_row
 from prlhf_lightning.training.module import PersonalizedLM
 from prlhf_lightning.training.online_data import OnlineDataModule
 from prlhf_lightning.training.online_evaluation import RewardEvaluation, UserReward
-from prlhf_lightning.training.optim import Optim
+from prlhf_lightning.training.optim import Optim, optimizer_steps
 from prlhf_lightning.training.sharding import is_sharded
 from prlhf_lightning.types import PreferenceBatch, SoftPrompt, Tokens, select_pairs
 from prlhf_lightning.user_models import UserModel
@@ -172,6 +173,7 @@ class OnlineRL(PersonalizedLM):
         self.mask_truncated, self.max_grad_norm = mask_truncated, max_grad_norm
         self._evaluated = RewardEvaluation(())
         self._warned: set[tuple[str, str]] = set()
+        self._metrics: dict[str, Share] = {}  # of reward functions
 
     # ---- set-up
 
@@ -218,7 +220,7 @@ class OnlineRL(PersonalizedLM):
             # Between the updates of a batch there is nothing to resume from.
             optimizer.optimizer.is_stepping = update + 1 < self.updates
             scheduler.step()
-        self._log_means({**shares, **sums}, ("reward", "kl", "length", "entropy"), len(batch))
+        self._log_means({**shares, **sums, **self._metrics}, ("reward", "kl", "length", "entropy"), len(batch))
         self._progress.step_taken(self.trainer.current_epoch, batch_idx, self._running_state(), self._means.sums)
 
     def _running_state(self) -> dict[str, Tensor]:
@@ -232,6 +234,7 @@ class OnlineRL(PersonalizedLM):
         seeds = np.random.SeedSequence([self._seed or 0, self.trainer.current_epoch, batch_idx])
         generic = torch.rand(len(batch)) >= (self.alpha if self.user_model.personalizes else 1.0)
         answers = self._answers(batch, generic, self.sampling, self.answers_per_prompt, seeds)
+        self._metrics = {}
         scores = self._judged(batch, answers.tokens, "train").scores
         mask = answers.tokens.mask & ~(answers.truncated & self.mask_truncated)[:, None]
         reference = None
@@ -288,9 +291,19 @@ class OnlineRL(PersonalizedLM):
         user_ids = [user_id for user_id in batch.user_ids for _ in range(copies)]
         ids = [row.tolist() for row in tokens.unpadded()]
         given: dict[str, list[Any]] = {"completions": completions, "completion_ids": ids, "user_id": user_ids}
-        scores = self.reward_sum({**repeated, **given}, copies)
+        scores = self.reward_sum({**repeated, **given}, copies, self._common())
         self._report(scores, batch, copies)
         return Judged(scores, prompts, texts)
+
+    def _common(self) -> dict[str, Any]:
+        """Return what reward functions written for TRL may ask for."""
+        steps = optimizer_steps(self.trainer, self.updates) if self.trainer.training else self.trainer.max_steps
+        state = TrainerState(global_step=self.trainer.global_step, max_steps=steps)
+        return {"trainer_state": state, "log_metric": self._log_metric}
+
+    def _log_metric(self, name: str, value: float) -> None:
+        if self.trainer.training:
+            self._metrics[name] = (torch.tensor(float(value), device=self.device), torch.ones((), device=self.device))
 
     def _report(self, scores: Scores, batch: PreferenceBatch, copies: int) -> None:
         for failure in scores.failures:

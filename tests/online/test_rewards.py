@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 
 import pytest
@@ -36,11 +37,18 @@ def test_a_function_of_trl_runs_unchanged():
     assert RewardSum([Reward(shaped)])(ANSWERS).total.tolist() == own
 
 
-def test_async_functions_run():
-    async def slow(completions, **kwargs):
+def test_async_functions_run_together():
+    met = asyncio.Event()
+
+    async def first(completions, **kwargs):
+        await asyncio.wait_for(met.wait(), 30)  # until the second function runs
         return [len(text) for text in completions]
 
-    assert RewardSum([Reward(slow)])(ANSWERS).total.tolist() == [1, 2, 3, 4]
+    async def second(completions, **kwargs):
+        met.set()
+        return [None] * len(completions)
+
+    assert RewardSum([Reward(first), Reward(second)])(ANSWERS).total.tolist() == [1, 2, 3, 4]
 
 
 def test_none_leaves_a_reward_out_of_the_sum():

@@ -235,12 +235,15 @@ def test_a_reward_that_fails_costs_its_answer_alone(model_path, votes, tmp_path)
 def test_rewards_get_all_columns_of_the_rows(model_path, votes, tmp_path):
     seen = {}
 
-    def columns(prompts, completions, completion_ids, user_text, chosen, **kwargs):
+    def columns(prompts, completions, completion_ids, user_text, chosen, trainer_state, log_metric, **kwargs):
+        log_metric("share", 0.25)
+        seen.update(steps=(trainer_state.global_step, trainer_state.max_steps))
         seen.update(prompts=prompts, chosen=chosen, user_text=user_text, others=sorted(kwargs))
         return [float(len(ids)) for ids in completion_ids]
 
     module, data = make(model_path, votes, reward=columns, batch_size=2)
-    fit(tmp_path, module, data, max_steps=1)
+    assert fit(tmp_path, module, data, max_steps=1).callback_metrics["train/share"] == 0.25
+    assert seen["steps"] == (0, 1)
     assert seen["others"] == ["user_id"]  # no judged answers but the named one
     assert len(seen["prompts"]) == 8
     assert all(prompt == seen["prompts"][0] for prompt in seen["prompts"][:4])

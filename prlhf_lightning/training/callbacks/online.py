@@ -81,7 +81,7 @@ class OnlineMonitor(Callback):
 
     def __init__(
         self,
-        longest: float | None = 2.0,
+        longest: float | None = 3.0,
         truncated: float | None = 0.3,
         entropy: float | None = 0.05,
         kl: float | None = None,

@@ -27,7 +27,7 @@ def watch(values: list[dict[str, float]], monitor: OnlineMonitor) -> tuple[list[
 @pytest.mark.parametrize(
     ("bad", "words"),
     [
-        ({"length": 21.0}, "much longer"),
+        ({"length": 31.0}, "much longer"),
         ({"truncated": 0.4}, "max_new_tokens"),
         ({"entropy": 0.04}, "nearly the same answer"),
         ({"unscorable": 0.3}, "no reward"),
