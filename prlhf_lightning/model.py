@@ -27,6 +27,7 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.policies import Policy, Sampling
+from prlhf_lightning.policies.shared_texts import SharedTexts, contents
 from prlhf_lightning.types import (
     History,
     LogProbs,
@@ -39,6 +40,10 @@ from prlhf_lightning.types import (
     to_device,
 )
 from prlhf_lightning.user_models import UserModel
+
+# Share prompts and completions between pairs if that saves at least this share of all positions. Below it, looking
+# them up and scattering their scores costs as much.
+_MIN_SAVED = 0.2
 
 
 class KeepsReference(Protocol):
@@ -163,17 +168,13 @@ class PersonalizedModel(nn.Module):
         Returns:
             Differentiable log-probs, one result for each entry of `generic`.
         """
-        users = self.users_of(batch)
-        every = torch.arange(len(batch), device=users.rows.device)
+        every = torch.arange(len(batch), device=self.device)
         first, of_pair = self._distinct(batch) if any(generic) else (every, every)
         rows = [first if g else every for g in generic]
-        soft_prompt = SoftPrompt.cat_batch(
-            [self.user_model.generic(users).select(first) if g else self.user_model(users) for g in generic]
-        )
-        index = torch.cat(rows)
-        scored = self.scored(batch, index, soft_prompt)
+        is_generic = torch.cat([torch.full((len(r),), g) for r, g in zip(rows, generic, strict=True)])
+        scored = self._scored_under(batch, torch.cat(rows), is_generic)
         ends = torch.tensor([len(r) for r in rows]).cumsum(0).tolist()
-        places = [torch.arange(end - len(r), end, device=index.device) for r, end in zip(rows, ends, strict=True)]
+        places = [torch.arange(end - len(r), end, device=first.device) for r, end in zip(rows, ends, strict=True)]
         return [scored.select(place[of_pair] if g else place) for place, g in zip(places, generic, strict=True)]
 
     def log_probs_under_either(self, batch: PreferenceBatch, generic: Tensor) -> PairLogProbs:
@@ -186,11 +187,31 @@ class PersonalizedModel(nn.Module):
         Returns:
             Differentiable log-probs of B pairs.
         """
+        return self._scored_under(batch, torch.arange(len(batch), device=self.device), generic)
+
+    def _scored_under(self, batch: PreferenceBatch, rows: Tensor, generic: Tensor) -> PairLogProbs:
+        """Score the pairs at `rows` `[N]`, under the generic user where `generic` `[N]` (on the CPU) says so."""
         users = self.users_of(batch)
+        if self.policy.shares_prompts and users.history is None:
+            completions = [part.select(rows) for part in self._completions(batch)]
+            who = users.rows[rows].masked_fill(to_device(generic, rows.device), 0)
+            texts = [batch.user_text] if self.user_model.uses_text else []
+            asked = [contents(part.select(rows)) for part in (batch.prompt, *texts)]
+            shared = SharedTexts.find([who, *asked], completions)
+            if shared.saved(batch.prompt.mask.shape[1]) >= _MIN_SAVED:
+                first = rows[shared.rows]
+                soft_prompt = self._prompts_under(users.select(first), generic[shared.rows.cpu()])
+                scores = self.policy.grouped_log_probs(
+                    batch.prompt.select(first), shared.completions, shared.prompt_of, soft_prompt
+                )
+                return self._pair(shared.of_rows(scores), batch.desirable[rows])
+        return self.scored(batch, rows, self._prompts_under(users.select(rows), generic))
+
+    def _prompts_under(self, users: Users, generic: Tensor) -> SoftPrompt:
+        """Return the soft prompts of N users, or of the generic user where `generic` `[N]` (on the CPU) says so."""
         order = to_device(generic.int().argsort(stable=True), users.rows.device)
         own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
-        soft_prompt = SoftPrompt.cat_batch([self.user_model(own), self.user_model.generic(others)])
-        return self.scored(batch, order, soft_prompt).select(order.argsort())
+        return SoftPrompt.cat_batch([self.user_model(own), self.user_model.generic(others)]).select(order.argsort())
 
     @torch.no_grad()
     def rewards(self, batch: PreferenceBatch, generic: bool = False) -> tuple[Tensor, Tensor]:

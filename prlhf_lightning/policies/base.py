@@ -148,6 +148,11 @@ class Policy(nn.Module, ABC):
         """
         return None
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether `grouped_log_probs` computes each prompt once for all of its completions."""
+        return False
+
     def grouped_log_probs(
         self,
         prompt: Tokens,
@@ -157,7 +162,7 @@ class Policy(nn.Module, ABC):
         reference: bool = False,
         batch_size: int = 64,
     ) -> LogProbs:
-        """Score any number of completions of each prompt, without gradient; see `log_probs`.
+        """Score any number of completions of each prompt; see `log_probs`. Gradients as there.
 
         Args:
             prompt: U prompts.
@@ -172,11 +177,10 @@ class Policy(nn.Module, ABC):
         """
         scores = torch.zeros(completions.mask.shape, device=completions.ids.device)
         score = self.reference_log_probs if reference else self.log_probs
-        with torch.no_grad():
-            for some in torch.split(torch.arange(len(completions), device=scores.device), batch_size):
-                own = soft_prompt.select(prompt_of[some]) if soft_prompt is not None else None
-                (found,) = score(prompt.select(prompt_of[some]), [completions.select(some)], own)
-                scores[some] = found.tokens
+        for some in torch.split(torch.arange(len(completions), device=scores.device), batch_size):
+            own = soft_prompt.select(prompt_of[some]) if soft_prompt is not None else None
+            (found,) = score(prompt.select(prompt_of[some]), [completions.select(some)], own)
+            scores[some] = found.tokens
         return LogProbs(scores, completions.mask)
 
     def merged_for_scoring(self) -> Policy:

@@ -405,6 +405,11 @@ class CausalLMPolicy(Policy):
         with self._reference_lm() as lm:
             return self._score(lm, prompt, completions, soft_prompt, temperature)
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the model continues from the key-value cache of a prompt; see `Policy.shares_prompts`."""
+        return self.shortcuts.shared_prompt and not self._router_coef and self._packing is None
+
     def grouped_log_probs(
         self,
         prompt: Tokens,
@@ -415,7 +420,8 @@ class CausalLMPolicy(Policy):
         batch_size: int = 64,
     ) -> LogProbs:
         """Score any number of completions of each prompt; see `Policy.grouped_log_probs`."""
-        with self._reference_lm() if reference else nullcontext(self.lm) as lm:
+        with_gradient = torch.is_grad_enabled() and not reference
+        with self._reference_lm() if reference else nullcontext(self.lm) as lm, torch.set_grad_enabled(with_gradient):
             before = self._segments(lm, prompt, soft_prompt)
             self._check_completions(before, completions, prompt_of)
             return grouped_score(lm, before, completions, prompt_of, self.shortcuts, batch_size)

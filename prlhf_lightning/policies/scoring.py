@@ -122,7 +122,6 @@ def score(
     return LogProbs(log_probs, targets.mask).chunk(n)
 
 
-@torch.no_grad()
 def grouped_score(
     lm: PreTrainedModel,
     before: Sequence[SoftPrompt],
@@ -131,7 +130,7 @@ def grouped_score(
     shortcuts: Capabilities,
     batch_size: int,
 ) -> LogProbs:
-    """Score any number of completions of each of U prompts, without gradient.
+    """Score any number of completions of each of U prompts.
 
     Args:
         lm: The model.

@@ -322,3 +322,44 @@ def test_a_mixture_of_experts_adds_its_balancing_loss_to_pairs(tmp_path):
     output = module.policy.lm(input_ids=tokens.ids, attention_mask=tokens.mask.long(), output_router_logits=True)
     torch.testing.assert_close(losses - term.output.losses, (0.5 * output.aux_loss).expand(4))
     torch.testing.assert_close(module.eval().objective(batch)[0], term.output.losses)
+
+
+@pytest.mark.parametrize("reads_text", [False, True])
+def test_sharing_texts_changes_no_value_and_no_gradient(model_path, reads_text, monkeypatch):
+    user_model: UserModel = IndividualUserModel(num_tokens=3)
+    if reads_text:
+        user_model = CompositeUserModel([user_model, TextUserModel()])
+    pairs = make_pairs(4, with_text=True)
+    # The user of the first pair ranked five answers to its prompt, and two users share an answer.
+    user, about, prompt, *_ = pairs[0]
+    answers = [[5 + n, 6, 2] for n in range(4)]
+    pairs += [(user, about, prompt, a, b) for a in answers for b in answers if a < b] + [
+        ("stranger", about, prompt, answers[0], answers[1])
+    ]
+    batch = make_batch(pairs)
+    module = make_module(model_path, user_model)
+    generic = torch.arange(len(pairs)) % 3 == 0
+    found = []
+    for least in (0.0, 2.0):  # always, and never
+        monkeypatch.setattr("prlhf_lightning.model._MIN_SAVED", least)
+        scored = [*module.log_probs(batch, (False, True)), module.log_probs_under_either(batch, generic)]
+        sums = torch.stack([part.sum for pair in scored for part in (pair.chosen, pair.rejected)])
+        module.zero_grad()
+        (sums * torch.linspace(-1, 2, len(pairs))).sum().backward()
+        grads = [p.grad.to_dense() for p in module.parameters() if p.grad is not None]
+        found.append((sums.detach(), torch.cat([grad.flatten() for grad in grads])))
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)  # sums of many float32 numbers
+
+
+def test_shared_texts_are_computed_once(model_path):
+    module = make_module(model_path, IndividualUserModel(num_tokens=3))
+    answers = [[5 + n, 6, 2] for n in range(4)]
+    batch = make_batch([("ann", [], [1, 4, 5, 6, 7], a, b) for a in answers for b in answers if a < b])
+    positions = []
+
+    def count(_module, args, kwargs):
+        positions.append(kwargs["inputs_embeds"].shape[:2].numel())
+
+    module.policy.lm.base_model.register_forward_pre_hook(count, with_kwargs=True)
+    module.log_probs(batch)
+    assert positions == [8, 4 * 2]  # one prompt with three vectors; of each answer, all but the last token
