@@ -106,7 +106,7 @@ def test_a_fit_with_ckpt_path_last_starts_anew(checkpoint, capsys, monkeypatch, 
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_a_checkpoint_is_evaluated_by_the_configuration_of_its_run(checkpoint, capsys):
+def test_validate_takes_the_configuration_of_the_run(checkpoint, capsys):
     run("validate", "--ckpt_path", checkpoint)
     assert "pair accuracy" in capsys.readouterr().out
 

@@ -69,7 +69,7 @@ def test_each_text_is_embedded_once_for_all_users(checkpoint, monkeypatch):
     assert len(embedded) == 2
 
 
-def test_a_text_without_a_reward_is_named_and_leaves_the_others_theirs(model_path, folder):
+def test_a_text_without_a_reward_is_named_and_costs_no_other(model_path, folder):
     (folder / "drop").mkdir()
     config = reward_config(folder / "drop", model_path, folder / "votes.jsonl")
     config["data"] |= {"max_completion_length": 6, "overlong": "drop"}
@@ -90,7 +90,7 @@ def test_a_text_over_the_limit_is_cut_as_in_training(model_path, folder):
     assert scorer.cut["completion"].count == 2
 
 
-def test_plain_texts_are_wrapped_as_the_conversations_of_training(chat_model, tmp_path):
+def test_plain_texts_are_wrapped_as_in_training(chat_model, tmp_path):
     path = chat_model("qwen")
     rows = [
         {"user_id": user, "prompt": [{"role": "user", "content": "Rest?"}],
