@@ -28,6 +28,7 @@ from prlhf_lightning.losses import (
     centered_advantages,
     group_scaled_advantages,
     leave_one_out_advantages,
+    worst_served_weights,
 )
 from prlhf_lightning.online.rewards import Judged, Reward, RewardSum, Scores
 from prlhf_lightning.online.sampling import Answers, Sampler
@@ -60,6 +61,7 @@ _OF_TRAINING = (
     "mask_truncated",
     "max_grad_norm",
     "sampling_batch_size",
+    "worst_served",
 )
 _WARNINGS = 10  # about answers without a score
 
@@ -114,6 +116,9 @@ class OnlineRL(PersonalizedLM):
         sampling_batch_size: Most answers that are generated at the same time.
         alpha: Share of the prompts for which the user's own soft prompt writes; for the others the generic user writes,
             rewarded as their user would. Below 1 it trains the generic user, and new users start from it.
+        worst_served: Above 0, users with a low mean reward so far get larger advantages: a user served worse by 1
+            than another gets e to this power times theirs. For rewards that can be compared between users, with
+            `UserScale`.
         mask_truncated: Do not train on answers that reached `sampling.max_new_tokens` without an end token.
         max_grad_norm: Gradients are scaled to at most this norm; null for no clipping.
         optim: Learning rates and schedule.
@@ -134,6 +139,7 @@ class OnlineRL(PersonalizedLM):
         micro_batch_size: int = 8,
         sampling_batch_size: int = 256,
         alpha: float = 1.0,
+        worst_served: float = 0.0,
         mask_truncated: bool = False,
         max_grad_norm: float | None = 1.0,
         optim: Optim = Optim(),  # noqa: B008 - frozen, hence safe to share
@@ -162,6 +168,11 @@ class OnlineRL(PersonalizedLM):
                 "model.answers_per_prompt is 1, and an answer's advantage is its reward minus the mean of others: give "
                 "2 or more, or advantages of UserScale with baseline: user."
             )
+        if worst_served < 0 or (worst_served and isinstance(advantages, str)):
+            raise ConfigurationError(
+                f"model.worst_served is {worst_served}; it must be 0 or more, and needs users' mean rewards, which "
+                "advantages of UserScale keep."
+            )
         if isinstance(advantages, str) and advantages not in _ADVANTAGES:
             raise ConfigurationError(f"model.advantages is {advantages!r}; it must be one of {', '.join(_ADVANTAGES)}.")
         self.automatic_optimization = False
@@ -171,6 +182,7 @@ class OnlineRL(PersonalizedLM):
         self.answers_per_prompt, self.updates = answers_per_prompt, updates
         self.micro_batch_size, self.sampling_batch_size = micro_batch_size, sampling_batch_size
         self.mask_truncated, self.max_grad_norm = mask_truncated, max_grad_norm
+        self.worst_served = worst_served
         self._evaluated = RewardEvaluation(())
         self._warned: set[tuple[str, str]] = set()
         self._metrics: dict[str, Share] = {}  # of reward functions
@@ -247,13 +259,21 @@ class OnlineRL(PersonalizedLM):
         )
         groups = torch.arange(len(batch), device=self.device).repeat_interleave(self.answers_per_prompt)
         rows = self._known_users().rows(batch.user_ids).to(self.device)[groups]
-        if isinstance(self.advantages, UserScale):
-            advantages = self.advantages(rewards, groups, rows)
-        else:
-            advantages = _ADVANTAGES[self.advantages](rewards, groups)
+        advantages = self._advantages(rewards, groups, rows)
         sizes = StepSizes.of(mask.sum(1)[mask.any(1)], self.sampling.max_new_tokens)
         rollouts = Rollouts(answers, generic, mask, advantages, reference, self.policy_gradient.denominator(sizes))
         return rollouts, _shares(rollouts, scores, self.answers_per_prompt)
+
+    def _advantages(self, rewards: Tensor, groups: Tensor, rows: Tensor) -> Tensor:
+        """Return the advantages `[B]` of answers with their rewards, groups and users' rows `[B]`."""
+        if not isinstance(self.advantages, UserScale):
+            return _ADVANTAGES[self.advantages](rewards, groups)
+        advantages: Tensor = self.advantages(rewards, groups, rows)
+        if not self.worst_served:
+            return advantages
+        every = torch.arange(1, len(self._known_users()), device=rows.device)
+        weights = worst_served_weights(self.advantages.mean(every), self.worst_served)
+        return advantages * pad(weights, (1, 0), value=1.0)[rows]
 
     def _answers(
         self, batch: PreferenceBatch, generic: Tensor, sampling: Sampling, copies: int, seeds: np.random.SeedSequence

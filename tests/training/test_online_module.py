@@ -274,6 +274,20 @@ def test_a_checkpoint_opens_as_that_of_any_policy(model_path, votes, tmp_path):
     assert largest_difference(weights(module), weights(loaded)) == 0
 
 
+def test_the_worst_served_users_weigh_more(model_path, votes, tmp_path):
+    module, data = make(model_path, votes, worst_served=2.0)
+    fit(tmp_path, module, data, max_steps=0)
+    scale = module.advantages.train()
+    rows = torch.tensor([1, 1, 2, 2, 3, 3, 4, 4])
+    rewards = torch.tensor([0.0, 1.0, 1.0, 2.0, 0.0, 1.0, 0.0, 1.0])  # the second user is served better by 1
+    found = module._advantages(rewards, rows, rows)
+    mean = scale.mean(torch.arange(1, 5))
+    expected = (2.0 * (mean[1] - mean[0])).exp()
+    assert mean[1] > mean[0] + 0.1
+    assert found[1] / found[3] == pytest.approx(float(expected), rel=1e-4)
+    assert found.view(4, 2)[:, 1].sum() == pytest.approx(4 * 0.5 / float(scale.std(rows)[0]), rel=1e-3)
+
+
 def test_a_removed_user_leaves_no_statistics(model_path, votes, tmp_path):
     module, data = make(model_path, votes)
     fit(tmp_path, module, data).save_checkpoint(tmp_path / "model.ckpt")

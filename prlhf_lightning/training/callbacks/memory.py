@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from prlhf_lightning.policies import CausalLMPolicy
-from prlhf_lightning.training import PersonalizedLM
+from prlhf_lightning.training import OnlineRL, PersonalizedLM
 from prlhf_lightning.training.micro_batch import describe_row
 from prlhf_lightning.types import PreferenceBatch
 
@@ -82,20 +82,14 @@ def _what_to_do(trainer: Trainer, module: PersonalizedLM) -> str:
             f"the table of {module.user_model.row_tables()[0].shape[0] - 1:,} users is the large part (with its "
             f"optimiser's state {rows * 12 / _GIB:.2f} GiB): use ClusterUserModel, or a smaller num_tokens"
         )
-    size, accumulate = getattr(data, "batch_size", 1), trainer.accumulate_grad_batches
-    if not trainer.training:
-        advice.append(f"lower data.eval_batch_size ({getattr(data, 'eval_batch_size', 1)})")
-    elif size > 1:
-        half = max(1, size // 2)
+    if isinstance(module, OnlineRL):
         advice.append(
-            f"data.batch_size {half} with trainer.accumulate_grad_batches {accumulate * -(-size // half)} "
-            f"(now {size} and {accumulate}): the same steps"
+            f"lower model.micro_batch_size ({module.micro_batch_size}) and model.sampling_batch_size "
+            f"({module.sampling_batch_size}): the same steps"
         )
-    budget = getattr(data, "max_tokens_per_batch", None)
-    advice.append(
-        f"lower data.max_tokens_per_batch ({budget})" if budget else "data.max_tokens_per_batch, which bounds a batch"
-    )
-    advice.append(f"lower data.max_completion_length{_limit(data, 'completion')} or data.max_prompt_length")
+        advice.append(f"lower model.sampling.max_new_tokens ({module.sampling.max_new_tokens})")
+    else:
+        advice += _about_batches(trainer, data)
     if isinstance(policy, CausalLMPolicy):
         if not policy.gradient_checkpointing and trainer.training:
             advice.append("model.policy.gradient_checkpointing true")
@@ -104,6 +98,21 @@ def _what_to_do(trainer: Trainer, module: PersonalizedLM) -> str:
         if policy.dtype in ("auto", "float32") and next(policy.parameters()).dtype == torch.float32:
             advice.append("model.policy.dtype bfloat16")
     return f"Try in this order: {'; '.join(advice)}."
+
+
+def _about_batches(trainer: Trainer, data: Any) -> Iterator[str]:
+    size, accumulate = getattr(data, "batch_size", 1), trainer.accumulate_grad_batches
+    if not trainer.training:
+        yield f"lower data.eval_batch_size ({getattr(data, 'eval_batch_size', 1)})"
+    elif size > 1:
+        half = max(1, size // 2)
+        yield (
+            f"data.batch_size {half} with trainer.accumulate_grad_batches {accumulate * -(-size // half)} "
+            f"(now {size} and {accumulate}): the same steps"
+        )
+    budget = getattr(data, "max_tokens_per_batch", None)
+    yield f"lower data.max_tokens_per_batch ({budget})" if budget else "data.max_tokens_per_batch, which bounds a batch"
+    yield f"lower data.max_completion_length{_limit(data, 'completion')} or data.max_prompt_length"
 
 
 def _limit(data: Any, what: str) -> str:
