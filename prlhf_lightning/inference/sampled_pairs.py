@@ -47,9 +47,11 @@ def pair_of(candidates: Candidates, min_margin: float = 0.0) -> SampledPair | st
     worst = int(rewards.masked_fill(~scored, math.inf).argmin())
     if len({answer.text for answer, has_reward in zip(answers, scored, strict=True) if has_reward}) == 1:
         return "all answers are equal"
+    if float(rewards[scored].max() - rewards[worst]) <= min_margin:
+        return "tie"
     margin = float(rewards[best] - rewards[worst])
     if margin <= min_margin or answers[best].text == answers[worst].text:
-        return "tie"
+        return "max_new_tokens cut off the better answers"
     chosen, rejected = (_completion(candidates.request.prompt, answers[place].text) for place in (best, worst))
     return SampledPair(chosen, rejected, margin)
 

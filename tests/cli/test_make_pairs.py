@@ -9,9 +9,12 @@ import pytest
 from conftest import CHAT_TEMPLATE, make_tokenizer, write_votes
 from short_runs import fit, reward_config, run_config
 
+from prlhf_lightning.analysis.judges import Judge
 from prlhf_lightning.cli.main import main
+from prlhf_lightning.cli.make_pairs import make_pairs as make_pairs_of
 from prlhf_lightning.cli.models import load_module, open_writer
 from prlhf_lightning.cli.prompt_rows import rows_of_training
+from prlhf_lightning.data import Pseudonyms
 from prlhf_lightning.data.records import parse_record
 from prlhf_lightning.inference import GenerationRequest
 from prlhf_lightning.inference.best_of import candidate_seed
@@ -124,6 +127,36 @@ def test_pairs_are_the_best_against_the_worst(models, prompts, tmp_path, capsys)
         chosen, rejected = scorer.score([row["user_id"]] * 2, [row["prompt"]] * 2, both).tolist()
         assert row["margin"] == pytest.approx(chosen - rejected, abs=1e-4)
         assert row["margin"] > 0
+
+
+class LikesShort(Judge):
+    """Prefers shorter answers, and keeps what it was told about users."""
+
+    def __init__(self):
+        self.told = {}
+
+    def judge(self, prompt, user, a, b):
+        self.told[user.user_id] = user
+        return "tie" if len(a) == len(b) else "a" if len(a) < len(b) else "b"
+
+
+def test_a_judge_who_knows_votes_can_choose(models, tmp_path):
+    judge, how = LikesShort(), {"device": "cpu", "max_new_tokens": 6, "num_answers": 4, "prompts_per_user": 2}
+    make_pairs_of(models[0], tmp_path / "pairs.jsonl", judge=judge, **how)
+    rows = read(tmp_path / "pairs.jsonl")
+    assert rows
+    assert all(len(row["chosen"]) < len(row["rejected"]) and 0 < row["margin"] <= 1 for row in rows)
+    assert {user: len(person.votes) for user, person in judge.told.items()} == dict.fromkeys(USERS, 8)
+
+
+def test_pairs_of_hashed_users_have_pseudonyms(models, prompts, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("STUDY_SALT", "0123456789abcdef")
+    make_pairs(models, tmp_path / "pairs.jsonl", "--prompts", prompts, "--hash_user_ids_with", "STUDY_SALT")
+    pseudonyms = set(map(Pseudonyms(b"0123456789abcdef"), USERS))
+    assert {row["user_id"] for row in read(tmp_path / "pairs.jsonl")} <= pseudonyms
+    said = capsys.readouterr()
+    assert "train on them with --data.hash_user_ids_with null" in said.out
+    assert "Users unknown to the reward model" in said.err
 
 
 def test_a_stopped_command_continues_to_the_same_file(models, prompts, tmp_path, monkeypatch, capsys):

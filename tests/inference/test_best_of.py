@@ -121,7 +121,7 @@ def candidates_of(*answers, prompt="p"):
         ([("a", 1, "stop"), ("b", 3, "stop"), ("c", -2, "stop")], ("b", "c", 5)),
         ([("a", 1, "stop"), ("b", 3, "length"), ("c", -2, "length")], ("a", "c", 3)),
         ([("a", 1, "stop"), ("b", NAN, "stop"), ("c", 2, "stop")], ("c", "a", 1)),
-        ([("a", 1, "stop"), ("b", 3, "length")], "tie"),
+        ([("a", 1, "stop"), ("b", 3, "length")], "max_new_tokens cut off the better answers"),
         ([("a", 1, "stop"), ("b", 1, "stop")], "tie"),
         ([("a", 1, "stop"), ("a", 1, "stop")], "all answers are equal"),
         ([("a", 1, "length"), ("b", 2, "length")], "max_new_tokens cut off every answer"),
