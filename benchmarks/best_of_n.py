@@ -36,6 +36,8 @@ USER_MODELS = {
     "without users": ["UniformUserModel", "--model.user_model.num_tokens", "1"],
 }
 SCORERS = ["personalized reward", "reward without users", "true utility"]
+#: With the quickstart's own rates, a round unlearns to write well-formed answers.
+GENTLY = ["--model.optim.lr", "2e-4", "--model.optim.user_lr", "2e-3", "--model.loss.sft_weight", "1.0"]
 TOKENS = 40
 
 
@@ -128,7 +130,7 @@ def rounds(folder: Path, start: Path, pairs_by: list[object], seed: int, count: 
             prlhf("make-pairs", "--model", found[-1], *pairs_by, "--seed", number, "--output", pairs)
         source = ["--data.source", "FileSource", "--data.source.train", pairs]
         words = ["--config", "configs/quickstart.yaml", "--train_baseline", "false", "--seed_everything", seed]
-        found.append(fit(folder / f"round-{number}", *words, "--init_from", found[-1], *source))
+        found.append(fit(folder / f"round-{number}", *words, *GENTLY, "--init_from", found[-1], *source))
     return found[1:]
 
 
