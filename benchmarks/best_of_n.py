@@ -121,7 +121,9 @@ def _at(utilities: Tensor, formed: Tensor, lengths: Tensor, rewards: Tensor) -> 
     return _means(utilities, formed, lengths, lambda values: values.gather(1, best))
 
 
-def rounds(folder: Path, start: Path, pairs_by: list[object], seed: int, count: int) -> list[Path]:
+def rounds(
+    folder: Path, start: Path, pairs_by: list[object], settings: Sequence[str], seed: int, count: int
+) -> list[Path]:
     """Return the runs of rounds of iterative P-DPO, each on pairs that the model before wrote."""
     found = [start]
     for number in range(1, count + 1):
@@ -130,7 +132,7 @@ def rounds(folder: Path, start: Path, pairs_by: list[object], seed: int, count: 
             prlhf("make-pairs", "--model", found[-1], *pairs_by, "--seed", number, "--output", pairs)
         source = ["--data.source", "FileSource", "--data.source.train", pairs]
         words = ["--config", "configs/quickstart.yaml", "--train_baseline", "false", "--seed_everything", seed]
-        found.append(fit(folder / f"round-{number}", *words, *GENTLY, "--init_from", found[-1], *source))
+        found.append(fit(folder / f"round-{number}", *words, *settings, "--init_from", found[-1], *source))
     return found[1:]
 
 
@@ -154,9 +156,11 @@ def run(seed: int, given: argparse.Namespace) -> dict[str, dict[str, dict[str, f
         "reward without users": ["--reward_model", paths["without users"], *options],
         "true utility": ["--judge", "UtilityJudge", *options],
     }
-    for name in given.by:
+    for scorer in given.by:
+        name = f"{scorer}, quickstart's rates" if given.quickstart_rates else scorer
+        settings = [] if given.quickstart_rates else GENTLY
         place = folder / f"rounds-{_slug(name)}-{seed}-{heat:g}"
-        for number, path in enumerate(rounds(place, start, by[name], seed, given.rounds), start=1):
+        for number, path in enumerate(rounds(place, start, by[scorer], settings, seed, given.rounds), start=1):
             policies[f"P-DPO, round {number} by {name}"] = path
     found = {}
     for name, path in policies.items():
@@ -206,6 +210,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.7, help="of sampled answers")
     parser.add_argument("--prompts", type=int, default=40, help="of each user, in a round")
     parser.add_argument("--rounds", type=int, default=2, help="of iterative P-DPO")
+    parser.add_argument("--quickstart_rates", action="store_true", help="in rounds, in place of lower ones")
     parser.add_argument("--by", nargs="*", default=SCORERS, choices=SCORERS, help="who scores the answers of rounds")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
