@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -29,7 +29,6 @@ from prlhf_lightning.data.batching import (
     share_of,
 )
 from prlhf_lightning.data.holdout import Pairs, SplitConfig
-from prlhf_lightning.data.judged_texts import JudgedTexts
 from prlhf_lightning.data.order import (
     TrainingOrder,
     differences,
@@ -330,16 +329,10 @@ class PreferenceDataModule(LightningDataModule):
         """Return the number of training rows of each user."""
         return self._prepared.votes_by_user()
 
-    def judged_texts(self, vocabulary: UserVocabulary) -> JudgedTexts | None:
-        """Return what users judged in the training rows; None for a stream, and for demonstrations.
-
-        Args:
-            vocabulary: The users to include.
-        """
+    def training_rows(self) -> Pairs | None:
+        """Return the training rows; None for a stream."""
         rows = self._prepared.division.train
-        if self.feedback == "demonstrations" or not isinstance(rows, Pairs):
-            return None
-        return JudgedTexts.of(rows, vocabulary, show_progress=getattr(rank_zero_only, "rank", 0) == 0)
+        return rows if isinstance(rows, Pairs) else None
 
     def training_sample(self, count: int) -> PreferenceBatch:
         """Return up to `count` training rows, spread evenly; none of a stream."""

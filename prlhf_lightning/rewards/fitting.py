@@ -9,6 +9,7 @@ Shapes: N pairs, T texts, U users, k directions, D features.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -38,25 +39,33 @@ class IndexedPairs:
         chosen: `[N]` int64 index of the preferred text.
         rejected: `[N]` int64 index of the other one.
         weights: `[N]` float32.
+        threshold: Index of the text with which thumbs are compared, as in `JudgedPairs`; -1 for none.
     """
 
     users: Tensor
     chosen: Tensor
     rejected: Tensor
     weights: Tensor
+    threshold: int = -1
 
     def __len__(self) -> int:
         """Return the number of pairs, N."""
         return len(self.users)
 
     @classmethod
-    def weighted(cls, users: Tensor, chosen: Tensor, rejected: Tensor) -> IndexedPairs:
+    def weighted(cls, users: Tensor, chosen: Tensor, rejected: Tensor, threshold: int = -1) -> IndexedPairs:
         """Return pairs with the weights of `pair_weights`."""
-        return cls(users, chosen, rejected, pair_weights(users, chosen, rejected))
+        return cls(users, chosen, rejected, pair_weights(users, chosen, rejected), threshold)
+
+    def part(self, rows: Tensor) -> IndexedPairs:
+        """Return the pairs `rows`, with the weights they have here."""
+        return IndexedPairs(
+            self.users[rows], self.chosen[rows], self.rejected[rows], self.weights[rows], self.threshold
+        )
 
     def select(self, rows: Tensor) -> IndexedPairs:
         """Return the pairs `rows`, with weights of their own."""
-        return self.weighted(self.users[rows], self.chosen[rows], self.rejected[rows])
+        return self.weighted(self.users[rows], self.chosen[rows], self.rejected[rows], self.threshold)
 
 
 @dataclass(frozen=True)
@@ -228,14 +237,10 @@ def choose_precision(
     candidates: Sequence[float] = PRECISIONS,
     report: Callable[[int], None] = lambda step: None,
 ) -> float:
-    """Return the precision that predicts judgments of held-out texts best.
-
-    About every fourth text that a user judged is held out from this user; other users' judgments of it are not. Pairs
-    of two such texts are predicted, and pairs of none are fitted. A pair of one text of each kind is not used: the fit
-    knows the user's opinion of one of them, from the noise of that judgment too.
+    """Return the precision that predicts judgments of held-out texts best; the middle one if nothing can be held out.
 
     Args:
-        features: As for `fit_head`, also the next arguments.
+        features: As for `held_out_likelihoods`, also the other arguments.
         pairs: The pairs.
         num_users: U.
         rank: k.
@@ -244,24 +249,60 @@ def choose_precision(
         candidates: Precisions to choose from.
         report: Called after each of the steps of all fits.
     """
+    found = held_out_likelihoods(features, pairs, num_users, rank, candidates, alpha, seed, report)
+    return max(found, key=found.__getitem__) if found else candidates[len(candidates) // 2]
+
+
+def held_out_likelihoods(
+    features: TextFeatures,
+    pairs: IndexedPairs,
+    num_users: int,
+    rank: int,
+    candidates: Sequence[float] = PRECISIONS,
+    alpha: float = 1.0,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda step: None,
+) -> dict[float, float]:
+    """Return the log-likelihood of held-out judgments under each precision; nothing if none can be held out.
+
+    About every fourth text that a user judged is held out from this user; other users' judgments of it are not. Pairs
+    of two such texts are predicted, and pairs of none are fitted. A pair of one text of each kind is not used: the fit
+    knows the user's opinion of one of them, from the noise of that judgment too. The threshold of thumbs, which all
+    of a user's thumbs tell about, is not held out.
+
+    Args:
+        features: As for `fit_head`, also the next arguments.
+        pairs: The pairs.
+        num_users: U.
+        rank: k.
+        candidates: Precisions; at `math.inf` all users are alike.
+        alpha: Weight of the user's own term.
+        seed: Seed of the fits and of what is held out.
+        report: Called after each of the steps of all fits.
+    """
     out = _held_out_texts(pairs, seed)
     train, test = (pairs.select((out == number).nonzero().flatten()) for number in (0, 2))
     if not len(train) or not len(test):
-        return candidates[len(candidates) // 2]
+        return {}
 
     def log_likelihood(precision: float) -> float:
-        dims = min(rank, _RANK_OF_TRIAL)
+        dims = min(rank, _RANK_OF_TRIAL) if math.isfinite(precision) else 0
         head = fit_head(features, train, num_users, dims, precision, alpha, seed, _STEPS_OF_TRIAL, report)
         generic, slopes = _margins(features, test, head.weights)
         margins = generic + (slopes * head.codes[test.users]).sum(1)
         return float((test.weights * F.logsigmoid(margins)).sum())
 
-    return max(candidates, key=log_likelihood)
+    return {precision: log_likelihood(precision) for precision in candidates}
 
 
 def steps_in_all(chooses: bool) -> int:
     """Return the number of steps of a fit, with or without the choice of the precision."""
     return _STEPS + (len(PRECISIONS) * _STEPS_OF_TRIAL if chooses else 0)
+
+
+def steps_of_trial() -> int:
+    """Return the number of steps of the fit for one more candidate."""
+    return _STEPS_OF_TRIAL
 
 
 def _margins(features: TextFeatures, pairs: IndexedPairs, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,10 +313,13 @@ def _margins(features: TextFeatures, pairs: IndexedPairs, weights: Tensor) -> tu
 
 
 def _held_out_texts(pairs: IndexedPairs, seed: int) -> Tensor:
-    """Return how many of each pair's texts, 0 to 2, are held out from its user, `[N]`."""
+    """Return how many of each pair's texts are held out from its user, `[N]`: none (0), one of two (1), or all (2)."""
 
     def is_out(text: Tensor) -> Tensor:
         # A hash of user and text; the multipliers are large primes.
         return (pairs.users * 2_654_435_761 + text * 40_503 + seed * 97) % 1_000_003 % _HELD_OUT == 0
 
-    return is_out(pairs.chosen).long() + is_out(pairs.rejected).long()
+    chosen, rejected = is_out(pairs.chosen), is_out(pairs.rejected)
+    chosen = torch.where(pairs.chosen == pairs.threshold, rejected, chosen)
+    rejected = torch.where(pairs.rejected == pairs.threshold, chosen, rejected)
+    return chosen.long() + rejected.long()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,11 @@ class TextTable:
         """Return the number of texts, T."""
         return len(self.keys)
 
+    def select(self, numbers: Sequence[int]) -> TextTable:
+        """Return the texts with these numbers."""
+        columns = (self.prompts, self.completions, self.prompt_keys, self.keys)
+        return TextTable(*(tuple(column[number] for number in numbers) for column in columns))  # type: ignore[arg-type]
+
     @classmethod
     def of(cls, texts: Iterable[tuple[Any, Any]]) -> tuple[TextTable, Tensor]:
         """Return the distinct texts among prompts and completions, and the index of each given text, `[n]` int64."""
@@ -56,21 +61,34 @@ class TextTable:
 class JudgedPairs:
     """N pairs of texts, each with the user who judged it.
 
+    A thumb is a pair too: of the text and the threshold above which this user likes a text. The threshold is the reward
+    of one more text, which has no content and which all users share.
+
     Attributes:
         user_ids: N ids.
         chosen: `[N]` int64 index of the preferred text.
         rejected: `[N]` int64 index of the other one.
         texts: The distinct texts.
+        threshold: Index of the text that is the threshold; -1 if there are no thumbs.
     """
 
     user_ids: tuple[str, ...]
     chosen: Tensor
     rejected: Tensor
     texts: TextTable
+    threshold: int = -1
 
     def __len__(self) -> int:
         """Return the number of pairs, N."""
         return len(self.user_ids)
+
+    def select(self, rows: Tensor) -> JudgedPairs:
+        """Return the pairs `rows` `[n]`, and only the texts that stand in them."""
+        sides = torch.stack([self.chosen[rows], self.rejected[rows]])
+        used, (chosen, rejected) = torch.unique(sides, return_inverse=True)
+        threshold = (used == self.threshold).nonzero().flatten().tolist() or [-1]
+        texts = self.texts.select(used.tolist())
+        return JudgedPairs(tuple(self.user_ids[row] for row in rows.tolist()), chosen, rejected, texts, threshold[0])
 
     @classmethod
     def of_rows(cls, rows: Iterable[Mapping[str, Any]]) -> JudgedPairs:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -13,9 +12,8 @@ from prlhf_lightning.data import PreferenceDataModule
 from prlhf_lightning.data.batching import share_of
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.rewards import JudgedPairs, TextTable
-
-_ROWS = 4096
+from prlhf_lightning.rewards import JudgedPairs
+from prlhf_lightning.training.judged_pairs import judged_pairs
 
 
 class RewardDataModule(PreferenceDataModule):
@@ -41,25 +39,8 @@ class RewardDataModule(PreferenceDataModule):
                 "give rows with 'chosen' and 'rejected', or data.feedback: thumbs."
             )
 
-        def rows() -> Iterator[dict[str, Any]]:
-            for part in torch.split(torch.arange(len(pairs)), _ROWS):
-                yield from pairs.__getitems__(part.tolist())
-
-        return JudgedPairs.of_rows(rows()) if self.feedback == "pairs" else self._thumbs(rows())
-
-    def _thumbs(self, rows: Iterable[dict[str, Any]]) -> JudgedPairs:
-        """Return thumbs as pairs of a text and the threshold; a row has the text on one of its sides."""
-        nothing = [self._prepared.tokenize.tokenizer.eos_token_id]
-        user_ids: list[str] = []
-
-        def texts() -> Iterator[tuple[Any, Any]]:
-            for row in rows:
-                user_ids.append(row["user_id"])
-                for side in (row["chosen_ids"], row["rejected_ids"]):
-                    yield (row["prompt_ids"], side) if len(side) else (nothing, nothing)
-
-        table, index = TextTable.of(texts())
-        return JudgedPairs(tuple(user_ids), index[0::2], index[1::2], table)
+        nothing = [self._prepared.tokenize.tokenizer.eos_token_id] if self.feedback == "thumbs" else []
+        return judged_pairs(pairs, nothing)
 
     @cache  # noqa: B019 - it lives as long as the data module, which is used once in a process
     def training_pairs(self) -> JudgedPairs:

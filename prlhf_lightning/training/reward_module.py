@@ -178,7 +178,9 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
 
     def _indexed(self, pairs: JudgedPairs) -> IndexedPairs:
         rows = self.rows_of(pairs.user_ids).to(self.device)
-        return IndexedPairs.weighted(rows, pairs.chosen.to(self.device), pairs.rejected.to(self.device))
+        return IndexedPairs.weighted(
+            rows, pairs.chosen.to(self.device), pairs.rejected.to(self.device), pairs.threshold
+        )
 
     def _fit(self, features: TextFeatures, pairs: IndexedPairs) -> None:
         rank = self.user_model.rank if isinstance(self.user_model, LowRankUserModel) else 0
@@ -218,7 +220,7 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
         precision = self.precision or PRECISIONS[1]
         with progress_bars() as progress:
             for part in progress.track([*self._batches(len(pairs))], description="Training heads"):
-                batch = IndexedPairs(*(t[part] for t in (pairs.users, pairs.chosen, pairs.rejected, pairs.weights)))
+                batch = pairs.part(part)
                 differences = features.dense(batch.chosen) - features.dense(batch.rejected)
                 own, generic = (self.heads(batch.users, g) for g in (False, True))
                 losses = self._mixed(*((head * differences).sum(1) for head in (own, generic)))

@@ -6,15 +6,18 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from torch import Tensor
 from torch.func import functional_call
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.model import PersonalizedModel
+from prlhf_lightning.rewards.codes import STEPS, estimate_codes
+from prlhf_lightning.training.judged_pairs import judged_pairs
 from prlhf_lightning.types import PreferenceBatch, Users, select_pairs
-from prlhf_lightning.user_models.factorization import UserCodes, estimate_codes, text_features
+from prlhf_lightning.user_models.base import UserCodes
 from prlhf_lightning.utils.modes import eval_mode
+from prlhf_lightning.utils.progress import progress_bars
 
 _SAMPLE = 64  # pairs to measure the directions by
 #: Mean square by which a code of length 1 moves a reward margin at the start. In a linear model of several real data
@@ -55,23 +58,31 @@ def start_users(
 
 
 def codes_from(data: Any, vocabulary: UserVocabulary, size: int) -> UserCodes | None:
-    """Return what the training rows alone say about users' codes `[U, size]`; None for a stream."""
-    judged = data.judged_texts(vocabulary)
-    if judged is None or not len(judged.rows):
+    """Return what the training rows alone say about users' codes `[U, size]`; None for streams and demonstrations."""
+    stored = None if data.feedback == "demonstrations" else data.training_rows()
+    if stored is None:
         return None
-    features = text_features(judged.ids, judged.lengths)
-    return estimate_codes(judged.rows - 1, judged.texts, judged.values, features, len(vocabulary) - 1, size)
+    pairs = judged_pairs(stored)
+    rows = vocabulary.rows(pairs.user_ids)
+    known = rows.nonzero().flatten()
+    if not len(known):
+        return None
+    if len(known) < len(rows):  # a resumed fit keeps the users of its checkpoint
+        pairs, rows = pairs.select(known), rows[known]
+    with progress_bars(getattr(rank_zero_only, "rank", 0) == 0) as progress:
+        task = progress.add_task("Estimating users' codes", total=STEPS)
+        return estimate_codes(pairs, rows - 1, len(vocabulary) - 1, size, lambda step: progress.advance(task))
 
 
 def _told(codes: UserCodes) -> str:
     if codes.explained > 0:
         return (
-            f"Users differ: codes estimated from their feedback explain {codes.explained:.1%} of the variation in "
-            "judgments that were left out. Training learns to use them."
+            f"Users differ: codes estimated from their feedback lower the log loss of judgments that were left out by "
+            f"{codes.explained:.1%}. Training learns to use them."
         )
     return (
-        "A linear model finds nothing in these judgments in which users differ. Expect little from personalization, "
-        "unless there are more judgments per user. If users differ in what words do not show, try "
+        "The estimate of users' codes finds nothing in these judgments in which users differ. Expect little from "
+        "personalization, unless there are more judgments per user. If users differ in what words do not show, try "
         "model.user_model.estimate_codes: false."
     )
 

@@ -3,13 +3,29 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import History, SoftPrompt, Users
-from prlhf_lightning.user_models.factorization import UserCodes
+
+
+@dataclass(frozen=True)
+class UserCodes:
+    """What judgments say about users' codes. Over all users, mean and uncertainty together have about variance 1.
+
+    Attributes:
+        mean: `[U, k]` float32 expected codes, the direction that matters most first; 0 for a user without judgments.
+        std: `[U, k]` float32 standard deviation of each number; 1 for a user without judgments.
+        explained: Share by which codes reduce the log loss of judgments that were left out of the fit; 0 or less where
+            there is nothing that the estimate could personalize.
+    """
+
+    mean: Tensor
+    std: Tensor
+    explained: float
 
 
 class UserModel(nn.Module, ABC):

@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import History, SoftPrompt, Users
-from prlhf_lightning.user_models.base import UserModel
-from prlhf_lightning.user_models.factorization import UserCodes
+from prlhf_lightning.user_models.base import UserCodes, UserModel
 
 
 class CompositeUserModel(UserModel):

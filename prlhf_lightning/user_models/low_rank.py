@@ -10,8 +10,7 @@ from torch.nn import functional as F
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.types import SoftPrompt, Users
-from prlhf_lightning.user_models.base import UserModel, check_count, sample_token_embeddings
-from prlhf_lightning.user_models.factorization import UserCodes
+from prlhf_lightning.user_models.base import UserCodes, UserModel, check_count, sample_token_embeddings
 
 
 class LowRankUserModel(UserModel):
@@ -21,7 +20,7 @@ class LowRankUserModel(UserModel):
     code `c_u`. A row has `rank` numbers instead of `num_tokens * d`, so few pairs per user suffice. (LoRe,
     arXiv:2504.14439, factorizes reward models in the same way.)
 
-    `fit` first estimates the codes from users' feedback alone, with the prior N(0, I) (`estimate_codes`), and then
+    `fit` first estimates the codes from users' feedback alone, with the prior N(0, I) (`rewards.codes`), and then
     trains what all users share. Each use of a code in training adds noise as large as the uncertainty of the code, so
     the shared weights cannot rely on more than is known about a user. Where codes and policy are trained together
     instead, they memorize the noise in users' pairs, and real users are served worse than the generic user.
