@@ -78,6 +78,7 @@ COMMANDS = Group(
         "export": Task("export.export"),
         "generate": Task("generate.generate"),
         "make-pairs": Task("make_pairs.make_pairs"),
+        "score": Task("score.score"),
         "report": Task("report.report"),
         "serve": Task("serve.serve"),
         "shrink": Task("shrink.shrink"),

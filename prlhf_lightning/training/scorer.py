@@ -101,14 +101,24 @@ class Scorer(ABC):
                 "texts about users; give equally many."
             )
         records = [_record(*row) for row in zip(user_ids, prompts, completions, texts, strict=True)]
+        return self.scored_records(records, names)
+
+    def scored_records(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> Scored:
+        """Return the rewards of n records' `chosen`, and why some have none; see `scored`.
+
+        Args:
+            records: n thumbs-up; with `tools`, if the prompt has them.
+            wheres: n names of the texts, for messages.
+        """
+        count = len(records)
         problems: dict[int, str] = {}
         ids: dict[int, TokenizedRecord] = {}
         for start in range(0, count, _AT_ONCE):
             part = range(start, min(start + _AT_ONCE, count))
-            self._read(part, records, names, ids, problems)
+            self._read(part, records, wheres, ids, problems)
         rewards = torch.full((count,), math.nan)
         if ids:
-            found = self._rewards([user_ids[number] for number in ids], list(ids.values())).float().cpu()
+            found = self._rewards([records[number].user_id for number in ids], list(ids.values())).float().cpu()
             rewards[torch.tensor(list(ids))] = found
             problems |= {number: "its reward is NaN" for number in ids if rewards[number] != rewards[number]}
         return Scored(rewards, problems)

@@ -9,7 +9,7 @@ from prlhf_lightning.errors import JudgeError
 from prlhf_lightning.training import load_scorer
 
 
-def test_a_reward_model_rules_for_each_user_by_its_rewards(model_path, tmp_path):
+def test_a_reward_model_rules_by_its_rewards(model_path, tmp_path):
     votes = write_votes(tmp_path / "votes.jsonl", {"ann": 60, "bob": 60})
     checkpoint = fit(tmp_path, reward_config(tmp_path, model_path, votes))
     judge = RewardJudge(checkpoint)
