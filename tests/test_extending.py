@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import sys
 
@@ -37,7 +38,7 @@ def my_modules(repo_root, tmp_path, monkeypatch):
     blocks = [dict(re.findall(r"```python\n# (\w+)\.py\n(.*?)```", text, re.DOTALL)) for text in (guide, readme)]
     sources = blocks[0]
     assert blocks[1] == {"my_losses": sources["my_losses"]}
-    assert set(sources) == {"my_losses", "my_users"}
+    assert set(sources) == {"my_losses", "my_rl_losses", "my_users"}
     for name, code in {**sources, "my_policies": POLICY}.items():
         (tmp_path / f"{name}.py").write_text(code)
         monkeypatch.delitem(sys.modules, name, raising=False)
@@ -65,6 +66,16 @@ def test_outside_loss_user_model_and_policy_train_by_class_path(my_modules, mode
     assert codes.shape == (5, 2)
     assert codes[1:].abs().sum() > 0
     assert not codes[0].any()
+
+
+def test_outside_loss_of_online_rl_follows_its_equation(my_modules):
+    loss = importlib.import_module("my_rl_losses").SoftGatedLoss(beta=0.0)
+    log_probs = torch.tensor([[-1.0, -2.0], [-0.5, -3.0]])
+    change, advantages = torch.tensor([[0.1, -0.2], [0.3, 0.0]]), torch.tensor([1.0, -2.0])
+    mask = torch.ones(2, 2, dtype=torch.bool)
+    found = loss(log_probs + change, log_probs, mask, advantages, denominator=2.0).loss
+    gate = 4 / (1 + torch.exp(1 - change.exp()))
+    torch.testing.assert_close(found, -(gate * advantages[:, None]).mean())
 
 
 def test_the_readmes_python_trains(repo_root, model_path, votes, tmp_path, monkeypatch):

@@ -26,6 +26,7 @@ from prlhf_lightning.losses.grpo import (
     RLOOLoss,
 )
 from prlhf_lightning.losses.kl import kl_estimates
+from prlhf_lightning.losses.length import overlong_penalty
 from prlhf_lightning.losses.margin import (
     DiscoPOPLoss,
     DPOLoss,
@@ -111,6 +112,7 @@ __all__ = [
     "leave_one_out_advantages",
     "nca_loss",
     "odds_ratio_loss",
+    "overlong_penalty",
     "robust_loss",
     "simpo_loss",
     "sppo_loss",

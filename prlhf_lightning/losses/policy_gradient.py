@@ -163,7 +163,7 @@ class PolicyGradientLoss(nn.Module, ABC):
             mask: `[B, L]` bool, true on the completions' tokens; other positions may hold anything.
             advantages: `[B]`.
             denominator: `self.denominator(sizes)` of the whole optimizer step.
-            reference_log_probs: `[B, L]` log π_ref of the tokens; needed if `requires_reference`.
+            reference_log_probs: `[B, L]` log π_ref of the tokens; needed if `kl_weight` is above 0.
 
         Raises:
             ConfigurationError: Shapes do not fit, or the reference is missing.
@@ -198,7 +198,7 @@ class PolicyGradientLoss(nn.Module, ABC):
         others = {"old_log_probs": old, "mask": mask}
         if reference is not None:
             others["reference_log_probs"] = reference
-        elif self.requires_reference:
+        elif self.kl_weight > 0:
             raise ConfigurationError(
                 f"{name} with beta {self.beta} compares the policy with a reference and got none; "
                 "pass the reference's log-probs, or set beta to 0."

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from prlhf_lightning import losses as L
 from prlhf_lightning.errors import ConfigurationError
@@ -52,6 +54,18 @@ def test_users_whose_rewards_vary_more_get_no_larger_advantages():
         found = scale(rewards, groups, users)
     sizes = [found[users == user].std().item() for user in (1, 2)]
     assert sizes[0] == pytest.approx(sizes[1], rel=0.3)
+
+
+@given(
+    st.lists(st.lists(st.floats(-1e3, 1e3, width=32), min_size=4, max_size=4), min_size=1, max_size=6),
+    st.sampled_from([1.0, 16.0]),
+)
+def test_advantages_are_limited_by_window_and_prior(groups, prior):
+    scale = L.UserScale(window=20.0, prior_count=prior)
+    for rewards in groups:
+        found = scale(torch.tensor(rewards), torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long))
+        assert found.isfinite().all()
+        assert found.abs().max() <= (20 + 4 + prior) ** 0.5
 
 
 def test_a_user_who_was_never_seen_has_the_pooled_scale():
