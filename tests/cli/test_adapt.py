@@ -399,8 +399,10 @@ def test_known_users_of_a_file_are_left_out_on_request(trained_file, folder, cap
 
 def test_the_command_shrinks_rows_and_leaves_the_rest(trained_file, folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prlhf_lightning"])
-    turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)  # the others like long
+    turned = write_votes(folder / "turned.jsonl", {f"user{i}": 6 for i in range(1, 5)}, seed=3)
     output = folder / "shrunk.ckpt"
+    found = Shrinkage((0.0, 1.0), torch.tensor([-0.6, -0.7]), torch.ones(2), 18, ("codes.weight",))
+    monkeypatch.setattr("prlhf_lightning.cli.shrink.fit_shrinkage", lambda *_: found)
     main(["shrink", "--model", str(trained_file), "--validation", str(turned), "--output", str(output)])
     assert "with rows 0 times as far" in " ".join(capsys.readouterr().out.split())
     old, new = (read_checkpoint(path, "x") for path in (trained_file, output))
