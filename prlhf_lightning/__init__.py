@@ -12,11 +12,14 @@ if TYPE_CHECKING:
     from prlhf_lightning.data.users import UserVocabulary
     from prlhf_lightning.inference import GenerationRequest, Generator
     from prlhf_lightning.losses import BradleyTerryLoss, DPOLoss, MarginLoss, PreferenceLoss, UnpairedLoss
+    from prlhf_lightning.online import Reward, RewardFunction
     from prlhf_lightning.policies import CausalLMPolicy, LoRA, Policy, Sampling
     from prlhf_lightning.rewards import RewardBackbone
     from prlhf_lightning.training import (
         FSDP1Strategy,
         FSDP2Strategy,
+        OnlineDataModule,
+        OnlineRL,
         Optim,
         PersonalizedLM,
         PersonalizedRewardModel,
@@ -38,10 +41,13 @@ _HOME = {
     "data": ["DataSource", "FileSource", "HubSource", "PreferenceDataModule", "SimulatedSource", "UserVocabulary"],
     "inference": ["GenerationRequest", "Generator"],
     "losses": ["BradleyTerryLoss", "DPOLoss", "MarginLoss", "PreferenceLoss", "UnpairedLoss"],
+    "online": ["Reward", "RewardFunction"],
     "rewards": ["RewardBackbone"],
     "training": [
         "FSDP1Strategy",
         "FSDP2Strategy",
+        "OnlineDataModule",
+        "OnlineRL",
         "Optim",
         "PersonalizedLM",
         "PersonalizedRewardModel",
@@ -82,6 +88,8 @@ __all__ = [
     "LossOutput",
     "LowRankUserModel",
     "MarginLoss",
+    "OnlineDataModule",
+    "OnlineRL",
     "Optim",
     "PairLogProbs",
     "PersonalizedLM",
@@ -90,8 +98,10 @@ __all__ = [
     "PreferenceBatch",
     "PreferenceDataModule",
     "PreferenceLoss",
+    "Reward",
     "RewardBackbone",
     "RewardDataModule",
+    "RewardFunction",
     "Sampling",
     "SimulatedSource",
     "SoftPrompt",
