@@ -29,7 +29,8 @@ from prlhf_lightning.cli.models import open_writer
 from prlhf_lightning.data import SimulatedSource
 from prlhf_lightning.inference import GenerationRequest, Generator
 from prlhf_lightning.inference.best_of import kl_bound, length_correlation, sample_candidates
-from prlhf_lightning.training.reward_scorer import RewardScorer
+from prlhf_lightning.training.reward_scorer import load_scorer
+from prlhf_lightning.training.scorer import Scorer
 
 USER_MODELS = {
     "personalized": ["LowRankUserModel", "--model.user_model.num_tokens", "1", "--model.user_model.rank", "8"],
@@ -69,7 +70,7 @@ def fit(folder: Path, *words: object) -> Path:
 
 
 def measured(
-    writer: Generator, source: SimulatedSource, scorers: dict[str, RewardScorer], n: int, temperature: float
+    writer: Generator, source: SimulatedSource, scorers: dict[str, Scorer], n: int, temperature: float
 ) -> dict[str, dict[str, float]]:
     """Return utility, share of well-formed answers and tokens of answers, by how they are chosen."""
     truth = TrueUtility(source)
@@ -86,11 +87,11 @@ def measured(
     formed = torch.tensor([float(source.judge(*row).well_formed) for row in rows]).view(len(groups), n)
     found = {
         "one sample": _means(utilities, formed, lengths, lambda values: values.mean(1)),
-        f"best of {n}, true utility": _at(utilities, formed, lengths, utilities),
+        f"best of {n} by true utility": _at(utilities, formed, lengths, utilities),
     }
     for name, scorer in scorers.items():
         rewards = _rewards(scorer, rows).view(len(groups), n)
-        found[f"best of {n}, {name} reward"] = _at(utilities, formed, lengths, rewards) | {
+        found[f"best of {n} by {name}"] = _at(utilities, formed, lengths, rewards) | {
             "correlation": length_correlation(rewards, lengths)
         }
     greedy = [GenerationRequest(one.prompt, one.user, max_new_tokens=TOKENS) for one in asked]
@@ -104,7 +105,7 @@ def measured(
     return found
 
 
-def _rewards(scorer: RewardScorer, rows: Sequence[tuple[str, str, str]]) -> Tensor:
+def _rewards(scorer: Scorer, rows: Sequence[tuple[str, str, str]]) -> Tensor:
     rewards = torch.full((len(rows),), torch.nan, dtype=torch.float64)
     kept = [place for place, row in enumerate(rows) if row[2].strip()]
     rewards[kept] = scorer.score(*map(list, zip(*(rows[place] for place in kept), strict=True))).double()
@@ -166,7 +167,9 @@ def run(seed: int, given: argparse.Namespace) -> dict[str, dict[str, dict[str, f
     for name, path in policies.items():
         done = folder / f"measured-{seed}-{heat:g}" / f"{_slug(name)}.json"
         if not done.is_file():
-            scorers = {kind: RewardScorer.load(model) for kind, model in paths.items()}
+            models = {f"reward model, {kind}": model for kind, model in paths.items()}
+            models |= {"implicit reward of P-DPO": start, "implicit reward of vanilla DPO": policies["vanilla DPO"]}
+            scorers = {kind: load_scorer(model) for kind, model in models.items()}
             values = measured(open_writer(path), source, scorers, n, heat)
             done.parent.mkdir(exist_ok=True)
             done.write_text(json.dumps(values))
