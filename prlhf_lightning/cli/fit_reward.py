@@ -56,7 +56,7 @@ class RewardCLI(PRLHFCLI):
 
     def before_predict(self) -> None:
         """Refuse the command."""
-        raise ConfigurationError("predict: a reward model writes no text. `validate` evaluates it on held-out pairs.")
+        raise ConfigurationError("predict: a reward model writes no text; `score` gives the rewards of texts.")
 
     def _trainer_defaults(self) -> dict[str, Any]:
         return {

@@ -114,7 +114,7 @@ class FeatureMap(nn.Module):
         prompts = [key for key in prompts if several and judged[key] >= _TEXTS_OF_PROMPT]
         ids = [*zip(pairs.chosen.tolist(), pairs.user_ids, strict=True)]
         ids += zip(pairs.rejected.tolist(), pairs.user_ids, strict=True)
-        users = Counter(text for text, _ in set(ids))
+        users = Counter(text for text, _ in dict.fromkeys(ids))  # in an order that does not depend on hashes
         known = [texts.keys[t] for t, count in users.most_common(_KNOWN_TEXTS) if count >= _USERS_OF_TEXT]
         made = cls(width, len(prompts), len(known)).to(vectors.device)
         made.prompt_keys.copy_(_bytes(prompts))

@@ -35,6 +35,14 @@ def test_the_same_completion_of_another_prompt_is_another_text():
     assert index.tolist() == [0, 1, 0]
 
 
+def test_texts_are_numbered_the_same_in_every_process():
+    """All texts were judged by as many users: their order is that of the pairs, and not of Python's random hashes."""
+    pairs, _, features = fitted()
+    order = dict.fromkeys([*pairs.chosen.tolist(), *pairs.rejected.tolist()])
+    known = [pairs.texts.keys[text] for text in order if pairs.texts.completions[text].tolist() != [7, 2]]
+    assert [bytes(key.tolist()) for key in features.text_keys] == known
+
+
 def test_vectors_are_centered_on_their_prompt():
     pairs, vectors, features = fitted()
     found = features(vectors, pairs.texts)
