@@ -19,7 +19,9 @@ from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Generator
 from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.serving.limits import Limits
+from prlhf_lightning.training import load_scorer
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
+from prlhf_lightning.training.scorer import Scorer
 from prlhf_lightning.types import PreferenceBatch
 from prlhf_lightning.utils.finite import are_finite
 
@@ -32,6 +34,7 @@ def serve(
     name: str | None = None,
     feedback_log: str | None = "sqlite:///feedback.db",
     adapt: bool = False,
+    reward_model: Path | None = None,
     keys: Path | None = None,
     allowed_hosts: list[str] | None = None,
     max_new_tokens: int = 512,
@@ -60,6 +63,8 @@ def serve(
         feedback_log: Database for feedback: a sqlite:/// or postgresql:// URL, or `none` to turn feedback off.
         adapt: Learn new users from their feedback on request (`POST /v1/adapt`); needs a checkpoint and a feedback log.
             Learned users exist until the server stops; the command adapt adds users to a checkpoint.
+        reward_model: Rank answers for users on request (`POST /v1/rerank`) by this reward model, or policy (by its
+            implicit reward): a checkpoint, or the folder of its run.
         keys: TOML file of API keys, made with the command api-key. A key can also be given as $PRLHF_API_KEY. Without
             keys, everyone who can reach the server may use it.
         allowed_hosts: Names or patterns such as '*.example.org' that are allowed in the Host header, besides localhost
@@ -97,7 +102,7 @@ def serve(
     if adapt and not feedback_log:
         raise ConfigurationError("adapt: learning users needs a checkpoint (.ckpt) and a feedback log.")
 
-    def load() -> tuple[Generator, NewUsers | None]:
+    def load() -> tuple[Generator, NewUsers | None, Scorer | None]:
         place = pick_device(device)
         if adapt:
             module = load_module(model, "model", trust_remote_code, trust_classes).to(place).eval()
@@ -106,7 +111,7 @@ def serve(
         else:
             writer, learner = open_writer(model, "model", place, trust_remote_code, trust_classes), None
         writer.name = name or writer.name
-        return writer, learner
+        return writer, learner, None if reward_model is None else load_scorer(reward_model, place, trust_classes)
 
     limits = Limits(
         max_tokens=max_new_tokens,

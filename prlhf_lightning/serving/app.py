@@ -16,6 +16,7 @@ from prlhf_lightning.serving.completions import completions_router
 from prlhf_lightning.serving.feedback_routes import adapt_router, feedback_router
 from prlhf_lightning.serving.middleware import AccessLog, AuthMiddleware, BodyLimit, HostCheck
 from prlhf_lightning.serving.models_routes import FOLDER, demo_router, models_router, operations_router
+from prlhf_lightning.serving.rerank_routes import rerank_router
 from prlhf_lightning.serving.services import Services
 
 
@@ -46,6 +47,8 @@ def create_app(services: Services) -> FastAPI:
         app.include_router(feedback_router(services, services.log))
         if services.learner is not None:
             app.include_router(adapt_router(services, services.log, services.learner))
+    if services.ranker is not None:
+        app.include_router(rerank_router(services, services.ranker))
     app.include_router(demo_router())
     app.mount("/static", StaticFiles(directory=FOLDER))
     # The last one sees a request first.

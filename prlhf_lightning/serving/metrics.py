@@ -32,6 +32,7 @@ class Metrics:
         )
         self.engine_failures = counter("engine_failures_total", "Failed engine steps; each ends all running texts.")
         self.feedback = counter("feedback_total", "Stored feedback, by kind.", "kind")
+        self.ranked_documents = counter("ranked_documents_total", "Documents ranked by the reward model.")
         self.unknown_users = counter("unknown_users_total", "Unknown users in requests, served as the generic user.")
         self.open_requests = Gauge(
             "prlhf_open_requests", "Requests for text that are waiting or running.", registry=registry

@@ -42,19 +42,21 @@ def models_router(services: Services) -> APIRouter:
     """Return the routes."""
     routes = APIRouter(tags=["catalog"])
     directory = UserDirectory()
-    model = schemas.Model(id=services.writer.name, created=services.started)
+    names = [services.writer.name, *([services.ranker.name] if services.ranker is not None else [])]
+    served = [schemas.Model(id=name, created=services.started) for name in names]
 
     @routes.get("/v1/models", responses=documented(401, 429, 500))
     async def models(key: Caller) -> schemas.ModelList:
-        """List the served model."""
-        return schemas.ModelList(data=[model])
+        """List the served model, and the reward model if there is one."""
+        return schemas.ModelList(data=served)
 
     @routes.get("/v1/models/{name:path}", responses=documented(401, 404, 429, 500))
     async def one_model(name: str, key: Caller) -> schemas.Model:
-        """Describe the model."""
-        if name != model.id:
-            raise APIError(404, "There is no such model here.", "model_not_found", "name")
-        return model
+        """Describe a model."""
+        for model in served:
+            if name == model.id:
+                return model
+        raise APIError(404, "There is no such model here.", "model_not_found", "name")
 
     @routes.get("/v1/users", responses=documented(400, 401, 429, 500))
     def users(  # not async: a thread sorts what may be a million ids

@@ -284,7 +284,7 @@ class Model(BaseModel):
 
 
 class ModelList(BaseModel):
-    """The list of the one served model."""
+    """The list of the served models."""
 
     object: Literal["list"] = "list"
     data: list[Model]
@@ -354,6 +354,56 @@ class FeedbackReceipt(BaseModel):
     id: str
     object: Literal["feedback"] = "feedback"
     duplicate: bool = Field(description="Whether it was already stored.")
+
+
+class RerankDocument(_Request):
+    """A document as an object."""
+
+    text: Visible
+
+
+class RerankRequest(_Request):
+    """Candidate answers to rank."""
+
+    model: str | None = Field(None, description="The reward model's name from /v1/models.")
+    query: Visible | Messages = Field(description="The prompt that the documents answer.")
+    documents: Annotated[list[Visible | RerankDocument], Field(min_length=1, max_length=1024)]
+    top_n: Count | None = Field(None, description="Number of results; all if not given.")
+    return_documents: bool | None = Field(None, description="Whether results repeat their document.")
+    user: UserId | None = Field(None, description="Id of the user to rank for. Unknown users get the generic user.")
+    user_text: Annotated[Visible, Field(max_length=8192)] | None = Field(
+        None, description="Text about the user, for models that read it."
+    )
+
+    def text(self, number: int) -> str:
+        """Return the text of a document."""
+        document = self.documents[number]
+        return document if isinstance(document, str) else document.text
+
+
+class RankedDocument(BaseModel):
+    """A ranked document."""
+
+    index: int = Field(description="Its place in the request, from 0.")
+    relevance_score: float = Field(description="Its reward; any number, and comparable within one response only.")
+    document: RerankDocument | None = None
+
+
+class RerankUsage(BaseModel):
+    """Token counts of all documents, each with the query."""
+
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Reranking(BaseModel):
+    """Ranked documents, best first."""
+
+    id: str
+    model: str
+    results: list[RankedDocument]
+    usage: RerankUsage
+    personalization: Personalization
 
 
 class LearnRequest(_Request):

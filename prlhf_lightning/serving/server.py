@@ -21,7 +21,8 @@ from prlhf_lightning.serving.auth import KeyRing
 from prlhf_lightning.serving.limits import Limits
 from prlhf_lightning.serving.middleware import access_log, is_loopback
 from prlhf_lightning.serving.protocol import TimeoutProtocol
-from prlhf_lightning.serving.services import Learner, Services
+from prlhf_lightning.serving.services import Learner, Ranker, Services
+from prlhf_lightning.training.scorer import Scorer
 
 _log = logging.getLogger("prlhf_lightning.serving")
 _KEEP_ALIVE = 75  # seconds; longer than clients keep idle connections, so that they never write to a closed one
@@ -29,7 +30,7 @@ _LAST_WORDS = 5  # seconds after draining to send the last responses
 
 
 def run(
-    load: Callable[[], tuple[Generator, Learner | None]],
+    load: Callable[[], tuple[Generator, Learner | None, Scorer | None]],
     host: str,
     port: int,
     feedback: str | None,
@@ -42,7 +43,7 @@ def run(
     """Serve until SIGTERM or Ctrl+C, then finish running answers.
 
     Args:
-        load: Loads the model and its learner of users.
+        load: Loads the model, its learner of users, and the reward model that ranks.
         host: Address to listen on.
         port: Port to listen on; 0 for any free port.
         feedback: URL of the feedback log, or None for none.
@@ -57,7 +58,8 @@ def run(
     ring = KeyRing.load(keys, os.environ)
     with _listen(host, port) as listener:
         log = FeedbackLog(feedback) if feedback else None
-        writer, learner = load()
+        writer, learner, scorer = load()
+        ranker = None if scorer is None else Ranker(f"{writer.name}-reward", scorer)
 
         def engine() -> Engine:
             return Engine(writer, limits.max_batch, limits.max_batch_tokens)
@@ -66,7 +68,9 @@ def run(
         is_local = is_loopback(address)
         # Where there are keys, a page of another site has none to send, whatever it has its name point to.
         hosts = [*allowed_hosts, host] if allowed_hosts or (is_local and not ring) else None
-        services = Services(writer, engine, log, ring, limits, rename=rename, learner=learner, hosts=hosts)
+        services = Services(
+            writer, engine, log, ring, limits, rename=rename, learner=learner, ranker=ranker, hosts=hosts
+        )
         server = make_server(services, drain_seconds)
         if not ring and not is_local:
             _log.warning("There are no API keys: whoever reaches %s may use this server. Give --keys.", host)

@@ -18,6 +18,7 @@ from prlhf_lightning.serving.errors import APIError
 from prlhf_lightning.serving.limits import Limits
 from prlhf_lightning.serving.metrics import Metrics
 from prlhf_lightning.serving.scheduler import Scheduler, WritingEngine
+from prlhf_lightning.training.scorer import Scored, Scorer
 
 T = TypeVar("T")
 Prompt: TypeAlias = str | list[dict[str, str]]
@@ -45,6 +46,45 @@ class Learner(Protocol):
         """
 
 
+class Ranker:
+    """Scores texts in a thread, one request after another.
+
+    Args:
+        name: Name of the reward model in the API.
+        scorer: The reward model.
+    """
+
+    def __init__(self, name: str, scorer: Scorer) -> None:
+        self.name, self.scorer = name, scorer
+        self._turn, self._open = asyncio.Lock(), 0  # a scorer is not for several threads
+
+    async def score(self, user: str, prompt: Prompt, texts: Sequence[str], user_text: str, most: int) -> Scored:
+        """Return the rewards of answers to a prompt for a user.
+
+        Args:
+            user: The model's id of the user.
+            prompt: The prompt.
+            texts: The answers.
+            user_text: Text about the user, or empty.
+            most: Maximum number of waiting and running requests.
+
+        Raises:
+            APIError: There are more.
+            ConfigurationError: The model takes no such prompt.
+        """
+        if self._open >= most:
+            raise APIError(429, "The server is busy; try again later.", "overloaded", retry_after=2)
+        self._open += 1
+        count = len(texts)
+        try:
+            async with self._turn:
+                return await run_in_threadpool(
+                    self.scorer.scored, [user] * count, [prompt] * count, texts, [user_text] * count
+                )
+        finally:
+            self._open -= 1
+
+
 @dataclass
 class Services:
     """A model, its engine, and the other services of a server.
@@ -58,6 +98,7 @@ class Services:
         metrics: Counts and times.
         rename: Returns the model's id of a user.
         learner: Learns new users from their pairs; without it there is no route for that.
+        ranker: Ranks texts; without it there is no route for that.
         hosts: Allowed patterns of the Host header, besides `localhost` and IP addresses; None for any.
     """
 
@@ -69,6 +110,7 @@ class Services:
     metrics: Metrics = field(default_factory=Metrics)
     rename: Callable[[str], str] = str
     learner: Learner | None = None
+    ranker: Ranker | None = None
     hosts: Sequence[str] | None = None
 
     def __post_init__(self) -> None:

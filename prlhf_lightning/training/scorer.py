@@ -26,10 +26,12 @@ class Scored:
     Attributes:
         rewards: `[n]` float32, on the CPU; NaN for a text that has none.
         problems: Why a text has none, by its number.
+        tokens: Number of tokens of all texts that have one, each with its prompt.
     """
 
     rewards: Tensor
     problems: Mapping[int, str]
+    tokens: int = 0
 
 
 class Scorer(ABC):
@@ -121,7 +123,7 @@ class Scorer(ABC):
             found = self._rewards([records[number].user_id for number in ids], list(ids.values())).float().cpu()
             rewards[torch.tensor(list(ids))] = found
             problems |= {number: "its reward is NaN" for number in ids if rewards[number] != rewards[number]}
-        return Scored(rewards, problems)
+        return Scored(rewards, problems, sum(len(one.prompt) + len(one.chosen) for one in ids.values()))
 
     def _read(
         self,

@@ -5,18 +5,23 @@ from __future__ import annotations
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from conftest import make_tokenizer
 
+from prlhf_lightning.data.conversations import message_text
+from prlhf_lightning.data.records import FeedbackRecord
+from prlhf_lightning.data.tokenization import TokenizationSettings, TokenizedRecord
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.inference import Chunk, GenerationRequest
 from prlhf_lightning.serving.server import make_server
-from prlhf_lightning.serving.services import Services
+from prlhf_lightning.serving.services import Ranker, Services
+from prlhf_lightning.training.scorer import Scored, Scorer
 
 USERS = ("ann", "bob", "team-a-1", "zoë 李")
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "one two three"}]}
@@ -73,6 +78,26 @@ class EchoEngine:
     @property
     def waiting(self) -> int:
         return max(len(self.texts) - self.room, 0)
+
+
+class LengthScorer(Scorer):
+    """Rewards long answers for `ann` and short ones for others; refuses the word `refuse`."""
+
+    def __init__(self) -> None:
+        super().__init__(make_tokenizer(), TokenizationSettings(), UserVocabulary(USERS))
+
+    def scored_records(self, records: Sequence[FeedbackRecord], wheres: Sequence[str]) -> Scored:
+        texts = [message_text(one.chosen[0]) if isinstance(one.chosen, list) else one.chosen for one in records]
+        signs = [1 if one.user_id == "ann" else -1 for one in records]
+        rewards = torch.tensor([sign * float(len(text)) for sign, text in zip(signs, texts, strict=True)])
+        return Scored(rewards, {n: "refused" for n, text in enumerate(texts) if "refuse" in text}, 7 * len(texts))
+
+    def _rewards(self, user_ids: Sequence[str], texts: Sequence[TokenizedRecord]) -> torch.Tensor:
+        raise NotImplementedError
+
+
+def ranker() -> Ranker:
+    return Ranker("echo-reward", LengthScorer())
 
 
 @contextmanager

@@ -10,21 +10,22 @@ from conftest import CHAT_TEMPLATE
 from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi.checks import positive_data_acceptance
-from serving_helpers import EchoEngine, serving, writer
+from serving_helpers import EchoEngine, ranker, serving, writer
 
 from prlhf_lightning.data.feedback_log import FeedbackLog
 from prlhf_lightning.serving.app import create_app
 from prlhf_lightning.serving.auth import APIKey, KeyRing
 from prlhf_lightning.serving.services import Services
 
-ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/v1/users", "/v1/models/{name}", "/readyz"]
+ROUTES = ["/v1/chat/completions", "/v1/completions", "/v1/feedback", "/v1/rerank", "/v1/users", "/v1/models/{name}"]
+ROUTES += ["/readyz"]
 
 
 @pytest.fixture(scope="module")
 def document(tmp_path_factory):
     log = FeedbackLog(str(tmp_path_factory.mktemp("log") / "feedback.db"))
     keys = KeyRing([APIKey("all", sha256(b"open").hexdigest())])
-    with serving(Services(writer(CHAT_TEMPLATE), EchoEngine, log, keys)) as url:
+    with serving(Services(writer(CHAT_TEMPLATE), EchoEngine, log, keys, ranker=ranker())) as url:
         document = schemathesis.openapi.from_url(f"{url}/openapi.json")
         document.config.generation.with_security_parameters = False  # the key is given below
         yield document
