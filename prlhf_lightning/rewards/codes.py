@@ -36,7 +36,7 @@ from prlhf_lightning.user_models.base import UserCodes
 _DIRECTIONS = 32
 _STEPS = 20  # of a code, from the prior
 #: Users and pairs that the shared part is fitted to, and users whose codes are computed at once: they bound memory.
-_USERS, _PAIRS = 1 << 15, 1 << 20
+_USERS, _PAIRS = 1 << 13, 1 << 20
 #: Steps of an estimate.
 STEPS = steps_in_all(True) + steps_of_trial()
 
