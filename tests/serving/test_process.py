@@ -98,7 +98,7 @@ from serving_helpers import EchoEngine, writer
 from prlhf_lightning.serving import server
 from prlhf_lightning.serving.limits import Limits
 server.Engine = lambda *_: EchoEngine(0.02)
-server.run(lambda: (writer(), None), "127.0.0.1", 0, sys.argv[3], None, Limits(), 10)
+server.run(lambda: (writer(), None, None), "127.0.0.1", 0, sys.argv[3], None, Limits(), 10)
 """
 
 
