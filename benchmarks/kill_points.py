@@ -1,15 +1,16 @@
 """Kills training (kill -9) at chosen moments, once and twice, and compares all that is left with a run in peace.
 
-    OMP_NUM_THREADS=1 python benchmarks/kill_points.py                        # 17 configurations
+    OMP_NUM_THREADS=1 python benchmarks/kill_points.py                        # 18 configurations
     OMP_NUM_THREADS=1 python benchmarks/kill_points.py --only plain --pairs 0 --singles 4
     OMP_NUM_THREADS=1 python benchmarks/kill_points.py --way terminate        # SIGTERM in place of kill -9; max_time
     OMP_NUM_THREADS=1 python benchmarks/kill_points.py --together 10          # runs that are started at once
 
-A moment is a place in the code, such as a micro-batch inside an accumulation, a batch of a validation, a half-written
-checkpoint, or between the best and the last; and which time it is reached. A process that reaches it kills itself. It
-is started again by the same command (`--ckpt_path last`) until it ends by itself. What its newest folder then holds
-must be that of the run in peace, bit for bit: weights, optimizer, schedule, number of steps; names, scores and weights
-of the best checkpoints; every row of `metrics.csv` (but for speed and memory), and `users_seen.csv`.
+A moment is a place in the code, such as a micro-batch inside an accumulation, a token of an answer of online RL, a
+batch of a validation, a half-written checkpoint, or between the best and the last; and which time it is reached. A
+process that reaches it kills itself. It is started again by the same command (`--ckpt_path last`) until it ends by
+itself. What its newest folder then holds must be that of the run in peace, bit for bit: weights, optimizer, schedule,
+number of steps; names, scores and weights of the best checkpoints; every row of `metrics.csv` (but for speed and
+memory), and `users_seen.csv`.
 
 Processes are forks of this one, which has imported what takes long, and run the command line. Of two that train
 together either one is killed, and the other then as well, as torchrun does.
@@ -47,7 +48,9 @@ from lightning.pytorch.callbacks import Timer
 from resume_points import write_rows
 
 from prlhf_lightning.cli.main import main
-from prlhf_lightning.training import PersonalizedLM, checkpoint_files
+from prlhf_lightning.inference.kv_cache import BatchedKVCache
+from prlhf_lightning.online.rewards import RewardSum
+from prlhf_lightning.training import OnlineRL, PersonalizedLM, checkpoint_files
 from prlhf_lightning.training.loggers import MetricsFile
 from prlhf_lightning.utils import io
 
@@ -88,6 +91,19 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "warmed_up": {"model.optim.warmup_steps": 4, "trainer.max_steps": 9, "data.balance": 0.5},
     "baseline": {"train_baseline": "true", "trainer.max_epochs": 1},
     "continued": {"init_from": "{root}/first/runs/version_0/checkpoints/last.ckpt", "trainer.val_check_interval": 3},
+    "online": {
+        "model.loss": "GRPOLoss",
+        "model.loss.beta": 0.1,
+        "model.rewards": "[{function: kill_points.vowels}]",
+        "model.policy.lora": "{rank: 2}",
+        "model.answers_per_prompt": 3,
+        "model.updates": 2,
+        "model.micro_batch_size": 2,
+        "model.alpha": 0.7,  # whose draws must be resumed as well
+        "model.sampling.max_new_tokens": 8,
+        "trainer.val_check_interval": 4,
+        "collapse.prompts": None,
+    },
     "two_processes": {"trainer.strategy": "ddp", "trainer.devices": 2, "trainer.val_check_interval": 2},
     "sharded": {
         "trainer.strategy": "{class_path: prlhf_lightning.FSDP2Strategy}",
@@ -98,6 +114,11 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 TIMED = ("per_second", "peak_memory")
 TOLERANCE = 1e-5  # of several processes, whose sums may be added in another order
 STOPPED = 128 + signal.SIGTERM  # exit status of a process that was told to stop
+
+
+def vowels(completions: list[str], **columns: Any) -> list[float]:
+    """Reward the share of vowels; a reward for online RL."""
+    return [sum(letter in "aeiou" for letter in text) / max(1, len(text)) for text in completions]
 
 
 # ---- where a process dies
@@ -187,6 +208,9 @@ def watch_rows(reached: Callable[[], None]) -> None:
 MOMENTS: dict[str, Callable[[Callable[[], None]], None]] = {
     "micro-batch": partial(count_calls, PersonalizedLM, "training_step"),
     "step": partial(count_calls, PersonalizedLM, "optimizer_step", after=True),
+    "generated token": partial(count_calls, BatchedKVCache, "advance"),
+    "rewards": partial(count_calls, RewardSum, "__call__", after=True),
+    "update": partial(count_calls, OnlineRL, "configure_gradient_clipping"),
     "epoch's end": partial(count_calls, PersonalizedLM, "on_train_epoch_end"),
     "validation": partial(count_calls, PersonalizedLM, "validation_step", after=True),
     "validation's end": partial(count_calls, PersonalizedLM, "on_validation_epoch_end", after=True),
@@ -250,7 +274,7 @@ def start(
             reached: Counter[str] = Counter()
             for kind, watch in MOMENTS.items():
                 watch(partial(_reached, reached, kind, moment if rank == victim else None, WAYS[way]))
-            main(["fit", *(f"--{key}={value}" for key, value in settings.items())])
+            main(["fit", *(f"--{key}={value}" for key, value in settings.items() if value is not None)])
             if counts is not None and rank == 0:
                 counts.write_text(json.dumps(reached))
             is_over = moment is not None and way == "max_time" and reached[moment[0]] >= moment[1]

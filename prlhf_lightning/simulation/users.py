@@ -78,14 +78,17 @@ def draw_tastes(groups: int, rng: Random) -> list[tuple[float, ...]]:
     return tastes[:groups]
 
 
-def draw_users(names: Sequence[str], tastes: Sequence[Sequence[float]], rng: Random) -> list[SimulatedUser]:
-    """Draw one user per name, around the weights of a group; the first group is about twice as large as the last.
+def draw_users(
+    names: Sequence[str], tastes: Sequence[Sequence[float]], rng: Random, shares: Sequence[float] | None = None
+) -> list[SimulatedUser]:
+    """Draw one user per name, around the weights of a group.
 
+    The sizes of the groups are proportional to `shares`; by default, the first is about twice as large as the last.
     Within a group, weights vary by up to 20%, and 30% of the users disagree with their group on their least important
     attribute.
     """
     users = []
-    for name, group in zip(names, _assign(len(names), len(tastes)), strict=True):
+    for name, group in zip(names, _assign(len(names), shares or _falling(len(tastes))), strict=True):
         weights = [weight * rng.uniform(0.8, 1.2) for weight in tastes[group]]
         if rng.random() < 0.3:
             weights[min(range(len(weights)), key=lambda i: abs(weights[i]))] *= -1
@@ -99,14 +102,14 @@ def best_common_utility(users: Sequence[SimulatedUser]) -> float:
     return max(math.fsum(user.style_utility(style) for user in users) / len(users) for style in STYLES)
 
 
-def _assign(users: int, groups: int) -> list[int]:
-    """Assign users to groups; the first is about twice as large as the last (largest-remainder rounding)."""
-    ratios = [2 * max(groups - 1, 1) - i for i in range(groups)]
-    shares = [users * ratio / sum(ratios) for ratio in ratios]
-    sizes = [int(share) for share in shares]
-    for group in sorted(range(groups), key=lambda i: sizes[i] - shares[i])[: users - sum(sizes)]:
-        sizes[group] += 1
-    return [group for group, size in enumerate(sizes) for _ in range(size)]
+def _falling(groups: int) -> list[float]:
+    """Return shares of groups of which the first is about twice as large as the last."""
+    return [float(2 * max(groups - 1, 1) - group) for group in range(groups)]
+
+
+def _assign(users: int, shares: Sequence[float]) -> list[int]:
+    """Return the group of each user."""
+    return [group for group, size in enumerate(apportion(users, shares)) for _ in range(size)]
 
 
 @dataclass(frozen=True)

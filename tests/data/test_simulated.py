@@ -50,6 +50,13 @@ def test_rows_are_the_same_each_time_and_differ_between_seeds():
     assert rows(SOURCE) != rows(SimulatedSource(num_users=8, pairs_per_user=20, seed=1))
 
 
+def test_groups_have_the_shares_asked_for():
+    source = SimulatedSource(num_users=20, groups=2, group_shares=[9, 1])
+    assert Counter(user.group for user in source.seen_users) == {0: 18, 1: 2}
+    with pytest.raises(ConfigurationError, match="group_shares"):
+        SimulatedSource(groups=4, group_shares=[9, 1])
+
+
 def test_asking_for_more_pairs_keeps_those_already_drawn():
     more = SimulatedSource(num_users=8, pairs_per_user=40)
     assert [row for row in rows(SOURCE) if row not in rows(more)] == []

@@ -56,6 +56,8 @@ class SimulatedSource(DataSource):
         validation_pairs_per_user: Validation pairs of each user, seen or unseen.
         num_unseen_users: Users with validation pairs only.
         groups: True number of groups, at most 8. If it is even, each group has an opposite group.
+        group_shares: Relative size of each group, such as `[9, 1]` for a majority and an opposite minority; by default,
+            the first group is about twice as large as the last.
         temperature: Noise of the choices; with 0.05, 97% of the labels agree with the true utilities.
         user_text: Add `user_text` with the user's three strongest preferences, for explicit user models.
         seed: Seed of users, prompts, answers and labels.
@@ -71,6 +73,7 @@ class SimulatedSource(DataSource):
         temperature: float = 0.05,
         user_text: bool = False,
         seed: int = 0,
+        group_shares: list[float] | None = None,
     ) -> None:
         if not 1 <= groups <= min(MAX_GROUPS, num_users):
             raise ConfigurationError(
@@ -79,11 +82,17 @@ class SimulatedSource(DataSource):
             )
         if temperature <= 0:
             raise ConfigurationError(f"SimulatedSource: temperature={temperature} must be above 0.")
+        if group_shares is not None and (len(group_shares) != groups or not all(share > 0 for share in group_shares)):
+            raise ConfigurationError(
+                f"SimulatedSource: group_shares={group_shares} does not fit groups={groups}; give a number above 0 for "
+                "each group."
+            )
         self.num_users = num_users
         self.pairs_per_user = pairs_per_user
         self.validation_pairs_per_user = validation_pairs_per_user
         self.num_unseen_users = num_unseen_users
         self.groups = groups
+        self.group_shares = group_shares
         self.temperature = temperature
         self.user_text = user_text
         self.seed = seed
@@ -105,19 +114,20 @@ class SimulatedSource(DataSource):
         """Return the version of the grammar and the settings that the rows depend on."""
         pairs = self.pairs_per_user if split == "train" else self.validation_pairs_per_user
         settings = (self.num_users, pairs, self.num_unseen_users, self.groups, self.temperature, self.user_text)
-        return f"SimulatedSource v1 {split} {settings} seed {self.seed}"
+        shares = f" shares {self.group_shares}" if self.group_shares else ""
+        return f"SimulatedSource v1 {split} {settings} seed {self.seed}{shares}"
 
     @cached_property
     def seen_users(self) -> list[SimulatedUser]:
         """The users of the training split."""
         names = [f"user-{i + 1:02d}" for i in range(self.num_users)]
-        return draw_users(names, self._tastes, Random(f"{self.seed} seen users"))
+        return draw_users(names, self._tastes, Random(f"{self.seed} seen users"), self.group_shares)
 
     @cached_property
     def unseen_users(self) -> list[SimulatedUser]:
         """The users with validation pairs only."""
         names = [f"unseen-{i + 1:02d}" for i in range(self.num_unseen_users)]
-        return draw_users(names, self._tastes, Random(f"{self.seed} unseen users"))
+        return draw_users(names, self._tastes, Random(f"{self.seed} unseen users"), self.group_shares)
 
     def judge(self, user_id: str, prompt: str, completion: str) -> Judgment:
         """Judge a completion, given as text without special tokens, for a user.
