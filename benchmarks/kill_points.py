@@ -358,13 +358,15 @@ def differences(expected: dict[str, Any], found: dict[str, Any], tolerance: floa
 # ---- the trials
 
 
-def trials(counts: dict[str, int], pairs: int, singles: int, draw: random.Random) -> Iterator[list[tuple[str, int]]]:
-    """Yield moments at which a run, and the one that goes on with it, are killed."""
+def trials(
+    counts: dict[str, int], chosen: list[str], pairs: int, singles: int, draw: random.Random
+) -> Iterator[list[tuple[str, int]]]:
+    """Yield moments of chosen kinds at which a run, and the one that goes on with it, are killed."""
 
     def at(kind: str) -> tuple[str, int]:
         return kind, draw.randint(1, counts[kind])
 
-    kinds = [kind for kind in MOMENTS if counts.get(kind)]
+    kinds = [kind for kind in chosen if counts.get(kind)]
     every = [[at(kind)] for kind in kinds for _ in range(max(1, singles // len(kinds)))]
     yield from every if singles >= len(kinds) else draw.sample(every, singles)
     # The second run is shorter: early moments are sure to come.
@@ -376,7 +378,9 @@ def trials(counts: dict[str, int], pairs: int, singles: int, draw: random.Random
 _ENDS = (-signal.SIGKILL, STOPPED, -signal.SIGTERM)
 
 
-def measure(name: str, pairs: int, singles: int, seed: int, root: Path, way: str = "kill") -> list[str]:
+def measure(
+    name: str, kinds: list[str], pairs: int, singles: int, seed: int, root: Path, way: str = "kill"
+) -> list[str]:
     """Try a configuration; return what went wrong."""
     draw, began = random.Random(f"{seed} {name}"), time.time()
     first = root / "first"
@@ -391,7 +395,7 @@ def measure(name: str, pairs: int, singles: int, seed: int, root: Path, way: str
         expected = {key: value for key, value in expected.items() if key.startswith("last.ckpt")}
     tolerance = TOLERANCE if "trainer.devices" in CONFIGURATIONS[name] else 0.0
     wrong, kills, doubles, runs = [], 0, 0, 0
-    for number, moments in enumerate(trials(counts, pairs, singles, draw)):
+    for number, moments in enumerate(trials(counts, kinds, pairs, singles, draw)):
         folder = root / name / f"run-{number}"
         died, before = 0, len(wrong)
         for moment in [*moments, None]:
@@ -474,6 +478,7 @@ if __name__ == "__main__":
     parser.add_argument("--only", nargs="*", choices=CONFIGURATIONS, default=list(CONFIGURATIONS))
     parser.add_argument("--pairs", type=int, default=12, help="pairs of moments of each configuration; -1 for all")
     parser.add_argument("--singles", type=int, default=13, help="runs of each configuration that are killed once")
+    parser.add_argument("--kinds", nargs="+", choices=MOMENTS, default=list(MOMENTS), help="kinds of moments")
     parser.add_argument("--way", choices=WAYS, default="kill", help="how a process ends at a moment")
     parser.add_argument("--together", type=int, default=0, help="start so many runs at once, and do nothing else")
     parser.add_argument("--seed", type=int, default=0)
@@ -488,7 +493,13 @@ if __name__ == "__main__":
                 mistake
                 for name in arguments.only
                 for mistake in measure(
-                    name, arguments.pairs, arguments.singles, arguments.seed, Path(place), arguments.way
+                    name,
+                    arguments.kinds,
+                    arguments.pairs,
+                    arguments.singles,
+                    arguments.seed,
+                    Path(place),
+                    arguments.way,
                 )
             ]
     print("\n".join(mistakes))

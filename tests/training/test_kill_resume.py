@@ -33,9 +33,10 @@ def test_a_run_that_is_broken_off_anywhere_ends_as_one_in_peace(repo_root, tmp_p
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs fork and kill -9")
-def test_a_run_killed_twice_at_chosen_moments_leaves_the_same(repo_root):
+@pytest.mark.parametrize("name", ["accumulated", "online"])
+def test_a_run_killed_twice_at_chosen_moments_leaves_the_same(repo_root, name):
     """Curve, best checkpoints and the tables of users included."""
-    script = [sys.executable, repo_root / "benchmarks/kill_points.py", "--only", "accumulated"]
+    script = [sys.executable, repo_root / "benchmarks/kill_points.py", "--only", name]
     script += ["--singles", "1", "--pairs", "1"]
     done = subprocess.run(script, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
