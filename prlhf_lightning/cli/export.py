@@ -86,6 +86,11 @@ def export(
         return
     module = module_of(content, checkpoint, "model", trust_remote_code, trust_classes)
     policy = module.policy
+    if not policy.writes:
+        raise ConfigurationError(
+            f"model: {checkpoint} is a reward model ({type(policy).__name__}), and exported folders are models that "
+            "write; use the checkpoint itself (`score`, `load_scorer`)."
+        )
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(
             f"model: its policy is a {type(policy).__name__}; only CausalLMPolicy has the format that this writes."

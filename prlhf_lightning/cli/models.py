@@ -150,6 +150,11 @@ def writer_of(module: PersonalizedLM, path: str | Path, option: str = "model") -
         ConfigurationError: Its policy is no Hugging Face model.
     """
     policy = module.policy
+    if not policy.writes:
+        raise ConfigurationError(
+            f"{option}: {path} is a reward model ({type(policy).__name__}), which writes no text: give a policy here, "
+            "and the reward model to `score`, or as --reward_model to `generate --best_of` and `make-pairs`."
+        )
     if not isinstance(policy, CausalLMPolicy) or module.vocabulary is None:
         raise ConfigurationError(
             f"{option}: the policy of {path} is a {type(policy).__name__}; only CausalLMPolicy can be written with."

@@ -194,6 +194,9 @@ def _write_answers(
     seed: int,
     progress: Progress,
 ) -> None:
+    if not module.policy.writes:
+        found.answers = found.win_rates = "A reward model writes no answers."
+        return
     if judge is None and isinstance(data.source, SimulatedSource):
         judge = UtilityJudge()
     if judge is not None:

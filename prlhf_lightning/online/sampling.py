@@ -52,7 +52,7 @@ class Sampler:
     """
 
     def __init__(self, policy: CausalLMPolicy, rows: int = 256) -> None:
-        if not isinstance(policy, CausalLMPolicy):
+        if not isinstance(policy, CausalLMPolicy) or not policy.writes:
             raise ConfigurationError(
                 f"model.policy is a {type(policy).__name__}; answers are sampled from a CausalLMPolicy only."
             )

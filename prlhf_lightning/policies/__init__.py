@@ -3,5 +3,6 @@
 from prlhf_lightning.policies.base import Policy, Sampling
 from prlhf_lightning.policies.causal_lm import CausalLMPolicy
 from prlhf_lightning.policies.lora import LoRA
+from prlhf_lightning.policies.reward import RewardPolicy
 
-__all__ = ["CausalLMPolicy", "LoRA", "Policy", "Sampling"]
+__all__ = ["CausalLMPolicy", "LoRA", "Policy", "RewardPolicy", "Sampling"]

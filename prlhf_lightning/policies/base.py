@@ -6,6 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +48,13 @@ class Policy(nn.Module, ABC):
 
     Sequences are `[BOS] [soft prompt] [prompt] [completion]`, without BOS if the prompt has none. `build` loads the
     weights; constructing a policy and reading its tokenizer are cheap.
+
+    Attributes:
+        writes: Whether it generates text. False for a reward model, whose `log_probs` hold rewards: the sum over a
+            completion is its reward.
     """
+
+    writes: ClassVar[bool] = True
 
     @property
     @abstractmethod

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -89,37 +89,77 @@ def score(
     Returns:
         For each batch of completions, its per-token log-probabilities, float32.
     """
-    n = len(completions)
     targets = Tokens.concat(completions)
     rows, offsets = targets.mask.nonzero(as_tuple=True)
-    ids = targets.ids[rows, offsets]
-    head = lm.get_output_embeddings()
+    hidden = _states_before(lm, before, completions, rows, offsets, shortcuts, as_trees, router_losses)
+    head = lm.get_output_embeddings() if shortcuts.head else nn.Identity()
+    vocab_size = lm.get_input_embeddings().weight.shape[0]
+    scores = token_log_probs(hidden, targets.ids[rows, offsets], head, vocab_size, temperature)
+    log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
+    return LogProbs(log_probs, targets.mask).chunk(len(completions))
+
+
+def end_states(
+    lm: PreTrainedModel,
+    before: Sequence[SoftPrompt],
+    completions: Sequence[Tokens],
+    shortcuts: Capabilities,
+    as_trees: bool = False,
+    router_losses: list[Tensor] | None = None,
+) -> Tensor:
+    """Return the last hidden state at the last real token of each completion, `[n * B, d]`; arguments as for `score`.
+
+    That token is found by the mask: with a tokenizer that pads with its end token, ids do not tell them apart.
+    """
+    lengths = torch.cat([part.mask.sum(1) for part in completions])
+    widened = [_widened(part) for part in completions]
+    rows = torch.arange(len(lengths), device=lengths.device)
+    states = replace(shortcuts, head=True)  # also of models whose logits need more than the states
+    return _states_before(lm, before, widened, rows, lengths, states, as_trees, router_losses)
+
+
+def _widened(completions: Tokens) -> Tokens:
+    """Add a column of padding, so that each completion has a position after its last token."""
+    return Tokens(*(nn.functional.pad(part, (0, 1)) for part in (completions.ids, completions.mask)))
+
+
+def _states_before(
+    lm: PreTrainedModel,
+    before: Sequence[SoftPrompt],
+    completions: Sequence[Tokens],
+    rows: Tensor,
+    offsets: Tensor,
+    shortcuts: Capabilities,
+    as_trees: bool,
+    router_losses: list[Tensor] | None,
+) -> Tensor:
+    """Return the states `[N, d]` one position before those at `rows` and `offsets`; logits `[N, V]` without `head`."""
+    n = len(completions)
+    targets = Tokens.concat(completions)
     saved = _saved(before, targets, n)
     # With a dense mask, attention covers whole trees, n completions each; only this case was measured.
-    pays_as_tree = n == 2 and ids.device.type == "cpu" and not shortcuts.shared_prompt and saved >= _MIN_SAVED_BY_TREES
+    on_cpu = rows.device.type == "cpu"
+    pays_as_tree = n == 2 and on_cpu and not shortcuts.shared_prompt and saved >= _MIN_SAVED_BY_TREES
     whole_rows = router_losses is not None
     if shortcuts.trees and (as_trees or pays_as_tree) and not whole_rows:
-        hidden = _tree_states(lm, before, completions, rows, offsets)
-    elif shortcuts.shared_prompt and n > 1 and saved >= _MIN_SAVED_BY_CACHE and not whole_rows:
+        return _tree_states(lm, before, completions, rows, offsets)
+    if shortcuts.shared_prompt and n > 1 and saved >= _MIN_SAVED_BY_CACHE and not whole_rows:
         row_of = torch.arange(len(targets) // n, device=rows.device).repeat(n)
-        hidden = _Prefix.of(lm, before).continued(lm, targets, row_of)[rows, offsets]
-    else:
-        repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
-        # Position i - 1 predicts the token at position i.
-        positions = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
-        inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
-        if router_losses is not None:
-            states, loss = states_and_router_loss(lm, inputs, shortcuts.head)
-            router_losses.append(loss)
-            hidden, head = states[rows, positions], head if shortcuts.head else nn.Identity()
-        elif shortcuts.head:
-            # Mamba returns float32 whatever the dtype of its weights; its own head casts it back.
-            hidden = lm.base_model(**inputs).last_hidden_state[rows, positions].to(inputs["inputs_embeds"].dtype)
-        else:
-            hidden, head = lm(**inputs).logits[rows, positions], nn.Identity()
-    scores = token_log_probs(hidden, ids, head, lm.get_input_embeddings().weight.shape[0], temperature)
-    log_probs = scores.new_zeros(targets.mask.shape).index_put((rows, offsets), scores)
-    return LogProbs(log_probs, targets.mask).chunk(n)
+        return _Prefix.of(lm, before).continued(lm, targets, row_of)[rows, offsets]
+    repeated = [SoftPrompt(part.vectors.repeat(n, 1, 1), part.mask.repeat(n, 1)) for part in before]
+    # Position i - 1 predicts the token at position i.
+    positions = torch.stack([part.mask.sum(1) for part in repeated]).sum(0)[rows] + offsets - 1
+    inputs = model_inputs(lm, join([*repeated, embed(lm, targets)]))
+    if router_losses is not None:
+        states, loss = states_and_router_loss(lm, inputs, shortcuts.head)
+        router_losses.append(loss)
+        return states[rows, positions]
+    if shortcuts.head:
+        # Mamba returns float32 whatever the dtype of its weights; its own head casts it back.
+        hidden: Tensor = lm.base_model(**inputs).last_hidden_state
+        return hidden[rows, positions].to(inputs["inputs_embeds"].dtype)
+    logits: Tensor = lm(**inputs).logits
+    return logits[rows, positions]
 
 
 def grouped_score(
@@ -157,6 +197,30 @@ def grouped_score(
             found = score(lm, own, [rows], shortcuts)[0].tokens
         log_probs[some, : found.shape[1]] = found
     return LogProbs(log_probs, completions.mask)
+
+
+def grouped_end_states(
+    lm: PreTrainedModel,
+    before: Sequence[SoftPrompt],
+    completions: Tokens,
+    prompt_of: Tensor,
+    shortcuts: Capabilities,
+    batch_size: int,
+) -> Tensor:
+    """Return the last hidden state at completions' last real tokens, `[D, d]`; arguments as for `grouped_score`."""
+    prefix = _Prefix.of(lm, before) if shortcuts.shared_prompt else None
+    lengths = completions.mask.sum(1)
+    order = lengths.argsort(stable=True)
+    states = []
+    for some in torch.split(order, batch_size):
+        rows = completions.select(some).trimmed()
+        if prefix is not None:
+            hidden = prefix.continued(lm, _widened(rows), prompt_of[some])
+            states.append(hidden[torch.arange(len(some), device=some.device), lengths[some]])
+        else:
+            own = [part.select(prompt_of[some]) for part in before]
+            states.append(end_states(lm, own, [rows], shortcuts))
+    return torch.cat(states)[order.argsort()]
 
 
 def _saved(before: Sequence[SoftPrompt], targets: Tokens, n: int) -> float:

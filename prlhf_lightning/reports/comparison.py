@@ -85,7 +85,7 @@ def compare(
     """Print the models' metrics next to each other, and write them to `comparison.json`.
 
     Simulated users also judge each model's answers for them, and a prompt is answered for the three users whose
-    preferences differ most.
+    preferences differ most. Reward models write no answers.
 
     Args:
         contenders: The models by name.
@@ -108,6 +108,7 @@ def compare(
         "true utility of answers": "utility",
     }
     source = data.source if isinstance(data.source, SimulatedSource) else None
+    write_answers = all(contender.module.policy.writes for contender in contenders.values())
     results: dict[str, dict[str, float]] = {}
     for name, contender in contenders.items():
         values = {key: float(value) for key, value in contender.metrics.items()}
@@ -115,7 +116,7 @@ def compare(
         for key in ("accuracy", "auc"):
             if f"val/seen/{key}" in values:
                 values.setdefault(f"val/seen/generic_{key}", values[f"val/seen/{key}"])
-        results[name] = values | (judge(contender, data, source) if source else {})
+        results[name] = values | (judge(contender, data, source) if source and write_answers else {})
     table = Table(title="Validation", title_justify="left")
     table.add_column("")
     for name in results:
@@ -129,7 +130,7 @@ def compare(
             table.add_row(label, *cells, *([f"{limits[key]:.3f}" if key in limits else ""] if source else []))
     console = plain_console(quiet=quiet)
     console.print(table if table.row_count else "Nothing was validated on, so there is nothing to compare.")
-    if source:
+    if source and write_answers:
         _show_answers(console, contenders, data, source)
     if folder and not quiet:
         content = {**results, **({"best possible": limits} if source else {})}

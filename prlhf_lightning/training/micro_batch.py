@@ -52,21 +52,24 @@ def describe_row(trainer: Trainer, record: int) -> str:
     return str(datamodule.where(record, stage)) if hasattr(datamodule, "where") else f"row {record}"
 
 
-def sums_to_log(losses: Tensor, term: Term, feedback: Feedback) -> dict[str, Share]:
+def sums_to_log(losses: Tensor, term: Term, feedback: Feedback, writes: bool = True) -> dict[str, Share]:
     """Return the sums of logged values over a batch, each with the number of rows that have the value.
 
     Args:
         losses: `[B]` the losses.
         term: The first term of the objective.
         feedback: Kind of rows.
+        writes: Whether the policy writes; the log-probs of a reward model are rewards.
     """
     chosen, rejected = term.log_probs.chosen, term.log_probs.rejected
-    sums = {"loss": _sum(losses), "chosen_log_probs": _sum(chosen.sum, chosen)}
+    sums = {"loss": _sum(losses)}
+    if writes:
+        sums["chosen_log_probs"] = _sum(chosen.sum, chosen)
     if term.reference is not None:
         sums["chosen_log_ratio"] = _sum(chosen.mean - term.reference.chosen.mean, chosen)  # per token
-    if feedback != "demonstrations":
+    if writes and feedback != "demonstrations":
         sums["rejected_log_probs"] = _sum(rejected.sum, rejected)
-    if feedback == "thumbs":
+    if feedback == "thumbs" or not writes:
         sums["chosen_rewards"] = _sum(term.output.chosen_rewards, chosen)
         sums["rejected_rewards"] = _sum(term.output.rejected_rewards, rejected)
     if feedback == "pairs":

@@ -69,7 +69,12 @@ from prlhf_lightning.training.optim import (
 from prlhf_lightning.training.precision import cast_frozen, check_float16, described, keep_trained_in_float32
 from prlhf_lightning.training.reference_store import ReferenceStore, exchange, open_store
 from prlhf_lightning.training.resume import StepProgress, end_epoch, go_on
-from prlhf_lightning.training.settings_checks import check_feedback, check_fit, check_row_lengths
+from prlhf_lightning.training.settings_checks import (
+    check_feedback,
+    check_fit,
+    check_row_lengths,
+    check_takes_rewards,
+)
 from prlhf_lightning.training.sharding import check_strategy, dummy_batch, is_sharded, shard
 from prlhf_lightning.training.user_start import start_users
 from prlhf_lightning.training.warm_start import WarmStart
@@ -127,6 +132,7 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
         super().__init__(user_model, policy, loss)
         if not 0.0 <= alpha <= 1.0:
             raise ConfigurationError(f"model.alpha is {alpha}; the weight of the user's own term must be in [0, 1].")
+        check_takes_rewards(policy, loss)
         # From the CLI these are the components' configurations, which are enough to load a checkpoint. Built in code,
         # they are live modules, which must not be in a checkpoint (nor in the copy made here).
         live = [] if lightning_compat.is_built_from_config() else list(self.components)
@@ -411,7 +417,8 @@ class PersonalizedLM(EvaluationHooks, PersonalizedModel, LightningModule):
         """Return the mean loss of a batch's pairs, weighted so that every pair of an optimizer step counts the same."""
         losses, terms = self.objective(batch, sampled=self.sample_terms)
         self._finite.watch(batch, losses)
-        self._log_means(sums_to_log(losses, terms[0], self.loss.feedback), ("loss", "accuracy"), len(batch))
+        sums = sums_to_log(losses, terms[0], self.loss.feedback, self.policy.writes)
+        self._log_means(sums, ("loss", "accuracy"), len(batch))
         return losses.mean() * batch_weight(self.trainer, len(batch), batch_idx)
 
     def _log_means(self, shares: Mapping[str, Share], shown: Collection[str], batch_size: int) -> None:

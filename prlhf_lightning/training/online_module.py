@@ -145,6 +145,11 @@ class OnlineRL(PersonalizedLM):
         optim: Optim = Optim(),  # noqa: B008 - frozen, hence safe to share
         sampling: Sampling = Sampling(),  # noqa: B008
     ) -> None:
+        if not policy.writes:
+            raise ConfigurationError(
+                f"model.policy is a {type(policy).__name__}, a reward model, which writes no answers. Train a "
+                "CausalLMPolicy, and name the reward model's checkpoint in a RewardModelReward of model.rewards."
+            )
         super().__init__(user_model, policy, DPOLoss(loss.beta or 0.1), alpha, optim, sampling, cache_reference=False)
         counts = {
             "answers_per_prompt": answers_per_prompt,

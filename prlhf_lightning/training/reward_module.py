@@ -107,6 +107,11 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
         live = [] if lightning_compat.is_built_from_config() else ["user_model", "backbone", "loss"]
         self.save_hyperparameters(ignore=live, logger=False)
         self.automatic_optimization = False
+        if getattr(loss, "center_rewards_coefficient", 0):
+            raise ConfigurationError(
+                "model.loss: center_rewards_coefficient has no effect with model.backbone, where every user's mean "
+                "reward is about 0 already; leave it out."
+            )
         self.loss: MarginLoss = BradleyTerryLoss() if loss is None else loss
         self.alpha, self.precision, self.lr, self.steps = alpha, precision, lr, steps
         self.cache_features = cache_features

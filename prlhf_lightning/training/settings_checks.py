@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.losses import PreferenceLoss
+from prlhf_lightning.losses import MarginLoss, PreferenceLoss
 from prlhf_lightning.policies import Policy
 from prlhf_lightning.training.distributed import gather_objects
 from prlhf_lightning.training.histories import check_histories
@@ -36,6 +36,28 @@ def check_feedback(loss: PreferenceLoss, given: Feedback) -> None:
             f"{type(loss).__name__} takes {_COLUMNS[loss.feedback]}, but the data module reads {_COLUMNS[given]}: give "
             f"it feedback={loss.feedback!r} and such rows, or choose another loss (KTOLoss for thumbs, DPOLoss for "
             "pairs, SFTLoss for demonstrations)."
+        )
+
+
+def check_takes_rewards(policy: Policy, loss: PreferenceLoss) -> None:
+    """Refuse a loss of log-probabilities for a policy that is a reward model.
+
+    Raises:
+        ConfigurationError: Names the loss and what of it needs log-probabilities.
+    """
+    if policy.writes:
+        return
+    need = None
+    if loss.requires_reference:
+        need = "compares the policy with a reference"
+    elif loss.sft_weight:
+        need = f"has an SFT term (sft_weight {loss.sft_weight:g})"
+    elif not isinstance(loss, MarginLoss) or type(loss).rewards is not PreferenceLoss.rewards:
+        need = "needs the log-probabilities of tokens"
+    if need:
+        raise ConfigurationError(
+            f"model.loss is {type(loss).__name__}, which {need}; model.policy is a {type(policy).__name__}, a reward "
+            "model without log-probabilities. Use BradleyTerryLoss, or a CausalLMPolicy."
         )
 
 

@@ -59,7 +59,7 @@ class CollapseMonitor(Callback):
     In training, whenever values are logged, it checks the log-probs of chosen completions. In validation the model
     generates a few greedy answers, which do not affect the training result. A warning needs a value that is beyond its
     limit and worse than before training. Each limit may be null, for no warning. Sharded models are not measured in
-    validation.
+    validation, and reward models write no answers.
 
     Args:
         prompts: Number of validation prompts to answer in each validation; 0 for none.
@@ -140,7 +140,7 @@ class CollapseMonitor(Callback):
         datamodule: Any = trainer.datamodule  # type: ignore[attr-defined]
         self._now = {}
         alone = trainer.world_size == 1
-        known = isinstance(pl_module, PersonalizedLM) and hasattr(datamodule, "sample")
+        known = isinstance(pl_module, PersonalizedLM) and pl_module.policy.writes and hasattr(datamodule, "sample")
         if not (self.prompts and known and holds_whole_model(trainer)):
             return
         # One process generates, and all log: the others wait for it here.
