@@ -32,7 +32,7 @@ _LISTED = 5
 
 
 def score(
-    ckpt_path: Path,
+    reward_model: Path,
     data: Paths,
     output: Path,
     columns: dict[str, str] | None = None,
@@ -50,8 +50,8 @@ def score(
     stopped command continues where it was if it is repeated.
 
     Args:
-        ckpt_path: A checkpoint of a reward model, or of a policy (whose implicit reward is used), or the folder of its
-            run.
+        reward_model: A checkpoint of a reward model, or of a policy (whose implicit reward is used), or the folder of
+            its run.
         data: File or files of rows: JSON Lines, JSON, CSV (each also gzipped) or Parquet.
         output: The JSONL file to write. It is written atomically at the end; until then, `OUTPUT.progress` keeps what
             is done.
@@ -70,8 +70,8 @@ def score(
     for path in (output, unfinished):
         check_output(path, "output")
     rows = _Rows.of(data, columns, generic, hash_user_ids_with, on_error == "report")
-    path = checkpoint_of(ckpt_path, "ckpt_path")
-    scorer = load_scorer(path, pick_device(device), trust_classes, "ckpt_path")
+    path = checkpoint_of(reward_model, "reward_model")
+    scorer = load_scorer(path, pick_device(device), trust_classes, "reward_model")
     total = 0
     users: dict[str, None] = {}
     for item in counted(rows, "Checking rows"):

@@ -17,7 +17,7 @@ from prlhf_lightning.errors import ConfigurationError, DamagedCheckpointError
 from prlhf_lightning.model import PersonalizedModel
 from prlhf_lightning.rewards import RewardModel, TextTable
 from prlhf_lightning.training import checkpoint_files
-from prlhf_lightning.training.checkpoint_entry import KEY, entry_of
+from prlhf_lightning.training.checkpoint_entry import KEY, entry_of, is_reward_model
 from prlhf_lightning.training.module import PersonalizedLM
 from prlhf_lightning.training.reward_module import PersonalizedRewardModel
 from prlhf_lightning.training.scorer import Scorer
@@ -62,7 +62,7 @@ class RewardScorer(Scorer):
             DamagedCheckpointError: The file is damaged.
         """
         file, content = _read(path, option)
-        if not _is_reward_model(content):
+        if not is_reward_model(content):
             raise ConfigurationError(
                 f"{option}: {file} is of a policy and not of a reward model; give one with `model.backbone`."
             )
@@ -148,7 +148,7 @@ def load_scorer(
         DamagedCheckpointError: The file is damaged.
     """
     file, content = _read(path, option)
-    kind = RewardScorer if _is_reward_model(content) else ImplicitRewardScorer
+    kind = RewardScorer if is_reward_model(content) else ImplicitRewardScorer
     return kind.of_content(content, f"{option}: {file}", device, trust_classes)
 
 
@@ -170,10 +170,6 @@ def _read(path: str | Path, option: str) -> tuple[Path, dict[str, Any]]:
     if not isinstance(content.get("state_dict"), dict):
         raise DamagedCheckpointError(f"{option}: {file} holds no weights; give a checkpoint that `fit` wrote.")
     return file, content
-
-
-def _is_reward_model(content: Mapping[str, Any]) -> bool:
-    return "backbone" in entry_of(content)
 
 
 def _users(vocabulary: UserVocabulary | None) -> UserVocabulary:

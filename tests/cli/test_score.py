@@ -35,7 +35,7 @@ def scored(checkpoint, tmp_path, capsys):
             (tmp_path / name).write_text("\n".join(map(json.dumps, rows)) + "\n")
         places = ["--data", str(tmp_path / name), "--output", str(tmp_path / "out.jsonl")]
         with pytest.raises(SystemExit) as end:
-            main(["score", "--ckpt_path", str(checkpoint), "--device", "cpu", *places, *options])
+            main(["score", "--reward_model", str(checkpoint), "--device", "cpu", *places, *options])
         assert not end.value.code, end.value.code
         assert not (tmp_path / "out.jsonl.progress").exists()
         return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()], capsys.readouterr().err

@@ -198,10 +198,3 @@ def test_without_users_there_is_one_reward(model_path, data, held_out):
 def test_a_soft_prompt_of_several_vectors_is_refused(model_path):
     with pytest.raises(ConfigurationError, match="num_tokens is 10"):
         PersonalizedRewardModel(user_models.LowRankUserModel(), RewardBackbone(model_path))
-
-
-def test_the_quickstart_starts_from_its_file(repo_root):
-    from prlhf_lightning.cli.fit import _file_names_backbone
-
-    assert _file_names_backbone(repo_root / "configs/reward.yaml")
-    assert not _file_names_backbone(repo_root / "configs/quickstart.yaml")
