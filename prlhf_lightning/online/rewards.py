@@ -6,10 +6,10 @@ import asyncio
 import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -155,7 +155,7 @@ class RewardSum:
             common: Arguments that do not belong to single answers.
 
         Raises:
-            ConfigurationError: A reward failed for every answer, or returned another number of values.
+            ConfigurationError: A reward failed for every answer, or did not return a list with a value for each.
         """
         count = len(answers["completions"])
         total, scored = torch.zeros(count, dtype=torch.float64), torch.zeros(count, dtype=torch.bool)
@@ -184,32 +184,55 @@ def _values(reward: Reward, output: Any, count: int) -> tuple[Tensor, list[Failu
         count: B.
 
     Raises:
-        ConfigurationError: The number of values is another.
+        ConfigurationError: They are not a value for each answer, or none of these is a number.
     """
-    found = list(output)
+    found = _listed(reward, output)
     if len(found) != count:
         raise ConfigurationError(
             f"model.rewards: {reward.title} returned {len(found)} values for {count} completions; return one for each, "
             "None for a completion that it does not judge."
         )
-    values, failures = torch.full((count,), torch.nan, dtype=torch.float64), []
+    values, failures, unreadable = torch.full((count,), torch.nan, dtype=torch.float64), [], 0
     for place, value in enumerate(found):
         if value is None:
             continue
         try:
-            values[place] = _finite(value)
-        except (TypeError, ValueError) as error:
+            values[place] = number = _number(value)
+        except (TypeError, ValueError, RuntimeError) as error:  # RuntimeError: a tensor with several numbers
             failures.append(Failure(place, reward.title, str(error)))
+            unreadable += 1
+            continue
+        if not math.isfinite(number):
+            values[place] = torch.nan
+            failures.append(Failure(place, reward.title, f"it is {number}"))
+    if unreadable == count:
+        raise ConfigurationError(
+            f"model.rewards: {reward.title} gives no number for any of the {count} answers of a batch "
+            f"({failures[0].reason}); return a number for each, None for a completion that it does not judge."
+        )
     return values, failures
 
 
-def _finite(value: Any) -> float:
+def _listed(reward: Reward, output: Any) -> list[Any]:
+    if isinstance(output, (str, bytes, Mapping, Set)):  # a list of these would be of characters or keys
+        return _refuse(reward, output)
+    try:
+        return list(output)
+    except TypeError:  # a single number, or a tensor of one
+        return _refuse(reward, output)
+
+
+def _refuse(reward: Reward, output: Any) -> NoReturn:
+    raise ConfigurationError(
+        f"model.rewards: {reward.title} returned a value of type {type(output).__name__}; return a list with a number "
+        "for each completion, None for a completion that it does not judge."
+    )
+
+
+def _number(value: Any) -> float:
     if isinstance(value, Exception):
         raise ValueError(repr(value))
-    number = float(value)
-    if not math.isfinite(number):
-        raise ValueError(f"it is {number}")
-    return number
+    return float(value)
 
 
 def _one_by_one(
@@ -220,7 +243,7 @@ def _one_by_one(
     for place in range(len(answers["completions"])):
         one = {name: values[place : place + 1] for name, values in answers.items()}
         (output,) = _outputs([reward], one, common)
-        found += [output] if isinstance(output, Exception) else list(output)
+        found += [output] if isinstance(output, Exception) else _listed(reward, output)
     if all(isinstance(value, Exception) for value in found):
         raise ConfigurationError(
             f"model.rewards: {reward.title} fails for all {len(found)} answers of a batch: {error!r}. It is called as "

@@ -102,6 +102,7 @@ def _configured(
         settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
         for linked in ("tokenizer", "feedback"):
             settings.pop(linked, None)
+        settings.pop("eval_prompts_per_user", None)  # of online RL, for its validation
         if source is not None:
             settings["source"] = {"class_path": "prlhf_lightning.data.SimulatedSource"}  # replaced below
         with only_trusted_classes(f"run: {path}", trust_classes, content=settings):

@@ -7,6 +7,7 @@ of the prompts.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, cast
@@ -307,7 +308,8 @@ class OnlineRL(PersonalizedLM):
         every = torch.arange(len(batch), device=self.device).repeat_interleave(copies)
         texts: list[Any] = self.texts_of(tokens, batch.prompt.select(every))
         columns = self._datamodule.columns(batch.records.tolist(), self.reward_sum.columns, stage, number)
-        repeated = {name: [value for value in values for _ in range(copies)] for name, values in columns.items()}
+        # Copies, since a reward function may change a conversation, and the rows are kept for the next batches.
+        repeated = {name: [deepcopy(one) for one in values for _ in range(copies)] for name, values in columns.items()}
         prompts = repeated["prompts"]
         completions = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]

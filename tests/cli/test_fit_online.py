@@ -52,6 +52,9 @@ def test_a_run_is_trained_resumed_and_used(config, tmp_path, capsys):
     assert "reward of answers" in capsys.readouterr().out
     main(["generate", "--model", str(checkpoint), "--user", "ann", "--prompt", "the cat", "--max_new_tokens", "3"])
     assert capsys.readouterr().out.strip()
+    pairs = tmp_path / "pairs.jsonl"  # of the users and prompts of the run's own data
+    main(["make-pairs", "--model", str(run), "--reward_model", str(reward_model), "--output", str(pairs)])
+    assert pairs.is_file()
 
 
 @pytest.mark.parametrize(

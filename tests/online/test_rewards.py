@@ -83,6 +83,18 @@ def test_a_reward_that_always_fails_stops_the_run():
         RewardSum([Reward(wrong)])(ANSWERS)
 
 
+@pytest.mark.parametrize("bad", ["good", torch.ones(2)])
+def test_a_reward_that_is_never_a_number_stops_the_run(bad):
+    with pytest.raises(ConfigurationError, match="gives no number for any of the 4 answers"):
+        RewardSum([Reward(lambda completions: [bad] * len(completions), name="bad")])(ANSWERS)
+
+
+@pytest.mark.parametrize("output", [1.0, None, torch.tensor(1.0), "1234", dict.fromkeys(range(4), 0.5)])
+def test_a_reward_that_returns_no_list_is_refused(output):
+    with pytest.raises(ConfigurationError, match="bad returned a value of type"):
+        RewardSum([Reward(lambda completions: output, name="bad")])(ANSWERS)
+
+
 def test_another_number_of_rewards_is_refused():
     with pytest.raises(ConfigurationError, match="returned 1 values for 4"):
         RewardSum([Reward(lambda completions: [0.0])])(ANSWERS)

@@ -251,6 +251,21 @@ def test_rewards_get_all_columns_of_the_rows(model_path, votes, tmp_path):
     assert any(f'"chosen": "{seen["chosen"][0]}"' in line for line in lines)
 
 
+def test_a_reward_that_changes_a_row_changes_no_other(model_path, votes, tmp_path):
+    def appends(completions, tags, **kwargs):
+        for tag in tags:
+            tag.append("seen")
+        found.extend(len(tag) for tag in tags)
+        return [float(len(text)) for text in completions]
+
+    found = []
+    rows = [json.loads(line) for line in votes.read_text().splitlines()]
+    votes.write_text("".join(json.dumps({**row, "tags": []}) + "\n" for row in rows))
+    module, data = make(model_path, votes, reward=appends)
+    fit(tmp_path, module, data, max_steps=2)
+    assert set(found) == {1}
+
+
 def test_the_reference_sees_no_user(model_path, votes, tmp_path, monkeypatch):
     module, data = make(model_path, votes, GRPOLoss(beta=0.1))
     given = []
