@@ -111,7 +111,7 @@ class OnlineRL(PersonalizedLM):
             deviation of the user's rewards. Or a function of the group: `centered`, `group` (divided by the standard
             deviation of the group, as in GRPO), `batch` or `leave_one_out` (as in RLOO).
         answers_per_prompt: Answers to each prompt, n.
-        updates: Optimizer steps on each generation batch.
+        updates: Optimizer steps on each generation batch; `trainer.max_steps` counts them.
         micro_batch_size: Prompts, each with its answers, in a pass of the policy. It changes nothing but memory and
             time.
         sampling_batch_size: Most answers that are generated at the same time.
@@ -230,13 +230,15 @@ class OnlineRL(PersonalizedLM):
         scheduler: Any = self.lr_schedulers()
         rollouts, shares = self._roll_out(batch, batch_idx)
         old = torch.zeros_like(rollouts.answers.log_probs)
-        for update in range(self.updates):
+        left = self.trainer.max_steps - self.trainer.global_step
+        updates = self.updates if self.trainer.max_steps < 0 else min(self.updates, left)
+        for update in range(updates):
             optimizer.zero_grad()
             sums = self._backward(batch, rollouts, old, is_first=update == 0)
             self.configure_gradient_clipping(optimizer, self.max_grad_norm, "norm")
             optimizer.step()
             # Between the updates of a batch there is nothing to resume from.
-            optimizer.optimizer.is_stepping = update + 1 < self.updates
+            optimizer.optimizer.is_stepping = update + 1 < updates
             scheduler.step()
         self._log_means({**shares, **sums, **self._metrics}, ("reward", "kl", "length", "entropy"), len(batch))
         self._progress.step_taken(self.trainer.current_epoch, batch_idx, self._running_state(), self._means.sums)

@@ -194,6 +194,11 @@ def test_users_learn_to_get_what_they_like(model_path, votes, tmp_path):
     assert ("cat" in ann, "dog" in bob) == (True, True)
 
 
+def test_a_batch_takes_no_more_than_the_steps_that_are_left(model_path, votes, tmp_path):
+    module, data = make(model_path, votes, updates=3)
+    assert fit(tmp_path, module, data, max_steps=4).global_step == 4
+
+
 def test_the_row_of_an_absent_user_does_not_move(model_path, votes, tmp_path):
     module, data = make(model_path, votes, batch_size=2)
     keep = fit(tmp_path, module, data, max_steps=0) and module.user_model.row_tables()[0].clone()

@@ -60,6 +60,12 @@ _SIGNS = (
         above=False,
         relative=True,
     ),
+    _Sign(
+        "without_spread",
+        "without_spread",
+        "almost all prompts get answers of equal reward, and nothing is learned from these",
+        "give a reward that tells the answers apart, raise model.sampling.temperature, or stop here",
+    ),
     _Sign("kl", "kl", "the policy is far from the reference", "raise model.loss.beta, or lower model.optim.lr"),
     _Sign("unscorable", "unscorable", "many answers have no reward", "look at the warnings about rewards"),
 )
@@ -74,6 +80,7 @@ class OnlineMonitor(Callback):
         longest: Most mean length of the answers, as a multiple of that in the first batches.
         truncated: Most share of truncated answers.
         entropy: Least entropy of a token, as a share of that in the first batches.
+        without_spread: Most share of prompts whose answers all have the same reward.
         kl: Most mean divergence of an answer from the reference, in nats.
         unscorable: Most share of answers without a reward.
         action: `warn`, or `stop` after the batch.
@@ -84,14 +91,21 @@ class OnlineMonitor(Callback):
         longest: float | None = 3.0,
         truncated: float | None = 0.3,
         entropy: float | None = 0.05,
+        without_spread: float | None = 0.95,
         kl: float | None = None,
         unscorable: float | None = 0.2,
         action: Literal["warn", "stop"] = "warn",
     ) -> None:
         if action not in ("warn", "stop"):
             raise ConfigurationError(f"monitor.action is {action!r}; it must be 'warn' or 'stop'.")
-        self.limits = {"longest": longest, "truncated": truncated, "entropy": entropy, "kl": kl}
-        self.limits["unscorable"] = unscorable
+        self.limits = {
+            "longest": longest,
+            "truncated": truncated,
+            "entropy": entropy,
+            "without_spread": without_spread,
+            "kl": kl,
+            "unscorable": unscorable,
+        }
         self.action = action
         self._before: dict[str, list[float]] = {}
         self._beyond: dict[str, int] = {}

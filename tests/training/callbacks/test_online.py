@@ -9,7 +9,7 @@ import pytest
 
 from prlhf_lightning.training.callbacks.online import OnlineMonitor
 
-GOOD = {"length": 10.0, "truncated": 0.0, "entropy": 1.0, "unscorable": 0.0}
+GOOD = {"length": 10.0, "truncated": 0.0, "entropy": 1.0, "without_spread": 0.5, "unscorable": 0.0}
 
 
 def watch(values: list[dict[str, float]], monitor: OnlineMonitor) -> tuple[list[str], bool]:
@@ -31,6 +31,7 @@ def watch(values: list[dict[str, float]], monitor: OnlineMonitor) -> tuple[list[
         ({"truncated": 0.4}, "max_new_tokens"),
         ({"entropy": 0.04}, "nearly the same answer"),
         ({"unscorable": 0.3}, "no reward"),
+        ({"without_spread": 1.0}, "equal reward"),
     ],
 )
 def test_a_lasting_sign_is_told_once(bad, words):
