@@ -407,8 +407,12 @@ class CausalLMPolicy(Policy):
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether the model continues from the key-value cache of a prompt; see `Policy.shares_prompts`."""
-        return self.shortcuts.shared_prompt and not self._router_coef and self._packing is None
+        """Whether the model continues from the key-value cache of a prompt, on a CPU; see `Policy.shares_prompts`.
+
+        On a GPU the host would have to wait for the device to learn what rows share.
+        """
+        possible = self.shortcuts.shared_prompt and not self._router_coef and self._packing is None
+        return possible and self.lm.device.type == "cpu"
 
     def grouped_log_probs(
         self,

@@ -94,7 +94,7 @@ def test_a_pair_has_the_same_loss_and_gradient_in_any_batch(model_path):
         torch.testing.assert_close(gradient, of_each[name], rtol=1e-3, atol=1e-4)
 
 
-def test_users_rank_the_same_texts_differently_and_strangers_as_the_generic_user(model_path):
+def test_users_rank_differently_and_strangers_as_nobody(model_path):
     module = make(model_path)
     pair = PAIRS[0][1:]
     ann, bob, stranger = (module.rewards(batch_of([(user, *pair)]))[0] for user in ("ann", "bob", "nobody"))
