@@ -2,7 +2,7 @@
 
 from prlhf_lightning.adaptation.adapt import Adapted, Encoded, adapt_users, encode_users, fit_prior, trained_rows
 from prlhf_lightning.adaptation.cold_start import ColdStartPoint, cold_start, information_gain, suggest
-from prlhf_lightning.adaptation.heads import AdaptedHeads, adapt_heads, suggest_pairs
+from prlhf_lightning.adaptation.heads import AdaptedHeads, adapt_heads, cold_start_heads, suggest_pairs
 from prlhf_lightning.adaptation.laplace import Posterior, laplace
 from prlhf_lightning.adaptation.margins import Margins
 from prlhf_lightning.adaptation.prior import UserPrior
@@ -23,6 +23,7 @@ __all__ = [
     "adapt_heads",
     "adapt_users",
     "cold_start",
+    "cold_start_heads",
     "encode_users",
     "fit_prior",
     "fit_shrinkage",

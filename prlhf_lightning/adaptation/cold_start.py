@@ -66,23 +66,47 @@ def cold_start(
         learn: Callable[..., Encoded | Adapted] = partial(encode_users, model)
     else:
         learn = partial(adapt_users, model, prior=fit_prior(model, pairs) if prior is None else prior, steps=steps)
-    places = defaultdict(list)
-    for place, user_id in enumerate(pairs.user_ids):
-        places[user_id].append(place)
-    tested = set(held_out.user_ids)
     margins_of = Margins(model, held_out)
-    generic_row = trained_rows(model)[1]
-    without = _accuracies(held_out.user_ids, margins_of(generic_row))
+
+    def margins_after(first: Tensor, users: tuple[str, ...]) -> Tensor:
+        rows = learn(select_pairs(pairs, first), user_ids=users).rows
+        number = {user_id: place for place, user_id in enumerate(users)}
+        of = torch.tensor([number.get(user_id, -1) for user_id in held_out.user_ids], device=rows.device)
+        return margins_of(rows, of, only=of >= 0)
+
+    generic_margins = margins_of(trained_rows(model)[1])
+    return cold_start_points(pairs.user_ids, held_out.user_ids, generic_margins, margins_after, counts)
+
+
+def cold_start_points(
+    user_ids: Sequence[str],
+    tested_ids: Sequence[str],
+    generic_margins: Tensor,
+    margins_after: Callable[[Tensor, tuple[str, ...]], Tensor],
+    counts: Sequence[int] = COUNTS,
+) -> list[ColdStartPoint]:
+    """Return the points of `cold_start`, however users are learned.
+
+    Args:
+        user_ids: The user of each pair to learn from, for each user in order of use.
+        tested_ids: The user of each of M held-out pairs.
+        generic_margins: `[M]` margins of the held-out pairs under the generic user.
+        margins_after: Returns their margins `[M]` after users were learned from the pairs at places `[n]`; margins of
+            other users' pairs are ignored.
+        counts: Numbers of pairs per user; counts too large for most users are left out.
+    """
+    places = defaultdict(list)
+    for place, user_id in enumerate(user_ids):
+        places[user_id].append(place)
+    tested = set(tested_ids)
+    without = _accuracies(tested_ids, generic_margins)
     sizes = {user_id: len(own) for user_id, own in places.items() if user_id in tested}
     most = _last_count(list(sizes.values()), counts)
     users = tuple(user_id for user_id, size in sizes.items() if size >= most)
     points = []
     for count in [count for count in counts if count <= most and users]:
         first = torch.tensor([place for user_id in users for place in places[user_id][:count]], dtype=torch.long)
-        rows = learn(select_pairs(pairs, first), user_ids=users).rows
-        number = {user_id: place for place, user_id in enumerate(users)}
-        of = torch.tensor([number.get(user_id, -1) for user_id in held_out.user_ids], device=rows.device)
-        found = _accuracies(held_out.user_ids, margins_of(rows, of, only=of >= 0))
+        found = _accuracies(tested_ids, margins_after(first, users))
         gains = torch.tensor([found[user_id] - without[user_id] for user_id in users])
         accuracy, generic = (sum(values[user_id] for user_id in users) / len(users) for values in (found, without))
         spread = float(gains.std()) if len(users) > 1 else float("nan")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from prlhf_lightning.adaptation.cold_start import information_gain
+from prlhf_lightning.adaptation.cold_start import COUNTS, ColdStartPoint, cold_start_points, information_gain
 from prlhf_lightning.data.splits import spread
 from prlhf_lightning.rewards import JudgedPairs, RewardModel
 from prlhf_lightning.rewards.fitting import pair_weights
@@ -90,6 +91,33 @@ def adapt_heads(model: RewardModel, pairs: JudgedPairs) -> AdaptedHeads:
     weights = pair_weights(users, pairs.chosen.to(users.device), pairs.rejected.to(users.device))
     expected = torch.stack(found).unbind(1)
     return AdaptedHeads(vocabulary.ids, codes, covariances, counts, users, generic, slopes, weights, *expected)
+
+
+@torch.no_grad()
+def cold_start_heads(
+    model: RewardModel, pairs: JudgedPairs, held_out: JudgedPairs, counts: Sequence[int] = COUNTS
+) -> list[ColdStartPoint]:
+    """Return the accuracy on held-out pairs of new users after increasing numbers of pairs; see `cold_start`.
+
+    Args:
+        model: A trained reward model with a `LowRankUserModel`.
+        pairs: Pairs of unknown users, for each user in order of use.
+        held_out: Other pairs of the same users.
+        counts: Numbers of pairs per user; counts too large for most users are left out.
+
+    Raises:
+        ConfigurationError: The user model has no codes.
+    """
+    learned, (generic, slopes) = model.linear_margins(pairs), model.linear_margins(held_out)
+
+    def margins_after(first: Tensor, _: tuple[str, ...]) -> Tensor:
+        if not len(first):
+            return generic
+        users, codes, _covariances = model.new_users(pairs.select(first), (learned[0][first], learned[1][first]))
+        rows = users.rows(held_out.user_ids).to(codes.device)  # 0, whose code is 0, for users who are not learned
+        return generic + (slopes * codes[rows]).sum(1)
+
+    return cold_start_points(pairs.user_ids, held_out.user_ids, generic, margins_after, counts)
 
 
 @torch.no_grad()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,7 +14,8 @@ from rich.progress import Progress
 
 from prlhf_lightning.analysis.feedback_table import read_table
 from prlhf_lightning.analysis.judges import Judge, RewardJudge, UtilityJudge
-from prlhf_lightning.cli.models import load_module, pick_device
+from prlhf_lightning.cli.checkpoints import read_checkpoint
+from prlhf_lightning.cli.models import load_module, module_of, pick_device, reward_model_of
 from prlhf_lightning.data import DataSource, PreferenceDataModule, SimulatedSource
 from prlhf_lightning.data.holdout import Pairs
 from prlhf_lightning.data.splits import spread
@@ -30,11 +33,14 @@ from prlhf_lightning.reports.answers import (
 )
 from prlhf_lightning.reports.differences import Differences, correlations, find_differences, votes_of
 from prlhf_lightning.reports.findings import Findings, report_content
+from prlhf_lightning.reports.html import Page
 from prlhf_lightning.reports.json_file import json_path, to_json
 from prlhf_lightning.reports.page import page_of
 from prlhf_lightning.reports.pairs import Scores, cold_start_of, score
-from prlhf_lightning.reports.run import data_of, open_run
+from prlhf_lightning.reports.reward_model import page_of_rewards, reward_content
+from prlhf_lightning.reports.run import data_of, open_run, reward_data_of
 from prlhf_lightning.reports.user_map import UserMap, map_users, most_unlike
+from prlhf_lightning.training.checkpoint_entry import is_reward_model
 from prlhf_lightning.training.checkpoint_files import checkpoint_of
 from prlhf_lightning.utils.io import check_output, write_together
 from prlhf_lightning.utils.progress import progress_bars
@@ -68,8 +74,8 @@ def report(
     """Write a page about a trained model, and its numbers as JSON next to it.
 
     Learning curves; each user's accuracy against the votes given; how new users fare; what users differ in; a map of
-    users; what personalization costs; what the model writes for users, and how often a judge prefers that. See
-    docs/report.md.
+    users; what personalization costs; what the model writes for users, and how often a judge prefers that. For a reward
+    model: accuracies, calibration, the effect of length, and new users. See docs/report.md.
 
     Args:
         model: A checkpoint of `fit`, or the folder of its run.
@@ -107,7 +113,20 @@ def report(
     checkpoint = checkpoint_of(model)
     seed_everything(seed, verbose=False)
     left = open_run(checkpoint, run)
-    module = load_module(checkpoint, "model", trust_remote_code, trust_classes).eval().to(pick_device(device))
+    named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
+    read = read_checkpoint(checkpoint, "model")
+    if read and is_reward_model(read):
+        if judge is not None or baseline is not None or max_new_tokens is not None:
+            raise ConfigurationError(
+                "judge, baseline, max_new_tokens: a reward model writes nothing that could be judged, and is compared "
+                "with its generic user; leave them out."
+            )
+        rewards = reward_model_of(read, checkpoint, "model", trust_classes).eval().to(pick_device(device))
+        judged = reward_data_of(left, source, rewards, trust_classes)
+        content = reward_content(rewards, judged, left, title or f"Reward model: {named}", max_pairs, show_user_ids)
+        _write(output, page_of_rewards(content), content)
+        return
+    module = module_of(read, checkpoint, "model", trust_remote_code, trust_classes).eval().to(pick_device(device))
     whose = data_of(left, source, module, trust_classes)
     if baseline is None and left.folder and (kept := left.folder / "baseline" / "last.ckpt").is_file():
         baseline = kept  # of `fit --train_baseline true`
@@ -115,7 +134,6 @@ def report(
     if baseline is not None:
         without = load_module(checkpoint_of(baseline, "baseline"), "baseline", trust_remote_code, trust_classes)
         without = without.eval().to(module.device)
-    named = f"{left.folder.name}/{checkpoint.name}" if left.folder else checkpoint.name
     found = Findings(
         title or f"Model: {named}",
         _described(module),
@@ -154,7 +172,11 @@ def report(
         _map(found, module, whose)
     _call_users(found, module, whose, show_user_ids, show_user_text)
     content = report_content(found)
-    write_together({output: page_of(content).render().encode(), json_path(output): to_json(content)})
+    _write(output, page_of(content), content)
+
+
+def _write(output: Path, page: Page, content: Mapping[str, Any]) -> None:
+    write_together({output: page.render().encode(), json_path(output): to_json(content)})
     print(printable(content["in_short"], LAYOUT))
     print(f"The page: {output}")
     print(f"The same as numbers: {json_path(output)}")

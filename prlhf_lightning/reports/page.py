@@ -40,20 +40,14 @@ def page_of(content: _Content) -> Page:
     )
     section = page.section("In short")
     section.text(content["in_short"], "verdict")
-    _facts(section, content)
+    add_facts(section, content)
     section = page.section("Learning curves")
     if content["learning_curves"]:
         plots.learning_curves(section, content["learning_curves"])
     else:
         section.text(f"Not known: {unknown['learning_curves']}", "note")
-    _users(page.section("Users"), content)
-    section = page.section("New users")
-    if content["cold_start"] is None:
-        section.text(f"No curve: {unknown.get('cold_start', '')}")
-    else:
-        curve = [ColdStartPoint(**{**point, "interval": number(point["interval"])}) for point in content["cold_start"]]
-        plots.cold_start_curve(section, curve)
-        section.text(_same_users(curve), "note")
+    add_users(page.section("Users"), content)
+    add_new_users(page.section("New users"), content)
     section = page.section("What users differ in")
     if content["differences"] is None:
         section.text(f"Not known: {unknown.get('differences', '')}")
@@ -66,6 +60,16 @@ def page_of(content: _Content) -> Page:
     return page
 
 
+def add_new_users(section: Section, content: _Content) -> None:
+    """Add how well new users are learned from few pairs."""
+    if content["cold_start"] is None:
+        section.text(f"No curve: {content['unknown'].get('cold_start', '')}")
+        return
+    curve = [ColdStartPoint(**{**point, "interval": number(point["interval"])}) for point in content["cold_start"]]
+    plots.cold_start_curve(section, curve)
+    section.text(_same_users(curve), "note")
+
+
 def _same_users(points: Sequence[ColdStartPoint]) -> str:
     last = points[-1]
     return (
@@ -74,7 +78,8 @@ def _same_users(points: Sequence[ColdStartPoint]) -> str:
     )
 
 
-def _facts(section: Section, content: _Content) -> None:
+def add_facts(section: Section, content: _Content) -> None:
+    """Add the most important numbers."""
     facts: dict[str, Cell] = {}
     if votes := content["votes"]:
         facts |= {"users": votes["users"], "training votes": votes["votes"]}
@@ -89,7 +94,8 @@ def _facts(section: Section, content: _Content) -> None:
         section.facts(facts)
 
 
-def _users(section: Section, content: _Content) -> None:
+def add_users(section: Section, content: _Content) -> None:
+    """Add the accuracies of users."""
     if not content["pair_accuracy"]:
         section.text(content["unknown"].get("no_scores", "There are no validation pairs."))
         _logged_users(section, content["users_seen"] or [])

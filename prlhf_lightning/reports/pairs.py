@@ -92,6 +92,22 @@ def cold_start_of(module: PersonalizedModel, pairs: Pairs | None) -> list[ColdSt
     """
     if not module.user_model.row_tables():
         return f"{type(module.user_model).__name__} has no rows of users, so there is nothing to learn of a new one."
+    places = new_users_places(pairs)
+    if pairs is None or isinstance(places, str):
+        return str(places)
+    known, held = (collate(pairs.__getitems__(part)).to(module.device) for part in places)
+    return cold_start(module, known, held)
+
+
+def new_users_places(pairs: Pairs | None) -> tuple[list[int], list[int]] | str:
+    """Return the places of unseen users' first pairs, to learn from, and of their last, to test on.
+
+    Args:
+        pairs: The unseen users' pairs, or None.
+
+    Returns:
+        The places, or the reason why there are none.
+    """
     if pairs is None:
         return "There are no pairs of users whom training did not meet (see data.unseen_user_fraction)."
     codes = pairs.split.users[pairs.positions]
@@ -106,8 +122,7 @@ def cold_start_of(module: PersonalizedModel, pairs: Pairs | None) -> list[ColdSt
         held_out = min(TESTED, max(len(places) // 4, _LEAST // 2))
         learned += places[:-held_out][:LEARNED].tolist()
         tested += places[-held_out:].tolist()
-    known, held = (collate(pairs.__getitems__(part)).to(module.device) for part in (learned, tested))
-    return cold_start(module, known, held)
+    return learned, tested
 
 
 def rows_by_user(pairs: Pairs, user_ids: Sequence[str], most: int) -> dict[str, list[int]]:

@@ -162,6 +162,34 @@ def cold_start_curve(section: Section, points: Sequence[ColdStartPoint]) -> None
     )
 
 
+def reliability(section: Section, bins: Sequence[Mapping[str, Any]], whose: str) -> None:
+    """Add how often a reward model is right, against how sure it is.
+
+    Args:
+        section: Where it goes.
+        bins: Of each bin `pairs`, the mean `confidence`, and the `accuracy` with `low` and `high`.
+        whose: Whose pairs they are.
+    """
+    sure, right, lows, highs = ([row[name] for row in bins] for name in ("confidence", "accuracy", "low", "high"))
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0.5, 1], [0.5, 1], color=MUTED, linewidth=1, linestyle="--", label="calibrated")
+        axes.vlines(sure, lows, highs, color=LINE, linewidth=2)
+        axes.plot(sure, right, "o", color=FIRST, markersize=5.5, label=whose)
+        lowest = min([0.45, *(low - 0.02 for low in lows)])
+        axes.set(xlabel="probability of the preferred text", ylabel="share chosen by users", ylim=(lowest, 1.02))
+        axes.figure.legend(loc="outside upper left", ncols=2)
+
+    section.plot(
+        draw,
+        alt="; ".join(
+            f"expected {row['confidence']:.2f}, chosen {row['accuracy']:.2f} of {row['pairs']:,} pairs" for row in bins
+        ),
+        caption="How often users choose the text that the rewards prefer, with 95% Wilson intervals",
+        height=3.2,
+    )
+
+
 def user_map(section: Section, found: Mapping[str, Any]) -> None:
     """Add a map of users.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import ArgumentError, ArgumentParser
@@ -15,9 +15,12 @@ from jsonargparse import ArgumentError, ArgumentParser
 from prlhf_lightning.data import DataSource, PreferenceDataModule
 from prlhf_lightning.errors import ConfigurationError, PRLHFError
 from prlhf_lightning.model import PersonalizedModel
+from prlhf_lightning.training import PersonalizedRewardModel, RewardDataModule
 from prlhf_lightning.utils.config_checksum import check_configuration
 from prlhf_lightning.utils.io import unescape_cell
 from prlhf_lightning.utils.trust import only_trusted_classes
+
+_Data = TypeVar("_Data", bound=PreferenceDataModule)
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,8 @@ def data_of(
     """
     path = run.folder / "config.yaml" if run.folder else None
     if path and path.is_file():
-        data = _configured(path, source, module, trust_classes)
+        data = _configured(path, source, PreferenceDataModule, trust_classes, ("tokenizer", "feedback"))
+        data.feedback = module.loss.feedback
     elif source is not None:
         data = PreferenceDataModule(source, feedback=module.loss.feedback, **asdict(module.tokenization))
     else:
@@ -92,21 +96,41 @@ def data_of(
     return data
 
 
+def reward_data_of(
+    run: Run, source: DataSource | None, module: PersonalizedRewardModel, trust_classes: Collection[str] | None = None
+) -> RewardDataModule | None:
+    """Return the data module of a reward model's training, or None if it is unknown; see `data_of`."""
+    path = run.folder / "config.yaml" if run.folder else None
+    if path and path.is_file():
+        data = _configured(path, source, RewardDataModule, trust_classes, ("tokenizer",))
+    elif source is not None:
+        data = RewardDataModule(source, **asdict(module.tokenization))
+    else:
+        return None
+    data.tokenizer = module.backbone.tokenizer
+    return data
+
+
 def _configured(
-    path: Path, source: DataSource | None, module: PersonalizedModel, trust_classes: Collection[str] | None
-) -> PreferenceDataModule:
+    path: Path,
+    source: DataSource | None,
+    kind: type[_Data],
+    trust_classes: Collection[str] | None,
+    linked: Sequence[str],
+) -> _Data:
+    """Return a data module of the run's settings, without those that are `linked` from the model."""
     check_configuration(path)
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(PreferenceDataModule, "data", skip={"tokenizer", "feedback"})
+    parser.add_class_arguments(kind, "data", skip={*linked})
     try:
         settings = dict(yaml.safe_load(path.read_text(encoding="utf-8"))["data"])
-        for linked in ("tokenizer", "feedback"):
-            settings.pop(linked, None)
+        for name in linked:
+            settings.pop(name, None)
         settings.pop("eval_prompts_per_user", None)  # of online RL, for its validation
         if source is not None:
             settings["source"] = {"class_path": "prlhf_lightning.data.SimulatedSource"}  # replaced below
         with only_trusted_classes(f"run: {path}", trust_classes, content=settings):
-            data: PreferenceDataModule = parser.instantiate_classes(parser.parse_object({"data": settings})).data
+            data: _Data = parser.instantiate_classes(parser.parse_object({"data": settings})).data
     except (OSError, ArgumentError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, PRLHFError):
             raise
@@ -115,7 +139,6 @@ def _configured(
         ) from error
     if source is not None:
         data.source = source
-    data.feedback = module.loss.feedback
     return data
 
 

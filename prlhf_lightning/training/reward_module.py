@@ -165,10 +165,14 @@ class PersonalizedRewardModel(EvaluationHooks, RewardModel, LightningModule):
     # ---- steps
 
     @property
+    def has_likelihood(self) -> bool:
+        """Whether differences of rewards are log-odds of the choices."""
+        return isinstance(self.loss, BradleyTerryLoss) and self.loss.is_likelihood
+
+    @property
     def has_closed_form(self) -> bool:
         """Whether heads are fitted by variational expectation-maximization."""
-        is_likelihood = isinstance(self.loss, BradleyTerryLoss) and self.loss.is_likelihood
-        return is_likelihood and isinstance(self.user_model, LowRankUserModel | UniformUserModel)
+        return self.has_likelihood and isinstance(self.user_model, LowRankUserModel | UniformUserModel)
 
     def training_step(self, pairs: JudgedPairs, batch_idx: int) -> None:
         """Fit the heads to all pairs."""

@@ -12,6 +12,7 @@ import torch
 from conftest import WORDS, write_votes
 from safetensors.torch import load_file
 from short_runs import fit, reward_config, run_config, write_config
+from starlette.testclient import TestClient
 
 from prlhf_lightning.adaptation import adapt_heads, suggest_pairs
 from prlhf_lightning.cli.main import main
@@ -19,8 +20,11 @@ from prlhf_lightning.cli.models import reward_model_of
 from prlhf_lightning.cli.new_pairs import tokenized
 from prlhf_lightning.data import FileSource
 from prlhf_lightning.data.tokenization import FeedbackTokenizer
+from prlhf_lightning.inference import Engine
 from prlhf_lightning.rewards import JudgedPairs
 from prlhf_lightning.rewards.fitting import IndexedPairs, fit_codes
+from prlhf_lightning.serving.app import create_app
+from prlhf_lightning.serving.services import Ranker, Services
 from prlhf_lightning.training import RewardDataModule, checkpoint_files
 
 USERS = {"ann@example.org": 30, "bob-the-builder": 30, "carla-ñandú-🦤": 30, "dee dee": 30}
@@ -249,6 +253,26 @@ def test_plain_torch_reads_an_exported_reward_model(repo_root, model_path, tmp_p
             given = {"folder": tmp_path / "exported", "user": user, "prompt": prompt, "completion": completion}
             exec(lines_of_docs(repo_root), given)
             assert given["reward"] == pytest.approx(float(expected), abs=1e-4)
+
+
+def test_a_server_ranks_by_it_beside_a_policy(checkpoint, model_path, votes, tmp_path, monkeypatch):
+    (tmp_path / "policy").mkdir()
+    policy = fit(tmp_path / "policy", run_config(tmp_path / "policy", {"model": model_path}, votes))
+    loaded = []
+    monkeypatch.setattr("prlhf_lightning.serving.server.run", lambda load, *_: loaded.append(load()))
+    run("serve", "--model", policy, "--reward_model", checkpoint.parent.parent, "--device", "cpu")
+    ((writer, _, scorer),) = loaded
+    app = create_app(Services(writer, lambda: Engine(writer), hosts=None, ranker=Ranker("tiny-reward", scorer)))
+    documents = ["sun", "dog ran fast", "moon yes no"]
+    asked = {"query": "the cat", "documents": documents, "user": CARLA}
+    found = TestClient(app, base_url="http://localhost").post("/v1/rerank", json=asked).json()
+    model = model_of(checkpoint)
+    records = [{"user_id": CARLA, "prompt": "the cat", "chosen": one, "rejected": "red"} for one in documents]
+    tokenize = FeedbackTokenizer(model.backbone.tokenizer, model.tokenization)
+    pairs = JudgedPairs.of_rows(tokenized(tokenize, records, ["here"] * 3)[0])
+    rewards = model.rewards(model.features_of(pairs.texts), model.rows_of([CARLA] * 3), pairs.chosen).tolist()
+    assert [one["index"] for one in found["results"]] == sorted(range(3), key=lambda n: -rewards[n])
+    assert [one["relevance_score"] for one in found["results"]] == pytest.approx(sorted(rewards)[::-1], abs=1e-5)
 
 
 def test_an_export_without_users_names_none(checkpoint, tmp_path):
