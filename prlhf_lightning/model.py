@@ -27,7 +27,7 @@ from prlhf_lightning.data.users import UserVocabulary
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.losses import PreferenceLoss
 from prlhf_lightning.policies import Policy, Sampling
-from prlhf_lightning.policies.shared_texts import SharedTexts, contents
+from prlhf_lightning.policies.shared_texts import SharedTexts, contents, distinct
 from prlhf_lightning.types import (
     History,
     LogProbs,
@@ -255,11 +255,7 @@ class PersonalizedModel(nn.Module):
         # Compare both sides of an unpaired row: by its completion alone, thumbs-up and thumbs-down would be equal.
         completions = self._completions(batch) if self.loss.feedback != "thumbs" else [batch.chosen, batch.rejected]
         parts = [batch.prompt, *completions, *([batch.user_text] if self.user_model.uses_text else [])]
-        content = torch.cat([part.ids.masked_fill(~part.mask, -1) for part in parts], dim=1)
-        _, of_pair = torch.unique(content, dim=0, return_inverse=True)
-        rows = torch.arange(len(batch), device=content.device)
-        first = rows.new_full((int(of_pair.max()) + 1,), len(batch)).scatter_reduce(0, of_pair, rows, "amin")
-        return first, of_pair
+        return distinct(torch.cat([contents(part) for part in parts], dim=1))
 
     def _completions(self, batch: PreferenceBatch) -> list[Tokens]:
         """Return the completions of each row that are scored."""

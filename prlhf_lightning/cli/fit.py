@@ -14,7 +14,7 @@ from typing import Any, get_args
 import yaml  # type: ignore[import-untyped]  # it has no stubs
 from jsonargparse import Namespace, dict_to_namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
@@ -122,6 +122,8 @@ class PRLHFCLI(LightningCLI):
     model_type: type[LightningModule] = PersonalizedLM
     data_type: type[PreferenceDataModule] = PreferenceDataModule
     base = "policy"
+    #: The callback that tells about the training of such a model.
+    about_training: type[Callback] = LearningMonitor
 
     def __init__(self, args: ArgsType = None) -> None:
         self._claimed: Path | None = None  # the run's folder
@@ -173,7 +175,7 @@ class PRLHFCLI(LightningCLI):
                 PredictionWriter(),
                 LogShortRuns(),
                 TrainingStats(),
-                LearningMonitor(),
+                self.about_training(),
             ],
         }
 

@@ -9,20 +9,13 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from prlhf_lightning.cli.fit import PRLHFCLI, read_whole_numbers_first
 from prlhf_lightning.errors import ConfigurationError
-from prlhf_lightning.training.callbacks import ExplainOutOfMemory, StopOnSignal
 from prlhf_lightning.training.callbacks.online import AnswerTable, OnlineMonitor
 from prlhf_lightning.training.callbacks.outputs import (
     BestAndLast,
-    LogShortRuns,
-    PredictionWriter,
-    SaveOnInterrupt,
-    UserTable,
     kept_by,
 )
-from prlhf_lightning.training.callbacks.stats import TrainingStats
 from prlhf_lightning.training.online_data import OnlineDataModule
 from prlhf_lightning.training.online_module import OnlineRL
-from prlhf_lightning.training.run_history import RunHistory
 
 
 class OnlineCLI(PRLHFCLI):
@@ -30,25 +23,12 @@ class OnlineCLI(PRLHFCLI):
 
     model_type = OnlineRL
     data_type = OnlineDataModule
+    about_training = AnswerTable
 
     def _trainer_defaults(self) -> dict[str, Any]:
-        return {
-            "max_epochs": 1,
-            "log_every_n_steps": 1,
-            "use_distributed_sampler": False,
-            "enable_model_summary": False,
-            "callbacks": [
-                SaveOnInterrupt(),
-                StopOnSignal(),
-                ExplainOutOfMemory(),
-                RunHistory(),
-                UserTable(),
-                PredictionWriter(),
-                LogShortRuns(),
-                TrainingStats(),
-                AnswerTable(),
-            ],
-        }
+        defaults = {**super()._trainer_defaults(), "log_every_n_steps": 1}
+        del defaults["gradient_clip_val"]  # see before_fit
+        return defaults
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add the settings of fixed callbacks, and link settings that data and model share."""

@@ -466,6 +466,17 @@ class CausalLMPolicy(Policy):
         for part in completions:
             self._check_completions(before, part)
         packed = self._packing is not None and self._packing.applies(lm, prompt.ids.device)
+        return self._scores(lm, before, completions, packed, router_losses, temperature)
+
+    def _scores(
+        self,
+        lm: PreTrainedModel,
+        before: Sequence[SoftPrompt],
+        completions: Sequence[Tokens],
+        packed: bool,
+        router_losses: list[Tensor] | None,
+        temperature: float,
+    ) -> tuple[LogProbs, ...]:
         return score(lm, before, completions, self.shortcuts, packed, router_losses, temperature)
 
     def _segments(self, lm: PreTrainedModel, prompt: Tokens, soft_prompt: SoftPrompt | None) -> list[SoftPrompt]:

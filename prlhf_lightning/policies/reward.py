@@ -7,6 +7,7 @@ from typing import ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from prlhf_lightning.errors import ConfigurationError
 from prlhf_lightning.policies.base import Sampling
@@ -49,33 +50,18 @@ class RewardPolicy(CausalLMPolicy):
                 param.requires_grad_(False)
         self.head = RewardHead(lm_head.weight.shape[-1], lm_head.weight.device)
 
-    def log_probs(
+    def _scores(
         self,
-        prompt: Tokens,
+        lm: PreTrainedModel,
+        before: Sequence[SoftPrompt],
         completions: Sequence[Tokens],
-        soft_prompt: SoftPrompt | None = None,
-        temperature: float = 1.0,
+        packed: bool,
+        router_losses: list[Tensor] | None,
+        temperature: float,
     ) -> tuple[LogProbs, ...]:
-        """Return the rewards of completions, each at its last token, `[B, L]` and differentiable.
-
-        Args:
-            prompt: B prompts.
-            completions: One or more batches of B completions of those prompts.
-            soft_prompt: B soft prompts, or None.
-            temperature: Must be 1: rewards have no temperature.
-        """
         if temperature != 1.0:
             self._refuse("samples no text at a temperature")
-        before = self._segments(self.lm, prompt, soft_prompt)
-        for part in completions:
-            self._check_completions(before, part)
-        packed = self._packing is not None and self._packing.applies(self.lm, prompt.ids.device)
-        router_losses: list[Tensor] | None = None
-        if self._router_coef and self.training and torch.is_grad_enabled():
-            router_losses = []
-        states = end_states(self.lm, before, completions, self.shortcuts, packed, router_losses)
-        if router_losses:
-            self._auxiliary_loss = self._router_coef * torch.stack(router_losses).sum()
+        states = end_states(lm, before, completions, self.shortcuts, packed, router_losses)
         rewards = self.head(states).chunk(len(completions))
         return tuple(_at_last_token(part, own) for part, own in zip(completions, rewards, strict=True))
 

@@ -38,10 +38,10 @@ class SharedTexts:
             prompts: Integers `[N, ...]` that together identify the prompt of each row, and who asks.
             completions: n batches of N completions.
         """
-        rows, prompt_of_row = _distinct(torch.cat([part.reshape(len(part), -1) for part in prompts], dim=1))
+        rows, prompt_of_row = distinct(torch.cat([part.reshape(len(part), -1) for part in prompts], dim=1))
         both = Tokens.concat(completions)
         content = torch.cat([prompt_of_row.repeat(len(completions))[:, None], contents(both)], dim=1)
-        first, number = _distinct(content)
+        first, number = distinct(content)
         return cls(rows, content[first, 0], both.select(first).trimmed(), number.view(len(completions), -1))
 
     def saved(self, positions: int) -> float:
@@ -65,7 +65,7 @@ def contents(tokens: Tokens) -> Tensor:
     return tokens.ids.masked_fill(~tokens.mask, -1)
 
 
-def _distinct(content: Tensor) -> tuple[Tensor, Tensor]:
+def distinct(content: Tensor) -> tuple[Tensor, Tensor]:
     """Return the first of each kind of equal rows `[U]`, and the kind of each row `[N]`."""
     _, kind = torch.unique(content, dim=0, return_inverse=True)
     rows = torch.arange(len(kind), device=kind.device)

@@ -293,14 +293,7 @@ class OnlineRL(PersonalizedLM):
 
     def _soft_prompt(self, batch: PreferenceBatch, generic: Tensor) -> SoftPrompt:
         """Return the soft prompts of a batch's users, or of the generic user where `generic` `[P]` is true."""
-        users = self.users_of(batch)
-        if not bool(generic.any()):
-            return self.user_model(users)  # type: ignore[no-any-return]
-        # Apart, so that a user's row has a gradient only where it was used.
-        order = generic.int().argsort(stable=True).to(users.rows.device)
-        own, others = (users.select(rows) for rows in order.tensor_split([int((~generic).sum())]))
-        parts = [self.user_model(own)] if len(own.rows) else []
-        return SoftPrompt.cat_batch([*parts, self.user_model.generic(others)]).select(order.argsort())
+        return self._prompts_under(self.users_of(batch), generic)
 
     def _judged(
         self, batch: PreferenceBatch, tokens: Tokens, stage: Literal["train", "validate", "test"], number: int = 0
